@@ -1,0 +1,71 @@
+# `make help` lists the targets. Every target that needs an environment makes it first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CONSTRAINTS := constraints/cpu.txt
+TORCH := torch==2.13.0
+# Where a machine without an NVIDIA GPU finds torch without CUDA; pip's own indexes are asked, too.
+CPU_INDEX ?= https://download.pytorch.org/whl/cpu
+ARGS ?=
+
+# DeepSpeed looks for ninja on PATH, and programs are found by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export TOKENIZERS_PARALLELISM := false
+
+# What lmms-eval imports; all of its own requirements would bring a torchvision that does not fit a
+# torch without CUDA, and a broken torchvision is fatal where an absent one is fine.
+LMMS_EVAL := lmms_eval==0.7.3
+LMMS_NEEDS := datasets evaluate loguru openpyxl pytablewriter pytz sacrebleu scipy sentencepiece tenacity
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo ab real-mini check hooks test test-all bench build
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## make .venv with everything the other targets need
+
+$(STAMP): pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	@if command -v nvidia-smi > /dev/null 2>&1; then \
+		set -x; $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) $(TORCH); \
+	else \
+		set -x; $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --retries 1 --extra-index-url $(CPU_INDEX) $(TORCH); \
+	fi
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,dev]' $(LMMS_NEEDS)
+	$(BIN)/python -m pip install --quiet --no-deps $(LMMS_EVAL)
+	@touch $@
+
+demo: $(STAMP) ## the whole road on the embedded world: four stages, lmms-eval, runs/demo/report.html
+	$(BIN)/python stages/pipeline.py recipes/demo/pipeline.yaml $(ARGS)
+
+ab: $(STAMP) ## the full comparison of towers over seeds (resumable): docs/results/ab.json
+	$(BIN)/python eval/ab.py recipes/demo/ab.yaml $(ARGS)
+
+real-mini: $(STAMP) ## the same stages on real photographs and texts
+	$(BIN)/python stages/pipeline.py recipes/real_mini/pipeline.yaml $(ARGS)
+
+check: $(STAMP) ## format, lint, types, layers, declared dependencies
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python tools/check_dependencies.py
+
+hooks: $(STAMP) ## run the same checks at every commit
+	$(BIN)/python -m pip install --quiet pre-commit
+	$(BIN)/pre-commit install
+
+test: $(STAMP) ## the tests that CI runs
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-all: $(STAMP) ## all tests, those that take minutes included
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(STAMP) ## every benchmark: ours, the baseline, the ratio
+	@set -e; for program in benchmarks/*.py; do $(BIN)/python $$program; done
+
+build: $(STAMP) ## the wheel, into dist/
+	$(BIN)/python -m build --wheel

@@ -1,0 +1,199 @@
+"""Report what a run of all stages found.
+
+Purpose: one self-contained page for people and one JSON file for programs, from results that lie
+    on disk. Nothing is measured here but the examples (pictures with what the towers retrieve).
+Needs: results of stages 1 and 2, of `eval/run_lmms.py` and `eval/ab.py`; what is not there is shown
+    as not run.
+Writes: `<output_dir>/report.html`, `<output_dir>/report.json`; prints one line.
+Launch: python eval/report.py recipes/demo/report.yaml [key=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.config import ImageTextSource, ReportRecipe
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.image_text import read_image_text
+from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.data.world import world_dir
+from llm2clip_vlm.evaluation.charts import Line
+from llm2clip_vlm.evaluation.examples import Example, answered_questions, retrieved_captions
+from llm2clip_vlm.evaluation.lmms_job import write_atomically
+from llm2clip_vlm.evaluation.report import retrieval_verdict
+from llm2clip_vlm.evaluation.report_inputs import (
+    ReportError,
+    read_cra,
+    read_optional,
+    read_retrieval,
+    read_scores,
+    read_seconds,
+)
+from llm2clip_vlm.evaluation.report_sections import Facts, not_shown, render
+from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.training.callbacks import read_metrics
+
+TEMPLATE = Path(__file__).resolve().parent / "report_template.html"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program.
+
+    Returns:
+        0, or 1 when a result that the recipe names is missing or does not fit.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        raise SystemExit(__doc__)
+    try:
+        recipe = load_recipe(words[0], ReportRecipe, words[1:])
+        facts = collect(recipe)
+        out = Path(recipe.output_dir)
+        write_atomically(out / "report.html", render(facts, TEMPLATE))
+        write_atomically(out / "report.json", json.dumps(as_json(facts), indent=2, ensure_ascii=False) + "\n")
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    separability = (
+        f"caption separability {facts.cra['before']:.1f} → {facts.cra['after']:.1f} %; "
+        if facts.cra
+        else ""
+    )
+    print(f"{separability}{facts.verdict.short}; report: {out / 'report.html'}")
+    return 0
+
+
+def collect(recipe: ReportRecipe) -> Facts:
+    """Read all results.
+
+    Raises:
+        ReportError: One is missing, or does not fit the others.
+    """
+    for field, names in (("headline", recipe.headline), ("tower_models", recipe.tower_models)):
+        lost = [name for name in names if name not in recipe.towers]
+        if lost:
+            raise ReportError(f"{field}: {lost}: expected names of towers {list(recipe.towers)}")
+    retrieval = read_retrieval(recipe.towers)
+    kinds = next(iter(retrieval.values()))
+    if "long" not in kinds:
+        raise ReportError(
+            f"towers: expected results for captions of the kind long, got {list(kinds)}"
+        )
+    scores = {}
+    if recipe.evaluation is not None and recipe.vlms:
+        names = [f"{tower}-s{seed}" for tower, seeds in recipe.vlms.items() for seed in seeds]
+        scores = read_scores(recipe.evaluation, names)
+        if recipe.headline_task not in scores:
+            raise ReportError(
+                f"headline_task: {recipe.headline_task}: expected one of {list(scores)}"
+            )
+        scores = {recipe.headline_task: scores[recipe.headline_task], **scores}
+    stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
+    stages |= {f"stage2-{name}": folder for name, folder in recipe.towers.items()}
+    stages |= {f"stage3-{name}": folder for name, folder in recipe.stage3.items()}
+    for tower, seeds in recipe.vlms.items():
+        stages |= {f"stage4-{tower}-s{seed}": folder for seed, folder in seeds.items()}
+    facts = Facts(
+        recipe,
+        retrieval=retrieval,
+        verdict=retrieval_verdict(retrieval, recipe.headline),
+        cra=read_cra(recipe.stage1) if recipe.stage1 else None,
+        scores=scores,
+        seconds=read_seconds(recipe.seconds, stages),
+        ladder=read_optional(recipe.ladder),
+        ab=read_optional(recipe.ab),
+    )
+    facts.curves = curves(facts)
+    if recipe.world is not None and recipe.examples:
+        facts.retrieved = retrieved(facts, world_dir(recipe.world))
+        facts.answers = answers(facts) if scores else []
+    return facts
+
+
+def retrieved(facts: Facts, world: Path) -> list[Example]:
+    """What the towers retrieve for the first pictures of the world's test set."""
+    recipe = facts.recipe
+    return retrieved_captions(
+        {n: Path(recipe.tower_models.get(n, f"{recipe.towers[n]}/model")) for n in facts.shown()},
+        read_image_text(ImageTextSource(path=str(world / "pairs_test.jsonl")), BadRecords(0)),
+        "long",
+        recipe.examples,
+        EmbeddingCache.open(recipe.cache) if recipe.cache else None,
+    )
+
+
+def answers(facts: Facts) -> list[Example]:
+    """What the VLMs of the first seed answered."""
+    recipe, task = facts.recipe, facts.recipe.headline_task
+    data = next(iter(facts.scores[task].values()))["data"]["path"]
+    samples = {
+        tower: Path(str(recipe.evaluation)) / facts.checkpoints(tower)[0] / f"{task}.samples.jsonl"
+        for tower in facts.shown()
+        if tower in recipe.vlms
+    }
+    return answered_questions(samples, Path(data), recipe.examples)
+
+
+def curves(facts: Facts) -> dict[str, list[Line]]:
+    """Training loss of each stage that left a `metrics.jsonl`."""
+    recipe = facts.recipe
+    panels: dict[str, dict[str, tuple[str, str]]] = {
+        "Stage 1: text encoder": {"": (recipe.stage1, "")} if recipe.stage1 else {},
+        "Stage 2: vision towers": {name: (f, name) for name, f in recipe.towers.items()},
+        "Stage 3: projectors": {name: (f, name) for name, f in recipe.stage3.items()},
+        "Stage 4: instruction tuning": {
+            tower if len(seeds) == 1 else f"{tower} s{seed}": (folder, tower)
+            for tower, seeds in recipe.vlms.items()
+            for seed, folder in seeds.items()
+        },
+    }
+    found: dict[str, list[Line]] = {}
+    for panel, runs in panels.items():
+        for label, (folder, tower) in runs.items():
+            rows = read_metrics(Path(folder) / "metrics.jsonl")
+            points = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+            if points:
+                steps, losses = zip(*points, strict=True)
+                colour = facts.colour(tower) if tower else 0
+                found.setdefault(panel, []).append(Line(label, steps, losses, colour))
+    return found
+
+
+def as_json(facts: Facts) -> dict[str, Any]:
+    """What programs read: absent results are null or empty."""
+    return {
+        "schema": 1,
+        "finding": facts.verdict.sentence,
+        "verdict": facts.verdict.state,
+        "headline": facts.recipe.headline,
+        "world": facts.recipe.world.model_dump() if facts.recipe.world else None,
+        "cra": facts.cra,
+        "retrieval": facts.retrieval,
+        "vlm": {
+            tower: {task: facts.accuracies(task)[tower] for task in facts.scores}
+            for tower in facts.recipe.vlms
+        },
+        "vlm_by_type": {
+            tower: {
+                task: [
+                    {kind: entry["score"] for kind, entry in result["by_type"].items()}
+                    for result in facts.results(task, tower)
+                ]
+                for task in facts.scores
+            }
+            for tower in facts.recipe.vlms
+        },
+        "seeds": {tower: list(seeds) for tower, seeds in facts.recipe.vlms.items()},
+        "seconds": facts.seconds,
+        "ladder": facts.ladder,
+        "ab": facts.ab,
+        "not_shown": not_shown(facts),
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,197 @@
+"""The `llm2clip-vlm` command: thin, and light to start (nothing heavy is imported for `--help`).
+
+llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage (accelerate launch -m
+                                                  llm2clip_vlm.cli train ... for many GPUs)
+llm2clip-vlm help STAGE                           the stage and every key of its recipe
+llm2clip-vlm doctor                               what this machine has
+llm2clip-vlm eval ...                             score checkpoints with lmms-eval
+llm2clip-vlm compare ...                          compare the samples of two checkpoints
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+
+from llm2clip_vlm import __version__
+from llm2clip_vlm.recipe_schema import did_you_mean, recipe_help
+
+STAGES = {
+    "world": "write the embedded procedural world",
+    "base_language_model": "pre-train the demo's language model on text",
+    "clip_baseline": "ordinary CLIP training: the demo's base and control towers",
+    "stage1_text_encoder": "turn an LLM into a text encoder",
+    "stage2a_cache_text": "cache its caption embeddings",
+    "stage2b_vision_encoder": "train the vision tower against them",
+    "stage3_projector": "teach the projector to feed an LLM",
+    "stage4_instruction": "visual instruction tuning",
+    "pipeline": "run several stages in order, skipping what is finished",
+}
+"""Every stage program and what it does, in the order of a run."""
+
+_PROGRAMS = {"eval": "run_lmms", "compare": "compare"}
+_PACKAGE = Path(__file__).resolve().parent
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Args:
+        argv: Arguments without the program's name; none = the process's own.
+
+    Returns:
+        The exit code: 2 for an error that the user can mend.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] in _PROGRAMS:
+        # These have options of their own, `--help` included.
+        return guard(lambda: _evaluate(words[0], words[1:]))
+    arguments = _parser().parse_args(words)
+    command: Callable[[argparse.Namespace], int | None] = arguments.command
+    return guard(lambda: command(arguments))
+
+
+def guard(program: Callable[[], int | None]) -> int:
+    """Run a program; print an error that the user can mend as one message instead of a traceback.
+
+    Args:
+        program: What to run. None counts as success.
+
+    Returns:
+        Its exit code, or 2 after a `ValueError` (of any kind) or a file that is not there. With
+        `LLM2CLIP_DEBUG=1` the error goes through.
+    """
+    try:
+        return program() or 0
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("LLM2CLIP_DEBUG", "0") not in {"", "0"}:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        print("(LLM2CLIP_DEBUG=1 shows where)", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llm2clip-vlm",
+        description="LLM2CLIP vision towers, and LLaVA-style VLMs built on them.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    listing = "\n".join(f"  {name:<24}{purpose}" for name, purpose in STAGES.items())
+
+    train = commands.add_parser(
+        "train",
+        help="run a stage",
+        description="Run a stage with a recipe.",
+        epilog=f"stages:\n{listing}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("stage", metavar="STAGE", help="one of the stages below")
+    train.add_argument("recipe", metavar="RECIPE", help="a YAML file; recipes/... also as shipped")
+    train.add_argument(
+        "overrides", metavar="KEY=VALUE", nargs="*", help="dotted key and a value written as YAML"
+    )
+    train.set_defaults(command=_train)
+
+    explain = commands.add_parser(
+        "help", help="show a stage and every key of its recipe", description="Explain a stage."
+    )
+    explain.add_argument("stage", metavar="STAGE", help=", ".join(STAGES))
+    explain.set_defaults(command=_explain)
+
+    doctor = commands.add_parser(
+        "doctor", help="show what this machine has", description="Check this machine."
+    )
+    doctor.set_defaults(command=_doctor)
+    for name, purpose in (
+        ("eval", "score checkpoints with lmms-eval"),
+        ("compare", "compare the samples of two checkpoints"),
+    ):
+        commands.add_parser(name, help=purpose, add_help=False)
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int | None:
+    program = _program_path("stages", _known_stage(arguments.stage))
+    recipe = _recipe_path(arguments.recipe)
+    result: int | None = _load(program).main([str(recipe), *arguments.overrides])
+    return result
+
+
+def _evaluate(command: str, words: list[str]) -> int | None:
+    program = _program_path("eval", _PROGRAMS[command])
+    result: int | None = _load(program).main(words)
+    return result
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm import config
+
+    stage = _known_stage(arguments.stage)
+    path = _program_path("stages", stage)
+    print(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or STAGES[stage])
+    for model in vars(config).values():
+        fields = getattr(model, "model_fields", {})
+        if "stage" in fields and fields["stage"].default == stage:
+            print(f"\nRecipe keys ({model.__name__}):\n")
+            print(recipe_help(model))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from llm2clip_vlm.preflight.doctor import examine
+
+    broken = 0
+    for finding in examine():
+        print(finding, flush=True)
+        broken += finding.state == "broken"
+    print(f"{broken} broken" if broken else "nothing broken")
+    return 1 if broken else 0
+
+
+def _known_stage(name: str) -> str:
+    if name not in STAGES:
+        hint = did_you_mean(name, STAGES)
+        raise ValueError(f"no stage `{name}`{hint} (stages: {', '.join(STAGES)})")
+    return name
+
+
+def _program_path(folder: str, name: str) -> Path:
+    """A program's file: beside the package in a checkout, below it in an installed wheel."""
+    below = {"stages": "stages", "eval": "eval_assets"}[folder]
+    places = (_PACKAGE.parent / folder / f"{name}.py", _PACKAGE / below / f"{name}.py")
+    for place in places:
+        if place.is_file():
+            return place
+    raise FileNotFoundError(f"no program {name}.py in {places[0].parent} or {places[1].parent}")
+
+
+def _recipe_path(given: str) -> Path:
+    """The recipe itself, or the shipped one of that name when run far from a checkout."""
+    path = Path(given)
+    if path.exists() or path.is_absolute():
+        return path
+    name = given.removeprefix("recipes/")
+    shipped = (_PACKAGE.parent / "recipes" / name, _PACKAGE / "recipes" / name)
+    return next((place for place in shipped if place.is_file()), path)
+
+
+def _load(path: Path) -> ModuleType:
+    """Import a program from its file (`stages` and `eval` are no packages in a checkout)."""
+    name = f"llm2clip_vlm_program_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

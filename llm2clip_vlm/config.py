@@ -1,0 +1,521 @@
+"""The recipe models: every choice that a stage takes, typed, with its only help text.
+
+A recipe is a YAML file (see :mod:`llm2clip_vlm.recipe`). Each stage program names the model that
+reads its recipe; a key that the model does not know is refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys refused, no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class WorldConfig(Section):
+    """The embedded procedural world (`llm2clip_vlm/data/world.py`), written once per seed."""
+
+    seed: int = 0
+    """Seed of scenes, wording and rendering. Splits stay disjoint in scene attributes across seeds."""
+    dir: str = "runs/world"
+    """Directory below which `seed-<seed>/` is written."""
+    part: Literal["road", "base"] = "road"
+    """`road`: what the stages and the evaluation read. `base`: the many pictures with short captions
+    that the base CLIP is pre-trained on, in `seed-<seed>-base/`."""
+
+
+class CaptionSource(Section):
+    """A file of texts: `.jsonl`, `.json`, `.jsonl.gz`, `.csv` or `.parquet`."""
+
+    path: str
+    """File with one record a row."""
+    fields: list[str] = Field(default_factory=lambda: ["captions"])
+    """Columns that hold captions of the same image; a list-valued column adds all its items, a
+    mapping-valued one all its values."""
+    group_by: str | None = None
+    """Column whose equal values join rows into one record (COCO: `image_id`); none = a row each."""
+    where: dict[str, str | bool | int] = Field(default_factory=dict)
+    """Keep only rows whose columns equal these values, such as `{split: train}`."""
+    drop_where: dict[str, list[str]] = Field(default_factory=dict)
+    """Drop rows whose column holds one of these values (leakage: `{flickr8k_split: [val, test]}`)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Sampling weight of this source relative to the others."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take at most this many records, in file order."""
+
+
+class ImageTextSource(CaptionSource):
+    """A file of images with captions."""
+
+    image_root: str | None = None
+    """Folder that image paths are relative to; none = the file's own folder. No path may leave it."""
+    image_field: str = "image"
+    """Column with the image path."""
+    id_field: str = "id"
+    """Column with the record's key, unique in the file."""
+
+
+class RunRecipe(Section):
+    """What all stages share."""
+
+    base: str | None = None
+    """One parent recipe (path relative to this file) whose values this file overrides."""
+    notes: str = ""
+    """What this recipe reproduces, on which hardware, in how many hours, with which numbers."""
+    deviations: dict[str, str] = Field(default_factory=dict)
+    """Where and why this recipe differs from what it reproduces."""
+    output_dir: str
+    """Where checkpoints, the manifest and the results of this stage go."""
+    seed: int = 0
+    """Seed of initialisation, shuffling and dropout."""
+    world: WorldConfig | None = None
+    """Set when the data is the embedded world; `${world.dir}/seed-${world.seed}` is then written
+    before the stage starts if it is not there."""
+    global_batch_size: int = Field(default=256, ge=1)
+    """Samples per optimizer step over all processes; accumulation follows from
+    `trainer.per_device_train_batch_size` and the number of processes."""
+    max_bad_records: int = Field(default=0, ge=0)
+    """Bad records (unreadable image, empty caption) skipped, counted and named before the run stops."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
+
+
+class LoraSection(Section):
+    """A LoRA adapter (PEFT)."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank. Paper v6 C.1: 16."""
+    alpha: int = Field(default=32, ge=1)
+    """Scaling numerator. Paper v6 C.1: 32."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Dropout on the adapter's input (released code: 0.05)."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules to adapt, as PEFT takes them."""
+
+
+class TextEncoderSection(Section):
+    """A decoder LLM used as a bidirectional text encoder."""
+
+    language_model: str
+    """Path or hub id of the decoder LLM (Llama, Qwen2/3, Mistral, Gemma)."""
+    pooling: Literal["mean", "last"] = "mean"
+    """Mean over caption tokens, or the last one."""
+    max_length_tokens: int = Field(default=512, ge=2)
+    """Longer captions are cut and counted. Paper v6 C.1: 512."""
+    instruction: str = ""
+    """Text before every caption; its tokens are left out of the mean (released code)."""
+    bidirectional: bool = True
+    """False keeps causal attention (ablation of paper v6 table 6)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights' dtype; `auto` keeps the checkpoint's."""
+    attn_implementation: str | None = None
+    """As in transformers: `sdpa`, `eager`, `flash_attention_2`; none = its default."""
+
+
+class Stage1Recipe(RunRecipe):
+    """Stage 1: caption-contrastive tuning of the LLM (paper v6 section 3.1)."""
+
+    stage: Literal["stage1_text_encoder"] = "stage1_text_encoder"
+    """Which program reads this file."""
+    text_encoder: TextEncoderSection
+    """The LLM and how its output becomes one vector."""
+    lora: LoraSection | None = Field(default_factory=LoraSection)
+    """Adapter on all linear layers; `null` tunes every weight."""
+    train: list[CaptionSource]
+    """Records with at least two captions of one image."""
+    evaluation: list[CaptionSource] = Field(default_factory=list)
+    """Held-out records for caption retrieval accuracy (CRA): first caption as query, second as
+    gallery, R@1."""
+    scale: float = Field(default=50.0, gt=0)
+    """Multiplies cosine similarities (temperature 0.02, released code)."""
+    symmetric: bool = True
+    """Both directions; false = query to positive only (released code)."""
+    keep_together: int = Field(default=1, ge=1)
+    """Records that stand one after another in a file and enter a batch together: where a file lists
+    near twins as neighbours, they become each other's hard negatives. 1 = all shuffled."""
+
+
+class Stage2aRecipe(RunRecipe):
+    """Stage 2a: embeddings of all captions by the frozen text encoder, cached by content."""
+
+    stage: Literal["stage2a_cache_text"] = "stage2a_cache_text"
+    """Which program reads this file."""
+    text_encoder: str | TextEncoderSection
+    """Stage 1's `text_encoder/`, or a raw LLM with its pooling (ablation `no_stage1`)."""
+    sources: list[CaptionSource | ImageTextSource]
+    """All texts that stage 2 and its evaluation will ask for."""
+    batch_tokens: int = Field(default=16384, ge=1)
+    """Tokens per forward pass, padding counted; texts are sorted by length."""
+
+
+class TextAdaptorSection(Section):
+    """The adaptor on cached text embeddings (paper v6 table 8; released code model.py:217-253)."""
+
+    num_blocks: int = Field(default=4, ge=0)
+    """Residual inverted-bottleneck blocks. Paper v6: 4."""
+    expansion: int = Field(default=2, ge=1)
+    """Width of a block's hidden layer over its input's (released code: 2)."""
+
+
+class LearningRates(Section):
+    """Learning rate of each group; the released code gives 1e-5 to all three."""
+
+    vision_tower: float = Field(default=1e-5, ge=0)
+    """Ignored where the tower is frozen."""
+    visual_projection: float = Field(default=1e-5, ge=0)
+    """Image head."""
+    text_adaptor: float = Field(default=1e-5, ge=0)
+    """Adaptor, text head and `logit_scale`."""
+
+
+class Stage2bRecipe(RunRecipe):
+    """Stage 2b: the vision tower against the frozen LLM's cached embeddings (paper v6 section 3.2)."""
+
+    stage: Literal["stage2b_vision_encoder"] = "stage2b_vision_encoder"
+    """Which program reads this file."""
+    vision_tower: str
+    """Path or hub id of a CLIP model or a vision tower."""
+    tower_training: Literal["full", "frozen", "lora"] = "full"
+    """Paper v6: full."""
+    tower_lora: LoraSection | None = None
+    """Required with `tower_training: lora`; merged into the tower at the end."""
+    embedding_cache: str
+    """Stage 2a's directory."""
+    text_adaptor: TextAdaptorSection = Field(default_factory=TextAdaptorSection)
+    """Shape of the adaptor."""
+    projection_dim: int = Field(default=1280, ge=1)
+    """Width of the joint space. Paper v6: 1280."""
+    logit_scale_init: float = 2.6592
+    """Stored logarithm: ln(1/0.07), or ln(100) = 4.6052 where the pretrained one is kept."""
+    learning_rates: LearningRates = Field(default_factory=LearningRates)
+    """One per group."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Tower learning rate is multiplied by this once per layer from the top (released code: 0.85)."""
+    train: list[ImageTextSource]
+    """Images with captions; one caption is drawn per image and epoch."""
+    caption_weights: dict[str, float] = Field(default_factory=dict)
+    """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
+    empty = uniform over all captions."""
+    evaluation: list[ImageTextSource] = Field(default_factory=list)
+    """Held-out images for retrieval, each caption key apart."""
+
+    @model_validator(mode="after")
+    def _lora_has_its_section(self) -> Self:
+        if (self.tower_training == "lora") != (self.tower_lora is not None):
+            raise ValueError(
+                f"tower_training is {self.tower_training!r} and tower_lora is "
+                f"{'absent' if self.tower_lora is None else 'present'}; `lora` needs the section, "
+                "`full` and `frozen` take none"
+            )
+        return self
+
+
+class ClipBaselineRecipe(RunRecipe):
+    """Ordinary CLIP training: pre-trains the demo's base and trains the control towers."""
+
+    stage: Literal["clip_baseline"] = "clip_baseline"
+    """Which program reads this file."""
+    clip: str | dict[str, Any]
+    """A `CLIPModel` directory to continue from, or `CLIPConfig` arguments to start from nothing."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer and image processor when `clip` is a config."""
+    text_window_tokens: int | None = Field(default=None, ge=4)
+    """Lengthen the text tower to this many positions (pretrained ones kept, new ones repeat the
+    last); captions beyond the window are cut, as CLIP does."""
+    learning_rates: dict[Literal["vision_model", "text_model", "projections"], float] = Field(
+        default_factory=lambda: {"vision_model": 1e-5, "text_model": 1e-5, "projections": 1e-5}
+    )
+    """One per group; `projections` includes `logit_scale`."""
+    train: list[ImageTextSource]
+    """As in stage 2b."""
+    caption_weights: dict[str, float] = Field(default_factory=dict)
+    """As in stage 2b."""
+    evaluation: list[ImageTextSource] = Field(default_factory=list)
+    """As in stage 2b."""
+    evaluate_only: bool = False
+    """Measure `clip` as it is: nothing is trained."""
+
+
+class VlmSection(Section):
+    """Which tower and which LLM make the VLM, and how they meet."""
+
+    vision_tower: str
+    """A vision tower directory (stage 2b's `vision_tower/`), a CLIP model, or a hub id."""
+    language_model: str
+    """Path or hub id of the decoder LLM."""
+    vision_feature_layer: int = -2
+    """Hidden layer whose patches become visual tokens (LLaVA-1.5: -2)."""
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    """`default` drops the CLS token, `full` keeps it."""
+    image_aspect_ratio: Literal["square", "pad"] = "square"
+    """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops."""
+    chat_template: str | None = None
+    """Jinja file that replaces the LLM tokenizer's template; none = the tokenizer's own."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the composed weights."""
+
+
+class InstructionSource(Section):
+    """LLaVA conversations: a JSON array or JSONL of `{id, image, conversations}`."""
+
+    path: str
+    """The file, read unchanged."""
+    image_root: str | None = None
+    """Folder that image paths are relative to; none = the file's own folder."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take at most this many records, in file order."""
+    shuffle_images: bool = False
+    """Give each record another record's image (the control that shows what the pictures are worth)."""
+
+
+class VlmRecipe(RunRecipe):
+    """What stages 3 and 4 share."""
+
+    data: list[InstructionSource]
+    """LLaVA JSON files."""
+    max_length_tokens: int = Field(default=2048, ge=8)
+    """Text and visual tokens of one sample; a longer sample is refused or counted, never cut inside
+    the visual tokens."""
+    packing: bool = False
+    """Join samples into rows of `max_length_tokens` without letting them see each other."""
+    trainable: dict[Literal["vision_tower", "multi_modal_projector", "language_model"], float]
+    """Learning rate of each part that trains; a part that is not named is frozen."""
+    language_model_lora: LoraSection | None = None
+    """Adapter on the LLM instead of all its weights; merged into the final export."""
+
+
+class Stage3Recipe(VlmRecipe):
+    """Stage 3: the projector learns to feed the LLM (LLaVA-1.5 feature alignment)."""
+
+    stage: Literal["stage3_projector"] = "stage3_projector"
+    """Which program reads this file."""
+    vlm: VlmSection
+    """Tower and LLM."""
+    plain: bool = True
+    """LLaVA's `plain` template: the human text is dropped, the sample is image + caption; false =
+    the chat template."""
+
+
+class Stage4Recipe(VlmRecipe):
+    """Stage 4: visual instruction tuning."""
+
+    stage: Literal["stage4_instruction"] = "stage4_instruction"
+    """Which program reads this file."""
+    checkpoint: str
+    """Stage 3's `model/`, or any `LlavaForConditionalGeneration` directory."""
+    image_aspect_ratio: Literal["square", "pad"] | None = None
+    """Change the image processor for this stage; none keeps stage 3's."""
+
+
+class TextPhase(Section):
+    """One phase of the base language model's curriculum."""
+
+    steps: int = Field(ge=1)
+    """Optimizer steps."""
+    documents: int = Field(default=32, ge=1)
+    """Documents per step."""
+    mixture: dict[str, float]
+    """Weight of each kind of document (`llm2clip_vlm/data/world_text.py`)."""
+
+
+class LanguageModelRecipe(RunRecipe):
+    """Pre-training of the demo's base language model on text alone."""
+
+    stage: Literal["base_language_model"] = "base_language_model"
+    """Which program reads this file."""
+    config: dict[str, Any]
+    """`LlamaConfig` arguments; vocabulary and special ids come from the tokenizer."""
+    window_tokens: int = Field(default=256, ge=16)
+    """Longest text that the tokenizer takes."""
+    phases: list[TextPhase]
+    """The curriculum, in order."""
+    evaluation_scenes: int = Field(default=300, ge=1)
+    """Held-out scenes, ten questions each, of the text-only examination."""
+
+
+class LmmsTask(Section):
+    """One lmms-eval task of a suite."""
+
+    task: str
+    """Name of a built-in task, or of one under `eval/tasks/`."""
+    data_files: str | None = None
+    """Local file (parquet, json, jsonl) that replaces the task's own data set."""
+    limit: int | None = Field(default=None, ge=1)
+    """First documents only; never written as the task's score without saying so."""
+    title: str | None = None
+    """Name in reports: a built-in task on other data never carries the benchmark's name alone."""
+    convert: Literal["pope", "mme"] | None = None
+    """`data_files` is the world's `exist_test.jsonl`, to be rewritten in the schema that this
+    built-in task reads. Such a task needs a `title`."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Merged over the task's own YAML (`{lmms_eval_specific_kwargs: {default: {ocr: true}}}`);
+    `null` removes a key (`{process_docs: null}`)."""
+
+
+class SuiteRecipe(Section):
+    """Which lmms-eval tasks are run, on which data, and how (`eval/suites/*.yaml`)."""
+
+    base: str | None = None
+    """One parent suite (path relative to this file) whose values this file overrides."""
+    notes: str = ""
+    """What this suite reproduces, and what its numbers may be compared with."""
+    deviations: dict[str, str] = Field(default_factory=dict)
+    """Where and why a task here differs from the paper's."""
+    world: WorldConfig | None = None
+    """Set when the data is the embedded world; it is written where it is missing."""
+    data_dir: str = "."
+    """Folder that `data_files` may name as `${data_dir}`."""
+    batch_size: int = Field(default=64, ge=1)
+    """Questions a forward pass. In half precision it can flip single answers: recorded."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Upper limit whatever a task asks for."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` keeps the checkpoint's."""
+    device: str | None = None
+    """Where to run; none = `cuda` if there is one, else `cpu`."""
+    max_empty: float = Field(default=0.2, ge=0, le=1)
+    """A task with a larger share of empty answers is refused: something is broken."""
+    tasks: list[LmmsTask] = Field(min_length=1)
+    """In the order in which they are run."""
+
+
+class PipelineStep(Section):
+    """One program of a pipeline."""
+
+    name: str
+    """Unique; may hold `{variable}` of `for_each`."""
+    program: str
+    """A program of `stages/` or `eval/` without its ending, such as `stage1_text_encoder`."""
+    recipe: str | None = None
+    """Recipe that the program reads; none for programs that take options only."""
+    overrides: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """`key=value` arguments after the recipe; may hold `{variable}`."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further arguments, as they are; may hold `{variable}`."""
+    launch: list[str] = Field(default_factory=list)
+    """Launcher before the program, such as `[accelerate, launch, --config_file, ...]`; empty =
+    plain python."""
+    needs: list[str] = Field(default_factory=list)
+    """Steps that must be finished first; may hold `{variable}`. A name that ends in `*` stands for
+    all steps that begin so."""
+    for_each: dict[str, list[str | int]] = Field(default_factory=dict)
+    """Variables and their values: the step is run for every combination."""
+    all_cores: bool = False
+    """Run alone, with every core; otherwise up to `jobs` steps share them."""
+    outputs: list[str] = Field(default_factory=list)
+    """For a program without a manifest: files whose presence means that it is finished; empty = it
+    is run each time."""
+
+
+class PipelineRecipe(Section):
+    """Programs in the order of their needs, each skipped where it is finished."""
+
+    base: str | None = None
+    """One parent recipe whose values this file overrides."""
+    notes: str = ""
+    """What this pipeline shows, on which hardware, in how many hours."""
+    output_dir: str
+    """Where logs and the state go."""
+    world: WorldConfig | None = None
+    """Passed on to every step that has a recipe, as `world.seed=` and `world.dir=`."""
+    jobs: int = Field(default=2, ge=1)
+    """Steps at a time; each gets its share of the cores."""
+    steps: list[PipelineStep]
+    """The programs."""
+    variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
+    """Values for `${variables.<name>}` in this file."""
+
+
+class ReportRecipe(Section):
+    """What `eval/report.py` reads, and what it says about it. What is not given is `not run`."""
+
+    base: str | None = None
+    """One parent recipe whose values this file overrides."""
+    notes: str = ""
+    """What the report shows."""
+    output_dir: str
+    """Where `report.html` and `report.json` go."""
+    title: str = "Does an LLM's caption embedding make a better vision tower?"
+    """Heading: the question."""
+    world: WorldConfig | None = None
+    """The embedded world that the results are of; without it no pictures are shown."""
+    stage1: str | None = None
+    """Stage 1's output directory."""
+    cache: str | None = None
+    """Stage 2a's output directory; needed to show what an `LLM2CLIPModel` retrieves."""
+    towers: dict[str, str] = Field(min_length=1)
+    """Tower's name to the output directory of stage 2b or `clip_baseline` (`results.json`), in the
+    order in which they are shown."""
+    tower_models: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to its model, where that is not `<towers.NAME>/model`."""
+    headline: list[str] = Field(
+        default_factory=lambda: ["llm2clip", "control_long"], min_length=2, max_length=2
+    )
+    """The two towers of the answer: the first is asked to beat the second."""
+    stage3: dict[str, str] = Field(default_factory=dict)
+    """Any label to a stage 3 output directory, for its training curve."""
+    vlms: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Tower's name to `{"<seed>": stage 4's output directory}`."""
+    evaluation: str | None = None
+    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each of `vlms`."""
+    headline_task: str = "l2c_world_vqa"
+    """lmms-eval task of the answer; its questions are shown."""
+    ladder: str | None = None
+    """JSON of the ladder of validity: rung to `{title, value, goal, passed}`."""
+    ab: str | None = None
+    """The last committed A/B, as `eval/ab.py` writes it."""
+    seconds: str | None = None
+    """JSON of the pipeline: step to seconds; without it the stages' manifests are asked."""
+    examples: int = Field(default=6, ge=0)
+    """Pictures shown with retrieved captions, and questions shown with answers."""
+    not_shown: list[str] = Field(default_factory=list)
+    """Sentences for the section *What was not shown*, beside those that follow from the numbers."""
+
+
+class AbRecipe(Section):
+    """What `eval/ab.py` compares: towers over training seeds, the seed as the unit."""
+
+    base: str | None = None
+    """One parent recipe whose values this file overrides."""
+    notes: str = ""
+    """How the runs were made."""
+    world: WorldConfig | None = None
+    """The embedded world that the results are of."""
+    towers: list[str] = Field(min_length=2)
+    """Names, in the order in which they are shown."""
+    seeds: list[int] = Field(min_length=2)
+    """Training seeds; each reseeds stage 2 and the VLM."""
+    pairs: list[list[str]] = Field(min_length=1)
+    """Comparisons `[a, b]` (a minus b); the first is the headline."""
+    evaluation: str
+    """Folder of `eval/run_lmms.py`."""
+    checkpoint: str = "{tower}-s{seed}"
+    """Name of a VLM in that folder."""
+    tasks: list[str] = Field(min_length=1)
+    """lmms-eval tasks; those with question types are also compared type by type."""
+    retrieval: dict[str, str] = Field(default_factory=dict)
+    """Tower to its stage 2 output directory, with `{seed}` in it where it was trained again."""
+    retrieval_kinds: list[str] = Field(default_factory=lambda: ["short", "long"])
+    """Kinds of caption of `results.json`; R@1 in both directions is compared."""
+    resamples: int = Field(default=10_000, ge=100)
+    """Bootstrap draws of the comparison within a seed."""
+    output: str = "docs/results/ab.json"
+    """Where the result goes; the chart lies beside it, as `.svg`."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for pair in self.pairs:
+            if len(pair) != 2 or pair[0] == pair[1] or set(pair) - set(self.towers):
+                raise ValueError(f"pairs: expected two names of {self.towers}, got {pair}")
+        if set(self.retrieval) - set(self.towers):
+            raise ValueError(
+                f"retrieval: expected names of {self.towers}, got {sorted(self.retrieval)}"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected each seed once, got {self.seeds}")
+        return self

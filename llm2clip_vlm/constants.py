@@ -1,0 +1,10 @@
+"""Values that several layers agree on."""
+
+IGNORE_INDEX = -100
+"""Label of a token that takes no part in the loss (the default of `torch.nn.CrossEntropyLoss`)."""
+
+IMAGE_TOKEN = "<image>"
+"""Placeholder for one image in a conversation and the name of the token that stands for it."""
+
+MANIFEST_NAME = "manifest.json"
+"""File that a finished stage leaves in its output directory."""

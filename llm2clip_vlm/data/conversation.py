@@ -1,0 +1,295 @@
+"""Conversations to token ids and labels: one tokenisation, answers found by position.
+
+LLaVA re-tokenises split strings and adds up their lengths; where the sums disagree it masks the
+whole sample and warns. Here the chat template is rendered once, the answers' character spans come
+from its `{% generation %}` markers (or from rendering it turn by turn), and the tokenizer's own
+offsets turn them into token spans. What a model is prompted with at inference is checked to be a
+token prefix of what it is trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llm2clip_vlm.chat_template import (
+    ConversationError,
+    Message,
+    Span,
+    answer_spans,
+    check_prompt_prefix,
+    render,
+    stop_token_ids,
+    template_of,
+    tokenize,
+)
+from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+
+_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"} | {
+    "system": "system"
+}
+
+
+def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Normalises LLaVA turns (`from`, `value`) or chat messages (`role`, `content`).
+
+    Text with `<image>` is split into parts. As LLaVA does (`preprocess_multimodal`), the single
+    image of a turn goes to its front; several images stay where they are, in order (LLaVA would
+    drop all but one).
+
+    Args:
+        conversation: Turns with roles human/gpt or user/assistant, and optionally system first.
+
+    Returns:
+        Messages `{"role", "content": [parts]}` (system: text).
+
+    Raises:
+        ConversationError: An unknown role or field, an empty answer, or roles out of turn.
+    """
+    messages: list[Message] = []
+    for number, turn in enumerate(conversation, start=1):
+        who = turn.get("role", turn.get("from"))
+        value = turn.get("content", turn.get("value"))
+        if who not in _ROLES:
+            raise ConversationError(
+                f"turn {number}: role {who!r}, expected one of {', '.join(_ROLES)}"
+            )
+        role = _ROLES[who]
+        before = messages[-1]["role"] if messages else None
+        expected = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
+        if role not in expected:
+            raise ConversationError(
+                f"turn {number}: {role} after {before or 'nothing'}, expected {expected[-1]}"
+            )
+        parts = _to_parts(value, number)
+        if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
+            raise ConversationError(f"turn {number}: the answer is empty")
+        if role == "system":
+            messages.append({"role": role, "content": "".join(p.get("text", "") for p in parts)})
+        else:
+            messages.append({"role": role, "content": parts})
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ConversationError("the conversation does not end with an answer")
+    return messages
+
+
+def count_images(messages: Sequence[Message]) -> int:
+    """Number of image parts in normalised messages."""
+    return sum(
+        part["type"] == "image"
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
+
+
+def visual_tokens_per_image(processor: Any) -> int:
+    """Tokens that the processor puts in place of one `<image>`; 1 for a bare tokenizer."""
+    image_processor = getattr(processor, "image_processor", None)
+    if image_processor is None:
+        return 1
+    size = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
+    if "height" not in size:
+        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
+    patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+    dropped = processor.vision_feature_select_strategy == "default"
+    return int(patches + processor.num_additional_image_tokens - dropped)
+
+
+def build_labels(
+    processor_or_tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    num_visual_tokens: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels on the assistant's tokens alone.
+
+    Trained are each answer and the end-of-turn token that the template writes after it; system,
+    user and role tokens, and the visual tokens, are `IGNORE_INDEX`.
+
+    Args:
+        processor_or_tokenizer: A `LlavaProcessor`, or a fast tokenizer with a chat template.
+        messages: LLaVA turns or chat messages, see :func:`to_messages`.
+        num_visual_tokens: Tokens in place of one `<image>`; none = as the processor has it.
+
+    Returns:
+        `(input_ids, labels)`, lists of the same length; labels are not shifted.
+
+    Raises:
+        ConversationError: As :func:`to_messages`; or the template rewrites earlier turns, writes
+            no end-of-turn token, or prompts with other tokens than it trains on.
+
+    Example:
+        >>> ids, labels = build_labels(processor, [
+        ...     {"from": "human", "value": "<image> Which colour?"},
+        ...     {"from": "gpt", "value": "red"}])  # doctest: +SKIP
+    """
+    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
+    template = template_of(processor_or_tokenizer)
+    turns = to_messages(messages)
+    text, spans = answer_spans(turns, template, tokenizer)
+    ids, offsets = tokenize(tokenizer, text)
+    stops = stop_token_ids(tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    for begin, end in spans:
+        first, last = _token_span(text, ids, offsets, (begin, end), stops, tokenizer)
+        labels[first:last] = ids[first:last]
+    count = num_visual_tokens or visual_tokens_per_image(processor_or_tokenizer)
+    return _expand_images(ids, labels, _image_token_id(tokenizer), count, count_images(turns))
+
+
+def build_plain_labels(
+    processor: Any, caption: str, *, num_images: int = 1, num_visual_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
+    """LLaVA's `plain` style: image and caption, no question, labels on caption and eos.
+
+    LLaVA ends the caption with a line break; here it is the tokenizer's eos, which an LLM with any
+    vocabulary can emit. Bos comes first where the chat template or the tokenizer writes one.
+
+    Args:
+        processor: A `LlavaProcessor` or a fast tokenizer.
+        caption: The answer's text.
+        num_images: Images before the caption.
+        num_visual_tokens: As in :func:`build_labels`.
+
+    Returns:
+        `(input_ids, labels)`.
+
+    Raises:
+        ConversationError: The caption is empty or holds `<image>`, or the tokenizer has no eos.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not caption.strip() or IMAGE_TOKEN in caption:
+        raise ConversationError(f"caption {caption!r}: expected text without {IMAGE_TOKEN}")
+    if tokenizer.eos_token_id is None:
+        raise ConversationError("the tokenizer has no eos token; stage 3's plain style needs one")
+    ids = [_image_token_id(tokenizer)] * num_images
+    bos = tokenizer.bos_token_id
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template or ""
+    if bos is not None and ("bos_token" in template or tokenizer("a")["input_ids"][0] == bos):
+        ids = [bos, *ids]
+    words = tokenizer(caption.strip(), add_special_tokens=False)["input_ids"]
+    labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
+    ids = [*ids, *words, tokenizer.eos_token_id]
+    count = num_visual_tokens or visual_tokens_per_image(processor)
+    return _expand_images(ids, labels, _image_token_id(tokenizer), count, num_images)
+
+
+def decoded_preview(
+    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """One sample as text: trained spans between `«` and `»`, runs of visual tokens as a count."""
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    pieces: list[str] = []
+    start = 0
+    while start < len(input_ids):
+        trained, image = labels[start] != IGNORE_INDEX, input_ids[start] == image_id
+        end = start
+        while end < len(input_ids) and (
+            (labels[end] != IGNORE_INDEX, input_ids[end] == image_id) == (trained, image)
+        ):
+            end += 1
+        text = tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False)
+        text = f"[{IMAGE_TOKEN} x{end - start}]" if image else text
+        pieces.append(f"«{text}»" if trained else text)
+        start = end
+    return " ".join(pieces)
+
+
+def _to_parts(value: Any, number: int) -> list[Message]:
+    if not isinstance(value, str):
+        if not isinstance(value, list) or not all(isinstance(p, dict) for p in value):
+            raise ConversationError(f"turn {number}: no text (`value` or `content`)")
+        return [dict(part) for part in value]
+    texts = value.split(IMAGE_TOKEN)
+    if len(texts) == 2:
+        texts = ["", (texts[0] + texts[1]).strip()]
+    parts: list[Message] = []
+    for index, text in enumerate(texts):
+        parts += [{"type": "image"}] if index else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def check_chat_template(processor_or_tokenizer: Any) -> None:
+    """Checks once that what is prompted is what is trained on, for templates with markers too.
+
+    Raises:
+        ConversationError: As :func:`build_labels` and :func:`check_prompt_prefix`.
+    """
+    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
+    template = template_of(processor_or_tokenizer)
+    messages = to_messages(
+        [
+            {"role": "user", "content": f"{IMAGE_TOKEN}\nWhat is it?"},
+            {"role": "assistant", "content": "it is red"},
+        ]
+    )
+    ids, labels = build_labels(processor_or_tokenizer, messages, num_visual_tokens=1)
+    prompt = render(messages[:1], template, tokenizer, prompt=True)
+    check_prompt_prefix(tokenizer, prompt, ids, "chat template")
+    trained = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+    if len(tokenize(tokenizer, prompt)[0]) != trained:
+        raise ConversationError(
+            "the chat template's generation prompt and its {% generation %} block do not meet: "
+            f"training starts at token {trained}, the prompt has "
+            f"{len(tokenize(tokenizer, prompt)[0])}"
+        )
+
+
+def _token_span(
+    text: str,
+    ids: list[int],
+    offsets: list[Span],
+    span: Span,
+    stops: set[int],
+    tokenizer: PreTrainedTokenizerBase,
+) -> Span:
+    """Tokens of one answer, from its first to its end-of-turn token."""
+    begin, end = span
+    inside = [i for i, (a, b) in enumerate(offsets) if b > a and b > begin and a < end]
+    if not inside:
+        raise ConversationError(f"the answer {text[begin:end]!r} has no token")
+    first, last = inside[0], inside[-1] + 1
+    if text[offsets[first][0] : begin].strip():
+        raise ConversationError(
+            f"the token {text[slice(*offsets[first])]!r} joins prompt and answer; the template "
+            "needs a separator before the answer"
+        )
+    if not stops.intersection(ids[first:last]) and last < len(ids) and ids[last] in stops:
+        last += 1
+    ends = [i for i in range(first, last) if ids[i] in stops]
+    if not ends:
+        raise ConversationError(
+            f"the chat template writes no end-of-turn token after {text[begin:end][-40:]!r}, so "
+            "the model would not learn to stop; add eos_token to the template"
+        )
+    if not tokenizer.decode(ids[ends[-1] + 1 : last]).strip():
+        last = ends[-1] + 1
+    return first, last
+
+
+def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    return -1 if index is None or index == tokenizer.unk_token_id else int(index)
+
+
+def _expand_images(
+    ids: list[int], labels: list[int], image_id: int, count: int, expected: int
+) -> tuple[list[int], list[int]]:
+    """Repeats each `<image>` token `count` times; visual tokens are never trained."""
+    found = ids.count(image_id)
+    if found != expected:
+        raise ConversationError(
+            f"{found} {IMAGE_TOKEN} tokens after tokenisation, expected {expected}; is "
+            f"{IMAGE_TOKEN} a special token of this tokenizer?"
+        )
+    out_ids: list[int] = []
+    out_labels: list[int] = []
+    for token, label in zip(ids, labels, strict=True):
+        repeat = count if token == image_id else 1
+        out_ids += [token] * repeat
+        out_labels += [IGNORE_INDEX if token == image_id else label] * repeat
+    return out_ids, out_labels

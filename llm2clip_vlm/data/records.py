@@ -1,0 +1,329 @@
+"""Rows of JSONL, JSON, CSV and Parquet files: reading, filtering, grouping, counting bad ones.
+
+Captions (:mod:`llm2clip_vlm.data.captions`) and image-text pairs share this reader, so that a
+`where`, `drop_where`, `group_by` or `limit` in a recipe means the same thing everywhere.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from llm2clip_vlm.config import CaptionSource
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
+_EXAMPLES_KEPT = 5
+
+
+class RecordError(ValueError):
+    """A data file or one of its rows cannot be used."""
+
+
+@dataclass
+class BadRecords:
+    """Counts records that are skipped, names each in the log, and stops when there are too many.
+
+    Example:
+        >>> bad = BadRecords(limit=1)
+        >>> bad.add("pairs.jsonl:3", "empty caption")
+        >>> bad.count
+        1
+    """
+
+    limit: int = 0
+    """Bad records allowed; one more raises. A recipe's `max_bad_records`."""
+    count: int = 0
+    """Bad records so far."""
+    examples: list[str] = field(default_factory=list)
+    """The first few, as `where: why`."""
+
+    def add(self, where: str, why: str) -> None:
+        """Counts one bad record.
+
+        Args:
+            where: The file and row, such as `pairs.jsonl:12`.
+            why: What is wrong with it.
+
+        Raises:
+            RecordError: More than `limit` records are bad.
+        """
+        self.count += 1
+        if len(self.examples) < _EXAMPLES_KEPT:
+            self.examples.append(f"{where}: {why}")
+        if self.count > self.limit:
+            raise RecordError(
+                f"{self.count} bad record(s), {self.limit} allowed; the last is {where}: {why}. "
+                "Repair the file, filter the row out (`where`, `drop_where`) or raise "
+                "`max_bad_records`"
+            )
+        logger.warning("skipped bad record %s: %s", where, why)
+
+    def summary(self) -> str:
+        """One line for a stage to print: how many were skipped, and the first few of them."""
+        if not self.count:
+            return "no bad records"
+        hidden = self.count - len(self.examples)
+        more = f"; and {hidden} more" if hidden else ""
+        return f"{self.count} bad record(s) skipped: " + "; ".join(self.examples) + more
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows of one record: a single one, or all that share the `group_by` value."""
+
+    key: str
+    """The `group_by` value, or the row's place in the file."""
+    where: str
+    """File and row of the group's first row, for messages."""
+    rows: list[Row]
+    """In file order, never empty."""
+
+
+def iter_rows(path: str | Path, bad: BadRecords | None = None) -> Iterator[Row]:
+    """Reads a file row by row.
+
+    Args:
+        path: `.jsonl`, `.json` (an array of objects), `.csv` (with a header), each also `.gz`, or
+            `.parquet`.
+        bad: Takes lines that are no JSON object; none = such a line raises.
+
+    Yields:
+        One mapping a row, in file order. CSV values are strings.
+
+    Raises:
+        RecordError: The file is missing, of another kind, damaged, or holds something else.
+    """
+    for _, row in _numbered_rows(Path(path), BadRecords() if bad is None else bad):
+        yield row
+
+
+def get_column(row: Mapping[str, Any], name: str) -> Any:
+    """A column's value; `a.b` reaches into a mapping-valued column where no column is named so.
+
+    Returns:
+        The value, or None where the row has no such column.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def iter_records(
+    source: CaptionSource, bad: BadRecords, *, columns: Sequence[str] = ()
+) -> Iterator[RowGroup]:
+    """Reads a source's rows through its filters.
+
+    The order is: `where`, `drop_where`, `group_by`, `limit`. A filter compares text with text
+    (`null`, `true` and numbers as JSON writes them) where the two types differ, as they always do
+    in CSV.
+
+    Args:
+        source: The file with its filters.
+        bad: Takes lines that cannot be read and rows without the `group_by` column.
+        columns: Columns beside `source.fields` that must exist somewhere in the file.
+
+    Yields:
+        One group a record, in the order in which the file first names it.
+
+    Raises:
+        RecordError: The file cannot be read, a named column is in none of its rows (a typing
+            error would otherwise let test data through a filter), or no row is left.
+    """
+    path = Path(source.path)
+    named = [*source.where, *source.drop_where, *source.fields, *columns]
+    unseen = set(named) | ({source.group_by} if source.group_by else set())
+    known: dict[str, None] = {}
+    found = 0
+    for group in _groups(_kept(path, source, bad, unseen, known), source.group_by, bad):
+        if source.limit is None or found < source.limit:
+            yield group
+            found += 1
+        elif not unseen:  # a column that no row has must be told even where `limit` ends early
+            return
+    if known and unseen:
+        raise RecordError(
+            f"{path}: no row has a column {', '.join(sorted(unseen))!r}; the columns are "
+            f"{', '.join(known)}. Correct the source's fields or filters"
+        )
+    if not found:
+        raise RecordError(
+            f"{path}: no record left (where={source.where}, drop_where={source.drop_where}). "
+            "Loosen the filters or check the path"
+        )
+
+
+def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[str]]:
+    """The captions of one record, by kind.
+
+    A string or a list of strings goes under its column's name, a mapping under its own keys
+    (`{"short": ["..."], "long": "..."}` gives `short` and `long`). Absent columns and null values
+    add nothing. Surrounding blanks are removed.
+
+    Args:
+        group: The record's rows.
+        fields: Columns with captions.
+
+    Returns:
+        Kind to captions, each list non-empty, in the order of `fields` and then of the rows.
+
+    Raises:
+        RecordError: A caption is empty or no string, or the record has none; count it with
+            `BadRecords.add(group.where, str(error))`.
+    """
+    captions: dict[str, list[str]] = {}
+    for name in fields:
+        for row in group.rows:
+            value = get_column(row, name)
+            by_kind = value if isinstance(value, Mapping) else {name: value}
+            for kind, texts in by_kind.items():
+                for text in _as_list(texts):
+                    if not isinstance(text, str):
+                        raise RecordError(
+                            f"a caption in {name!r} is {type(text).__name__}, expected a string"
+                        )
+                    if not text.strip():
+                        raise RecordError(f"an empty caption in {name!r}")
+                    captions.setdefault(str(kind), []).append(text.strip())
+    if not captions:
+        raise RecordError(f"no caption in {list(fields)}; the columns are {list(group.rows[0])}")
+    return captions
+
+
+def _as_list(value: Any) -> Iterable[Any]:
+    if value is None:
+        return ()
+    return value if isinstance(value, list | tuple) else (value,)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _equals(value: Any, wanted: str | bool | int) -> bool:
+    if type(value) is type(wanted):
+        return bool(value == wanted)
+    return _as_text(value) == _as_text(wanted)
+
+
+def _kept(
+    path: Path, source: CaptionSource, bad: BadRecords, unseen: set[str], known: dict[str, None]
+) -> Iterator[tuple[str, Row]]:
+    """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
+    for number, row in _numbered_rows(path, bad):
+        known.update(dict.fromkeys(row))
+        unseen.difference_update([c for c in unseen if c in row or get_column(row, c) is not None])
+        if any(not _equals(get_column(row, c), wanted) for c, wanted in source.where.items()):
+            continue
+        if any(_as_text(get_column(row, c)) in out for c, out in source.drop_where.items()):
+            continue
+        yield f"{path.name}:{number}", row
+
+
+def _groups(
+    rows: Iterator[tuple[str, Row]], group_by: str | None, bad: BadRecords
+) -> Iterator[RowGroup]:
+    if group_by is None:
+        for where, row in rows:
+            yield RowGroup(where, where, [row])
+        return
+    groups: dict[str, RowGroup] = {}
+    for where, row in rows:
+        value = get_column(row, group_by)
+        if value is None:
+            bad.add(where, f"no value in the group_by column {group_by!r}")
+            continue
+        key = _as_text(value)
+        groups.setdefault(key, RowGroup(key, where, [])).rows.append(row)
+    yield from groups.values()
+
+
+def _numbered_rows(path: Path, bad: BadRecords) -> Iterator[tuple[int, Row]]:
+    """Rows with their line (JSONL) or position (others), counted from 1."""
+    name = path.name.removesuffix(".gz")
+    if not any(path.name.endswith(suffix) for suffix in _SUFFIXES):
+        raise RecordError(f"{path}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
+    if not path.is_file():
+        raise RecordError(f"{path}: no such file (from {Path.cwd()}); check the source's path")
+    if name.endswith(".parquet"):
+        yield from enumerate(_parquet_rows(path), start=1)
+        return
+    try:
+        with _open_text(path) as handle:
+            if name.endswith(".csv"):
+                yield from _csv_rows(path, handle, bad)
+            elif name.endswith(".jsonl"):
+                yield from _jsonl_rows(path, handle, bad)
+            else:
+                yield from _json_rows(path, handle, bad)
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+        raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error
+
+
+def _open_text(path: Path) -> IO[str]:
+    if path.name.endswith(".gz"):
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
+
+
+def _csv_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
+    for number, row in enumerate(csv.DictReader(handle), start=1):
+        if None in row or None in row.values():
+            bad.add(f"{path.name}:{number}", "the row has not as many cells as the header")
+            continue
+        yield number, row
+
+
+def _jsonl_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
+    for number, line in enumerate(handle, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            bad.add(f"{path.name}:{number}", f"no JSON ({error})")
+            continue
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
+
+
+def _json_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
+    try:
+        rows = json.load(handle)
+    except json.JSONDecodeError as error:
+        raise RecordError(f"{path}: no JSON ({error}); one object a line is `.jsonl`") from error
+    if not isinstance(rows, list):
+        raise RecordError(f"{path}: {type(rows).__name__} at the top, expected an array of objects")
+    for number, row in enumerate(rows, start=1):
+        if isinstance(row, dict):
+            yield number, row
+        else:
+            bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
+
+
+def _parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise RecordError(f"{path}: cannot be read as Parquet ({error})") from error

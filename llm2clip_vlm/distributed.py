@@ -1,0 +1,136 @@
+"""Processes of one run: rank, gathering with gradient, DeepSpeed on machines without a GPU.
+
+Everything works unchanged in a single process without a process group.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+def is_initialized() -> bool:
+    """Whether a process group exists."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank() -> int:
+    """This process's number, from the process group or, before it exists, from the launcher."""
+    return dist.get_rank() if is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of processes, from the process group or, before it exists, from the launcher."""
+    return dist.get_world_size() if is_initialized() else int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main() -> bool:
+    """Whether this process writes files and prints."""
+    return rank() == 0
+
+
+def barrier() -> None:
+    """Wait for all processes; nothing to wait for without a process group."""
+    if is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def teardown() -> None:
+    """Leave the process group together; call it as the last line of a program.
+
+    Without it finished multi-process runs sometimes abort at interpreter exit.
+    """
+    if is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+class _GatherWithGrad(torch.autograd.Function):
+    """All-gather whose backward adds up what every rank's loss wants of a shard."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        ctx.rows = tensor.shape[0]
+        shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+        dist.all_gather(shards, tensor.contiguous())
+        return torch.cat(shards)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        total = grads[0].contiguous()
+        if total is grads[0]:
+            total = total.clone()  # all_reduce works in place; autograd may still hold this one
+        dist.all_reduce(total)
+        start = dist.get_rank() * ctx.rows
+        return total[start : start + ctx.rows]
+
+
+def gather_with_grad(tensor: Tensor) -> Tensor:
+    """Concatenate a tensor over all ranks along dimension 0, keeping the gradient.
+
+    The backward pass sums the gradients of *all* ranks for the owner's shard. Data-parallel
+    training averages parameter gradients over ranks, so a loss whose mean over the ranks is the
+    global loss (each rank computes the whole of it, or the mean over its own rows) needs no
+    factor of the world size: parameters before and after the gather get exactly the gradient of
+    one process with the global batch.
+
+    Args:
+        tensor: `[b, ...]`, the same shape on every rank.
+
+    Returns:
+        `[world_size * b, ...]` in rank order; the argument itself in a single process.
+
+    Raises:
+        RuntimeError: A launcher announced several processes, but there is no process group yet.
+    """
+    if world_size() == 1:
+        return tensor
+    if not is_initialized():
+        raise RuntimeError(
+            f"WORLD_SIZE is {world_size()} but no process group exists; build the training "
+            "arguments (which start it) before the first forward pass"
+        )
+    if tensor.requires_grad and torch.is_grad_enabled():
+        gathered: Tensor = _GatherWithGrad.apply(tensor)
+        return gathered
+    shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(shards, tensor.contiguous())
+    return torch.cat(shards)
+
+
+def prepare_cpu_deepspeed() -> None:
+    """Make DeepSpeed usable without a GPU; call before `TrainingArguments` are built.
+
+    Starts DeepSpeed's communication over gloo (otherwise it is never started, or takes the world
+    for one process), and leaves out its shared-memory operator, which would be compiled for a
+    minute at the first start. In a single process that no launcher started, the launcher's
+    variables are set first. Does nothing where CUDA is available.
+    """
+    if torch.cuda.is_available():
+        return
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    deepspeed.init_distributed("gloo")
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago, for a process group on this machine."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

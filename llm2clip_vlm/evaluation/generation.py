@@ -1,0 +1,309 @@
+"""Answers from a vision-language checkpoint: batched, left-padded, through its own chat template.
+
+What was trained is what is evaluated: a prompt is whatever the checkpoint's template makes of the
+messages, and nothing is added to it. Failures raise; an answer is never replaced by an empty one.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+
+from llm2clip_vlm.chat_template import render, template_of
+from llm2clip_vlm.constants import IMAGE_TOKEN
+
+logger = logging.getLogger(__name__)
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+_SAMPLING = ("temperature", "top_p", "top_k")
+_IGNORED = frozenset({"image_aspect_ratio"})
+_KNOWN = frozenset({"max_new_tokens", "until", "do_sample", "num_beams", "repetition_penalty"})
+"""With `_SAMPLING`, what a task may ask for; anything else is refused, since leaving it out would
+change the score. `image_aspect_ratio` (LLaVA's own code) is the image processor's business."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A conversation as the checkpoint's template writes it."""
+
+    text: str
+    """One `<image>` for each image; it ends where the answer begins."""
+    images: tuple[Image.Image, ...] = ()
+    """In the order of their placeholders."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said."""
+
+    text: str
+    """Decoded, cut at the first stop string, without control characters, stripped."""
+    num_tokens: int
+    """Tokens generated, the end token included."""
+
+
+def strip_control(text: str) -> str:
+    """Remove C0 control characters except tab and newline.
+
+    One of them in an answer makes the spreadsheet export of several lmms-eval tasks fail.
+    """
+    return _CONTROL.sub("", text.replace("\r\n", "\n"))
+
+
+class Generator:
+    """Generates and scores with one model and its processor.
+
+    Attributes:
+        model: A `LlavaForConditionalGeneration` or another image-text-to-text model.
+        processor: Its processor, with a chat template.
+        batch_size: Prompts a forward pass.
+        max_new_tokens: Upper limit whatever a task asks for.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        processor: ProcessorMixin,
+        *,
+        batch_size: int = 64,
+        max_new_tokens: int = 512,
+    ) -> None:
+        """Keep the model as it is; it is put into evaluation mode only while it generates.
+
+        Raises:
+            ValueError: A size is below 1, or the processor has no chat template (a checkpoint is
+                evaluated with the template that it was trained with).
+        """
+        if batch_size < 1 or max_new_tokens < 1:
+            raise ValueError(
+                "batch_size and max_new_tokens: expected at least 1, got "
+                f"{batch_size} and {max_new_tokens}"
+            )
+        self.model, self.processor = model, processor
+        self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+        self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
+        self.image_token: str = getattr(processor, "image_token", IMAGE_TOKEN)
+        self.template = template_of(processor)
+        config = model.generation_config
+        eos = config.eos_token_id if config is not None else None
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        self.eos_ids: list[int] = [eos] if isinstance(eos, int) else list(eos or ())
+        pad = config.pad_token_id if config is not None else None
+        pad = self.tokenizer.pad_token_id if pad is None else pad
+        self.pad_id: int = pad if pad is not None else (self.eos_ids or [0])[0]
+        limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.window: int | None = limit
+
+    def render(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
+        """Apply the chat template.
+
+        Args:
+            messages: `{"role", "content": [{"type": "text", "text"} | {"type": "image", "url"}]}`;
+                `url` holds a PIL image. A literal `<image>` inside a text is removed: it would be
+                taken for a picture.
+
+        Returns:
+            The prompt, ending with the template's generation prompt.
+
+        Raises:
+            ValueError: A part is neither text nor a PIL image, or the template lost an image.
+        """
+        images: list[Image.Image] = []
+        plain: list[dict[str, Any]] = []
+        for message in messages:
+            parts: list[dict[str, str]] = []
+            for part in message["content"]:
+                if part["type"] == "text":
+                    text = part["text"]
+                    for placeholder in {self.image_token, IMAGE_TOKEN}:
+                        text = text.replace(placeholder, "")
+                    parts.append({"type": "text", "text": strip_control(text)})
+                elif part["type"] == "image" and isinstance(part["url"], Image.Image):
+                    images.append(part["url"].convert("RGB"))
+                    parts.append({"type": "image"})
+                else:
+                    raise ValueError(
+                        f"message part {part['type']!r}: expected text or a PIL image, got "
+                        f"{type(part.get('url')).__name__}; video and audio are not supported"
+                    )
+            plain.append({"role": message["role"], "content": parts})
+        text = render(plain, self.template, self.tokenizer, prompt=True)
+        if text.count(self.image_token) != len(images):
+            raise ValueError(
+                f"chat template: expected {len(images)} {self.image_token} in the prompt, got "
+                f"{text.count(self.image_token)}: {text[:200]!r}"
+            )
+        return Prompt(text, tuple(images))
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        options: Sequence[Mapping[str, Any]],
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Answer]:
+        """Answer each prompt.
+
+        Prompts with equal options, and with or without images, are batched together, sorted by
+        length so that little is padded.
+
+        Args:
+            prompts: From :meth:`render`.
+            options: For each prompt lmms-eval's generation arguments (`max_new_tokens`, `until`,
+                `do_sample`, `temperature`, `top_p`, `num_beams`). A temperature of 0 is greedy.
+            progress: Called with the number of prompts done after each batch.
+
+        Returns:
+            Answers in the order of `prompts`.
+
+        Raises:
+            ValueError: An unknown option, or a prompt that does not fit the model's window.
+        """
+        if len(prompts) != len(options):
+            raise ValueError(f"options: expected {len(prompts)} entries, got {len(options)}")
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        settings = [self._settings(given) for given in options]
+        for index, (prompt, (key, _, _)) in enumerate(zip(prompts, settings, strict=True)):
+            groups.setdefault((key, bool(prompt.images)), []).append(index)
+        answers: dict[int, Answer] = {}
+        for members in groups.values():
+            members.sort(key=lambda i: (len(prompts[i].images), len(prompts[i].text), i))
+            _, config, until = settings[members[0]]
+            for start in range(0, len(members), self.batch_size):
+                batch = members[start : start + self.batch_size]
+                found = self._generate_batch([prompts[i] for i in batch], config, until)
+                answers.update(zip(batch, found, strict=True))
+                if progress is not None:
+                    progress(len(batch))
+        return [answers[index] for index in range(len(prompts))]
+
+    def continuation_loss(self, prompt: Prompt, continuation: str) -> tuple[float, bool]:
+        """Mean negative log-likelihood of a continuation, in nats a token.
+
+        Args:
+            prompt: From :meth:`render`.
+            continuation: The text whose tokens are scored.
+
+        Returns:
+            The loss, and whether greedy decoding would produce exactly these tokens.
+
+        Raises:
+            ValueError: The continuation has no token.
+        """
+        ids = self.tokenizer(continuation, add_special_tokens=False, return_tensors="pt").input_ids
+        if not ids.shape[1]:
+            raise ValueError(f"continuation {continuation!r}: expected one token or more")
+        inputs = self._encode([prompt])
+        ids = ids.to(inputs["input_ids"].device)
+        for name, extra in (("input_ids", ids), ("attention_mask", torch.ones_like(ids))):
+            inputs[name] = torch.cat([inputs[name], extra], dim=1)
+        for name in ("mm_token_type_ids", "token_type_ids"):
+            if name in inputs:
+                inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
+        with _evaluating(self.model):
+            logits = self.model(**inputs).logits[0, -ids.shape[1] - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[0])
+        return float(loss), bool((logits.argmax(-1) == ids[0]).all())
+
+    def _settings(self, given: Mapping[str, Any]) -> tuple[str, GenerationConfig, tuple[str, ...]]:
+        unknown = set(given) - _KNOWN - _IGNORED - set(_SAMPLING)
+        if unknown:
+            raise ValueError(
+                f"generation_kwargs: {sorted(unknown)} not supported; expected some of "
+                f"{sorted(_KNOWN | set(_SAMPLING))}"
+            )
+        until = given.get("until") or ()
+        until = (until,) if isinstance(until, str) else tuple(until)
+        temperature = given.get("temperature")
+        sample = bool(given.get("do_sample", bool(temperature))) and temperature != 0
+        extra = {name: given[name] for name in _SAMPLING if sample and given.get(name)}
+        if given.get("repetition_penalty"):
+            extra["repetition_penalty"] = given["repetition_penalty"]
+        asked = int(given.get("max_new_tokens") or self.max_new_tokens)
+        config = GenerationConfig(
+            do_sample=sample,
+            max_new_tokens=min(asked, self.max_new_tokens),
+            num_beams=int(given.get("num_beams") or 1),
+            eos_token_id=self.eos_ids or None,
+            pad_token_id=self.pad_id,
+            use_cache=True,
+            **extra,
+        )
+        key = repr((sample, config.max_new_tokens, config.num_beams, sorted(extra.items()), until))
+        return key, config, until
+
+    def _encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        # As transformers' own apply_chat_template: a template that writes bos gets no second one.
+        bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
+        written = bos is not None and prompts[0].text.startswith(bos)
+        images = [image for prompt in prompts for image in prompt.images]
+        encoded = self.processor(
+            text=[prompt.text for prompt in prompts],
+            images=images or None,
+            padding=True,
+            padding_side="left",
+            add_special_tokens=not written,
+            return_tensors="pt",
+        )
+        ids = encoded["input_ids"]
+        if not written and eos is not None and bool((ids[:, -1] == eos).all()):
+            # The tokenizer closed the prompt; the model would have nothing left to say.
+            for name, value in encoded.items():
+                encoded[name] = value[:, :-1] if value.shape == ids.shape else value
+        length = encoded["input_ids"].shape[1]
+        if self.window is not None and length >= self.window:
+            raise ValueError(
+                f"prompt of {length} tokens: expected fewer than the model's window of "
+                f"{self.window}; begins {prompts[-1].text[:80]!r}"
+            )
+        inputs = {name: value.to(self.model.device) for name, value in encoded.items()}
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
+        return inputs
+
+    def _generate_batch(
+        self, prompts: Sequence[Prompt], config: GenerationConfig, until: tuple[str, ...]
+    ) -> list[Answer]:
+        inputs = self._encode(prompts)
+        length = inputs["input_ids"].shape[1]
+        if self.window is not None and length + config.max_new_tokens > self.window:
+            config = GenerationConfig(
+                **{**config.to_dict(), "max_new_tokens": self.window - length}
+            )
+            logger.warning("answers cut to %d tokens by the model's window", config.max_new_tokens)
+        with _evaluating(self.model):
+            output = self.model.generate(**inputs, generation_config=config)  # type: ignore[operator]
+        return [self._answer(row, until) for row in output[:, length:]]
+
+    def _answer(self, ids: Tensor, until: tuple[str, ...]) -> Answer:
+        kept = ids.tolist()
+        ends = [place for place, token in enumerate(kept) if token in self.eos_ids]
+        kept = kept[: ends[0] + 1] if ends else kept
+        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        # Some templates put a newline before the answer: a stop string counts after the first word.
+        text = text.lstrip()
+        for stop in until:
+            if stop:
+                text = text.split(stop, 1)[0]
+        return Answer(strip_control(text).strip(), len(kept))
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode without gradients; a live model gets its training mode back."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,219 @@
+"""The lmms-eval model classes: a thin skin over :class:`~.generation.Generator`.
+
+Importing this module imports lmms-eval (minutes of side effects are avoided by importing only its
+`api`); nothing else in the library does at import. `lmms-eval --model llm2clip_vlm --model_args
+pretrained=DIR` finds the classes by the entry point in :mod:`.lmms_manifest`.
+
+Where lmms-eval 0.7 and its documents disagree, the code below follows what runs:
+
+* chat requests carry six arguments, `(ctx, doc_to_messages, gen_kwargs, doc_id, task, split)`;
+* a log-likelihood request wants a *loss* (its scorer takes the minimum), and the pair must travel
+  inside a `GenerationResult`, else the evaluator turns it into a string;
+* `clean()` deletes every module attribute after one evaluation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
+from lmms_eval.api.model import lmms
+from lmms_eval.models.model_utils.gen_metrics import log_metrics
+from PIL import Image
+from tqdm import tqdm
+from transformers import PreTrainedModel, ProcessorMixin
+
+from llm2clip_vlm.evaluation.generation import Answer, Generator, Prompt
+
+_BATCHES_AT_ONCE = 8
+
+
+def load_checkpoint(
+    pretrained: str, *, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load a vision-language checkpoint with its processor.
+
+    Args:
+        pretrained: Directory or hub id.
+        dtype: `auto` keeps the checkpoint's; `float32` or `bfloat16` convert.
+        device: Where it goes; none = `cuda` if there is one, else `cpu`.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        ValueError: A parameter of the model is not in the checkpoint: its answers would be noise.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model, report = AutoModelForImageTextToText.from_pretrained(
+        pretrained, dtype=dtype, output_loading_info=True
+    )
+    if report["missing_keys"] or report["mismatched_keys"]:
+        wrong = sorted(report["missing_keys"]) + [str(k) for k in report["mismatched_keys"]]
+        raise ValueError(
+            f"{pretrained}: {len(wrong)} parameters are missing or of another shape "
+            f"({', '.join(wrong[:3])} ...); its config.json is of another model"
+        )
+    return model.to(chosen).eval(), AutoProcessor.from_pretrained(pretrained)
+
+
+class _Adapter(lmms):
+    """What the chat and the simple class share."""
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        *,
+        model: PreTrainedModel | None = None,
+        processor: ProcessorMixin | None = None,
+        batch_size: int | str = 64,
+        max_new_tokens: int = 512,
+        dtype: str = "auto",
+        device: str | None = None,
+    ) -> None:
+        """Take a checkpoint, or a live model.
+
+        Args:
+            pretrained: Directory or hub id.
+            model: A live model instead; `clean()` then leaves it alone.
+            processor: Its processor.
+            batch_size: Prompts a forward pass. In half precision it can flip single answers.
+            max_new_tokens: Upper limit whatever a task asks for.
+            dtype: `auto`, `float32` or `bfloat16` (with `pretrained`).
+            device: Where to run (with `pretrained`).
+
+        Raises:
+            ValueError: Neither or both of `pretrained` and `(model, processor)` are given.
+        """
+        super().__init__()
+        self._live = model is not None
+        if (pretrained is None) == (model is None) or (model is None) != (processor is None):
+            raise ValueError(
+                "expected either `pretrained` or both `model` and `processor`, got "
+                f"pretrained={pretrained!r}, model={type(model).__name__}, "
+                f"processor={type(processor).__name__}"
+            )
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            from accelerate import Accelerator
+
+            self.accelerator = Accelerator()
+            self._rank = self.accelerator.process_index
+            self._world_size = self.accelerator.num_processes
+            device = str(self.accelerator.device)
+        if model is None or processor is None:
+            model, processor = load_checkpoint(str(pretrained), dtype=dtype, device=device)
+        self.generator: Generator | None = Generator(
+            model, processor, batch_size=int(batch_size), max_new_tokens=int(max_new_tokens)
+        )
+        self.prompt_example: str = ""
+        """The first prompt of the last task, as the template wrote it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._generator().model.device
+
+    def clean(self) -> None:
+        """Free a model that this object loaded; a live one stays usable for the next task."""
+        if not self._live:
+            self.generator = None
+            super().clean()
+
+    def _generator(self) -> Generator:
+        if self.generator is None:
+            raise RuntimeError(
+                "this adapter was cleaned after an evaluation; pass a live model and processor to "
+                "evaluate several times"
+            )
+        return self.generator
+
+    def _answer(
+        self, prompts: Iterable[Prompt], options: Sequence[dict[str, Any]]
+    ) -> list[GenerationResult]:
+        started, answers = time.perf_counter(), list[Answer]()
+        waiting, generator = iter(prompts), self._generator()
+        # A few batches at a time: the pictures of a large task do not fit into memory together.
+        step = _BATCHES_AT_ONCE * generator.batch_size
+        with tqdm(
+            total=len(options), disable=self.rank != 0, desc="answering", unit="question"
+        ) as bar:
+            while rendered := list(itertools.islice(waiting, step)):
+                if not answers:
+                    self.prompt_example = rendered[0].text
+                given = options[len(answers) : len(answers) + len(rendered)]
+                answers += generator.generate(rendered, given, bar.update)
+        tokens = sum(answer.num_tokens for answer in answers)
+        seconds = time.perf_counter() - started
+        log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)
+        return [_result(answer) for answer in answers]
+
+    def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
+        """Not supported: no task of our suites asks for it."""
+        raise NotImplementedError("multi-round tasks are not supported by llm2clip_vlm")
+
+    def _document(self, task: str, split: str, doc_id: int) -> Any:
+        return self.task_dict[task][split][doc_id]
+
+
+class Llm2ClipVlmChat(_Adapter):
+    """The class that lmms-eval takes by default: tasks hand over messages."""
+
+    is_simple = False
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer chat requests, in their order."""
+        arguments = [request.args for request in requests]
+        generator = self._generator()
+        prompts = (
+            generator.render(doc_to_messages(self._document(task, split, doc_id)))
+            for _, doc_to_messages, _, doc_id, task, split in arguments
+        )
+        return self._answer(prompts, [options for _, _, options, *_ in arguments])
+
+    def loglikelihood(self, requests: list[Instance]) -> list[Any]:
+        """Refused: lmms-eval hands log-likelihood tasks to simple models only."""
+        raise NotImplementedError("log-likelihood tasks need `--force_simple`")
+
+
+class Llm2ClipVlmSimple(_Adapter):
+    """The class behind `--force_simple`: tasks hand over a text and pictures."""
+
+    is_simple = True
+
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer simple requests, in their order."""
+        arguments = [request.args for request in requests]
+        prompts = (
+            self._prompt(context, doc_to_visual(self._document(task, split, doc_id)))
+            for context, _, doc_to_visual, doc_id, task, split in arguments
+        )
+        return self._answer(prompts, [options for _, options, *_ in arguments])
+
+    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Mean loss and greedy flag of each continuation, wrapped so that the pair survives."""
+        results = []
+        for request in tqdm(requests, disable=self.rank != 0, desc="scoring", unit="choice"):
+            context, target, doc_to_visual, doc_id, task, split = request.args
+            document = self._document(task, split, doc_id)
+            prompt = self._prompt(context, doc_to_visual(document))
+            self.prompt_example = self.prompt_example or prompt.text
+            text = target(document) if callable(target) else target
+            pair: Any = self._generator().continuation_loss(prompt, str(text))
+            results.append(GenerationResult(text=pair))
+        return results
+
+    def _prompt(self, context: str, visuals: list[Image.Image] | None) -> Prompt:
+        content: list[dict[str, Any]] = [{"type": "image", "url": v} for v in visuals or []]
+        content.append({"type": "text", "text": context})
+        return self._generator().render([{"role": "user", "content": content}])
+
+
+def _result(answer: Answer) -> GenerationResult:
+    return GenerationResult(answer.text, TokenCounts(output_tokens=answer.num_tokens))

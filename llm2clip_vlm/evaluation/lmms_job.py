@@ -1,0 +1,232 @@
+"""What is to be evaluated, under which hash, and where its result lies.
+
+Light on purpose: whether anything is left to do is known without importing torch or lmms-eval.
+A result belongs to one checkpoint content and one task specification; when either changes, the file
+is stale and is made again. lmms-eval's own response cache is never used: its key is the path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.config import LmmsTask, SuiteRecipe
+from llm2clip_vlm.data.images import resolve_image
+from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.fingerprint import fingerprint_dir, fingerprint_file
+
+RESULT_SCHEMA = 1
+"""Version of the result files."""
+
+VERSIONED = ("lmms_eval", "transformers", "torch", "tokenizers", "datasets", "pillow")
+"""Packages whose versions are recorded; the first two are part of the specification's hash."""
+
+_TASK_LINE = re.compile(rb"^task\s*:\s*[\"']?([\w.\-]+)[\"']?\s*(?:#.*)?$", re.MULTILINE)
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be made, or whose numbers would not mean what they say."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task on one checkpoint."""
+
+    checkpoint: str
+    """Its name in results and reports."""
+    path: str
+    """Its directory."""
+    sha256: str
+    """Fingerprint of its content."""
+    task_index: int
+    """Place of the task in the suite."""
+    task: str
+    """Name of the task."""
+    spec_hash: str
+    """Hash of everything but the checkpoint that decides the score."""
+
+    def result_path(self, output: Path) -> Path:
+        """Where the result goes; it is written last."""
+        return output / self.checkpoint / f"{self.task}.json"
+
+    def samples_path(self, output: Path) -> Path:
+        """Where the samples go."""
+        return output / self.checkpoint / f"{self.task}.samples.jsonl"
+
+    def result(self, output: Path) -> dict[str, Any] | None:
+        """The finished result, or None where there is none of this content."""
+        file = self.result_path(output)
+        if not file.is_file() or not self.samples_path(output).is_file():
+            return None
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        same = found.get("schema") == RESULT_SCHEMA and found.get("spec_hash") == self.spec_hash
+        return found if same and found["checkpoint"]["sha256"] == self.sha256 else None
+
+
+def task_yaml(name: str, tasks_dir: Path) -> Path:
+    """The YAML of a task: ours under `tasks_dir`, else lmms-eval's built-in one.
+
+    Raises:
+        EvaluationError: No such task, with the nearest names.
+    """
+    own = sorted(tasks_dir.rglob(f"{name}.yaml"))
+    if own:
+        return own[0]
+    names = {path.stem for path in tasks_dir.rglob("*.yaml")}
+    for path, found in _builtin_tasks():
+        if found == name:
+            return path
+        names.add(found)
+    near = difflib.get_close_matches(name, names, n=3)
+    raise EvaluationError(
+        f"task {name!r}: not below {tasks_dir} and not built into lmms-eval (a group? name its "
+        f"tasks instead){'; did you mean ' + ', '.join(near) + '?' if near else ''}"
+    )
+
+
+def _builtin_tasks() -> Iterator[tuple[Path, str]]:
+    """Every built-in task's file and name, by reading instead of importing (0.3 s, not 8)."""
+    spec = importlib.util.find_spec("lmms_eval")
+    if spec is None or not spec.submodule_search_locations:
+        raise EvaluationError("lmms_eval is not installed; pip install 'llm2clip_vlm[eval]'")
+    for path in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
+        match = _TASK_LINE.search(path.read_bytes())
+        if match:
+            yield path, match.group(1).decode()
+
+
+def plan(
+    suite: SuiteRecipe, checkpoints: Mapping[str, str | Path], tasks_dir: Path, limit: int | None
+) -> list[Job]:
+    """All jobs of a suite, checkpoint by checkpoint.
+
+    Args:
+        suite: Tasks and data.
+        checkpoints: Name -> directory.
+        tasks_dir: Our own tasks.
+        limit: First documents of each task only; overrides the tasks' own.
+
+    Returns:
+        A job for each checkpoint and task.
+
+    Raises:
+        EvaluationError: A checkpoint, task, data file or image that is not there, a name that is no
+            file name, or two tasks of one name.
+    """
+    names = [task.task for task in suite.tasks]
+    twice = {name for name in names if names.count(name) > 1}
+    if twice:
+        raise EvaluationError(f"tasks: {sorted(twice)} given twice; use two suites")
+    specs = [spec_hash(suite, task, tasks_dir, limit) for task in suite.tasks]
+    jobs = []
+    for name, path in checkpoints.items():
+        if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
+            raise EvaluationError(f"checkpoint name {name!r}: expected letters, digits, _ - .")
+        folder = Path(path)
+        if not (folder / "config.json").is_file():
+            raise EvaluationError(
+                f"checkpoint {name}: expected a model directory at {folder}, found no "
+                "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"
+            )
+        digest = fingerprint_dir(folder)
+        for index, task in enumerate(suite.tasks):
+            jobs.append(Job(name, str(folder), digest, index, task.task, specs[index]))
+    return jobs
+
+
+def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | None) -> str:
+    """Hash of what decides a score besides the checkpoint: task files, data, settings, code.
+
+    Raises:
+        EvaluationError: The task, its data file or one of its images is missing.
+    """
+    if task.convert and not (task.data_files and task.title):
+        raise EvaluationError(
+            f"task {task.task}: `convert` needs `data_files` and a `title` (the score is not that "
+            "of the benchmark)"
+        )
+    folder = task_yaml(task.task, tasks_dir).parent
+    parts = {
+        "task": task.model_dump(mode="json", exclude={"data_files", "title"}),
+        "limit": limit,
+        "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
+        "code": _files_hash(sorted(Path(__file__).parent.glob("*.py"))),
+        "data": data_hash(Path(task.data_files)) if task.data_files else None,
+        "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype],
+        "versions": {name: _version(name) for name in VERSIONED[:2]},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def data_hash(file: Path) -> str:
+    """Hash of a data file and, for JSON lines, of every image that it names.
+
+    Raises:
+        EvaluationError: The file or an image is missing.
+    """
+    if not file.is_file():
+        raise EvaluationError(
+            f"data file {file}: not there; set world.dir or data_dir, or write it"
+        )
+    digest = hashlib.sha256(fingerprint_file(file).encode())
+    if file.suffix in (".jsonl", ".json", ".gz"):
+        images = {str(row["image"]): None for row in iter_rows(file) if row.get("image")}
+        for name in images:
+            digest.update(fingerprint_file(resolve_image(file.parent, name)).encode())
+    return digest.hexdigest()
+
+
+def _files_hash(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of the packages that a score depends on."""
+    return {name: _version(name) for name in VERSIONED}
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that nobody ever sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def write_jobs(
+    path: Path,
+    suite: SuiteRecipe,
+    jobs: Sequence[Job],
+    *,
+    output: Path,
+    tasks_dir: Path,
+    limit: int | None,
+) -> None:
+    """Hand jobs to the subprocess."""
+    order = {
+        "suite": suite.model_dump(mode="json"),
+        "jobs": [asdict(job) for job in jobs],
+        "output": str(output),
+        "tasks_dir": str(tasks_dir),
+        "limit": limit,
+    }
+    write_atomically(path, json.dumps(order))

@@ -1,0 +1,120 @@
+"""lmms-eval's samples and metrics turned into our own result and sample records."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from llm2clip_vlm.evaluation.lmms_job import EvaluationError
+from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
+from llm2clip_vlm.evaluation.task_helpers import normalise
+
+CLOSED_SET = 64
+"""A task with at most this many different targets is a closed set: any other answer is
+unparsable."""
+
+MEANINGLESS = frozenset({"pope_yes_ratio"})
+"""Metrics that are not reported: this one is the share of yes among the *targets*."""
+
+_IMAGE_KEYS = ("image_id", "image_source", "image", "question_id", "id")
+
+
+def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of `simple_evaluate`'s `results[task]`, without filters' names and errors."""
+    found = {}
+    for key, value in results.items():
+        name, _, _ = key.partition(",")
+        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        if number and "_stderr" not in name and name not in MEANINGLESS:
+            found[name] = float(value)
+    return found
+
+
+def samples_of(logged: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """One record a document, in document order.
+
+    Args:
+        logged: `simple_evaluate`'s `samples[task]`.
+        metrics: Names of the task's metrics, in the order of its YAML.
+
+    Returns:
+        `{doc_id, id, image_id, question, type, answer, target, correct, unparsable}`; `correct` is
+        the document's value of the first metric that has one, 0..1; `unparsable` is None where
+        the task's answers are open.
+
+    Raises:
+        EvaluationError: A document has no value of any metric.
+    """
+    samples = []
+    for item in sorted(logged, key=lambda entry: entry["doc_id"]):
+        doc = item["doc"]
+        image = next((doc[key] for key in _IMAGE_KEYS if isinstance(doc.get(key), str | int)), None)
+        target = item["target"]
+        samples.append(
+            {
+                "doc_id": item["doc_id"],
+                "id": doc.get("id"),
+                "image_id": str(item["doc_id"] if image is None else image),
+                "question": _question(item),
+                "type": str(item.get("type") or doc.get("type") or doc.get("category") or ""),
+                "answer": item["filtered_resps"][0],
+                "target": target,
+                "correct": _score(item, metrics),
+                "unparsable": item.get("unparsable"),
+            }
+        )
+    targets = {normalise(str(sample["target"])) for sample in samples}
+    closed = len(targets) <= min(CLOSED_SET, len(samples) // 2)
+    for sample in samples:
+        if sample["unparsable"] is None and closed:
+            sample["unparsable"] = float(normalise(sample["answer"]) not in targets)
+    return samples
+
+
+def _question(item: Mapping[str, Any]) -> str:
+    asked = item["doc"].get("question")
+    if isinstance(asked, str):
+        return asked
+    return next((value for value in item["arguments"] if isinstance(value, str)), "")
+
+
+def _score(item: Mapping[str, Any], metrics: Sequence[str]) -> float:
+    for name in metrics:
+        value = item.get(name)
+        value = value.get("score") if isinstance(value, Mapping) else value
+        if isinstance(value, int | float):
+            return float(value)
+    raise EvaluationError(f"document {item['doc_id']}: no value of {', '.join(metrics)}")
+
+
+def summarise(samples: Sequence[Mapping[str, Any]], resamples: int = 1000) -> dict[str, Any]:
+    """Counts and per-type scores of a task's samples.
+
+    Args:
+        samples: From :func:`samples_of`.
+        resamples: Bootstrap draws by image for the interval.
+
+    Returns:
+        `{n, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; scores are the
+        mean of `correct` in per cent.
+    """
+    correct = np.array([sample["correct"] for sample in samples])
+    codes = cluster_codes([sample["image_id"] for sample in samples])
+    low, high = np.percentile(100 * bootstrap_means(correct, codes, resamples, 0), [2.5, 97.5])
+    known = [sample["unparsable"] for sample in samples if sample["unparsable"] is not None]
+    by_type: dict[str, list[float]] = {}
+    for sample in samples:
+        by_type.setdefault(sample["type"], []).append(sample["correct"])
+    return {
+        "n": len(samples),
+        "n_empty": sum(not sample["answer"].strip() for sample in samples),
+        "n_unparsable": int(sum(known)) if known else None,
+        "score": 100.0 * float(correct.mean()),
+        "score_ci": [float(low), float(high)],
+        "by_type": {
+            kind: {"score": 100.0 * float(np.mean(values)), "n": len(values)}
+            for kind, values in sorted(by_type.items())
+        },
+    }

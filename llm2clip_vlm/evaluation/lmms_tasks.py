@@ -1,0 +1,157 @@
+"""Building lmms-eval `Task` objects from YAML, on our own data where a suite says so.
+
+Neither lmms-eval's task manager (8 s to index 1,700 files, and a built-in name silently wins over
+ours) nor inline dictionaries (broken in 0.7) are used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.config import LmmsTask
+from llm2clip_vlm.evaluation.lmms_job import EvaluationError
+from llm2clip_vlm.evaluation.lmms_manifest import MODEL_ID
+
+LOADERS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".jsonl.gz": "json",
+    ".json.gz": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+}
+"""Loader of `datasets` for each kind of local file."""
+
+JUDGE_MARKS = ("OPENAI_API", "AZURE_", "llm_judge", "get_chat_response")
+"""Text in a scorer's folder that means: another model is asked. Without its key lmms-eval prints
+nonsense (0.0 or even 100.0), so such tasks are refused."""
+
+STATIC_DESPITE_MARKS = frozenset({"mmbench_en_dev_static"})
+"""Tasks whose scorer shares a file with a judge and never calls it."""
+
+
+def load_config(yaml: Path) -> dict[str, Any]:
+    """A task's YAML with includes merged and functions imported.
+
+    A hub token is dropped: it makes public data sets fail without a login.
+    """
+    from lmms_eval.utils import load_yaml_config
+
+    config: dict[str, Any] = load_yaml_config(str(yaml), mode="full")
+    kwargs = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
+    config["dataset_kwargs"] = kwargs or None
+    return config
+
+
+def refuse_judge(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task whose score comes from another model.
+
+    Raises:
+        EvaluationError: A file in its scorer's folder mentions a judge.
+    """
+    if name in STATIC_DESPITE_MARKS:
+        return
+    functions = [config.get("process_results")]
+    functions += [metric.get("aggregation") for metric in config.get("metric_list") or []]
+    # The whole folder: a scorer may reach its judge through a module beside it.
+    folders = {Path(inspect.getfile(given)).parent for given in functions if callable(given)}
+    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
+        marks = [mark for mark in JUDGE_MARKS if mark in file.read_text(encoding="utf-8")]
+        if marks:
+            raise EvaluationError(
+                f"task {name}: its scorer asks a judge model ({marks[0]} in {file.name}); judge "
+                "tasks are not run here"
+            )
+
+
+def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None:
+    """Make a task read a local file instead of its own data set.
+
+    Args:
+        config: Changed in place; the split keeps its name.
+        data: Parquet, JSON lines, JSON or CSV. Its folder becomes the task's `image_root`.
+        cache_dir: Where `datasets` keeps its copy; none = its usual place.
+
+    Raises:
+        EvaluationError: A file of another kind, or a task without a split.
+    """
+    suffix = "".join(data.suffixes[-2:]) if data.suffix == ".gz" else data.suffix
+    if suffix not in LOADERS:
+        raise EvaluationError(f"data file {data}: expected one of {', '.join(LOADERS)}")
+    split = config.get("test_split") or config.get("validation_split")
+    if split is None:
+        raise EvaluationError(f"task {config.get('task')}: has neither test nor validation split")
+    config["dataset_path"], config["dataset_name"] = LOADERS[suffix], None
+    config["dataset_kwargs"] = {"data_files": {str(split).strip(): str(data.resolve())}}
+    config["test_split"] = str(split).strip()
+    if cache_dir is not None:
+        config["dataset_kwargs"]["cache_dir"] = str(cache_dir)
+    kwargs = config.get("lmms_eval_specific_kwargs") or {}
+    if "image_root" in kwargs.get("default", {}):
+        kwargs["default"]["image_root"] = str(data.resolve().parent)
+
+
+def merge(config: dict[str, Any], overrides: Mapping[str, Any], where: str = "") -> None:
+    """Lay a suite's overrides over a task's configuration, in place.
+
+    Raises:
+        EvaluationError: A key that lmms-eval's `TaskConfig` does not have.
+    """
+    from lmms_eval.api.task import TaskConfig
+
+    if not where:
+        known = {field.name for field in dataclasses.fields(TaskConfig)}
+        if unknown := sorted(set(overrides) - known):
+            raise EvaluationError(f"overrides: {unknown} are no keys of an lmms-eval task")
+    for key, value in overrides.items():
+        if value is None:
+            config.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            merge(config[key], value, f"{where}{key}.")
+        else:
+            config[key] = value
+
+
+def build_task(spec: LmmsTask, yaml: Path, data: Path | None, cache_dir: Path | None = None) -> Any:
+    """The lmms-eval task object of a suite's entry, for the chat adapter.
+
+    Args:
+        spec: The suite's entry.
+        yaml: The task's file, from :func:`~.lmms_job.task_yaml`.
+        data: Local file to read instead (already converted), or None for the task's own data.
+        cache_dir: As for :func:`redirect`.
+
+    Returns:
+        A `ConfigurableMessagesTask`.
+
+    Raises:
+        EvaluationError: A judge task, another output than text, or a bad override.
+        Exception: Whatever kept the data set from loading (lmms-eval retries, then hides it).
+    """
+    from lmms_eval.api.task import ConfigurableMessagesTask
+    from tenacity import RetryError
+
+    config = load_config(yaml)
+    refuse_judge(spec.task, config)
+    merge(config, spec.overrides)
+    if data is not None:
+        redirect(config, data, cache_dir)
+    if config.get("output_type", "generate_until") != "generate_until":
+        raise EvaluationError(
+            f"task {spec.task}: output_type {config['output_type']}; only generate_until is scored "
+            "(lmms-eval 0.7 breaks multiple_choice; use the task's generating variant)"
+        )
+    try:
+        return ConfigurableMessagesTask(config=config, model_name=MODEL_ID)
+    except RetryError as error:
+        raise root_cause(error) from error
+
+
+def root_cause(error: Any) -> BaseException:
+    """What tenacity's `RetryError` hides."""
+    cause = error.last_attempt.exception()
+    return cause if cause is not None else error

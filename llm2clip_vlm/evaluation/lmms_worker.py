@@ -1,0 +1,224 @@
+"""The subprocess that talks to lmms-eval: `python -P -m llm2clip_vlm.evaluation.lmms_worker JOBS`.
+
+One process for all checkpoints and tasks, since importing lmms-eval costs 9 s; a process of its
+own, since the import changes torch.distributed's timeout, the seeds, the warnings and PIL. It stops
+at the first failure; the runner notes it and starts another process for the rest.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.config import SuiteRecipe
+from llm2clip_vlm.evaluation.lmms_job import (
+    RESULT_SCHEMA,
+    EvaluationError,
+    Job,
+    data_hash,
+    task_yaml,
+    versions,
+    write_atomically,
+)
+from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
+from llm2clip_vlm.evaluation.lmms_tasks import build_task, root_cause
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the jobs of a file that :func:`~.lmms_job.write_jobs` wrote.
+
+    Returns:
+        0; a failure leaves as its own exception.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("jobs", type=Path)
+    order = json.loads(parser.parse_args(argv).jobs.read_text(encoding="utf-8"))
+    quiet()
+    from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
+
+    suite = SuiteRecipe.model_validate(order["suite"])
+    tasks: dict[int, Any] = {}
+    adapter, loaded = None, None
+    with tempfile.TemporaryDirectory(prefix="l2c-lmms-") as scratch:
+        for job in (Job(**entry) for entry in order["jobs"]):
+            if job.task_index not in tasks:
+                tasks[job.task_index] = prepare(suite, job, Path(order["tasks_dir"]), Path(scratch))
+            if loaded != job.checkpoint:
+                model, processor = load_checkpoint(job.path, dtype=suite.dtype, device=suite.device)
+                loaded, adapter = (
+                    job.checkpoint,
+                    Llm2ClipVlmChat(
+                        model=model,
+                        processor=processor,
+                        batch_size=suite.batch_size,
+                        max_new_tokens=suite.max_new_tokens,
+                    ),
+                )
+            limit = order["limit"] or suite.tasks[job.task_index].limit
+            score(
+                job,
+                suite,
+                tasks[job.task_index],
+                adapter,
+                output=Path(order["output"]),
+                limit=limit,
+            )
+    return 0
+
+
+def quiet() -> None:
+    """Undo what importing lmms-eval does, and leave only its warnings.
+
+    It lets PIL pass truncated pictures; here such a picture is an error.
+    """
+    import datasets
+    import lmms_eval.evaluator  # noqa: F401  (resets loguru's sinks, so it must come first)
+    from loguru import logger
+    from PIL import ImageFile
+
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    logger.remove()
+    logger.add(sys.stderr, level="WARNING", format="lmms-eval: {message}")
+    datasets.disable_progress_bars()
+
+
+def prepare(suite: SuiteRecipe, job: Job, tasks_dir: Path, scratch: Path) -> Any:
+    """Build a task, its data converted first where the suite asks for it."""
+    spec = suite.tasks[job.task_index]
+    data = Path(spec.data_files) if spec.data_files else None
+    if data is not None and spec.convert:
+        from llm2clip_vlm.evaluation.lmms_rows import write_parquet
+
+        source, data = data, scratch / f"{job.task}.parquet"
+        write_parquet(source, spec.convert, data)
+    return build_task(spec, task_yaml(job.task, tasks_dir), data, scratch / "datasets")
+
+
+def score(
+    job: Job, suite: SuiteRecipe, task: Any, adapter: Any, *, output: Path, limit: int | None
+) -> dict[str, Any]:
+    """Evaluate one task on one checkpoint and write its samples, then its result.
+
+    Args:
+        job: What this is.
+        suite: Settings to record.
+        task: From :func:`prepare`.
+        adapter: A live chat adapter.
+        output: Folder of all results.
+        limit: First documents only.
+
+    Returns:
+        The result as written.
+
+    Raises:
+        EvaluationError: Documents are missing from the samples, or too many answers are empty.
+    """
+    from lmms_eval.evaluator import simple_evaluate
+    from tenacity import RetryError
+
+    spec, folder = suite.tasks[job.task_index], output / job.checkpoint
+    job.result_path(output).unlink(missing_ok=True)
+    print(f"{job.checkpoint}: {spec.title or job.task}", file=sys.stderr, flush=True)
+    started = time.perf_counter()
+    try:
+        # No seeds: the caller's random state is nobody's business. No bootstrap: ours is clustered.
+        found = simple_evaluate(
+            model=adapter,
+            tasks=[task],
+            task_manager=_NO_MANAGER,
+            limit=limit,
+            bootstrap_iters=0,
+            batch_size=suite.batch_size,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+            process_docs_parallel=1,
+            cli_args=argparse.Namespace(
+                output_path=str(folder),
+                process_with_media=False,
+                reasoning_tags=None,
+                agentic_trace_mode="basic",
+            ),
+        )
+    except RetryError as error:
+        raise root_cause(error) from error
+    seconds = time.perf_counter() - started
+    names = [metric["metric"] for metric in task.config.metric_list]
+    samples = samples_of(found["samples"][job.task], names)
+    documents = len(task.eval_docs)
+    counts = summarise(samples)
+    counts["n_errors"] = min(limit or documents, documents) - counts["n"]
+    _refuse(job, counts, suite.max_empty)
+    split = task.config.test_split or task.config.validation_split
+    result = {
+        "schema": RESULT_SCHEMA,
+        "task": job.task,
+        "title": spec.title or job.task,
+        "limit": limit,
+        "documents": documents,
+        "metrics": metrics_of(found["results"][job.task]),
+        "primary_metric": names[0],
+        **counts,
+        "checkpoint": {"name": job.checkpoint, "path": job.path, "sha256": job.sha256},
+        "spec_hash": job.spec_hash,
+        "data": {
+            "path": spec.data_files,
+            "sha256": data_hash(Path(spec.data_files)) if spec.data_files else None,
+            "fingerprint": getattr(task.dataset[split], "_fingerprint", None),
+        },
+        "settings": _settings(adapter),
+        "generation_kwargs": _plain(task.config.generation_kwargs),
+        "prompt_example": adapter.prompt_example,
+        "versions": versions(),
+        "seconds": seconds,
+    }
+    lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+    write_atomically(job.samples_path(output), lines)
+    write_atomically(job.result_path(output), json.dumps(result, indent=2, ensure_ascii=False))
+    return result
+
+
+_NO_MANAGER: Any = object()
+"""Given in place of lmms-eval's task manager, which would index 1,700 files; task objects need
+none."""
+
+
+def _refuse(job: Job, counts: Mapping[str, Any], max_empty: float) -> None:
+    if counts["n_errors"]:
+        raise EvaluationError(
+            f"{job.checkpoint} / {job.task}: {counts['n_errors']} documents have no answer"
+        )
+    if counts["n_empty"] > max_empty * counts["n"]:
+        raise EvaluationError(
+            f"{job.checkpoint} / {job.task}: {counts['n_empty']} of {counts['n']} answers are "
+            f"empty, more than max_empty={max_empty}; look at the chat template and end token "
+            f"of {job.path} before believing a score"
+        )
+
+
+def _settings(adapter: Any) -> dict[str, Any]:
+    generator = adapter.generator
+    processor = generator.processor
+    return {
+        "batch_size": generator.batch_size,
+        "max_new_tokens": generator.max_new_tokens,
+        "dtype": str(generator.model.dtype).removeprefix("torch."),
+        "device": str(generator.model.device),
+        "model": type(generator.model).__name__,
+        "processor": type(processor).__name__,
+        "image_processor": type(processor.image_processor).__name__,
+    }
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value, default=str))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

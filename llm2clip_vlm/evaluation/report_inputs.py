@@ -1,0 +1,150 @@
+"""What a report stands on, read from where the stages and the lmms-eval runner left it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.handoff import read_manifest
+
+
+class ReportError(ValueError):
+    """A result that a report was told to show is not there, or does not fit the others."""
+
+
+def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Args:
+        path: The file.
+        made_by: What writes it, for the message.
+
+    Raises:
+        ReportError: The file is absent, or holds something else.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ReportError(f"{file}: no such file; it is written by {made_by}")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ReportError(f"{file}: not JSON ({error}); run {made_by} again") from None
+    if not isinstance(found, dict):
+        raise ReportError(f"{file}: expected a JSON object, got {type(found).__name__}")
+    return found
+
+
+def read_optional(path: str | None) -> dict[str, Any] | None:
+    """A JSON object, or None where no path is given or the file is not there yet."""
+    return read_json(path, path) if path is not None and Path(path).is_file() else None
+
+
+def read_cra(stage1: str | Path) -> dict[str, Any]:
+    """Caption retrieval accuracy of stage 1.
+
+    Returns:
+        `{before, before_ci, after, after_ci, queries}`, in per cent.
+
+    Raises:
+        ReportError: The stage is not finished, or had no `evaluation`.
+    """
+    file = Path(stage1) / "results.json"
+    cra = read_json(file, "stages/stage1_text_encoder.py").get("cra")
+    if not isinstance(cra, dict) or not {"before", "after"} <= set(cra):
+        raise ReportError(f"{file}: cra: expected before and after, got {cra!r}; set `evaluation`")
+    return cra
+
+
+def read_retrieval(towers: Mapping[str, str]) -> dict[str, dict[str, dict[str, dict[str, Any]]]]:
+    """Retrieval of each tower.
+
+    Args:
+        towers: Name to the output directory of stage 2b or `clip_baseline`.
+
+    Returns:
+        `{tower: {kind: {"i2t" | "t2i": {"r1", "ci", ...}}}}`, in per cent.
+
+    Raises:
+        ReportError: A tower has no results, or other kinds of caption than the first.
+    """
+    found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
+    for tower, folder in towers.items():
+        file = Path(folder) / "results.json"
+        retrieval = read_json(file, "stages/stage2b_vision_encoder.py or clip_baseline.py").get(
+            "retrieval"
+        )
+        if not retrieval:
+            raise ReportError(f"{file}: retrieval: none; set `evaluation` in the tower's recipe")
+        found[tower] = retrieval
+    first = next(iter(found.values()))
+    for tower, kinds in found.items():
+        if set(kinds) != set(first):
+            raise ReportError(
+                f"{towers[tower]}: kinds of caption: expected {sorted(first)} as for "
+                f"{next(iter(found))}, got {sorted(kinds)}"
+            )
+    return found
+
+
+def read_scores(
+    folder: str | Path, checkpoints: Sequence[str], tasks: Iterable[str] | None = None
+) -> dict[str, dict[str, dict[str, Any]]]:
+    """Results of `eval/run_lmms.py`.
+
+    Args:
+        folder: Its `--output`.
+        checkpoints: Names in it.
+        tasks: Which ones; none = all that any of the checkpoints has.
+
+    Returns:
+        `{task: {checkpoint: result}}`.
+
+    Raises:
+        ReportError: A result is missing, or was made from other data or with other settings than
+            those of the other checkpoints.
+    """
+    root = Path(folder)
+    if tasks is None:
+        found = {f.stem for name in checkpoints for f in (root / name).glob("*.json")}
+        if not found:
+            raise ReportError(f"{root}: no result of {list(checkpoints)}; run eval/run_lmms.py")
+        tasks = sorted(found)
+    scores = {
+        task: {
+            name: read_json(root / name / f"{task}.json", "eval/run_lmms.py")
+            for name in checkpoints
+        }
+        for task in tasks
+    }
+    for task, results in scores.items():
+        for field in ("spec_hash", "limit"):
+            values = {name: result.get(field) for name, result in results.items()}
+            if len(set(values.values())) > 1:
+                raise ReportError(
+                    f"{root}: {task}: {field} differs between checkpoints ({values}): they were "
+                    "not asked the same; run eval/run_lmms.py for all of them with one suite"
+                )
+    return scores
+
+
+def read_seconds(pipeline: str | None, stages: Mapping[str, str | None]) -> dict[str, float]:
+    """What each step cost.
+
+    Args:
+        pipeline: The pipeline's `seconds.json`.
+        stages: Name to output directory, asked for their manifests where the pipeline left nothing.
+
+    Returns:
+        Step to seconds of wall time, in the order in which they are known.
+    """
+    timed = read_optional(pipeline)
+    if timed:
+        return {name: float(value) for name, value in timed.items()}
+    manifests = {name: read_manifest(folder) for name, folder in stages.items() if folder}
+    return {
+        name: float(manifest["seconds"])
+        for name, manifest in manifests.items()
+        if manifest is not None
+    }

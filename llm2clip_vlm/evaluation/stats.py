@@ -1,0 +1,245 @@
+"""Comparing two models honestly: within a seed by samples, across seeds by differences.
+
+Within one seed, :func:`paired_bootstrap` and :func:`mcnemar_exact` say whether two checkpoints
+differ on these questions. They say nothing about training again: for that the seed is the unit, and
+:func:`seed_summary` (exact sign-flip test, t interval) is the one that may carry a claim.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
+
+EXACT_FLIPS = 20
+"""Up to this many differences all sign patterns are counted."""
+
+
+@dataclass(frozen=True)
+class PairedSamples:
+    """The same documents answered by two checkpoints."""
+
+    correct_a: np.ndarray
+    """float[n] in 0..1."""
+    correct_b: np.ndarray
+    """float[n] in 0..1."""
+    image_ids: list[str]
+    """The image of each document."""
+    types: list[str]
+    """The question type of each document."""
+
+
+def paired_bootstrap(
+    correct_a: Sequence[float] | np.ndarray,
+    correct_b: Sequence[float] | np.ndarray,
+    image_ids: Sequence[Hashable],
+    n: int = 10_000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Difference of two accuracies on the same documents, with a 95 % interval.
+
+    Args:
+        correct_a: float[docs], 0..1.
+        correct_b: float[docs], the same documents in the same order.
+        image_ids: Image of each document; whole images are resampled, because questions about one
+            image are not independent.
+        n: Resamples.
+        seed: Seed of the resampling.
+
+    Returns:
+        `{"delta": a - b, "ci": [low, high], "n": documents, "images": clusters}`; delta and ci in
+        percentage points.
+
+    Raises:
+        ValueError: Lengths differ or are zero.
+    """
+    first, second = _same_length(correct_a, correct_b)
+    if len(image_ids) != len(first):
+        raise ValueError(f"image_ids: expected {len(first)} entries, got {len(image_ids)}")
+    codes = cluster_codes(list(image_ids))
+    means = 100.0 * bootstrap_means(first - second, codes, n, seed)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return {
+        "delta": 100.0 * float((first - second).mean()),
+        "ci": [float(low), float(high)],
+        "n": len(first),
+        "images": int(codes.max()) + 1,
+    }
+
+
+def mcnemar_exact(
+    correct_a: Sequence[float] | np.ndarray, correct_b: Sequence[float] | np.ndarray
+) -> float:
+    """Exact two-sided McNemar test: are the documents that only one got right evenly split?
+
+    It treats documents as independent; with several questions an image it is too optimistic, and
+    :func:`paired_bootstrap` is the one to believe.
+
+    Args:
+        correct_a: 0 or 1 for each document.
+        correct_b: The same documents in the same order.
+
+    Returns:
+        p value; 1.0 when no document differs.
+
+    Raises:
+        ValueError: Lengths differ, or a value is neither 0 nor 1.
+    """
+    first, second = _same_length(correct_a, correct_b)
+    if not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
+        raise ValueError("mcnemar_exact: expected values 0 or 1; graded scores need the bootstrap")
+    only_a = int(((first == 1) & (second == 0)).sum())
+    only_b = int(((first == 0) & (second == 1)).sum())
+    total, fewer = only_a + only_b, min(only_a, only_b)
+    term = tail = 1
+    for successes in range(1, fewer + 1):
+        term = term * (total - successes + 1) // successes
+        tail += term
+    # Python's integers: the ratio is exact however many documents there are.
+    return min(1.0, 2 * tail / 2**total) if total else 1.0
+
+
+def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float:
+    """Two-sided sign-flip (permutation) test of mean zero, with the seed as the unit.
+
+    Args:
+        deltas: One difference a training seed.
+        seed: Used only beyond `EXACT_FLIPS` differences, where 100,000 patterns are drawn.
+
+    Returns:
+        Share of sign patterns whose absolute sum is at least the observed one. With n differences
+        it cannot be below `2 / 2**n` (n = 8: 0.0078).
+
+    Raises:
+        ValueError: No differences, or one that is not finite.
+    """
+    values = _finite(deltas, at_least=1)
+    observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()
+    if len(values) <= EXACT_FLIPS:
+        sums = np.zeros(1)
+        for value in values:
+            sums = np.concatenate([sums + value, sums - value])
+        return float((np.abs(sums) >= observed).mean())
+    draws = 100_000
+    signs = np.random.default_rng(seed).integers(0, 2, (draws, len(values))) * 2 - 1
+    return float(((np.abs(signs @ values) >= observed).sum() + 1) / (draws + 1))
+
+
+def mean_interval(
+    deltas: Sequence[float] | np.ndarray, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Student-t interval of the mean across training seeds.
+
+    Args:
+        deltas: At least two differences.
+        confidence: Coverage, between 0 and 1.
+
+    Returns:
+        `(low, high)` in the unit of `deltas`.
+
+    Raises:
+        ValueError: Fewer than two differences, or `confidence` outside (0, 1).
+    """
+    values = _finite(deltas, at_least=2)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence: expected a value between 0 and 1, got {confidence}")
+    from scipy import stats
+
+    half = stats.t.ppf(0.5 + confidence / 2, len(values) - 1)
+    half *= values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def seed_summary(deltas: Sequence[float]) -> dict[str, Any]:
+    """What an A/B across seeds reports.
+
+    Args:
+        deltas: Differences of the two towers, one a seed, in percentage points.
+
+    Returns:
+        `{"delta", "ci", "p", "deltas_by_seed"}` for `docs/results/ab.json`.
+    """
+    return {
+        "delta": float(np.mean(deltas)),
+        "ci": list(mean_interval(deltas)),
+        "p": sign_flip_test(deltas),
+        "deltas_by_seed": [float(delta) for delta in deltas],
+    }
+
+
+def load_samples(path: str | Path) -> list[dict[str, Any]]:
+    """Read a `<task>.samples.jsonl` of the lmms-eval runner.
+
+    Raises:
+        ValueError: The file is missing or holds no sample.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"{file}: no such samples file; run eval/run_lmms.py first")
+    # Split at \n alone: an answer may hold U+2028, which str.splitlines would cut.
+    lines = file.read_text(encoding="utf-8").split("\n")
+    samples = [json.loads(line) for line in lines if line]
+    if not samples:
+        raise ValueError(f"{file}: expected one sample a line, got an empty file")
+    return samples
+
+
+def pair_samples(samples_a: list[dict[str, Any]], samples_b: list[dict[str, Any]]) -> PairedSamples:
+    """Align the samples of two checkpoints by document.
+
+    Args:
+        samples_a: From :func:`load_samples`.
+        samples_b: The same task on the same data.
+
+    Returns:
+        Scores in the order of `samples_a`.
+
+    Raises:
+        ValueError: The documents differ in number, question or target: not the same data.
+    """
+    others = {sample["doc_id"]: sample for sample in samples_b}
+    if len(others) != len(samples_a):
+        raise ValueError(
+            f"samples: expected the same documents, got {len(samples_a)} and {len(others)}; "
+            "evaluate both checkpoints with one suite and one --limit"
+        )
+    for sample in samples_a:
+        other = others.get(sample["doc_id"])
+        if other is None or any(sample[k] != other[k] for k in ("question", "target", "image_id")):
+            raise ValueError(
+                f"samples: document {sample['doc_id']} differs between the two runs "
+                f"({sample['question']!r}): they were made on different data"
+            )
+    return PairedSamples(
+        correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
+        correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
+        image_ids=[str(sample["image_id"]) for sample in samples_a],
+        types=[str(sample["type"]) for sample in samples_a],
+    )
+
+
+def _same_length(
+    correct_a: Sequence[float] | np.ndarray, correct_b: Sequence[float] | np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    first = np.asarray(correct_a, dtype=np.float64)
+    second = np.asarray(correct_b, dtype=np.float64)
+    if first.shape != second.shape or first.ndim != 1 or not len(first):
+        raise ValueError(
+            "paired scores: expected two lists of one length above 0, got shapes "
+            f"{first.shape} and {second.shape}"
+        )
+    return first, second
+
+
+def _finite(deltas: Sequence[float] | np.ndarray, at_least: int) -> np.ndarray:
+    values = np.asarray(deltas, dtype=np.float64)
+    if values.ndim != 1 or len(values) < at_least or not np.isfinite(values).all():
+        raise ValueError(f"deltas: expected at least {at_least} finite differences, got {deltas!r}")
+    return values

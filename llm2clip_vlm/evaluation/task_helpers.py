@@ -1,0 +1,36 @@
+"""What the tasks under `eval/tasks/` share: prompt, picture, exact match.
+
+lmms-eval calls these with a document and the task's `lmms_eval_specific_kwargs`. The runner puts
+the data file's folder there as `image_root`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llm2clip_vlm.data.images import open_image
+
+
+def doc_to_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.Image]:
+    """The document's picture; its path may not leave `image_root`."""
+    return [open_image(Path(kwargs["image_root"]), doc["image"])]
+
+
+def doc_to_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """The document's question between the task's `pre_prompt` and `post_prompt`."""
+    question = doc["question"].strip()
+    return f"{kwargs.get('pre_prompt', '')}{question}{kwargs.get('post_prompt', '')}"
+
+
+def normalise(answer: str) -> str:
+    """Lower case, outer white space removed, inner runs of it one space."""
+    return " ".join(answer.lower().split())
+
+
+def exact_match(doc: Mapping[str, Any], results: list[str]) -> float:
+    """1.0 where the answer equals the document's `answer` after :func:`normalise`."""
+    return float(normalise(results[0]) == normalise(doc["answer"]))

@@ -1,0 +1,355 @@
+"""What one stage leaves for the next: a manifest that says how the output was made.
+
+`manifest.json` is written last, so its presence means that the stage finished. It holds the
+resolved recipe and its hash, the state of every parent, hashes of the models written beside it,
+versions, seeds and time. The next stage verifies it and refuses a mismatch by naming the field; a
+checkpoint that has no manifest (somebody else's) is taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.fingerprint import (
+    HandoffError,
+    fingerprint_dir,
+    fingerprint_file,
+    model_files,
+)
+from llm2clip_vlm.recipe import RecipeError, load_recipe, save_resolved, to_plain
+
+__all__ = [
+    "RESOLVED_NAME",
+    "HandoffError",
+    "claim_output_dir",
+    "fingerprint_dir",
+    "fingerprint_file",
+    "is_complete",
+    "parent_state",
+    "read_manifest",
+    "recipe_hash",
+    "refuse_bidirectional",
+    "verify_parent",
+    "write_manifest",
+]
+
+logger = logging.getLogger(__name__)
+
+RESOLVED_NAME = "recipe.resolved.yaml"
+"""File with the recipe that an output directory was made with."""
+
+_SCHEMA = 1
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "peft",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pillow",
+    "lmms_eval",
+    "llm2clip-vlm",
+)
+# Keys that change where a run writes or what it says, never what it computes.
+_NEUTRAL_KEYS = frozenset({"base", "output_dir", "notes", "deviations"})
+_NEUTRAL_TRAINER_KEYS = frozenset(
+    {
+        "disable_tqdm",
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+        "logging_steps",
+        "logging_strategy",
+        "report_to",
+        "run_name",
+        "save_on_each_node",
+        "save_steps",
+        "save_strategy",
+        "save_total_limit",
+    }
+)
+
+
+def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
+    """sha256 of what a recipe computes: sorted JSON without paths of output, notes and logging.
+
+    Args:
+        recipe: A recipe, or its plain form as a manifest keeps it.
+    """
+    text = json.dumps(_meaning(recipe), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    plain = to_plain(recipe) if isinstance(recipe, BaseModel) else dict(recipe)
+    kept = {key: value for key, value in plain.items() if key not in _NEUTRAL_KEYS}
+    trainer = kept.get("trainer")
+    if isinstance(trainer, Mapping):
+        kept["trainer"] = {
+            key: value for key, value in trainer.items() if key not in _NEUTRAL_TRAINER_KEYS
+        }
+    return kept
+
+
+def write_manifest(
+    output_dir: str | Path,
+    *,
+    stage: str,
+    recipe: BaseModel,
+    parents: Mapping[str, str | Path],
+    fingerprints: Mapping[str, str],
+    seconds: float,
+    extra: Mapping[str, Any] | None = None,
+) -> Path:
+    """Mark a stage as finished. Call it last, in one process.
+
+    Args:
+        output_dir: The stage's output directory; the models lie in its sub-directories.
+        stage: The stage's name.
+        recipe: The recipe that it ran with.
+        parents: Name to path (a stage's output, a model directory, a file) or hub id of what it
+            read.
+        fingerprints: What the next stage must be able to compare, such as `text_encoder`.
+        seconds: Wall time of the stage.
+        extra: Anything else worth keeping; must be JSON.
+
+    Returns:
+        The manifest's path.
+    """
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = to_plain(recipe)
+    world = plain.get("world")
+    seeds = {"seed": plain.get("seed")}
+    if isinstance(world, Mapping):
+        seeds["world.seed"] = world.get("seed")
+    manifest = {
+        "schema": _SCHEMA,
+        "stage": stage,
+        "recipe": plain,
+        "recipe_hash": recipe_hash(plain),
+        "parents": {name: parent_state(path) for name, path in parents.items()},
+        "fingerprints": dict(fingerprints),
+        "outputs": {
+            part.name: fingerprint_dir(part)
+            for part in sorted(folder.iterdir())
+            if part.is_dir() and part.name != "checkpoints" and any(model_files(part))
+        },
+        "versions": _versions(),
+        "seeds": seeds,
+        "seconds": round(seconds, 3),
+        "extra": dict(extra or {}),
+    }
+    target = folder / MANIFEST_NAME
+    partial = target.with_name(f".{MANIFEST_NAME}.{os.getpid()}")
+    with partial.open("w", encoding="utf-8") as handle:
+        json.dump(manifest, handle, indent=2, ensure_ascii=False)
+        handle.write("\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    partial.replace(target)
+    return target
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": ".".join(str(part) for part in sys.version_info[:3])}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            logger.debug("%s is not installed", package)
+    return found
+
+
+def parent_state(path: str | Path) -> dict[str, str]:
+    """What a manifest keeps of a parent: its manifest's hash, else its fingerprint.
+
+    Args:
+        path: A directory, a file, or a hub id (kept by name only: there is nothing to hash).
+    """
+    target = Path(path)
+    state = {"path": str(path)}
+    manifest = _find_manifest(target)
+    if manifest is not None:
+        state["manifest_hash"] = fingerprint_file(manifest)
+    elif target.is_dir():
+        state["fingerprint"] = fingerprint_dir(target)
+    elif target.is_file():
+        state["fingerprint"] = fingerprint_file(target)
+    return state
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any] | None:
+    """The manifest in a stage's output directory; none where there is no such file.
+
+    Raises:
+        HandoffError: The file is not a manifest that this version reads.
+    """
+    path = Path(directory) / MANIFEST_NAME
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HandoffError(f"{path} is not JSON ({error}); run that stage again") from None
+    schema = manifest.get("schema") if isinstance(manifest, dict) else None
+    if schema != _SCHEMA:
+        raise HandoffError(
+            f"{path}: schema: expected {_SCHEMA}, got {schema!r}; run that stage again with this "
+            "version"
+        )
+    return manifest
+
+
+def _find_manifest(path: Path) -> Path | None:
+    """The manifest of a stage's output, or of the stage that wrote the model directory `path`."""
+    for folder in (path, path.parent):
+        if path.is_dir() and (folder / MANIFEST_NAME).is_file():
+            return folder / MANIFEST_NAME
+    return None
+
+
+def verify_parent(
+    directory: str | Path,
+    *,
+    expect_stage: str | Sequence[str] | None = None,
+    fingerprints: Mapping[str, str] | None = None,
+) -> dict[str, Any] | None:
+    """Check that a directory is what the next stage takes it for.
+
+    Args:
+        directory: A stage's output directory, or a model directory directly below it.
+        expect_stage: The stage or stages that may have written it.
+        fingerprints: Fields that its manifest must hold with exactly these values.
+
+    Returns:
+        The manifest; none for a checkpoint that no stage of this project wrote.
+
+    Raises:
+        HandoffError: Another stage wrote it, a fingerprint differs, or the model's files are not
+            those that the stage left.
+    """
+    folder = Path(directory)
+    path = _find_manifest(folder)
+    if path is None:
+        return None
+    manifest = read_manifest(path.parent)
+    if manifest is None:
+        return None
+    wanted = [expect_stage] if isinstance(expect_stage, str) else list(expect_stage or ())
+    if wanted and manifest["stage"] not in wanted:
+        raise HandoffError(
+            f"{folder}: stage: expected {' or '.join(wanted)}, got {manifest['stage']} (from "
+            f"{path}); name the output of the right stage"
+        )
+    for name, value in (fingerprints or {}).items():
+        found = manifest["fingerprints"].get(name)
+        if found != value:
+            raise HandoffError(
+                f"{folder}: fingerprints.{name}: expected {value}, got {found} (from {path}); the "
+                "two were not made from the same parent: run the later stage again"
+            )
+    recorded = manifest["outputs"].get(folder.name) if path.parent != folder else None
+    if recorded is not None and (actual := fingerprint_dir(folder)) != recorded:
+        raise HandoffError(
+            f"{folder}: outputs.{folder.name}: expected {recorded}, got {actual}: files were "
+            f"changed after {manifest['stage']} wrote them; run that stage again"
+        )
+    return manifest
+
+
+def refuse_bidirectional(config: Any, where: str | Path) -> None:
+    """Refuse a text encoder where a decoder is needed.
+
+    Args:
+        config: The language model's config.
+        where: Its path, for the message.
+
+    Raises:
+        HandoffError: `config.is_causal` is false: the model attends to the future and would read
+            the answer that it is trained to give.
+    """
+    if getattr(config, "is_causal", None) is False:
+        raise HandoffError(
+            f"{where}: is_causal: expected a causal decoder, got false: this is a bidirectional "
+            "text encoder (stage 1); give the language model that stage 1 started from"
+        )
+
+
+def is_complete(directory: str | Path, recipe: BaseModel) -> bool:
+    """Whether a stage finished here with this recipe and these parents.
+
+    Args:
+        directory: The stage's output directory.
+        recipe: The recipe that it would run with now.
+
+    Returns:
+        True if the manifest is there, its recipe computes the same, every model that it lists is
+        still there, and no parent has been written anew.
+    """
+    manifest = read_manifest(directory)
+    if manifest is None or manifest["recipe_hash"] != recipe_hash(recipe):
+        return False
+    if any(not (Path(directory) / name).is_dir() for name in manifest["outputs"]):
+        return False
+    return all(parent_state(state["path"]) == state for state in manifest["parents"].values())
+
+
+def claim_output_dir(recipe: BaseModel) -> Path:
+    """Write the resolved recipe beside the results to come, or refuse a directory in use.
+
+    Safe to call in every process of a launch.
+
+    Args:
+        recipe: A recipe with `output_dir`.
+
+    Returns:
+        The output directory, which exists.
+
+    Raises:
+        HandoffError: The directory holds a run made with another recipe; the message names the
+            first key that differs.
+    """
+    folder = Path(to_plain(recipe)["output_dir"])
+    path = folder / RESOLVED_NAME
+    if path.is_file():
+        try:
+            earlier = load_recipe(path, type(recipe))
+        except RecipeError as error:
+            raise HandoffError(
+                f"{folder} holds a run whose recipe this version does not read; choose another "
+                f"output_dir, or delete the folder ({error})"
+            ) from None
+        if recipe_hash(earlier) != recipe_hash(recipe):
+            key, old, new = _difference(_meaning(earlier), _meaning(recipe))
+            raise HandoffError(
+                f"{folder} holds a run with another recipe: {key}: was {old!r}, is now {new!r}; "
+                "choose another output_dir, or delete the folder"
+            )
+    save_resolved(recipe, path)
+    return folder
+
+
+def _difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
+    """The first dotted key at which two plain values differ, and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *new]:
+            if old.get(name) != new.get(name):
+                return _difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    return key, old, new

@@ -1,0 +1,1 @@
+"""Models, how they are loaded, trained in part, and saved."""

@@ -1,0 +1,186 @@
+"""An ordinary CLIP with its own text tower: loading, a longer text window, tokens.
+
+Stage 2's control: the same images, captions and steps, without the LLM.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+
+logger = logging.getLogger(__name__)
+
+_SPECIAL = ("pad", "bos", "eos")
+
+
+def load_clip(
+    clip: str | Mapping[str, Any],
+    tokenizer: str | Path | None = None,
+    text_window_tokens: int | None = None,
+) -> tuple[CLIPModel, Any, Any]:
+    """A CLIP to train, in fp32, with its tokenizer and image processor.
+
+    Args:
+        clip: A `CLIPModel` directory or hub id, or `CLIPConfig` arguments to start from nothing;
+            the vocabulary's size and special tokens, where not given, are the tokenizer's, and the
+            towers' `projection_dim` is the config's.
+        tokenizer: Directory of tokenizer and image processor; needed with a config, and else taken
+            from `clip` where not given.
+        text_window_tokens: See :func:`lengthen_text_window`; none keeps the window.
+
+    Returns:
+        Model, tokenizer (cutting at the window) and image processor.
+
+    Raises:
+        ValueError: No tokenizer directory, a tokenizer that does not fit the text tower, or a
+            window shorter than the checkpoint's.
+    """
+    if isinstance(clip, Mapping):
+        if tokenizer is None:
+            raise ValueError(
+                "`clip` is a config, so `tokenizer` must name a directory with the tokenizer and "
+                "the image processor"
+            )
+    folder = str(tokenizer if tokenizer is not None else clip)
+    text_tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder)
+    if isinstance(clip, Mapping):
+        model = CLIPModel(_config_for(clip, text_tokenizer))
+    else:
+        model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+    if text_window_tokens is not None:
+        lengthen_text_window(model, text_window_tokens)
+    text_tokenizer.model_max_length = _text_config(model).max_position_embeddings
+    check_tokenizer(model, text_tokenizer)
+    return model, text_tokenizer, image_processor
+
+
+def _config_for(arguments: Mapping[str, Any], tokenizer: Any) -> CLIPConfig:
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
+    text = {"vocab_size": len(tokenizer)} | {k: v for k, v in special.items() if v is not None}
+    values = dict(arguments)
+    shared = {k: v for k, v in values.items() if k == "projection_dim"}
+    values["text_config"] = text | shared | dict(values.get("text_config") or {})
+    values["vision_config"] = shared | dict(values.get("vision_config") or {})
+    return CLIPConfig(**values)
+
+
+@torch.no_grad()
+def lengthen_text_window(model: CLIPModel, window_tokens: int) -> None:
+    """Give the text tower more positions, in place.
+
+    Args:
+        model: Its pretrained positions are kept; each new one starts as a copy of the last.
+        window_tokens: New number of positions, special tokens counted.
+
+    Raises:
+        ValueError: Fewer than the model has.
+    """
+    embeddings = model.text_model.embeddings
+    old = embeddings.position_embedding.weight
+    if window_tokens < old.shape[0]:
+        raise ValueError(
+            f"text_window_tokens is {window_tokens}, but the text tower has {old.shape[0]} "
+            "positions already; the window can only be lengthened"
+        )
+    weight = torch.cat([old, old[-1:].expand(window_tokens - old.shape[0], -1)]).clone()
+    embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
+    positions = torch.arange(window_tokens, device=weight.device)[None]
+    embeddings.register_buffer("position_ids", positions, persistent=False)
+    _text_config(model).max_position_embeddings = window_tokens
+
+
+def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
+    """Refuse a tokenizer whose end token is not where the text tower pools.
+
+    The tower takes the first `eos_token_id`, or with the legacy value 2 the highest id. Where
+    neither finds the end token, it pools some other token without a word.
+
+    Args:
+        model: Its text config is read.
+        tokenizer: The tokenizer.
+
+    Raises:
+        ValueError: Says which ids disagree.
+    """
+    config = _text_config(model)
+    ids = tokenizer(["a", "a a a"], padding=True, truncation=True)["input_ids"][0]
+    end = tokenizer.eos_token_id
+    found = ids.index(max(ids)) if config.eos_token_id == 2 else _index(ids, config.eos_token_id)
+    expected = _index(ids, end)
+    if end is None or expected is None or found != expected:
+        raise ValueError(
+            f"the text tower pools at eos_token_id {config.eos_token_id} (2 means the highest id), "
+            f"but the tokenizer's end token is {end} and 'a' becomes {ids}; set "
+            "text_config.eos_token_id to the tokenizer's, or use the checkpoint's own tokenizer"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ValueError(
+            f"the tokenizer has {len(tokenizer)} tokens, the text tower only {config.vocab_size} "
+            "embeddings; set text_config.vocab_size"
+        )
+
+
+def _text_config(model: CLIPModel) -> Any:
+    return model.config.text_config
+
+
+def _index(ids: list[int], wanted: int | None) -> int | None:
+    return ids.index(wanted) if wanted in ids else None
+
+
+class ClipTokens:
+    """Captions to the text tower's arguments; each caption is tokenised once.
+
+    Captions longer than the window are cut, the end token stays last.
+
+    Args:
+        tokenizer: With `model_max_length` set to the window.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self.window_tokens = int(tokenizer.model_max_length)
+        self._ids: dict[str, list[int]] = {}
+
+    @property
+    def num_cut(self) -> int:
+        """Captions tokenised so far that fill the window (cut, or just long enough)."""
+        return sum(len(ids) >= self.window_tokens for ids in self._ids.values())
+
+    def prepare(self, texts: Iterable[str]) -> None:
+        """Tokenise captions in one go, ahead of the batches that ask for them.
+
+        Args:
+            texts: Those that are known already cost nothing.
+        """
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        if new:
+            ids = self.tokenizer(new, truncation=True, max_length=self.window_tokens)["input_ids"]
+            self._ids.update(zip(new, ids, strict=True))
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """Tokens of a batch.
+
+        Args:
+            texts: Captions.
+
+        Returns:
+            `input_ids` and `attention_mask`, `[n, longest]` int64, padded on the right.
+        """
+        self.prepare(texts)
+        rows = [self._ids[text] for text in texts]
+        shape = (len(rows), max(map(len, rows)))
+        pad = self.tokenizer.pad_token_id
+        input_ids = torch.full(shape, self.tokenizer.eos_token_id if pad is None else pad)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = 1
+        return {"input_ids": input_ids, "attention_mask": attention_mask}

@@ -1,0 +1,231 @@
+"""The model of stage 2: a vision tower and a text adaptor that meet in one space."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPVisionConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers import initialization as init
+from transformers.utils import ModelOutput
+
+from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.models.text_adaptor import TextAdaptor
+
+
+class LLM2CLIPConfig(PreTrainedConfig):
+    """Config of :class:`LLM2CLIPModel`, saved with the weights.
+
+    Args:
+        vision_config: Config of the vision tower: a transformers vision config, or its mapping
+            with `model_type` (`clip_vision_model` where absent).
+        text_embed_dim: Width of the text encoder's embeddings.
+        projection_dim: Width of the joint space. Paper v6: 1280.
+        adaptor_num_blocks: Residual blocks of the text adaptor. Paper v6: 4.
+        adaptor_expansion: Hidden width of a block over its input's.
+        logit_scale_init_value: Stored logarithm at the start, ln(1/0.07).
+    """
+
+    model_type = "llm2clip"
+    sub_configs = {"vision_config": AutoConfig}
+
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    text_embed_dim: int = 2048
+    projection_dim: int = 1280
+    adaptor_num_blocks: int = 4
+    adaptor_expansion: int = 2
+    logit_scale_init_value: float = 2.6592
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.vision_config is None:
+            self.vision_config = CLIPVisionConfig()
+        elif isinstance(self.vision_config, dict):
+            values = dict(self.vision_config)
+            model_type = values.pop("model_type", "clip_vision_model")
+            self.vision_config = AutoConfig.for_model(model_type, **values)
+        super().__post_init__(**kwargs)
+
+
+@dataclass
+class LLM2CLIPOutput(ModelOutput):
+    """Output of :class:`LLM2CLIPModel`."""
+
+    loss: Tensor | None = None
+    """Contrastive loss within this process's batch, where `return_loss` was asked for."""
+    image_embeds: Tensor | None = None
+    """`[b, projection_dim]`, unit norm."""
+    text_embeds: Tensor | None = None
+    """`[b, projection_dim]`, unit norm."""
+    logit_scale: Tensor | None = None
+    """Scalar, exponentiated."""
+
+
+class LLM2CLIPModel(PreTrainedModel):
+    """Vision tower with a linear head, against the text adaptor on cached caption embeddings.
+
+    The image side pools as the tower does (CLIP: CLS after `post_layernorm`; SigLIP: its attention
+    pooling head) and projects without bias. The text encoder itself is not part of the model: its
+    embeddings are the input.
+
+    Args:
+        config: Sizes and the tower's config.
+
+    Raises:
+        ValueError: The tower has no pooled output.
+
+    Paper: LLM2CLIP v6 section 3.2.
+    """
+
+    config_class = LLM2CLIPConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "llm2clip"
+    input_modalities = ["image"]
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: LLM2CLIPConfig) -> None:
+        super().__init__(config)
+        vision_config: Any = config.vision_config
+        if getattr(vision_config, "vision_use_head", True) is False:
+            raise ValueError(
+                f"the vision tower ({vision_config.model_type}) was saved without its pooling head "
+                "(vision_use_head: false), so images have no embedding; use the full tower"
+            )
+        self.vision_tower = AutoModel.from_config(vision_config)
+        self.visual_projection = nn.Linear(
+            vision_config.hidden_size, config.projection_dim, bias=False
+        )
+        self.text_adaptor = TextAdaptor(
+            config.text_embed_dim,
+            config.projection_dim,
+            num_blocks=config.adaptor_num_blocks,
+            expansion=config.adaptor_expansion,
+        )
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+
+    @classmethod
+    def from_vision_tower(
+        cls,
+        tower: PreTrainedModel,
+        *,
+        text_embed_dim: int,
+        projection_dim: int = 1280,
+        adaptor_num_blocks: int = 4,
+        adaptor_expansion: int = 2,
+        logit_scale_init_value: float = 2.6592,
+    ) -> LLM2CLIPModel:
+        """A model around a pretrained tower, with a new image head and a new adaptor.
+
+        Args:
+            tower: Copied, not shared.
+            text_embed_dim: As in :class:`LLM2CLIPConfig`, like the arguments that follow.
+            projection_dim: Width of the joint space.
+            adaptor_num_blocks: Residual blocks.
+            adaptor_expansion: Hidden width of a block over its input's.
+            logit_scale_init_value: Stored logarithm.
+
+        Returns:
+            The model, in the tower's dtype.
+        """
+        vision_config = copy.deepcopy(tower.config)
+        vision_config._name_or_path = ""  # a path on this machine, which the config would keep
+        config = LLM2CLIPConfig(
+            vision_config=vision_config,
+            text_embed_dim=text_embed_dim,
+            projection_dim=projection_dim,
+            adaptor_num_blocks=adaptor_num_blocks,
+            adaptor_expansion=adaptor_expansion,
+            logit_scale_init_value=logit_scale_init_value,
+        )
+        model: Any = cls(config)
+        model.vision_tower.load_state_dict(tower.state_dict())
+        made: LLM2CLIPModel = model.to(tower.dtype)
+        return made
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Image head: normal, std `width**-0.5` (OpenAI's `proj`); adaptor: torch's defaults."""
+        if module is self.visual_projection:
+            init.normal_(module.weight, std=module.in_features**-0.5)
+
+    def get_image_features(
+        self, pixel_values: Float[Tensor, "b 3 h w"]
+    ) -> Float[Tensor, "b projection"]:
+        """Image embeddings.
+
+        Args:
+            pixel_values: As the tower's image processor makes them.
+
+        Returns:
+            `[b, projection_dim]`, unit norm.
+        """
+        pooled = self.vision_tower(pixel_values=pixel_values).pooler_output
+        return F.normalize(self.visual_projection(pooled), dim=-1)
+
+    def get_text_features(
+        self, text_features: Float[Tensor, "b text"]
+    ) -> Float[Tensor, "b projection"]:
+        """Text embeddings.
+
+        Args:
+            text_features: Caption embeddings of the text encoder, any norm and floating dtype.
+
+        Returns:
+            `[b, projection_dim]`, unit norm.
+        """
+        return F.normalize(self.text_adaptor(text_features), dim=-1)
+
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b 3 h w"],
+        text_features: Float[Tensor, "b text"],
+        return_loss: bool = False,
+    ) -> LLM2CLIPOutput:
+        """Both embeddings of a batch of pairs.
+
+        Args:
+            pixel_values: Images.
+            text_features: Caption embeddings; row i belongs to image i.
+            return_loss: Also compute the loss within this batch; nothing is gathered (the trainer
+                does that).
+
+        Returns:
+            Embeddings, the exponentiated scale and, if asked for, the loss.
+        """
+        image_embeds = self.get_image_features(pixel_values)
+        text_embeds = self.get_text_features(text_features)
+        logit_scale = self.logit_scale.exp()
+        loss = contrastive_loss(image_embeds, text_embeds, logit_scale) if return_loss else None
+        return LLM2CLIPOutput(
+            loss=loss, image_embeds=image_embeds, text_embeds=text_embeds, logit_scale=logit_scale
+        )
+
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the names that the model has in memory.
+
+        Args:
+            save_directory: Where to.
+            args: As in transformers.
+            kwargs: As in transformers; `save_original_format` is false unless given.
+        """
+        kwargs.setdefault("save_original_format", False)
+        super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def register() -> None:
+    """Make `AutoConfig` and `AutoModel` know `model_type: llm2clip`; calling it twice is fine."""
+    AutoConfig.register("llm2clip", LLM2CLIPConfig, exist_ok=True)
+    AutoModel.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)

@@ -1,0 +1,393 @@
+"""A decoder LLM as a text encoder: bidirectional attention, one vector a text.
+
+Any decoder of transformers that builds its mask through `create_causal_mask` serves (Llama,
+Qwen2, Qwen3, Mistral, Gemma, ...): `config.is_causal = False` makes its attention bidirectional.
+That this holds is checked by a forward pass at load, because a version or a model that ignores it
+would give causal embeddings without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm2clip_vlm.config import TextEncoderSection
+from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "text_encoder.json"
+"""File beside the weights that says how they make a vector."""
+DEFAULT_MAX_LENGTH_TOKENS = 512
+"""Paper v6 C.1; less where the model has fewer positions."""
+
+_SCHEMA = 1
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Pooling = Literal["mean", "last"]
+
+
+@dataclass(frozen=True)
+class TextEncoderSettings:
+    """How hidden states become one vector; saved with the weights."""
+
+    pooling: Pooling = "mean"
+    """Mean over the pooled tokens, or the last one."""
+    max_length_tokens: int = DEFAULT_MAX_LENGTH_TOKENS
+    """Special tokens and instruction included."""
+    instruction: str = ""
+    """Text before every caption, attended to but not pooled."""
+    bidirectional: bool = True
+    """False = causal attention."""
+
+
+def pool(
+    hidden: Float[Tensor, "b t d"], pool_mask: Bool[Tensor, "b t"], pooling: Pooling
+) -> Float[Tensor, "b d"]:
+    """One float32 vector a text from the hidden states of its pooled tokens.
+
+    Args:
+        hidden: Last hidden states.
+        pool_mask: True at tokens that count, at least one a row.
+        pooling: `mean` or `last`.
+
+    Paper: LLM2CLIP v6 section 4.1 (mean); table 6 compares with the last token.
+    """
+    if pooling == "last":
+        positions = torch.arange(pool_mask.shape[1], device=pool_mask.device)
+        last = (pool_mask * positions).argmax(dim=1)
+        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+    weights = pool_mask.unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+class TextEncoder(nn.Module):
+    """Texts to vectors.
+
+    Which tokens a vector is made of: see :class:`CaptionTokenizer`.
+
+    Use :meth:`from_pretrained` or :meth:`from_section`.
+
+    Args:
+        backbone: A decoder without head, whose config says `is_causal`.
+        tokenizer: Its tokenizer.
+        settings: How a vector is made.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TextEncoderSettings,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        """The decoder; stage 1 puts a LoRA model in its place while it trains."""
+        self.tokenizer = tokenizer
+        """Adds special tokens as its own configuration says."""
+        self.settings = settings
+        """How hidden states become a vector."""
+        self.tokens = CaptionTokenizer(tokenizer, settings.max_length_tokens, settings.instruction)
+        """Texts to token ids."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        pooling: Pooling | None = None,
+        max_length_tokens: int | None = None,
+        instruction: str | None = None,
+        bidirectional: bool | None = None,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+    ) -> Self:
+        """Loads a raw LLM, or what :meth:`save_pretrained` wrote.
+
+        Args:
+            path: Directory or hub id.
+            pooling: `mean` (default) or `last`.
+            max_length_tokens: Default 512, or the model's positions where they are fewer.
+            instruction: Text before every caption; default none.
+            bidirectional: Default true.
+            dtype: Of the weights; `auto` keeps the checkpoint's.
+            device: Where the weights go; none = CPU.
+            attn_implementation: As in transformers; none = its default.
+
+        Raises:
+            TextEncoderError: A saved encoder has another value than the one given here; the model
+                has no single hidden size, too few positions or missing weights; or its attention
+                is not what `bidirectional` says.
+        """
+        given = {
+            "pooling": pooling,
+            "max_length_tokens": max_length_tokens,
+            "instruction": instruction,
+            "bidirectional": bidirectional,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        # A copy, because transformers may hand out one config object twice.
+        config = copy.deepcopy(AutoConfig.from_pretrained(path))
+        settings, tokenizer_hash = _resolve_settings(path, config, chosen)
+        config.is_causal = not settings.bidirectional
+        backbone, report = AutoModel.from_pretrained(
+            path,
+            config=config,
+            dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
+        )
+        if report["missing_keys"]:
+            raise TextEncoderError(
+                f"{path}: no weights for {len(report['missing_keys'])} parameters, such as "
+                f"{sorted(report['missing_keys'])[0]!r}; give a complete checkpoint of the model"
+            )
+        for module in backbone.modules():
+            # Flash attention builds no mask and asks the layer instead of the config.
+            if isinstance(getattr(module, "is_causal", None), bool):
+                module.is_causal = config.is_causal
+        backbone.config.use_cache = False
+        if device is not None:
+            backbone.to(device)
+        encoder = cls(backbone.eval(), AutoTokenizer.from_pretrained(path), settings)
+        encoder.check_attention()
+        if tokenizer_hash is not None:
+            encoder.tokens.require(tokenizer_hash, path)
+        return encoder.eval()
+
+    @classmethod
+    def from_section(
+        cls, section: TextEncoderSection, device: str | torch.device | None = None
+    ) -> Self:
+        """Loads what a recipe's `text_encoder` names; what it leaves out has its default."""
+        named = section.model_fields_set & {
+            "pooling",
+            "max_length_tokens",
+            "instruction",
+            "bidirectional",
+        }
+        return cls.from_pretrained(
+            section.language_model,
+            dtype=section.dtype,
+            device=device,
+            attn_implementation=section.attn_implementation,
+            **{name: getattr(section, name) for name in named},
+        )
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an embedding."""
+        size: int = self.backbone.config.hidden_size
+        return size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What makes this encoder's vectors: equal fields, equal vectors.
+
+        Computed at first use and kept; read it after the weights have their final values.
+        """
+        return {
+            "text_weights": _hash_state(self.backbone.state_dict()),
+            "text_tokenizer": self.tokens.fingerprint(),
+            **{name: str(value) for name, value in asdict(self.settings).items()},
+            "hidden_size": str(self.hidden_size),
+        }
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"],
+        pool_mask: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "b d"]:
+        """Embeddings, float32, not normalised.
+
+        Args:
+            input_ids: Right-padded tokens.
+            attention_mask: 1 at tokens, 0 at padding.
+            pool_mask: True at tokens that are pooled.
+        """
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return pool(hidden, pool_mask, self.settings.pooling)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_tokens: int = 16384,
+        show_progress: bool = False,
+        normalize: bool = True,
+    ) -> Float[Tensor, "n d"]:
+        """Embeds texts.
+
+        Texts of like length share a batch: padding costs a few per cent instead of a multiple.
+
+        Args:
+            texts: In any order.
+            batch_tokens: Tokens of a batch, padding counted; a single longer text goes alone.
+            show_progress: Draw a progress bar.
+            normalize: Scale to unit norm.
+
+        Returns:
+            float32 on the CPU, in the order of `texts`.
+
+        Raises:
+            TextEncoderError: A text has no token.
+        """
+        before = self.tokens.num_truncated
+        tokens = self.tokens(texts)
+        if cut := self.tokens.num_truncated - before:
+            logger.warning(
+                "%d of %d texts cut at max_length_tokens=%d",
+                cut,
+                len(texts),
+                self.settings.max_length_tokens,
+            )
+        embeds = torch.empty(len(texts), self.hidden_size)
+        was_training = self.training
+        self.eval()
+        try:
+            with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
+                for rows in _length_sorted_batches([len(ids) for ids in tokens], batch_tokens):
+                    batch = pad_tokens(
+                        [tokens[row] for row in rows],
+                        self.tokens.pad_token_id,
+                        self.tokens.num_front_tokens,
+                    )
+                    batch = {name: value.to(self.device) for name, value in batch.items()}
+                    embeds[rows] = self(**batch).cpu()
+                    bar.update(len(rows))
+        finally:
+            self.train(was_training)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    @torch.no_grad()
+    def check_attention(self) -> None:
+        """Changes the last of four tokens and looks whether the first one notices.
+
+        Raises:
+            TextEncoderError: It does not although `bidirectional` is set, or it does although not.
+        """
+        ids = torch.arange(1, 5, device=self.device).remainder(self.backbone.config.vocab_size)
+        pair = torch.stack([ids, ids])
+        pair[1, -1] = 0
+        hidden = self.backbone(
+            input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False
+        ).last_hidden_state
+        sees_behind = bool((hidden[0, 0] - hidden[1, 0]).abs().max() > 1e-6)
+        if sees_behind == self.settings.bidirectional:
+            return
+        import transformers
+
+        raise TextEncoderError(
+            f"bidirectional is {self.settings.bidirectional}, but the attention of "
+            f"{type(self.backbone).__name__} ({self.backbone.config._attn_implementation}) in "
+            f"transformers {transformers.__version__} is "
+            f"{'bidirectional' if sees_behind else 'causal'} whatever config.is_causal says; try "
+            "attn_implementation: sdpa or eager, or transformers >= 5.2"
+        )
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes model, tokenizer and settings; :meth:`from_pretrained` restores all of it.
+
+        The saved config says `is_causal: false` (if bidirectional), so that nobody takes the
+        directory for a decoder: stage 3 refuses it.
+        """
+        directory = Path(directory)
+        self.backbone.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+        content = {
+            "schema": _SCHEMA,
+            **asdict(self.settings),
+            "text_tokenizer": self.tokens.fingerprint(),
+        }
+        temporary = directory / f".{SETTINGS_NAME}.tmp"
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        temporary.replace(directory / SETTINGS_NAME)
+
+
+def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
+    """Rows grouped from long to short (memory peaks first), each batch within the budget."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def _resolve_settings(
+    path: str | Path, config: PreTrainedConfig, chosen: Mapping[str, Any]
+) -> tuple[TextEncoderSettings, str | None]:
+    """Settings and tokenizer hash of `text_encoder.json`, else settings from the arguments."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
+        raise TextEncoderError(
+            f"{path}: model_type {config.model_type!r} is no plain decoder (no hidden_size of its "
+            "own, or an encoder-decoder); give a Llama, Qwen2/3, Mistral or Gemma text model"
+        )
+    saved = Path(path) / SETTINGS_NAME
+    tokenizer_hash: str | None = None
+    if not saved.is_file():
+        limit = DEFAULT_MAX_LENGTH_TOKENS
+        defaults = {"max_length_tokens": min(limit, positions) if positions else limit}
+        settings = TextEncoderSettings(**{**defaults, **chosen})
+        if positions and settings.max_length_tokens > positions:
+            raise TextEncoderError(
+                f"max_length_tokens is {settings.max_length_tokens}, but {path} has "
+                f"{positions} positions (max_position_embeddings); lower it"
+            )
+    else:
+        content = json.loads(saved.read_text(encoding="utf-8"))
+        if content.pop("schema", None) != _SCHEMA:
+            raise TextEncoderError(f"{saved}: unknown schema, expected {_SCHEMA}; save it anew")
+        tokenizer_hash = content.pop("text_tokenizer")
+        for name, value in chosen.items():
+            if content.get(name) != value:
+                raise TextEncoderError(
+                    f"{path}: {name} is {content.get(name)!r} in {SETTINGS_NAME}, but {value!r} "
+                    f"was asked for; a trained encoder keeps its own: leave {name} out"
+                )
+        settings = TextEncoderSettings(**content)
+    if settings.pooling not in ("mean", "last"):
+        raise TextEncoderError(f"pooling is {settings.pooling!r}, expected 'mean' or 'last'")
+    return settings, tokenizer_hash
+
+
+def _hash_state(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,136 @@
+"""What trains: an explicit map of a model's parts, and a table that shows it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Collection, Mapping
+
+import torch
+from torch import nn
+
+logger = logging.getLogger(__name__)
+
+_WRAPPERS = ("module.", "base_model.model.", "model.")
+
+
+def part_name(name: str) -> str:
+    """A parameter's name as recipes know it: without wrappers, `lm_head` inside the LLM.
+
+    Args:
+        name: As in `named_parameters()`, such as `model.vision_tower.embeddings.class_embedding`.
+
+    Returns:
+        Such as `vision_tower.embeddings.class_embedding`; a Llava's `lm_head.weight` becomes
+        `language_model.lm_head.weight`.
+    """
+    for wrapper in _WRAPPERS:
+        name = name.removeprefix(wrapper)
+    return f"language_model.{name}" if name.startswith("lm_head.") else name
+
+
+def matching_prefix(name: str, prefixes: Collection[str]) -> str | None:
+    """The longest of `prefixes` that a parameter's name (any form) lies below, or None."""
+    part = part_name(name)
+    found = [p for p in prefixes if part == p or part.startswith(p + ".")]
+    return max(found, key=len) if found else None
+
+
+def require_known_prefixes(model: nn.Module, prefixes: Collection[str]) -> None:
+    """Refuse prefixes that no parameter lies below.
+
+    Raises:
+        ValueError: Names them and the model's parts.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    used = {part for name in names for part in prefixes if matching_prefix(name, [part])}
+    unknown = sorted(set(prefixes) - used)
+    if unknown:
+        parts = sorted({part_name(name).split(".")[0] for name in names})
+        raise ValueError(
+            f"trainable parts {unknown} name no parameter of {type(model).__name__}; its parts are "
+            f"{parts}"
+        )
+
+
+def apply_trainable(model: nn.Module, parts: Mapping[str, float] | Collection[str]) -> None:
+    """Set `requires_grad` of every parameter: true below the named parts, false elsewhere.
+
+    In a part that carries a LoRA adapter only the adapter's weights train.
+
+    Args:
+        model: Any module.
+        parts: Prefixes of parameter names (`vision_tower`, `multi_modal_projector`,
+            `language_model`, also finer ones), or a map from them to learning rates.
+
+    Raises:
+        ValueError: A part names no parameter.
+    """
+    prefixes = list(parts)
+    require_known_prefixes(model, prefixes)
+    owner = {name: matching_prefix(name, prefixes) for name, _ in model.named_parameters()}
+    adapted = {part for name, part in owner.items() if part and "lora_" in name}
+    for name, parameter in model.named_parameters():
+        part = owner[name]
+        parameter.requires_grad_(part is not None and (part not in adapted or "lora_" in name))
+
+
+def freeze_unused(model: nn.Module, loss: Callable[[], torch.Tensor]) -> list[str]:
+    """Freeze trainable parameters that the loss does not depend on.
+
+    Data-parallel training waits for a gradient of each trainable parameter, so one that never gets
+    any (a mask token, layers above the one that is used) stops or fails it.
+
+    Args:
+        model: The model; its gradients are cleared.
+        loss: One forward pass on a small batch.
+
+    Returns:
+        Names of the frozen parameters.
+    """
+    model.zero_grad(set_to_none=True)
+    loss().backward()
+    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    for name, parameter in model.named_parameters():
+        if name in unused:
+            parameter.requires_grad_(False)
+    model.zero_grad(set_to_none=True)
+    if unused:
+        logger.info("frozen because the loss does not reach them: %s", unused)
+    return unused
+
+
+def trainable_table(model: nn.Module, lrs: Mapping[str, float] | None = None) -> str:
+    """A table of the model's parts: parameters, how many of them train, learning rate.
+
+    Args:
+        model: Any module; its parts are the first components of its parameter names.
+        lrs: Learning rate by prefix, as given to `build_param_groups`.
+
+    Returns:
+        Lines of equal width, to print at the start of a run.
+    """
+    totals: dict[str, list[int]] = {}
+    rates: dict[str, set[float]] = {}
+    for name, parameter in model.named_parameters():
+        part = part_name(name).split(".")[0]
+        # ZeRO-3 leaves an empty shell and keeps the size beside it
+        size = int(getattr(parameter, "ds_numel", parameter.numel()))
+        row = totals.setdefault(part, [0, 0])
+        row[0] += size
+        if not parameter.requires_grad:
+            continue
+        row[1] += size
+        prefix = matching_prefix(name, lrs or {})
+        if lrs and prefix:
+            rates.setdefault(part, set()).add(lrs[prefix])
+    rows = [("part", "parameters", "trainable", "lr")]
+    for part, (total, trained) in totals.items():
+        shown = ", ".join(f"{lr:g}" for lr in sorted(rates.get(part, ()))) or "-"
+        rows.append((part, f"{total:,}", f"{trained:,}", shown))
+    sums = [sum(values[i] for values in totals.values()) for i in (0, 1)]
+    rows.append(("total", f"{sums[0]:,}", f"{sums[1]:,}", ""))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
+        for a, b, c, d in rows
+    )

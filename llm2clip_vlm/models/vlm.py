@@ -1,0 +1,316 @@
+"""Vision tower, projector and language model as one Hugging Face LLaVA, from step 0.
+
+Everything trains inside `transformers.LlavaForConditionalGeneration`, so every checkpoint is the
+export: there is no format of our own to convert.
+
+Paper: LLaVA-1.5 (2310.03744) section 3; module names as transformers 5 has them.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from tokenizers import AddedToken
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.utils import is_torchvision_available
+
+from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find_chat_template
+from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.handoff import refuse_bidirectional
+from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
+
+logger = logging.getLogger(__name__)
+
+AspectRatio = Literal["square", "pad"]
+
+
+class VlmError(ValueError):
+    """A tower, a language model or a checkpoint from which no VLM can be made."""
+
+
+def build_vlm(
+    vision_tower: str | Path,
+    language_model: str | Path,
+    *,
+    vision_feature_layer: int = -2,
+    vision_feature_select_strategy: Literal["default", "full"] = "default",
+    image_aspect_ratio: AspectRatio = "square",
+    chat_template: str | None = None,
+    dtype: Any = None,
+    seed: int = 0,
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Composes a LLaVA from a vision tower and a causal language model.
+
+    The projector is new (`Linear-GELU-Linear`, torch's default initialisation, as in LLaVA's
+    `mlp2x_gelu`); everything else keeps its weights. `<image>` becomes a special token; new
+    embedding rows are the mean of the old ones.
+
+    Args:
+        vision_tower: As :func:`~llm2clip_vlm.models.towers.load_vision_tower` takes it.
+        language_model: Directory or hub id of a causal LLM with a fast tokenizer.
+        vision_feature_layer: Index into the tower's hidden states; LLaVA-1.5: -2.
+        vision_feature_select_strategy: `default` drops the CLS token, `full` keeps all.
+        image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour.
+        chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
+        dtype: Of all weights; none or `"auto"` = the language model's.
+        seed: Of the projector.
+
+    Returns:
+        The model in evaluation mode, the text-only guard installed, and its processor.
+
+    Raises:
+        VlmError: The language model is none or is incomplete, the layer does not exist, or
+            `default` is asked of a tower without a CLS token.
+        TowerError: As `load_vision_tower`.
+        HandoffError: The language model was made bidirectional (a stage 1 text encoder).
+        ConversationError: There is no chat template.
+
+    Paper: LLaVA-1.5 section 3.2 (MLP projector).
+
+    Example:
+        >>> model, processor = build_vlm("runs/stage2b/vision_tower", "base/llm")  # doctest: +SKIP
+    """
+    llm, tokenizer = _load_language_model(str(language_model), dtype)
+    tower = load_vision_tower(vision_tower, dtype=llm.dtype)
+    _check_features(tower, vision_feature_layer, vision_feature_select_strategy, vision_tower)
+    template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
+    image_token_id = _add_image_token(tokenizer, llm)
+    num_visual = tower.num_patches + (
+        tower.has_cls_token and vision_feature_select_strategy == "full"
+    )
+    config = LlavaConfig(
+        vision_config=tower.model.config,
+        text_config=llm.config,
+        image_token_index=image_token_id,
+        image_seq_length=int(num_visual),
+        vision_feature_layer=vision_feature_layer,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+    )
+    model = _assemble(config, tower.model, llm, seed)
+    model.generation_config = _generation_config(llm, tokenizer, template)
+    processor = LlavaProcessor(
+        image_processor=tower.image_processor,
+        tokenizer=tokenizer,
+        patch_size=tower.patch_size_px,
+        vision_feature_select_strategy=vision_feature_select_strategy,
+        num_additional_image_tokens=int(tower.has_cls_token),
+        chat_template=template,
+    )
+    if image_aspect_ratio == "pad":
+        set_image_aspect_ratio(processor, "pad")
+    install_text_only_guard(model)
+    return model.eval(), processor
+
+
+def load_vlm(
+    path_or_id: str | Path, *, dtype: Any = "auto"
+) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Loads a `LlavaForConditionalGeneration` checkpoint completely, or says why not.
+
+    Args:
+        path_or_id: Directory or hub id.
+        dtype: Of all weights; `"auto"` = the checkpoint's.
+
+    Returns:
+        The model in evaluation mode with the text-only guard, and its processor.
+
+    Raises:
+        VlmError: It is no LLaVA, or weights are missing.
+        HandoffError: Its decoder is bidirectional.
+    """
+    path = str(path_or_id)
+    config = _read_config(path)
+    if config.model_type != "llava":
+        raise VlmError(
+            f"{path}: model_type {config.model_type!r}, expected 'llava'; a VLM checkpoint is "
+            "stage 3's or stage 4's `model/`, or any LlavaForConditionalGeneration directory"
+        )
+    refuse_bidirectional(config.text_config, path)
+    model: Any = _complete(LlavaForConditionalGeneration, path, config, dtype)
+    try:
+        processor: Any = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise VlmError(f"{path}: no processor beside the weights ({error})") from error
+    install_text_only_guard(model)
+    return model.eval(), processor
+
+
+def save_vlm(
+    model: Any,
+    processor: Any,
+    directory: str | Path,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Writes weights, configs, processor and chat template as one loadable checkpoint.
+
+    The weights are named as in published LLaVA checkpoints, however the model was made: composed
+    or loaded under ZeRO-3 it would be saved with tower names that transformers 4 does not know and
+    fills with random weights in silence.
+
+    Args:
+        model: The model.
+        processor: Its processor.
+        directory: Where to; made if absent.
+        state_dict: Weights by their names in memory, where the model's own are sharded.
+    """
+    processor.save_pretrained(str(directory))
+    model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
+    model.save_pretrained(
+        str(directory), state_dict=None if state_dict is None else dict(state_dict)
+    )
+
+
+def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
+    """Makes the processor pad images to a square, or crop them.
+
+    The choice is part of what is saved (`do_pad`), so that nobody evaluates with the other one.
+
+    Args:
+        processor: A `LlavaProcessor`; its image processor is replaced where it cannot pad.
+        aspect_ratio: `pad` fills with the mean colour, `square` crops the centre.
+
+    Paper: LLaVA-1.5 (`image_aspect_ratio pad` in stage 2, unset in stage 1).
+    """
+    old = processor.image_processor
+    if hasattr(old, "pad_to_square"):
+        old.do_pad = aspect_ratio == "pad"
+        return
+    if aspect_ratio == "square":
+        return
+    if is_torchvision_available():
+        from transformers import LlavaImageProcessor as PaddingProcessor
+    else:
+        from transformers import LlavaImageProcessorPil as PaddingProcessor
+    kept = ("size", "crop_size", "do_center_crop", "do_resize", "resample", "do_rescale")
+    kept += ("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+    values = old.to_dict()
+    arguments = {name: values[name] for name in kept if values.get(name) is not None}
+    arguments.setdefault("do_center_crop", False)
+    processor.image_processor = PaddingProcessor(**arguments, do_pad=True)
+
+
+def _read_config(path: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise VlmError(
+            f"{path}: no readable config.json ({error}); expected a model directory or a hub id"
+        ) from error
+
+
+def _complete(model_class: Any, path: str, config: Any, dtype: Any) -> PreTrainedModel:
+    """`from_pretrained` that refuses missing weights; transformers would leave them random."""
+    try:
+        model, info = model_class.from_pretrained(
+            path, config=config, dtype=dtype, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise VlmError(f"{path}: cannot be loaded as {model_class.__name__} ({error})") from error
+    missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
+    if missing:
+        raise VlmError(
+            f"{path}: {len(missing)} weights of {type(model).__name__} are missing or of another "
+            f"shape (first: {missing[:3]}); is it the right and a complete checkpoint?"
+        )
+    result: PreTrainedModel = model
+    return result
+
+
+def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+    config = _read_config(path)
+    refuse_bidirectional(config, path)
+    llm: Any = _complete(AutoModelForCausalLM, path, config, "auto" if dtype is None else dtype)
+    head = llm.get_output_embeddings()
+    if head is None or getattr(head, "bias", None) is not None:
+        raise VlmError(f"{path}: LLaVA needs a language model with an lm_head without bias")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise VlmError(f"{path}: no tokenizer beside the weights ({error})") from error
+    if tokenizer.pad_token is None:
+        # Padding is masked and never a label, so sharing a token with unk or eos does no harm.
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return llm, tokenizer
+
+
+def _check_features(tower: VisionTower, layer: int, strategy: str, path: str | Path) -> None:
+    total = tower.num_hidden_layers + 1
+    if not -total <= layer < total:
+        raise VlmError(
+            f"vision_feature_layer {layer}: {path} has {total} hidden states "
+            f"({-total} to {total - 1})"
+        )
+    if strategy == "default" and not tower.has_cls_token:
+        raise VlmError(
+            f"vision_feature_select_strategy 'default' drops the first token, but {path} has no "
+            "CLS token: a patch would be lost. Use 'full'"
+        )
+
+
+def _add_image_token(tokenizer: Any, llm: Any) -> int:
+    """Makes `<image>` a token; new rows of the embeddings become the mean of the old."""
+    if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
+        token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
+        tokenizer.add_tokens([token], special_tokens=True)
+    rows = llm.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for embedding in (llm.get_input_embeddings(), llm.get_output_embeddings()):
+                weight = embedding.weight
+                weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+    return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def _assemble(config: LlavaConfig, tower: Any, llm: Any, seed: int) -> Any:
+    """Puts the loaded parts into a LLaVA without weights; only the projector is new."""
+    with torch.device("meta"):
+        model: Any = LlavaForConditionalGeneration(config)
+    llava = model.model
+    for name, part in (("vision_tower", tower), ("language_model", llm.base_model)):
+        expected = type(getattr(llava, name))
+        if type(part) is not expected:
+            raise VlmError(
+                f"{name} is a {type(part).__name__}, LLaVA would build a {expected.__name__}"
+            )
+        setattr(llava, name, part)
+    model.lm_head = llm.get_output_embeddings()
+    projector = llava.multi_modal_projector.to_empty(device="cpu").to(llm.dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for module in projector.modules():
+            if isinstance(module, nn.Linear):
+                module.reset_parameters()
+    model.tie_weights()
+    return model
+
+
+def _generation_config(llm: Any, tokenizer: Any, template: str) -> GenerationConfig:
+    config = copy.deepcopy(llm.generation_config)
+    known = config.eos_token_id
+    known = [] if known is None else known if isinstance(known, list) else [known]
+    ids = list(dict.fromkeys([*end_of_turn_ids(template, tokenizer), *known]))
+    config.eos_token_id = ids if len(ids) > 1 else ids[0] if ids else None
+    config.bos_token_id = tokenizer.bos_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return config

@@ -1,0 +1,105 @@
+"""Which parameters of a VLM get gradients: frozen where never used, kept where not used now."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+logger = logging.getLogger(__name__)
+
+_NEVER_USED = {"dinov2": ("embeddings.mask_token",)}
+"""Tower parameters below the used layer that get no gradient all the same, by `model_type`."""
+
+
+def freeze_unused_vision(model: Any) -> list[str]:
+    """Freezes tower parameters that the selected features do not depend on.
+
+    With `vision_feature_layer: -2` the last block and the final norm never get a gradient; left
+    trainable they stop data-parallel training with gradient checkpointing.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+
+    Returns:
+        Names of the parameters that were trainable and no longer are.
+    """
+    tower = model.model.vision_tower
+    total = model.config.vision_config.num_hidden_layers
+    layers = model.config.vision_feature_layer
+    chosen = [layers] if isinstance(layers, int) else layers
+    used = max(i if i >= 0 else total + 1 + i for i in chosen)
+    blocks = next(
+        name
+        for name, module in tower.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == total
+    )
+    skipped = _NEVER_USED.get(tower.config.model_type, ())
+    frozen = []
+    behind = False
+    for name, parameter in tower.named_parameters():
+        inside = name.startswith(f"{blocks}.")
+        behind = behind or inside
+        unused = int(name[len(blocks) + 1 :].split(".")[0]) >= used if inside else behind
+        if (unused or name in skipped) and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen.append(f"vision_tower.{name}")
+    if frozen:
+        logger.info("frozen, %d tower parameters above layer %d are unused", len(frozen), used)
+    return frozen
+
+
+def install_text_only_guard(model: Any) -> None:
+    """Keeps tower and projector in the graph of batches without images.
+
+    If one process has images and another has none, their gradients do not match: ZeRO crashes or
+    hangs. Before the language model runs, a training batch without `pixel_values` gets zero times
+    the features of a blank image; values and gradients stay exactly the same. Nothing runs that
+    is not needed: with a frozen tower only the projector sees zeros (all of it under ZeRO-3,
+    whose processes must fetch the same modules in the same order).
+
+    Args:
+        model: A `LlavaForConditionalGeneration`; a second call changes nothing.
+    """
+    if getattr(model, "_text_only_guard", False):
+        return
+    llava = model.model
+    state = {"has_images": False}
+
+    def note_images(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state["has_images"] = kwargs.get("pixel_values") is not None or len(args) > 1
+
+    def add_nothing(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if state["has_images"] or not llava.training or kwargs.get("inputs_embeds") is None:
+            return None
+        features = _blank_features(llava)
+        if features is None:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": embeds + 0.0 * features.sum().to(embeds.dtype)}
+
+    llava.register_forward_pre_hook(note_images, with_kwargs=True)
+    llava.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
+    model._text_only_guard = True
+
+
+def _blank_features(llava: Any) -> Tensor | None:
+    """Visual tokens of a blank image through as much as trains, or None if nothing does."""
+    parameter = next(llava.multi_modal_projector.parameters())
+    config = llava.config.vision_config
+    tower_trains = any(p.requires_grad for p in llava.vision_tower.parameters())
+    if tower_trains or is_deepspeed_zero3_enabled():
+        size = (1, 3, config.image_size, config.image_size)
+        blank = torch.zeros(size, device=parameter.device, dtype=parameter.dtype)
+        return torch.cat(list(llava.get_image_features(blank).pooler_output))
+    if any(p.requires_grad for p in llava.multi_modal_projector.parameters()):
+        width = llava.multi_modal_projector.linear_1.in_features
+        blank = torch.zeros(1, 1, width, device=parameter.device, dtype=parameter.dtype)
+        features: Tensor = llava.multi_modal_projector(blank)
+        return features
+    return None

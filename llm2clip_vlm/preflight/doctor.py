@@ -1,0 +1,145 @@
+"""What this machine has of what the stages need, one line each."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+State = Literal["ok", "note", "broken"]
+
+_REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "pydantic")
+_OPTIONAL = {
+    "peft": "LoRA (extra `train`)",
+    "deepspeed": "ZeRO-2 and ZeRO-3 (extra `train`)",
+    "datasets": "lmms-eval (extra `eval`)",
+    "lmms_eval": "benchmarks (extra `eval`)",
+    "scipy": "lmms-eval's statistics (extra `eval`)",
+    "openpyxl": "MMBench's submission file",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report."""
+
+    name: str
+    state: State
+    """`note`: something optional is absent; `broken`: a run would fail."""
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.state:>6}  {self.name}: {self.detail}"
+
+
+def examine() -> Iterator[Finding]:
+    """Yield the findings, cheap ones first. Imports torch, and torchvision if there is one."""
+    yield Finding("python", "ok", platform.python_version())
+    yield from _versions()
+    yield torch_state()
+    yield torchvision_state()
+    yield entry_point_state()
+    yield _compiler()
+    yield hub_folder_state()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _versions() -> Iterator[Finding]:
+    for name in _REQUIRED:
+        version = _version(name)
+        missing = f"not installed; pip install {name}"
+        yield Finding(name, "ok" if version else "broken", version or missing)
+    for name, purpose in _OPTIONAL.items():
+        version = _version(name)
+        yield Finding(name, "ok" if version else "note", version or f"absent; needed for {purpose}")
+
+
+def _import_failure(name: str, load: Callable[[str], object]) -> str | None:
+    """Why a module does not import; none if it does.
+
+    Compiled modules raise more than ImportError: torchvision's mismatch with torch is a
+    RuntimeError, a bad shared library an OSError.
+    """
+    try:
+        load(name)
+    except (ImportError, RuntimeError, OSError, AttributeError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
+
+
+def torch_state(load: Callable[[str], object] = importlib.import_module) -> Finding:
+    """Whether torch imports, and the devices that it sees."""
+    failure = _import_failure("torch", load)
+    if failure is not None:
+        return Finding("devices", "broken", f"torch does not import: {failure}")
+    import torch
+
+    if not torch.cuda.is_available():
+        return Finding("devices", "note", f"no CUDA GPU; {os.cpu_count()} CPU cores, gloo")
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    return Finding("devices", "ok", f"{', '.join(names)}; CUDA {torch.version.cuda}")
+
+
+def torchvision_state(
+    load: Callable[[str], object] = importlib.import_module,
+    find: Callable[[str], object | None] = importlib.util.find_spec,
+) -> Finding:
+    """Absent is fine (transformers then resizes with PIL), broken is fatal.
+
+    A broken one also breaks `from transformers import AutoProcessor`.
+    """
+    if find("torchvision") is None:
+        return Finding("torchvision", "ok", "none (images are resized with PIL)")
+    failure = _import_failure("torchvision", load)
+    if failure is not None:
+        advice = "pip uninstall torchvision, or install the build that matches torch"
+        return Finding("torchvision", "broken", f"{failure}; {advice}")
+    return Finding("torchvision", "ok", _version("torchvision") or "present")
+
+
+def entry_point_state() -> Finding:
+    """Whether lmms-eval will find the adapter."""
+    name = "lmms-eval entry point"
+    found = metadata.entry_points(group="lmms_eval.models", name="llm2clip_vlm")
+    if not found:
+        return Finding(name, "note", "absent; pip install -e . (or the wheel)")
+    entry = next(iter(found))
+    failure = _import_failure(entry.value, lambda _: entry.load())
+    if failure is not None:
+        return Finding(name, "broken", f"{entry.value} does not load: {failure}")
+    return Finding(name, "ok", entry.value)
+
+
+def _compiler() -> Finding:
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        absent = " and ".join(missing)
+        detail = f"{absent} not on PATH; needed only by DeepSpeed's own optimizers and offload"
+        return Finding("compiler", "note", detail)
+    return Finding("compiler", "ok", "g++ and ninja on PATH")
+
+
+def hub_folder_state() -> Finding:
+    """Whether the Hugging Face cache can be written."""
+    folder = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    existing = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            return Finding("HF_HOME", "ok", f"{folder} is writable")
+    except OSError as error:
+        advice = "set HF_HOME to a folder that is"
+        return Finding("HF_HOME", "broken", f"{folder} is not writable ({error}); {advice}")

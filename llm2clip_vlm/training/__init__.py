@@ -1,0 +1,1 @@
+"""Trainer arguments, parameter groups and callbacks around the Hugging Face Trainer."""

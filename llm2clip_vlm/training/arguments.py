@@ -1,0 +1,169 @@
+"""From a recipe to `transformers.TrainingArguments`."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from llm2clip_vlm import distributed
+from llm2clip_vlm.config import RunRecipe
+from llm2clip_vlm.handoff import claim_output_dir
+from llm2clip_vlm.recipe_schema import Problem, RecipeError, did_you_mean
+
+logger = logging.getLogger(__name__)
+
+_OWNED = {
+    "output_dir": "`output_dir` of the recipe",
+    "seed": "`seed` of the recipe",
+    "gradient_accumulation_steps": "`global_batch_size` of the recipe (accumulation follows)",
+}
+_RENAMED = {
+    "evaluation_strategy": "`eval_strategy`",
+    "group_by_length": "`train_sampling_strategy: group_by_length`",
+    "logging_dir": "nothing (TENSORBOARD_LOGGING_DIR in the environment)",
+    "no_cuda": "`use_cpu`",
+    "overwrite_output_dir": "nothing (delete the folder, or choose another output_dir)",
+    "save_safetensors": "nothing (always so)",
+    "warmup_ratio": "`warmup_steps` with a number below 1",
+}
+_PLAIN = (bool, int, float, str, dict, list, type(None))
+
+
+def check_trainer_keys(trainer: dict[str, Any]) -> None:
+    """Check a recipe's `trainer:` section against the installed `TrainingArguments`.
+
+    Nothing is built, so this is cheap and needs no device.
+
+    Args:
+        trainer: Keys and values as written in the recipe.
+
+    Raises:
+        RecipeError: A key that `TrainingArguments` lacks (with the nearest one it has), one that
+            the recipe sets elsewhere, or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(TrainingArguments)
+    fields = {field.name: field for field in dataclasses.fields(TrainingArguments) if field.init}
+    problems = []
+    for name, value in trainer.items():
+        key = f"trainer.{name}"
+        if name in _OWNED:
+            problems.append(Problem(key, f"set {_OWNED[name]} instead"))
+        elif name in _RENAMED and name not in fields:
+            problems.append(Problem(key, f"unknown key; this version takes {_RENAMED[name]}"))
+        elif name not in fields:
+            hint = did_you_mean(name, fields) or "; see transformers.TrainingArguments"
+            problems.append(Problem(key, f"unknown key{hint}"))
+        elif (wanted := _refused_type(hints[name], value)) is not None:
+            problems.append(Problem(key, f"expected {wanted}, got {value!r}"))
+    if problems:
+        raise RecipeError("trainer section", problems)
+
+
+def _refused_type(hint: Any, value: Any) -> str | None:
+    """What a field wants, if `value` is not it; enums and dataclasses are left to transformers."""
+    union = typing.get_origin(hint) in {typing.Union, types.UnionType}
+    kinds = [typing.get_origin(part) or part for part in typing.get_args(hint)] if union else []
+    kinds = kinds or [typing.get_origin(hint) or hint]
+    if not all(kind in _PLAIN for kind in kinds):
+        return None
+    try:
+        TypeAdapter(hint).validate_python(value, strict=True)
+    except ValidationError:
+        return " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+    return None
+
+
+def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArguments:
+    """The arguments of a stage's Trainer.
+
+    Call it before any model is loaded (ZeRO-3 wants to know first). It claims the output
+    directory: `<output_dir>/recipe.resolved.yaml` is written, and a directory that holds a run with
+    another recipe is refused, so that checkpoints found there may be resumed from.
+
+    Args:
+        recipe: The stage's recipe.
+        **forced: Arguments that the stage's program fixes.
+
+    Returns:
+        Arguments that checkpoint to `<output_dir>/checkpoints`.
+
+    Raises:
+        RecipeError: A bad key or value under `trainer`, one that the stage fixes to another value,
+            or a global batch size that the processes cannot share evenly.
+        HandoffError: The output directory holds a run with another recipe.
+    """
+    check_trainer_keys(recipe.trainer)
+    clashes = [
+        Problem(f"trainer.{name}", f"this stage needs {value!r}, got {recipe.trainer[name]!r}")
+        for name, value in forced.items()
+        if recipe.trainer.get(name, value) != value
+    ]
+    if clashes:
+        raise RecipeError("trainer section", clashes)
+    chosen = {**recipe.trainer, **forced}
+    per_device = chosen.setdefault("per_device_train_batch_size", 8)
+    cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
+    folder = claim_output_dir(recipe)
+    if _uses_deepspeed(chosen):
+        distributed.prepare_cpu_deepspeed()
+    values = {
+        "report_to": [],
+        "save_strategy": "steps",
+        "save_total_limit": 1,
+        "logging_steps": 10,
+        "data_seed": recipe.seed,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": cuda,
+        **chosen,
+        "use_cpu": not cuda,
+        "output_dir": str(folder / "checkpoints"),
+        "seed": recipe.seed,
+        "gradient_accumulation_steps": _accumulation(recipe.global_batch_size, per_device),
+    }
+    arguments = TrainingArguments(**values)
+    if arguments.n_gpu > 1:
+        # One process on several GPUs would be torch's DataParallel: another global batch.
+        logger.warning("using 1 of %d GPUs; start with `accelerate launch`", arguments.n_gpu)
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _accumulation(global_batch_size: int, per_device: int) -> int:
+    processes = distributed.world_size()
+    at_once = per_device * processes
+    if per_device < 1 or global_batch_size % at_once:
+        message = (
+            f"expected a multiple of trainer.per_device_train_batch_size x processes = "
+            f"{per_device} x {processes}, got {global_batch_size}"
+        )
+        raise RecipeError("batch size", [Problem("global_batch_size", message)])
+    return global_batch_size // at_once
+
+
+def _uses_deepspeed(chosen: dict[str, Any]) -> bool:
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
+    return launched or chosen.get("deepspeed") is not None
+
+
+def last_checkpoint(arguments: TrainingArguments) -> str | None:
+    """The newest checkpoint to resume from; none for a fresh run.
+
+    Args:
+        arguments: As built by `build_training_arguments`, which made sure that checkpoints in
+            this directory belong to this recipe.
+
+    Returns:
+        What `Trainer.train(resume_from_checkpoint=...)` takes.
+    """
+    folder = Path(str(arguments.output_dir))
+    return get_last_checkpoint(str(folder)) if folder.is_dir() else None

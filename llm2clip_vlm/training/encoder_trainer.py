@@ -1,0 +1,220 @@
+"""Trainer of contrastive image-text models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from llm2clip_vlm.data.image_text import ImageTextDataset, collate
+from llm2clip_vlm.distributed import is_initialized, world_size
+from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.training.param_groups import build_param_groups
+from llm2clip_vlm.training.strict_resume import StrictResumeMixin
+
+MAX_LOGIT_SCALE = math.log(100.0)
+"""Upper bound of the stored `logit_scale` (released code: `[0, ln 100]` after each step)."""
+
+
+class _EachEpochItsCaptions(TrainerCallback):
+    """Tells the dataset its epoch. The Trainer itself does so in a single process only."""
+
+    def __init__(self, dataset: ImageTextDataset) -> None:
+        self.dataset = dataset
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
+        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class _ClampLogitScale(TrainerCallback):
+    """Keeps the stored `logit_scale` in `[0, ln 100]` after each optimizer step."""
+
+    def __init__(self, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        clamp_logit_scale(self.parameter)
+
+
+@torch.no_grad()
+def clamp_logit_scale(parameter: nn.Parameter) -> None:
+    """Clamp a `logit_scale` in place; under DeepSpeed also the optimizer's own copy.
+
+    Args:
+        parameter: A scalar, the stored logarithm.
+    """
+    if not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id"):
+        parameter.clamp_(0.0, MAX_LOGIT_SCALE)
+        return
+    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
+
+    master = safe_get_full_fp32_param(parameter)
+    if master is not None:
+        safe_set_full_fp32_param(parameter, master.clamp(0.0, MAX_LOGIT_SCALE))
+    if parameter.numel():
+        parameter.clamp_(0.0, MAX_LOGIT_SCALE)
+
+
+class EncoderTrainer(StrictResumeMixin, Trainer):
+    """`transformers.Trainer` for two towers and a contrastive loss over the global batch.
+
+    The model's output needs `image_embeds` and `text_embeds` (unit norm), and the model a
+    `logit_scale` (stored logarithm): `LLM2CLIPModel` and `transformers.CLIPModel` have both.
+    Embeddings and caption ids are gathered over all ranks with gradient, so that n processes
+    compute the loss and the gradient of one with the same global batch.
+
+    Args:
+        model: The model.
+        args: Training arguments; incomplete batches must be dropped.
+        train_dataset: Pairs.
+        learning_rates: Prefix of parameter names to learning rate.
+        layer_decay: See `build_param_groups`.
+        layered_part: Prefix of the vision tower.
+        callbacks: More callbacks.
+
+    Raises:
+        ValueError: Gradient accumulation, incomplete batches, or fewer pairs than one batch.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: ImageTextDataset,
+        *,
+        learning_rates: Mapping[str, float],
+        layer_decay: float = 1.0,
+        layered_part: str = "vision_tower",
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        check_contrastive_arguments(args)
+        _check_size(args, len(train_dataset))
+        self.learning_rates = dict(learning_rates)
+        self.layer_decay = layer_decay
+        self.layered_part = layered_part
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=collate,
+            callbacks=[
+                _EachEpochItsCaptions(train_dataset),
+                _ClampLogitScale(model.logit_scale),
+                *(callbacks or []),
+            ],
+        )
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Contrastive loss of this rank's rows against the global batch.
+
+        Args:
+            model: The (wrapped) model.
+            inputs: A batch of `ImageTextDataset`.
+            return_outputs: Also return the model's output.
+            num_items_in_batch: Not used: the batch is the unit, and nothing is accumulated.
+
+        Returns:
+            The loss, or loss and output.
+        """
+        features = {name: value for name, value in inputs.items() if name != "caption_ids"}
+        output = model(**features)
+        scale = getattr(output, "logit_scale", None)
+        if scale is None:
+            owner: Any = self.accelerator.unwrap_model(model)
+            scale = owner.logit_scale.exp()
+        loss = contrastive_loss(
+            output.image_embeds,
+            output.text_embeds,
+            scale,
+            caption_ids=inputs["caption_ids"],
+            gather=is_initialized(),
+        )
+        return (loss, output) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The optimizer of the arguments, over groups with their own learning rates.
+
+        Args:
+            model: The model to optimise; none = the trainer's.
+
+        Returns:
+            The optimizer.
+        """
+        if self.optimizer is None:
+            target = self.model if model is None else model
+            groups = build_param_groups(
+                target,
+                self.learning_rates,
+                self.args.weight_decay,
+                layer_decay=self.layer_decay,
+                layered_part=self.layered_part,
+            )
+            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = optimizer_class(groups, **kwargs)
+        return self.optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log, with `logit_scale` (stored logarithm) beside every loss.
+
+        Args:
+            logs: What the Trainer logs.
+            start_time: As in transformers.
+        """
+        parameter = self.accelerator.unwrap_model(self.model).logit_scale
+        if "loss" in logs and parameter.numel():
+            logs["logit_scale"] = round(parameter.detach().float().item(), 5)
+        super().log(logs, start_time)
+
+
+def check_contrastive_arguments(args: TrainingArguments) -> None:
+    """Refuse arguments under which the batch would not be the contrastive problem it is said to be.
+
+    Call it before a model is loaded.
+
+    Args:
+        args: Training arguments.
+
+    Raises:
+        ValueError: Names the argument and what to do.
+    """
+    steps = args.gradient_accumulation_steps
+    if steps > 1:
+        raise ValueError(
+            f"gradient accumulation over {steps} steps would give every pair only the negatives of "
+            "its own small batch. Raise trainer.per_device_train_batch_size to "
+            f"{args.per_device_train_batch_size * steps} or lower global_batch_size to "
+            f"{args.per_device_train_batch_size * world_size()} "
+            "(trainer.gradient_checkpointing saves memory)."
+        )
+    if not args.dataloader_drop_last:
+        raise ValueError(
+            "dataloader_drop_last is false, so the last batch of an epoch would have fewer "
+            "negatives, and a different number on each process; expected true"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "contrastive training of the towers runs under plain data parallelism or DeepSpeed "
+            "ZeRO-1/2, not ZeRO-3 (a tower and its optimizer fit on one GPU); choose "
+            "recipes/accelerate's ZeRO-2 file"
+        )
+
+
+def _check_size(args: TrainingArguments, num_pairs: int) -> None:
+    batch = args.per_device_train_batch_size * world_size()
+    if num_pairs < batch:
+        raise ValueError(
+            f"the training set has {num_pairs} pairs, fewer than one global batch of {batch}; "
+            "lower global_batch_size and trainer.per_device_train_batch_size"
+        )

@@ -1,0 +1,107 @@
+"""Parameter groups: learning rate by part, layer-wise decay in the tower, weight decay by kind."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from llm2clip_vlm.models.trainable import matching_prefix, part_name, require_known_prefixes
+
+_LAYER = re.compile(r"\.(?:encoder\.)?layers?\.(\d+)\.")
+_BELOW_LAYERS = re.compile(r"\.(?:embeddings|pre_layrnorm)\.")
+
+
+def build_param_groups(
+    model: nn.Module,
+    lrs: Mapping[str, float],
+    weight_decay: float,
+    *,
+    layer_decay: float = 1.0,
+    layered_part: str = "vision_tower",
+) -> list[dict[str, Any]]:
+    """Optimizer groups of all trainable parameters.
+
+    Weight decay is left out for biases, norms (at most one dimension) and embeddings (tokens,
+    positions, CLS). With `layer_decay` the learning rate of the tower's layer i of n is multiplied
+    by `layer_decay ** (n - i)`, counted from the top: what follows the last block has factor 1,
+    the last block `layer_decay`, the patch embedding `layer_decay ** (n + 1)`.
+
+    Args:
+        model: Parameters with `requires_grad` false are left out.
+        lrs: Prefix of parameter names to learning rate; the longest prefix wins.
+        weight_decay: For the decayed groups.
+        layer_decay: 1 switches it off.
+        layered_part: Prefix of the tower.
+
+    Returns:
+        Groups `{params, param_names, lr, weight_decay, name}` in a stable order.
+
+    Raises:
+        ValueError: A trainable parameter lies below no prefix, or a prefix names nothing.
+
+    Paper: LLM2CLIP released code `training/optim.py:62-175` (visual 0.85, text off).
+    """
+    require_known_prefixes(model, lrs)
+    no_decay = _embedding_weights(model)
+    top = _num_layers(model, layered_part) + 1
+    groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        prefix = matching_prefix(name, lrs)
+        if prefix is None:
+            raise ValueError(
+                f"trainable parameter {name!r} lies below none of the learning rates' parts "
+                f"{sorted(lrs)}; give it a learning rate or freeze it"
+            )
+        lr = float(lrs[prefix])
+        if layer_decay != 1.0 and matching_prefix(name, [layered_part]):
+            lr *= layer_decay ** (top - _layer_index(name, top))
+        decays = _ndim(parameter) > 1 and name.endswith("weight") and name not in no_decay
+        label = f"{prefix}{'' if decays else '.no_decay'}"
+        group = groups.setdefault(
+            (prefix, lr, decays),
+            {
+                "params": [],
+                "param_names": [],
+                "lr": lr,
+                "weight_decay": weight_decay if decays else 0.0,
+                "name": label,
+            },
+        )
+        group["params"].append(parameter)
+        group["param_names"].append(name)
+    return list(groups.values())
+
+
+def _ndim(parameter: nn.Parameter) -> int:
+    # ZeRO-3 leaves an empty shell and keeps the shape beside it
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _embedding_weights(model: nn.Module) -> set[str]:
+    return {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
+
+
+def _num_layers(model: nn.Module, part: str) -> int:
+    found = [
+        int(match.group(1))
+        for name, _ in model.named_parameters()
+        if matching_prefix(name, [part]) and (match := _LAYER.search(part_name(name)))
+    ]
+    return max(found) + 1 if found else 0
+
+
+def _layer_index(name: str, top: int) -> int:
+    """0 for embeddings, i + 1 for block i, `top` for what follows the last block."""
+    name = part_name(name)
+    if match := _LAYER.search(name):
+        return int(match.group(1)) + 1
+    return 0 if _BELOW_LAYERS.search(name) else top

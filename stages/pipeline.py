@@ -1,0 +1,35 @@
+"""Runs a pipeline recipe: its programs in the order of their needs, each skipped where finished.
+
+Needs: what the recipe's steps need. Writes: `<output_dir>/logs/<step>.log`,
+`<output_dir>/seconds.json`, and what the steps write.
+
+    python stages/pipeline.py recipes/demo/pipeline.yaml world.seed=1
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from llm2clip_vlm.config import PipelineRecipe
+from llm2clip_vlm.pipeline import Pipeline, PipelineError
+from llm2clip_vlm.recipe import load_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the pipeline: RECIPE [key=value ...]."""
+    started = time.monotonic()
+    path, *overrides = sys.argv[1:] if argv is None else argv
+    recipe = load_recipe(path, PipelineRecipe, overrides)
+    try:
+        Pipeline(recipe).run()
+    except PipelineError as error:
+        raise SystemExit(f"pipeline: {error}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("pipeline: stopped; the same command goes on from here") from None
+    print(f"pipeline: all steps of {path} are finished ({time.monotonic() - started:.0f} s)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+"""Stage 1: a decoder LLM becomes a text encoder that tells captions of different images apart.
+
+Paper: LLM2CLIP v6, section 3.1 and appendix C.1 (caption-contrastive fine-tuning with LoRA).
+Needs: any Hugging Face decoder LLM, and records with at least two captions of one image each.
+Writes: `<output_dir>/text_encoder/` (merged and bidirectional; what stage 2a reads), `adapter/`
+    (the LoRA alone, for the causal base: PEFT does not keep `is_causal`), `results.json` (`cra`:
+    caption retrieval R@1 before and after, with its interval), `metrics.jsonl`,
+    `recipe.resolved.yaml`, `manifest.json`.
+
+    python stages/stage1_text_encoder.py RECIPE.yaml key=value ...
+    accelerate launch --num_processes 8 stages/stage1_text_encoder.py RECIPE.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import set_seed
+
+from llm2clip_vlm.config import Stage1Recipe
+from llm2clip_vlm.data.captions import CaptionPairs, held_out_pairs, read_captions
+from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.distributed import is_main, teardown
+from llm2clip_vlm.evaluation.retrieval import recall_at_k
+from llm2clip_vlm.handoff import is_complete, verify_parent, write_manifest
+from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.trainable import trainable_table
+from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
+from llm2clip_vlm.training.callbacks import MetricsJsonl
+from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
+from llm2clip_vlm.training.text_trainer import CaptionContrastiveTrainer, add_adapter
+
+STAGE = "stage1_text_encoder"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    started = time.monotonic()
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        raise SystemExit(__doc__)
+    recipe = load_recipe(words[0], Stage1Recipe, words[1:])
+    out = Path(recipe.output_dir)
+    if is_complete(out, recipe):
+        print(f"{STAGE}: {out} is finished, nothing to do")
+        return
+    verify_parent(recipe.text_encoder.language_model, expect_stage="base_language_model")
+
+    args = build_training_arguments(recipe, dataloader_drop_last=True)
+    check_contrastive_arguments(args)
+    if recipe.world is not None:
+        with args.main_process_first(local=False, desc="writing the world"):
+            ensure_world(recipe.world)
+    set_seed(recipe.seed)
+
+    encoder = TextEncoder.from_section(recipe.text_encoder, args.device)
+
+    model: Any = encoder.backbone
+    if recipe.lora:
+        model = add_adapter(encoder.backbone, recipe.lora)
+
+    bad = BadRecords(recipe.max_bad_records)
+    sources = [read_captions(source, bad, min_captions=2) for source in recipe.train]
+    pairs = CaptionPairs(sources, [source.weight for source in recipe.train], recipe.seed, recipe.keep_together)
+    held_out = held_out_pairs(
+        [r for source in recipe.evaluation for r in read_captions(source, bad, min_captions=2)]
+    )
+    results: dict[str, float | list[float]] = {}
+    if is_main():
+        print(trainable_table(model))
+        print(f"{sum(map(len, sources))} records, {len(pairs.texts)} captions; {bad.summary()}")
+        results |= caption_accuracy(encoder, held_out, "before")
+
+    trainer = CaptionContrastiveTrainer(
+        model,
+        args,
+        pairs,
+        encoder=encoder,
+        scale=recipe.scale,
+        symmetric=recipe.symmetric,
+        callbacks=[MetricsJsonl(out / "metrics.jsonl")],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+
+    if is_main():
+        if recipe.lora:
+            model.save_pretrained(out / "adapter")
+            encoder.backbone = model.merge_and_unload()
+        encoder.save_pretrained(out / "text_encoder")
+        # Read back, so that what is measured is what the next stage gets.
+        encoder = TextEncoder.from_pretrained(out / "text_encoder", device=args.device)
+        results |= caption_accuracy(encoder, held_out, "after")
+        (out / "results.json").write_text(json.dumps({"cra": results}, indent=2) + "\n")
+        print(f"{STAGE}: caption retrieval accuracy {results or 'not evaluated'}, {out}")
+        write_manifest(
+            out,
+            stage=STAGE,
+            recipe=recipe,
+            parents={"language_model": recipe.text_encoder.language_model},
+            fingerprints=encoder.fingerprint,
+            seconds=time.monotonic() - started,
+            extra={"bad_records": bad.count, "captions": len(pairs.texts)},
+        )
+    teardown()
+
+
+def caption_accuracy(
+    encoder: TextEncoder, pairs: tuple[list[str], list[str]], name: str
+) -> dict[str, float | list[float]]:
+    """CRA: R@1 in % of first captions among second ones; an equal caption counts as found."""
+    queries, gallery = pairs
+    if not queries:
+        return {}
+    same: dict[str, set[int]] = {}
+    for row, texts in enumerate(zip(queries, gallery, strict=True)):
+        for text in texts:
+            same.setdefault(text, set()).add(row)
+    positives = [same[q] | same[g] for q, g in zip(queries, gallery, strict=True)]
+    found = recall_at_k(encoder.encode(queries), encoder.encode(gallery), positives, ks=1)
+    return {name: found.recall[1], f"{name}_ci": list(found.ci[1]), "queries": len(queries)}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Stage 2b: the vision tower learns to agree with the frozen LLM's cached caption embeddings.
+
+Paper: LLM2CLIP v6, section 3.2 (symmetric InfoNCE, text adaptor, gradients through the tower).
+Needs: stage 2a's cache, a CLIP or other vision tower, image-text records.
+Writes: `<output_dir>/model/` (LLM2CLIPModel), `vision_tower/` (the plain tower with its image
+processor), `results.json` (retrieval), `metrics.jsonl`, `recipe.resolved.yaml`, `manifest.json`.
+
+    python stages/stage2b_vision_encoder.py RECIPE.yaml key=value ...
+    accelerate launch --num_processes 8 stages/stage2b_vision_encoder.py RECIPE.yaml key=value ...
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import set_seed
+
+from llm2clip_vlm.config import Stage2bRecipe
+from llm2clip_vlm.data.image_text import ImageTextDataset, read_image_text
+from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.distributed import barrier, is_main, teardown
+from llm2clip_vlm.evaluation.retrieval import retrieval_report
+from llm2clip_vlm.handoff import fingerprint_dir, is_complete, verify_parent, write_manifest
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused, trainable_table
+from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
+from llm2clip_vlm.training.callbacks import MetricsJsonl
+from llm2clip_vlm.training.caption_cache import open_caption_cache, require_captions
+from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, read_held_out
+from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
+from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
+
+TOWER_STAGES = ("clip_baseline", "stage2b_vision_encoder")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the stage.
+
+    Args:
+        argv: Recipe path and `key=value` overrides; none = the command line's.
+    """
+    # recipe, arguments, seed
+    started = time.monotonic()
+    path, *overrides = sys.argv[1:] if argv is None else argv
+    recipe = load_recipe(path, Stage2bRecipe, overrides)
+    out = Path(recipe.output_dir)
+    if is_complete(out, recipe):
+        print(f"{recipe.stage}: {out} is finished, nothing to do")
+        return
+    args = build_training_arguments(recipe, dataloader_drop_last=True)
+    check_contrastive_arguments(args)
+    if recipe.world is not None:
+        with args.main_process_first(local=False, desc="writing the world"):
+            ensure_world(recipe.world)
+    set_seed(recipe.seed)
+
+    # model
+    verify_parent(recipe.vision_tower, expect_stage=TOWER_STAGES)
+    cache, text_encoder = open_caption_cache(recipe.embedding_cache)
+    tower = load_vision_tower(recipe.vision_tower, dtype=torch.float32)
+    model = LLM2CLIPModel.from_vision_tower(
+        tower.model,
+        text_embed_dim=cache.dim,
+        projection_dim=recipe.projection_dim,
+        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
+        adaptor_expansion=recipe.text_adaptor.expansion,
+        logit_scale_init_value=recipe.logit_scale_init,
+    )
+    lora = add_lora(model.vision_tower, recipe.tower_lora) if recipe.tower_lora else None
+
+    # trainable
+    lrs = recipe.learning_rates.model_dump() | {"logit_scale": recipe.learning_rates.text_adaptor}
+    if recipe.tower_training == "frozen":
+        del lrs["vision_tower"]
+    apply_trainable(model, lrs)
+
+    # data
+    bad = BadRecords(recipe.max_bad_records)
+    records = [record for source in recipe.train for record in read_image_text(source, bad)]
+    held_out = read_held_out(recipe.evaluation, bad)
+    dataset = ImageTextDataset(
+        records,
+        tower.image_processor,
+        recipe.caption_weights,
+        recipe.seed,
+        lambda texts: {"text_features": cache.lookup(texts)},
+        bad=bad,
+        show_progress=is_main(),
+    )
+    require_captions(cache, dataset, held_out)
+    sample = dataset.__getitems__([0, 1 % len(dataset)])
+    freeze_unused(
+        model,
+        lambda: model(sample["pixel_values"], sample["text_features"], return_loss=True).loss,
+    )
+
+    # trainer, train
+    trainer = EncoderTrainer(
+        model,
+        args,
+        dataset,
+        learning_rates=lrs,
+        layer_decay=recipe.layer_decay,
+        callbacks=[MetricsJsonl(out / "metrics.jsonl")],
+    )
+    if is_main():
+        print(trainable_table(model, lrs), flush=True)
+    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    if lora is not None:
+        merge_lora(lora)
+    trainer.save_model(str(out / "model"))
+
+    # evaluate (what was saved, not what is in memory), hand off
+    if is_main():
+        saved = LLM2CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+
+        def encode_texts(texts: list[str]) -> Tensor:
+            return saved.get_text_features(cache.lookup(texts).to(args.device))
+
+        retrieval = evaluate_retrieval(
+            held_out,
+            tower.image_processor,
+            lambda pixels: saved.get_image_features(pixels.to(args.device)),
+            encode_texts,
+            retrieval_report,
+            bad=bad,
+        )
+        (out / "results.json").write_text(json.dumps({"retrieval": retrieval}, indent=2) + "\n")
+        tower.image_processor.save_pretrained(out / "model")
+        exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
+        print(f"{bad.summary()}; results in {out / 'results.json'}", flush=True)
+        write_manifest(
+            out,
+            stage=recipe.stage,
+            recipe=recipe,
+            parents={"vision_tower": recipe.vision_tower, "cache": recipe.embedding_cache},
+            fingerprints={"vision_tower": fingerprint_dir(exported), **text_encoder},
+            seconds=time.monotonic() - started,
+            extra={"bad_records": bad.count, "pairs": len(dataset)},
+        )
+    barrier()
+    teardown()
+
+
+if __name__ == "__main__":
+    main()

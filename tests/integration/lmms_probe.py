@@ -1,0 +1,169 @@
+"""Run by test_lmms_eval.py in a process of its own: importing lmms-eval changes global state.
+
+`python lmms_probe.py CHECKPOINT WORLD` prints one JSON object: what each trap does today.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import ImageFile
+
+from llm2clip_vlm.config import LmmsTask, SuiteRecipe
+from llm2clip_vlm.evaluation.lmms_adapter import (
+    Llm2ClipVlmChat,
+    Llm2ClipVlmSimple,
+    load_checkpoint,
+)
+from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, task_yaml
+from llm2clip_vlm.evaluation.lmms_tasks import build_task, load_config, merge, refuse_judge
+from llm2clip_vlm.evaluation.lmms_worker import quiet, score
+
+TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+
+Texts = list[str]
+
+
+def answers(adapter: Any, task: Any) -> Texts:
+    from lmms_eval.evaluator import simple_evaluate
+
+    found = simple_evaluate(
+        model=adapter,
+        tasks=[task],
+        task_manager=object(),
+        bootstrap_iters=0,
+        random_seed=None,
+        numpy_random_seed=None,
+        torch_random_seed=None,
+        process_docs_parallel=1,
+        cli_args=argparse.Namespace(
+            output_path="unused",
+            process_with_media=False,
+            reasoning_tags=None,
+            agentic_trace_mode="basic",
+        ),
+    )
+    (logged,) = found["samples"].values()
+    return [item["filtered_resps"][0] for item in logged]
+
+
+def build(name: str, data: Path, **overrides: Any) -> Any:
+    spec = LmmsTask(task=name, overrides=overrides)
+    return build_task(spec, task_yaml(name, TASKS), data)
+
+
+def refusal(function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except (ValueError, OSError, KeyError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def random_state() -> list[Any]:
+    return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+
+
+def multiple_choice(adapter: Any, vqa: Path) -> dict[str, Any]:
+    """A log-likelihood task through the evaluator; simple classes only."""
+    from lmms_eval.api.task import ConfigurableTask
+    from lmms_eval.evaluator import simple_evaluate
+
+    config = load_config(task_yaml("l2c_world_vqa", TASKS))
+    for key in ("generation_kwargs", "process_results", "metric_list"):
+        config.pop(key)
+    extra = {"output_type": "multiple_choice", "doc_to_choice": ["red", "four", "yes"]}
+    merge(config, {**extra, "metric_list": [{"metric": "acc"}], "doc_to_target": "answer"})
+    config["dataset_kwargs"] = {"data_files": {"test": str(vqa)}}
+    config["lmms_eval_specific_kwargs"]["default"]["image_root"] = str(vqa.parent)
+    found = simple_evaluate(
+        model=adapter,
+        tasks=[ConfigurableTask(config=config, model_name="llm2clip_vlm")],
+        task_manager=object(),
+        limit=3,
+        bootstrap_iters=0,
+    )
+    logged = found["samples"]["l2c_world_vqa"][0]
+    return {"pairs": logged["filtered_resps"], "acc": found["results"]["l2c_world_vqa"]["acc,none"]}
+
+
+def main() -> None:
+    checkpoint, world = sys.argv[1], Path(sys.argv[2])
+    vqa = world / "vqa_test.jsonl"
+    imported = ImageFile.LOAD_TRUNCATED_IMAGES
+    quiet()
+    found: dict[str, Any] = {"truncated": [imported, ImageFile.LOAD_TRUNCATED_IMAGES]}
+
+    model, processor = load_checkpoint(checkpoint, device="cpu")
+    live = {"model": model, "processor": processor}
+    task = build("l2c_world_vqa", vqa)
+    task.build_all_requests(limit=1)
+    arguments = task.instances[0].args
+    found["chat_arguments"] = [callable(a) or type(a).__name__ for a in arguments]
+
+    chat = Llm2ClipVlmChat(**live, batch_size=64)
+    found["batched"] = answers(chat, task)
+    found["again"] = answers(chat, task)
+    found["one_by_one"] = answers(Llm2ClipVlmChat(**live, batch_size=1), task)
+
+    from lmms_eval.api.task import ConfigurableTask
+
+    simple_task = ConfigurableTask(config=dict(task.config.__dict__), model_name="llm2clip_vlm")
+    found["simple"] = answers(Llm2ClipVlmSimple(**live), simple_task)
+
+    before = random_state()
+    job = Job("a", checkpoint, "sha", 0, "l2c_world_vqa", "spec")
+    suite = SuiteRecipe(tasks=[LmmsTask(task="l2c_world_vqa", data_files=str(vqa))])
+    scored = score(job, suite, task, chat, output=Path(sys.argv[3]), limit=2)
+    found["random_state_kept"] = random_state() == before
+    found["limit"] = [scored["n"], scored["limit"], scored["documents"]]
+    nothing = Llm2ClipVlmChat(**live)
+    nothing.generator._answer = lambda *_: __import__(  # type: ignore[union-attr]
+        "llm2clip_vlm.evaluation.generation", fromlist=["Answer"]
+    ).Answer("", 1)
+    found["empty"] = refusal(
+        lambda: score(job, suite, task, nothing, output=Path(sys.argv[3]), limit=2)
+    )
+    found["stale_result_left"] = job.result_path(Path(sys.argv[3])).exists()
+
+    found["multiple_choice"] = multiple_choice(Llm2ClipVlmSimple(**live), vqa)
+    found["multiple_choice_chat"] = refusal(
+        lambda: build("l2c_world_vqa", vqa, output_type="multiple_choice", generation_kwargs=None)
+    )
+
+    from lmms_eval.api.model import lmms
+
+    cleaned = Llm2ClipVlmChat(**live)
+    cleaned.module = torch.nn.Linear(1, 1)  # type: ignore[attr-defined]
+    lmms.clean(cleaned)
+    found["base_clean_deletes_modules"] = not hasattr(cleaned, "module")
+
+    pope = load_config(task_yaml("pope", TASKS))
+    found["token"] = pope["dataset_kwargs"]
+    found["judge"] = {
+        name: refusal(lambda name=name: refuse_judge(name, load_config(task_yaml(name, TASKS))))
+        for name in ("mmvet", "llava_in_the_wild", "hallusion_bench_image", "pope", "mme")
+    }
+    found["override"] = refusal(merge, pope, {"doc_to_txt": 1})
+    prompted = build(
+        "l2c_world_vqa", vqa, lmms_eval_specific_kwargs={"default": {"post_prompt": " please"}}
+    )
+    found["override_prompt"] = prompted.doc_to_text(prompted.eval_docs[0])
+
+    from lmms_eval.api.task import ConfigurableTask as Retried
+
+    Retried.download.retry.sleep = lambda seconds: None  # 5 tries, 2 s apart
+    found["missing_data"] = refusal(lambda: build("l2c_world_vqa", world / "absent.jsonl"))
+    found["error_type"] = issubclass(EvaluationError, ValueError)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

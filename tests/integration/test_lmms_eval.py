@@ -1,0 +1,233 @@
+"""lmms-eval with a tiny LLaVA: the runner from the command line, and one test a trap.
+
+Everything that imports lmms-eval's evaluator runs in another process.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
+
+from llm2clip_vlm.config import WorldConfig
+from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.models.vlm import build_vlm
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"vqa_test": 4, "exist_test": 4, "caption_test": 3}
+SMALL = dict.fromkeys(
+    ("text", "text_val", "short", "pairs_train", "pairs_val", "pairs_test", "instruct"), 2
+)
+WORLD_TASKS = ["l2c_world_vqa", "l2c_world_exist", "l2c_world_caption", "pope", "mme"]
+
+
+def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+
+
+def run_lmms(output: Path, world: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
+    base = ["eval/run_lmms.py", "--output", output]
+    return run(*base, *more, f"world.dir={world.parent}", "max_empty=1.0")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("lmms")
+
+
+@pytest.fixture(scope="module")
+def world(place: Path) -> Path:
+    return ensure_world(WorldConfig(dir=str(place / "world")), sizes={**SMALL, **SIZES})
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tiny_clip: Path, tiny_llm: Path, place: Path) -> dict[str, Path]:
+    found = {}
+    for seed, name in enumerate("ab"):
+        found[name] = place / name
+        for part in build_vlm(tiny_clip, tiny_llm, seed=seed):
+            part.save_pretrained(found[name])
+    return found
+
+
+@pytest.fixture(scope="module")
+def first_run(
+    place: Path, world: Path, checkpoints: dict[str, Path]
+) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    given = [f"--checkpoint={name}={path}" for name, path in checkpoints.items()]
+    output = place / "out"
+    return output, run_lmms(output, world, "--suite=eval/suites/world.yaml", *given)
+
+
+def result(output: Path, checkpoint: str, task: str) -> dict[str, Any]:
+    return json.loads((output / checkpoint / f"{task}.json").read_text())
+
+
+def samples(output: Path, checkpoint: str, task: str) -> list[dict[str, Any]]:
+    text = (output / checkpoint / f"{task}.samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
+def test_every_task_of_every_checkpoint_has_a_result(first_run: Any) -> None:
+    output, finished = first_run
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    for checkpoint in "ab":
+        for task in WORLD_TASKS:
+            found = result(output, checkpoint, task)
+            assert found["n"] == len(samples(output, checkpoint, task)) == found["documents"]
+            assert found["n_errors"] == 0 and found["limit"] is None
+            assert found["settings"]["image_processor"] == "CLIPImageProcessorPil"
+            assert found["prompt_example"].count("<image>") == 1
+            assert found["checkpoint"]["sha256"] and found["versions"]["lmms_eval"]
+    assert not list(output.glob(".jobs*")) and not list(output.rglob(".*.json.*"))
+    assert finished.stdout.count("\n") == 10 and "pope scorer on world data" in finished.stdout
+
+
+def test_own_metrics_and_types(first_run: Any) -> None:
+    output, _ = first_run
+    vqa = result(output, "a", "l2c_world_vqa")
+    assert len(vqa["by_type"]) == 10 and vqa["n"] == 40
+    assert vqa["score"] == pytest.approx(100 * vqa["metrics"]["accuracy"])
+    exist = result(output, "a", "l2c_world_exist")
+    assert set(exist["metrics"]) == {"accuracy", "precision", "recall", "f1", "yes_rate"}
+    assert set(exist["by_type"]) <= {"random", "popular", "adversarial"}
+    caption = result(output, "a", "l2c_world_caption")
+    assert "attribute_f1" in caption["metrics"] and "object_f1" in caption["metrics"]
+    images = {sample["image_id"] for sample in samples(output, "a", "mme")}
+    assert images == {f"exist-{n:05d}" for n in range(4)}  # intervals go by image
+
+
+def test_builtin_scorers_ran_with_their_own_prompts_and_useless_metrics_are_left_out(
+    first_run: Any,
+) -> None:
+    output, _ = first_run
+    pope = result(output, "a", "pope")
+    assert "Answer the question using a single word or phrase." in pope["prompt_example"]
+    assert "pope_f1_score" in pope["metrics"] and "pope_yes_ratio" not in pope["metrics"]
+    assert "POPE" not in pope["title"]
+    mme = result(output, "a", "mme")
+    assert "Please answer yes or no" not in mme["prompt_example"]
+    assert "mme_perception_score" in mme["metrics"]
+
+
+@pytest.mark.slow
+def test_overwritten_weights_are_evaluated_again_and_nothing_else(
+    first_run: Any, world: Path, checkpoints: dict[str, Path], place: Path
+) -> None:
+    output, _ = first_run
+    copy = shutil.copytree(output, place / "again")
+    before = {file: file.stat().st_mtime_ns for file in copy.rglob("*.json")}
+    moved = shutil.copytree(checkpoints["b"], place / "moved")
+    given = [f"--checkpoint=a={checkpoints['a']}", f"--checkpoint=b={moved}"]
+    idle = run_lmms(copy, world, "--suite=eval/suites/world.yaml", *given)
+    assert idle.returncode == 0 and "0 of 10 evaluations to do" in idle.stderr
+    shutil.copy(checkpoints["a"] / "model.safetensors", moved / "model.safetensors")
+    finished = run_lmms(copy, world, "--suite=eval/suites/world.yaml", *given)
+    assert finished.returncode == 0 and "5 of 10 evaluations to do" in finished.stderr
+    for file, time in before.items():
+        assert (file.stat().st_mtime_ns == time) == (file.parent.name == "a")
+    assert samples(copy, "b", "pope") == samples(copy, "a", "pope")
+    assert samples(output, "b", "pope") != samples(output, "a", "pope")
+
+
+@pytest.mark.slow
+def test_a_failing_task_is_named_the_others_finish_and_the_exit_code_is_1(
+    world: Path, checkpoints: dict[str, Path], place: Path
+) -> None:
+    suite = place / "broken.yaml"
+    row = json.loads((world / "vqa_test.jsonl").read_text().split("\n")[0])
+    (world / "no_answer.jsonl").write_text(json.dumps({"id": 1, "image": row["image"]}) + "\n")
+    suite.write_text(
+        "tasks:\n"
+        f"- {{task: l2c_easy_vqa, data_files: {world}/no_answer.jsonl}}\n"
+        f"- {{task: l2c_world_vqa, data_files: {world}/vqa_test.jsonl, limit: 3}}\n"
+    )
+    given = (f"--suite={suite}", f"--checkpoint=a={checkpoints['a']}")
+    output = place / "broken"
+    finished = run("eval/run_lmms.py", "--output", output, *given, "max_empty=1.0")
+    assert finished.returncode == 1
+    assert "a / l2c_easy_vqa (exit 1)" in finished.stderr and "question" in finished.stderr
+    assert not (output / "a" / "l2c_easy_vqa.json").exists()
+    assert result(output, "a", "l2c_world_vqa")["n"] == 3
+    assert run("eval/run_lmms.py", "--output", output, *given, "tasks.0.tusk=1").returncode == 1
+
+
+@pytest.fixture(scope="module")
+def probe(world: Path, checkpoints: dict[str, Path], place: Path) -> dict[str, Any]:
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    finished = subprocess.run(
+        [
+            sys.executable,
+            str(Path(__file__).with_name("lmms_probe.py")),
+            str(checkpoints["a"]),
+            str(world),
+            str(place / "probe"),
+        ],
+        env={**env, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    return json.loads(finished.stdout.strip().split("\n")[-1])
+
+
+@pytest.mark.slow
+def test_trap_chat_requests_have_six_arguments(probe: dict[str, Any]) -> None:
+    assert probe["chat_arguments"] == ["str", True, "dict", "int", "str", "str"]
+
+
+@pytest.mark.slow
+def test_batch_size_and_class_do_not_change_answers_and_a_live_model_survives(
+    probe: dict[str, Any],
+) -> None:
+    assert probe["batched"] == probe["one_by_one"] == probe["simple"] == probe["again"]
+    assert len(set(probe["batched"])) > 1
+    assert probe["base_clean_deletes_modules"]  # why the adapter overrides clean()
+
+
+@pytest.mark.slow
+def test_trap_multiple_choice_needs_the_wrapped_pair(probe: dict[str, Any]) -> None:
+    pairs = probe["multiple_choice"]["pairs"]
+    assert all(loss > 0 and isinstance(greedy, bool) for loss, greedy in pairs)
+    assert "only generate_until is scored" in probe["multiple_choice_chat"]
+
+
+@pytest.mark.slow
+def test_trap_seeds_and_truncated_pictures(probe: dict[str, Any]) -> None:
+    assert probe["random_state_kept"]
+    assert probe["truncated"][1] is False  # lmms-eval had set it
+
+
+@pytest.mark.slow
+def test_trap_limit_is_recorded_and_empty_answers_are_refused(probe: dict[str, Any]) -> None:
+    assert probe["limit"] == [2, 2, 40]
+    assert "2 of 2 answers are empty" in probe["empty"]
+    assert not probe["stale_result_left"]
+
+
+@pytest.mark.slow
+def test_trap_hub_token_judges_and_hidden_causes(probe: dict[str, Any]) -> None:
+    assert probe["token"] is None
+    judged = {name for name, said in probe["judge"].items() if "judge model" in said}
+    assert judged == {"mmvet", "llava_in_the_wild", "hallusion_bench_image"}
+    assert "doc_to_txt" in probe["override"]
+    assert probe["override_prompt"].endswith(" please")
+    assert probe["missing_data"].startswith("FileNotFoundError")

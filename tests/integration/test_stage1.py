@@ -1,0 +1,357 @@
+"""Stages 1 and 2a as programs: what they write, that they resume, that ranks do not matter."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from llm2clip_vlm.config import LoraSection
+from llm2clip_vlm.data.captions import CaptionPair, CaptionPairs, CaptionRecord
+from llm2clip_vlm.data.embedding_cache import CacheError, EmbeddingCache
+from llm2clip_vlm.handoff import HandoffError, read_manifest
+from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
+from tests.tiny import WORDS
+
+COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]
+SHAPES = ["circle", "square", "triangle", "star", "cross", "heart", "diamond", "ring"]
+
+
+def load(repo_root: Path, stage: str) -> ModuleType:
+    path = repo_root / "stages" / f"{stage}.py"
+    spec = importlib.util.spec_from_file_location(stage, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_captions(path: Path, start: int = 0, step: int = 1) -> Path:
+    rows = [
+        {
+            "id": f"{colour}-{shape}",
+            "captions": {
+                "short": [f"a {colour} {shape}"],
+                "long": [
+                    f"the picture shows one {shape} and it is {colour}",
+                    f"there is a {shape} . its color is {colour} . the background is plain",
+                ],
+            },
+        }
+        for colour in COLOURS
+        for shape in SHAPES
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows[start::step]))
+    return path
+
+
+def write_recipe(folder: Path, llm: Path, **keys: Any) -> Path:
+    trainer = {
+        "per_device_train_batch_size": 16,
+        "max_steps": 6,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "disable_tqdm": True,
+        **keys.pop("trainer", {}),
+    }
+    recipe = {
+        "stage": "stage1_text_encoder",
+        "output_dir": str(folder / "stage1"),
+        "global_batch_size": 16,
+        "text_encoder": {"language_model": str(llm)},
+        "lora": {"r": 8, "alpha": 16, "dropout": 0.0},
+        "train": [{"path": str(write_captions(folder / "train.jsonl"))}],
+        "evaluation": [{"path": str(write_captions(folder / "val.jsonl", step=3))}],
+        "trainer": trainer,
+        **keys,
+    }
+    path = folder / "stage1.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, repo_root: Path) -> Path:
+    """A finished stage 1 (one process), and stage 2a after it."""
+    folder = tmp_path_factory.mktemp("stage1")
+    recipe = write_recipe(folder, tiny_llm, trainer={"save_steps": 3, "save_total_limit": 2})
+    load(repo_root, "stage1_text_encoder").main([str(recipe)])
+    return folder
+
+
+def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
+    out = trained / "stage1"
+    losses = [row["loss"] for row in metrics(out)]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0] - 0.5
+    cra = json.loads((out / "results.json").read_text())["cra"]
+    assert cra["queries"] == 22
+    assert cra["after"] > cra["before"]
+    assert cra["after_ci"][0] <= cra["after"] <= cra["after_ci"][1]
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["stage"] == "stage1_text_encoder"
+    encoder = TextEncoder.from_pretrained(out / "text_encoder")
+    assert manifest["fingerprints"] == encoder.fingerprint
+    assert encoder.settings.bidirectional
+
+    from peft import PeftModel  # the adapter on the causal base, made bidirectional = the merged
+
+    base = TextEncoder.from_pretrained(tiny_llm)
+    base.backbone = PeftModel.from_pretrained(base.backbone, out / "adapter").eval()
+    text = ["a red star"]
+    torch.testing.assert_close(base.encode(text), encoder.encode(text), atol=1e-5, rtol=0)
+
+
+def test_stage1_does_not_run_twice(
+    trained: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load(repo_root, "stage1_text_encoder").main([str(trained / "stage1.yaml")])
+    assert "is finished, nothing to do" in capsys.readouterr().out
+
+
+def test_resume_is_exact(trained: Path, tmp_path: Path, repo_root: Path) -> None:
+    whole = trained / "stage1"
+    part = tmp_path / "part"
+    shutil.copytree(whole, part)
+    shutil.rmtree(part / "checkpoints" / "checkpoint-6")
+    shutil.rmtree(part / "text_encoder")
+    (part / "manifest.json").unlink()
+    load(repo_root, "stage1_text_encoder").main(
+        [str(trained / "stage1.yaml"), f"output_dir={part}"]
+    )
+    kept = [row["seconds"] for row in metrics(whole)[:3]]
+    assert [row["seconds"] for row in metrics(part)[:3]] == kept  # it did not start anew
+    strip = [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(part)]
+    assert strip == [(row["step"], row["loss"], row["grad_norm"]) for row in metrics(whole)]
+    encoders = [TextEncoder.from_pretrained(out / "text_encoder") for out in (whole, part)]
+    assert encoders[0].fingerprint == encoders[1].fingerprint
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_and_resume(trained: Path, tmp_path: Path, repo_root: Path) -> None:
+    out = tmp_path / "two"
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
+        *(str(repo_root / "stages" / "stage1_text_encoder.py"), str(trained / "stage1.yaml")),
+        *(f"output_dir={out}", "trainer.per_device_train_batch_size=8", "trainer.save_steps=5"),
+    ]
+    env = {**os.environ, "PYTHONPATH": str(repo_root)}
+
+    def launch() -> list[dict[str, Any]]:
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return metrics(out)
+
+    rows = launch()
+    state = json.loads((out / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
+    assert state["train_batch_size"] == 8
+    for name in ("loss", "grad_norm"):
+        found, expected = (
+            torch.tensor([row[name] for row in table])
+            for table in (rows, metrics(trained / "stage1"))
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    # In the second epoch accelerate hides the sampler from `set_epoch` when it skips batches.
+    shutil.rmtree(out / "checkpoints" / "checkpoint-6", ignore_errors=True)
+    (out / "manifest.json").unlink()
+    again = launch()
+    assert [row["seconds"] for row in again[:5]] == [row["seconds"] for row in rows[:5]]
+    assert again[5]["loss"] == pytest.approx(rows[5]["loss"], abs=1e-5)
+
+
+def test_full_tuning_and_flags(tmp_path: Path, tiny_llm: Path, repo_root: Path) -> None:
+    stage = load(repo_root, "stage1_text_encoder")
+    recipe = write_recipe(tmp_path, tiny_llm, trainer={"max_steps": 1, "save_strategy": "no"})
+    seen: dict[str, float] = {}
+    for name, overrides in {
+        "lora": [],
+        "full": ["lora=null"],
+        "scale": ["scale=5.0"],
+        "one_way": ["symmetric=false"],
+        "last": ["text_encoder.pooling=last"],
+        "seed": ["seed=1"],
+    }.items():
+        out = tmp_path / name
+        stage.main([str(recipe), *overrides, f"output_dir={out}", "evaluation=[]"])
+        (row,) = metrics(out)
+        seen[name] = row["loss"]
+        assert (out / "adapter").exists() == (name != "full")
+        assert json.loads((out / "results.json").read_text()) == {"cra": {}}
+    assert seen.pop("full") == pytest.approx(seen["lora"], abs=1e-4)  # an adapter starts at zero
+    assert len(set(seen.values())) == len(seen)
+    base = TextEncoder.from_pretrained(tiny_llm).backbone.state_dict()
+    tuned = TextEncoder.from_pretrained(tmp_path / "full" / "text_encoder").backbone.state_dict()
+    assert all((tuned[name] != base[name]).any() for name in base)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["global_batch_size=32"], "gradient accumulation over 2 steps"),
+        (["train.0.limit=8"], "8 pairs, fewer than one global batch of 16"),
+        (["trainer.dataloader_drop_last=false"], "dataloader_drop_last"),
+        (["train.0.fields=[captoin]"], "captoin"),
+    ],
+)
+def test_stage1_refuses(
+    tmp_path: Path, tiny_llm: Path, repo_root: Path, overrides: list[str], message: str
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llm)
+    with pytest.raises(ValueError, match=message):
+        load(repo_root, "stage1_text_encoder").main([str(recipe), *overrides])
+
+
+def test_stage1_counts_bad_records(tmp_path: Path, tiny_llm: Path, repo_root: Path) -> None:
+    stage = load(repo_root, "stage1_text_encoder")
+    keys = {"trainer": {"max_steps": 1, "save_strategy": "no"}}
+    recipe = write_recipe(tmp_path, tiny_llm, **keys)
+    with (tmp_path / "train.jsonl").open("a") as handle:
+        handle.write('{"id": "x", "captions": ["a dog", ""]}\n{"id": "y", "captions": ["a dog"]}\n')
+    with pytest.raises(ValueError, match=r"2 bad record\(s\), 1 allowed"):
+        stage.main([str(recipe), "max_bad_records=1"])
+    stage.main([str(recipe), "max_bad_records=2", f"output_dir={tmp_path / 'b'}"])
+    manifest = read_manifest(tmp_path / "b")
+    assert manifest is not None
+    assert manifest["extra"]["bad_records"] == 2
+
+
+def cache_recipe(folder: Path, text_encoder: Any, sources: list[dict[str, Any]]) -> Path:
+    path = folder / "stage2a.yaml"
+    recipe = {
+        "stage": "stage2a_cache_text",
+        "output_dir": str(folder / "cache"),
+        "text_encoder": text_encoder,
+        "sources": sources,
+        "batch_tokens": 256,
+    }
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def test_stage2a_caches_every_text_once(
+    trained: Path, tmp_path: Path, repo_root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = load(repo_root, "stage2a_cache_text")
+    sources = [{"path": str(trained / name)} for name in ("train.jsonl", "val.jsonl")]
+    model = trained / "stage1" / "text_encoder"
+    recipe = cache_recipe(tmp_path, str(model), sources)
+    stage.main([str(recipe)])
+    assert "258 texts, 192 different ones" in capsys.readouterr().out
+    encoder = TextEncoder.from_pretrained(model)
+    cache = EmbeddingCache.open(tmp_path / "cache", encoder.fingerprint)
+    cache.verify()
+    assert len(cache) == 192
+    texts = ["a red star", "a blue ring"]
+    torch.testing.assert_close(cache.lookup(texts), encoder.encode(texts), atol=2e-3, rtol=0)
+    manifest = read_manifest(tmp_path / "cache")
+    assert manifest is not None
+    assert manifest["fingerprints"] == encoder.fingerprint
+    assert "manifest_hash" in manifest["parents"]["text_encoder"]
+
+    stage.main([str(recipe)])
+    assert "nothing to do" in capsys.readouterr().out
+    more = tmp_path / "more.jsonl"
+    more.write_text('{"captions": ["a tiny dog", "a red star"]}\n')
+    stage.main([str(recipe), f"sources.1.path={more}"])  # adds one text to the same cache
+    assert len(EmbeddingCache.open(tmp_path / "cache")) == 193
+
+
+def test_stage2a_raw_llm_and_refusals(
+    trained: Path, tmp_path: Path, tiny_llm: Path, repo_root: Path
+) -> None:
+    stage = load(repo_root, "stage2a_cache_text")
+    source = {"path": str(trained / "val.jsonl"), "image_field": "image", "id_field": "id"}
+    recipe = cache_recipe(tmp_path, {"language_model": str(tiny_llm), "pooling": "last"}, [source])
+    stage.main([str(recipe)])
+    cache = EmbeddingCache.open(tmp_path / "cache")
+    assert cache.fingerprint["pooling"] == "last"
+    with pytest.raises(CacheError, match=r"fingerprint\.pooling is 'last', expected 'mean'"):
+        stage.main([str(recipe), "text_encoder.pooling=mean"])
+    with pytest.raises(HandoffError, match="stage: expected stage1_text_encoder"):
+        stage.main([str(recipe), f"text_encoder={tmp_path / 'cache'}"])
+
+
+def test_only_the_first_process_writes_the_cache(
+    trained: Path, tmp_path: Path, tiny_llm: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = cache_recipe(tmp_path, str(tiny_llm), [{"path": str(trained / "val.jsonl")}])
+    monkeypatch.setenv("RANK", "1")
+    load(repo_root, "stage2a_cache_text").main([str(recipe)])
+    assert not (tmp_path / "cache").exists()
+
+
+def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
+    encoder = TextEncoder.from_pretrained(tiny_llm)
+    texts = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(64)]
+    records = [CaptionRecord(str(i), {"c": texts[2 * i : 2 * i + 2]}) for i in range(32)]
+    pairs = CaptionPairs([records], [1.0], seed=0)
+    table = TokenTable(pairs.texts, encoder.tokens)
+    batch = PairCollator(table, encoder.tokens.pad_token_id, encoder.tokens.num_front_tokens)(
+        [pairs[0, i] for i in range(32)]
+    )
+    assert len(batch["groups"]) == 4
+    widths = [group["input_ids"].shape[1] for group in batch["groups"]]
+    assert widths == sorted(widths, reverse=True)
+    assert widths[0] > widths[-1]
+    with torch.no_grad():
+        embeds = torch.cat([encoder(**group) for group in batch["groups"]])[batch["order"]]
+    query, positive = embeds.chunk(2)
+    for found, column in ((query, 0), (positive, 1)):
+        wanted = [pairs.texts[i] for i in batch["texts"][:, column].tolist()]
+        expected = encoder.encode(wanted, normalize=False)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_alike_pairs_are_linked() -> None:
+    pairs = [
+        CaptionPair(0, 0, 1),
+        CaptionPair(1, 2, 3),
+        CaptionPair(2, 3, 4),  # its query is the positive of the second
+        CaptionPair(0, 5, 6),  # the first record again
+        CaptionPair(4, 4, 7),  # linked to the second through the third
+        CaptionPair(5, 8, 9),
+    ]
+    texts = torch.tensor([[pair.query, pair.positive] for pair in pairs])
+    ids = alike_ids(texts, torch.tensor([pair.record for pair in pairs]))
+    assert ids.tolist() == [0, 1, 1, 0, 1, 5]
+
+
+def test_adapter_takes_its_settings(tiny_llm: Path) -> None:
+    def trainable(**keys: Any) -> tuple[int, set[str]]:
+        backbone = TextEncoder.from_pretrained(tiny_llm).backbone
+        model = add_adapter(backbone, LoraSection(**keys))
+        names = [n for n, p in model.named_parameters() if p.requires_grad]
+        size = sum(p.numel() for n, p in model.named_parameters() if n in names)
+        return size, {name.split(".lora_")[0].rsplit(".", 1)[1] for name in names}
+
+    size, layers = trainable(r=4)
+    linear = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert layers == linear
+    assert trainable(r=8)[0] == 2 * size
+    assert trainable(r=4, target_modules=["q_proj"])[1] == {"q_proj"}
+    model = add_adapter(
+        TextEncoder.from_pretrained(tiny_llm).backbone, LoraSection(r=4, alpha=8, dropout=0.25)
+    )
+    layer = model.get_submodule("base_model.model.layers.0.self_attn.q_proj")
+    assert layer.scaling["default"] == 2.0
+    assert layer.lora_dropout["default"].p == 0.25

@@ -1,0 +1,293 @@
+"""Stages 3 and 4 in one process: what trains, what is written, what is refused, resuming."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.vlm_fixtures import losses, run_here, write_llava, write_recipe
+
+PROJECTOR = {"multi_modal_projector": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage34")
+    write_llava(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def stage3(work: Path, tiny_clip: Path, tiny_llm: Path) -> tuple[Path, Path, str]:
+    """Recipe, output and printed text of a stage 3 run."""
+    import contextlib
+    import io
+
+    recipe = write_recipe(
+        work / "stage3.yaml",
+        output_dir=str(work / "three"),
+        vlm={"vision_tower": str(tiny_clip), "language_model": str(tiny_llm)},
+        data=[{"path": str(work / "llava.json")}],
+        trainable=PROJECTOR,
+    )
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        run_here("stage3_projector", recipe)
+    return recipe, work / "three", text.getvalue()
+
+
+def stage4_recipe(work: Path, name: str, **values: Any) -> tuple[Path, Path]:
+    recipe = write_recipe(
+        work / f"{name}.yaml",
+        data=[{"path": str(work / "llava.json")}],
+        **{
+            "output_dir": str(work / name),
+            "checkpoint": str(work / "three" / "model"),
+            "trainable": PROJECTOR,
+            **values,
+        },
+    )
+    return recipe, work / name
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "model" / "model.safetensors")
+
+
+def changed_parts(before: Path, after: Path) -> set[str]:
+    a, b = weights(before), weights(after)
+    assert a.keys() == b.keys()
+    return {name.split(".")[0] for name in a if not torch.equal(a[name], b[name])}
+
+
+def test_stage3_trains_the_projector_alone(
+    stage3: tuple[Path, Path, str], tmp_path: Path, tiny_clip: Path, tiny_llm: Path
+) -> None:
+    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+
+    _, out, _ = stage3
+    save_vlm(*build_vlm(tiny_clip, tiny_llm, seed=0), tmp_path / "model")
+    assert changed_parts(tmp_path, out) == {"multi_modal_projector"}
+
+
+def test_stage3_says_what_it_does(stage3: tuple[Path, Path, str]) -> None:
+    _, _, text = stage3
+    assert "multi_modal_projector       2,112      2,112  0.01" in text
+    assert "<s> [<image> x16] «red </s>»" in text
+
+
+def test_stage3_leaves_a_manifest_and_no_scratch(
+    stage3: tuple[Path, Path, str], tiny_clip: Path, tiny_llm: Path
+) -> None:
+    from llm2clip_vlm.handoff import fingerprint_dir, read_manifest
+
+    _, out, _ = stage3
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["stage"] == "stage3_projector"
+    assert manifest["fingerprints"] == {
+        "vision_tower": fingerprint_dir(tiny_clip),
+        "language_model": fingerprint_dir(tiny_llm),
+    }
+    assert set(manifest["outputs"]) == {"model"}
+    assert not (out / "composed").exists()
+    assert len(losses(out)) == 4
+
+
+def test_a_finished_stage_does_nothing(
+    stage3: tuple[Path, Path, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out, _ = stage3
+    stamp = (out / "model" / "model.safetensors").stat().st_mtime_ns
+    run_here("stage3_projector", recipe)
+    assert "is finished, nothing to do" in capsys.readouterr().out
+    assert (out / "model" / "model.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_the_output_is_an_ordinary_checkpoint(stage3: tuple[Path, Path, str]) -> None:
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    _, out, _ = stage3
+    model, info = AutoModelForImageTextToText.from_pretrained(
+        out / "model", output_loading_info=True
+    )
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    processor = AutoProcessor.from_pretrained(out / "model")
+    assert processor.chat_template
+    assert type(model).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_chat_style_and_plain_style_differ(stage3: tuple[Path, Path, str], work: Path) -> None:
+    recipe, out, _ = stage3
+    run_here("stage3_projector", recipe, "plain=false", f"output_dir={work / 'chat'}")
+    assert losses(work / "chat")[0] != pytest.approx(losses(out)[0], abs=1e-3)
+
+
+def test_stage4_trains_what_the_map_names(stage3: tuple[Path, Path, str], work: Path) -> None:
+    recipe, out = stage4_recipe(work, "lm", trainable={"language_model": 1e-2})
+    run_here("stage4_instruction", recipe)
+    assert changed_parts(stage3[1], out) == {"language_model"}
+    recipe, out = stage4_recipe(work, "tower", trainable={"vision_tower": 1e-2})
+    run_here("stage4_instruction", recipe)
+    assert changed_parts(stage3[1], out) == {"vision_tower"}
+
+
+def test_stage4_keeps_the_fingerprints_and_the_aspect_ratio(
+    stage3: tuple[Path, Path, str], work: Path
+) -> None:
+    from transformers import AutoProcessor
+
+    from llm2clip_vlm.handoff import read_manifest
+
+    recipe, out = stage4_recipe(work, "pad", image_aspect_ratio="pad")
+    run_here("stage4_instruction", recipe)
+    assert AutoProcessor.from_pretrained(out / "model").image_processor.do_pad is True
+    here, before = read_manifest(out), read_manifest(stage3[1])
+    assert here is not None
+    assert before is not None
+    assert here["fingerprints"] == before["fingerprints"]
+    assert "manifest_hash" in here["parents"]["checkpoint"]
+
+
+def test_a_killed_run_resumes_exactly(stage3: tuple[Path, Path, str], work: Path) -> None:
+    trainer = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
+    lora = {"r": 4, "alpha": 8, "dropout": 0.1}
+    for name, extra in (("full", {}), ("lora", {"language_model_lora": lora})):
+        recipe, out = stage4_recipe(
+            work,
+            f"resume-{name}",
+            trainable={**PROJECTOR, "language_model": 1e-2},
+            trainer=trainer,
+            **extra,
+        )
+        run_here("stage4_instruction", recipe)
+        expected, curve = weights(out), losses(out)
+        shutil.rmtree(out / "model")
+        shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+        (out / "manifest.json").unlink()
+        run_here("stage4_instruction", recipe)
+        assert losses(out) == pytest.approx(curve, abs=1e-6)
+        for key, tensor in weights(out).items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-6, rtol=0, msg=key)
+
+
+def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: Path) -> None:
+    from llm2clip_vlm.config import Stage4Recipe
+    from llm2clip_vlm.data.records import BadRecords
+    from llm2clip_vlm.models.vlm import load_vlm
+    from llm2clip_vlm.recipe import load_recipe
+    from llm2clip_vlm.training.arguments import build_training_arguments
+    from llm2clip_vlm.training.trainers import (
+        LengthGroups,
+        VlmTrainer,
+        build_vlm_data,
+        prepare_trainable,
+    )
+
+    rates = {"vision_tower": 1e-5, "multi_modal_projector": 1e-3, "language_model": 1e-4}
+    path, _ = stage4_recipe(
+        work,
+        "rates",
+        trainable=rates,
+        trainer={"weight_decay": 0.1, "train_sampling_strategy": "group_by_length"},
+    )
+    recipe = load_recipe(path, Stage4Recipe)
+    arguments = build_training_arguments(recipe)
+    model, processor = load_vlm(recipe.checkpoint)
+    prepare_trainable(model, recipe)
+    _, data, collator = build_vlm_data(recipe, processor, BadRecords())
+    trainer = VlmTrainer(model, arguments, data, collator, processor, learning_rates=rates)
+    optimizer = trainer.create_optimizer()
+    owner = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    named = {n: owner[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    assert named["lm_head.weight"]["lr"] == 1e-4
+    assert named["model.multi_modal_projector.linear_1.weight"]["lr"] == 1e-3
+    assert named["model.multi_modal_projector.linear_1.weight"]["weight_decay"] == 0.1
+    assert named["model.multi_modal_projector.linear_1.bias"]["weight_decay"] == 0.0
+    assert {g["lr"] for n, g in named.items() if "vision_tower" in n} == {1e-5}
+
+    sampler = trainer._get_train_sampler()
+    assert isinstance(sampler, LengthGroups)
+    assert sorted(sampler) == list(range(16))
+
+
+def test_length_groups_are_alike_and_the_same_everywhere() -> None:
+    from llm2clip_vlm.training.trainers import LengthGroups
+
+    lengths = torch.randint(1, 1000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
+    sampler, other = (LengthGroups(lengths, 8, seed=3) for _ in range(2))
+    order = list(sampler)
+    assert sorted(order) == list(range(400))
+    torch.manual_seed(1)
+    assert order == list(sampler) == list(other)
+    sampler.set_epoch(1)
+    assert order != list(sampler)
+    groups = [[lengths[i] for i in order[k : k + 8]] for k in range(0, 400, 8)]
+    spread = sum(max(group) - min(group) for group in groups) / len(groups)
+    assert spread < 200
+
+
+def test_packing_takes_fewer_rows(
+    stage3: tuple[Path, Path, str], work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe, out = stage4_recipe(
+        work,
+        "packed",
+        packing=True,
+        global_batch_size=1,
+        trainer={"per_device_train_batch_size": 1, "max_steps": 2},
+    )
+    run_here("stage4_instruction", recipe)
+    rows = re.search(r"16 samples in (\d+) rows", capsys.readouterr().out)
+    assert rows is not None
+    assert 4 <= int(rows.group(1)) <= 5
+    assert len(losses(out)) == 2
+
+
+@pytest.mark.parametrize(
+    ("stage", "field"),
+    [("stage1_text_encoder", "language_model"), ("stage3_projector", "vision_tower")],
+)
+def test_stage3_refuses_the_output_of_another_stage(
+    work: Path, tmp_path: Path, tiny_clip: Path, tiny_llm: Path, stage: str, field: str
+) -> None:
+    parts = {"vision_tower": tiny_clip, "language_model": tiny_llm}
+    wrong = tmp_path / "text_encoder"
+    shutil.copytree(parts[field], wrong)
+    manifest = {"schema": 1, "stage": stage, "fingerprints": {}, "outputs": {}, "recipe_hash": "x"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    recipe = write_recipe(
+        tmp_path / "stage3.yaml",
+        output_dir=str(tmp_path / "out"),
+        vlm={**{k: str(v) for k, v in parts.items()}, field: str(wrong)},
+        data=[{"path": str(work / "llava.json")}],
+        trainable=PROJECTOR,
+    )
+    with pytest.raises(ValueError, match=f"stage: expected .*, got {stage}"):
+        run_here("stage3_projector", recipe)
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_stage4_refuses_a_changed_checkpoint(
+    stage3: tuple[Path, Path, str], work: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(stage3[1], tmp_path / "three")
+    (tmp_path / "three" / "model" / "generation_config.json").unlink()
+    config = tmp_path / "three" / "model" / "config.json"
+    config.write_text(config.read_text().replace('"default"', '"full"'))
+    recipe, _ = stage4_recipe(
+        work,
+        "tampered",
+        checkpoint=str(tmp_path / "three" / "model"),
+        output_dir=str(tmp_path / "out"),
+    )
+    with pytest.raises(ValueError, match=r"outputs\.model: expected"):
+        run_here("stage4_instruction", recipe)

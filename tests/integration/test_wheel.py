@@ -1,0 +1,139 @@
+"""The wheel: what it holds, and that its command works far from the checkout."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from llm2clip_vlm import cli
+
+pytestmark = pytest.mark.slow
+
+SOURCES = ("llm2clip_vlm", "stages", "recipes", "eval", "pyproject.toml", "README.md")
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [str(word) for word in command],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=cwd,
+        env={**os.environ, **environment},
+    )
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, so that nothing is left in the checkout."""
+    source = tmp_path_factory.mktemp("wheel") / "source"
+    source.mkdir()
+    for name in SOURCES:
+        place = repo_root / name
+        if place.is_dir():
+            junk = shutil.ignore_patterns("__pycache__", "*.egg-info", ".*")
+            shutil.copytree(place, source / name, ignore=junk)
+        elif place.is_file():
+            shutil.copy(place, source / name)
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", "dist", cwd=source)
+    (built,) = (source / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("installed")
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target)
+    run(*pip, wheel, cwd=target.parent)
+    return target
+
+
+def command(installed: Path, *words: str | Path, cwd: Path) -> str:
+    """Run the installed command; the checkout must not be what is imported."""
+    code = (
+        "import sys, llm2clip_vlm.cli as cli;"
+        f"assert cli.__file__.startswith({str(installed)!r}), cli.__file__;"
+        "sys.exit(cli.main())"
+    )
+    # -P keeps the working directory out, PYTHONPATH comes before an editable install's finder.
+    return run(sys.executable, "-P", "-c", code, *words, cwd=cwd, PYTHONPATH=str(installed)).stdout
+
+
+def test_the_wheel_holds_nothing_but_the_package(wheel: Path, repo_root: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {
+        "llm2clip_vlm",
+        f"llm2clip_vlm-{cli.__version__}.dist-info",
+    }
+    assert "llm2clip_vlm/py.typed" in names
+    for folder, mapped in (("stages", "stages"), ("recipes", "recipes"), ("eval", "eval_assets")):
+        for file in (repo_root / folder).rglob("*"):
+            hidden = file.name.startswith(".") or "__pycache__" in file.parts
+            if file.is_file() and not hidden:
+                place = file.relative_to(repo_root / folder).as_posix()
+                assert f"llm2clip_vlm/{mapped}/{place}" in names, place
+    for file in (repo_root / "llm2clip_vlm").rglob("*.py"):
+        assert file.relative_to(repo_root).as_posix() in names
+    assert not [name for name in names if "__pycache__" in name or name.endswith(".pyc")]
+
+
+def test_the_entry_points_are_declared(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+        text = archive.read(name).decode()
+    assert "llm2clip-vlm = llm2clip_vlm.cli:main" in text
+    assert "llm2clip_vlm = llm2clip_vlm.evaluation.lmms_manifest:manifest" in text
+
+
+def test_the_command_works_elsewhere(installed: Path, tmp_path: Path) -> None:
+    assert "stage4_instruction" in command(installed, "train", "--help", cwd=tmp_path)
+    if (installed / "llm2clip_vlm" / "stages" / "stage3_projector.py").is_file():
+        text = command(installed, "help", "stage3_projector", cwd=tmp_path)
+        assert "Recipe keys (Stage3Recipe)" in text
+
+
+def test_a_stage_runs_elsewhere(
+    installed: Path, tmp_path: Path, tiny_clip: Path, tiny_llm: Path
+) -> None:
+    """Stage 3, two steps on three records, with the recipe and data of somebody else."""
+    from tests.tiny import write_image
+
+    if not (installed / "llm2clip_vlm" / "stages" / "stage3_projector.py").is_file():
+        pytest.skip("stages/stage3_projector.py is not there")
+    rows = []
+    for index in range(4):
+        write_image(tmp_path / "images" / f"{index}.png", seed=index)
+        turns = [
+            {"from": "human", "value": "<image>\nwhat color is the star ?"},
+            {"from": "gpt", "value": "a red star"},
+        ]
+        rows.append({"id": str(index), "image": f"images/{index}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    (tmp_path / "recipe.yaml").write_text(
+        f"""
+stage: stage3_projector
+output_dir: out
+global_batch_size: 2
+vlm: {{vision_tower: {tiny_clip}, language_model: {tiny_llm}}}
+data: [{{path: data.json}}]
+max_length_tokens: 64
+trainable: {{multi_modal_projector: 1e-3}}
+trainer: {{per_device_train_batch_size: 2, max_steps: 100}}
+"""
+    )
+    command(
+        installed, "train", "stage3_projector", "recipe.yaml", "trainer.max_steps=2", cwd=tmp_path
+    )
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["stage"] == "stage3_projector"
+    assert manifest["recipe"]["trainer"]["max_steps"] == 2
+    assert (tmp_path / "out" / "model" / "model.safetensors").is_file()

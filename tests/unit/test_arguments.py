@@ -1,0 +1,217 @@
+"""Trainer arguments from a recipe, and the metrics file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import Trainer, TrainingArguments
+
+from llm2clip_vlm import distributed
+from llm2clip_vlm.config import RunRecipe
+from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError
+from llm2clip_vlm.recipe import RecipeError
+from llm2clip_vlm.training import arguments as module
+from llm2clip_vlm.training.arguments import (
+    build_training_arguments,
+    check_trainer_keys,
+    last_checkpoint,
+)
+from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics
+
+
+def make_recipe(folder: Path, **changes: Any) -> RunRecipe:
+    values = {"output_dir": str(folder / "out"), "global_batch_size": 8, "seed": 3, **changes}
+    return RunRecipe.model_validate(values)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("learning_rat", 1e-3, "unknown key; did you mean `learning_rate`?"),
+        ("qqq", 1, "unknown key; see transformers.TrainingArguments"),
+        ("group_by_length", True, "train_sampling_strategy: group_by_length"),
+        ("warmup_ratio", 0.1, "`warmup_steps` with a number below 1"),
+        ("output_dir", "x", "set `output_dir` of the recipe instead"),
+        ("gradient_accumulation_steps", 2, "`global_batch_size`"),
+        ("max_steps", "ten", "expected int, got 'ten'"),
+        ("max_steps", 1.5, "expected int, got 1.5"),
+        ("learning_rate", "1e-4", "expected float, got '1e-4'"),
+        ("gradient_checkpointing", "no", "expected bool or null, got 'no'"),
+        ("deepspeed", 3, "expected dict or str or null, got 3"),
+    ],
+)
+def test_a_bad_trainer_key_is_named(key: str, value: Any, part: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        check_trainer_keys({key: value, "max_grad_norm": 1.0})
+    assert [problem.key for problem in caught.value.problems] == [f"trainer.{key}"]
+    assert part in str(caught.value)
+
+
+def test_good_trainer_keys_pass() -> None:
+    check_trainer_keys(
+        {
+            "learning_rate": 1,
+            "warmup_steps": 0.1,
+            "lr_scheduler_type": "cosine",
+            "deepspeed": {"zero_optimization": {"stage": 2}},
+            "eval_strategy": "no",
+            "bf16": True,
+            "optim": "adamw_torch",
+        }
+    )
+
+
+def test_defaults_follow_the_recipe(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, trainer={"per_device_train_batch_size": 2, "max_steps": 5})
+    found = build_training_arguments(recipe)
+    assert found.output_dir == str(tmp_path / "out" / "checkpoints")
+    assert (found.seed, found.data_seed, found.max_steps) == (3, 3, 5)
+    assert found.per_device_train_batch_size == 2
+    assert found.gradient_accumulation_steps == 4
+    assert found.report_to == []
+    assert str(found.save_strategy) == "SaveStrategy.STEPS"
+    assert found.save_total_limit == 1
+    assert found.remove_unused_columns is False
+    cuda = torch.cuda.is_available()
+    assert found.use_cpu is (not cuda)
+    assert found.dataloader_pin_memory is cuda
+    assert found.n_gpu <= 1
+    assert (tmp_path / "out" / RESOLVED_NAME).is_file()
+
+
+def test_the_recipe_overrules_a_default_and_the_stage_adds_its_own(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, trainer={"save_strategy": "no", "logging_steps": 2})
+    found = build_training_arguments(recipe, label_names=["labels"], logging_steps=2)
+    assert str(found.save_strategy) == "SaveStrategy.NO"
+    assert (found.logging_steps, found.label_names) == (2, ["labels"])
+    assert found.gradient_accumulation_steps == 1
+
+
+def test_what_a_stage_fixes_is_not_overruled_in_silence(tmp_path: Path) -> None:
+    recipe = make_recipe(tmp_path, trainer={"eval_strategy": "steps"})
+    with pytest.raises(RecipeError, match=r"trainer\.eval_strategy: this stage needs 'no'"):
+        build_training_arguments(recipe, eval_strategy="no")
+
+
+def test_the_global_batch_is_kept_over_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    recipe = make_recipe(tmp_path, trainer={"per_device_train_batch_size": 2})
+    assert build_training_arguments(recipe).gradient_accumulation_steps == 2
+    odd = make_recipe(tmp_path / "odd", trainer={"per_device_train_batch_size": 3})
+    with pytest.raises(RecipeError, match=r"global_batch_size: expected a multiple .*3 x 2, got 8"):
+        build_training_arguments(odd)
+    large = make_recipe(tmp_path / "large", trainer={"per_device_train_batch_size": 8})
+    with pytest.raises(RecipeError, match="got 8"):
+        build_training_arguments(large)
+
+
+def test_another_recipes_folder_is_refused(tmp_path: Path) -> None:
+    build_training_arguments(make_recipe(tmp_path))
+    build_training_arguments(make_recipe(tmp_path, trainer={"logging_steps": 1}))
+    with pytest.raises(HandoffError, match=r"seed: was 3, is now 4"):
+        build_training_arguments(make_recipe(tmp_path, seed=4))
+
+
+@pytest.mark.parametrize("how", ["environment", "recipe", "off"])
+def test_deepspeed_is_prepared_before_the_arguments_are_built(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    calls: list[str] = []
+    fake = SimpleNamespace(n_gpu=1)
+    monkeypatch.setattr(distributed, "prepare_cpu_deepspeed", lambda: calls.append("prepare"))
+    real_hints = module.typing.get_type_hints(TrainingArguments)
+
+    def build(**values: Any) -> SimpleNamespace:
+        calls.append("build")
+        return fake
+
+    trainer = {"deepspeed": "recipes/accelerate/zero2.json"} if how == "recipe" else {}
+    if how == "environment":
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert "deepspeed" in real_hints
+    monkeypatch.setattr(module, "check_trainer_keys", lambda trainer: None)
+    monkeypatch.setattr(module, "TrainingArguments", build)
+    build_training_arguments(make_recipe(tmp_path, trainer=trainer))
+    assert calls == (["build"] if how == "off" else ["prepare", "build"])
+
+
+class Line(torch.nn.Module):
+    """y = w x."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: torch.Tensor, **_: Any) -> dict[str, torch.Tensor]:
+        return {"loss": ((self.w * x - 1) ** 2).mean()}
+
+
+def train(recipe: RunRecipe, metrics: Path) -> int:
+    found = build_training_arguments(recipe)
+    trainer = Trainer(
+        model=Line(),
+        args=found,
+        train_dataset=[{"x": torch.ones(1)} for _ in range(32)],  # type: ignore[arg-type]
+        callbacks=[MetricsJsonl(metrics)],
+    )
+    trainer.train(resume_from_checkpoint=last_checkpoint(found))
+    return trainer.state.global_step
+
+
+def test_metrics_survive_a_resume_without_double_rows(tmp_path: Path) -> None:
+    trainer = {
+        "per_device_train_batch_size": 4,
+        "max_steps": 4,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "learning_rate": 0.1,
+        "disable_tqdm": True,
+    }
+    recipe = make_recipe(tmp_path, trainer=trainer)
+    metrics = tmp_path / "out" / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps({"step": 1, "seconds": 5.0, "loss": 9.0}) + "\n")
+    assert last_checkpoint(build_training_arguments(recipe)) is None
+    train(recipe, metrics)
+    first = read_metrics(metrics)
+    assert [row["step"] for row in first if "loss" in row] == [1, 2, 3, 4]
+    assert {"loss", "learning_rate", "seconds", "grad_norm"} <= set(first[0])
+
+    # Killed after step 3: the last checkpoint is that of step 2, the last line is unfinished.
+    newest = tmp_path / "out" / "checkpoints" / "checkpoint-4"
+    state = json.loads((newest / "trainer_state.json").read_text())
+    state["global_step"] = 2
+    (newest / "trainer_state.json").write_text(json.dumps(state))
+    newest.rename(newest.with_name("checkpoint-2"))
+    rows = [{**row, "seconds": 100.0 + row["step"]} for row in first[:3]]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
+    train(recipe, metrics)
+    again = read_metrics(metrics)
+    assert [row["step"] for row in again if "loss" in row] == [1, 2, 3, 4]
+    assert again[0] == rows[0]
+    assert all(row["seconds"] >= 102.0 for row in again[2:])
+
+
+def test_metrics_are_json_even_when_the_loss_is_not_finite(tmp_path: Path) -> None:
+    writer = MetricsJsonl(tmp_path / "m.jsonl")
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    writer.on_train_begin(None, state, None)  # type: ignore[arg-type]
+    writer.on_log(None, state, None, {"loss": float("nan"), "n": torch.tensor(2.0)})  # type: ignore[arg-type]
+    other: Any = SimpleNamespace(is_world_process_zero=False, global_step=7)
+    writer.on_train_begin(None, other, None)  # type: ignore[arg-type]
+    writer.on_log(None, other, None, {"loss": 1.0})  # type: ignore[arg-type]
+    rows = read_metrics(tmp_path / "m.jsonl")
+    assert [(row["step"], row["loss"], row["n"]) for row in rows] == [(0, None, 2.0)]
+
+
+def test_a_broken_metrics_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.jsonl").write_text('nonsense\n{"step": 1}\n')
+    with pytest.raises(ValueError, match=r"m\.jsonl:1 is not JSON"):
+        read_metrics(tmp_path / "m.jsonl")

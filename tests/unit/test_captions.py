@@ -1,0 +1,137 @@
+"""Caption records, and the pairs that stage 1 draws from them."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.data.captions import (
+    CaptionPairs,
+    CaptionRecord,
+    EpochSampler,
+    held_out_pairs,
+    read_captions,
+)
+from llm2clip_vlm.data.records import BadRecords, RecordError
+
+
+def source_of(path: Path, rows: list[dict[str, Any]], **keys: Any) -> CaptionSource:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return CaptionSource(path=str(path), **keys)
+
+
+def records(count: int, captions: int = 3, name: str = "r") -> list[CaptionRecord]:
+    return [
+        CaptionRecord(f"{name}{i}", {"captions": [f"{name} {i} {j}" for j in range(captions)]})
+        for i in range(count)
+    ]
+
+
+def test_reads_all_shapes(tmp_path: Path) -> None:
+    rows = [
+        {"id": "x", "captions": ["a", "b", "a"]},
+        {"id": 5, "captions": {"short": ["c"], "long": ["d", "e"]}},
+    ]
+    found = read_captions(source_of(tmp_path / "a.jsonl", rows), BadRecords())
+    assert [record.key for record in found] == ["x", "5"]
+    assert found[0].texts == ["a", "b"]
+    assert found[1].captions == {"short": ["c"], "long": ["d", "e"]}
+    assert found[1].texts == ["c", "d", "e"]
+
+
+def test_groups_rows_of_one_image(tmp_path: Path) -> None:
+    rows = [
+        {"image_id": 4, "id": 1, "caption": "a"},
+        {"image_id": 5, "id": 2, "caption": "b"},
+        {"image_id": 4, "id": 3, "caption": "c"},
+    ]
+    source = source_of(tmp_path / "a.jsonl", rows, fields=["caption"], group_by="image_id")
+    found = read_captions(source, BadRecords())
+    assert [(record.key, record.texts) for record in found] == [("4", ["a", "c"]), ("5", ["b"])]
+
+
+def test_dreamlip_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('short_caption,long_caption\n"a dog","a dog, on a beach"\n')
+    source = CaptionSource(path=str(tmp_path / "a.csv"), fields=["short_caption", "long_caption"])
+    (found,) = read_captions(source, BadRecords(), min_captions=2)
+    assert found.captions == {"short_caption": ["a dog"], "long_caption": ["a dog, on a beach"]}
+
+
+def test_bad_captions_are_counted_up_to_the_limit(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"captions": ["a", "b"]},
+        {"captions": ["a", " "]},
+        {"captions": ["a", "a"]},
+    ]
+    source = source_of(tmp_path / "a.jsonl", rows)
+    bad = BadRecords(limit=2)
+    assert len(read_captions(source, bad, min_captions=2)) == 1
+    assert bad.count == 2
+    assert "a.jsonl:2: an empty caption" in bad.summary()
+    assert "a.jsonl:3: 1 different caption(s), expected at least 2" in bad.summary()
+    with pytest.raises(RecordError, match="2 bad record"):
+        read_captions(source, BadRecords(limit=1), min_captions=2)
+    assert len(read_captions(source, BadRecords(limit=1))) == 2  # one caption is enough here
+
+
+def test_pairs_are_two_captions_of_one_record() -> None:
+    pairs = CaptionPairs([records(5)], [1.0], seed=0)
+    assert len(pairs) == 5
+    for item in EpochSampler(pairs):
+        pair = pairs[item]
+        query, positive = pairs.texts[pair.query], pairs.texts[pair.positive]
+        assert query != positive
+        assert query.split()[:2] == positive.split()[:2] == ["r", str(pair.record)]
+
+
+def test_every_ordered_pair_is_equally_likely() -> None:
+    pairs = CaptionPairs([records(1)], [1.0], seed=0)
+    seen = Counter(pairs[epoch, 0][1:] for epoch in range(1200))
+    assert len(seen) == 6
+    assert min(seen.values()) > 140
+
+
+def test_draws_depend_on_seed_epoch_and_record_alone() -> None:
+    def drawn(seed: int, epoch: int) -> list[Any]:
+        pairs = CaptionPairs([records(20)], [1.0], seed=seed)
+        pairs.set_epoch(epoch)
+        return [pairs[item] for item in EpochSampler(pairs)]
+
+    assert drawn(0, 1) == drawn(0, 1)
+    assert drawn(0, 1) != drawn(0, 2)
+    assert drawn(0, 1) != drawn(1, 1)
+
+
+def test_weights_mix_sources() -> None:
+    pairs = CaptionPairs([records(10), records(8, name="s")], [2.0, 1.0], seed=0)
+    assert len(pairs) == 14
+    first = Counter(int(r) >= 10 for r in pairs.order(0))
+    assert first == {False: 10, True: 4}
+    assert set(pairs.order(0)) != set(pairs.order(1))  # another half of the lighter source
+    assert len(set(pairs.order(0))) == 14
+    heavier = CaptionPairs([records(10), records(8, name="s")], [1.0, 1.0], seed=0)
+    assert len(heavier) == 18
+
+
+@pytest.mark.parametrize(
+    ("sources", "weights"),
+    [([], []), ([[]], [1.0]), ([records(2)], [0.0]), ([records(2)], [1.0, 1.0])],
+)
+def test_refuses_sources_that_do_not_fit(sources: Any, weights: list[float]) -> None:
+    with pytest.raises(ValueError, match="source"):
+        CaptionPairs(sources, weights, seed=0)
+
+
+def test_refuses_a_record_with_one_caption() -> None:
+    with pytest.raises(ValueError, match="'r0' has 1 different"):
+        CaptionPairs([records(1, captions=1)], [1.0], seed=0)
+
+
+def test_held_out_pairs_are_first_and_second() -> None:
+    record = CaptionRecord("k", {"short": ["a", "a"], "long": ["b", "c"]})
+    assert held_out_pairs([record]) == (["a"], ["b"])

@@ -1,0 +1,205 @@
+"""The command: light to start, exact in its errors, and the doctor's findings."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+import llm2clip_vlm
+from llm2clip_vlm import cli
+from llm2clip_vlm.preflight import doctor
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkout whose programs say what they were called with."""
+    for folder, name in (("stages", "stage3_projector"), ("eval", "run_lmms"), ("eval", "compare")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / f"{name}.py").write_text(
+            textwrap.dedent(f'''\
+                """The purpose of {name}."""
+
+
+                def main(argv=None):
+                    print("{name}", argv)
+                    if "fail=1" in argv:
+                        raise ValueError("the reason")
+                    return 3 if "code=3" in argv else None
+                ''')
+        )
+    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "llm2clip_vlm")
+    return tmp_path
+
+
+def test_train_hands_recipe_and_overrides_to_the_stage(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "stage3_projector", "r.yaml", "a.b=1", "c=-2"]) == 0
+    assert capsys.readouterr().out == "stage3_projector ['r.yaml', 'a.b=1', 'c=-2']\n"
+
+
+def test_a_stages_exit_code_is_the_commands(checkout: Path) -> None:
+    assert cli.main(["train", "stage3_projector", "r.yaml", "code=3"]) == 3
+
+
+def test_a_mendable_error_is_one_message(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLM2CLIP_DEBUG", raising=False)
+    assert cli.main(["train", "stage3_projector", "r.yaml", "fail=1"]) == 2
+    err = capsys.readouterr().err
+    assert "error: the reason" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("LLM2CLIP_DEBUG", "1")
+    with pytest.raises(ValueError, match="the reason"):
+        cli.main(["train", "stage3_projector", "r.yaml", "fail=1"])
+
+
+def test_our_own_bugs_keep_their_traceback() -> None:
+    def bug() -> None:
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError):
+        cli.guard(bug)
+
+
+def test_an_unknown_stage_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "stage3_projektor", "r.yaml"]) == 2
+    assert "did you mean `stage3_projector`?" in capsys.readouterr().err
+
+
+def test_a_stage_that_is_not_there_is_named(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "stage4_instruction", "r.yaml"]) == 2
+    assert "no program stage4_instruction.py" in capsys.readouterr().err
+
+
+def test_a_shipped_recipe_is_found_from_anywhere(
+    checkout: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = checkout / "llm2clip_vlm" / "recipes" / "demo" / "x.yaml"
+    shipped.parent.mkdir(parents=True)
+    shipped.write_text("")
+    (checkout / "elsewhere").mkdir()
+    monkeypatch.chdir(checkout / "elsewhere")
+    cli.main(["train", "stage3_projector", "recipes/demo/x.yaml"])
+    assert str(shipped) in capsys.readouterr().out
+    Path("recipes/demo").mkdir(parents=True)
+    Path("recipes/demo/x.yaml").write_text("")
+    cli.main(["train", "stage3_projector", "recipes/demo/x.yaml"])
+    assert "['recipes/demo/x.yaml']" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("command", "program"), [("eval", "run_lmms"), ("compare", "compare")])
+def test_evaluation_commands_are_forwarded_whole(
+    checkout: Path, capsys: pytest.CaptureFixture[str], command: str, program: str
+) -> None:
+    assert cli.main([command, "--help", "--model", "x"]) == 0
+    assert capsys.readouterr().out == f"{program} ['--help', '--model', 'x']\n"
+
+
+def test_help_shows_the_stages_docstring_and_keys(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["help", "stage3_projector"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("The purpose of stage3_projector.\n\nRecipe keys (Stage3Recipe):")
+    assert "vlm.language_model: str  (required)" in out
+
+
+def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("train", "help", "doctor", "eval", "compare"))
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert all(stage in out for stage in cli.STAGES)
+
+
+def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == llm2clip_vlm.__version__
+
+
+def test_doctor_exits_by_what_is_broken(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fine = doctor.Finding("a", "note", "absent")
+    monkeypatch.setattr(doctor, "examine", lambda: iter([fine]))
+    assert cli.main(["doctor"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["  note  a: absent", "nothing broken"]
+    monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("b", "broken", "x")]))
+    assert cli.main(["doctor"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "1 broken"
+
+
+def fail(error: Exception) -> object:
+    def load(name: str) -> object:
+        raise error
+
+    return load
+
+
+def test_doctor_tells_an_absent_torchvision_from_a_broken_one() -> None:
+    present, absent = (lambda _: object()), (lambda _: None)
+    broken = fail(RuntimeError("operator torchvision::nms does not exist\nmore"))
+    assert doctor.torchvision_state(broken, absent).state == "ok"  # type: ignore[arg-type]
+    found = doctor.torchvision_state(broken, present)  # type: ignore[arg-type]
+    assert found.state == "broken"
+    assert "RuntimeError: operator torchvision::nms does not exist; pip uninstall" in found.detail
+    assert doctor.torchvision_state(lambda _: object(), present).state == "ok"
+
+
+def test_doctor_names_a_torch_that_does_not_import() -> None:
+    found = doctor.torch_state(fail(OSError("libcudart.so.13: not found")))  # type: ignore[arg-type]
+    assert found.state == "broken"
+    assert "libcudart" in found.detail
+
+
+def test_doctor_checks_the_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "not" / "yet"))
+    assert doctor.hub_folder_state().state == "ok"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "file"))
+    assert doctor.hub_folder_state().state == "broken"
+
+
+def test_starting_the_command_and_the_package_is_light() -> None:
+    code = """
+        import sys, time
+        started = time.perf_counter()
+        import llm2clip_vlm
+        seconds = time.perf_counter() - started
+        assert "pydantic" not in sys.modules
+        import llm2clip_vlm.cli, llm2clip_vlm.config
+        heavy = {"torch", "transformers", "numpy", "peft", "deepspeed", "lmms_eval"}
+        assert not heavy & set(sys.modules), heavy & set(sys.modules)
+        print(seconds)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 0.05
+
+
+def test_public_names_are_lazy_and_complete() -> None:
+    assert set(llm2clip_vlm.__all__) <= set(dir(llm2clip_vlm))
+    for name in llm2clip_vlm.__all__:
+        assert getattr(llm2clip_vlm, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = llm2clip_vlm.nothing

@@ -1,0 +1,115 @@
+"""Two gloo processes compute what one does with the same global batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm2clip_vlm import distributed
+
+WORKER = """
+import json, sys
+import torch, torch.distributed as dist, torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from llm2clip_vlm.distributed import gather_with_grad, is_main, rank, teardown, world_size
+from llm2clip_vlm.losses import caption_contrastive_loss, contrastive_loss
+
+class Towers(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.image, self.text = torch.nn.Linear(6, 5), torch.nn.Linear(4, 5)
+        self.logit_scale = torch.nn.Parameter(torch.tensor(3.0))
+    def forward(self, x, y):
+        image, text = F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1)
+        return image, text, self.logit_scale.exp()
+
+torch.manual_seed(0)
+towers = Towers()
+x, y = torch.randn(8, 6), torch.randn(8, 4)
+ids = torch.tensor([0, 1, 2, 3, 4, 1, 6, 0])
+if world_size() > 1:
+    try:
+        gather_with_grad(x)
+    except RuntimeError as error:
+        assert "process group" in str(error)
+    else:
+        raise AssertionError("no error before the process group exists")
+    dist.init_process_group("gloo")
+    model = DistributedDataParallel(towers)
+    mine = slice(4 * rank(), 4 * rank() + 4)
+else:
+    model, mine = towers, slice(None)
+report = {}
+for name in ("contrastive", "caption", "full"):
+    model.zero_grad()
+    image, text, scale = model(x[mine], y[mine])
+    if name == "contrastive":
+        loss = contrastive_loss(
+            image, text, scale, caption_ids=ids[mine], label_smoothing=0.1, gather=True)
+    elif name == "caption":
+        loss = caption_contrastive_loss(image, text, scale, ids=ids[mine], gather=True)
+    else:  # every rank computes the whole loss
+        loss = contrastive_loss(gather_with_grad(image), gather_with_grad(text), scale)
+    loss.backward()
+    mean = loss.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(mean)
+        mean /= world_size()
+    report[name] = {"loss": mean.item(), "world": world_size()} | {
+        n: p.grad.flatten().tolist() for n, p in towers.named_parameters()}
+with torch.no_grad():
+    assert torch.equal(gather_with_grad(x[mine]), x)
+    assert torch.equal(gather_with_grad(ids[mine]), ids)
+if is_main():
+    json.dump(report, open(sys.argv[1], "w"))
+teardown()
+"""
+
+
+def run_worker(folder: Path, world_size: int, repo_root: Path) -> dict[str, dict[str, list[float]]]:
+    target = folder / f"{world_size}.json"
+    port = str(distributed.free_port())
+    processes = []
+    for rank in range(world_size):
+        env = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+        env |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = [sys.executable, "-c", WORKER, str(target)]
+        processes.append(subprocess.Popen(command, env=env))
+    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    loaded: dict[str, dict[str, list[float]]] = json.loads(target.read_text())
+    return loaded
+
+
+def test_loss_and_gradients_are_those_of_one_process(tmp_path: Path, repo_root: Path) -> None:
+    one, two = (run_worker(tmp_path, size, repo_root) for size in (1, 2))
+    assert two["contrastive"]["world"] == 2
+    for loss in one:
+        assert two[loss].pop("loss") == pytest.approx(one[loss].pop("loss"), rel=1e-6)
+        assert set(one[loss]) > {"logit_scale", "image.weight", "text.weight"}
+        for name in set(one[loss]) - {"world"}:
+            got, want = torch.tensor(two[loss][name]), torch.tensor(one[loss][name])
+            assert want.abs().max() > 1e-2  # the bound below means something
+            assert (got - want).abs().max() < 1e-6, (loss, name)
+
+
+def test_a_single_process_needs_no_group() -> None:
+    tensor = torch.ones(2, requires_grad=True)
+    assert distributed.gather_with_grad(tensor) is tensor
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (0, 1, True)
+    distributed.barrier()
+    distributed.teardown()
+
+
+def test_rank_comes_from_the_launcher_before_there_is_a_group(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (1, 2, False)

@@ -1,0 +1,189 @@
+"""The generator that stands behind the lmms-eval adapter, without lmms-eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip_vlm.evaluation.generation import Generator, Prompt, strip_control
+from llm2clip_vlm.models.vlm import build_vlm
+
+QUESTIONS = [
+    "what color is it ?",
+    "is there a dog in the image or a small striped ball on the left ?",
+    "how many ?",
+    "is there a circle ?",
+    "what shape is the big object ?",
+]
+
+
+@pytest.fixture(scope="module")
+def vlm(tiny_clip: Path, tiny_llm: Path) -> tuple[Any, Any]:
+    return build_vlm(tiny_clip, tiny_llm)
+
+
+def picture(seed: int) -> Image.Image:
+    pixels = torch.randint(0, 255, (32, 32, 3), generator=torch.Generator().manual_seed(seed))
+    return Image.fromarray(pixels.to(torch.uint8).numpy())
+
+
+def messages(text: str, images: int = 1, seed: int = 0) -> list[dict[str, Any]]:
+    parts = [{"type": "image", "url": picture(seed + i)} for i in range(images)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def make(vlm: tuple[Any, Any], **options: Any) -> Generator:
+    return Generator(*vlm, **{"batch_size": 4, "max_new_tokens": 6, **options})
+
+
+def mixed_prompts(generator: Generator) -> list[Prompt]:
+    return [generator.render(messages(q, n % 3, n)) for n, q in enumerate(QUESTIONS)]
+
+
+def test_batches_give_the_answers_of_single_prompts_in_order(vlm: tuple[Any, Any]) -> None:
+    single, batched = make(vlm, batch_size=1), make(vlm, batch_size=4)
+    prompts = mixed_prompts(single)
+    assert [len(p.images) for p in prompts] == [0, 1, 2, 0, 1]
+    alone = [single.generate([prompt], [{}])[0] for prompt in prompts]
+    seen: list[int] = []
+    together = batched.generate(prompts, [{}] * 5, seen.append)
+    assert together == alone
+    assert len({answer.text for answer in alone}) > 1
+    assert seen == [2, 3]  # text-only and with images apart
+
+
+def test_the_picture_reaches_the_model(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm)
+    losses = [
+        generator.continuation_loss(generator.render(messages("what ?", 1, seed)), "red")[0]
+        for seed in (0, 7)
+    ]
+    assert losses[0] != losses[1]
+
+
+def test_a_literal_image_token_and_control_characters_leave_the_prompt(
+    vlm: tuple[Any, Any],
+) -> None:
+    prompt = make(vlm).render(messages("what <image> color\x00 ?"))
+    assert prompt.text.count("<image>") == 1 and "\x00" not in prompt.text
+    assert strip_control("a\x07b\x1fc\td\ne") == "abc\td\ne"
+
+
+def test_options_each_change_the_answer(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm, max_new_tokens=12)
+    prompt = generator.render(messages(QUESTIONS[0]))
+
+    def ask(**options: Any) -> Any:
+        return generator.generate([prompt], [options])[0]
+
+    plain = ask()
+    assert plain.num_tokens == 12 and ask(max_new_tokens=999).num_tokens == 12
+    assert ask(max_new_tokens=3).num_tokens == 3
+    words = plain.text.split()
+    assert ask(until=[words[4]]).text == plain.text.split(words[4], 1)[0].strip()
+    assert ask(until=words[4]) == ask(until=[words[4]])
+    torch.manual_seed(0)
+    sampled = {ask(do_sample=True, temperature=5.0).text for _ in range(3)}
+    assert len(sampled) > 1
+    assert ask(do_sample=True, temperature=0).text == plain.text
+    assert ask(temperature=0.0, top_p=1.0, num_beams=1) == plain
+    assert ask(repetition_penalty=5.0).text != plain.text
+    assert ask(image_aspect_ratio="original") == plain
+    with pytest.raises(ValueError, match="logit_bias"):
+        ask(logit_bias=1)
+
+
+def test_a_sampling_generation_config_of_the_checkpoint_does_not_make_it_random(
+    vlm: tuple[Any, Any],
+) -> None:
+    generator = make(vlm)
+    prompt = generator.render(messages(QUESTIONS[0]))
+    plain = generator.generate([prompt], [{}])
+    config = generator.model.generation_config
+    config.do_sample, config.temperature = True, 9.0
+    try:
+        assert all(generator.generate([prompt], [{}]) == plain for _ in range(3))
+    finally:
+        config.do_sample, config.temperature = None, None
+
+
+def test_an_answer_ends_at_the_end_token_whatever_its_batch_does(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm)
+    prompts = [generator.render(messages(q, 1, n)) for n, q in enumerate(QUESTIONS)]
+    plain = generator.generate(prompts, [{}] * 5)
+    ids = [generator.tokenizer.convert_tokens_to_ids(a.text.split()) for a in plain]
+    end = next(i for i in ids[0] if any(i not in other for other in ids[1:]))
+    generator.eos_ids = [end]
+    stopped = generator.generate(prompts, [{}] * 5)
+    assert stopped[0].num_tokens <= ids[0].index(end) + 2 < 6
+    assert plain[0].text.startswith(stopped[0].text)
+    for before, after, words in zip(plain, stopped, ids, strict=True):
+        assert end in words or before == after
+
+
+def test_a_tokenizer_that_closes_texts_does_not_close_the_prompt(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm)
+    prompt = generator.render(messages(QUESTIONS[0]))
+    bare = Prompt(prompt.text.removeprefix(generator.tokenizer.bos_token), prompt.images)
+    with_bos, without = (generator._encode([p])["input_ids"].tolist() for p in (prompt, bare))
+    assert with_bos == without  # bos once, eos never
+
+
+def test_loss_is_the_mean_over_tokens_and_lower_for_the_greedy_answer(
+    vlm: tuple[Any, Any],
+) -> None:
+    generator = make(vlm, max_new_tokens=1)
+    for images in (0, 1):
+        prompt = generator.render(messages("what color is it ?", images))
+        greedy = generator.generate([prompt], [{}])[0].text
+        loss, is_greedy = generator.continuation_loss(prompt, greedy)
+        other, other_greedy = generator.continuation_loss(prompt, "dog")
+        assert is_greedy and not other_greedy and 0 < loss < other
+        inputs = generator._encode([prompt])
+        with torch.no_grad():
+            logits = generator.model(**inputs).logits[0, -1]
+        word = generator.tokenizer.convert_tokens_to_ids("dog")
+        expected = torch.nn.functional.cross_entropy(logits, torch.tensor(word)).item()
+        assert other == pytest.approx(expected, rel=1e-5)
+
+
+def test_errors_rise_and_training_mode_returns(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm)
+    model, prompt = generator.model, generator.render(messages("what ?"))
+    model.train()
+    generator.generate([prompt], [{}])
+    assert model.training
+    broken = Prompt(prompt.text + "<image>", prompt.images)
+    with pytest.raises(ValueError, match="image"):
+        generator.generate([broken], [{}])
+    assert model.training
+    model.eval()
+    with pytest.raises(ValueError, match="PIL image, got str"):
+        generator.render([{"role": "user", "content": [{"type": "image", "url": "x.png"}]}])
+    with pytest.raises(ValueError, match="at least 1"):
+        make(vlm, batch_size=0)
+    with pytest.raises(ValueError, match="one token"):
+        generator.continuation_loss(prompt, "")
+
+
+def test_the_window_is_respected(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm, max_new_tokens=50)
+    prompt = generator.render(messages("what ?"))
+    length = generator._encode([prompt])["input_ids"].shape[1]
+    generator.window = length + 5
+    assert generator.generate([prompt], [{}])[0].num_tokens == 5
+    generator.window = length
+    with pytest.raises(ValueError, match="window"):
+        generator.generate([prompt], [{}])
+
+
+def test_a_processor_without_a_template_is_refused(vlm: tuple[Any, Any]) -> None:
+    model, processor = vlm
+    bare = SimpleNamespace(tokenizer=processor.tokenizer, chat_template=None)
+    with pytest.raises(ValueError, match="chat template"):
+        Generator(model, bare)  # type: ignore[arg-type]

@@ -1,0 +1,261 @@
+"""Manifests: written last, verified by name, and what makes a stage count as finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from llm2clip_vlm.config import RunRecipe, Stage1Recipe, TextEncoderSection, WorldConfig
+from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.handoff import (
+    RESOLVED_NAME,
+    HandoffError,
+    claim_output_dir,
+    fingerprint_dir,
+    fingerprint_file,
+    is_complete,
+    parent_state,
+    read_manifest,
+    recipe_hash,
+    refuse_bidirectional,
+    verify_parent,
+    write_manifest,
+)
+
+
+def make_recipe(output_dir: Path | str = "runs/x", **changes: object) -> RunRecipe:
+    return RunRecipe.model_validate({"output_dir": str(output_dir), **changes})
+
+
+def make_model(folder: Path, weights: str = "w", config: str = "{}") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model.safetensors").write_text(weights)
+    (folder / "config.json").write_text(config)
+    return folder
+
+
+def finish(folder: Path, recipe: RunRecipe | None = None, **changes: object) -> Path:
+    values: dict[str, object] = {
+        "stage": "stage1_text_encoder",
+        "recipe": recipe or make_recipe(folder),
+        "parents": {},
+        "fingerprints": {"text_encoder": "abc"},
+        "seconds": 1.23456,
+        **changes,
+    }
+    return write_manifest(folder, **values)  # type: ignore[arg-type]
+
+
+def test_the_manifest_holds_what_the_next_stage_asks_for(tmp_path: Path) -> None:
+    make_model(tmp_path / "out" / "model")
+    make_model(tmp_path / "out" / "checkpoints")
+    (tmp_path / "out" / "logs").mkdir()
+    recipe = make_recipe(tmp_path / "out", seed=7, world=WorldConfig(seed=3))
+    path = finish(tmp_path / "out", recipe, extra={"cut": 2})
+    assert path == tmp_path / "out" / MANIFEST_NAME
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert manifest["schema"] == 1
+    assert manifest["stage"] == "stage1_text_encoder"
+    assert manifest["recipe"]["seed"] == 7
+    assert manifest["recipe_hash"] == recipe_hash(recipe)
+    assert manifest["fingerprints"] == {"text_encoder": "abc"}
+    assert manifest["outputs"] == {"model": fingerprint_dir(tmp_path / "out" / "model")}
+    assert manifest["seeds"] == {"seed": 7, "world.seed": 3}
+    assert manifest["seconds"] == 1.235
+    assert manifest["extra"] == {"cut": 2}
+    assert {"python", "torch", "transformers"} <= set(manifest["versions"])
+    assert [item.name for item in (tmp_path / "out").glob(".*")] == []
+
+
+def test_a_folder_without_manifest_has_none(tmp_path: Path) -> None:
+    assert read_manifest(tmp_path) is None
+    assert verify_parent(tmp_path / "model", expect_stage="x", fingerprints={"a": "b"}) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "part"), [("{", "not JSON"), ('{"schema": 9}', "schema"), ("[]", "schema")]
+)
+def test_a_broken_manifest_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(text)
+    with pytest.raises(HandoffError, match=part):
+        read_manifest(tmp_path)
+
+
+def test_the_recipe_hash_follows_what_is_computed_only() -> None:
+    first = make_recipe("a", trainer={"max_steps": 3, "logging_steps": 1})
+    same = make_recipe(
+        "b", notes="n", deviations={"x": "y"}, trainer={"save_steps": 9, "max_steps": 3}
+    )
+    assert recipe_hash(first) == recipe_hash(same)
+    assert recipe_hash(first) != recipe_hash(make_recipe("a", trainer={"max_steps": 4}))
+    assert recipe_hash(first) != recipe_hash(make_recipe("a", seed=1, trainer={"max_steps": 3}))
+    ordered = make_recipe("a", trainer={"a": 1, "b": 2})
+    assert recipe_hash(ordered) == recipe_hash(make_recipe("a", trainer={"b": 2, "a": 1}))
+    assert recipe_hash({"b": [1, 2.5, None], "a": "ü"}) == recipe_hash(
+        {"a": "ü", "b": [1, 2.5, None]}
+    )
+
+
+def test_a_models_fingerprint_follows_its_weights_and_configs_only(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m")
+    first = fingerprint_dir(model)
+    (model / "README.md").write_text("words")
+    (model / "training_args.json").write_text("{}")
+    assert fingerprint_dir(model) == first
+    assert fingerprint_dir(make_model(tmp_path / "copy")) == first
+    assert fingerprint_dir(make_model(tmp_path / "w", weights="v")) != first
+    assert fingerprint_dir(make_model(tmp_path / "c", config="[]")) != first
+    (model / "tokenizer.json").write_text("{}")
+    assert fingerprint_dir(model) != first
+
+
+def test_a_fingerprint_is_taken_anew_when_a_file_changes(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "m", weights="one")
+    first = fingerprint_dir(model)
+    (model / "model.safetensors").write_text("two")
+    os.utime(model / "model.safetensors", ns=(1, 1))
+    assert fingerprint_dir(model) != first
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    file.write_text("one")
+    os.utime(file, ns=(1, 1))
+    first = fingerprint_file(file)
+    file.write_text("two")
+    os.utime(file, ns=(1, 1))
+    assert fingerprint_file(file) == first
+    os.utime(file, ns=(2, 2))
+    assert fingerprint_file(file) != first
+
+
+def test_a_data_folder_is_known_by_all_its_files(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("a")
+    (tmp_path / "rows.jsonl").write_text("r")
+    first = fingerprint_dir(tmp_path)
+    (tmp_path / ".hidden").write_text("h")
+    assert fingerprint_dir(tmp_path) == first
+    (tmp_path / "images" / "a.png").rename(tmp_path / "images" / "b.png")
+    assert fingerprint_dir(tmp_path) != first
+
+
+def test_nothing_to_fingerprint_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(HandoffError, match="found none to take"):
+        fingerprint_dir(tmp_path)
+    with pytest.raises(HandoffError, match="expected a directory"):
+        fingerprint_dir(tmp_path / "absent")
+
+
+def test_a_parents_state_is_manifest_then_fingerprint_then_name(tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    model = make_model(stage / "model")
+    manifest = finish(stage)
+    assert parent_state(stage)["manifest_hash"] == fingerprint_file(manifest)
+    assert parent_state(model) == {**parent_state(stage), "path": str(model)}
+    foreign = make_model(tmp_path / "foreign" / "model")
+    assert parent_state(foreign) == {"path": str(foreign), "fingerprint": fingerprint_dir(foreign)}
+    weights = foreign / "model.safetensors"
+    assert parent_state(weights)["fingerprint"] == fingerprint_file(weights)
+    assert parent_state("openai/clip-vit-large-patch14") == {
+        "path": "openai/clip-vit-large-patch14"
+    }
+
+
+def test_verify_accepts_the_stage_and_its_model(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    finish(tmp_path)
+    for folder in (tmp_path, model):
+        found = verify_parent(
+            folder,
+            expect_stage=("stage1_text_encoder", "other"),
+            fingerprints={"text_encoder": "abc"},
+        )
+        assert found is not None
+        assert found["stage"] == "stage1_text_encoder"
+
+
+def test_verify_names_the_field(tmp_path: Path) -> None:
+    model = make_model(tmp_path / "model")
+    finish(tmp_path)
+    with pytest.raises(
+        HandoffError, match="stage: expected stage3_projector, got stage1_text_encoder"
+    ):
+        verify_parent(model, expect_stage="stage3_projector")
+    with pytest.raises(HandoffError, match=r"fingerprints\.text_encoder: expected xyz, got abc"):
+        verify_parent(model, fingerprints={"text_encoder": "xyz"})
+    with pytest.raises(HandoffError, match=r"fingerprints\.tower: expected xyz, got None"):
+        verify_parent(model, fingerprints={"tower": "xyz"})
+    make_model(model, weights="another tower")
+    with pytest.raises(HandoffError, match=r"outputs\.model"):
+        verify_parent(model)
+
+
+def test_a_bidirectional_model_is_no_decoder() -> None:
+    with pytest.raises(HandoffError, match=r"models/x: is_causal"):
+        refuse_bidirectional(SimpleNamespace(is_causal=False), "models/x")
+    refuse_bidirectional(SimpleNamespace(is_causal=True), "models/x")
+    refuse_bidirectional(SimpleNamespace(), "models/x")
+
+
+def test_complete_needs_manifest_recipe_outputs_and_unchanged_parents(tmp_path: Path) -> None:
+    parent = tmp_path / "parent"
+    make_model(parent / "model")
+    finish(parent)
+    foreign = make_model(tmp_path / "foreign")
+    out = tmp_path / "out"
+    recipe = make_recipe(out, seed=1)
+    make_model(out / "model")
+    assert not is_complete(out, recipe)
+    parents = {"model": parent / "model", "llm": foreign, "hub": "a/b"}
+    finish(out, recipe, parents=parents)
+    assert is_complete(out, recipe)
+    assert is_complete(out, make_recipe(out, seed=1, notes="other"))
+    assert not is_complete(out, make_recipe(out, seed=2))
+
+    (out / "model").rename(out / "moved")
+    assert not is_complete(out, recipe)
+    (out / "moved").rename(out / "model")
+    assert is_complete(out, recipe)
+
+    finish(parent, seconds=99.0)
+    assert not is_complete(out, recipe)
+    finish(out, recipe, parents=parents)
+    assert is_complete(out, recipe)
+    make_model(foreign, weights="new weights")
+    assert not is_complete(out, recipe)
+
+
+def test_an_output_dir_belongs_to_one_recipe(tmp_path: Path) -> None:
+    def recipe(**changes: object) -> Stage1Recipe:
+        section = TextEncoderSection(language_model="m", pooling=changes.pop("pooling", "mean"))  # type: ignore[arg-type]
+        values = {
+            "output_dir": str(tmp_path / "o"),
+            "train": [],
+            "text_encoder": section,
+            **changes,
+        }
+        return Stage1Recipe.model_validate(values)
+
+    assert claim_output_dir(recipe()) == tmp_path / "o"
+    assert claim_output_dir(recipe(notes="again")) == tmp_path / "o"
+    assert "again" in (tmp_path / "o" / RESOLVED_NAME).read_text()
+    with pytest.raises(
+        HandoffError, match=r"text_encoder\.pooling: was 'mean', is now 'last'.*delete"
+    ):
+        claim_output_dir(recipe(pooling="last"))
+    with pytest.raises(HandoffError, match=r"scale: was 50\.0, is now 20\.0"):
+        claim_output_dir(recipe(scale=20.0))
+    (tmp_path / "o" / RESOLVED_NAME).write_text("of_old: 1")
+    with pytest.raises(HandoffError, match="this version does not read"):
+        claim_output_dir(recipe())
+
+
+def test_the_manifest_is_json_without_surprises(tmp_path: Path) -> None:
+    path = finish(tmp_path)
+    assert json.loads(path.read_text())["parents"] == {}

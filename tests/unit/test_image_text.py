@@ -1,0 +1,256 @@
+"""Image-text records, the caption draw, and the two ways of holding images."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.data.image_text import (
+    ImageTextDataset,
+    ImageTextRecord,
+    caption_galleries,
+    caption_id,
+    collate,
+    draw,
+    read_image_text,
+)
+from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.data.records import BadRecords, RecordError
+from tests.tiny import write_image
+
+
+def processor(size_px: int = 32) -> CLIPImageProcessorPil:
+    return CLIPImageProcessorPil(
+        size={"shortest_edge": size_px}, crop_size={"height": size_px, "width": size_px}
+    )
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list[ImageTextRecord]:
+    return [
+        ImageTextRecord(
+            str(i),
+            write_image(tmp_path / f"{i}.png", seed=i, size_px=40),
+            {"short": [f"s{i}"], "long": [f"l{i}a", f"l{i}b", f"l{i}c"]},
+        )
+        for i in range(20)
+    ]
+
+
+def write_rows(folder: Path, rows: list[dict[str, object]]) -> ImageTextSource:
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ImageTextSource(path=str(path))
+
+
+def test_reads_lists_and_mappings_of_captions(tmp_path: Path) -> None:
+    source = write_rows(
+        tmp_path,
+        [
+            {"id": "a", "image": "x/a.png", "captions": ["one", "two"]},
+            {"id": "b", "image": "b.png", "captions": {"short": ["s"], "long": ["l", "m"]}},
+        ],
+    )
+    first, second = read_image_text(source, BadRecords())
+    assert (first.key, first.image) == ("a", tmp_path / "x" / "a.png")
+    assert first.captions == {"captions": ["one", "two"]}
+    assert second.captions == {"short": ["s"], "long": ["l", "m"]}
+
+
+def test_image_root_fields_grouping_and_limit(tmp_path: Path) -> None:
+    source = write_rows(
+        tmp_path,
+        [{"n": f"{i // 2}.png", "image_id": i // 2, "text": f"caption {i}"} for i in range(6)],
+    )
+    changed = source.model_copy(
+        update={
+            "image_root": str(tmp_path / "root"),
+            "image_field": "n",
+            "fields": ["text"],
+            "group_by": "image_id",
+            "limit": 2,
+        }
+    )
+    found = read_image_text(changed, BadRecords())
+    assert [record.key for record in found] == ["0", "1"]
+    assert found[1].image == tmp_path / "root" / "1.png"
+    assert found[1].captions == {"text": ["caption 2", "caption 3"]}
+
+
+@pytest.mark.parametrize(
+    ("row", "why"),
+    [
+        ({"id": "b", "image": None, "captions": ["x"]}, "expected a path"),
+        ({"id": "b", "image": "b.png", "captions": ["  "]}, "empty caption"),
+        ({"id": "b", "image": "b.png", "captions": []}, "no caption"),
+        ({"id": "a", "image": "b.png", "captions": ["x"]}, "occurs twice"),
+    ],
+)
+def test_bad_rows_are_counted_under_the_limit(
+    tmp_path: Path, row: dict[str, object], why: str
+) -> None:
+    source = write_rows(tmp_path, [{"id": "a", "image": "a.png", "captions": ["x"]}, row])
+    bad = BadRecords(limit=1)
+    assert len(read_image_text(source, bad)) == 1
+    assert bad.count == 1 and why in bad.summary()
+    with pytest.raises(RecordError, match=why):
+        read_image_text(source, BadRecords())
+
+
+def test_memory_and_disk_give_the_same_batches_to_the_bit(records: list[ImageTextRecord]) -> None:
+    memory = ImageTextDataset(records, processor(), seed=3)
+    disk = ImageTextDataset(records, processor(), seed=3, cache_in_memory=False)
+    assert memory._pixels is not None and memory._pixels.dtype == torch.uint8
+    assert disk._pixels is None
+    order = [5, 0, 19, 7]
+    got, want = memory.__getitems__(order), disk.__getitems__(order)
+    assert torch.equal(got["pixel_values"], want["pixel_values"])
+    assert got["captions"] == want["captions"]
+    direct = processor()(images=[records[i].open() for i in order], return_tensors="pt")
+    assert torch.equal(got["pixel_values"], direct["pixel_values"])
+    assert torch.equal(memory[7]["pixel_values"], want["pixel_values"][3])
+
+
+def test_a_set_above_the_limit_stays_on_disk(
+    records: list[ImageTextRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.CACHE_LIMIT_BYTES", 20 * 3 * 32 * 32)
+    assert ImageTextDataset(records, processor())._pixels is None
+    assert ImageTextDataset(records, processor(), cache_in_memory=True)._pixels is not None
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.CACHE_LIMIT_BYTES", 20 * 3 * 32 * 32 + 1)
+    assert ImageTextDataset(records, processor())._pixels is not None
+
+
+def test_a_processor_that_the_table_cannot_mimic_is_kept_as_floats(
+    records: list[ImageTextRecord],
+) -> None:
+    class Odd(CLIPImageProcessorPil):  # adds what no table of pixel values holds
+        def __call__(self, *args: object, **kwargs: object) -> object:
+            out = super().__call__(*args, **kwargs)
+            if kwargs.get("do_normalize") is not False:
+                out["pixel_values"] = (
+                    out["pixel_values"] + torch.linspace(0, 1, 32)[: out["pixel_values"].shape[-1]]
+                )
+            return out
+
+    odd = Odd(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    dataset = ImageTextDataset(records, odd)
+    assert dataset._pixels is not None and dataset._pixels.dtype == torch.float32
+    want = odd(images=[records[4].open()], return_tensors="pt")["pixel_values"]
+    assert torch.equal(dataset.pixel_values([4]), want)
+
+
+def test_draw_depends_on_seed_epoch_and_index_alone(records: list[ImageTextRecord]) -> None:
+    def drawn(seed: int, epoch: int) -> list[str]:
+        dataset = ImageTextDataset(records, processor(), seed=seed)
+        dataset.set_epoch(epoch)
+        assert [dataset.caption(i) for i in reversed(range(20))][::-1] == [
+            dataset.caption(i) for i in range(20)
+        ]
+        return [dataset.caption(i) for i in range(20)]
+
+    assert drawn(0, 0) == drawn(0, 0)
+    assert drawn(0, 0) != drawn(0, 1)
+    assert drawn(0, 0) != drawn(1, 0)
+    values = torch.tensor([draw(0, epoch, index) for epoch in range(50) for index in range(50)])
+    counts = torch.histc(values, 10, 0, 1)
+    assert ((counts - 250) ** 2 / 250).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
+
+
+def test_caption_weights(records: list[ImageTextRecord]) -> None:
+    def shares(weights: dict[str, float]) -> Counter[str]:
+        dataset = ImageTextDataset(records, processor(), weights)
+        kinds: Counter[str] = Counter()
+        for epoch in range(100):
+            dataset.set_epoch(epoch)
+            kinds.update(dataset.caption(i)[0] for i in range(20))
+        return kinds
+
+    assert shares({})["s"] == pytest.approx(500, abs=75)  # 1 of 4 captions; s.e. 19
+    assert shares({"short": 1, "long": 1})["s"] == pytest.approx(1000, abs=90)
+    assert shares({"short": 3, "long": 1})["s"] == pytest.approx(1500, abs=80)
+    assert shares({"long": 1})["s"] == 0
+    assert ImageTextDataset(records, processor(), {"short": 1}).captions() == [
+        f"s{i}" for i in range(20)
+    ]
+
+
+def test_unknown_kind_and_record_without_a_weighted_kind(records: list[ImageTextRecord]) -> None:
+    with pytest.raises(ValueError, match=r"\['lnog'\].*\['long', 'short'\]"):
+        ImageTextDataset(records, processor(), {"lnog": 1})
+    some = [*records[:3], ImageTextRecord("x", records[3].image, {"short": ["only"]})]
+    bad = BadRecords(limit=1)
+    assert len(ImageTextDataset(some, processor(), {"long": 1}, bad=bad)) == 3
+    assert bad.count == 1
+
+
+@pytest.mark.parametrize("cache_in_memory", [True, False])
+def test_images_that_do_not_decode_are_counted(
+    records: list[ImageTextRecord], cache_in_memory: bool
+) -> None:
+    records[2].image.write_bytes(b"<html>not found</html>")
+    with pytest.raises(RecordError, match="does not decode"):
+        ImageTextDataset(records, processor(), cache_in_memory=cache_in_memory).__getitems__([2])
+    bad = BadRecords(limit=1)
+    dataset = ImageTextDataset(records, processor(), bad=bad, cache_in_memory=cache_in_memory)
+    want = processor()(images=[records[3].open()], return_tensors="pt")["pixel_values"][0]
+    for _ in range(2):  # counted once, and the next image stands in with its own caption
+        sample = dataset[2]
+        assert torch.equal(sample["pixel_values"], want)
+        assert sample["captions"][1] == "3"
+    assert bad.count == 1
+    assert len(dataset) == (19 if cache_in_memory else 20)
+
+
+def test_an_image_outside_its_root_is_refused(tmp_path: Path) -> None:
+    write_image(tmp_path / "secret.png")
+    (tmp_path / "root").mkdir()
+    for name in ("../secret.png", str(tmp_path / "secret.png")):
+        root = tmp_path / "root"
+        record = ImageTextRecord("a", root / name, {"c": ["x"]}, root)
+        with pytest.raises(ImageError):
+            record.open()
+
+
+def test_loader_workers_see_the_epoch(records: list[ImageTextRecord]) -> None:
+    dataset = ImageTextDataset(
+        records,
+        processor(),
+        text_inputs=lambda texts: {"n": torch.tensor([ord(t[-1]) for t in texts])},
+    )
+    loader: DataLoader[dict[str, object]] = DataLoader(
+        dataset, batch_size=10, num_workers=1, persistent_workers=True, collate_fn=collate
+    )
+    for epoch in range(3):
+        dataset.set_epoch(epoch)
+        got = torch.cat([batch["caption_ids"] for batch in loader])
+        assert got.tolist() == [caption_id(dataset.caption(i)) for i in range(20)]
+
+
+def test_collate_stacks_samples_as_the_batch(records: list[ImageTextRecord]) -> None:
+    dataset = ImageTextDataset(records, processor())
+    stacked = collate([dataset[i] for i in (1, 4)])
+    batch = collate(dataset.__getitems__([1, 4]))
+    assert torch.equal(stacked["pixel_values"], batch["pixel_values"])
+    assert torch.equal(stacked["caption_ids"], batch["caption_ids"])
+    assert stacked["captions"] == batch["captions"]
+
+
+def test_galleries_keep_kinds_apart(records: list[ImageTextRecord]) -> None:
+    galleries = caption_galleries(records[:2])
+    assert galleries["short"] == (["s0", "s1"], [0, 1])
+    assert galleries["long"] == (["l0a", "l0b", "l0c", "l1a", "l1b", "l1c"], [0, 0, 0, 1, 1, 1])
+
+
+def test_non_rgb_images(tmp_path: Path) -> None:
+    Image.new("L", (32, 32), 7).save(tmp_path / "grey.png")
+    record = ImageTextRecord("g", tmp_path / "grey.png", {"c": ["grey"]})
+    assert ImageTextDataset([record], processor())[0]["pixel_values"].shape == (3, 32, 32)

@@ -1,0 +1,101 @@
+"""Images open as RGB, and only from below their root."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from llm2clip_vlm.data import images
+from llm2clip_vlm.data.images import ImageError, open_image, resolve_image
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(tmp_path: Path, mode: str) -> None:
+    suffix = "tif" if mode == "CMYK" else "png"
+    Image.new(mode, (5, 3)).save(tmp_path / f"a.{suffix}")
+    image = open_image(tmp_path, f"a.{suffix}")
+    assert (image.mode, image.size) == ("RGB", (5, 3))
+
+
+def test_transparency_is_laid_on_white(tmp_path: Path) -> None:
+    Image.new("RGBA", (2, 2), (255, 0, 0, 0)).save(tmp_path / "a.png")
+    assert open_image(tmp_path, "a.png").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    assert open_image(tmp_path, "a.jpg").size == (2, 4)
+
+
+def test_the_content_decides_not_the_name(tmp_path: Path) -> None:
+    Image.new("P", (3, 3)).save(tmp_path / "a.gif")
+    (tmp_path / "a.gif").rename(tmp_path / "a.jpg")
+    assert open_image(tmp_path, "a.jpg").size == (3, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "empty"),
+        ("/etc/passwd", "absolute"),
+        ("C:\\a.png", "absolute"),
+        ("../a.png", "leave the image root"),
+        ("x/../../a.png", "leave the image root"),
+        ("http://host/a.png", "URL"),
+        ("data:image/png;base64,AAAA", "URL"),
+        ("missing.png", "no such file"),
+        ("folder", "no such file"),
+    ],
+)
+def test_paths_stay_below_the_root(tmp_path: Path, name: str, reason: str) -> None:
+    root = tmp_path / "root"
+    (root / "folder").mkdir(parents=True)
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match=reason):
+        resolve_image(root, name)
+
+
+def test_a_link_may_not_lead_out(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (1, 1)).save(tmp_path / "a.png")
+    (root / "a.png").symlink_to(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="symbolic link"):
+        open_image(root, "a.png")
+
+
+def test_a_link_inside_and_a_linked_root_are_fine(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    Image.new("RGB", (1, 1)).save(root / "a.png")
+    (root / "b.png").symlink_to(root / "a.png")
+    (tmp_path / "link").symlink_to(root)
+    assert open_image(tmp_path / "link", "b.png").size == (1, 1)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 40])
+def test_damaged_files_are_one_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.png").write_bytes(content)
+    with pytest.raises(ImageError, match="does not decode"):
+        open_image(tmp_path, "a.png")
+
+
+def test_truncated_file_is_an_error(tmp_path: Path) -> None:
+    Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
+    data = (tmp_path / "a.jpg").read_bytes()
+    (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ImageError, match="does not decode"):
+        open_image(tmp_path, "a.jpg")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 99)
+    Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="10x10"):
+        open_image(tmp_path, "a.png")

@@ -1,0 +1,208 @@
+"""The adapter's two classes with hand-made requests; lmms-eval's evaluator is not imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
+
+from lmms_eval.api.instance import Instance, unwrap_generation_output
+
+from llm2clip_vlm.evaluation.lmms_adapter import (
+    Llm2ClipVlmChat,
+    Llm2ClipVlmSimple,
+    load_checkpoint,
+)
+from llm2clip_vlm.evaluation.lmms_manifest import MODEL_ID, manifest
+from llm2clip_vlm.models.vlm import build_vlm
+from tests.tiny import write_image
+
+DOCS = [{"question": f"is there a {word} ?", "seed": n} for n, word in enumerate(["dog", "cat"])]
+OPTIONS = {"max_new_tokens": 4, "until": ["\n\n"]}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_clip: Path, tiny_llm: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vlm")
+    for part in build_vlm(tiny_clip, tiny_llm):
+        part.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def live(checkpoint: Path) -> dict[str, Any]:
+    model, processor = load_checkpoint(str(checkpoint), device="cpu")
+    return {"model": model, "processor": processor}
+
+
+@pytest.fixture
+def visual(tmp_path: Path) -> Any:
+    from PIL import Image
+
+    def doc_to_visual(doc: dict[str, Any]) -> list[Image.Image]:
+        return [Image.open(write_image(tmp_path / f"{doc['seed']}.png", doc["seed"]))]
+
+    return doc_to_visual
+
+
+def requests(adapter: Any, kind: str, arguments: Any) -> list[Instance]:
+    adapter.task_dict = {"t": {"test": DOCS}}
+    meta = {"task": "t", "doc_id": 0, "repeats": 1}
+    return [
+        Instance(request_type=kind, arguments=arguments(n), idx=0, metadata=meta)
+        for n in range(len(DOCS))
+    ]
+
+
+def chat_texts(adapter: Any, visual: Any) -> list[str]:
+    def to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
+        parts = [{"type": "image", "url": image} for image in visual(doc)]
+        return [{"role": "user", "content": [*parts, {"type": "text", "text": doc["question"]}]}]
+
+    asked = requests(
+        adapter, "generate_until", lambda n: ("unused", to_messages, OPTIONS, n, "t", "test")
+    )
+    return [result.text for result in adapter.generate_until(asked)]
+
+
+def simple_texts(adapter: Any, visual: Any) -> list[str]:
+    asked = requests(
+        adapter,
+        "generate_until",
+        lambda n: (DOCS[n]["question"], OPTIONS, visual, n, "t", "test"),
+    )
+    return [result.text for result in adapter.generate_until(asked)]
+
+
+def test_chat_and_simple_agree_and_a_live_adapter_survives_clean(
+    live: dict[str, Any], visual: Any
+) -> None:
+    chat, simple = Llm2ClipVlmChat(**live), Llm2ClipVlmSimple(**live)
+    assert not chat.is_simple and simple.is_simple
+    first = chat_texts(chat, visual)
+    assert all(first) and first == simple_texts(simple, visual)
+    assert "<image>" in chat.prompt_example and "dog" in chat.prompt_example
+    chat.clean()
+    assert chat_texts(chat, visual) == first
+    assert live["model"].device.type == "cpu"
+
+
+def test_pretrained_gives_the_same_and_says_so_when_it_was_cleaned(
+    checkpoint: Path, live: dict[str, Any], visual: Any
+) -> None:
+    loaded = Llm2ClipVlmChat(pretrained=str(checkpoint), batch_size="2", device="cpu")
+    assert chat_texts(loaded, visual) == chat_texts(Llm2ClipVlmChat(**live), visual)
+    loaded.clean()
+    with pytest.raises(RuntimeError, match="cleaned"):
+        chat_texts(loaded, visual)
+
+
+def test_options_reach_the_generator(checkpoint: Path) -> None:
+    adapter = Llm2ClipVlmChat(
+        pretrained=str(checkpoint), batch_size=3, max_new_tokens=7, dtype="bfloat16", device="cpu"
+    )
+    generator = adapter.generator
+    assert generator is not None
+    assert (generator.batch_size, generator.max_new_tokens) == (3, 7)
+    assert str(generator.model.dtype) == "torch.bfloat16"
+
+
+def test_text_only_documents_are_answered(live: dict[str, Any]) -> None:
+    texts = simple_texts(Llm2ClipVlmSimple(**live), lambda doc: [])
+    nothing = simple_texts(Llm2ClipVlmSimple(**live), lambda doc: None)
+    assert all(texts) and texts == nothing
+
+
+def test_many_documents_are_rendered_a_few_batches_at_a_time(
+    live: dict[str, Any], monkeypatch: pytest.MonkeyPatch, visual: Any
+) -> None:
+    from llm2clip_vlm.evaluation import lmms_adapter
+
+    whole = simple_texts(Llm2ClipVlmSimple(**live), visual)
+    monkeypatch.setattr(lmms_adapter, "_BATCHES_AT_ONCE", 1)
+    adapter = Llm2ClipVlmSimple(**live, batch_size=1)
+    sizes = []
+    generate = adapter.generator.generate
+    adapter.generator.generate = lambda prompts, *rest: (
+        sizes.append(len(prompts)),
+        generate(prompts, *rest),
+    )[1]
+    assert simple_texts(adapter, visual) == whole and sizes == [1, 1]
+
+
+def test_loglikelihood_is_a_loss_that_survives_the_evaluators_unwrapping(
+    live: dict[str, Any], visual: Any
+) -> None:
+    adapter = Llm2ClipVlmSimple(**live)
+    asked = requests(
+        adapter,
+        "loglikelihood",
+        lambda n: (
+            DOCS[n]["question"],
+            " yes" if n else (lambda doc: "no"),
+            visual,
+            n,
+            "t",
+            "test",
+        ),
+    )
+    for result in adapter.loglikelihood(asked):
+        (loss, greedy), _ = unwrap_generation_output(result)
+        assert loss > 0 and isinstance(greedy, bool)
+    # The trap this guards against: a bare pair becomes a string.
+    assert isinstance(unwrap_generation_output((1.5, True))[0], str)
+
+
+def test_unsupported_requests_and_bad_arguments_are_refused(live: dict[str, Any]) -> None:
+    chat = Llm2ClipVlmChat(**live)
+    with pytest.raises(NotImplementedError, match="force_simple"):
+        chat.loglikelihood([])
+    with pytest.raises(NotImplementedError, match="multi-round"):
+        chat.generate_until_multi_round([])
+    with pytest.raises(ValueError, match="either `pretrained`"):
+        Llm2ClipVlmChat()
+    with pytest.raises(ValueError, match="either `pretrained`"):
+        Llm2ClipVlmChat(pretrained="x", **live)
+    with pytest.raises(TypeError, match="unknown_option"):
+        Llm2ClipVlmChat(pretrained="x", unknown_option=1)
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(checkpoint, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights.pop(next(name for name in weights if "multi_modal_projector" in name))
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 parameters are missing"):
+        load_checkpoint(str(broken), device="cpu")
+
+
+def test_the_manifest_names_both_classes_without_an_alias_and_without_torch() -> None:
+    found = manifest()
+    assert found.model_id == MODEL_ID == "llm2clip_vlm" and found.aliases == ()
+    paths = (found.chat_class_path, found.simple_class_path)
+    assert [path.rpartition(".")[2] for path in paths if path] == [
+        "Llm2ClipVlmChat",
+        "Llm2ClipVlmSimple",
+    ]
+    code = (
+        "import sys\n"
+        "from llm2clip_vlm.evaluation.lmms_manifest import manifest\n"
+        "manifest()\n"
+        "from lmms_eval.models.registry_v2 import ModelRegistryV2\n"
+        "assert 'torch' not in sys.modules\n"
+        "registry = ModelRegistryV2()\n"
+        "registry.register_manifest(manifest())\n"
+        "assert not registry.get_model_class('llm2clip_vlm').is_simple\n"
+        "assert registry.get_model_class('llm2clip_vlm', force_simple=True).is_simple\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=root)

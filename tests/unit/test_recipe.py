@@ -1,0 +1,379 @@
+"""Recipes: YAML rules, merging, overrides, interpolation, errors, help, round trip."""
+
+from __future__ import annotations
+
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from llm2clip_vlm import config
+from llm2clip_vlm.config import (
+    ImageTextSource,
+    Section,
+    Stage1Recipe,
+    Stage2aRecipe,
+    Stage2bRecipe,
+)
+from llm2clip_vlm.recipe import RecipeError, load_recipe, recipe_help, save_resolved, to_plain
+
+
+class Inner(Section):
+    """A section with one of each scalar."""
+
+    word: str = "w"
+    """A word."""
+    number: float = 1.0
+    """A number."""
+    flag: bool = False
+    """A flag."""
+
+
+class Outer(Section):
+    """A recipe."""
+
+    name: str = "n"
+    """A name."""
+    count: int = 1
+    """A count."""
+    inner: Inner = Inner()
+    """A section."""
+    maybe: Inner | None = None
+    """A section, or nothing."""
+    items: list[Inner] = []
+    """Several."""
+    free: dict[str, Any] = {}
+    """Anything."""
+
+
+def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def messages(path: Path, model: type[BaseModel], overrides: tuple[str, ...] = ()) -> list[str]:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, model, overrides)
+    return [str(problem) for problem in caught.value.problems]
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),
+        ("-2.5E+4", -25000.0),
+        ("1.", 1.0),
+        (".5", 0.5),
+        (".inf", float("inf")),
+        ("010", 10),
+        ("0x1F", 31),
+        ("0o17", 15),
+        ("no", "no"),
+        ("yes", "yes"),
+        ("on", "on"),
+        ("OFF", "OFF"),
+        ("y", "y"),
+        ("true", True),
+        ("False", False),
+        ("~", None),
+        ("null", None),
+        ("1:30", "1:30"),
+        ("2024-01-02", "2024-01-02"),
+        ("1_000", "1_000"),
+        ("'1e-3'", "1e-3"),
+        ("<<", "<<"),
+    ],
+)
+def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
+    found = load_recipe(write(tmp_path, f"free: {{x: {text}}}"), Outer).free["x"]
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_a_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\ninner:\n  word: x\n  number: 2\n  word: y\n")
+    assert messages(path, Outer) == [
+        f"inner.word: key given twice, first in line 3 [{path}:5]",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name: [", "not valid YAML"),
+        ("- a", "expected a mapping of keys"),
+        ("1: a", "is not text"),
+        ("free: {x: !!python/name:os.system }", "is not allowed here"),
+        ("free: {x: !mine 1}", "is not allowed here"),
+        ("free: &a {x: *a}", "contains itself"),
+        ("a: b: c", "not valid YAML"),
+        ("name: a\n---\nname: b", "not valid YAML"),
+    ],
+)
+def test_what_is_not_a_recipe_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    path = write(tmp_path, text)
+    found = messages(path, Outer)
+    assert part in found[0]
+    assert str(path) in str(RecipeError(str(path), []))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"absent\.yaml"):
+        load_recipe(tmp_path / "absent.yaml", Outer)
+
+
+def test_a_missing_parent_names_its_child(tmp_path: Path) -> None:
+    path = write(tmp_path, "base: ../absent.yaml")
+    with pytest.raises(
+        RecipeError, match=r"absent\.yaml.*(?s:.)*named by `base:` in .*recipe\.yaml"
+    ):
+        load_recipe(path, Outer)
+
+
+def test_a_parent_gives_what_the_child_leaves_out(tmp_path: Path) -> None:
+    write(tmp_path, "name: grand\ncount: 7\nfree: {a: 1, b: {c: 2, d: 3}}", "top/grand.yaml")
+    write(tmp_path, "base: grand.yaml\nitems: [{word: p}, {word: q}]\nname: parent", "top/p.yaml")
+    path = write(tmp_path, "base: top/p.yaml\nitems: [{number: 5}]\nfree: {b: {c: 9}}")
+    found = load_recipe(path, Outer)
+    assert (found.name, found.count) == ("parent", 7)
+    assert found.free == {"a": 1, "b": {"c": 9, "d": 3}}
+    assert found.items == [Inner(number=5)]
+
+
+def test_base_names_exactly_one_parent(tmp_path: Path) -> None:
+    path = write(tmp_path, "base: [a.yaml, b.yaml]")
+    assert "one parent" in messages(path, Outer)[0]
+
+
+def test_a_cycle_of_parents_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "base: b.yaml", "a.yaml")
+    write(tmp_path, "base: a.yaml", "b.yaml")
+    assert "its own parent" in messages(tmp_path / "a.yaml", Outer)[0]
+
+
+def test_an_error_names_the_file_that_set_the_value(tmp_path: Path) -> None:
+    parent = write(tmp_path, "count: 3\ninner:\n  number: x\n", "parent.yaml")
+    path = write(tmp_path, "base: parent.yaml\ncount: y\n")
+    assert messages(path, Outer) == [
+        f"count: expected a valid integer, got 'y' (text) [{path}:2]",
+        f"inner.number: expected a valid number, got 'x' (text) [{parent}:3]",
+    ]
+
+
+def test_a_replaced_list_forgets_its_parents_lines(tmp_path: Path) -> None:
+    write(tmp_path, "\n\nitems:\n  - word: a\n    number: 2\n", "parent.yaml")
+    path = write(tmp_path, "base: parent.yaml\nitems: [{nummer: 3}]")
+    assert messages(path, Outer) == [
+        f"items.0.nummer: unknown key; did you mean `number`? [{path}:2]"
+    ]
+
+
+def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
+    path = write(tmp_path, "name: a\nitems: [{word: p}, {word: q}]\n")
+    overrides = (
+        "count=4",
+        "inner.number=1e-3",
+        "inner.word=no",
+        "maybe.flag=true",
+        "items.1.word=z=z",
+        "free={k: [1, 2]}",
+        "name=",
+        'name="${inner.word}!"',
+    )
+    found = load_recipe(path, Outer, overrides)
+    assert (found.count, found.inner.number, found.inner.word) == (4, 0.001, "no")
+    assert found.maybe == Inner(flag=True)
+    assert [item.word for item in found.items] == ["p", "z=z"]
+    assert found.free == {"k": [1, 2]}
+    assert found.name == "no!"
+
+
+@pytest.mark.parametrize(
+    ("override", "part"),
+    [
+        ("count", "expected `dotted.key=value`"),
+        ("=3", "expected `dotted.key=value`"),
+        ("inner..word=3", "expected `dotted.key=value`"),
+        ("name.x=3", "`name` holds 'a', which has no keys"),
+        ("items.1.word=x", "items.1: expected an index below 1"),
+        ("items.first.word=x", "items.first: expected an index below 1"),
+        ("count=[", "not valid YAML"),
+        ("cuont=3", "did you mean `count`?"),
+        ("count=1.5", "expected a valid integer, got 1.5 (number) [override `count=1.5`]"),
+    ],
+)
+def test_a_bad_override_is_named(tmp_path: Path, override: str, part: str) -> None:
+    path = write(tmp_path, "name: a\nitems: [{word: p}]\n")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(path, Outer, [override])
+    assert part in str(caught.value)
+    assert f"`{override}`" in str(caught.value)
+
+
+def test_interpolation_sees_the_merged_recipe_and_its_defaults(tmp_path: Path) -> None:
+    write(tmp_path, "name: run-${count}-${inner.number}\nfree: {n: '${count}'}", "p.yaml")
+    path = write(
+        tmp_path, "base: p.yaml\nfree: {deep: ['${name}/x', '$${count}'], c: '${inner}'}\n"
+    )
+    found = load_recipe(path, Outer, ["count=12"])
+    assert found.name == "run-12-1.0"
+    assert found.free["n"] == 12
+    assert found.free["deep"] == ["run-12-1.0/x", "${count}"]
+    assert found.free["c"] == to_plain(Inner())
+
+
+def test_interpolation_writes_a_flag_as_yaml_does(tmp_path: Path) -> None:
+    path = write(tmp_path, "inner: {flag: true}\nname: f-${inner.flag}")
+    assert load_recipe(path, Outer).name == "f-true"
+
+
+@pytest.mark.parametrize(
+    ("text", "part"),
+    [
+        ("name: ${cuont}\ncount: 3", "names no value of this recipe; did you mean `count`?"),
+        ("name: ${maybe.word}", "names no value"),
+        ("name: ${free.a}\nfree: {a: '${name}'}", "refers to itself: name -> free.a"),
+        ("name: x${inner}", "must be a scalar"),
+        ("name: ${items.3}\nitems: []", "names no value"),
+    ],
+)
+def test_a_bad_reference_is_refused(tmp_path: Path, text: str, part: str) -> None:
+    path = write(tmp_path, text)
+    assert part in messages(path, Outer)[0].replace("free.a -> name -> free.a", "name -> free.a")
+
+
+def test_all_problems_are_listed_with_key_and_line(tmp_path: Path) -> None:
+    path = write(
+        tmp_path,
+        "sed: 3\ntext_encoder: {languag_model: x, pooling: men}\n"
+        "sources:\n  - path: a\n    limt: 2\n    image_root: k\nbatch_tokens: '4'\n",
+    )
+    found = messages(path, Stage2aRecipe)
+    assert sorted(found) == sorted(
+        [
+            f"output_dir: required, but not given [{path}]",
+            f"batch_tokens: expected a valid integer, got '4' (text) [{path}:7]",
+            f"sed: unknown key; did you mean `seed`? [{path}:1]",
+            f"text_encoder.language_model: required, but not given [{path}:2]",
+            f"text_encoder.pooling: expected 'mean' or 'last', got 'men' (text) [{path}:2]",
+            f"text_encoder.languag_model: unknown key; did you mean `language_model`? [{path}:2]",
+            f"sources.0.limt: unknown key; did you mean `limit`? [{path}:5]",
+        ]
+    )
+
+
+def test_a_value_of_no_allowed_kind_lists_the_kinds(tmp_path: Path) -> None:
+    path = write(tmp_path, "output_dir: o\nsources: []\ntext_encoder: 5")
+    assert messages(path, Stage2aRecipe) == [
+        f"text_encoder: expected text or a mapping, got 5 (integer) [{path}:3]"
+    ]
+
+
+def test_an_unknown_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) -> None:
+    path = write(tmp_path, "inner: {zzz: 1}")
+    assert messages(path, Outer) == [
+        f"inner.zzz: unknown key; known here: word, number, flag [{path}:1]"
+    ]
+
+
+def test_a_wrong_stage_is_refused(tmp_path: Path) -> None:
+    text = "stage: stage2a_cache_text\noutput_dir: o\ntext_encoder: {language_model: m}\ntrain: []"
+    found = messages(write(tmp_path, text), Stage1Recipe)
+    assert found[0].startswith("stage: expected 'stage1_text_encoder', got 'stage2a_cache_text'")
+
+
+FULL = """
+base: parent.yaml
+output_dir: runs/${seed}
+notes: "1e-3"
+deviations: {"why: so": "true", a: "no ${seed} $${kept}"}
+vision_tower: "~"
+embedding_cache: "null"
+trainer: {learning_rate: 1.0e-5, max_steps: 10, a: "010", b: [1, "1", null, .inf], c: ünï}
+train:
+  - {path: x, where: {split: "yes", ok: true, n: 3}, drop_where: {s: [val]}}
+caption_weights: {short: 1, long: 0.5}
+"""
+
+
+def test_the_resolved_recipe_loads_back_equal(tmp_path: Path) -> None:
+    write(tmp_path, "seed: 5\nworld: {seed: 3}", "parent.yaml")
+    recipe = load_recipe(write(tmp_path, FULL), Stage2bRecipe)
+    assert recipe.deviations["a"] == "no 5 ${kept}"
+    resolved = tmp_path / "deep" / "recipe.resolved.yaml"
+    save_resolved(recipe, resolved)
+    again = load_recipe(resolved, Stage2bRecipe)
+    assert again == recipe
+    assert to_plain(again) == to_plain(recipe)
+    assert again.base is None
+    assert isinstance(again.train[0], ImageTextSource)
+    assert [item.name for item in resolved.parent.iterdir()] == ["recipe.resolved.yaml"]
+
+
+def models_of(module: Any) -> list[type[BaseModel]]:
+    return [
+        item
+        for item in vars(module).values()
+        if isinstance(item, type)
+        and issubclass(item, BaseModel)
+        and item.__module__ == module.__name__
+    ]
+
+
+@pytest.mark.parametrize("model", models_of(config), ids=lambda model: model.__name__)
+def test_every_key_of_every_recipe_has_help(model: type[BaseModel]) -> None:
+    for name, field in model.model_fields.items():
+        assert field.description, f"{model.__name__}.{name} has no docstring"
+
+
+def test_help_shows_key_type_limit_default_and_docstring() -> None:
+    lines = recipe_help(Stage2bRecipe).splitlines()
+    assert "learning_rates.vision_tower: float (>= 0) = 1e-05" in lines
+    assert "tower_training: 'full' | 'frozen' | 'lora' = 'full'" in lines
+    assert "train.N.path: str  (required)" in lines
+    assert "tower_lora.r: int (>= 1) = 16" in lines
+    at = lines.index("projection_dim: int (>= 1) = 1280")
+    assert lines[at + 1] == "    Width of the joint space. Paper v6: 1280."
+    assert len(set(lines)) > 0.5 * len(lines)
+    keys = [line.split(":")[0] for line in lines if not line.startswith(" ")]
+    assert len(keys) == len(set(keys))
+
+
+def shipped() -> list[Path]:
+    return sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
+
+
+STAGE_MODELS = {
+    model.model_fields["stage"].default: model
+    for model in models_of(config)
+    if "stage" in model.model_fields and typing.get_args(model.model_fields["stage"].annotation)
+}
+
+
+def stage_named_in(path: Path) -> str | None:
+    """The stage that a file or its parents name, read without checking anything else."""
+    import yaml
+
+    while True:
+        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(data, dict) or "stage" in data or "base" not in data:
+            return data.get("stage") if isinstance(data, dict) else None
+        path = path.parent / data["base"]
+
+
+@pytest.mark.parametrize("path", shipped(), ids=lambda path: "/".join(path.parts[-3:]))
+def test_every_shipped_recipe_loads(path: Path) -> None:
+    stage = stage_named_in(path)
+    if stage is None:
+        pytest.skip("names no stage: a parent, or the configuration of another tool")
+    assert stage in STAGE_MODELS, f"{path}: stage: {stage} is read by no model in config.py"
+    recipe = load_recipe(path, STAGE_MODELS[stage])
+    trainer = getattr(recipe, "trainer", {})
+    if trainer:
+        from llm2clip_vlm.training.arguments import check_trainer_keys
+
+        check_trainer_keys(trainer)

@@ -1,0 +1,204 @@
+"""Reading rows: every kind of file, every filter, every way a file can be wrong."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.data.records import (
+    BadRecords,
+    RecordError,
+    RowGroup,
+    collect_captions,
+    get_column,
+    iter_records,
+    iter_rows,
+)
+
+ROWS: list[dict[str, Any]] = [
+    {"id": 1, "image_id": 7, "split": "train", "ok": True, "caption": "a red star"},
+    {"id": 2, "image_id": 8, "split": "val", "ok": True, "caption": "a blue ring"},
+    {"id": 3, "image_id": 7, "split": "train", "ok": False, "caption": "one star, red"},
+    {"id": 4, "image_id": 9, "split": None, "ok": True, "caption": "a green heart"},
+]
+
+
+def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    name = path.name.removesuffix(".gz")
+    if name.endswith(".jsonl"):
+        text = lines
+    elif name.endswith(".json"):
+        text = json.dumps(rows)
+    else:
+        names = list(rows[0])
+        cells = [[("" if row[n] is None else str(row[n])) for n in names] for row in rows]
+        text = "\n".join(",".join(f'"{c}"' for c in row) for row in [names, *cells]) + "\n"
+    if path.name.endswith(".gz"):
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text, encoding="utf-8")
+    return path
+
+
+def ids(source: CaptionSource, bad: BadRecords | None = None) -> list[list[int]]:
+    groups = iter_records(source, bad or BadRecords())
+    return [[int(row["id"]) for row in group.rows] for group in groups]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.json.gz"])
+def test_json_kinds_read_equal(tmp_path: Path, name: str) -> None:
+    assert list(iter_rows(write(tmp_path / name))) == ROWS
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz"])
+def test_csv_values_are_strings(tmp_path: Path, name: str) -> None:
+    rows = list(iter_rows(write(tmp_path / name)))
+    assert rows[0] == {
+        "id": "1",
+        "image_id": "7",
+        "split": "train",
+        "ok": "True",
+        "caption": "a red star",
+    }
+    assert rows[2]["caption"] == "one star, red"
+
+
+def test_parquet(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    parquet.write_table(pa.Table.from_pylist(ROWS), tmp_path / "a.parquet")
+    assert list(iter_rows(tmp_path / "a.parquet")) == ROWS
+    (tmp_path / "b.parquet").write_bytes(b"no parquet")
+    with pytest.raises(RecordError, match=r"b\.parquet.*Parquet"):
+        list(iter_rows(tmp_path / "b.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("filters", "expected"),
+    [
+        ({}, [[1], [2], [3], [4]]),
+        ({"where": {"split": "train"}}, [[1], [3]]),
+        ({"where": {"ok": True}}, [[1], [2], [4]]),
+        ({"where": {"image_id": 7}}, [[1], [3]]),
+        ({"where": {"image_id": "7"}}, [[1], [3]]),
+        ({"drop_where": {"split": ["val", "test"]}}, [[1], [3], [4]]),
+        ({"drop_where": {"split": ["null"]}}, [[1], [2], [3]]),
+        ({"group_by": "image_id"}, [[1, 3], [2], [4]]),
+        ({"limit": 2}, [[1], [2]]),
+        ({"limit": 1, "group_by": "image_id"}, [[1, 3]]),
+        ({"limit": 2, "drop_where": {"split": ["val"]}}, [[1], [3]]),
+    ],
+)
+def test_filters(tmp_path: Path, filters: dict[str, Any], expected: list[list[int]]) -> None:
+    path = write(tmp_path / "a.jsonl")
+    assert ids(CaptionSource(path=str(path), fields=["caption"], **filters)) == expected
+
+
+def test_where_true_is_not_one(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", [{"n": 1, "id": 1}, {"n": True, "id": 2}])
+    assert ids(CaptionSource(path=str(path), fields=["id"], where={"n": True})) == [[2]]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"fields": ["captoin"]},
+        {"where": {"spilt": "train"}},
+        {"drop_where": {"spilt": ["val"]}},
+        {"drop_where": {"spilt": ["val"]}, "limit": 1},
+    ],
+)
+def test_a_column_that_no_row_has_is_an_error(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    path = write(tmp_path / "a.jsonl")
+    with pytest.raises(RecordError, match=r"captoin|spilt.*columns are id, image_id"):
+        ids(CaptionSource(**{"path": str(path), "fields": ["caption"], **wrong}))
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    with pytest.raises(RecordError, match="no record left"):
+        ids(CaptionSource(path=str(path), fields=["caption"], where={"split": "dev"}))
+
+
+def test_group_without_value_is_bad(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl")
+    bad = BadRecords(limit=1)
+    source = CaptionSource(path=str(path), fields=["caption"], group_by="split")
+    assert ids(source, bad) == [[1, 3], [2]]
+    assert bad.count == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "unknown kind of file"),
+        ("a.json", b'{"id": 1}', "expected an array"),
+        ("a.json", b"[1", "no JSON"),
+        ("a.jsonl", b'{"id": 1}\n[2]\n', "a.jsonl:2: list, expected an object"),
+        ("a.jsonl", b'{"id": 1\n', "a.jsonl:1: no JSON"),
+        ("a.jsonl", b'{"id": "\xff"}\n', "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"id": 1}\n' * 99)[:-9], "cannot be read"),
+        ("a.csv", b"a,b\n1,2,3\n", "a.csv:1: the row has not as many cells"),
+    ],
+)
+def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(RecordError, match=message):
+        list(iter_rows(tmp_path / name))
+
+
+def test_missing_file() -> None:
+    with pytest.raises(RecordError, match="no such file"):
+        list(iter_rows("nowhere/a.jsonl"))
+
+
+def test_broken_lines_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1}\nnonsense\n\n{"id": 2}\n')
+    bad = BadRecords(limit=1)
+    assert [row["id"] for row in iter_rows(tmp_path / "a.jsonl", bad)] == [1, 2]
+    assert "a.jsonl:2" in bad.summary()
+
+
+def test_bad_records_stop_above_the_limit() -> None:
+    bad = BadRecords(limit=1)
+    assert bad.summary() == "no bad records"
+    bad.add("a:1", "empty")
+    with pytest.raises(RecordError, match=r"2 bad record\(s\), 1 allowed.*a:2: worse.*max_bad"):
+        bad.add("a:2", "worse")
+
+
+def test_get_column_reaches_into_mappings() -> None:
+    row = {"m": {"en": "a dog"}, "a.b": 1}
+    assert get_column(row, "m.en") == "a dog"
+    assert get_column(row, "a.b") == 1
+    assert get_column(row, "m.fr") is None
+
+
+@pytest.mark.parametrize(
+    ("row", "fields", "expected"),
+    [
+        ({"c": " a "}, ["c"], {"c": ["a"]}),
+        ({"c": ["a", "b"]}, ["c"], {"c": ["a", "b"]}),
+        ({"c": {"short": ["a"], "long": "b"}}, ["c"], {"short": ["a"], "long": ["b"]}),
+        ({"s": "a", "l": "b"}, ["s", "l"], {"s": ["a"], "l": ["b"]}),
+        ({"s": "a", "l": None}, ["s", "l"], {"s": ["a"]}),
+    ],
+)
+def test_collect_captions(row: dict[str, Any], fields: list[str], expected: object) -> None:
+    assert collect_captions(RowGroup("k", "f:1", [row]), fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [("  ", "empty caption"), (["a", ""], "empty caption"), (3, "is int"), ([], "no caption")],
+)
+def test_bad_captions(value: object, message: str) -> None:
+    with pytest.raises(RecordError, match=message):
+        collect_captions(RowGroup("k", "f:1", [{"c": value}]), ["c"])

@@ -1,0 +1,115 @@
+"""hit@k against brute force, ties, clustered intervals, chance."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from llm2clip_vlm.evaluation import retrieval
+from llm2clip_vlm.evaluation.retrieval import chance_recall, recall_at_k, retrieval_report
+
+
+def unit(rng: np.random.Generator, rows: int, width: int = 8) -> torch.Tensor:
+    vectors = torch.from_numpy(rng.normal(size=(rows, width))).float()
+    return torch.nn.functional.normalize(vectors, dim=-1)
+
+
+def test_matches_brute_force_with_several_positives(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    queries, gallery = unit(rng, 40), unit(rng, 60)
+    positives = [set(rng.choice(60, rng.integers(1, 5), replace=False)) for _ in range(40)]
+    monkeypatch.setattr(retrieval, "_CHUNK_ELEMENTS", 60 * 7)  # chunks of 7 queries
+    found = recall_at_k(queries, gallery, positives, ks=(1, 3, 10), bootstrap=0)
+    order = (queries @ gallery.T).argsort(dim=1, descending=True).numpy()
+    for k in (1, 3, 10):
+        expected = [bool(set(row[:k]) & good) for row, good in zip(order, positives, strict=True)]
+        assert found.hits[k].tolist() == expected
+        assert found.recall[k] == pytest.approx(100 * np.mean(expected))
+        assert found.expected[k] == pytest.approx(found.recall[k])
+    assert found.ci == {} and found.tie_rate == 0
+
+
+def test_collapsed_embeddings_score_nothing_and_report_the_expected_value() -> None:
+    same = torch.ones(20, 4)
+    found = recall_at_k(same, same, ks=(1, 5), bootstrap=0)
+    assert found.recall == {1: 0.0, 5: 0.0}
+    assert found.expected[1] == pytest.approx(5.0)
+    assert found.expected[5] == pytest.approx(25.0)
+    assert found.tie_rate == 1.0
+
+
+def test_own_positives_that_tie_do_not_hurt_and_wrong_ones_do() -> None:
+    gallery = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    query = torch.tensor([[1.0, 0.0]])
+    assert recall_at_k(query, gallery, [{0, 1}], ks=1, bootstrap=0).recall[1] == 100.0
+    tied = recall_at_k(query, gallery, [[0]], ks=(1, 2), bootstrap=0)
+    assert tied.recall == {1: 0.0, 2: 100.0}
+    assert tied.expected[1] == pytest.approx(50.0)
+
+
+def test_duplicates_in_a_large_gallery_are_ties_wherever_they_stand() -> None:
+    rng = np.random.default_rng(1)
+    rows = unit(rng, 501, 96)
+    gallery = torch.cat([rows, rows])
+    found = recall_at_k(rows, gallery, list(range(501)), ks=1, bootstrap=0)
+    assert found.recall[1] == 0.0 and found.tie_rate == 1.0
+
+
+def test_the_interval_resamples_images_not_queries() -> None:
+    rng = np.random.default_rng(2)
+    images = 50
+    gallery = torch.eye(images)
+    wrong = rng.random(images) < 0.4
+    target = np.where(wrong, (np.arange(images) + 1) % images, np.arange(images))
+    queries = gallery[np.repeat(target, 5)]
+    owners = np.repeat(np.arange(images), 5).tolist()
+    alone = recall_at_k(queries, gallery, owners, ks=1, seed=3)
+    grouped = recall_at_k(queries, gallery, owners, ks=1, seed=3, groups=owners)
+    width = {name: r.ci[1][1] - r.ci[1][0] for name, r in (("a", alone), ("g", grouped))}
+    assert width["g"] > 1.8 * width["a"]  # sqrt(5) = 2.2 when captions fail together
+    low, high = grouped.ci[1]
+    assert low < grouped.recall[1] < high
+    few = [
+        recall_at_k(queries, gallery, owners, ks=1, seed=seed, groups=owners, bootstrap=7).ci[1]
+        for seed in (3, 3, 4)
+    ]
+    assert few[0] == few[1] != few[2]
+
+
+def test_chance() -> None:
+    assert chance_recall(100, [1, 1], 1) == pytest.approx(1.0)
+    assert chance_recall(100, [5], 10) == pytest.approx(41.62, abs=0.01)
+    rng = np.random.default_rng(3)
+    found = recall_at_k(unit(rng, 2000), unit(rng, 50), rng.integers(0, 50, 2000), bootstrap=0)
+    assert found.recall[10] == pytest.approx(found.chance[10], abs=4)
+
+
+def test_report_has_both_directions_and_ragged_captions() -> None:
+    images = torch.eye(4)
+    texts = {"short": images[[0, 0, 1, 3]] * 7.0, "long": images[[1, 0, 2, 3]]}
+    index = {"short": [0, 0, 1, 2], "long": [0, 1, 2, 3]}
+    report = retrieval_report(images, texts, index, bootstrap=50)
+    short = report["short"]
+    assert short["i2t"]["r1"] == pytest.approx(200 / 3) and short["i2t"]["queries"] == 3
+    assert short["t2i"]["r1"] == pytest.approx(75.0) and short["t2i"]["gallery"] == 4
+    assert report["long"]["t2i"]["r1"] == 50.0
+    assert len(short["t2i"]["ci"]) == 2 and short["t2i"]["chance_r1"] == pytest.approx(25.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"positives": [[0]]}, "one entry for each of 2 queries"),
+        ({"positives": [[0], []]}, r"positives\[1\]"),
+        ({"positives": [[0], [2]]}, "gallery of 2"),
+        ({"query_embeds": torch.full((2, 2), torch.nan)}, "finite"),
+        ({"query_embeds": torch.eye(3)[:2]}, "one width"),
+        ({"ks": (0,)}, "at least 1"),
+        ({"groups": ["a"]}, "groups"),
+    ],
+)
+def test_bad_input_is_named(change: dict, message: str) -> None:
+    arguments = {"query_embeds": torch.eye(2), "gallery_embeds": torch.eye(2), **change}
+    with pytest.raises(ValueError, match=message):
+        recall_at_k(**arguments)

@@ -1,0 +1,118 @@
+"""Tests against values worked out by hand, by enumeration, or by scipy."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2clip_vlm.evaluation.stats import (
+    load_samples,
+    mcnemar_exact,
+    mean_interval,
+    pair_samples,
+    paired_bootstrap,
+    seed_summary,
+    sign_flip_test,
+)
+
+
+def test_paired_bootstrap_delta_and_clusters() -> None:
+    rng = np.random.default_rng(0)
+    image_a, image_b = rng.random(80) < 0.7, rng.random(80) < 0.5
+    a, b = np.repeat(image_a, 6), np.repeat(image_b, 6)
+    images = np.repeat(np.arange(80), 6).tolist()
+    clustered = paired_bootstrap(a, b, images, n=2000, seed=1)
+    naive = paired_bootstrap(a, b, list(range(480)), n=2000, seed=1)
+    assert clustered["delta"] == pytest.approx(100 * (a.mean() - b.mean()))
+    assert clustered["images"] == 80 and clustered["n"] == 480
+    assert np.ptp(clustered["ci"]) > 1.9 * np.ptp(naive["ci"])
+    assert clustered == paired_bootstrap(a, b, images, n=2000, seed=1)
+    assert clustered["ci"] != paired_bootstrap(a, b, images, n=2000, seed=2)["ci"]
+    swapped = paired_bootstrap(b, a, images, n=2000, seed=1)
+    assert swapped["delta"] == pytest.approx(-clustered["delta"])
+
+
+def test_paired_bootstrap_of_equal_models_is_zero() -> None:
+    assert paired_bootstrap([1, 0, 1], [1, 0, 1], [0, 1, 2], n=100)["ci"] == [0.0, 0.0]
+
+
+def test_mcnemar_against_scipy() -> None:
+    from scipy.stats import binomtest
+
+    rng = np.random.default_rng(0)
+    for size in (5, 50, 3000):
+        a, b = rng.integers(0, 2, size), rng.integers(0, 2, size)
+        only_a, only_b = int((a > b).sum()), int((b > a).sum())
+        assert mcnemar_exact(a, b) == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
+    assert mcnemar_exact([1, 0], [1, 0]) == 1.0
+    with pytest.raises(ValueError, match="0 or 1"):
+        mcnemar_exact([0.5], [1.0])
+
+
+def test_sign_flip_is_exact() -> None:
+    values = np.array([0.5, 1.5, -0.25, 2.0, 0.75, 1.0])
+    count = sum(
+        abs(np.dot(signs, values)) >= abs(values.sum()) - 1e-12
+        for signs in itertools.product((-1, 1), repeat=len(values))
+    )
+    assert sign_flip_test(values) == pytest.approx(count / 2 ** len(values))
+    assert sign_flip_test([1.0] * 8) == pytest.approx(2 / 256)
+    assert sign_flip_test([3.0, -3.0]) == 1.0
+    # 0.1 + 0.2 in another order is another float: equal sums must still count as equal.
+    assert sign_flip_test([0.1, 0.2, 0.3]) == pytest.approx(2 / 8)
+
+
+def test_sign_flip_beyond_twenty_draws_patterns() -> None:
+    assert sign_flip_test([1.0] * 25) < 1e-4
+    balanced = [1.0, -1.0] * 12 + [0.0]
+    assert sign_flip_test(balanced) == 1.0
+
+
+def test_mean_interval_against_scipy() -> None:
+    from scipy import stats
+
+    values = [1.0, 2.0, 4.0, 3.5]
+    expected = stats.t.interval(0.9, 3, loc=np.mean(values), scale=stats.sem(values))
+    assert mean_interval(values, 0.9) == pytest.approx(expected)
+    assert np.ptp(mean_interval(values, 0.99)) > np.ptp(mean_interval(values, 0.9))
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_interval([1.0])
+    with pytest.raises(ValueError, match="finite"):
+        sign_flip_test([np.nan])
+
+
+def test_seed_summary_has_the_fields_of_ab_json() -> None:
+    found = seed_summary([2.0, 3.0, 1.0, 2.0, 2.5, 1.5, 2.0, 2.0])
+    assert found["delta"] == 2.0 and found["p"] == pytest.approx(2 / 256)
+    assert found["ci"][0] < 2.0 < found["ci"][1] and len(found["deltas_by_seed"]) == 8
+    json.dumps(found)
+
+
+def sample(doc_id: int, correct: float, question: str = "q") -> dict:
+    return {
+        "doc_id": doc_id,
+        "image_id": f"i{doc_id // 2}",
+        "question": question,
+        "type": "t",
+        "target": "yes",
+        "correct": correct,
+    }
+
+
+def test_samples_are_paired_by_document_not_by_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.samples.jsonl"
+    rows = [sample(0, 1.0, "odd\u2028line"), sample(1, 0.0)]
+    file.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+    first = load_samples(file)
+    paired = pair_samples(first, [sample(1, 1.0), sample(0, 0.0, "odd\u2028line")])
+    assert paired.correct_a.tolist() == [1, 0] and paired.correct_b.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="different data"):
+        pair_samples(first, [sample(0, 1.0), sample(1, 0.0, "another")])
+    with pytest.raises(ValueError, match="same documents"):
+        pair_samples(first, first[:1])
+    with pytest.raises(ValueError, match="no such samples file"):
+        load_samples(tmp_path / "absent.jsonl")

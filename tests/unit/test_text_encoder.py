@@ -1,0 +1,307 @@
+"""A decoder as text encoder: attention, pooling, truncation, saving, for five architectures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen2Tokenizer,
+    Qwen3Config,
+)
+
+from llm2clip_vlm.config import TextEncoderSection
+from llm2clip_vlm.handoff import HandoffError, refuse_bidirectional
+from llm2clip_vlm.models import text_encoder
+from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
+from llm2clip_vlm.models.text_encoder import TextEncoder, pool
+from tests.tiny import llm_tokenizer
+
+TEXTS = [
+    "a red star",
+    "a very large dog and a small cat on the left of the beach",
+    "dog",
+    "two blue circles",
+]
+ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "gemma": GemmaConfig,
+}
+
+
+def build(directory: Path, name: str = "llama", **keys: Any) -> Path:
+    tokenizer: Any = llm_tokenizer()
+    if name == "qwen2":
+        # transformers loads its own byte-level class for this model_type, whatever was saved.
+        letters = sorted(ByteLevel.alphabet())
+        vocab = {piece: i for i, piece in enumerate(["<|endoftext|>", *letters])}
+        tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
+    if name == "mistral":
+        keys = {"sliding_window": 4, **keys}
+    config = ARCHITECTURES[name](
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        **{"head_dim": 8, "max_position_embeddings": 64, "initializer_range": 0.2, **keys},
+    )
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tmp_path_factory.mktemp("llm"))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_bidirectional_and_padding_free(tmp_path: Path, name: str) -> None:
+    encoder = TextEncoder.from_pretrained(build(tmp_path / "llm", name))
+    # Only the first token's hidden state: what it knows of the last one came against causality.
+    ids = torch.tensor([[1, 5, 6, 7, 8], [1, 5, 6, 7, 9]])
+    first = encoder.backbone(input_ids=ids).last_hidden_state[:, 0]
+    assert (first[0] - first[1]).abs().max() > 1e-4
+    together = encoder.encode(TEXTS)
+    alone = torch.cat([encoder.encode([text]) for text in TEXTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+    encoder.save_pretrained(tmp_path / "saved")
+    again = TextEncoder.from_pretrained(tmp_path / "saved")
+    torch.testing.assert_close(again.encode(TEXTS), together, atol=1e-6, rtol=0)
+    assert again.fingerprint == encoder.fingerprint
+
+
+def test_causal_where_asked(llm: Path) -> None:
+    encoder = TextEncoder.from_pretrained(llm, bidirectional=False)
+    ids = torch.tensor([encoder.tokens(["a red star"])[0], encoder.tokens(["a red ring"])[0]])
+    first = encoder.backbone(input_ids=ids).last_hidden_state[:, 0]
+    torch.testing.assert_close(first[0], first[1], atol=1e-7, rtol=0)
+    both = TextEncoder.from_pretrained(llm)
+    assert (encoder.encode(TEXTS) - both.encode(TEXTS)).abs().max() > 1e-3
+    assert encoder.fingerprint["bidirectional"] == "False"
+
+
+def test_an_attention_that_ignores_the_config_is_refused(
+    llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = text_encoder.AutoModel.from_pretrained
+
+    def deaf(path: Path, *, config: PreTrainedConfig, **keys: Any) -> Any:
+        config.is_causal = not config.is_causal  # what a version does that does not know the key
+        return load(path, config=config, **keys)
+
+    monkeypatch.setattr(text_encoder.AutoModel, "from_pretrained", deaf)
+    with pytest.raises(TextEncoderError, match=r"bidirectional is True.*is causal whatever"):
+        TextEncoder.from_pretrained(llm)
+    with pytest.raises(
+        TextEncoderError, match=r"bidirectional is False.*is bidirectional whatever"
+    ):
+        TextEncoder.from_pretrained(llm, bidirectional=False)
+
+
+def test_loading_does_not_touch_a_shared_config(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = LlamaConfig.from_pretrained(llm)
+    monkeypatch.setattr(text_encoder.AutoConfig, "from_pretrained", lambda _, **keys: shared)
+    TextEncoder.from_pretrained(llm)
+    assert getattr(shared, "is_causal", True) is True
+
+
+def test_results_are_in_order_whatever_the_batches(llm: Path) -> None:
+    encoder = TextEncoder.from_pretrained(llm)
+    expected = encoder.encode(TEXTS)
+    assert expected.dtype == torch.float32
+    torch.testing.assert_close(expected.norm(dim=1), torch.ones(len(TEXTS)))
+    for batch_tokens in (1, 20, 30):
+        found = encoder.encode(TEXTS[::-1], batch_tokens=batch_tokens)
+        torch.testing.assert_close(found.flip(0), expected, atol=1e-5, rtol=0)
+    raw = encoder.encode(TEXTS, normalize=False)
+    assert (raw.norm(dim=1) - 1).abs().min() > 1e-2
+    torch.testing.assert_close(nn.functional.normalize(raw, dim=-1), expected)
+    assert encoder.encode([]).shape == (0, 32)
+
+
+def test_batches_hold_the_token_budget(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = TextEncoder.from_pretrained(llm)
+    shapes: list[tuple[int, ...]] = []
+    forward = encoder.forward
+    monkeypatch.setattr(
+        encoder,
+        "forward",
+        lambda **batch: (shapes.append(batch["input_ids"].shape), forward(**batch))[1],
+    )
+    encoder.encode(["dog"] * 8 + [TEXTS[1]] * 2, batch_tokens=40)
+    assert all(rows * width <= 40 for rows, width in shapes)
+    assert shapes == [(2, 16), (8, 3)]  # long and short texts apart
+
+
+def test_mean_leaves_out_bos_and_instruction_and_keeps_eos(llm: Path) -> None:
+    encoder = TextEncoder.from_pretrained(llm, instruction="describe the picture")
+    (ids,) = encoder.tokens(["a red star"])
+    words = encoder.tokenizer.convert_ids_to_tokens(ids)
+    assert words == ["<s>", "describe", "the", "picture", "a", "red", "star", "</s>"]
+    hidden = encoder.backbone(input_ids=torch.tensor([ids])).last_hidden_state
+    found = encoder.encode(["a red star"], normalize=False)
+    torch.testing.assert_close(found, hidden[:, 4:].mean(1), atol=1e-5, rtol=0)
+    plain = TextEncoder.from_pretrained(llm).encode(["a red star"], normalize=False)
+    assert (found - plain).abs().max() > 1e-3  # not pooled, but attended to
+
+    last = TextEncoder.from_pretrained(llm, pooling="last").encode(TEXTS[:2], normalize=False)
+    one = TextEncoder.from_pretrained(llm)
+    ids = one.tokens(TEXTS[:1])[0]
+    hidden = one.backbone(input_ids=torch.tensor([ids])).last_hidden_state
+    torch.testing.assert_close(last[:1], hidden[:, -1], atol=1e-5, rtol=0)
+
+
+def test_pool() -> None:
+    hidden = torch.arange(12.0).reshape(2, 3, 2).bfloat16()
+    mask = torch.tensor([[False, True, True], [True, False, False]])
+    assert pool(hidden, mask, "mean").tolist() == [[3.0, 4.0], [6.0, 7.0]]
+    assert pool(hidden, mask, "last").tolist() == [[4.0, 5.0], [6.0, 7.0]]
+    assert pool(hidden, mask, "mean").dtype == torch.float32
+
+
+def test_long_texts_are_cut_and_counted(llm: Path, caplog: pytest.LogCaptureFixture) -> None:
+    encoder = TextEncoder.from_pretrained(llm, max_length_tokens=5)
+    embeds = encoder.encode(["a red star", "a red star on the beach", "a red star and more"])
+    assert encoder.tokens.num_truncated == 2
+    assert "2 of 3 texts cut at max_length_tokens=5" in caplog.text
+    torch.testing.assert_close(embeds[1], embeds[0])
+    assert encoder.tokens(["a red star on the beach"])[0][-1] == encoder.tokenizer.eos_token_id
+
+
+def test_texts_without_tokens_are_refused(llm: Path) -> None:
+    with pytest.raises(TextEncoderError, match=r"the text '  ' has no token"):
+        TextEncoder.from_pretrained(llm).encode(["dog", "  "])
+
+
+def test_lengths_that_cannot_be_are_refused(llm: Path) -> None:
+    with pytest.raises(TextEncoderError, match=r"max_length_tokens is 65.*64 positions"):
+        TextEncoder.from_pretrained(llm, max_length_tokens=65)
+    with pytest.raises(TextEncoderError, match="alone take 5; raise it"):
+        TextEncoder.from_pretrained(llm, max_length_tokens=5, instruction="describe the picture")
+    assert TextEncoder.from_pretrained(llm).settings.max_length_tokens == 64
+    with pytest.raises(TextEncoderError, match="pooling is 'max'"):
+        TextEncoder.from_pretrained(llm, pooling="max")  # type: ignore[arg-type]
+
+
+def test_a_saved_encoder_keeps_its_own_settings(llm: Path, tmp_path: Path) -> None:
+    encoder = TextEncoder.from_pretrained(
+        llm, pooling="last", max_length_tokens=9, instruction="the", bidirectional=False
+    )
+    encoder.save_pretrained(tmp_path)
+    again = TextEncoder.from_pretrained(tmp_path)
+    assert again.settings == encoder.settings
+    TextEncoder.from_pretrained(tmp_path, pooling="last")
+    for name, value in {
+        "pooling": "mean",
+        "max_length_tokens": 8,
+        "instruction": "a",
+        "bidirectional": True,
+    }.items():
+        with pytest.raises(TextEncoderError, match=f"{name} is .* was asked for.*leave {name} out"):
+            TextEncoder.from_pretrained(tmp_path, **{name: value})  # type: ignore[arg-type]
+    section = TextEncoderSection(language_model=str(tmp_path))
+    assert TextEncoder.from_section(section).settings == encoder.settings
+
+
+def test_section_settings_arrive(llm: Path) -> None:
+    section = TextEncoderSection(
+        language_model=str(llm),
+        pooling="last",
+        max_length_tokens=10,
+        instruction="a",
+        bidirectional=False,
+        dtype="bfloat16",
+        attn_implementation="eager",
+    )
+    encoder = TextEncoder.from_section(section)
+    assert encoder.settings == text_encoder.TextEncoderSettings("last", 10, "a", False)
+    assert encoder.backbone.dtype == torch.bfloat16
+    assert encoder.backbone.config._attn_implementation == "eager"
+    assert encoder.encode(["dog"]).dtype == torch.float32
+
+
+def test_saved_config_is_marked_and_refused_as_a_decoder(llm: Path, tmp_path: Path) -> None:
+    TextEncoder.from_pretrained(llm).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["is_causal"] is False
+    with pytest.raises(HandoffError, match="is_causal"):
+        refuse_bidirectional(LlamaConfig.from_pretrained(tmp_path), tmp_path)
+
+
+def test_fingerprint_names_what_differs(llm: Path, tmp_path: Path) -> None:
+    base = TextEncoder.from_pretrained(llm)
+    assert base.fingerprint == TextEncoder.from_pretrained(llm).fingerprint
+
+    def differing(other: TextEncoder) -> set[str]:
+        return {
+            name for name, value in base.fingerprint.items() if other.fingerprint[name] != value
+        }
+
+    assert differing(TextEncoder.from_pretrained(llm, pooling="last")) == {"pooling"}
+    assert differing(TextEncoder.from_pretrained(llm, instruction="a")) == {"instruction"}
+    changed = TextEncoder.from_pretrained(llm)
+    with torch.no_grad():
+        next(changed.backbone.parameters())[0, 0] += 1
+    assert differing(changed) == {"text_weights"}
+    used = TextEncoder.from_pretrained(llm)
+    used.tokenizer(["a", "a dog"], padding=True, truncation=True, max_length=3)
+    assert differing(used) == set()
+
+
+def test_a_tokenizer_that_loads_otherwise_is_refused(llm: Path, tmp_path: Path) -> None:
+    TextEncoder.from_pretrained(llm).save_pretrained(tmp_path)
+    content = (tmp_path / "tokenizer.json").read_text()
+    (tmp_path / "tokenizer.json").write_text(content.replace('"Lowercase"', '"NFC"'))
+    with pytest.raises(TextEncoderError, match=r"text_tokenizer is .* as transformers .* loads it"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+def test_incomplete_weights_are_refused(llm: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    build(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(TextEncoderError, match=r"no weights for 1 parameters.*norm\.weight"):
+        TextEncoder.from_pretrained(tmp_path)
+
+
+def test_a_model_that_is_no_decoder_is_refused(tiny_clip: Path) -> None:
+    with pytest.raises(TextEncoderError, match="'clip' is no plain decoder"):
+        TextEncoder.from_pretrained(tiny_clip)
+
+
+def test_tokenizer_without_special_tokens() -> None:
+    tokenizer = llm_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = None
+    tokens = CaptionTokenizer(tokenizer, 8)
+    assert tokens.num_front_tokens == 0
+    assert tokens(["a dog"]) == [tokenizer.convert_tokens_to_ids(["a", "dog"])]
+
+
+def test_a_real_pretrained_llm(shared_data: Path) -> None:
+    encoder = TextEncoder.from_pretrained(shared_data / "stories260k")
+    near, same, far = encoder.encode(
+        ["The little girl had a red ball.", "The girl had a small red ball.", "It rained all day."]
+    )
+    assert near @ same > near @ far
