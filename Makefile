@@ -42,7 +42,7 @@ demo: $(STAMP) ## the whole road on the embedded world: four stages, lmms-eval, 
 	$(BIN)/python stages/pipeline.py recipes/demo/pipeline.yaml $(ARGS)
 
 ab: $(STAMP) ## the full comparison of towers over seeds (resumable): docs/results/ab.json
-	$(BIN)/python eval/ab.py recipes/demo/ab.yaml $(ARGS)
+	$(BIN)/python stages/pipeline.py recipes/demo/ab.yaml $(ARGS)
 
 real-mini: $(STAMP) ## the same stages on real photographs and texts
 	$(BIN)/python stages/pipeline.py recipes/real_mini/pipeline.yaml $(ARGS)

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.config import AbRecipe
+from llm2clip_vlm.config_eval import AbRecipe
 from llm2clip_vlm.evaluation.charts import stacked, standalone
 from llm2clip_vlm.evaluation.lmms_job import write_atomically
 from llm2clip_vlm.evaluation.report import DIRECTIONS, ab_charts
@@ -52,7 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         recipe = load_recipe(words[0], AbRecipe, words[1:])
         found = compare(recipe)
         output = Path(recipe.output)
-        chart = standalone(stacked(ab_charts(found, recipe.pairs[0])))
+        a, b = recipe.pairs[0]
+        head = f"{a} minus {b}, {len(recipe.seeds)} training seeds"
+        panels = {f"{head}: {k}": v for k, v in ab_charts(found, (a, b)).items()}
+        chart = standalone(stacked(panels))
         write_atomically(output.with_suffix(".svg"), chart)
         write_atomically(output, json.dumps(_rounded(found), indent=1, ensure_ascii=False) + "\n")
     except ValueError as error:
@@ -76,13 +79,18 @@ def compare(recipe: AbRecipe) -> dict[str, Any]:
         ReportError: A result is missing, or results were made from different data.
     """
     names = {
-        tower: [_name(recipe, tower, seed) for seed in recipe.seeds] for tower in recipe.towers
+        tower: [_name(recipe, tower, seed) for seed in recipe.seeds]
+        for tower in recipe.towers
+        if tower not in recipe.retrieval_only
     }
+    if not names:
+        raise ReportError("retrieval_only: no tower has a VLM; there is nothing to compare")
     every = [name for group in names.values() for name in group]
     scores = read_scores(recipe.evaluation, every, recipe.tasks)
     samples = read_samples(recipe, every)
     accuracies = {
-        tower: _means(samples, group) | _retrieval(recipe, tower) for tower, group in names.items()
+        tower: _means(samples, names.get(tower, [])) | _retrieval(recipe, tower)
+        for tower in recipe.towers
     }
     titles = {task: str(next(iter(found.values()))["title"]) for task, found in scores.items()}
     titles |= {
@@ -216,6 +224,8 @@ def _name(recipe: AbRecipe, tower: str, seed: int) -> str:
 
 
 def _means(samples: Samples, names: Sequence[str]) -> dict[str, list[float]]:
+    if not names:
+        return {}
     return {
         task: [100.0 * float(np.mean([s["correct"] for s in by_name[name]])) for name in names]
         for task, by_name in samples.items()

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import ImageTextSource, ReportRecipe
+from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text import read_image_text
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import world_dir
+from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
 from llm2clip_vlm.evaluation.examples import Example, answered_questions, retrieved_captions
 from llm2clip_vlm.evaluation.lmms_job import write_atomically
@@ -54,7 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         facts = collect(recipe)
         out = Path(recipe.output_dir)
         write_atomically(out / "report.html", render(facts, TEMPLATE))
-        write_atomically(out / "report.json", json.dumps(as_json(facts), indent=2, ensure_ascii=False) + "\n")
+        write_atomically(
+            out / "report.json", json.dumps(as_json(facts), indent=2, ensure_ascii=False) + "\n"
+        )
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import SuiteRecipe
+from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.evaluation.lmms_runner import run_suite
 from llm2clip_vlm.recipe import load_recipe
 

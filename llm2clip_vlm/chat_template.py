@@ -143,13 +143,19 @@ def render(
     prompt: bool = False,
 ) -> str:
     """Text of a conversation; with `prompt`, up to where the model begins to answer."""
-    rendered, _ = render_jinja_template(
-        conversations=[list(messages)],
-        chat_template=template,
-        add_generation_prompt=prompt,
-        **tokenizer.special_tokens_map,
+    return _render_jinja(messages, template, tokenizer, add_generation_prompt=prompt)[0]
+
+
+def _render_jinja(
+    messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, **options: bool
+) -> tuple[str, list[Span]]:
+    """Text, and the spans of its `{% generation %}` blocks if asked for."""
+    arguments: dict[str, Any] = {**tokenizer.special_tokens_map, **options}
+    result: Any = render_jinja_template(
+        conversations=[list(messages)], chat_template=template, **arguments
     )
-    return str(rendered[0])
+    texts, spans = result
+    return texts[0], [(begin, end) for begin, end in spans[0]] if spans else []
 
 
 def answer_spans(
@@ -177,18 +183,13 @@ def answer_spans(
 def _spans_from_markers(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
-    rendered, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=template,
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
+    text, spans = _render_jinja(messages, template, tokenizer, return_assistant_tokens_mask=True)
     answers = sum(message["role"] == "assistant" for message in messages)
-    if len(spans[0]) != answers:
+    if len(spans) != answers:
         raise ConversationError(
-            f"the chat template marks {len(spans[0])} generation spans, expected {answers}"
+            f"the chat template marks {len(spans)} generation spans, expected {answers}"
         )
-    return rendered[0], [(begin, end) for begin, end in spans[0]]
+    return text, spans
 
 
 def _spans_from_prefixes(

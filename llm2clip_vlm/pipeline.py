@@ -7,6 +7,7 @@ goes on, with the stage that was cut off resuming from its own checkpoint.
 
 from __future__ import annotations
 
+import fnmatch
 import itertools
 import json
 import os
@@ -24,8 +25,6 @@ from typing import Any
 from llm2clip_vlm.config import (
     ClipBaselineRecipe,
     LanguageModelRecipe,
-    PipelineRecipe,
-    PipelineStep,
     RunRecipe,
     Stage1Recipe,
     Stage2aRecipe,
@@ -33,6 +32,7 @@ from llm2clip_vlm.config import (
     Stage3Recipe,
     Stage4Recipe,
 )
+from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
 from llm2clip_vlm.handoff import is_complete
 from llm2clip_vlm.recipe import load_recipe
 
@@ -125,7 +125,7 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
             raise PipelineError(f"step {job.name!r} stands twice; its name needs a variable")
         resolved = []
         for need in job.needs:
-            found = [n for n in names if n == need or (need[-1:] == "*" and n.startswith(need[:-1]))]
+            found = [n for n in names if fnmatch.fnmatchcase(n, need)]
             if not found:
                 raise PipelineError(f"step {job.name!r} needs {need!r}, which is no step")
             resolved += found
@@ -214,9 +214,7 @@ class Pipeline:
         waiting = [
             job
             for job in sorted(self.jobs, key=lambda job: job.order)
-            if job.name not in self.done
-            and job not in self.running
-            and set(job.needs) <= self.done
+            if job.name not in self.done and job not in self.running and set(job.needs) <= self.done
         ]
         for job in waiting:
             alone = any(other.step.all_cores for other in self.running)

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import LanguageModelRecipe
 from llm2clip_vlm.data.world_text import CHAT_TEMPLATE, build_tokenizer
 from llm2clip_vlm.data.world_text_qa import TextBatches, text_qa_accuracy
@@ -65,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     tokenizer = build_tokenizer(SPECIALS, recipe.window_tokens)
     tokenizer.chat_template = CHAT_TEMPLATE
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("pad", "bos", "eos")}
+    names = [f"{name}_token_id" for name in ("pad", "bos", "eos")]
+    ids = {name: getattr(tokenizer, name) for name in names}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ids, **recipe.config))
     print(trainable_table(model))
 
@@ -96,4 +98,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -17,14 +17,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch.nn.functional as F
-from torch import Tensor
 from transformers import CLIPModel, set_seed
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import ClipBaselineRecipe
-from llm2clip_vlm.data.image_text import ImageTextDataset, read_image_text
+from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir, is_complete, verify_parent, write_manifest
@@ -33,7 +32,7 @@ from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
 from llm2clip_vlm.training.callbacks import MetricsJsonl
-from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, read_held_out
+from llm2clip_vlm.training.encoder_eval import clip_encoders, evaluate_retrieval, read_held_out
 from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
 from llm2clip_vlm.training.export import export_vision_tower
 
@@ -76,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # data
     bad = BadRecords(recipe.max_bad_records)
-    records = [record for source in recipe.train for record in read_image_text(source, bad)]
+    records = read_sources(recipe.train, bad)
     held_out = read_held_out(recipe.evaluation, bad)
     tokens = ClipTokens(tokenizer)
     dataset = ImageTextDataset(
@@ -104,24 +103,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
     if not recipe.evaluate_only:
         trainer.train(resume_from_checkpoint=last_checkpoint(args))
-    trainer.save_model(str(out / "model"))
+    trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
     if is_main():
         tokenizer.save_pretrained(out / "model")
         image_processor.save_pretrained(out / "model")
         saved = CLIPModel.from_pretrained(out / "model").eval().to(args.device)
-
-        def encode_texts(texts: list[str]) -> Tensor:
-            inputs = {name: ids.to(args.device) for name, ids in tokens(texts).items()}
-            return F.normalize(saved.get_text_features(**inputs).pooler_output, dim=-1)
-
-        def encode_images(pixels: Tensor) -> Tensor:
-            features = saved.get_image_features(pixel_values=pixels.to(args.device))
-            return F.normalize(features.pooler_output, dim=-1)
-
         retrieval = evaluate_retrieval(
-            held_out, image_processor, encode_images, encode_texts, retrieval_report, bad=bad
+            held_out, image_processor, *clip_encoders(saved, tokens), retrieval_report, bad=bad
         )
         (out / "results.json").write_text(json.dumps({"retrieval": retrieval}, indent=2) + "\n")
         exported = export_vision_tower(saved, image_processor, out / "vision_tower")
@@ -140,4 +130,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -12,8 +12,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from llm2clip_vlm.config import PipelineRecipe
-from llm2clip_vlm.pipeline import Pipeline, PipelineError
+from llm2clip_vlm.cli import guard
+from llm2clip_vlm.config_eval import PipelineRecipe
+from llm2clip_vlm.pipeline import Pipeline
 from llm2clip_vlm.recipe import load_recipe
 
 
@@ -24,12 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = load_recipe(path, PipelineRecipe, overrides)
     try:
         Pipeline(recipe).run()
-    except PipelineError as error:
-        raise SystemExit(f"pipeline: {error}") from None
     except KeyboardInterrupt:
         raise SystemExit("pipeline: stopped; the same command goes on from here") from None
     print(f"pipeline: all steps of {path} are finished ({time.monotonic() - started:.0f} s)")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -22,10 +22,11 @@ from typing import Any
 
 from transformers import set_seed
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage1Recipe
 from llm2clip_vlm.data.captions import CaptionPairs, held_out_pairs, read_captions
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import recall_at_k
 from llm2clip_vlm.handoff import is_complete, verify_parent, write_manifest
@@ -53,7 +54,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     verify_parent(recipe.text_encoder.language_model, expect_stage="base_language_model")
 
-    args = build_training_arguments(recipe, dataloader_drop_last=True)
+    args = build_training_arguments(
+        recipe, dataloader_drop_last=True, ddp_find_unused_parameters=False
+    )
     check_contrastive_arguments(args)
     if recipe.world is not None:
         with args.main_process_first(local=False, desc="writing the world"):
@@ -68,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     bad = BadRecords(recipe.max_bad_records)
     sources = [read_captions(source, bad, min_captions=2) for source in recipe.train]
-    pairs = CaptionPairs(sources, [source.weight for source in recipe.train], recipe.seed, recipe.keep_together)
+    pairs = CaptionPairs(sources, [source.weight for source in recipe.train], recipe.seed)
     held_out = held_out_pairs(
         [r for source in recipe.evaluation for r in read_captions(source, bad, min_captions=2)]
     )
@@ -128,4 +131,4 @@ def caption_accuracy(
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -24,11 +24,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2aRecipe
 from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main
 from llm2clip_vlm.handoff import is_complete, verify_parent, write_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -95,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

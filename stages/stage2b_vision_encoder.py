@@ -18,13 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from transformers import set_seed
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2bRecipe
-from llm2clip_vlm.data.image_text import ImageTextDataset, read_image_text
+from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir, is_complete, verify_parent, write_manifest
@@ -35,7 +35,7 @@ from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
 from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.caption_cache import open_caption_cache, require_captions
-from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, read_held_out
+from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, llm2clip_encoders, read_held_out
 from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
 from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
 
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # data
     bad = BadRecords(recipe.max_bad_records)
-    records = [record for source in recipe.train for record in read_image_text(source, bad)]
+    records = read_sources(recipe.train, bad)
     held_out = read_held_out(recipe.evaluation, bad)
     dataset = ImageTextDataset(
         records,
@@ -117,20 +117,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(args))
     if lora is not None:
         merge_lora(lora)
-    trainer.save_model(str(out / "model"))
+    trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
     if is_main():
         saved = LLM2CLIPModel.from_pretrained(out / "model").eval().to(args.device)
-
-        def encode_texts(texts: list[str]) -> Tensor:
-            return saved.get_text_features(cache.lookup(texts).to(args.device))
-
         retrieval = evaluate_retrieval(
             held_out,
             tower.image_processor,
-            lambda pixels: saved.get_image_features(pixels.to(args.device)),
-            encode_texts,
+            *llm2clip_encoders(saved, cache.lookup),
             retrieval_report,
             bad=bad,
         )
@@ -152,4 +147,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -22,10 +22,11 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage3Recipe
 from llm2clip_vlm.data.conversation import check_chat_template
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir, is_complete, verify_parent, write_manifest
 from llm2clip_vlm.models.trainable import trainable_table
@@ -76,13 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         lambda: build_vlm(**recipe.vlm.model_dump(), seed=recipe.seed), out / "composed", arguments
     )
     check_chat_template(processor)
-    prepare_trainable(model, recipe)
+    rates = prepare_trainable(model, recipe)
 
     # data
     bad = BadRecords(recipe.max_bad_records)
     samples, dataset, collator = build_vlm_data(recipe, processor, bad, plain=recipe.plain)
     if is_main():
-        print(trainable_table(model, recipe.trainable))
+        print(trainable_table(model, rates))
         print(f"{len(samples)} samples in {len(dataset)} rows; {bad.summary()}; the first:")
         print(samples.preview(processor.tokenizer))
 
@@ -93,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset,
         collator,
         processor,
-        learning_rates=recipe.trainable,
+        learning_rates=rates,
         callbacks=[MetricsJsonl(out / "metrics.jsonl")],
     )
     result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
@@ -118,4 +119,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -19,10 +19,11 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage4Recipe
 from llm2clip_vlm.data.conversation import check_chat_template
 from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import is_complete, verify_parent, write_manifest
 from llm2clip_vlm.models.trainable import trainable_table
@@ -62,13 +63,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_chat_template(processor)
     if recipe.image_aspect_ratio is not None:
         set_image_aspect_ratio(processor, recipe.image_aspect_ratio)
-    prepare_trainable(model, recipe)
+    rates = prepare_trainable(model, recipe)
 
     # data
     bad = BadRecords(recipe.max_bad_records)
     samples, dataset, collator = build_vlm_data(recipe, processor, bad)
     if is_main():
-        print(trainable_table(model, recipe.trainable))
+        print(trainable_table(model, rates))
         print(f"{len(samples)} samples in {len(dataset)} rows; {bad.summary()}; the first:")
         print(samples.preview(processor.tokenizer))
 
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset,
         collator,
         processor,
-        learning_rates=recipe.trainable,
+        learning_rates=rates,
         callbacks=[MetricsJsonl(out / "metrics.jsonl")],
     )
     result = trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
@@ -101,4 +102,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

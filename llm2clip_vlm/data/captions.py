@@ -122,7 +122,6 @@ class CaptionPairs(Dataset[CaptionPair]):
         sources: Records of each source, each with at least two different captions.
         weights: One weight above zero a source; only their ratios matter.
         seed: Seed of order and captions.
-        keep_together: Records that stand one after another in a source and enter a batch together.
 
     Raises:
         ValueError: There is no record, a record has fewer than two different captions, or the
@@ -130,11 +129,7 @@ class CaptionPairs(Dataset[CaptionPair]):
     """
 
     def __init__(
-        self,
-        sources: Sequence[Sequence[CaptionRecord]],
-        weights: Sequence[float],
-        seed: int,
-        keep_together: int = 1,
+        self, sources: Sequence[Sequence[CaptionRecord]], weights: Sequence[float], seed: int
     ) -> None:
         if not sources or len(weights) != len(sources) or min(weights, default=0.0) <= 0:
             raise ValueError(f"{len(sources)} sources need as many weights > 0, got {weights}")
@@ -154,8 +149,6 @@ class CaptionPairs(Dataset[CaptionPair]):
         """All different captions."""
         self.seed = seed
         """Seed of order and captions."""
-        self.keep_together = keep_together
-        """Neighbouring records that enter a batch together."""
         self.epoch = 0
         """Epoch whose order :class:`EpochSampler` takes next."""
         self._members = np.asarray(list(chain.from_iterable(members)), dtype=np.int64)
@@ -175,20 +168,13 @@ class CaptionPairs(Dataset[CaptionPair]):
         self.epoch = int(epoch)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Positions of the records that an epoch takes, groups of neighbours shuffled."""
+        """Positions of the records that an epoch takes, shuffled over all sources."""
         rng = np.random.default_rng([self.seed, epoch])
-        group = self.keep_together
         first, chosen = 0, []
         for size, count in zip(self._sizes, self._counts, strict=True):
-            starts = rng.permutation(np.arange(0, size, group))
-            members = (starts[:, None] + np.arange(group)).reshape(-1)
-            chosen.append(first + members[members < size][:count])
+            chosen.append(first + rng.permutation(size)[:count])
             first += size
-        groups = np.concatenate(chosen)
-        if group == 1:
-            return rng.permutation(groups)
-        blocks = [groups[i : i + group] for i in range(0, len(groups), group)]
-        return np.concatenate([blocks[i] for i in rng.permutation(len(blocks))])
+        return rng.permutation(np.concatenate(chosen))
 
     def __getitem__(self, item: tuple[int, int]) -> CaptionPair:
         """The pair of a record in an epoch.

@@ -191,7 +191,7 @@ def decoded_preview(
             (labels[end] != IGNORE_INDEX, input_ids[end] == image_id) == (trained, image)
         ):
             end += 1
-        text = tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False)
+        text = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
         text = f"[{IMAGE_TOKEN} x{end - start}]" if image else text
         pieces.append(f"«{text}»" if trained else text)
         start = end
@@ -266,13 +266,13 @@ def _token_span(
             f"the chat template writes no end-of-turn token after {text[begin:end][-40:]!r}, so "
             "the model would not learn to stop; add eos_token to the template"
         )
-    if not tokenizer.decode(ids[ends[-1] + 1 : last]).strip():
+    if not str(tokenizer.decode(ids[ends[-1] + 1 : last])).strip():
         last = ends[-1] + 1
     return first, last
 
 
 def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    index: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     return -1 if index is None or index == tokenizer.unk_token_id else int(index)
 
 

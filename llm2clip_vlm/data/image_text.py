@@ -102,6 +102,27 @@ def read_image_text(source: ImageTextSource, bad: BadRecords) -> list[ImageTextR
     return records
 
 
+def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> list[ImageTextRecord]:
+    """Read several sources, one after the other, as one set.
+
+    Args:
+        sources: A recipe's `train`.
+        bad: Takes unusable rows.
+
+    Returns:
+        All records.
+
+    Raises:
+        ValueError: A source has a `weight`: every image is seen once an epoch.
+    """
+    if weighted := [source.path for source in sources if source.weight != 1.0]:
+        raise ValueError(
+            f"train: `weight` of {weighted}: image-text sources take none, every image is seen "
+            "once an epoch; leave it out, and shorten the larger source with `limit`"
+        )
+    return [record for source in sources for record in read_image_text(source, bad)]
+
+
 def caption_id(text: str) -> int:
     """A 63-bit number that equal captions share, to keep them from being each other's negatives."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1

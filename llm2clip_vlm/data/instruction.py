@@ -282,8 +282,8 @@ class InstructionCollator:
 
 def visual_size_px(image_processor: Any) -> tuple[int, int]:
     """Height and width in pixels of what an image processor returns."""
-    size = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
-    edge = size.get("shortest_edge")
+    size: dict[str, Any] = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
+    edge = size.get("shortest_edge", 0)
     return int(size.get("height", edge)), int(size.get("width", edge))
 
 

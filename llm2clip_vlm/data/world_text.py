@@ -109,7 +109,8 @@ def _asked(scene: Scene, rng: np.random.Generator, context: str) -> Segments:
 
 def _simple(scene: Scene, rng: np.random.Generator) -> str:
     return " ".join(
-        f"a {t.pattern} {t.colour} {t.shape} in the {CELLS[t.cell]} ." for t in _shuffled(scene, rng)
+        f"a {t.pattern} {t.colour} {t.shape} in the {CELLS[t.cell]} ."
+        for t in _shuffled(scene, rng)
     )
 
 

@@ -30,6 +30,7 @@ CHART_CSS = """
 .chart .grid { stroke: var(--line); } .chart .zero { stroke: var(--ink); stroke-width: 1.2; }
 .chart .rail { stroke: var(--line); stroke-dasharray: 1 4; stroke-linecap: round; }
 .chart .whisker { stroke: var(--ink); stroke-width: 1.4; fill: none; }
+.chart .halo { stroke: var(--bg); stroke-width: 4; stroke-linecap: square; opacity: .75; }
 .chart .seed { fill: none; stroke: var(--muted); opacity: .8; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 """
@@ -112,11 +113,12 @@ def bar_chart(groups: Mapping[str, Sequence[Mark]], title: str, limit: float | N
     left, right = 150.0, _WIDTH - 64.0
     scale = _Scale(ticks[0], ticks[-1], left, right)
     height = sum(30 + 24 * len(bars) for bars in groups.values()) + 26
-    parts = _axis(ticks, scale, 4, height - 22)
+    parts = _axis(ticks, scale, height - 22)
     y = 4.0
     for heading, bars in groups.items():
         parts.append(_text(0, y + 17, heading, "h"))
         y += 26
+        parts += _grid(ticks, scale, y, y + 24 * len(bars))
         for bar in bars:
             middle, end = y + 10, scale(bar.value)
             parts.append(f"<g><title>{escape(bar.tip)}</title>")
@@ -152,7 +154,9 @@ def dot_chart(rows: Mapping[str, Sequence[Mark]], title: str) -> str:
     left, right = 190.0, _WIDTH - 24.0
     scale = _Scale(0.0, 100.0, left, right)
     height = 34 + 30 * len(rows) + 26
-    parts, seen, x = _axis(ticks, scale, 30, height - 22), {}, left
+    parts, x = _axis(ticks, scale, height - 22), left
+    seen: dict[str, int] = {}
+    parts += _grid(ticks, scale, 30, height - 22)
     for mark in (mark for marks in rows.values() for mark in marks):
         seen.setdefault(mark.label, mark.colour)
     for label, colour in seen.items():
@@ -241,7 +245,7 @@ def forest_chart(rows: Sequence[Effect], title: str, labels: tuple[str, str]) ->
     scale = _Scale(ticks[0], ticks[-1], left, right)
     height = 30 + 28 * len(rows) + 26
     zero = scale(0.0)
-    parts = _axis(ticks, scale, 24, height - 22)
+    parts = _axis(ticks, scale, height - 22) + _grid(ticks, scale, 24, height - 22)
     parts.append(f'<line class="zero" x1="{zero:.1f}" x2="{zero:.1f}" y1="24" y2="{height - 22}"/>')
     # A heading of a side is left out where the side is too narrow to hold it.
     if zero - left > 6.6 * len(labels[0]):
@@ -253,8 +257,8 @@ def forest_chart(rows: Sequence[Effect], title: str, labels: tuple[str, str]) ->
         text = f"{row.delta:+.1f} [{row.interval[0]:+.1f}, {row.interval[1]:+.1f}]"
         parts.append(f"<g><title>{escape(f'{row.label}: {text} {row.note}')}</title>")
         parts.append(_text(left - 12, y + 4, row.label, "" if row.strong else "m s", "end"))
-        parts += [_ring(scale(point), y) for point in row.points]
         parts.append(_whisker(low, high, y))
+        parts += [_ring(scale(point), y) for point in row.points]
         x, size = scale(row.delta), 6.5 if row.strong else 4.5
         diamond = f"{x - size:.1f},{y} {x:.1f},{y - size} {x + size:.1f},{y} {x:.1f},{y + size}"
         parts.append(f'<polygon points="{diamond}" fill="{_colour(0 if row.strong else 2)}"/>')
@@ -302,12 +306,12 @@ def stacked(charts: Mapping[str, str]) -> str:
 
 def nice_ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers that enclose a range, about `count` of them."""
-    span = max(high - low, 1e-9)
+    span = high - low if high - low > 1e-9 else max(abs(high), 1.0)
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * m for m in (1.0, 2.0, 2.5, 5.0, 10.0) if power * m >= raw * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * number, 10) for number in range(first, last + 1)]
+    return [round(step * number, 10) for number in range(first, max(last, first + 1) + 1)]
 
 
 class _Scale:
@@ -336,10 +340,9 @@ def _text(x: float, y: float, text: str, style: str = "", anchor: str = "start")
 
 
 def _whisker(low: float, high: float, y: float) -> str:
-    return (
-        f'<path class="whisker" d="M{low:.1f} {y - 4}v8M{low:.1f} {y}H{high:.1f}'
-        f'M{high:.1f} {y - 4}v8"/>'
-    )
+    path = f'd="M{low:.1f} {y - 4}v8M{low:.1f} {y}H{high:.1f}M{high:.1f} {y - 4}v8"'
+    # The halo keeps the whisker visible on a bar of any colour.
+    return f'<path class="halo" {path}/><path class="whisker" {path}/>'
 
 
 def _ring(x: float, y: float) -> str:
@@ -360,15 +363,12 @@ def _shape(x: float, y: float, colour: int) -> str:
     return f'<polygon points="{points}" {fill}/>'
 
 
-def _axis(ticks: Sequence[float], scale: _Scale, top: float, bottom: float) -> list[str]:
-    parts = []
-    for tick in ticks:
-        x = scale(tick)
-        parts.append(
-            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{top:.1f}" y2="{bottom:.1f}"/>'
-        )
-        parts.append(_text(x, bottom + 15, f"{tick:g}", "m s", "middle"))
-    return parts
+def _axis(ticks: Sequence[float], scale: _Scale, y: float) -> list[str]:
+    return [_text(scale(tick), y + 15, f"{tick:g}", "m s", "middle") for tick in ticks]
+
+
+def _grid(ticks: Sequence[float], scale: _Scale, top: float, bottom: float) -> list[str]:
+    return [f'<path class="grid" d="M{scale(tick):.1f} {top:.1f}V{bottom:.1f}"/>' for tick in ticks]
 
 
 def _svg(height: float, title: str, parts: Sequence[str], width: float = _WIDTH) -> str:

@@ -90,7 +90,7 @@ class Generator:
                 f"{batch_size} and {max_new_tokens}"
             )
         self.model, self.processor = model, processor
-        self.tokenizer = processor.tokenizer  # type: ignore[attr-defined]
+        self.tokenizer = processor.tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.image_token: str = getattr(processor, "image_token", IMAGE_TOKEN)
         self.template = template_of(processor)

@@ -52,9 +52,11 @@ def load_checkpoint(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, report = AutoModelForImageTextToText.from_pretrained(
+    # The pair that output_loading_info adds is not in the return type.
+    loaded: Any = AutoModelForImageTextToText.from_pretrained(
         pretrained, dtype=dtype, output_loading_info=True
     )
+    model, report = loaded
     if report["missing_keys"] or report["mismatched_keys"]:
         wrong = sorted(report["missing_keys"]) + [str(k) for k in report["mismatched_keys"]]
         raise ValueError(

@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import LmmsTask, SuiteRecipe
+import llm2clip_vlm
+from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.fingerprint import fingerprint_dir, fingerprint_file
@@ -29,6 +30,19 @@ RESULT_SCHEMA = 1
 
 VERSIONED = ("lmms_eval", "transformers", "torch", "tokenizers", "datasets", "pillow")
 """Packages whose versions are recorded; the first two are part of the specification's hash."""
+
+SCORING_CODE = (
+    "chat_template.py",
+    "data/images.py",
+    "evaluation/generation.py",
+    "evaluation/lmms_adapter.py",
+    "evaluation/lmms_rows.py",
+    "evaluation/lmms_samples.py",
+    "evaluation/lmms_tasks.py",
+    "evaluation/lmms_worker.py",
+    "evaluation/task_helpers.py",
+)
+"""Files of this package whose change makes earlier results stale."""
 
 _TASK_LINE = re.compile(rb"^task\s*:\s*[\"']?([\w.\-]+)[\"']?\s*(?:#.*)?$", re.MULTILINE)
 
@@ -159,7 +173,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         "task": task.model_dump(mode="json", exclude={"data_files", "title"}),
         "limit": limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
-        "code": _files_hash(sorted(Path(__file__).parent.glob("*.py"))),
+        "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),
         "data": data_hash(Path(task.data_files)) if task.data_files else None,
         "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype],
         "versions": {name: _version(name) for name in VERSIONED[:2]},

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import llm2clip_vlm
-from llm2clip_vlm.config import SuiteRecipe
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.config_eval import SuiteRecipe
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, plan, write_jobs
 
 logger = logging.getLogger(__name__)

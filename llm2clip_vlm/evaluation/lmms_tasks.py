@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import LmmsTask
+from llm2clip_vlm.config_eval import LmmsTask
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError
 from llm2clip_vlm.evaluation.lmms_manifest import MODEL_ID
 

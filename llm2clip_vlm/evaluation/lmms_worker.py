@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import SuiteRecipe
+from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.evaluation.lmms_job import (
     RESULT_SCHEMA,
     EvaluationError,

@@ -24,7 +24,8 @@ TOWER_NOTES = {
     "llm2clip": "base, trained further against the tuned LLM's caption embeddings",
     "control": "base, trained further on the same pictures, captions and steps with its own text "
     "encoder; long captions are cut at its window",
-    "control_long": "as control, with a text window that holds the whole caption",
+    "control_long": "as control, but with a text window that holds the whole caption: base, the "
+    "same pictures, captions and steps, its own text encoder",
     "no_stage1": "as llm2clip, with the embeddings of the LLM before stage 1",
 }
 """What the demo's towers are."""
@@ -182,10 +183,11 @@ def paragraph(text: str, style: str = "") -> str:
     return f'<p class="{style}">{escape(text)}</p>'
 
 
-def figure(svg: str, caption: str = "") -> str:
-    """A chart that scrolls sideways on a narrow screen, with a caption."""
+def figure(svg: str, caption: str = "", heading: str = "") -> str:
+    """A chart that scrolls sideways on a narrow screen, with a heading and a caption."""
+    above = f"<h3>{escape(heading)}</h3>" if heading else ""
     below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure><div class="scroll">{svg}</div>{below}</figure>'
+    return f'<figure>{above}<div class="scroll">{svg}</div>{below}</figure>'
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
@@ -264,7 +266,7 @@ def example_cards(examples: Sequence[Example], same_text: bool) -> str:
             f"<div>{asked}<dl><dt>{label}</dt><dd>{escape(example.expected)}</dd>{said}</dl></div>"
             "</article>"
         )
-    return f'<div class="cards">{"".join(cards)}</div>'
+    return f'<div class="cards{" long" if same_text else ""}">{"".join(cards)}</div>'
 
 
 def ladder_table(ladder: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import ReportRecipe
+from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.evaluation import report as page
 from llm2clip_vlm.evaluation.charts import Line, Mark, bar_chart, dot_chart, line_chart
 from llm2clip_vlm.evaluation.examples import Example
@@ -306,7 +306,7 @@ def ab_section(facts: Facts) -> str:
             f"{str(ab['date'])[:10]} at commit {commit}. {pair[0]} minus {pair[1]}; the seed is "
             "the unit: exact sign-flip test, t interval."
         ),
-        *(page.figure(svg, name) for name, svg in charts.items()),
+        *(page.figure(svg, heading=name) for name, svg in charts.items()),
         "" if charts else page.NOT_RUN,
         page.paragraph(
             "Diamonds: mean difference; rings: one training seed each; whiskers: 95 % interval. "
@@ -329,7 +329,7 @@ def curves_section(facts: Facts) -> str:
     if not facts.curves:
         return page.section(title, page.NOT_RUN)
     figures = "".join(
-        page.figure(line_chart(lines, f"{name}, training loss"), name)
+        page.figure(line_chart(lines, f"{name}, training loss"), heading=name)
         for name, lines in facts.curves.items()
     )
     note = "Training loss. Towers that were not trained in this run have no curve."

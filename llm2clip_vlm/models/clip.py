@@ -41,12 +41,11 @@ def load_clip(
         ValueError: No tokenizer directory, a tokenizer that does not fit the text tower, or a
             window shorter than the checkpoint's.
     """
-    if isinstance(clip, Mapping):
-        if tokenizer is None:
-            raise ValueError(
-                "`clip` is a config, so `tokenizer` must name a directory with the tokenizer and "
-                "the image processor"
-            )
+    if isinstance(clip, Mapping) and tokenizer is None:
+        raise ValueError(
+            "`clip` is a config, so `tokenizer` must name a directory with the tokenizer and the "
+            "image processor"
+        )
     folder = str(tokenizer if tokenizer is not None else clip)
     text_tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import (
@@ -41,6 +42,13 @@ from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 logger = logging.getLogger(__name__)
 
 AspectRatio = Literal["square", "pad"]
+
+
+_KEPT = (
+    *("size", "crop_size", "do_center_crop", "do_resize", "resample", "do_rescale"),
+    *("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
+)
+"""What a padding image processor takes over from the one it replaces."""
 
 
 class VlmError(ValueError):
@@ -197,16 +205,11 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
         return
     if aspect_ratio == "square":
         return
-    if is_torchvision_available():
-        from transformers import LlavaImageProcessor as PaddingProcessor
-    else:
-        from transformers import LlavaImageProcessorPil as PaddingProcessor
-    kept = ("size", "crop_size", "do_center_crop", "do_resize", "resample", "do_rescale")
-    kept += ("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb")
+    backend = "LlavaImageProcessor" if is_torchvision_available() else "LlavaImageProcessorPil"
     values = old.to_dict()
-    arguments = {name: values[name] for name in kept if values.get(name) is not None}
+    arguments = {name: values[name] for name in _KEPT if values.get(name) is not None}
     arguments.setdefault("do_center_crop", False)
-    processor.image_processor = PaddingProcessor(**arguments, do_pad=True)
+    processor.image_processor = getattr(transformers, backend)(**arguments, do_pad=True)
 
 
 def _read_config(path: str) -> Any:

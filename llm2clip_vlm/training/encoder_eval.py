@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from transformers import CLIPModel
 
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.data.image_text import (
@@ -17,6 +19,12 @@ from llm2clip_vlm.data.image_text import (
     read_image_text,
 )
 from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.models.clip import ClipTokens
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+
+T = TypeVar("T")
+Encoder = Callable[[T], Tensor]
+"""Images (`pixel_values`) or captions to unit-norm embeddings."""
 
 Report = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Any]]
 """`retrieval_report(image_embeds, text_embeds_by_key, text_to_image_by_key)`."""
@@ -47,8 +55,8 @@ def read_held_out(
 def evaluate_retrieval(
     held_out: Mapping[str, list[ImageTextRecord]],
     image_processor: Any,
-    encode_images: Callable[[Tensor], Tensor],
-    encode_texts: Callable[[list[str]], Tensor],
+    encode_images: Encoder[Tensor],
+    encode_texts: Encoder[list[str]],
     report: Report,
     *,
     bad: BadRecords,
@@ -91,6 +99,48 @@ def evaluate_retrieval(
         found = report(image_embeds, text_embeds, owners)
         results |= {f"{prefix}{kind}": values for kind, values in found.items()}
     return results
+
+
+def llm2clip_encoders(
+    model: LLM2CLIPModel, lookup: Callable[[list[str]], Tensor]
+) -> tuple[Encoder[Tensor], Encoder[list[str]]]:
+    """How a trained `LLM2CLIPModel` embeds images and captions.
+
+    Args:
+        model: On its device.
+        lookup: Captions to the text encoder's embeddings (stage 2a's cache).
+
+    Returns:
+        `encode_images` and `encode_texts` for :func:`evaluate_retrieval`.
+    """
+    return (
+        lambda pixels: model.get_image_features(pixels.to(model.device)),
+        lambda texts: model.get_text_features(lookup(texts).to(model.device)),
+    )
+
+
+def clip_encoders(
+    model: CLIPModel, tokens: ClipTokens
+) -> tuple[Encoder[Tensor], Encoder[list[str]]]:
+    """How an ordinary CLIP embeds images and captions.
+
+    Args:
+        model: On its device.
+        tokens: Captions to its text tower's arguments.
+
+    Returns:
+        `encode_images` and `encode_texts` for :func:`evaluate_retrieval`.
+    """
+
+    def encode_images(pixels: Tensor) -> Tensor:
+        features = model.get_image_features(pixel_values=pixels.to(model.device))
+        return F.normalize(features.pooler_output, dim=-1)
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        inputs = {name: values.to(model.device) for name, values in tokens(texts).items()}
+        return F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
+
+    return encode_images, encode_texts
 
 
 def _spans(total: int, size: int) -> Iterable[tuple[int, int]]:

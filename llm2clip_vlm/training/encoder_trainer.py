@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text import ImageTextDataset, collate
-from llm2clip_vlm.distributed import is_initialized, world_size
+from llm2clip_vlm.distributed import is_initialized, is_main, world_size
 from llm2clip_vlm.losses import contrastive_loss
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
@@ -109,6 +111,16 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
                 *(callbacks or []),
             ],
         )
+
+    def export(self, directory: str | Path) -> None:
+        """Write the model as `from_pretrained` reads it, and nothing that needs pickle to read.
+
+        Args:
+            directory: Where to; made if absent. Call on all ranks.
+        """
+        self.save_model(str(directory))
+        if is_main():
+            (Path(directory) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def compute_loss(
         self,

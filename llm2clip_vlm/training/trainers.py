@@ -82,7 +82,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or `trainer.optim`) over groups with the recipe's learning rates."""
         if self.optimizer is None:
-            target = self.model if model is None else model
+            target: Any = self.model if model is None else model
             groups = build_param_groups(target, self.learning_rates, self.args.weight_decay)
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
             arguments.pop("lr", None)
@@ -104,7 +104,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset = self.train_dataset if train_dataset is None else train_dataset
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
             sampler: Sampler[int] | None = super()._get_train_sampler(dataset)
             return sampler
@@ -239,12 +239,15 @@ def _weights_unsplit(args: TrainingArguments) -> Iterator[None]:
         set_hf_deepspeed_config(config)
 
 
-def prepare_trainable(model: Any, recipe: VlmRecipe) -> None:
+def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, float]:
     """Sets what trains, as the recipe's map says; adds the language model's LoRA if it has one.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
         recipe: With `trainable` and `language_model_lora`.
+
+    Returns:
+        Learning rate of each part that trains.
 
     Raises:
         ValueError: Nothing trains, or there is a LoRA section for a language model that does not.
@@ -260,6 +263,7 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> None:
         add_lora(model.model.language_model, recipe.language_model_lora)
     apply_trainable(model, recipe.trainable)
     freeze_unused_vision(model)
+    return {str(part): lr for part, lr in recipe.trainable.items()}
 
 
 def build_vlm_data(

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ImageFile
 
-from llm2clip_vlm.config import LmmsTask, SuiteRecipe
+from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.evaluation.lmms_adapter import (
     Llm2ClipVlmChat,
     Llm2ClipVlmSimple,

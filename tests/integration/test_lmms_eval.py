@@ -18,7 +18,7 @@ import pytest
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.data.world import ensure_world
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.models.vlm import build_vlm
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -90,7 +90,8 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, repo_root: Path) -> Path:
     """A finished stage 1 (one process), and stage 2a after it."""
     folder = tmp_path_factory.mktemp("stage1")
-    recipe = write_recipe(folder, tiny_llm, trainer={"save_steps": 3, "save_total_limit": 2})
+    trainer = {"save_steps": 3, "save_total_limit": 2, "per_device_train_batch_size": 32}
+    recipe = write_recipe(folder, tiny_llm, trainer=trainer, global_batch_size=32)
     load(repo_root, "stage1_text_encoder").main([str(recipe)])
     return folder
 
@@ -150,20 +151,25 @@ def test_two_processes_equal_one_and_resume(trained: Path, tmp_path: Path, repo_
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
         *(str(repo_root / "stages" / "stage1_text_encoder.py"), str(trained / "stage1.yaml")),
-        *(f"output_dir={out}", "trainer.per_device_train_batch_size=8", "trainer.save_steps=5"),
+        *(f"output_dir={out}", "trainer.per_device_train_batch_size=16", "trainer.save_steps=5"),
     ]
     env = {**os.environ, "PYTHONPATH": str(repo_root)}
 
     def launch() -> list[dict[str, Any]]:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
+        with (
+            (tmp_path / "log").open("w") as log,
+            subprocess.Popen(command, env=env, stdout=log, stderr=log) as process,
+        ):
+            try:
+                code = process.wait(timeout=900)
+            finally:
+                process.terminate()  # torchrun ends its workers; `run(timeout=)` would orphan them
+        assert code == 0, (tmp_path / "log").read_text()[-3000:]
         return metrics(out)
 
     rows = launch()
     state = json.loads((out / "checkpoints" / "checkpoint-5" / "trainer_state.json").read_text())
-    assert state["train_batch_size"] == 8
+    assert state["train_batch_size"] == 16
     for name in ("loss", "grad_norm"):
         found, expected = (
             torch.tensor([row[name] for row in table])
@@ -171,7 +177,7 @@ def test_two_processes_equal_one_and_resume(trained: Path, tmp_path: Path, repo_
         )
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
-    # In the second epoch accelerate hides the sampler from `set_epoch` when it skips batches.
+    # Beyond the first epoch accelerate hides the sampler from `set_epoch` when it skips batches.
     shutil.rmtree(out / "checkpoints" / "checkpoint-6", ignore_errors=True)
     (out / "manifest.json").unlink()
     again = launch()

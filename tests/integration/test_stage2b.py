@@ -274,7 +274,7 @@ def test_two_processes_equal_one(recipe: Recipe, repo_root: Path) -> None:
     command += [str(repo_root / "stages" / "stage2b_vision_encoder.py"), str(path)]
     env = os.environ | {"PYTHONPATH": str(repo_root)}
     done = subprocess.run(
-        command, env=env, capture_output=True, text=True, timeout=180, check=False
+        command, env=env, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
     two = path.with_suffix("")

@@ -147,6 +147,7 @@ def test_packing_and_lora_work_under_zero(work: Path, zero: int) -> None:
     recipe, one = stage4(
         work,
         f"packed-{zero}",
+        max_length_tokens=64,
         packing=True,
         global_batch_size=2,
         language_model_lora={"r": 4, "alpha": 8, "dropout": 0.0},

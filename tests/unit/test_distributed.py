@@ -82,7 +82,7 @@ def run_worker(folder: Path, world_size: int, repo_root: Path) -> dict[str, dict
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         command = [sys.executable, "-c", WORKER, str(target)]
         processes.append(subprocess.Popen(command, env=env))
-    assert [process.wait(timeout=120) for process in processes] == [0] * world_size
+    assert [process.wait(timeout=600) for process in processes] == [0] * world_size
     loaded: dict[str, dict[str, list[float]]] = json.loads(target.read_text())
     return loaded
 

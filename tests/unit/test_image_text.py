@@ -21,6 +21,7 @@ from llm2clip_vlm.data.image_text import (
     collate,
     draw,
     read_image_text,
+    read_sources,
 )
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.data.records import BadRecords, RecordError
@@ -103,6 +104,14 @@ def test_bad_rows_are_counted_under_the_limit(
     assert bad.count == 1 and why in bad.summary()
     with pytest.raises(RecordError, match=why):
         read_image_text(source, BadRecords())
+
+
+def test_sources_are_joined_and_take_no_weight(tmp_path: Path) -> None:
+    source = write_rows(tmp_path, [{"id": "a", "image": "a.png", "captions": ["x"]}])
+    assert [r.key for r in read_sources([source, source], BadRecords())] == ["a", "a"]
+    heavy = source.model_copy(update={"weight": 2.0})
+    with pytest.raises(ValueError, match="image-text sources take none"):
+        read_sources([source, heavy], BadRecords())
 
 
 def test_memory_and_disk_give_the_same_batches_to_the_bit(records: list[ImageTextRecord]) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
-from llm2clip_vlm.config import LmmsTask, SuiteRecipe
+from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, plan, spec_hash, task_yaml
 from llm2clip_vlm.evaluation.lmms_rows import to_mme_rows, to_pope_rows

@@ -1,0 +1,96 @@
+"""Write down how far the ladder of validity was climbed.
+
+Purpose: one JSON file for `docs/experiments.md` and the report, from results on disk. Rung 1 is
+    measured here, on the shipped language model.
+Needs: `recipes/demo/ladder/pipeline.yaml` run; `docs/results/ab.json` for rung 4, if there is one.
+Writes: OUTPUT, rung to `{title, value, goal, passed}`; prints a table.
+Launch: python eval/ladder.py runs/ladder docs/results/ladder.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm2clip_vlm.cli import guard
+from llm2clip_vlm.data.world_text_qa import text_qa_accuracy
+from llm2clip_vlm.evaluation.lmms_job import write_atomically
+
+TASK = "l2c_world_vqa"
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, help="the pipeline's output folder")
+    parser.add_argument("output", type=Path, help="JSON file to write")
+    parser.add_argument("--language-model", default="recipes/demo/base/models/language_model")
+    parser.add_argument("--ab", type=Path, default=Path("docs/results/ab.json"))
+    arguments = parser.parse_args(argv)
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.language_model).eval()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+    text_qa = text_qa_accuracy(model, tokenizer)
+    oracle, supervised, base = (
+        score(arguments.run / "eval" / name / f"{TASK}.json")
+        for name in ("oracle", "supervised", "base")
+    )
+    rungs: dict[str, dict[str, Any]] = {
+        "1": rung("text-only QA of the language model (%)", text_qa["all"]["accuracy"], 90.0),
+        "2": rung("world VQA with oracle features (%)", oracle["score"], 90.0),
+        "3": {
+            **rung(
+                "world VQA, supervised tower over base tower (points, intervals apart)",
+                supervised["score"] - base["score"],
+                0.0,
+            ),
+            "passed": supervised["score_ci"][0] > base["score_ci"][1],
+            "supervised": {"value": supervised["score"], "ci": supervised["score_ci"]},
+            "base": {"value": base["score"], "ci": base["score_ci"]},
+        },
+    }
+    if arguments.ab.is_file():
+        found = json.loads(arguments.ab.read_text(encoding="utf-8"))["ab"][TASK]
+        headline = found["llm2clip-control_long"]
+        rungs["4"] = {
+            **rung(
+                "world VQA, llm2clip over control_long (points, p < 0.01)", headline["delta"], 0.0
+            ),
+            "passed": headline["delta"] > 0 and headline["p"] < 0.01,
+            "ci": headline["ci"],
+            "p": headline["p"],
+        }
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(arguments.output, json.dumps(rungs, indent=2) + "\n")
+    for name, result in rungs.items():
+        mark = "passed" if result["passed"] else "NOT passed"
+        print(f"rung {name}: {result['title']}: {result['value']:.1f}, {mark}")
+
+
+def rung(title: str, value: float, goal: float) -> dict[str, Any]:
+    """A rung that is passed from `goal` on."""
+    return {"title": title, "value": round(value, 2), "goal": goal, "passed": value >= goal}
+
+
+def score(path: Path) -> dict[str, Any]:
+    """A result of `eval/run_lmms.py`.
+
+    Raises:
+        ValueError: It is not there.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing; run recipes/demo/ladder/pipeline.yaml first")
+    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

@@ -1,0 +1,213 @@
+"""The recipe models of pipelines, evaluation suites, the A/B, the ladder and the report."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm2clip_vlm.config import RunRecipe, Section, WorldConfig
+
+
+class LmmsTask(Section):
+    """One lmms-eval task of a suite."""
+
+    task: str
+    """Name of a built-in task, or of one under `eval/tasks/`."""
+    data_files: str | None = None
+    """Local file (parquet, json, jsonl) that replaces the task's own data set."""
+    limit: int | None = Field(default=None, ge=1)
+    """First documents only; never written as the task's score without saying so."""
+    title: str | None = None
+    """Name in reports: a built-in task on other data never carries the benchmark's name alone."""
+    convert: Literal["pope", "mme"] | None = None
+    """`data_files` is the world's `exist_test.jsonl`, to be rewritten in the schema that this
+    built-in task reads. Such a task needs a `title`."""
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Merged over the task's own YAML (`{lmms_eval_specific_kwargs: {default: {ocr: true}}}`);
+    `null` removes a key (`{process_docs: null}`)."""
+
+
+class SuiteRecipe(Section):
+    """Which lmms-eval tasks are run, on which data, and how (`eval/suites/*.yaml`)."""
+
+    base: str | None = None
+    """One parent suite (path relative to this file) whose values this file overrides."""
+    notes: str = ""
+    """What this suite reproduces, and what its numbers may be compared with."""
+    deviations: dict[str, str] = Field(default_factory=dict)
+    """Where and why a task here differs from the paper's."""
+    world: WorldConfig | None = None
+    """Set when the data is the embedded world; it is written where it is missing."""
+    data_dir: str = "."
+    """Folder that `data_files` may name as `${data_dir}`."""
+    batch_size: int = Field(default=64, ge=1)
+    """Questions a forward pass. In half precision it can flip single answers: recorded."""
+    max_new_tokens: int = Field(default=512, ge=1)
+    """Upper limit whatever a task asks for."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """`auto` keeps the checkpoint's."""
+    device: str | None = None
+    """Where to run; none = `cuda` if there is one, else `cpu`."""
+    max_empty: float = Field(default=0.2, ge=0, le=1)
+    """A task with a larger share of empty answers is refused: something is broken."""
+    tasks: list[LmmsTask] = Field(min_length=1)
+    """In the order in which they are run."""
+
+
+class PipelineStep(Section):
+    """One program of a pipeline."""
+
+    name: str
+    """Unique; may hold `{variable}` of `for_each`."""
+    program: str
+    """A program of `stages/` or `eval/` without its ending, such as `stage1_text_encoder`."""
+    recipe: str | None = None
+    """Recipe that the program reads; none for programs that take options only."""
+    overrides: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """`key=value` arguments after the recipe; may hold `{variable}`."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further arguments, as they are; may hold `{variable}`."""
+    launch: list[str] = Field(default_factory=list)
+    """Launcher before the program, such as `[accelerate, launch, --config_file, ...]`; empty =
+    plain python."""
+    needs: list[str] = Field(default_factory=list)
+    """Steps that must be finished first; may hold `{variable}`. A name that ends in `*` stands for
+    all steps that begin so."""
+    for_each: dict[str, list[str | int]] = Field(default_factory=dict)
+    """Variables and their values: the step is run for every combination."""
+    all_cores: bool = False
+    """Run alone, with every core; otherwise up to `jobs` steps share them."""
+    outputs: list[str] = Field(default_factory=list)
+    """For a program without a manifest: files whose presence means that it is finished; empty = it
+    is run each time."""
+
+
+class PipelineRecipe(Section):
+    """Programs in the order of their needs, each skipped where it is finished."""
+
+    base: str | None = None
+    """One parent recipe whose values this file overrides."""
+    notes: str = ""
+    """What this pipeline shows, on which hardware, in how many hours."""
+    output_dir: str
+    """Where logs and the state go."""
+    world: WorldConfig | None = None
+    """Passed on to every step that has a recipe, as `world.seed=` and `world.dir=`."""
+    jobs: int = Field(default=2, ge=1)
+    """Steps at a time; each gets its share of the cores."""
+    steps: list[PipelineStep]
+    """The programs."""
+    variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
+    """Values for `${variables.<name>}` in this file."""
+
+
+class ReportRecipe(Section):
+    """What `eval/report.py` reads, and what it says about it. What is not given is `not run`."""
+
+    base: str | None = None
+    """One parent recipe whose values this file overrides."""
+    notes: str = ""
+    """What the report shows."""
+    output_dir: str
+    """Where `report.html` and `report.json` go."""
+    title: str = "Does an LLM's caption embedding make a better vision tower?"
+    """Heading: the question."""
+    world: WorldConfig | None = None
+    """The embedded world that the results are of; without it no pictures are shown."""
+    stage1: str | None = None
+    """Stage 1's output directory."""
+    cache: str | None = None
+    """Stage 2a's output directory; needed to show what an `LLM2CLIPModel` retrieves."""
+    towers: dict[str, str] = Field(min_length=1)
+    """Tower's name to the output directory of stage 2b or `clip_baseline` (`results.json`), in the
+    order in which they are shown."""
+    tower_models: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to its model, where that is not `<towers.NAME>/model`."""
+    headline: list[str] = Field(
+        default_factory=lambda: ["llm2clip", "control_long"], min_length=2, max_length=2
+    )
+    """The two towers of the answer: the first is asked to beat the second."""
+    stage3: dict[str, str] = Field(default_factory=dict)
+    """Any label to a stage 3 output directory, for its training curve."""
+    vlms: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Tower's name to `{"<seed>": stage 4's output directory}`."""
+    evaluation: str | None = None
+    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each of `vlms`."""
+    headline_task: str = "l2c_world_vqa"
+    """lmms-eval task of the answer; its questions are shown."""
+    ladder: str | None = None
+    """JSON of the ladder of validity: rung to `{title, value, goal, passed}`."""
+    ab: str | None = None
+    """The last committed A/B, as `eval/ab.py` writes it."""
+    seconds: str | None = None
+    """JSON of the pipeline: step to seconds; without it the stages' manifests are asked."""
+    examples: int = Field(default=6, ge=0)
+    """Pictures shown with retrieved captions, and questions shown with answers."""
+    not_shown: list[str] = Field(default_factory=list)
+    """Sentences for the section *What was not shown*, beside those that follow from the numbers."""
+
+
+class AbRecipe(Section):
+    """What `eval/ab.py` compares: towers over training seeds, the seed as the unit."""
+
+    base: str | None = None
+    """One parent recipe whose values this file overrides."""
+    notes: str = ""
+    """How the runs were made."""
+    world: WorldConfig | None = None
+    """The embedded world that the results are of."""
+    towers: list[str] = Field(min_length=2)
+    """Names, in the order in which they are shown."""
+    seeds: list[int] = Field(min_length=2)
+    """Training seeds; each reseeds stage 2 and the VLM."""
+    pairs: list[list[str]] = Field(min_length=1)
+    """Comparisons `[a, b]` (a minus b); the first is the headline."""
+    evaluation: str
+    """Folder of `eval/run_lmms.py`."""
+    checkpoint: str = "{tower}-s{seed}"
+    """Name of a VLM in that folder."""
+    tasks: list[str] = Field(min_length=1)
+    """lmms-eval tasks; those with question types are also compared type by type."""
+    retrieval: dict[str, str] = Field(default_factory=dict)
+    """Tower to its stage 2 output directory, with `{seed}` in it where it was trained again."""
+    retrieval_only: list[str] = Field(default_factory=list)
+    """Towers for which no VLM was trained: they are compared in retrieval alone."""
+    retrieval_kinds: list[str] = Field(default_factory=lambda: ["short", "long"])
+    """Kinds of caption of `results.json`; R@1 in both directions is compared."""
+    resamples: int = Field(default=10_000, ge=100)
+    """Bootstrap draws of the comparison within a seed."""
+    output: str = "docs/results/ab.json"
+    """Where the result goes; the chart lies beside it, as `.svg`."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for pair in self.pairs:
+            if len(pair) != 2 or pair[0] == pair[1] or set(pair) - set(self.towers):
+                raise ValueError(f"pairs: expected two names of {self.towers}, got {pair}")
+        if set(self.retrieval) - set(self.towers):
+            raise ValueError(
+                f"retrieval: expected names of {self.towers}, got {sorted(self.retrieval)}"
+            )
+        if set(self.retrieval_only) - set(self.retrieval):
+            raise ValueError(
+                f"retrieval_only: expected names of retrieval, got {self.retrieval_only}"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected each seed once, got {self.seeds}")
+        return self
+
+
+class LadderTowerRecipe(RunRecipe):
+    """The oracle and the supervised tower of the ladder of validity."""
+
+    stage: Literal["ladder_tower"] = "ladder_tower"
+    """Which program reads this file."""
+    kind: Literal["oracle", "supervised"]
+    """`oracle`: pictures that spell the attributes; `supervised`: trained on attribute labels."""
+    world: WorldConfig = Field(default_factory=WorldConfig)
+    """The embedded world."""
+    vision_tower: str
+    """The base tower; the oracle only names it."""
+    vision_feature_layer: int = -2
+    """Hidden state that the labels are read from."""

@@ -1,0 +1,345 @@
+"""The report: words follow from numbers, the page stands alone, what is absent says so."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from llm2clip_vlm.evaluation import charts, report
+from llm2clip_vlm.evaluation.charts import Effect, Line, Mark
+from llm2clip_vlm.evaluation.examples import answered_questions, data_uri, retrieved_captions
+from llm2clip_vlm.evaluation.report_inputs import ReportError, read_scores, read_seconds
+from tests.report_fixtures import (
+    KINDS,
+    RATES,
+    load_program,
+    report_recipe,
+    retrieval,
+    write_json,
+    write_lines,
+    write_run,
+    write_world,
+)
+
+
+@pytest.fixture(scope="module")
+def program(repo_root: Path) -> ModuleType:
+    return load_program(repo_root, "report")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), seeds=(0, 1))
+
+
+def make(
+    program: ModuleType, run: Path, out: Path, seeds: tuple[int, ...] = (0,), **changes: Any
+) -> tuple[dict[str, Any], str]:
+    """Run the program with a changed recipe; the report as JSON and as HTML."""
+    recipe = {**report_recipe(run, seeds), "output_dir": str(out), **changes}
+    assert program.main([str(write_json(out / "recipe.yaml", recipe))]) == 0
+    return json.loads((out / "report.json").read_text()), (out / "report.html").read_text()
+
+
+def failure(program: ModuleType, run: Path, out: Path, capsys: Any, **changes: Any) -> str:
+    recipe = {**report_recipe(run), "output_dir": str(out), **changes}
+    assert program.main([str(write_json(out / "recipe.yaml", recipe))]) == 1
+    assert not (out / "report.html").exists()
+    return str(capsys.readouterr().err)
+
+
+def test_json_has_the_pinned_keys(program: ModuleType, run: Path, tmp_path: Path) -> None:
+    write_json(tmp_path / "seconds.json", {"stage1": 3.0, "eval": 4})
+    write_json(tmp_path / "ladder.json", {"text_qa": {"value": 96.0, "passed": True}})
+    found, _ = make(
+        program,
+        run,
+        tmp_path,
+        seeds=(1, 0),
+        seconds=str(tmp_path / "seconds.json"),
+        ladder=str(tmp_path / "ladder.json"),
+    )
+    assert found["cra"]["before"] == 45.5 and found["cra"]["after"] == 96.9
+    assert found["retrieval"]["llm2clip"]["long"]["t2i"]["r1"] == 65.0
+    assert found["retrieval"]["base"]["short"]["i2t"]["ci"][1] == pytest.approx(4.24)
+    assert found["seconds"] == {"stage1": 3.0, "eval": 4.0}
+    assert found["ladder"]["text_qa"]["passed"] is True
+    for tower in RATES:
+        by_seed = [
+            json.loads((run / f"eval/{tower}-s{seed}/l2c_world_vqa.json").read_text())["score"]
+            for seed in (1, 0)
+        ]
+        assert found["vlm"][tower]["l2c_world_vqa"] == by_seed
+
+
+def test_the_page_stands_alone_and_the_line_is_one(
+    program: ModuleType, run: Path, tmp_path: Path, capsys: Any
+) -> None:
+    _, html = make(program, run, tmp_path)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and str(tmp_path / "report.html") in out and "45.5 → 96.9" in out
+    assert "64.0 % against 35.0 %" in out
+    links = re.findall(r"(?:https?:)?//[\w.]+", html)
+    assert set(links) <= {"http://www.w3.org"}
+    assert not re.search(r"<(script|link|iframe)|@import|url\(|src=\"(?!data:)", html)
+    for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
+        ElementTree.fromstring(svg)
+    assert html.count("prefers-color-scheme") == 1 and "viewport" in html
+
+
+def test_absent_inputs_are_not_run_and_no_p_is_printed(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    found, html = make(program, run, tmp_path)
+    assert found["ab"] is None and found["ladder"] is None
+    for heading in ("The last committed A/B", "The ladder of validity", "Captions retrieved"):
+        assert re.search(rf"<h2>{heading}</h2>{re.escape(report.NOT_RUN)}", html), heading
+    assert not re.search(r"\bp\s*[=<]\s*0|\bp 0\.", html)
+    assert any("The A/B over training seeds was not run" in s for s in found["not_shown"])
+    assert any("One VLM was trained for each tower" in s for s in found["not_shown"])
+    bare, html = make(program, run, tmp_path, stage1=None, evaluation=None, vlms={}, stage3={})
+    assert bare["cra"] is None and bare["vlm"] == {}
+    assert re.search(rf"<h2>Vision-language models</h2>{re.escape(report.NOT_RUN)}", html)
+
+
+def test_the_committed_ab_is_labelled(program: ModuleType, run: Path, tmp_path: Path) -> None:
+    effect = {"delta": 9.0, "ci": [7.0, 11.0], "p": 0.0078, "deltas_by_seed": [8.0, 10.0]}
+    ab = {
+        "date": "2031-02-03T04:05:06+00:00",
+        "git": {"commit": "0123456789abcdef", "dirty": True},
+        "seeds": list(range(8)),
+        "world": {"seed": 5},
+        "titles": {"l2c_world_vqa": "World VQA"},
+        "ab": {"l2c_world_vqa": {"llm2clip-control_long": {**effect, "n_seeds": 8}}},
+    }
+    _, html = make(program, run, tmp_path, ab=str(write_json(tmp_path / "ab.json", ab)))
+    label = "world seed 5, made 2031-02-03 at commit 0123456789ab with changes"
+    assert f"Not part of this run: 8 training seeds for each tower, {label}" in html
+    assert "= +9.0 points [+7.0, +11.0], p = 0.0078" in html
+    assert "+9.0 [+7.0, +11.0]" in html
+
+
+def test_each_choice_changes_the_report(program: ModuleType, run: Path, tmp_path: Path) -> None:
+    found, html = make(program, run, tmp_path)
+    assert found["verdict"] == "above" and next(iter(found["vlm"]["base"])) == "l2c_world_vqa"
+    assert "Stage 3: projectors" in html and "Does an LLM" in html
+    turned, html = make(
+        program,
+        run,
+        tmp_path,
+        headline=["control_long", "llm2clip"],
+        headline_task="l2c_world_caption",
+        title="<b>Other & title</b>",
+        stage3={},
+        not_shown=["Nothing about 5 < 6."],
+    )
+    assert turned["verdict"] == "below" and next(iter(turned["vlm"]["base"])) == "l2c_world_caption"
+    assert "Stage 3: projectors" not in html
+    assert "<h1>&lt;b&gt;Other &amp; title&lt;/b&gt;</h1>" in html
+    assert "<li>Nothing about 5 &lt; 6.</li>" in html
+    assert "World captions" in html.split("The answer")[1].split("<section")[0]
+
+
+def test_seconds_come_from_manifests_where_the_pipeline_left_none(
+    tmp_path: Path, run: Path
+) -> None:
+    stages = {"stage2-base": str(run / "base"), "stage1": str(run / "stage1"), "none": None}
+    assert read_seconds(str(tmp_path / "absent.json"), stages) == {"stage2-base": 61.0}
+    timed = write_json(tmp_path / "seconds.json", {"all": 5})
+    assert read_seconds(str(timed), stages) == {"all": 5.0}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"headline": ["llm2clip", "other"]}, ["headline", "other"]),
+        ({"headline_task": "pope"}, ["headline_task", "pope", "l2c_world_vqa"]),
+        (
+            {"towers": {"llm2clip": "nowhere"}, "headline": ["llm2clip"] * 2},
+            ["nowhere/results.json"],
+        ),
+        ({"vlms": {"base": {"7": "x"}}}, ["base-s7", "run_lmms.py"]),
+        ({"stage1": "nowhere"}, ["nowhere/results.json", "stage1_text_encoder"]),
+        ({"tower_models": {"bse": "x"}}, ["tower_models", "bse"]),
+        ({"unknown": 1}, ["unknown"]),
+    ],
+)
+def test_what_is_missing_is_named(
+    program: ModuleType,
+    run: Path,
+    tmp_path: Path,
+    capsys: Any,
+    changes: dict[str, Any],
+    words: list[str],
+) -> None:
+    message = failure(program, run, tmp_path, capsys, **changes)
+    assert all(word in message for word in words), message
+
+
+def test_results_of_other_data_are_refused(tmp_path: Path) -> None:
+    for name, spec in (("a", "1"), ("b", "2")):
+        write_json(tmp_path / name / "t.json", {"spec_hash": spec, "limit": None})
+    with pytest.raises(ReportError, match="spec_hash differs"):
+        read_scores(tmp_path, ["a", "b"])
+    write_json(tmp_path / "b/t.json", {"spec_hash": "1", "limit": 10})
+    with pytest.raises(ReportError, match="limit differs"):
+        read_scores(tmp_path, ["a", "b"])
+    write_json(tmp_path / "b/u.json", {})
+    with pytest.raises(ReportError, match=r"a/u\.json"):
+        read_scores(tmp_path, ["a", "b"])
+
+
+def towers(first: tuple[float, float], second: tuple[float, float]) -> dict[str, Any]:
+    found = {"a": retrieval(0)["retrieval"], "b": retrieval(0)["retrieval"]}
+    for name, values in (("a", first), ("b", second)):
+        for direction, value in zip(("i2t", "t2i"), values, strict=True):
+            found[name]["long"][direction] = {"r1": value, "ci": [value - 2, value + 2]}
+    return found
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "state", "words"),
+    [
+        ((60, 61), (30, 31), "above", "Yes, in retrieval: a is above b"),
+        ((30, 31), (60, 61), "below", "No: in retrieval a is below b"),
+        ((60, 61), (59, 60), "overlapping", "Not shown"),
+        ((60, 61), (30, 60), "mixed", "apart in image → text)"),
+        ((60, 30), (30, 60), "mixed", "in one direction, below in the other"),
+        # Intervals that touch are not apart.
+        ((34, 34), (30, 30), "overlapping", "Not shown"),
+    ],
+)
+def test_verdict(first: Any, second: Any, state: str, words: str) -> None:
+    found = report.retrieval_verdict(towers(first, second), ("a", "b"))
+    assert found.state == state and words in found.sentence
+    assert f"{first[0]:.1f} % against {second[0]:.1f} %" in found.short
+
+
+def test_the_vlm_is_never_a_claim_without_the_ab() -> None:
+    alone = report.vlm_sentence("T", {"a": [70.0], "b": [60.0]}, ("a", "b"), None)
+    assert "one training each, which settles nothing" in alone and "was not run" in alone
+    several = report.vlm_sentence("T", {"a": [70.0, 80.0]}, ("a", "b"), None)
+    assert "a 75.0 %" in several and "2 trainings each" in several
+
+
+def test_ladder_takes_any_shape() -> None:
+    rung = {"title": "Oracle", "value": 93.25, "goal": ">= 90", "passed": False, "steps": 3}
+    html = report.ladder_table({"two": rung, "one": 96.0, "three": {"base": 1.0, "tower": 2.0}})
+    assert "93.2 (steps: 3)" in html and "✗ not passed" in html and "&gt;= 90" in html
+    assert "96.0" in html and "base: 1.0, tower: 2.0" in html
+
+
+def test_bars_are_as_long_as_their_values() -> None:
+    svg = charts.bar_chart({"g<1>": [Mark("x", 20.0, (10.0, 30.0)), Mark("y", 40.0)]}, "t", 100)
+    widths = [
+        float(r.get("width", 0)) for r in ElementTree.fromstring(svg).iter() if r.tag[-4:] == "rect"
+    ]
+    assert widths[1] == pytest.approx(2 * widths[0], abs=0.2)
+    assert "g&lt;1&gt;" in svg and "x: 20.0 [10.0, 30.0]" in svg and svg.count("whisker") == 1
+    dots = charts.dot_chart({"r": [Mark("x", 20.0, colour=0), Mark("y", 20.0, colour=1)]}, "t")
+    assert dots.count("<circle") == 2 and dots.count("<polygon") == 2  # legend and row
+    lines = charts.line_chart([Line("l", [1, 2, 3], [3.0, 2.0, 1.0])], "t")
+    assert lines.count("<polyline") == 1
+    assert charts.line_chart([Line("one", [5], [2.0])], "t")
+
+
+def test_forest_has_a_row_for_each_effect() -> None:
+    rows = [Effect("x", 2.0, (-1.0, 5.0), [0.0, 4.0], "p 0.5"), Effect("y", -1.0, (-2.0, 0.0))]
+    svg = charts.forest_chart(rows, "t", ("b better", "a better"))
+    assert svg.count("<polygon") == 2 and svg.count('class="seed"') == 2 and "a better" in svg
+    both = charts.standalone(charts.stacked({"One": svg, "Two": svg}))
+    root = ElementTree.fromstring(both)
+    assert len([e for e in root if e.tag.endswith("svg")]) == 2 and "--bg" in both
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 100), (-3.2, 7), (0, 0.003), (5, 5), (0.4, 4.6)])
+def test_ticks_enclose_the_range(low: float, high: float) -> None:
+    ticks = charts.nice_ticks(low, high)
+    assert ticks[0] <= low + 1e-9 and ticks[-1] >= high - 1e-9 and 2 <= len(ticks) <= 9
+
+
+def test_a_large_picture_becomes_a_small_jpeg() -> None:
+    noise = Image.fromarray(
+        np.random.default_rng(0).integers(0, 255, (600, 900, 3), dtype=np.uint8)
+    )
+    assert data_uri(noise).startswith("data:image/jpeg;base64,") and len(data_uri(noise)) < 60_000
+    assert data_uri(noise.resize((32, 32))).startswith("data:image/png;base64,")
+
+
+def test_questions_differ_in_type_and_picture(run: Path) -> None:
+    samples = {n: run / f"eval/{n}-s0/l2c_world_vqa.samples.jsonl" for n in ("llm2clip", "base")}
+    data = run / "world/seed-0/vqa_test.jsonl"
+    found = answered_questions(samples, data, 10)
+    assert len(found) == len(KINDS) and len(answered_questions(samples, data, 2)) == 2
+    for example in found:
+        assert list(example.found) == ["llm2clip", "base"]
+        assert all((text == example.expected) == right for text, right in example.found.values())
+    other = [json.loads(line) for line in samples["base"].read_text().splitlines()]
+    changed = write_lines(run / "other.jsonl", [{**s, "question": "other ?"} for s in other])
+    with pytest.raises(ReportError, match="expected the question"):
+        answered_questions({**samples, "base": changed}, data, 2)
+
+
+def test_the_caption_ranked_first_is_shown(
+    program: ModuleType, run: Path, tiny_clip: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    import torch
+
+    from llm2clip_vlm.config import ImageTextSource
+    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+    from llm2clip_vlm.data.image_text import read_image_text
+    from llm2clip_vlm.data.records import BadRecords
+    from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+    from llm2clip_vlm.models.towers import load_vision_tower
+
+    world = write_world(tmp_path / "world/seed-0")
+    records = read_image_text(ImageTextSource(path=str(world / "pairs_test.jsonl")), BadRecords(0))
+    captions = [record.captions["long"][0] for record in records]
+    tower = load_vision_tower(str(tiny_clip))
+    model = LLM2CLIPModel.from_vision_tower(
+        tower.model, text_embed_dim=8, projection_dim=8, adaptor_num_blocks=1
+    ).eval()
+    model.save_pretrained(tmp_path / "model")
+    tower.image_processor.save_pretrained(tmp_path / "model")
+    generator = torch.Generator().manual_seed(0)
+    cache = EmbeddingCache.build(
+        tmp_path / "cache", captions, lambda t: torch.randn(len(t), 8, generator=generator), {}
+    )
+    models = {"llm2clip": tmp_path / "model", "base": tiny_clip}
+    found = retrieved_captions(models, records, "long", 3, cache)
+    pixels = tower.image_processor(images=[r.open() for r in records[:3]], return_tensors="pt")
+    with torch.no_grad():
+        images = model.get_image_features(pixels["pixel_values"])
+        best = (images @ model.get_text_features(cache.lookup(captions)).T).argmax(1)
+    assert [e.found["llm2clip"][0] for e in found] == [captions[i] for i in best]
+    for number, example in enumerate(found):
+        assert example.expected == captions[number]
+        assert all(right == (text == captions[number]) for text, right in example.found.values())
+        assert example.found["base"][0] in captions
+    with pytest.raises(ReportError, match="cache"):
+        retrieved_captions(models, records, "long", 3, None)
+
+    # The whole page, and what `examples`, `cache`, `world` and `tower_models` do in it.
+    changes: dict[str, Any] = {
+        "world": {"seed": 0, "dir": str(tmp_path / "world")},
+        "cache": str(tmp_path / "cache"),
+        "tower_models": {
+            "llm2clip": str(tmp_path / "model"),
+            "base": str(tiny_clip),
+            "control_long": str(tiny_clip),
+        },
+        "examples": 2,
+    }
+    _, html = make(program, run, tmp_path, **changes)
+    assert html.count('<article class="card">') == 4 and html.count("data:image/png") == 4
+    assert "The embedded world, seed 0" in html
+    _, html = make(program, run, tmp_path, **{**changes, "examples": 0})
+    assert "<article" not in html
