@@ -144,25 +144,23 @@ def answers(facts: Facts) -> list[Example]:
 def curves(facts: Facts) -> dict[str, list[Line]]:
     """Training loss of each stage that left a `metrics.jsonl`."""
     recipe = facts.recipe
-    panels: dict[str, dict[str, tuple[str, str]]] = {
-        "Stage 1: text encoder": {"": (recipe.stage1, "")} if recipe.stage1 else {},
-        "Stage 2: vision towers": {name: (f, name) for name, f in recipe.towers.items()},
-        "Stage 3: projectors": {name: (f, name) for name, f in recipe.stage3.items()},
-        "Stage 4: instruction tuning": {
-            tower if len(seeds) == 1 else f"{tower} s{seed}": (folder, tower)
-            for tower, seeds in recipe.vlms.items()
-            for seed, folder in seeds.items()
-        },
+    panels: dict[str, list[tuple[str, str]]] = {
+        "Stage 1: text encoder": [("", recipe.stage1)] if recipe.stage1 else [],
+        "Stage 2: vision towers": list(recipe.towers.items()),
+        "Stage 3: projectors": list(recipe.stage3.items()),
+        "Stage 4: instruction tuning": [
+            (tower, folder) for tower, seeds in recipe.vlms.items() for folder in seeds.values()
+        ],
     }
     found: dict[str, list[Line]] = {}
     for panel, runs in panels.items():
-        for label, (folder, tower) in runs.items():
+        for tower, folder in runs:
             rows = read_metrics(Path(folder) / "metrics.jsonl")
             points = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
             if points:
                 steps, losses = zip(*points, strict=True)
                 colour = facts.colour(tower) if tower else 0
-                found.setdefault(panel, []).append(Line(label, steps, losses, colour))
+                found.setdefault(panel, []).append(Line(tower, steps, losses, colour))
     return found
 
 

@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import argparse
 import ast
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import ModuleType
 
 from llm2clip_vlm import __version__
+from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe_schema import did_you_mean, recipe_help
 
 STAGES = {
@@ -119,15 +118,15 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    program = _program_path("stages", _known_stage(arguments.stage))
+    program = find_program(_known_stage(arguments.stage))
     recipe = _recipe_path(arguments.recipe)
-    result: int | None = _load(program).main([str(recipe), *arguments.overrides])
+    result: int | None = load_program(program).main([str(recipe), *arguments.overrides])
     return result
 
 
 def _evaluate(command: str, words: list[str]) -> int | None:
-    program = _program_path("eval", _PROGRAMS[command])
-    result: int | None = _load(program).main(words)
+    program = find_program(_PROGRAMS[command])
+    result: int | None = load_program(program).main(words)
     return result
 
 
@@ -135,7 +134,7 @@ def _explain(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm import config
 
     stage = _known_stage(arguments.stage)
-    path = _program_path("stages", stage)
+    path = find_program(stage)
     print(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or STAGES[stage])
     for model in vars(config).values():
         fields = getattr(model, "model_fields", {})
@@ -162,16 +161,6 @@ def _known_stage(name: str) -> str:
     return name
 
 
-def _program_path(folder: str, name: str) -> Path:
-    """A program's file: beside the package in a checkout, below it in an installed wheel."""
-    below = {"stages": "stages", "eval": "eval_assets"}[folder]
-    places = (_PACKAGE.parent / folder / f"{name}.py", _PACKAGE / below / f"{name}.py")
-    for place in places:
-        if place.is_file():
-            return place
-    raise FileNotFoundError(f"no program {name}.py in {places[0].parent} or {places[1].parent}")
-
-
 def _recipe_path(given: str) -> Path:
     """The recipe itself, or the shipped one of that name when run far from a checkout."""
     path = Path(given)
@@ -180,17 +169,6 @@ def _recipe_path(given: str) -> Path:
     name = given.removeprefix("recipes/")
     shipped = (_PACKAGE.parent / "recipes" / name, _PACKAGE / "recipes" / name)
     return next((place for place in shipped if place.is_file()), path)
-
-
-def _load(path: Path) -> ModuleType:
-    """Import a program from its file (`stages` and `eval` are no packages in a checkout)."""
-    name = f"llm2clip_vlm_program_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 if __name__ == "__main__":

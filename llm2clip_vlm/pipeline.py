@@ -34,6 +34,7 @@ from llm2clip_vlm.config import (
 )
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
 from llm2clip_vlm.handoff import is_complete
+from llm2clip_vlm.programs import find_program
 from llm2clip_vlm.recipe import load_recipe
 
 RECIPES: dict[str, type[RunRecipe]] = {
@@ -69,28 +70,18 @@ class Job:
     started: float = 0.0
     seconds: float = 0.0
     log: Path = field(default=Path())
+    log_start: int = 0
 
     def command(self, root: Path) -> list[str]:
-        """The command line."""
-        program = find_program(root, self.step.program)
+        """The command line.
+
+        Raises:
+            FileNotFoundError: The program does not exist.
+        """
+        program = find_program(self.step.program, root)
         launch = self.step.launch or [sys.executable]
         recipe = [self.recipe] if self.recipe else []
         return [*launch, str(program), *recipe, *self.overrides, *self.arguments]
-
-
-def find_program(root: Path, name: str) -> Path:
-    """File of a program: in a checkout's `stages/` or `eval/`, or where the wheel has them.
-
-    Raises:
-        PipelineError: There is none of this name.
-    """
-    package = Path(__file__).parent
-    folders = (root / "stages", root / "eval", package / "stages", package / "eval_assets")
-    for folder in folders:
-        if (folder / f"{name}.py").is_file():
-            return folder / f"{name}.py"
-    known = sorted({p.stem for folder in folders for p in folder.glob("[a-z]*.py")})
-    raise PipelineError(f"program {name!r} is not there; known: {', '.join(known)}")
 
 
 def expand(recipe: PipelineRecipe) -> list[Job]:
@@ -148,12 +139,12 @@ def finished(job: Job) -> bool:
     return bool(job.step.outputs) and all(Path(path).exists() for path in job.step.outputs)
 
 
-def progress_of(log: Path) -> int | None:
-    """The last percentage of a progress bar in a log; none where there is none."""
+def progress_of(log: Path, start: int = 0) -> int | None:
+    """The last percentage of a progress bar in a log, from byte `start` on; none without a bar."""
     if not log.exists():
         return None
     with log.open("rb") as handle:
-        handle.seek(max(0, log.stat().st_size - 2000))
+        handle.seek(max(start, log.stat().st_size - 2000))
         tail = handle.read().decode("utf-8", errors="replace")
     found = _PERCENT.findall(tail)
     return int(found[-1]) if found else None
@@ -227,10 +218,9 @@ class Pipeline:
     def _start(self, job: Job) -> None:
         cores = os.cpu_count() or 1
         share = cores if job.step.all_cores else max(1, cores // self.recipe.jobs)
-        processes = 2 if job.step.launch else 1
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(max(1, share // processes)),
+            "OMP_NUM_THREADS": str(share),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join(
@@ -241,6 +231,7 @@ class Pipeline:
             [str(Path(sys.executable).parent), environment.get("PATH", "")]
         )
         job.log = self.logs / f"{job.name}.log"
+        job.log_start = job.log.stat().st_size if job.log.exists() else 0
         job.started = time.monotonic()
         with job.log.open("ab") as log:
             job.process = subprocess.Popen(
@@ -341,7 +332,8 @@ class _Display:
 
     def update(self, running: Sequence[Job]) -> None:
         for job in running:
-            self.progress.update(self.tasks[job.name], completed=progress_of(job.log) or 0)
+            self.progress.update(self.tasks[job.name], completed=progress_of(job.log, job.log_start) or 0)
         if not self.console.is_terminal and running and time.monotonic() - self.last > 30:
             self.last = time.monotonic()
-            self._line(", ".join(f"{j.name} {progress_of(j.log) or 0} %" for j in running))
+            shares = (f"{j.name} {progress_of(j.log, j.log_start) or 0} %" for j in running)
+            self._line(", ".join(shares))

@@ -27,7 +27,8 @@ from typing import Any
 
 import torch
 from pydantic import Field
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Section
@@ -107,10 +108,12 @@ def write_photos(data: Path, out: Path) -> dict[str, int]:
         for row in iter_rows(data / name / "index.jsonl"):
             part = "held_out" if row["split"] in HELD_OUT else row["split"]
             if part in parts and row["captions"]:
-                image = f"{name}/{row['image']}"
-                captions = row["captions"]
                 parts[part].append(
-                    {"id": f"{name}/{row['id']}", "image": image} | {"captions": captions}
+                    {
+                        "id": f"{name}/{row['id']}",
+                        "image": f"{name}/{row['image']}",
+                        "captions": row["captions"],
+                    }
                 )
     for part, rows in parts.items():
         write_jsonl(out / f"photos_{part}.jsonl", rows)
@@ -217,7 +220,7 @@ def write_tower(recipe: PrepareRecipe, folder: Path) -> None:
     config = CLIPVisionConfig(**recipe.vision_tower)
     CLIPVisionModel(config).save_pretrained(str(folder))
     side = int(config.image_size)
-    CLIPImageProcessor(
+    CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     ).save_pretrained(str(folder))
 

@@ -42,7 +42,7 @@ from llm2clip_vlm.training.trainers import (
 )
 
 STAGE = "stage3_projector"
-TOWER_STAGES = ("stage2b_vision_encoder", "clip_baseline")
+TOWER_STAGES = ("stage2b_vision_encoder", "clip_baseline", "ladder_tower")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -31,7 +31,7 @@ CHART_CSS = """
 .chart .rail { stroke: var(--line); stroke-dasharray: 1 4; stroke-linecap: round; }
 .chart .whisker { stroke: var(--ink); stroke-width: 1.4; fill: none; }
 .chart .halo { stroke: var(--bg); stroke-width: 4; stroke-linecap: square; opacity: .75; }
-.chart .seed { fill: none; stroke: var(--muted); opacity: .8; }
+.chart .seed { fill: var(--bg); fill-opacity: .5; stroke: var(--ink); stroke-opacity: .75; }
 .chart .line { fill: none; stroke-width: 2; stroke-linejoin: round; }
 """
 """Style of the charts; a page that shows them includes it once."""
@@ -183,7 +183,7 @@ def dot_chart(rows: Mapping[str, Sequence[Mark]], title: str) -> str:
 
 
 def line_chart(lines: Sequence[Line], title: str, x_label: str = "step") -> str:
-    """Curves over a common axis, with a legend.
+    """Curves over a common axis, with a legend where they have names; equal names share an entry.
 
     Args:
         lines: At least one point each.
@@ -210,7 +210,8 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str = "step") -> str:
         if min(xs) <= tick <= max(xs):
             parts.append(_text(x_of(tick), height - bottom + 16, f"{tick:g}", "m s", "middle"))
     parts.append(_text(width - 12, height - 4, x_label, "m s", "end"))
-    for number, line in enumerate(lines):
+    legend: list[str] = []
+    for line in lines:
         dash = _DASHES[line.colour % len(_DASHES)]
         points = " ".join(
             f"{x_of(x):.1f},{y_of(y):.1f}"
@@ -221,8 +222,9 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str = "step") -> str:
             f"<g><title>{escape(line.label)}: {line.y[0]:.3f} → {line.y[-1]:.3f}</title>"
             f'<polyline class="line" {stroke} points="{points}"/></g>'
         )
-        if len(lines) > 1 or line.label:
-            y = 18 + 16 * number
+        if line.label and line.label not in legend:
+            y = 18 + 16 * len(legend)
+            legend.append(line.label)
             parts.append(_text(width - 50, y + 4, line.label, "s", "end"))
             parts.append(f'<path class="line" {stroke} d="M{width - 44} {y}h30"/>')
     return _svg(height, title, parts, width)

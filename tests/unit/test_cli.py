@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import llm2clip_vlm
-from llm2clip_vlm import cli
+from llm2clip_vlm import cli, programs
 from llm2clip_vlm.preflight import doctor
 
 
@@ -32,6 +32,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 ''')
         )
     monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "llm2clip_vlm")
+    monkeypatch.setattr(programs, "_PACKAGE", tmp_path / "llm2clip_vlm")
     return tmp_path
 
 
@@ -76,7 +77,7 @@ def test_a_stage_that_is_not_there_is_named(
     checkout: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert cli.main(["train", "stage4_instruction", "r.yaml"]) == 2
-    assert "no program stage4_instruction.py" in capsys.readouterr().err
+    assert "no program `stage4_instruction`" in capsys.readouterr().err
 
 
 def test_a_shipped_recipe_is_found_from_anywhere(

@@ -249,6 +249,8 @@ def test_bars_are_as_long_as_their_values() -> None:
     lines = charts.line_chart([Line("l", [1, 2, 3], [3.0, 2.0, 1.0])], "t")
     assert lines.count("<polyline") == 1
     assert charts.line_chart([Line("one", [5], [2.0])], "t")
+    seeds = [Line("same", [1, 2], [3.0, y]) for y in (1.0, 2.0)]
+    assert charts.line_chart(seeds, "t").count(">same<") == 1  # one entry of the legend
 
 
 def test_forest_has_a_row_for_each_effect() -> None:
