@@ -191,6 +191,7 @@ class Pipeline:
                             display.started(job)
                     for job in self._ended():
                         seconds[job.name] = job.seconds
+                        self._write({job.name: job.seconds})
                         display.ended(job)
                     display.update(self.running)
                     if self.running:
@@ -198,8 +199,14 @@ class Pipeline:
         finally:
             signal.signal(signal.SIGTERM, previous)
             self._stop_all()
-        self._write(seconds)
         return seconds
+
+    def last_words(self) -> str:
+        """The last line of the last job's log: what the whole pipeline has to say."""
+        log = self.logs / f"{self.jobs[-1].name}.log"
+        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+        spoken = [line.rsplit("\r", 1)[-1].strip() for line in lines if line.strip()]
+        return spoken[-1] if spoken else ""
 
     def _ready(self) -> Iterator[Job]:
         waiting = [

@@ -23,11 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     started = time.monotonic()
     path, *overrides = sys.argv[1:] if argv is None else argv
     recipe = load_recipe(path, PipelineRecipe, overrides)
+    pipeline = Pipeline(recipe)
     try:
-        Pipeline(recipe).run()
+        pipeline.run()
     except KeyboardInterrupt:
         raise SystemExit("pipeline: stopped; the same command goes on from here") from None
     print(f"pipeline: all steps of {path} are finished ({time.monotonic() - started:.0f} s)")
+    print(pipeline.last_words())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,204 @@
+"""What the README and the docs say is there: links, programs, recipes, flags, make targets."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_vlm import cli
+from llm2clip_vlm.config import RunRecipe
+from llm2clip_vlm.config_eval import PipelineRecipe
+from llm2clip_vlm.pipeline import RECIPES
+from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.training.arguments import check_trainer_keys
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "recipes" / "demo" / "base" / "models" / "README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+MODELS: dict[str, Any] = {**RECIPES, "pipeline": PipelineRecipe}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
+NAMED = re.compile(r"`((?:stages|recipes|eval|docs|tests|llm2clip_vlm)/[\w./-]*)`")
+
+
+def commands(text: str) -> Iterator[str]:
+    """Command lines of the shell blocks, continued lines joined, comments and `&&` taken apart."""
+    for language, body in FENCE.findall(text):
+        if language not in ("bash", "sh", "shell"):
+            continue
+        for line in body.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            while words:
+                end = words.index("&&") if "&&" in words else len(words)
+                yield shlex.join(words[:end])
+                words = words[end + 1 :]
+
+
+COMMANDS = [(page, c) for page in PAGES for c in commands(page.read_text(encoding="utf-8"))]
+
+
+@pytest.fixture(autouse=True)
+def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def check_recipe(program: str, words: list[str]) -> None:
+    """A recipe with its overrides loads with the program's model."""
+    recipe = load_recipe(words[0], MODELS[program], words[1:])
+    if isinstance(recipe, RunRecipe):
+        check_trainer_keys(recipe.trainer)
+
+
+def check_make(words: list[str]) -> None:
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert set(words) <= set(targets)
+
+
+def check_python(words: list[str]) -> None:
+    program = Path(words[0])
+    assert program.is_file()
+    if program.stem in MODELS:
+        check_recipe(program.stem, words[1:])
+
+
+def check_accelerate(words: list[str]) -> None:
+    from accelerate.commands.launch import launch_command_parser
+
+    assert words[0] == "launch"
+    arguments = launch_command_parser().parse_args(words[1:])
+    assert Path(arguments.config_file).is_file()
+    rest = arguments.training_script_args
+    if arguments.module:
+        assert arguments.training_script == "llm2clip_vlm.cli"
+        check_cli(rest)
+        return
+    check_python([arguments.training_script, *rest])
+
+
+def check_cli(words: list[str]) -> None:
+    if words[0] == "eval":
+        check_eval(words[1:])
+        return
+    if words[0] == "compare":
+        assert len(words) == 3
+        return
+    arguments = cli._parser().parse_args(words)
+    if words[0] == "train":
+        check_recipe(arguments.stage, [arguments.recipe, *arguments.overrides])
+
+
+def check_eval(words: list[str]) -> None:
+    """The runner takes the line up to where it would start."""
+    from llm2clip_vlm.evaluation import lmms_runner
+
+    asked: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lmms_runner, "run_suite", lambda *args, **more: asked.append(args) or {})
+        assert cli.main(["eval", *words]) == 0
+    suite, checkpoints, _, _ = asked[0]
+    assert suite.tasks
+    assert checkpoints
+
+
+CHECKS = {
+    "accelerate": check_accelerate,
+    "llm2clip-vlm": check_cli,
+    "make": check_make,
+    "python": check_python,
+}
+FREE = {"pip", "hf", "git"}
+"""Programs of others."""
+
+
+def test_the_readme_is_short_and_says_what_it_must() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 200
+    for needed in (
+        "<!-- results -->",
+        "<!-- /results -->",
+        "docs/results/ab.svg",
+        "make demo",
+        "make test",
+        "make ab",
+        "openai/clip-vit-large-patch14-336",
+        "meta-llama/Llama-3.2-1B",
+        "Vicuna",
+        "Qwen",
+        "--num_processes 8",
+        "--num_machines",
+        "never",
+        "llm2clip-vlm doctor",
+        "recipes/check/real_weights.yaml",
+    ):
+        assert needed in text, f"the README does not have {needed!r}"
+
+
+def test_there_are_commands_to_check() -> None:
+    readme = [c.split()[0] for page, c in COMMANDS if page.name == "README.md"]
+    assert set(CHECKS) <= set(readme)
+
+
+@pytest.mark.parametrize(
+    ("page", "command"), COMMANDS, ids=[f"{p.stem}-{i}" for i, (p, _) in enumerate(COMMANDS)]
+)
+def test_a_command_is_one_that_exists(page: Path, command: str) -> None:
+    program, *words = shlex.split(command)
+    assert program in CHECKS or program in FREE, f"{page.name}: {command}"
+    if program in CHECKS:
+        CHECKS[program](words)
+
+
+@pytest.mark.parametrize("wrong", [
+    "make dmeo",
+    "python stages/stage9.py recipes/llava15/stage3.yaml",
+    "llm2clip-vlm train stage3_projector recipes/llava15/stage3.yaml vlm.tower=x",
+    "accelerate launch --config_fiel recipes/accelerate/zero3.yaml stages/pipeline.py",
+    "llm2clip-vlm eval --suit eval/suites/world.yaml --checkpoint a=b --output c",
+])  # fmt: skip
+def test_a_wrong_command_is_noticed(wrong: str) -> None:
+    program, *words = shlex.split(wrong)
+    with pytest.raises((AssertionError, ValueError, SystemExit)):
+        CHECKS[program](words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for target in LINK.findall(text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        assert not path or (page.parent / path).exists(), f"{page.name}: {target}"
+        assert not anchor or anchor in anchors(page if not path else page.parent / path)
+
+
+def anchors(page: Path) -> set[str]:
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for named in NAMED.findall(text):
+        assert (ROOT / named).exists(), f"{page.name} names {named}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_pages_name_no_path_of_a_machine(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert not re.search(r"(?<![\w.])/(?:work|home|root|tmp)/", text)
+
+
+def test_every_shipped_folder_of_recipes_is_in_the_readme() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for folder in (ROOT / "recipes").iterdir():
+        assert not folder.is_dir() or f"{folder.name}/" in text, folder.name

@@ -1,0 +1,314 @@
+"""Pipelines: order, skipping, failing, stopping and going on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_vlm.config import Stage2aRecipe
+from llm2clip_vlm.config_eval import PipelineRecipe
+from llm2clip_vlm.handoff import write_manifest
+from llm2clip_vlm.pipeline import Pipeline, PipelineError, expand, finished, progress_of
+from llm2clip_vlm.recipe import load_recipe
+
+WORK = """
+import os, sys, time
+from pathlib import Path
+name, output, *rest = sys.argv[1:]
+with open("order.txt", "a") as handle:
+    handle.write(name + "\\n")
+print("threads", os.environ["OMP_NUM_THREADS"])
+print(" 40%|####      |", flush=True)
+if "fail" in rest:
+    print("the reason\\r 99%|###", flush=True)
+    sys.exit(3)
+if "wait" in rest and not Path("go").exists():
+    Path("pid").write_text(str(os.getpid()))
+    time.sleep(60)
+if "count" in rest:
+    Path(name + ".start").touch()
+    at_once = len(list(Path(".").glob("*.start"))) - len(list(Path(".").glob("*.end")))
+    Path(name + ".saw").write_text(str(at_once))
+    time.sleep(0.6)
+    Path(name + ".end").touch()
+Path(output).write_text(name)
+"""
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with one program, `work`: NAME OUTPUT [fail | wait | count]."""
+    (tmp_path / "stages").mkdir()
+    (tmp_path / "stages" / "work.py").write_text(textwrap.dedent(WORK))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pipeline(*steps: dict[str, Any], **more: Any) -> PipelineRecipe:
+    return PipelineRecipe.model_validate({"output_dir": "runs", "steps": list(steps), **more})
+
+
+def step(name: str, *words: str, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "program": "work",
+        "arguments": [name, f"{name}.out", *words],
+        "outputs": [f"{name}.out"],
+        **more,
+    }
+
+
+def order(root: Path) -> list[str]:
+    return (root / "order.txt").read_text().split()
+
+
+# --- expanding ----------------------------------------------------------------------------------
+
+
+def test_for_each_makes_a_step_of_every_combination() -> None:
+    jobs = expand(
+        pipeline(
+            {
+                "name": "{tower}-s{seed}",
+                "program": "work",
+                "recipe": "recipes/{tower}.yaml",
+                "for_each": {"seed": [0, 1], "tower": ["a", "b"]},
+                "overrides": {"seed": "{seed}", "out": "runs/{tower}"},
+                "arguments": ["--name={tower}"],
+            },
+        )
+    )
+    assert [job.name for job in jobs] == ["a-s0", "b-s0", "a-s1", "b-s1"]
+    assert jobs[1].recipe == "recipes/b.yaml"
+    assert jobs[1].overrides == ["seed=0", "out=runs/b"]
+    assert jobs[1].arguments == ["--name=b"]
+
+
+def test_braces_that_are_no_variable_stay() -> None:
+    (job,) = expand(pipeline({"name": "x", "program": "work", "overrides": {"a": "[{p: 1}]"}}))
+    assert job.overrides == ["a=[{p: 1}]"]
+
+
+def test_needs_take_variables_and_stars() -> None:
+    jobs = expand(
+        pipeline(
+            step("t{seed}", for_each={"seed": [0, 1]}),
+            step("u{seed}", needs=["t{seed}"], for_each={"seed": [0, 1]}),
+            step("all", needs=["t*", "u1"]),
+        )
+    )
+    needs = {job.name: job.needs for job in jobs}
+    assert needs == {"t0": [], "t1": [], "u0": ["t0"], "u1": ["t1"], "all": ["t0", "t1", "u1"]}
+
+
+def test_the_world_goes_to_steps_with_a_recipe_only() -> None:
+    with_recipe, without = expand(
+        pipeline(
+            {"name": "a", "program": "work", "recipe": "r.yaml"},
+            {"name": "b", "program": "work"},
+            world={"seed": 7, "dir": "w"},
+        )
+    )
+    assert with_recipe.overrides == ["world.seed=7", "world.dir=w"]
+    assert without.overrides == []
+
+
+def test_a_need_that_is_no_step_is_refused() -> None:
+    with pytest.raises(PipelineError, match="step 'b' needs 'x', which is no step"):
+        expand(pipeline(step("a"), step("b", needs=["x"])))
+
+
+def test_a_name_that_stands_twice_is_refused() -> None:
+    with pytest.raises(PipelineError, match="step 'a' stands twice"):
+        expand(pipeline(step("a", for_each={"seed": [0, 1]})))
+
+
+def test_the_command_line_is_launcher_program_recipe_overrides_arguments(root: Path) -> None:
+    (job,) = expand(
+        pipeline(
+            {
+                "name": "a",
+                "program": "work",
+                "recipe": "r.yaml",
+                "launch": ["accelerate", "launch"],
+                "overrides": {"k": 1},
+                "arguments": ["--flag"],
+            }
+        )
+    )
+    program = str(root / "stages" / "work.py")
+    assert job.command(root) == ["accelerate", "launch", program, "r.yaml", "k=1", "--flag"]
+
+
+def test_a_program_that_is_not_there_is_named(root: Path) -> None:
+    (job,) = expand(pipeline({"name": "a", "program": "stage9", "outputs": []}))
+    with pytest.raises((ValueError, FileNotFoundError), match=r"stage9.*work"):
+        job.command(root)
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+def test_steps_run_after_what_they_need(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = pipeline(step("c", needs=["b"]), step("b", needs=["a"]), step("a"))
+    seconds = Pipeline(recipe, root).run()
+    assert order(root) == ["a", "b", "c"]
+    assert set(seconds) == {"a", "b", "c"}
+    assert set(json.loads((root / "runs" / "seconds.json").read_text())) == {"a", "b", "c"}
+    assert "[3/3] c: done in" in capsys.readouterr().out
+    assert " 40%" in (root / "runs" / "logs" / "a.log").read_text()
+
+
+def test_what_is_finished_is_skipped(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = pipeline(step("a"), step("b", needs=["a"]))
+    Pipeline(recipe, root).run()
+    before = json.loads((root / "runs" / "seconds.json").read_text())
+    assert Pipeline(recipe, root).run() == {}
+    assert order(root) == ["a", "b"]
+    assert "b: finished before, skipped" in capsys.readouterr().out
+    assert json.loads((root / "runs" / "seconds.json").read_text()) == before
+
+
+def test_what_needs_a_fresh_step_is_run_again(root: Path) -> None:
+    recipe = pipeline(step("a"), step("b", needs=["a"]), step("c"))
+    Pipeline(recipe, root).run()
+    (root / "a.out").unlink()
+    assert set(Pipeline(recipe, root).run()) == {"a", "b"}
+
+
+def test_a_step_without_outputs_runs_each_time(root: Path) -> None:
+    recipe = pipeline(step("a", outputs=[]))
+    Pipeline(recipe, root).run()
+    Pipeline(recipe, root).run()
+    assert order(root) == ["a", "a"]
+
+
+def test_a_failing_step_stops_the_pipeline_and_shows_its_log(root: Path) -> None:
+    recipe = pipeline(step("a"), step("b", "fail", needs=["a"]), step("c", needs=["b"]), jobs=1)
+    with pytest.raises(PipelineError, match=r"step 'b' ended with exit code 3") as error:
+        Pipeline(recipe, root).run()
+    assert "the end of runs/logs/b.log" in str(error.value)
+    assert order(root) == ["a", "b"]
+    recipe.steps[1].arguments.remove("fail")
+    assert set(Pipeline(recipe, root).run()) == {"b", "c"}, "a is not run again"
+
+
+@pytest.mark.parametrize(
+    ("jobs", "all_cores", "expected"), [(2, False, 2), (1, False, 1), (2, True, 1)]
+)
+def test_jobs_at_a_time(root: Path, jobs: int, all_cores: bool, expected: int) -> None:
+    steps = [step(name, "count", all_cores=all_cores) for name in ("a", "b")]
+    Pipeline(pipeline(*steps, jobs=jobs), root).run()
+    assert max(int(path.read_text()) for path in root.glob("*.saw")) == expected
+
+
+def test_threads_are_shared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    recipe = pipeline(step("a", all_cores=True), step("b", needs=["a"]), jobs=4)
+    Pipeline(recipe, root).run()
+    threads = {
+        name: (root / "runs" / "logs" / f"{name}.log").read_text().split()[1] for name in "ab"
+    }
+    assert threads == {"a": "8", "b": "2"}
+
+
+def test_progress_is_the_last_percentage_of_this_run(tmp_path: Path) -> None:
+    log = tmp_path / "a.log"
+    assert progress_of(log) is None
+    log.write_text(" 10%|#  |\r 70%|### |")
+    assert progress_of(log) == 70
+    start = log.stat().st_size
+    assert progress_of(log, start) is None
+    with log.open("a") as handle:
+        handle.write("\r 20%|##")
+    assert progress_of(log, start) == 20
+
+
+# --- finished, by manifest ----------------------------------------------------------------------
+
+
+def test_a_stage_is_finished_by_its_manifest(tmp_path: Path) -> None:
+    (tmp_path / "captions.jsonl").write_text('{"captions": ["a"]}\n')
+    path = tmp_path / "stage2a.yaml"
+    path.write_text(
+        f"output_dir: {tmp_path}/out\ntext_encoder: some/encoder\n"
+        f"sources:\n  - path: {tmp_path}/captions.jsonl\n"
+    )
+
+    def job(**overrides: Any) -> Any:
+        given = {"name": "a", "program": "stage2a_cache_text", "recipe": str(path)}
+        return expand(pipeline({**given, "overrides": overrides}))[0]
+
+    assert not finished(job())
+    write_manifest(
+        tmp_path / "out",
+        stage="stage2a_cache_text",
+        recipe=load_recipe(path, Stage2aRecipe),
+        parents={"source": str(tmp_path / "captions.jsonl")},
+        fingerprints={},
+        seconds=1.0,
+    )
+    assert finished(job())
+    assert finished(job(notes="another text")), "notes change nothing"
+    assert not finished(job(batch_tokens=7)), "another recipe"
+    (tmp_path / "captions.jsonl").write_text('{"captions": ["b"]}\n')
+    assert not finished(job()), "another parent"
+
+
+# --- stopping -----------------------------------------------------------------------------------
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_stopped_pipeline_stops_its_steps_and_goes_on(root: Path, repo_root: Path) -> None:
+    recipe = {
+        "output_dir": "runs",
+        "steps": [step("a"), step("b", "wait", needs=["a"]), step("c", needs=["b"])],
+    }
+    (root / "recipe.yaml").write_text(json.dumps(recipe))
+    command = [sys.executable, str(repo_root / "stages" / "pipeline.py"), "recipe.yaml"]
+    environment = {**os.environ, "PYTHONPATH": str(repo_root)}
+
+    running = subprocess.Popen(
+        command,
+        cwd=root,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not (root / "pid").exists() and time.monotonic() < deadline:
+        assert running.poll() is None, running.communicate()
+        time.sleep(0.1)
+    time.sleep(0.2)  # until the number is written
+    child = int((root / "pid").read_text())
+    running.send_signal(signal.SIGTERM)
+    _, errors = running.communicate(timeout=60)
+    assert running.returncode != 0
+    assert "stopped; the same command goes on from here" in errors
+    assert not alive(child)
+    assert order(root) == ["a", "b"]
+
+    (root / "go").touch()
+    again = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert again.returncode == 0, again.stderr
+    assert "a: finished before, skipped" in again.stdout
+    assert order(root) == ["a", "b", "b", "c"]
