@@ -204,7 +204,9 @@ class Pipeline:
     def last_words(self) -> str:
         """The last line of the last job's log: what the whole pipeline has to say."""
         log = self.logs / f"{self.jobs[-1].name}.log"
-        lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+        lines = (
+            log.read_text(encoding="utf-8", errors="replace").split("\n") if log.exists() else []
+        )
         spoken = [line.rsplit("\r", 1)[-1].strip() for line in lines if line.strip()]
         return spoken[-1] if spoken else ""
 
@@ -339,7 +341,9 @@ class _Display:
 
     def update(self, running: Sequence[Job]) -> None:
         for job in running:
-            self.progress.update(self.tasks[job.name], completed=progress_of(job.log, job.log_start) or 0)
+            self.progress.update(
+                self.tasks[job.name], completed=progress_of(job.log, job.log_start) or 0
+            )
         if not self.console.is_terminal and running and time.monotonic() - self.last > 30:
             self.last = time.monotonic()
             shares = (f"{j.name} {progress_of(j.log, j.log_start) or 0} %" for j in running)
