@@ -26,6 +26,8 @@ class LmmsTask(Section):
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the task's own YAML (`{lmms_eval_specific_kwargs: {default: {ocr: true}}}`);
     `null` removes a key (`{process_docs: null}`)."""
+    max_empty: float | None = Field(default=None, ge=0, le=1)
+    """Share of empty answers above which no score is written; none = the suite's."""
 
 
 class SuiteRecipe(Section):

@@ -154,12 +154,11 @@ def write_photo_vqa(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str,
             kept |= {"type": kind or row["type"]}
             if split[row["image"]] in HELD_OUT:
                 test.append({**kept, "image": f"photos/{row['image']}"})
-                photo = resolve_image(source, row["image"])
-                target = out / "photos" / row["image"]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(photo, target)
             elif split[row["image"]] == row["split"] == "train":
                 train.append({**kept, "image": f"coco_mini/{row['image']}"})
+    for name in {row["image"] for row in test}:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(resolve_image(source, name.removeprefix("photos/")), out / name)
     conversations = to_conversations(train, recipe)
     write_json(out / "photo_vqa_train.json", conversations)
     write_jsonl(out / "photo_vqa_test.jsonl", test)

@@ -170,7 +170,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         )
     folder = task_yaml(task.task, tasks_dir).parent
     parts = {
-        "task": task.model_dump(mode="json", exclude={"data_files", "title"}),
+        "task": task.model_dump(mode="json", exclude={"data_files", "title", "max_empty"}),
         "limit": limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),

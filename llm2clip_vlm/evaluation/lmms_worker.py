@@ -154,7 +154,7 @@ def score(
     documents = len(task.eval_docs)
     counts = summarise(samples)
     counts["n_errors"] = min(limit or documents, documents) - counts["n"]
-    _refuse(job, counts, suite.max_empty)
+    _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
     split = task.config.test_split or task.config.validation_split
     result = {
         "schema": RESULT_SCHEMA,

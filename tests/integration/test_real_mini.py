@@ -196,7 +196,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         program().find_data(str(tmp_path))
 
 
-def test_questions_are_shared_out(tmp_path: Path) -> None:
+def test_questions_are_shared_out() -> None:
     module = program()
     asked = [{"image": "a.png", "question": f"q{i}", "answer": i} for i in range(5)]
     recipe = module.PrepareRecipe(output_dir="x", turns_per_conversation=2, vision_tower={})

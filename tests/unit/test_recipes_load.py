@@ -71,7 +71,9 @@ def model_of(program: str) -> type[BaseModel]:
 
 
 def program_of(path: Path) -> str:
-    """The program that a file's launch line names."""
+    """The program that reads a file: lmms-eval's runner, or the first that its comment names."""
+    if path.is_relative_to(ROOT / "eval" / "suites"):
+        return "run_lmms"
     found = PROGRAM.findall(header(path))
     assert found, f"{name(path)}: the opening comment has no launch line with a program"
     return str(found[0])
