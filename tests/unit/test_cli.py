@@ -177,15 +177,12 @@ def test_doctor_checks_the_hub_folder(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_starting_the_command_and_the_package_is_light() -> None:
     code = """
-        import sys, time
-        started = time.perf_counter()
+        import sys
         import llm2clip_vlm
-        seconds = time.perf_counter() - started
         assert "pydantic" not in sys.modules
         import llm2clip_vlm.cli, llm2clip_vlm.config
         heavy = {"torch", "transformers", "numpy", "peft", "deepspeed", "lmms_eval"}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
-        print(seconds)
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
@@ -195,7 +192,6 @@ def test_starting_the_command_and_the_package_is_light() -> None:
         cwd=Path(__file__).resolve().parents[2],
     )
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) < 0.05
 
 
 def test_public_names_are_lazy_and_complete() -> None:

@@ -47,7 +47,7 @@ def test_the_oracle_tower_reads_what_the_picture_spells(ladder_tower, tmp_path):
         image = ladder_tower.Image.open(tmp_path / f"out/data/images/vqa_test/{index:05d}.png")
         pixels = tower.image_processor(images=image, return_tensors="pt")["pixel_values"]
         with torch.no_grad():
-            hidden = tower.model(pixel_values=pixels, output_hidden_states=True).hidden_states[0]
+            hidden = tower.model(pixel_values=pixels, output_hidden_states=True).hidden_states[1]
         for cell in range(4):
             lit = {slot for slot, value in enumerate(hidden[0, 1 + cell, :16]) if value > 0.5}
             wanted = {
