@@ -224,9 +224,11 @@ class ClipBaselineRecipe(RunRecipe):
     text_window_tokens: int | None = Field(default=None, ge=4)
     """Lengthen the text tower to this many positions (pretrained ones kept, new ones repeat the
     last); captions beyond the window are cut, as CLIP does."""
-    learning_rates: dict[Literal["vision_model", "text_model", "projections"], float] = Field(
-        default_factory=lambda: {"vision_model": 1e-5, "text_model": 1e-5, "projections": 1e-5}
-    )
+    learning_rates: dict[Literal["vision_model", "text_model", "projections"], float] = {
+        "vision_model": 1e-5,
+        "text_model": 1e-5,
+        "projections": 1e-5,
+    }
     """One per group; `projections` includes `logit_scale`."""
     train: list[ImageTextSource]
     """As in stage 2b."""
