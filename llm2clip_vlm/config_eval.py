@@ -102,6 +102,8 @@ class PipelineRecipe(Section):
     """The programs."""
     variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
     """Values for `${variables.<name>}` in this file."""
+    frozen: dict[str, str] = Field(default_factory=dict)
+    """Files that must be these: path to SHA-256. Another file is refused before anything runs."""
 
 
 class ReportRecipe(Section):

@@ -33,6 +33,7 @@ from llm2clip_vlm.config import (
     Stage4Recipe,
 )
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
+from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.handoff import is_complete
 from llm2clip_vlm.programs import find_program
 from llm2clip_vlm.recipe import load_recipe
@@ -176,6 +177,7 @@ class Pipeline:
         Raises:
             PipelineError: A job failed; the message has the end of its log.
         """
+        self._check_frozen()
         self.logs.mkdir(parents=True, exist_ok=True)
         previous = signal.signal(signal.SIGTERM, _stop)
         seconds: dict[str, float] = {}
@@ -200,6 +202,15 @@ class Pipeline:
             signal.signal(signal.SIGTERM, previous)
             self._stop_all()
         return seconds
+
+    def _check_frozen(self) -> None:
+        for path, expected in self.recipe.frozen.items():
+            got = fingerprint_file(path) if Path(path).is_file() else "no file"
+            if got != expected:
+                raise PipelineError(
+                    f"frozen file {path}: expected SHA-256 {expected}, got {got}; restore it, or "
+                    "change `frozen` and run everything that was compared again"
+                )
 
     def last_words(self) -> str:
         """The last line of the last job's log: what the whole pipeline has to say."""

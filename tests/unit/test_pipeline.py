@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -312,3 +313,16 @@ def test_a_stopped_pipeline_stops_its_steps_and_goes_on(root: Path, repo_root: P
     assert again.returncode == 0, again.stderr
     assert "a: finished before, skipped" in again.stdout
     assert order(root) == ["a", "b", "b", "c"]
+
+
+def test_a_changed_frozen_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    frozen = tmp_path / "weights.bin"
+    frozen.write_bytes(b"as it was")
+    digest = hashlib.sha256(b"as it was").hexdigest()
+    recipe = PipelineRecipe(
+        output_dir=str(tmp_path / "out"), steps=[], frozen={str(frozen): digest}
+    )
+    assert Pipeline(recipe, tmp_path).run() == {}
+    frozen.write_bytes(b"changed")
+    with pytest.raises(PipelineError, match=r"frozen file .*weights\.bin"):
+        Pipeline(recipe, tmp_path).run()
