@@ -179,7 +179,7 @@ def train_supervised(recipe: LadderTowerRecipe, out: Path) -> None:
     trainer = Trainer(
         model,
         arguments,
-        train_dataset=rows,  # type: ignore[arg-type]
+        train_dataset=rows,
         callbacks=[MetricsJsonl(out / "metrics.jsonl")],
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
