@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -122,6 +123,11 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
                 raise PipelineError(f"step {job.name!r} needs {need!r}, which is no step")
             resolved += found
         job.needs = resolved
+    try:
+        tuple(TopologicalSorter({job.name: job.needs for job in jobs}).static_order())
+    except CycleError as error:
+        circle = " -> ".join(error.args[1])
+        raise PipelineError(f"steps need each other in a circle: {circle}") from None
     return jobs
 
 

@@ -326,3 +326,13 @@ def test_a_changed_frozen_file_is_refused_before_anything_runs(tmp_path: Path) -
     frozen.write_bytes(b"changed")
     with pytest.raises(PipelineError, match=r"frozen file .*weights\.bin"):
         Pipeline(recipe, tmp_path).run()
+
+
+def test_steps_that_need_each_other_are_refused() -> None:
+    steps = [
+        {"name": "a", "program": "x", "needs": ["b"]},
+        {"name": "b", "program": "x", "needs": ["a"]},
+    ]
+    recipe = PipelineRecipe.model_validate({"output_dir": "out", "steps": steps})
+    with pytest.raises(PipelineError, match="in a circle"):
+        expand(recipe)
