@@ -49,6 +49,29 @@ class CaptionSource(Section):
     """Take at most this many records, in file order."""
 
 
+class CaptionPairSource(CaptionSource):
+    """A file that stage 1 draws pairs of texts from."""
+
+    directed: bool = False
+    """False draws two different captions of a record. True takes `fields` for
+    `[anchor, positive]` or `[anchor, positive, negative]`, in this order: the anchor is the query,
+    the negative (may be null) a hard one."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Text before the query alone, by direction: `query column->positive column`, or `*` for any
+    other direction (`{short->long: "Retrieve a detailed caption. "}`). Not pooled."""
+
+    @model_validator(mode="after")
+    def _directed_has_its_columns(self) -> Self:
+        if self.directed and len(self.fields) not in (2, 3):
+            raise ValueError(
+                f"fields is {self.fields} and directed is true; expected [anchor, positive] or "
+                "[anchor, positive, negative]"
+            )
+        if strange := [name for name in self.prompts if name != "*" and "->" not in name]:
+            raise ValueError(f"prompts: {strange[0]!r}: expected `query->positive` or `*`")
+        return self
+
+
 class ImageTextSource(CaptionSource):
     """A file of images with captions."""
 
@@ -96,6 +119,8 @@ class LoraSection(Section):
     """Dropout on the adapter's input (released code: 0.05)."""
     target_modules: str | list[str] = "all-linear"
     """Modules to adapt, as PEFT takes them."""
+    use_dora: bool = False
+    """DoRA: magnitude and direction of each weight are adapted apart (arXiv 2402.09353)."""
 
 
 class TextEncoderSection(Section):
@@ -103,12 +128,16 @@ class TextEncoderSection(Section):
 
     language_model: str
     """Path or hub id of the decoder LLM (Llama, Qwen2/3, Mistral, Gemma)."""
-    pooling: Literal["mean", "last"] = "mean"
-    """Mean over caption tokens, or the last one."""
+    pooling: Literal["mean", "last", "eos"] = "mean"
+    """Mean over caption tokens, the last token, or an eos behind the text, added where the
+    tokenizer adds none (paper v6 table 6)."""
     max_length_tokens: int = Field(default=512, ge=2)
     """Longer captions are cut and counted. Paper v6 C.1: 512."""
     instruction: str = ""
     """Text before every caption; its tokens are left out of the mean (released code)."""
+    chat: bool = False
+    """Wrap each text in a user turn of the tokenizer's own chat template; what stands before the
+    text is not pooled (released code: Llama 3's user header)."""
     bidirectional: bool = True
     """False keeps causal attention (ablation of paper v6 table 6)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -126,15 +155,26 @@ class Stage1Recipe(RunRecipe):
     """The LLM and how its output becomes one vector."""
     lora: LoraSection | None = Field(default_factory=LoraSection)
     """Adapter on all linear layers; `null` tunes every weight."""
-    train: list[CaptionSource]
-    """Records with at least two captions of one image."""
+    load_in_4bit: bool = False
+    """QLoRA: the adapter trains on NF4 weights and is merged into those of `text_encoder.dtype`.
+    Needs bitsandbytes and `lora`."""
+    train: list[CaptionPairSource]
+    """Records with at least two captions of one image, or pairs of texts; mixed by weight."""
     evaluation: list[CaptionSource] = Field(default_factory=list)
-    """Held-out records for caption retrieval accuracy (CRA): first caption as query, second as
-    gallery, R@1."""
+    """Held-out records for caption retrieval accuracy (CRA): each record's first caption is a
+    query, all other captions are the gallery, hit@1."""
+    evaluation_steps: int | None = Field(default=None, ge=1)
+    """Measure CRA every this many steps too; none = before and after training only."""
     scale: float = Field(default=50.0, gt=0)
     """Multiplies cosine similarities (temperature 0.02, released code)."""
     symmetric: bool = True
     """Both directions; false = query to positive only (released code)."""
+
+    @model_validator(mode="after")
+    def _four_bits_have_an_adapter(self) -> Self:
+        if self.load_in_4bit and self.lora is None:
+            raise ValueError("load_in_4bit is true and lora is null; 4-bit weights cannot train")
+        return self
 
 
 class Stage2aRecipe(RunRecipe):
