@@ -21,6 +21,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.text_adaptor import TextAdaptor
 
 
@@ -226,6 +227,10 @@ class LLM2CLIPModel(PreTrainedModel):
 
 
 def register() -> None:
-    """Make `AutoConfig` and `AutoModel` know `model_type: llm2clip`; calling it twice is fine."""
-    AutoConfig.register("llm2clip", LLM2CLIPConfig, exist_ok=True)
-    AutoModel.register(LLM2CLIPConfig, LLM2CLIPModel, exist_ok=True)
+    """Make `AutoConfig` and `AutoModel` know this package's classes; calling it twice is fine."""
+    for config_class, model_class in (
+        (Eva02VisionConfig, Eva02VisionModel),
+        (LLM2CLIPConfig, LLM2CLIPModel),
+    ):
+        AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
+        AutoModel.register(config_class, model_class, exist_ok=True)

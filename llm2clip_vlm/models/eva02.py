@@ -1,0 +1,296 @@
+"""EVA02-CLIP's vision tower: a ViT with 2-D rotary positions, SwiGLU and sub-LayerNorm.
+
+Written from the published definition (EVA-02, 2303.11331; EVA-CLIP, 2303.15389); weights keep the
+published names, so that LLM2CLIP's and EVA-CLIP's checkpoints load after :func:`eva02_weights`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import can_return_tuple
+
+_TIMM_NAMES = {
+    ".mlp.fc1_g.": ".mlp.w1.",
+    ".mlp.fc1_x.": ".mlp.w2.",
+    ".mlp.fc2.": ".mlp.w3.",
+    ".mlp.norm.": ".mlp.ffn_ln.",
+    ".attn.norm.": ".attn.inner_attn_ln.",
+}
+
+
+class Eva02VisionConfig(PreTrainedConfig):
+    """Config of :class:`Eva02VisionModel`; the defaults are EVA02-CLIP-L/14-336.
+
+    Args:
+        hidden_size: Width (B/16: 768).
+        intermediate_size: Hidden width of SwiGLU, `int(width * 2.6667)` (B/16: 2048).
+        num_hidden_layers: Blocks (B/16: 12).
+        num_attention_heads: Heads of 64 (B/16: 12).
+        image_size: Side in pixels.
+        patch_size: Side of a patch in pixels.
+        num_channels: Of an image.
+        layer_norm_eps: Of every LayerNorm (the official code without apex: 1e-6).
+        rope_theta: Base of the rotary frequencies.
+        rope_grid: Grid side that rotary positions are scaled to: at any resolution the first patch
+            is at 0 and the step `rope_grid / grid` (published: 16 = 224 / 14).
+        initializer_range: Std of a model from nothing.
+    """
+
+    model_type = "eva02_clip_vision_model"
+    base_config_key = "vision_config"
+
+    hidden_size: int = 1024
+    intermediate_size: int = 2730
+    num_hidden_layers: int = 24
+    num_attention_heads: int = 16
+    image_size: int = 336
+    patch_size: int = 14
+    num_channels: int = 3
+    layer_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    rope_grid: int = 16
+    initializer_range: float = 0.02
+
+
+def rope_tables(config: Eva02VisionConfig, device: Any = None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the patches' rotary angles; half of a head turns with y, half with x.
+
+    Args:
+        config: Grid and head size are read.
+        device: Where to.
+
+    Returns:
+        Two tensors `[patches, head_dim]` in fp32.
+    """
+    head_dim = config.hidden_size // config.num_attention_heads
+    grid = config.image_size // config.patch_size
+    exponents = torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2)
+    positions = torch.arange(grid, device=device) / grid * config.rope_grid
+    angles = positions[:, None] * config.rope_theta**-exponents
+    angles = angles.repeat_interleave(2, dim=-1)
+    shape = (grid, grid, head_dim // 2)
+    both = torch.cat([angles[:, None].expand(shape), angles[None].expand(shape)], dim=-1)
+    both = both.flatten(0, 1)
+    return both.cos(), both.sin()
+
+
+def rotate(
+    x: Float[Tensor, "b heads n d"], cos: Float[Tensor, "... p d"], sin: Float[Tensor, "... p d"]
+) -> Float[Tensor, "b heads n d"]:
+    """Turn neighbouring pairs of the last p positions; those before (CLS) stay.
+
+    Args:
+        x: Queries or keys.
+        cos: As :func:`rope_tables` gives it, or one table per image `[b, 1, p, d]`.
+        sin: Likewise.
+    """
+    prefix, patches = x.split([x.shape[-2] - cos.shape[-2], cos.shape[-2]], dim=-2)
+    pairs = patches.unflatten(-1, (-1, 2))
+    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    return torch.cat([prefix, patches * cos + turned * sin], dim=-2)
+
+
+class Eva02Attention(nn.Module):
+    """Self-attention with q and v biases, no k bias, and a LayerNorm before the output."""
+
+    def __init__(self, config: Eva02VisionConfig) -> None:
+        super().__init__()
+        width = config.hidden_size
+        self.num_heads = config.num_attention_heads
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width, bias=False)
+        self.v_proj = nn.Linear(width, width)
+        self.inner_attn_ln = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Args: x: `[b, n, d]`; position_embeddings: cosine and sine. Returns: `[b, n, d]`."""
+        q, k, v = (
+            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = position_embeddings
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        out: Tensor = self.proj(self.inner_attn_ln(attended))
+        return out
+
+
+class Eva02Mlp(nn.Module):
+    """SwiGLU with a LayerNorm before the output: `W3 LN(silu(W1 x) * W2 x)`."""
+
+    def __init__(self, config: Eva02VisionConfig) -> None:
+        super().__init__()
+        width, hidden = config.hidden_size, config.intermediate_size
+        self.w1 = nn.Linear(width, hidden)
+        self.w2 = nn.Linear(width, hidden)
+        self.ffn_ln = nn.LayerNorm(hidden, eps=config.layer_norm_eps)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Args: x: `[b, n, d]`. Returns: `[b, n, d]`."""
+        out: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
+        return out
+
+
+class Eva02Block(GradientCheckpointingLayer):
+    """Pre-norm attention and MLP, both residual."""
+
+    def __init__(self, config: Eva02VisionConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.attn = Eva02Attention(config)
+        self.norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = Eva02Mlp(config)
+
+    def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """Args: x: `[b, n, d]`; position_embeddings: cosine and sine. Returns: `[b, n, d]`."""
+        x = x + self.attn(self.norm1(x), position_embeddings)
+        out: Tensor = x + self.mlp(self.norm2(x))
+        return out
+
+
+class Eva02Blocks(nn.ModuleList):
+    """The blocks; calling them gives the input and every block's output."""
+
+    def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        """Args: x: `[b, n, d]`; position_embeddings: cosine and sine. Returns: n + 1 states."""
+        states = [x]
+        for block in self:
+            states.append(block(states[-1], position_embeddings))
+        return tuple(states)
+
+
+class Eva02PatchEmbed(nn.Module):
+    """Convolution over patches."""
+
+    def __init__(self, config: Eva02VisionConfig) -> None:
+        super().__init__()
+        size = config.patch_size
+        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Args: pixel_values: `[b, 3, h, w]`. Returns: `[b, patches, d]`."""
+        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+
+
+class Eva02VisionModel(PreTrainedModel):
+    """EVA02-CLIP's vision tower without its projection.
+
+    `pooler_output` is the CLS token after the last LayerNorm, `hidden_states` are not normed.
+
+    Args:
+        config: Sizes.
+
+    Paper: EVA-02 (2303.11331) section 2.1; EVA-CLIP (2303.15389) table 2.
+    """
+
+    config_class = Eva02VisionConfig
+    main_input_name = "pixel_values"
+    base_model_prefix = "vision_tower"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["Eva02Block"]
+    _supports_sdpa = True
+
+    def __init__(self, config: Eva02VisionConfig) -> None:
+        super().__init__(config)
+        patches = (config.image_size // config.patch_size) ** 2
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, config.hidden_size))
+        self.patch_embed = Eva02PatchEmbed(config)
+        self.blocks = Eva02Blocks(Eva02Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Truncated normal weights and positions, zero biases."""
+        super()._init_weights(module)
+        if module is self:
+            for parameter in (self.cls_token, self.pos_embed):
+                init.trunc_normal_(parameter, std=self.config.initializer_range)
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Float[Tensor, "b 3 h w"],
+        output_hidden_states: bool | int | list[int] | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: Images of the config's size.
+            output_hidden_states: Also return the embeddings and every block's output. LLaVA asks
+                with the layers that it wants, 0 among them; all are returned.
+            kwargs: Not used; transformers passes options of other models.
+
+        Raises:
+            ValueError: Images of another size.
+        """
+        size = self.config.image_size
+        if tuple(pixel_values.shape[-2:]) != (size, size):
+            raise ValueError(
+                f"expected images of {size} x {size} px, got {tuple(pixel_values.shape[-2:])}; load"
+                " the tower for another resolution with load_vision_tower(..., image_size_px=...)"
+            )
+        patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
+        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        x = x + self.pos_embed
+        cos, sin = rope_tables(self.config, x.device)
+        states = self.blocks(x, position_embeddings=(cos.to(x.dtype), sin.to(x.dtype)))
+        last = self.norm(states[-1])
+        wanted = output_hidden_states is not None and output_hidden_states is not False
+        return BaseModelOutputWithPooling(
+            last_hidden_state=last,
+            pooler_output=last[:, 0],
+            hidden_states=states if wanted else None,
+        )
+
+
+def eva02_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under any published naming, under ours.
+
+    EVA-CLIP keeps q and v biases as `attn.q_bias`/`attn.v_bias` and may fuse `attn.qkv`; LLM2CLIP's
+    files have a `visual.` prefix and `q_proj.bias`; timm calls the norms and the MLP differently.
+    Rotary tables (computed here) and the projection `head` (no part of the tower) are left out, and
+    so is everything outside `visual.` where there is such a prefix.
+
+    Args:
+        weights: Names to tensors.
+
+    Returns:
+        What `Eva02VisionModel.load_state_dict` takes.
+    """
+    if any(name.startswith("visual.") for name in weights):
+        inside = {n: t for n, t in weights.items() if n.startswith("visual.")}
+        weights = {name.removeprefix("visual."): tensor for name, tensor in inside.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in weights.items():
+        if "rope." in name or name.startswith("head."):
+            continue
+        for theirs, ours in _TIMM_NAMES.items():
+            name = name.replace(theirs, ours)  # noqa: PLW2901
+        if fused := re.fullmatch(r"(.*\.attn\.)qkv\.(weight|bias)", name):
+            q, k, v = tensor.chunk(3)
+            found[f"{fused[1]}q_proj.{fused[2]}"] = q
+            found[f"{fused[1]}v_proj.{fused[2]}"] = v
+            if fused[2] == "weight":
+                found[f"{fused[1]}k_proj.weight"] = k
+            elif k.any():
+                raise ValueError(f"{name}: the k part is not zero; EVA02-CLIP has no k bias")
+            continue
+        found[re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)] = tensor
+    return found
