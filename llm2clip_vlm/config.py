@@ -30,10 +30,11 @@ class WorldConfig(Section):
 
 
 class CaptionSource(Section):
-    """A file of texts: `.jsonl`, `.json`, `.jsonl.gz`, `.csv` or `.parquet`."""
+    """A file of texts: `.jsonl`, `.json`, `.jsonl.gz`, `.csv`, `.parquet` or a webdataset `.tar`
+    (its JSON members)."""
 
     path: str
-    """File with one record a row."""
+    """File with one record a row; `*` and `?` name several (`shards/*.tar`)."""
     fields: list[str] = Field(default_factory=lambda: ["captions"])
     """Columns that hold captions of the same image; a list-valued column adds all its items, a
     mapping-valued one all its values."""
@@ -72,15 +73,28 @@ class CaptionPairSource(CaptionSource):
         return self
 
 
+class AugmentationSection(Section):
+    """What training pictures go through, drawn anew each epoch from the seed and the record's key."""
+
+    crop_scale_min: float = Field(default=1.0, gt=0, le=1)
+    """Random crop of at least this share of the picture's area, sides 3:4 to 4:3, resized to the
+    tower's square (released code: 0.9); 1 = no random crop."""
+    horizontal_flip: bool = False
+    """Mirror half of the pictures. Leave it off where captions speak of left and right."""
+
+
 class ImageTextSource(CaptionSource):
-    """A file of images with captions."""
+    """Images with captions: one of the files above, COCO's or Karpathy's `.json`, `.parquet` or
+    `.arrow` with image bytes, or `.tar` shards; `path` may be a pattern (`cc3m/*.tar`)."""
 
     image_root: str | None = None
     """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
     image_field: str = "image"
     """Column with the image path."""
     id_field: str = "id"
-    """Column with the record's key, unique in the file."""
+    """Column with the record's key, unique in the file (`.tar`: the sample's key)."""
+    index_dir: str | None = None
+    """Folder of the index that larger sources get once; none = `.llm2clip-index` beside the data."""
 
 
 class RunRecipe(Section):
@@ -238,6 +252,13 @@ class Stage2bRecipe(RunRecipe):
     caption_weights: dict[str, float] = Field(default_factory=dict)
     """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
     empty = uniform over all captions."""
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    """Random crop and mirroring; off by default. Pictures are then decoded each time."""
+    image_decoding: Literal["fast", "exact"] = "fast"
+    """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
+    quarter of their size (about 50 dB from `exact`), `exact` is the image processor to the bit."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of bad records at which the run stops, where that is more than `max_bad_records`."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """Held-out images for retrieval, each caption key apart."""
 
@@ -273,6 +294,12 @@ class ClipBaselineRecipe(RunRecipe):
     train: list[ImageTextSource]
     """As in stage 2b."""
     caption_weights: dict[str, float] = Field(default_factory=dict)
+    """As in stage 2b."""
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    """As in stage 2b."""
+    image_decoding: Literal["fast", "exact"] = "fast"
+    """As in stage 2b."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
     """As in stage 2b."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """As in stage 2b."""
