@@ -7,7 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm.losses import caption_contrastive_loss, contrastive_loss
+from llm2clip_vlm.losses import (
+    caption_contrastive_loss,
+    contrastive_loss,
+    cosine_loss,
+    sigmoid_loss,
+)
 
 
 def embeds(seed: int, rows: int = 6, width: int = 5, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -120,3 +125,138 @@ def test_caption_loss_masks_equal_ids() -> None:
 def test_wrong_shapes_are_refused(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(ValueError, match="equal shape"):
         contrastive_loss(torch.ones(shapes[0]), torch.ones(shapes[1]), 1.0)
+
+
+IDS = torch.tensor([7, 1, 2, 7, 4, 5])
+K_IDS = torch.tensor([0, 1, 2, 3, 4, 5, 0, 7, 8, 9, 2, 2])  # two texts an image
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, inputs))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 6, 100])
+@pytest.mark.parametrize("ids", [None, "ids", "all"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("k", [1, 2])
+def test_chunks_change_neither_value_nor_gradient(
+    chunk_rows: int, ids: str | None, smoothing: float, k: int
+) -> None:
+    image, text = embeds(0).requires_grad_(), embeds(1, 6 * k).requires_grad_()
+    scale = torch.tensor(20.0, requires_grad=True)
+    given = None if ids is None else torch.zeros(6 * k, dtype=torch.long)
+    if ids == "ids":
+        given = IDS if k == 1 else K_IDS
+    options = {"caption_ids": given, "label_smoothing": smoothing}
+    whole = contrastive_loss(image, text, scale, **options)  # type: ignore[arg-type]
+    parts = contrastive_loss(image, text, scale, chunk_rows=chunk_rows, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(parts, whole, atol=2e-6, rtol=1e-6)
+    inputs = (image, text, scale)
+    for got, want in zip(gradients(parts, *inputs), gradients(whole, *inputs), strict=True):
+        torch.testing.assert_close(got, want, atol=5e-6, rtol=1e-5)
+
+
+def test_chunked_gradient_is_that_of_float64_at_scale_100() -> None:
+    image, text = embeds(0, 300, 16).requires_grad_(), embeds(1, 300, 16).requires_grad_()
+    logits = 100.0 * image @ text.T
+    exact = (2 * logits.diagonal().neg() + logits.logsumexp(0) + logits.logsumexp(1)).mean() / 2
+    loss = contrastive_loss(image.float(), text.float(), 100.0, chunk_rows=64)
+    for got, want in zip(gradients(loss, image, text), gradients(exact, image, text), strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 5e-6
+
+
+def test_a_large_batch_is_chunked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llm2clip_vlm import losses
+
+    image, text = embeds(0, 40, 8), embeds(1, 40, 8)
+    dense = contrastive_loss(image, text, 10.0)
+    monkeypatch.setattr(losses, "_dense", None)  # calling it would fail
+    monkeypatch.setattr(losses, "DENSE_LOGITS", 500)
+    torch.testing.assert_close(contrastive_loss(image, text, 10.0), dense, atol=1e-6, rtol=0)
+
+
+def test_several_texts_an_image_match_the_definition() -> None:
+    image, text = embeds(0), embeds(1, 12)
+    logits = 10.0 * image @ text.T
+    by_image, by_text = F.log_softmax(logits, 1), F.log_softmax(logits, 0)
+    owner = torch.arange(6).repeat_interleave(2)
+    own = owner == torch.arange(6)[:, None]
+    want = -(by_image[own].mean() + by_text[own].mean()) / 2
+    torch.testing.assert_close(
+        contrastive_loss(image, text, 10.0).double(), want, atol=1e-5, rtol=0
+    )
+    # text 6 (of image 3) equals text 0 (of image 0): neither is the other's negative
+    masked = logits.masked_fill(
+        torch.zeros(6, 12, dtype=torch.bool).index_put(
+            (torch.tensor([0, 3, 1, 1, 5]), torch.tensor([6, 0, 10, 11, 2])), torch.tensor(True)
+        ),
+        float("-inf"),
+    )
+    want = -(F.log_softmax(masked, 1)[own].mean() + F.log_softmax(masked, 0)[own].mean()) / 2
+    got = contrastive_loss(image, text, 10.0, caption_ids=K_IDS)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_hard_negatives_join_the_queries_candidates(
+    symmetric: bool, chunk_rows: int | None
+) -> None:
+    query, positive, negatives = embeds(0), embeds(1), embeds(2, 3)
+    forward = 20.0 * query @ torch.cat([positive, negatives]).T
+    # hard negative 1 is another caption of record 7 (rows 0 and 3)
+    forward[[0, 3], 7] = float("-inf")
+    forward[0, 3] = forward[3, 0] = float("-inf")
+    target = torch.arange(6)
+    want = F.cross_entropy(forward, target)
+    if symmetric:
+        want = (want + F.cross_entropy(forward[:, :6].T, target)) / 2
+    got = caption_contrastive_loss(
+        query,
+        positive,
+        20.0,
+        symmetric,
+        IDS,
+        negatives=3 * negatives,
+        negative_ids=torch.tensor([-1, 7, -1]),
+        chunk_rows=chunk_rows,
+    )
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+    free = caption_contrastive_loss(query, positive, 20.0, symmetric, IDS, chunk_rows=chunk_rows)
+    assert free < got
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 4])
+@pytest.mark.parametrize("k", [1, 2])
+def test_sigmoid_loss_matches_the_definition(chunk_rows: int | None, k: int) -> None:
+    image, text = embeds(0).requires_grad_(), embeds(1, 6 * k).requires_grad_()
+    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    bias = torch.tensor(-5.0, dtype=torch.float64, requires_grad=True)
+    ids = IDS if k == 1 else K_IDS
+    signs = -torch.ones(6, 6 * k, dtype=torch.float64)
+    signs[torch.arange(6).repeat_interleave(k), torch.arange(6 * k)] = 1
+    same = (ids.view(6, k, 1) == ids).any(1) & (signs < 0)
+    want = -F.logsigmoid(signs * (image @ text.T * scale + bias))[~same].sum() / 6
+    got = sigmoid_loss(image, text, scale, bias, caption_ids=ids, chunk_rows=chunk_rows)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+    inputs = (image, text, scale, bias)
+    for a, b in zip(gradients(got, *inputs), gradients(want, *inputs), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    free = sigmoid_loss(image, text, scale, bias, chunk_rows=chunk_rows)
+    assert free > got
+
+
+def test_cosine_loss() -> None:
+    a, b = embeds(0), embeds(1)
+    want = 1 - (a * b).sum(-1).mean()
+    torch.testing.assert_close(cosine_loss(3 * a, b.float()).double(), want, atol=1e-6, rtol=0)
+    assert cosine_loss(a, 2 * a).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_texts_that_no_image_owns_are_refused() -> None:
+    with pytest.raises(ValueError, match="k rows for each"):
+        contrastive_loss(embeds(0), embeds(1, 9), 1.0)
+    with pytest.raises(ValueError, match="query and positive"):
+        caption_contrastive_loss(embeds(0), embeds(1, 12), 1.0)
+    with pytest.raises(ValueError, match="embeds and target"):
+        cosine_loss(embeds(0), embeds(1, 3))
