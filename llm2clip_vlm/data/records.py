@@ -1,4 +1,4 @@
-"""Rows of JSONL, JSON, CSV and Parquet files: reading, filtering, grouping, counting bad ones.
+"""Rows of JSONL, JSON, CSV, Parquet, Arrow and tar files: reading, filtering, grouping.
 
 Captions (:mod:`llm2clip_vlm.data.captions`) and image-text pairs share this reader, so that a
 `where`, `drop_where`, `group_by` or `limit` in a recipe means the same thing everywhere.
@@ -7,74 +7,44 @@ Captions (:mod:`llm2clip_vlm.data.captions`) and image-text pairs share this rea
 from __future__ import annotations
 
 import csv
+import glob
 import gzip
 import json
 import logging
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.data.annotations import annotation_rows
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.shards import table_rows, tar_rows
 
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".csv.gz", ".parquet")
-_EXAMPLES_KEPT = 5
+__all__ = [
+    "BadRecords",
+    "RecordError",
+    "Row",
+    "RowGroup",
+    "collect_captions",
+    "get_column",
+    "iter_records",
+    "iter_rows",
+    "source_files",
+]
 
+MAX_CAPTION_CHARS = 16_384
+"""A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
-class RecordError(ValueError):
-    """A data file or one of its rows cannot be used."""
-
-
-@dataclass
-class BadRecords:
-    """Counts records that are skipped, names each in the log, and stops when there are too many.
-
-    Example:
-        >>> bad = BadRecords(limit=1)
-        >>> bad.add("pairs.jsonl:3", "empty caption")
-        >>> bad.count
-        1
-    """
-
-    limit: int = 0
-    """Bad records allowed; one more raises. A recipe's `max_bad_records`."""
-    count: int = 0
-    """Bad records so far."""
-    examples: list[str] = field(default_factory=list)
-    """The first few, as `where: why`."""
-
-    def add(self, where: str, why: str) -> None:
-        """Counts one bad record.
-
-        Args:
-            where: The file and row, such as `pairs.jsonl:12`.
-            why: What is wrong with it.
-
-        Raises:
-            RecordError: More than `limit` records are bad.
-        """
-        self.count += 1
-        if len(self.examples) < _EXAMPLES_KEPT:
-            self.examples.append(f"{where}: {why}")
-        if self.count > self.limit:
-            raise RecordError(
-                f"{self.count} bad record(s), {self.limit} allowed; the last is {where}: {why}. "
-                "Repair the file, filter the row out (`where`, `drop_where`) or raise "
-                "`max_bad_records`"
-            )
-        logger.warning("skipped bad record %s: %s", where, why)
-
-    def summary(self) -> str:
-        """One line for a stage to print: how many were skipped, and the first few of them."""
-        if not self.count:
-            return "no bad records"
-        hidden = self.count - len(self.examples)
-        more = f"; and {hidden} more" if hidden else ""
-        return f"{self.count} bad record(s) skipped: " + "; ".join(self.examples) + more
+_SUFFIXES = tuple(".jsonl .jsonl.gz .json .json.gz .csv .csv.gz .parquet .arrow .tar".split())
+_NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
+_URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
+_UNDECODED = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -93,9 +63,10 @@ def iter_rows(path: str | Path, bad: BadRecords | None = None) -> Iterator[Row]:
     """Reads a file row by row.
 
     Args:
-        path: `.jsonl`, `.json` (an array of objects), `.csv` (with a header), each also `.gz`, or
-            `.parquet`.
-        bad: Takes lines that are no JSON object; none = such a line raises.
+        path: `.jsonl`, `.json` (an array of objects, COCO's or Karpathy's annotations), `.csv`
+            (with a header), each also `.gz`; `.parquet`, `.arrow`; or webdataset shards `.tar`.
+            A pattern reads all its files.
+        bad: Takes lines and samples that cannot be used; none = the first raises.
 
     Yields:
         One mapping a row, in file order. CSV values are strings.
@@ -103,8 +74,9 @@ def iter_rows(path: str | Path, bad: BadRecords | None = None) -> Iterator[Row]:
     Raises:
         RecordError: The file is missing, of another kind, damaged, or holds something else.
     """
-    for _, row in _numbered_rows(Path(path), BadRecords() if bad is None else bad):
-        yield row
+    for file in source_files(path):
+        for _, row in _located(file, BadRecords() if bad is None else bad):
+            yield row
 
 
 def get_column(row: Mapping[str, Any], name: str) -> Any:
@@ -182,7 +154,8 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
         Kind to captions, each list non-empty, in the order of `fields` and then of the rows.
 
     Raises:
-        RecordError: A caption is empty or no string, or the record has none; count it with
+        RecordError: A caption is no string, empty, damaged, a missing value's name, a URL or file
+            name, or longer than `MAX_CAPTION_CHARS`, or the record has none; count it with
             `BadRecords.add(group.where, str(error))`.
     """
     captions: dict[str, list[str]] = {}
@@ -196,12 +169,27 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
                         raise RecordError(
                             f"a caption in {name!r} is {type(text).__name__}, expected a string"
                         )
-                    if not text.strip():
-                        raise RecordError(f"an empty caption in {name!r}")
+                    if reason := _unusable(text.strip()):
+                        raise RecordError(f"{reason} in {name!r}")
                     captions.setdefault(str(kind), []).append(text.strip())
     if not captions:
         raise RecordError(f"no caption in {list(fields)}; the columns are {list(group.rows[0])}")
     return captions
+
+
+def _unusable(text: str) -> str:
+    """Why a text is no caption; empty where it is one."""
+    if not text:
+        return "an empty caption"
+    if len(text) > MAX_CAPTION_CHARS:
+        return f"a caption of {len(text)} characters, at most {MAX_CAPTION_CHARS} are taken,"
+    if "\x00" in text or _UNDECODED.search(text):
+        return "a caption that is damaged text (NUL, or half a character)"
+    if text.casefold() in _NO_CAPTION:
+        return f"a caption that only says {text!r}"
+    if _URL_OR_FILE.fullmatch(text):
+        return f"a caption that is a URL or a file name ({text[:80]})"
+    return ""
 
 
 def _as_list(value: Any) -> Iterable[Any]:
@@ -224,14 +212,15 @@ def _kept(
     path: Path, source: CaptionSource, bad: BadRecords, unseen: set[str], known: dict[str, None]
 ) -> Iterator[tuple[str, Row]]:
     """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
-    for number, row in _numbered_rows(path, bad):
+    rows = ((file, *located) for file in source_files(path) for located in _located(file, bad))
+    for file, place, row in rows:
         known.update(dict.fromkeys(row))
         unseen.difference_update([c for c in unseen if c in row or get_column(row, c) is not None])
         if any(not _equals(get_column(row, c), wanted) for c, wanted in source.where.items()):
             continue
         if any(_as_text(get_column(row, c)) in out for c, out in source.drop_where.items()):
             continue
-        yield f"{path.name}:{number}", row
+        yield f"{file.name}:{place}", row
 
 
 def _groups(
@@ -252,18 +241,45 @@ def _groups(
     yield from groups.values()
 
 
-def _numbered_rows(path: Path, bad: BadRecords) -> Iterator[tuple[int, Row]]:
-    """Rows with their line (JSONL) or position (others), counted from 1."""
-    name = path.name.removesuffix(".gz")
-    if not any(path.name.endswith(suffix) for suffix in _SUFFIXES):
-        raise RecordError(f"{path}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}")
-    if not path.is_file():
+def source_files(path: str | Path) -> list[Path]:
+    """The files that a source's path means.
+
+    Args:
+        path: One file, or a pattern with `*`, `?` or `[...]`.
+
+    Returns:
+        The files, sorted. A pattern leaves out `*_text_embeddings.tar`, which lie beside shards.
+
+    Raises:
+        RecordError: No file, or one of a kind that is not read.
+    """
+    files = [Path(path)]
+    if glob.has_magic(str(path)) and not files[0].is_file():
+        found = sorted(glob.glob(str(path)))
+        files = [Path(name) for name in found if not name.endswith("_text_embeddings.tar")]
+    for file in files:
+        if not file.name.endswith(_SUFFIXES):
+            raise RecordError(
+                f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}"
+            )
+    if not files or not all(file.is_file() for file in files):
         raise RecordError(f"{path}: no such file (from {Path.cwd()}); check the source's path")
-    if name.endswith(".parquet"):
-        yield from enumerate(_parquet_rows(path), start=1)
-        return
+    return files
+
+
+def _located(path: Path, bad: BadRecords) -> Iterator[tuple[int | str, Row]]:
+    """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
+    name = path.name.removesuffix(".gz")
     try:
-        with _open_text(path) as handle:
+        if name.endswith((".parquet", ".arrow")):
+            yield from enumerate(table_rows(path), start=1)
+            return
+        if name.endswith(".tar"):
+            yield from tar_rows(path, bad)
+            return
+        # One byte that is no UTF-8 costs its row, not the file (a `.json` is all or nothing).
+        errors = "strict" if name.endswith(".json") else "surrogateescape"
+        with _open_text(path, errors) as handle:
             if name.endswith(".csv"):
                 yield from _csv_rows(path, handle, bad)
             elif name.endswith(".jsonl"):
@@ -274,16 +290,19 @@ def _numbered_rows(path: Path, bad: BadRecords) -> Iterator[tuple[int, Row]]:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
-def _open_text(path: Path) -> IO[str]:
+def _open_text(path: Path, errors: str) -> IO[str]:
     if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-    return path.open(encoding="utf-8-sig", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
+    return path.open(encoding="utf-8-sig", errors=errors, newline="")
 
 
 def _csv_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
     for number, row in enumerate(csv.DictReader(handle), start=1):
         if None in row or None in row.values():
             bad.add(f"{path.name}:{number}", "the row has not as many cells as the header")
+            continue
+        if any(_UNDECODED.search(cell) for cell in row.values()):
+            bad.add(f"{path.name}:{number}", "the row cannot be read as UTF-8")
             continue
         yield number, row
 
@@ -292,9 +311,12 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[
     for number, line in enumerate(handle, start=1):
         if not line.strip():
             continue
+        if _UNDECODED.search(line):
+            bad.add(f"{path.name}:{number}", "the line cannot be read as UTF-8")
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             bad.add(f"{path.name}:{number}", f"no JSON ({error})")
             continue
         if isinstance(row, dict):
@@ -303,11 +325,14 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[
             bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
 
 
-def _json_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int | str, Row]]:
     try:
         rows = json.load(handle)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise RecordError(f"{path}: no JSON ({error}); one object a line is `.jsonl`") from error
+    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
+        yield from annotation_rows(rows, path.name, bad.add)
+        return
     if not isinstance(rows, list):
         raise RecordError(f"{path}: {type(rows).__name__} at the top, expected an array of objects")
     for number, row in enumerate(rows, start=1):
@@ -315,15 +340,3 @@ def _json_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[i
             yield number, row
         else:
             bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
-
-
-def _parquet_rows(path: Path) -> Iterator[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        with parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches():
-                yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
-        raise RecordError(f"{path}: cannot be read as Parquet ({error})") from error

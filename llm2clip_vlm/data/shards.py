@@ -1,0 +1,241 @@
+"""Images inside larger files: webdataset shards, Parquet and Arrow tables.
+
+In an image's place a row gets a :class:`PackedImage`: where the bytes lie. Nothing is extracted to
+disk, no member's name is ever used as a path, and links inside a tar are not followed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .jp2 .jxl .ppm".split()
+)
+TEXT_SUFFIXES = frozenset((".txt", ".caption", ".text"))
+MAX_TEXT_BYTES = 4 * 2**20
+"""A longer text or JSON member is refused unread."""
+
+_ROWS_WORTH_A_WARNING = 2048
+_ROW_GROUPS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class PackedImage:
+    """Where an image's bytes lie in a larger file."""
+
+    path: Path
+    start: int
+    """First byte in a tar; row group of a Parquet file, record batch of an Arrow file."""
+    size: int
+    """Number of bytes in a tar; row within the row group or batch."""
+    column: str | None = None
+    """Column of a table; none = a tar."""
+
+    def read(self) -> bytes:
+        """The encoded image; workers may call it at the same time.
+
+        Raises:
+            OSError: The file cannot be read, is shorter than it was, or the row holds no bytes.
+        """
+        if self.column is None:
+            with self.path.open("rb") as handle:
+                handle.seek(self.start)
+                data = handle.read(self.size)
+            if len(data) != self.size:
+                raise OSError(f"{self.path} ends after {len(data)} of {self.size} bytes")
+            return data
+        value = _column(str(self.path), self.start, self.column)[self.size].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise OSError(f"column {self.column!r} holds no bytes in row {self.size}")
+        return data
+
+
+def tar_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The samples of a webdataset shard (img2dataset's layout: `key.jpg`, `key.txt`, `key.json`).
+
+    Members belong together by their name up to the last dot, wherever in the shard they lie. A
+    JSON member's fields become columns; a text member's column is called like its suffix; `image`
+    is the image member and nothing else, and `id` is the key unless the JSON has one.
+
+    Args:
+        path: An uncompressed tar file.
+        bad: Takes samples with a member that is damaged or occurs twice, and a shard's early end
+            (the samples that are complete up to there are used).
+
+    Yields:
+        The sample's key and its row, in the shard's order.
+
+    Raises:
+        RecordError: This is no uncompressed tar file.
+    """
+    samples: dict[str, dict[str, Any]] = {}
+    broken: dict[str, str] = {}
+    end, size = "", path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as shard:
+            while True:
+                try:
+                    member = shard.next()
+                except tarfile.ReadError as error:
+                    end = str(error)
+                    break
+                if member is None:
+                    end = _missing_end(path, shard.offset)
+                    break
+                name = PurePosixPath(member.name)
+                if not name.suffix or name.name.startswith("._"):  # macOS's doubles
+                    continue
+                key = str(name.with_suffix(""))
+                if member.offset_data + member.size > size:
+                    end = f"inside {member.name}"
+                    samples.pop(key, None)
+                    break
+                try:
+                    _take(samples.setdefault(key, {}), shard, member, path)
+                except ValueError as error:
+                    broken.setdefault(key, f"{member.name}: {error}")
+    except tarfile.ReadError as error:
+        raise RecordError(
+            f"{path}: no uncompressed tar file ({error}); a .tar.gz has to be unpacked by gunzip"
+        ) from error
+    if end:
+        bad.add(path.name, f"the shard ends too early: {end}")
+    for key, parts in samples.items():
+        if key in broken:
+            bad.add(f"{path.name}:{key}", broken[key])
+        elif parts:
+            own = {"id": key} | parts.pop(".json", {})
+            image = parts.pop("image", None)
+            yield key, own | {name[1:]: text for name, text in parts.items()} | {"image": image}
+
+
+def _take(
+    parts: dict[str, Any], shard: tarfile.TarFile, member: tarfile.TarInfo, path: Path
+) -> None:
+    """Add a member to its sample: where the image lies, a text, or the JSON object."""
+    suffix = PurePosixPath(member.name).suffix.lower()
+    part = "image" if suffix in IMAGE_SUFFIXES else suffix
+    if part not in {"image", ".json", *TEXT_SUFFIXES}:
+        return
+    if not member.isreg() or member.issparse():
+        raise RecordError("a link, device or sparse file, expected a regular one")
+    if part in parts:
+        raise RecordError(f"the sample's {part} occurs twice")
+    if part == "image":
+        parts[part] = PackedImage(path, member.offset_data, member.size)
+        return
+    if member.size > MAX_TEXT_BYTES:
+        raise RecordError(f"{member.size} bytes of text, expected at most {MAX_TEXT_BYTES}")
+    handle = shard.extractfile(member)
+    assert handle is not None
+    text = handle.read().decode("utf-8")
+    try:
+        parts[part] = json.loads(text) if part == ".json" else text
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise RecordError(f"no JSON ({error})") from error
+    if part == ".json" and not isinstance(parts[part], dict):
+        raise RecordError(f"{type(parts[part]).__name__}, expected an object")
+
+
+def _missing_end(path: Path, offset: int) -> str:
+    """What is wrong after the last member; `tarfile` takes any damage there for the end."""
+    with path.open("rb") as handle:
+        handle.seek(offset)
+        block = handle.read(tarfile.BLOCKSIZE)
+    if block == bytes(tarfile.BLOCKSIZE):
+        return ""
+    return f"{'a damaged header' if block else 'no end marker'} at byte {offset}"
+
+
+def table_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet or Arrow file; columns of bytes become :class:`PackedImage`.
+
+    Args:
+        path: `.parquet`, or `.arrow` as `datasets` saves it. An image column is binary, or a
+            struct with the field `bytes` (Hugging Face's image feature).
+
+    Yields:
+        One mapping a row.
+
+    Raises:
+        RecordError: The file is damaged.
+    """
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if path.suffix == ".arrow":
+            batches = _arrow_batches(str(path))
+            for group, batch in enumerate(batches):
+                packed = _packed_columns(batch.schema)
+                yield from _rows(path, group, batch.drop_columns(packed), packed)
+            return
+        with parquet.ParquetFile(path) as table:
+            packed = _packed_columns(table.schema_arrow)
+            plain = [name for name in table.schema_arrow.names if name not in packed]
+            for group in range(table.num_row_groups):
+                rows = table.read_row_group(group, columns=plain)
+                if packed and group == 0 and rows.num_rows > _ROWS_WORTH_A_WARNING:
+                    logger.warning(
+                        "%s has row groups of %d images, each of which is read for every image "
+                        "that a shuffle takes from it; write it with row_group_size=100",
+                        path,
+                        rows.num_rows,
+                    )
+                yield from _rows(path, group, rows, packed)
+    except pyarrow.ArrowException as error:
+        raise RecordError(
+            f"{path}: cannot be read as {path.suffix[1:].capitalize()} ({error})"
+        ) from error
+
+
+def _rows(path: Path, group: int, rows: Any, packed: list[str]) -> Iterator[dict[str, Any]]:
+    for number, row in enumerate(rows.to_pylist()):
+        yield row | {name: PackedImage(path, group, number, name) for name in packed}
+
+
+def _packed_columns(schema: Any) -> list[str]:
+    from pyarrow import types
+
+    def is_packed(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
+
+    return [column.name for column in schema if is_packed(column.type)]
+
+
+@lru_cache(maxsize=_ROW_GROUPS_KEPT)
+def _column(path: str, group: int, column: str) -> Any:
+    """One column of a row group or batch: neighbours in it are read once."""
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        if path.endswith(".arrow"):
+            return _arrow_batches(path)[group].column(column)
+        with parquet.ParquetFile(path) as table:
+            return table.read_row_group(group, columns=[column], use_threads=False).column(column)
+    except pyarrow.ArrowException as error:
+        raise OSError(f"{path}: row group {group} cannot be read ({error})") from error
+
+
+@lru_cache(maxsize=16)
+def _arrow_batches(path: str) -> list[Any]:
+    """Record batches of a file in stream format, mapped into memory, not read."""
+    import pyarrow
+
+    with pyarrow.ipc.open_stream(pyarrow.memory_map(path)) as reader:
+        return list(reader)
