@@ -314,10 +314,13 @@ class VlmSection(Section):
     """A vision tower directory (stage 2b's `vision_tower/`), a CLIP model, or a hub id."""
     language_model: str
     """Path or hub id of the decoder LLM."""
-    vision_feature_layer: int = -2
-    """Hidden layer whose patches become visual tokens (LLaVA-1.5: -2)."""
+    vision_feature_layer: int | list[int] = -2
+    """Hidden layer whose patches become visual tokens (LLaVA-1.5: -2); of several, the features are
+    concatenated."""
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """`default` drops the CLS token, `full` keeps it."""
+    image_size_px: int | None = Field(default=None, ge=1)
+    """Another resolution than the tower's: its positions are interpolated (LLaVA-1.5: 336)."""
     image_aspect_ratio: Literal["square", "pad"] = "square"
     """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops."""
     chat_template: str | None = None

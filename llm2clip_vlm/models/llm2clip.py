@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from importlib.metadata import entry_points
 from typing import Any
 
 import torch
@@ -20,9 +21,13 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.text_adaptor import TextAdaptor
+from llm2clip_vlm.models.timm_vision import TimmVisionConfig, TimmVisionModel
+
+TOWER_ENTRY_POINTS = "llm2clip_vlm.vision_towers"
+"""Entry-point group of other packages' vision towers."""
 
 
 class LLM2CLIPConfig(PreTrainedConfig):
@@ -36,6 +41,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         adaptor_num_blocks: Residual blocks of the text adaptor. Paper v6: 4.
         adaptor_expansion: Hidden width of a block over its input's.
         logit_scale_init_value: Stored logarithm at the start, ln(1/0.07).
+        logit_bias_init_value: Bias of the sigmoid loss at the start; none = softmax loss, no bias.
     """
 
     model_type = "llm2clip"
@@ -47,8 +53,10 @@ class LLM2CLIPConfig(PreTrainedConfig):
     adaptor_num_blocks: int = 4
     adaptor_expansion: int = 2
     logit_scale_init_value: float = 2.6592
+    logit_bias_init_value: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
+        register()  # a tower's `model_type` may be known to us alone
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig()
         elif isinstance(self.vision_config, dict):
@@ -70,6 +78,8 @@ class LLM2CLIPOutput(ModelOutput):
     """`[b, projection_dim]`, unit norm."""
     logit_scale: Tensor | None = None
     """Scalar, exponentiated."""
+    logit_bias: Tensor | None = None
+    """Scalar; none where the model was made for the softmax loss."""
 
 
 class LLM2CLIPModel(PreTrainedModel):
@@ -115,6 +125,8 @@ class LLM2CLIPModel(PreTrainedModel):
             expansion=config.adaptor_expansion,
         )
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        bias = config.logit_bias_init_value
+        self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(float(bias)))
         self.post_init()
 
     @classmethod
@@ -127,6 +139,7 @@ class LLM2CLIPModel(PreTrainedModel):
         adaptor_num_blocks: int = 4,
         adaptor_expansion: int = 2,
         logit_scale_init_value: float = 2.6592,
+        logit_bias_init_value: float | None = None,
     ) -> LLM2CLIPModel:
         """A model around a pretrained tower, with a new image head and a new adaptor.
 
@@ -137,6 +150,7 @@ class LLM2CLIPModel(PreTrainedModel):
             adaptor_num_blocks: Residual blocks.
             adaptor_expansion: Hidden width of a block over its input's.
             logit_scale_init_value: Stored logarithm.
+            logit_bias_init_value: For the sigmoid loss; none = softmax.
 
         Returns:
             The model, in the tower's dtype.
@@ -150,6 +164,7 @@ class LLM2CLIPModel(PreTrainedModel):
             adaptor_num_blocks=adaptor_num_blocks,
             adaptor_expansion=adaptor_expansion,
             logit_scale_init_value=logit_scale_init_value,
+            logit_bias_init_value=logit_bias_init_value,
         )
         model: Any = cls(config)
         model.vision_tower.load_state_dict(tower.state_dict())
@@ -209,9 +224,16 @@ class LLM2CLIPModel(PreTrainedModel):
         image_embeds = self.get_image_features(pixel_values)
         text_embeds = self.get_text_features(text_features)
         logit_scale = self.logit_scale.exp()
-        loss = contrastive_loss(image_embeds, text_embeds, logit_scale) if return_loss else None
+        embeds = (image_embeds, text_embeds, logit_scale)
+        bias, loss = self.logit_bias, None
+        if return_loss:
+            loss = contrastive_loss(*embeds) if bias is None else sigmoid_loss(*embeds, bias)
         return LLM2CLIPOutput(
-            loss=loss, image_embeds=image_embeds, text_embeds=text_embeds, logit_scale=logit_scale
+            loss=loss,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+            logit_scale=logit_scale,
+            logit_bias=None if bias is None else bias * 1.0,  # no parameter itself leaves the model
         )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -226,11 +248,33 @@ class LLM2CLIPModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def register() -> None:
-    """Make `AutoConfig` and `AutoModel` know this package's classes; calling it twice is fine."""
+def register() -> dict[str, Any]:
+    """Make `AutoConfig` and `AutoModel` know this package's classes; calling it twice is fine.
+
+    Also imports what other packages offer under the entry points `llm2clip_vlm.vision_towers`: the
+    name is a `model_type`, the value a function `(path, dtype) -> PreTrainedModel` in a module that
+    registers its own config and model with transformers.
+
+    Returns:
+        The other packages' loaders by `model_type`.
+
+    Raises:
+        ValueError: Another package's entry point cannot be imported.
+    """
     for config_class, model_class in (
         (Eva02VisionConfig, Eva02VisionModel),
+        (TimmVisionConfig, TimmVisionModel),
         (LLM2CLIPConfig, LLM2CLIPModel),
     ):
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
         AutoModel.register(config_class, model_class, exist_ok=True)
+    loaders = {}
+    for point in entry_points(group=TOWER_ENTRY_POINTS):
+        try:
+            loaders[point.name] = point.load()
+        except (ImportError, AttributeError) as error:
+            raise ValueError(
+                f"the vision tower {point.name!r} of another package ({point.value}) cannot be "
+                f"imported: {error}. Repair or uninstall that package."
+            ) from error
+    return loaders

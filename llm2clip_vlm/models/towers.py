@@ -1,29 +1,50 @@
 """Vision towers: one contract for whatever checkpoint the images go through.
 
-Dispatch is on `config.model_type`, never on a path or a name.
+Dispatch is on `config.model_type`, never on a path or a name; what a tower gives is read off a
+forward pass without weights or arithmetic, never off its type.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import logging
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+import transformers
+from safetensors.torch import load_file
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
     CLIPVisionModel,
     PreTrainedModel,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
     SiglipVisionModel,
 )
+from transformers.utils import cached_file, is_torchvision_available
 from transformers.utils import logging as transformers_logging
 
+from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel, eva02_weights
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
+from llm2clip_vlm.models.resolution import (
+    processed_size_px,
+    resize_positions,
+    resize_processor,
+)
+from llm2clip_vlm.models.timm_vision import (
+    TimmVisionConfig,
+    from_timm_checkpoint,
+    timm_image_processor,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +64,33 @@ class VisionTower:
     hidden_size: int
     """Width of the patch features."""
     num_patches: int
-    """Patches of one image, without the CLS token."""
+    """Patches of one image, without CLS and register tokens."""
     patch_size_px: int
     """Side of a patch."""
     image_size_px: int
     """Side of an image."""
     num_hidden_layers: int
     """Transformer blocks; `hidden_states` has one more entry."""
+    num_prefix_tokens: int
+    """Tokens before the patches: CLS, if there is one, then registers."""
     has_cls_token: bool
     """Whether position 0 of the patch features is a CLS token."""
+    image_mean: tuple[float, ...]
+    """Mean that the image processor subtracts, by channel."""
+    image_std: tuple[float, ...]
+    """Standard deviation that it divides by."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size_px // self.patch_size_px
+
+
+_SIGLIP_SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_channels", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
+    "vision_use_head",
+)
 
 
 def _clip(path: str, dtype: Any) -> PreTrainedModel:
@@ -60,6 +99,31 @@ def _clip(path: str, dtype: Any) -> PreTrainedModel:
 
 def _siglip(path: str, dtype: Any) -> PreTrainedModel:
     return _complete(SiglipVisionModel, path, dtype)
+
+
+def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
+    """SigLIP2's NaFlex tower, which at its own square grid computes what a SigLIP does."""
+    naflex: Any = _complete(Siglip2VisionModel, path, dtype)
+    given, size = naflex.config, naflex.config.patch_size
+    weights = naflex.state_dict()
+    name = "embeddings.patch_embedding.weight"
+    patches = weights[name].unflatten(1, (size, size, given.num_channels))
+    weights[name] = patches.permute(0, 3, 1, 2).contiguous()
+    values = {k: v for k, v in given.to_dict().items() if k in _SIGLIP_SIZES}
+    config = SiglipVisionConfig(**values, image_size=math.isqrt(given.num_patches) * size)
+    return _complete(SiglipVisionModel, path, naflex.dtype, config=config, state_dict=weights)
+
+
+def _eva02(path: str, dtype: Any) -> PreTrainedModel:
+    """EVA02-CLIP, under any published naming of its weights."""
+    config = Eva02VisionConfig.from_pretrained(path)
+    try:
+        weights = eva02_weights(load_file(str(cached_file(path, "model.safetensors"))))
+    except OSError as error:
+        raise TowerError(f"{path}: no model.safetensors ({error})") from error
+    if dtype == "auto":
+        dtype = weights["norm.weight"].dtype if "norm.weight" in weights else torch.float32
+    return _complete(Eva02VisionModel, path, dtype, config=config, state_dict=weights)
 
 
 def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
@@ -77,91 +141,189 @@ LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
     "clip_vision_model": _clip,
     "siglip": _siglip,
     "siglip_vision_model": _siglip,
+    "siglip2": _siglip2,
+    "siglip2_vision_model": _siglip2,
     "dinov2": _plain,
+    "dinov2_with_registers": _plain,
+    "dinov3_vit": _plain,
+    Eva02VisionConfig.model_type: _eva02,
+    "timm_wrapper": from_timm_checkpoint,
+    TimmVisionConfig.model_type: _plain,
     "llm2clip": _llm2clip,
 }
-"""`config.model_type` to loader."""
+"""`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
 
-HAS_CLS_TOKEN = {"clip_vision_model": True, "siglip_vision_model": False, "dinov2": True}
-"""Tower's own `model_type` to whether position 0 is a CLS token."""
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Towers that interpolate their positions themselves, to the size of the image they get."""
+
+_POSITIONS = (
+    "embeddings.position_embedding.weight",
+    "embeddings.position_embeddings",
+    "pos_embed",
+    "timm_model.pos_embed",
+)
+"""Names of position tables `[..., prefix + grid**2, width]`."""
 
 
-def load_vision_tower(path_or_id: str | Path, dtype: Any = None) -> VisionTower:
+def load_vision_tower(
+    path_or_id: str | Path, dtype: Any = None, *, image_size_px: int | None = None
+) -> VisionTower:
     """Load the vision tower of a checkpoint with its image processor.
 
     Args:
-        path_or_id: Directory or hub id of a `CLIPModel`, `CLIPVisionModel`, `SiglipModel`,
-            `SiglipVisionModel`, `Dinov2Model` or `LLM2CLIPModel`.
+        path_or_id: Directory (of any name) or hub id of a CLIP, SigLIP, SigLIP2, EVA02-CLIP,
+            DINOv2, DINOv3 or timm model, of an `LLM2CLIPModel`, or of what another package adds.
         dtype: Weights' dtype (`torch.float32`, `"bfloat16"`); none keeps the checkpoint's.
+        image_size_px: Another resolution: positions are interpolated, the image processor resizes
+            to it.
 
     Returns:
         The tower in evaluation mode and what it tells of itself.
 
     Raises:
-        TowerError: Unknown `model_type`, missing weights, no image processor, or a processor whose
-            images do not have the tower's size.
+        TowerError: Unknown `model_type`, missing weights, no image processor, a processor whose
+            images do not have the tower's size, or outputs without what the contract asks for.
     """
     path = str(path_or_id)
-    register()
-    model_type = _read_config(path).model_type
-    if model_type not in LOADERS:
-        near = difflib.get_close_matches(model_type, LOADERS, n=1)
+    loaders = LOADERS | register()
+    config = _read_config(path)
+    if config.model_type not in loaders:
+        near = difflib.get_close_matches(config.model_type, loaders, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise TowerError(
-            f"{path}: model_type {model_type!r} is not a known vision tower; known are "
-            f"{sorted(LOADERS)}.{hint}"
+            f"{path}: model_type {config.model_type!r} is not a known vision tower; known are "
+            f"{sorted(loaders)}.{hint}"
         )
-    model = LOADERS[model_type](path, "auto" if dtype is None else dtype).eval()
-    config: Any = model.config
-    tower = VisionTower(
-        model=model,
-        image_processor=_load_processor(path),
-        hidden_size=config.hidden_size,
-        num_patches=(config.image_size // config.patch_size) ** 2,
-        patch_size_px=config.patch_size,
-        image_size_px=config.image_size,
-        num_hidden_layers=config.num_hidden_layers,
-        has_cls_token=HAS_CLS_TOKEN[config.model_type],
-    )
-    got = processed_size_px(tower.image_processor)
-    if got is not None and got != tower.image_size_px and config.model_type != "dinov2":
+    model = loaders[config.model_type](path, "auto" if dtype is None else dtype)
+    processor = _load_processor(path, config, model.config)
+    if image_size_px is not None:
+        model = _resize(path, model, image_size_px)
+        resize_processor(processor, image_size_px)
+    return _describe(path, model.eval(), processor)
+
+
+def _describe(path: str, model: Any, processor: Any) -> VisionTower:
+    """Run the tower on shapes alone and read the contract off what comes out."""
+    config = model.config
+    made = processed_size_px(processor)
+    size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)
+    patch = _side(config.patch_size)
+    if made is not None and made != size:
         raise TowerError(
-            f"{path}: its image processor makes {got} px images, the tower expects "
-            f"{tower.image_size_px} px. Correct `size`/`crop_size` in preprocessor_config.json."
+            f"{path}: its image processor makes {made} px images, the tower expects {size} px. "
+            "Correct `size`/`crop_size` in preprocessor_config.json."
         )
-    return tower
+    if size % patch and config.model_type in _ANY_SIZE:
+        raise TowerError(
+            f"{path}: its image processor makes {size} px images, no multiple of the {patch} px "
+            "patches. Correct `size`/`crop_size` in preprocessor_config.json."
+        )
+    states = _hidden_states(path, model, size)
+    tokens, width = states[-1].shape[1:]
+    num_patches = (size // patch) ** 2
+    prefix = tokens - num_patches
+    if prefix < 0 or any(state.shape[1:] != (tokens, width) for state in states):
+        raise TowerError(
+            f"{path}: expected hidden states of one shape with at least {num_patches} tokens (an "
+            f"image of {size} px in patches of {patch} px), got {[tuple(s.shape) for s in states]}"
+        )
+    return VisionTower(
+        model=model,
+        image_processor=processor,
+        hidden_size=width,
+        num_patches=num_patches,
+        patch_size_px=patch,
+        image_size_px=size,
+        num_hidden_layers=len(states) - 1,
+        num_prefix_tokens=prefix,
+        has_cls_token=bool(getattr(config, "has_cls_token", prefix > 0)),
+        image_mean=tuple(processor.image_mean or ()),
+        image_std=tuple(processor.image_std or ()),
+    )
 
 
-def processed_size_px(image_processor: Any) -> int | None:
-    """Side of the square images that a processor makes, or None where it cannot be told."""
-    for name, applies in (("crop_size", "do_center_crop"), ("size", "do_resize")):
-        size: Any = getattr(image_processor, name, None)
-        if not getattr(image_processor, applies, False) or size is None:
-            continue
-        height, width = size.get("height"), size.get("width")
-        if height is not None and height == width:
-            return int(height)
-    return None
+@torch.no_grad()
+def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
+    """Hidden states for one image, as shapes on the meta device (also of ZeRO-3's empty shells)."""
+    tensors = {
+        name: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+    pixels = torch.empty(1, 3, size, size, dtype=model.dtype, device="meta")
+    arguments = {"pixel_values": pixels, "output_hidden_states": True}
+    try:
+        out = torch.func.functional_call(model, tensors, (), arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TowerError(
+            f"{path}: {type(model).__name__} does not take (pixel_values=[1, 3, {size}, {size}], "
+            f"output_hidden_states=True): {error}"
+        ) from error
+    states = getattr(out, "hidden_states", None)
+    if not states or any(state.ndim != 3 for state in states):
+        raise TowerError(
+            f"{path}: {type(model).__name__} gives no hidden_states [images, tokens, width]; a "
+            "vision tower needs the embeddings and every block's output there"
+        )
+    return tuple(states)
+
+
+def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
+    """The same tower for images of another size; a table of positions is interpolated."""
+    config = copy.deepcopy(model.config)
+    if config.model_type in _ANY_SIZE or size == _side(config.image_size):
+        return cast("PreTrainedModel", model)
+    if size % config.patch_size:
+        raise TowerError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
+    weights = model.state_dict()
+    name = next((name for name in _POSITIONS if name in weights), None)
+    if name is None or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise TowerError(
+            f"{path}: cannot be made to take {size} px: "
+            + ("it has no table of positions" if name is None else "it is sharded by ZeRO-3")
+        )
+    old, new = (side // config.patch_size for side in (_side(config.image_size), size))
+    weights[name] = resize_positions(weights[name], old, new)
+    config.image_size = size
+    logger.info("%s: positions interpolated from %d x %d to %d x %d", path, old, old, new, new)
+    return _complete(type(model), path, model.dtype, config=config, state_dict=weights)
+
+
+def _side(value: Any) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise TowerError(f"images and patches must be square, got {value}")
+    return int(sides.pop())
 
 
 def _read_config(path: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise TowerError(
             f"{path}: no readable config.json, so it is no vision tower ({error}). Expected a "
             "model directory or a hub id."
         ) from error
 
 
-def _load_processor(path: str) -> Any:
+def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
+    """The checkpoint's image processor; where it makes no square pictures, one that does."""
+    if config.model_type == "timm_wrapper":
+        return timm_image_processor(config)
     try:
-        return AutoImageProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        processor = AutoImageProcessor.from_pretrained(path)
+    except (OSError, ValueError, ImportError) as error:
         raise TowerError(
             f"{path}: no image processor ({error}). Copy the preprocessor_config.json of the "
             "checkpoint that the tower comes from into it."
         ) from error
+    if hasattr(processor, "max_num_patches"):
+        backend = (
+            "SiglipImageProcessor" if is_torchvision_available() else "SiglipImageProcessorPil"
+        )
+        side = {"height": tower_config.image_size, "width": tower_config.image_size}
+        kept = {k: getattr(processor, k) for k in ("resample", "image_mean", "image_std")}
+        return getattr(transformers, backend)(size=side, **kept)
+    return processor
 
 
 @contextmanager
@@ -175,11 +337,25 @@ def _no_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(before)
 
 
-def _complete(model_class: Any, path: str, dtype: Any) -> PreTrainedModel:
-    """`from_pretrained` that refuses missing weights (transformers only warns)."""
+def _complete(
+    model_class: Any,
+    path: str,
+    dtype: Any,
+    *,
+    config: Any = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> PreTrainedModel:
+    """`from_pretrained` that refuses missing weights (transformers only warns).
+
+    With `state_dict` nothing is read from `path`, which is then for messages only.
+    """
+    given = {} if state_dict is None else {"config": config, "state_dict": state_dict}
+    source = path if state_dict is None else None
     try:
         with _no_load_report():
-            loaded = model_class.from_pretrained(path, dtype=dtype, output_loading_info=True)
+            loaded = model_class.from_pretrained(
+                source, dtype=dtype, output_loading_info=True, **given
+            )
     except OSError as error:
         raise TowerError(f"{path}: its weights cannot be read ({error})") from error
     except RuntimeError as error:

@@ -35,6 +35,33 @@ def matching_prefix(name: str, prefixes: Collection[str]) -> str | None:
     return max(found, key=len) if found else None
 
 
+def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
+    """Where a tower's transformer blocks are: its longest list of modules of one class.
+
+    Args:
+        model: The tower, or a model that holds it.
+        part: The tower's name in the model, as recipes know it; empty = the model is the tower.
+
+    Returns:
+        The list's name in the model, and its length.
+
+    Raises:
+        ValueError: There is no such list.
+    """
+    found = {
+        name: len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential))
+        and len({type(child) for child in module}) == 1
+        and (not part or matching_prefix(name, [part]))
+    }
+    if not found:
+        where = f"{part or 'the tower'} of {type(model).__name__}"
+        raise ValueError(f"{where} has no list of blocks; set layer_decay to 1")
+    name = max(found, key=lambda name: found[name])
+    return name, found[name]
+
+
 def require_known_prefixes(model: nn.Module, prefixes: Collection[str]) -> None:
     """Refuse prefixes that no parameter lies below.
 

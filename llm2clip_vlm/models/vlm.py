@@ -36,6 +36,7 @@ from transformers.utils import is_torchvision_available
 from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.handoff import refuse_bidirectional
+from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
@@ -59,8 +60,9 @@ def build_vlm(
     vision_tower: str | Path,
     language_model: str | Path,
     *,
-    vision_feature_layer: int = -2,
+    vision_feature_layer: int | list[int] = -2,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
+    image_size_px: int | None = None,
     image_aspect_ratio: AspectRatio = "square",
     chat_template: str | None = None,
     dtype: Any = None,
@@ -75,8 +77,11 @@ def build_vlm(
     Args:
         vision_tower: As :func:`~llm2clip_vlm.models.towers.load_vision_tower` takes it.
         language_model: Directory or hub id of a causal LLM with a fast tokenizer.
-        vision_feature_layer: Index into the tower's hidden states; LLaVA-1.5: -2.
-        vision_feature_select_strategy: `default` drops the CLS token, `full` keeps all.
+        vision_feature_layer: Index into the tower's hidden states (LLaVA-1.5: -2), or several,
+            whose features are concatenated.
+        vision_feature_select_strategy: `default` drops the CLS token, `full` keeps all. Registers
+            (DINO) are kept by both.
+        image_size_px: As `load_vision_tower` takes it.
         image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour.
         chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
         dtype: Of all weights; none or `"auto"` = the language model's.
@@ -98,18 +103,17 @@ def build_vlm(
         >>> model, processor = build_vlm("runs/stage2b/vision_tower", "base/llm")  # doctest: +SKIP
     """
     llm, tokenizer = _load_language_model(str(language_model), dtype)
-    tower = load_vision_tower(vision_tower, dtype=llm.dtype)
+    tower = load_vision_tower(vision_tower, dtype=llm.dtype, image_size_px=image_size_px)
     _check_features(tower, vision_feature_layer, vision_feature_select_strategy, vision_tower)
     template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
     image_token_id = _add_image_token(tokenizer, llm)
-    num_visual = tower.num_patches + (
-        tower.has_cls_token and vision_feature_select_strategy == "full"
-    )
+    dropped = vision_feature_select_strategy == "default"
+    num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
     config = LlavaConfig(
         vision_config=tower.model.config,
         text_config=llm.config,
         image_token_index=image_token_id,
-        image_seq_length=int(num_visual),
+        image_seq_length=num_visual,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
     )
@@ -120,7 +124,7 @@ def build_vlm(
         tokenizer=tokenizer,
         patch_size=tower.patch_size_px,
         vision_feature_select_strategy=vision_feature_select_strategy,
-        num_additional_image_tokens=int(tower.has_cls_token),
+        num_additional_image_tokens=tower.num_prefix_tokens,
         chat_template=template,
     )
     if image_aspect_ratio == "pad":
@@ -146,6 +150,7 @@ def load_vlm(
         HandoffError: Its decoder is bidirectional.
     """
     path = str(path_or_id)
+    register()  # the tower's `model_type` may be known to us alone
     config = _read_config(path)
     if config.model_type != "llava":
         raise VlmError(
@@ -256,11 +261,14 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     return llm, tokenizer
 
 
-def _check_features(tower: VisionTower, layer: int, strategy: str, path: str | Path) -> None:
+def _check_features(
+    tower: VisionTower, layers: int | list[int], strategy: str, path: str | Path
+) -> None:
     total = tower.num_hidden_layers + 1
-    if not -total <= layer < total:
+    chosen = [layers] if isinstance(layers, int) else layers
+    if not chosen or any(not -total <= layer < total for layer in chosen):
         raise VlmError(
-            f"vision_feature_layer {layer}: {path} has {total} hidden states "
+            f"vision_feature_layer {layers}: {path} has {total} hidden states "
             f"({-total} to {total - 1})"
         )
     if strategy == "default" and not tower.has_cls_token:

@@ -6,13 +6,15 @@ import logging
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from llm2clip_vlm.models.trainable import block_list
 
 logger = logging.getLogger(__name__)
 
-_NEVER_USED = {"dinov2": ("embeddings.mask_token",)}
-"""Tower parameters below the used layer that get no gradient all the same, by `model_type`."""
+_NEVER_USED = "embeddings.mask_token"
+"""DINO's parameter below the used layer that gets no gradient all the same."""
 
 
 def freeze_unused_vision(model: Any) -> list[str]:
@@ -32,19 +34,14 @@ def freeze_unused_vision(model: Any) -> list[str]:
     layers = model.config.vision_feature_layer
     chosen = [layers] if isinstance(layers, int) else layers
     used = max(i if i >= 0 else total + 1 + i for i in chosen)
-    blocks = next(
-        name
-        for name, module in tower.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == total
-    )
-    skipped = _NEVER_USED.get(tower.config.model_type, ())
+    blocks, _ = block_list(tower)
     frozen = []
     behind = False
     for name, parameter in tower.named_parameters():
         inside = name.startswith(f"{blocks}.")
         behind = behind or inside
         unused = int(name[len(blocks) + 1 :].split(".")[0]) >= used if inside else behind
-        if (unused or name in skipped) and parameter.requires_grad:
+        if (unused or name == _NEVER_USED) and parameter.requires_grad:
             parameter.requires_grad_(False)
             frozen.append(f"vision_tower.{name}")
     if frozen:

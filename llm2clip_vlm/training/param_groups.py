@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from llm2clip_vlm.models.trainable import matching_prefix, part_name, require_known_prefixes
-
-_LAYER = re.compile(r"\.(?:encoder\.)?layers?\.(\d+)\.")
-_BELOW_LAYERS = re.compile(r"\.(?:embeddings|pre_layrnorm)\.")
+from llm2clip_vlm.models.trainable import block_list, matching_prefix, require_known_prefixes
 
 
 def build_param_groups(
@@ -27,7 +23,8 @@ def build_param_groups(
     Weight decay is left out for biases, norms (at most one dimension) and embeddings (tokens,
     positions, CLS). With `layer_decay` the learning rate of the tower's layer i of n is multiplied
     by `layer_decay ** (n - i)`, counted from the top: what follows the last block has factor 1,
-    the last block `layer_decay`, the patch embedding `layer_decay ** (n + 1)`.
+    the last block `layer_decay`, what comes before the first one (patches, positions, CLS)
+    `layer_decay ** (n + 1)`. Blocks are found by structure, so this holds for every tower.
 
     Args:
         model: Parameters with `requires_grad` false are left out.
@@ -40,13 +37,14 @@ def build_param_groups(
         Groups `{params, param_names, lr, weight_decay, name}` in a stable order.
 
     Raises:
-        ValueError: A trainable parameter lies below no prefix, or a prefix names nothing.
+        ValueError: A trainable parameter lies below no prefix, a prefix names nothing, or
+            `layer_decay` is given for a part without blocks.
 
     Paper: LLM2CLIP released code `training/optim.py:62-175` (visual 0.85, text off).
     """
     require_known_prefixes(model, lrs)
     no_decay = _embedding_weights(model)
-    top = _num_layers(model, layered_part) + 1
+    factors = _layer_factors(model, layered_part, layer_decay) if layer_decay != 1.0 else {}
     groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -57,9 +55,7 @@ def build_param_groups(
                 f"trainable parameter {name!r} lies below none of the learning rates' parts "
                 f"{sorted(lrs)}; give it a learning rate or freeze it"
             )
-        lr = float(lrs[prefix])
-        if layer_decay != 1.0 and matching_prefix(name, [layered_part]):
-            lr *= layer_decay ** (top - _layer_index(name, top))
+        lr = float(lrs[prefix]) * factors.get(name, 1.0)
         decays = _ndim(parameter) > 1 and name.endswith("weight") and name not in no_decay
         label = f"{prefix}{'' if decays else '.no_decay'}"
         group = groups.setdefault(
@@ -90,18 +86,17 @@ def _embedding_weights(model: nn.Module) -> set[str]:
     }
 
 
-def _num_layers(model: nn.Module, part: str) -> int:
-    found = [
-        int(match.group(1))
-        for name, _ in model.named_parameters()
-        if matching_prefix(name, [part]) and (match := _LAYER.search(part_name(name)))
-    ]
-    return max(found) + 1 if found else 0
-
-
-def _layer_index(name: str, top: int) -> int:
-    """0 for embeddings, i + 1 for block i, `top` for what follows the last block."""
-    name = part_name(name)
-    if match := _LAYER.search(name):
-        return int(match.group(1)) + 1
-    return 0 if _BELOW_LAYERS.search(name) else top
+def _layer_factors(model: nn.Module, part: str, decay: float) -> dict[str, float]:
+    """Factor of each parameter of a tower; parameters come in the order of the forward pass."""
+    blocks, depth = block_list(model, part)
+    factors = {}
+    layer = 0
+    for name, _ in model.named_parameters():
+        if not matching_prefix(name, [part]):
+            continue
+        if name.startswith(f"{blocks}."):
+            layer = int(name[len(blocks) + 1 :].split(".")[0]) + 1
+        elif layer:
+            layer = depth + 1
+        factors[name] = decay ** (depth + 1 - layer)
+    return factors

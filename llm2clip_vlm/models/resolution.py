@@ -1,0 +1,60 @@
+"""Another resolution: tables of positions and image processors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def resize_positions(table: Tensor, old_grid: int, new_grid: int) -> Tensor:
+    """Interpolate a table of positions; rows before the patches are kept.
+
+    Bicubic as transformers' own `interpolate_pos_encoding`, smoothed where the grid gets smaller.
+
+    Args:
+        table: `[..., prefix + old_grid**2, width]`.
+        old_grid: Patches along a side.
+        new_grid: Patches along a side, afterwards.
+
+    Returns:
+        `[..., prefix + new_grid**2, width]` in the same dtype.
+    """
+    rows = table.flatten(0, -2)
+    prefix = len(rows) - old_grid**2
+    grid = rows[prefix:].float().T.unflatten(1, (old_grid, old_grid))[None]
+    size, smaller = (new_grid, new_grid), new_grid < old_grid
+    resized = F.interpolate(grid, size=size, mode="bicubic", antialias=smaller)
+    both = torch.cat([rows[:prefix], resized[0].flatten(1).T.to(table.dtype)])
+    return both.reshape(*table.shape[:-2], len(both), -1)
+
+
+def processed_size_px(image_processor: Any) -> int | None:
+    """Side of the square images that a processor makes, or None where it cannot be told."""
+    for name, applies in (("crop_size", "do_center_crop"), ("size", "do_resize")):
+        size: Any = getattr(image_processor, name, None)
+        if not getattr(image_processor, applies, False) or size is None:
+            continue
+        height, width = size.get("height"), size.get("width")
+        if height is not None and height == width:
+            return int(height)
+    return None
+
+
+def resize_processor(processor: Any, size_px: int) -> None:
+    """Make a processor give square images of another side, in place; a cropped margin stays.
+
+    Args:
+        processor: A transformers image processor.
+        size_px: Side of the images from now on.
+    """
+    before = processed_size_px(processor) or size_px
+    shortest = (processor.size or {}).get("shortest_edge")
+    square = {"height": size_px, "width": size_px}
+    edge = {"shortest_edge": round(shortest * size_px / before)} if shortest else square
+    fresh = type(processor)(size=edge, crop_size=square)
+    processor.size = fresh.size
+    if getattr(processor, "do_center_crop", False):
+        processor.crop_size = fresh.crop_size
