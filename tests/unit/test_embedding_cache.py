@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
+import signal
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.numpy import load_file
 from torch import Tensor
 
+from llm2clip_vlm.data import embedding_shards
 from llm2clip_vlm.data.embedding_cache import (
     HEADER_NAME,
     CacheError,
@@ -18,6 +27,7 @@ from llm2clip_vlm.data.embedding_cache import (
     MissingTextError,
     text_digest,
 )
+from llm2clip_vlm.data.embedding_merge import merge_caches
 
 FINGERPRINT = {"text_weights": "abc", "pooling": "mean"}
 TEXTS = [f"text {i}" for i in range(10)]
@@ -48,6 +58,10 @@ def build(path: Path, texts: list[str] = TEXTS, encoder: Encoder | None = None) 
     return EmbeddingCache.build(path, texts, encoder or Encoder(), FINGERPRINT, shard_rows=3)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*.*"))}
+
+
 def test_looks_up_by_text_in_any_order(tmp_path: Path) -> None:
     encoder = Encoder()
     cache = build(tmp_path, [*TEXTS, TEXTS[0]], encoder)
@@ -69,35 +83,41 @@ def test_looks_up_by_text_in_any_order(tmp_path: Path) -> None:
 def test_layout_on_disk(tmp_path: Path) -> None:
     build(tmp_path)
     header = json.loads((tmp_path / HEADER_NAME).read_text())
-    assert header["rows"] == 10
-    assert header["fingerprint"] == FINGERPRINT
-    assert [shard["rows"] for shard in header["shards"]] == [3, 3, 3, 1]
-    rows, keys = np.load(tmp_path / "shard-00001.npy"), np.load(tmp_path / "keys-00001.npy")
-    assert (rows.dtype, rows.shape) == (np.float16, (3, 4))
-    assert keys[0].tobytes() == text_digest(TEXTS[3])
-    assert not list(tmp_path.glob(".*"))
+    assert header == {"schema": 2, "dtype": "float16", "dim": 4, "fingerprint": FINGERPRINT}
+    names = [f"shard-0000{i}.safetensors" for i in range(4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [HEADER_NAME, *names]
+    shards = [load_file(tmp_path / name) for name in names]
+    assert [len(shard["keys"]) for shard in shards] == [3, 3, 3, 1]
+    assert (shards[1]["embeds"].dtype, shards[1]["embeds"].shape) == (np.float16, (3, 4))
+    assert shards[1]["keys"][0].tobytes() == text_digest(TEXTS[3])
+    with safe_open(tmp_path / names[0], "numpy") as file:
+        stated = json.loads(file.metadata()["embedding_cache"])
+    assert {**header, "sha256": stated["sha256"]} == stated
 
 
-def test_digests_with_zero_bytes_at_the_end_are_told_apart(
+def test_keys_with_an_equal_beginning_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests = {"a": b"\1" + bytes(31), "b": b"\1\1" + bytes(30), "c": bytes(32), "d": b"\1" * 32}
-    monkeypatch.setattr("llm2clip_vlm.data.embedding_cache.text_digest", digests.__getitem__)
+    digests = {"a": b"\1" + bytes(31), "b": b"\1" + bytes(30) + b"\1", "c": bytes(32)}
+    digests |= {"d": b"\1" * 32, "e": b"\1" + bytes(30) + b"\2"}
+    monkeypatch.setattr(embedding_shards, "text_digest", lambda text, prompt="": digests[text])
     cache = build(tmp_path, ["a", "b", "c"])
-    assert cache.missing(["a", "b", "c", "d"]) == ["d"]
-    torch.testing.assert_close(cache["b"], cache.lookup(["a", "b"])[1])
+    assert cache.missing(["a", "b", "c", "d", "e"]) == ["d", "e"]
+    assert cache.find(["b", "a", "c", "b"]).tolist() == [1, 0, 2, 1]
 
 
 def test_goes_on_after_an_interruption(tmp_path: Path) -> None:
     first = Encoder(fail_after=6)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, encoder=first)
-    (tmp_path / "shard-00002.npy").write_bytes(b"half a shard")  # killed before the header
+    (tmp_path / ".shard-00002.safetensors.tmp").write_bytes(b"half a shard")
     second = Encoder()
     cache = build(tmp_path, encoder=second)
     assert (first.asked, second.asked) == (TEXTS[:6], TEXTS[6:])
-    torch.testing.assert_close(cache.lookup(TEXTS), build(tmp_path / "whole").lookup(TEXTS))
     cache.verify()
+    build(tmp_path / "whole")
+    assert content(tmp_path / "whole") == content(tmp_path)
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_adds_only_what_is_missing(tmp_path: Path) -> None:
@@ -136,46 +156,14 @@ def test_refuses_another_fingerprint(tmp_path: Path, other: dict[str, str], fiel
         EmbeddingCache.build(tmp_path, TEXTS, Encoder(), other)
 
 
-def test_verify_finds_a_flipped_bit(tmp_path: Path) -> None:
-    cache = build(tmp_path)
-    cache.verify()
-    for name, field in (("shard-00001.npy", "sha256"), ("keys-00000.npy", "keys_sha256")):
-        content = (tmp_path / name).read_bytes()
-        (tmp_path / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(CacheError, match=rf"{name}: checksum {field} is .*, expected "):
-            EmbeddingCache.open(tmp_path).verify()
-        (tmp_path / name).write_bytes(content)
-
-
-def test_open_refuses_what_is_no_whole_cache(tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match="no text embedding cache"):
-        EmbeddingCache.open(tmp_path)
-    build(tmp_path)
-    np.save(tmp_path / "shard-00000.npy", np.zeros((2, 4), np.float16))
-    with pytest.raises(CacheError, match=r"float16\(2, 4\), expected float16\(3, 4\)"):
-        EmbeddingCache.open(tmp_path)
-    (tmp_path / "shard-00000.npy").write_bytes(b"x")
-    with pytest.raises(CacheError, match="cannot be read"):
-        EmbeddingCache.open(tmp_path)
-    (tmp_path / "shard-00000.npy").unlink()
-    with pytest.raises(CacheError, match="absent"):
-        EmbeddingCache.open(tmp_path)
-    header = json.loads((tmp_path / HEADER_NAME).read_text())
-    (tmp_path / HEADER_NAME).write_text(json.dumps({**header, "schema": 9}))
-    with pytest.raises(CacheError, match="schema is 9, expected 1"):
-        EmbeddingCache.open(tmp_path)
-    (tmp_path / HEADER_NAME).write_text("{")
-    with pytest.raises(CacheError, match="no JSON"):
-        EmbeddingCache.open(tmp_path)
-
-
 @pytest.mark.parametrize(
     ("embeds", "message"),
     [
-        (torch.ones(2, 4), r"returned \(2, 4\), expected \(3, dim\)"),
+        (torch.ones(2, 4), r"returned \(2, 4\), expected \(3, dim\) for 3 texts such as 'text 0'"),
         (torch.ones(3), r"returned \(3,\)"),
-        (torch.zeros(3, 4), "3 of 3 embeddings are not finite or zero"),
+        (torch.zeros(3, 4), "3 of 3 embeddings are not finite or zero, such as that of 'text 0'"),
         (torch.full((3, 4), torch.nan), "3 of 3 embeddings"),
+        (torch.tensor([[1.0], [torch.inf], [1.0]]), "1 of 3 .* such as that of 'text 1'"),
     ],
 )
 def test_refuses_bad_embeddings(tmp_path: Path, embeds: Tensor, message: str) -> None:
@@ -189,3 +177,139 @@ def test_refuses_another_width_and_no_text(tmp_path: Path) -> None:
     build(tmp_path)
     with pytest.raises(CacheError, match=r"returned \(1, 5\), expected \(1, 4\)"):
         build(tmp_path, ["new"], Encoder(dim=5))
+
+
+def test_rows_are_read_by_number(tmp_path: Path) -> None:
+    cache = build(tmp_path)
+    numbers = cache.find([TEXTS[7], TEXTS[1], TEXTS[2], TEXTS[7]])
+    rows = cache.read(numbers)
+    assert rows.dtype == torch.float16
+    assert torch.equal(rows.float(), cache.lookup([TEXTS[7], TEXTS[1], TEXTS[2], TEXTS[7]]))
+    assert torch.equal(cache.read(numbers[1:3]), rows[1:3])  # both in one shard
+    assert isinstance(cache.segments[0].embeds, np.memmap)
+
+
+def test_a_pickled_cache_opens_its_files_again(tmp_path: Path) -> None:
+    cache = build(tmp_path)
+    sent = pickle.dumps(cache)
+    assert len(sent) < 1000
+    assert torch.equal(pickle.loads(sent).lookup(TEXTS), cache.lookup(TEXTS))
+
+
+def test_one_caption_has_a_row_for_each_prompt(tmp_path: Path) -> None:
+    def asked(word: str) -> Callable[[list[str]], Tensor]:
+        encoder = Encoder()
+        return lambda texts: encoder([f"{word}{text}" for text in texts])
+
+    encoders = {"": asked(""), "Colours: ": asked("c"), "Shapes: ": asked("s")}
+    cache = EmbeddingCache.build(tmp_path, TEXTS, encoders, FINGERPRINT, shard_rows=7)
+    assert len(cache) == 30
+    plain = build(tmp_path / "plain")
+    assert torch.equal(cache.lookup(TEXTS), plain.lookup(TEXTS))
+    wanted = F.normalize(encoders["Shapes: "](TEXTS), dim=1)
+    torch.testing.assert_close(cache.lookup(TEXTS, "Shapes: "), wanted, atol=1e-3, rtol=0)
+    assert cache.missing(TEXTS, "Other: ") == TEXTS
+    with pytest.raises(MissingTextError, match="with the prompt 'Other: ', such as 'text 0'"):
+        cache.lookup(TEXTS, "Other: ")
+    more = EmbeddingCache.build(tmp_path / "plain", TEXTS, encoders, FINGERPRINT)
+    assert len(more) == 30
+    assert torch.equal(more.lookup(TEXTS, "Shapes: "), cache.lookup(TEXTS, "Shapes: "))
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_three_writers_make_the_bytes_of_one(tmp_path: Path, order: tuple[int, ...]) -> None:
+    texts = [f"caption {i}" for i in range(40)]
+    build(tmp_path / "one", texts)
+    encoders = [Encoder() for _ in range(3)]
+    for i in order:
+        for folder in ("together", f"slice-{i}"):
+            EmbeddingCache.build(
+                tmp_path / folder, texts, encoders[i], FINGERPRINT, shard_rows=3, writer=(i, 3)
+            )
+    assert content(tmp_path / "together") == content(tmp_path / "one")
+    assert sorted(text for encoder in encoders for text in encoder.asked) == sorted(2 * texts)
+    assert len(EmbeddingCache.open(tmp_path / "slice-1")) == 13
+    merge_caches(tmp_path / "merged", [tmp_path / f"slice-{i}" for i in order])
+    assert content(tmp_path / "merged") == content(tmp_path / "one")
+
+
+def test_a_writer_without_a_shard_says_what_the_cache_is(tmp_path: Path) -> None:
+    cache = EmbeddingCache.build(tmp_path, TEXTS, Encoder(), FINGERPRINT, writer=(1, 2))
+    assert (len(cache), cache.dim) == (0, 4)
+    assert cache.missing(TEXTS) == TEXTS
+
+
+def test_two_writers_of_one_shard_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shard-00000.safetensors"
+
+    def meanwhile(texts: list[str]) -> Tensor:
+        return Encoder()(texts)
+
+    with path.with_name(f".{path.name}.tmp").open("ab") as handle:
+        embedding_shards.lock(handle, path.with_name(f".{path.name}.tmp"))
+        with pytest.raises(CacheError, match="another process is writing it"):
+            EmbeddingCache.build(tmp_path, TEXTS, meanwhile, FINGERPRINT)
+    assert len(EmbeddingCache.build(tmp_path, TEXTS, meanwhile, FINGERPRINT)) == 10
+
+
+def test_merging_takes_each_text_once_and_may_be_repeated(tmp_path: Path) -> None:
+    build(tmp_path / "a", TEXTS[:6])
+    build(tmp_path / "b", TEXTS[4:])
+    merged = merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "b"], shard_rows=3)
+    assert len(merged) == 10
+    assert torch.equal(merged.lookup(TEXTS), build(tmp_path / "whole").lookup(TEXTS))
+    merged.verify()
+    before = content(tmp_path / "m")
+    merge_caches(tmp_path / "m", [tmp_path / "b", tmp_path / "a"], shard_rows=3)
+    assert content(tmp_path / "m") == before
+    last = sorted(before)[-1]
+    (tmp_path / "m" / last).unlink()  # killed before the last shard
+    merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "b"], shard_rows=3)
+    assert content(tmp_path / "m") == before
+    EmbeddingCache.build(tmp_path / "other", TEXTS, Encoder(), {**FINGERPRINT, "pooling": "last"})
+    with pytest.raises(CacheError, match=r"other: fingerprint\.pooling is 'last', expected 'mean'"):
+        merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "other"])
+    EmbeddingCache.build(tmp_path / "wide", TEXTS, Encoder(dim=5), FINGERPRINT)
+    with pytest.raises(CacheError, match="wide: dim is 5, expected 4"):
+        merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "wide"])
+
+
+def slow_encode(texts: list[str]) -> Tensor:
+    time.sleep(0.002)
+    return Encoder(dim=64)(texts)
+
+
+def in_a_child(folder: Path, kill_after_s: float | None) -> bool:
+    """Builds in a process of its own, killed with -9 after so many seconds; whether it ended."""
+    child = os.fork()
+    if not child:
+        texts = [f"caption {i}" for i in range(300)]
+        EmbeddingCache.build(folder, texts, slow_encode, FINGERPRINT, shard_rows=10)
+        os._exit(0)
+    if kill_after_s is not None:
+        time.sleep(kill_after_s)
+        os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == 0
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+def test_killed_builds_end_byte_identical(tmp_path: Path, kills: int) -> None:
+    started = time.monotonic()
+    assert in_a_child(tmp_path / "whole", None)
+    whole_s = time.monotonic() - started
+    rng = np.random.default_rng(kills)
+    folder, killed, rows = tmp_path / "killed", 0, 0
+    while killed < kills:
+        if in_a_child(folder, rng.uniform(0.0, whole_s / 2)):
+            shutil.rmtree(folder)  # it was done: begin anew
+            continue
+        killed += 1
+        if (folder / HEADER_NAME).is_file():
+            cache = EmbeddingCache.open(folder)
+            cache.verify()
+            rows = max(rows, len(cache))
+    assert 0 < rows < 300
+    assert in_a_child(folder, None)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
+    assert len(files) == 31
