@@ -31,7 +31,7 @@ class WorldConfig(Section):
 
 class CaptionSource(Section):
     """A file of texts: `.jsonl`, `.json`, `.jsonl.gz`, `.csv`, `.parquet` or a webdataset `.tar`
-    (its JSON members)."""
+    (the fields of its JSON members are columns)."""
 
     path: str
     """File with one record a row; `*` and `?` name several (`shards/*.tar`)."""
@@ -183,6 +183,9 @@ class Stage1Recipe(RunRecipe):
     """Multiplies cosine similarities (temperature 0.02, released code)."""
     symmetric: bool = True
     """Both directions; false = query to positive only (released code)."""
+    micro_batch_tokens: int | None = Field(default=None, ge=1)
+    """Tokens per forward pass on each process, padding counted; more go through GradCache, which
+    bounds the memory and keeps the gradient of the whole batch. None = all at once."""
 
     @model_validator(mode="after")
     def _four_bits_have_an_adapter(self) -> Self:
@@ -243,6 +246,13 @@ class Stage2bRecipe(RunRecipe):
     """Width of the joint space. Paper v6: 1280."""
     logit_scale_init: float = 2.6592
     """Stored logarithm: ln(1/0.07), or ln(100) = 4.6052 where the pretrained one is kept."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Symmetric InfoNCE (paper v6), or SigLIP's loss with a bias (the authors' SigLIP2 towers)."""
+    logit_bias_init: float = -10.0
+    """Bias of the sigmoid loss at the start (SigLIP: -10, with `logit_scale_init` ln 10)."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Images per forward pass on each process; more go through GradCache, which bounds the memory
+    and keeps the gradient of the whole batch. None = all at once."""
     learning_rates: LearningRates = Field(default_factory=LearningRates)
     """One per group."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)

@@ -43,6 +43,21 @@ def barrier() -> None:
         dist.barrier()
 
 
+def max_over_ranks(*values: int, device: torch.device | str = "cpu") -> list[int]:
+    """The largest of all ranks' values, on every rank; the values themselves in a single process.
+
+    Args:
+        *values: This rank's, as many on every rank.
+        device: Where the process group's backend wants its tensors.
+    """
+    if not is_initialized() or dist.get_world_size() == 1:
+        return list(values)
+    tensor = torch.tensor(values, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    largest: list[int] = tensor.tolist()
+    return largest
+
+
 def teardown() -> None:
     """Leave the process group together; call it as the last line of a program.
 

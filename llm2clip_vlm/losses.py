@@ -21,6 +21,9 @@ from llm2clip_vlm.losses_chunked import Excluded, LogSumExp
 DENSE_LOGITS = 2**22
 """Logits per process up to which they are held at once (16 MiB); a chunk is about this large."""
 
+NO_CANDIDATE = -(2**63)
+"""Id of a hard negative that fills up: a candidate for no query."""
+
 
 def contrastive_loss(
     image_embeds: Float[Tensor, "b d"],
@@ -85,6 +88,7 @@ def caption_contrastive_loss(
     *,
     negatives: Float[Tensor, "m d"] | None = None,
     negative_ids: Int[Tensor, " m"] | None = None,
+    label_smoothing: float = 0.0,
     gather: bool = False,
     chunk_rows: int | None = None,
 ) -> Float[Tensor, ""]:
@@ -101,7 +105,9 @@ def caption_contrastive_loss(
         symmetric: Mean of both directions; false = only query to positive, as the released code.
         ids: Record (or image) of each row; rows with equal ids are no negatives of each other.
         negatives: Hard negatives, any number, shared by all queries; normalised here.
-        negative_ids: Id of each hard negative; it is no negative of rows with an equal id.
+        negative_ids: Id of each hard negative, which is no negative of rows with an equal id, or
+            `NO_CANDIDATE`.
+        label_smoothing: As in :func:`contrastive_loss`.
         gather: Take the other ranks' captions as negatives; all ranks need equal shapes.
         chunk_rows: As in :func:`contrastive_loss`.
 
@@ -120,6 +126,7 @@ def caption_contrastive_loss(
         scale,
         ids=ids,
         symmetric=symmetric,
+        label_smoothing=label_smoothing,
         negatives=None if negatives is None else F.normalize(negatives.float(), dim=-1),
         negative_ids=negative_ids,
         gather=gather,
@@ -235,7 +242,7 @@ def _exclusion(row_ids: Tensor | None, key_ids: Tensor | None, own: Tensor) -> E
         same = torch.zeros(len(mine), len(theirs), dtype=torch.bool, device=mine.device)
         for a in mine.T:
             for b in theirs.T:
-                same |= a[:, None] == b
+                same |= (a[:, None] == b) | (b == NO_CANDIDATE)
         return same.scatter_(1, columns, False)
 
     return excluded
@@ -264,6 +271,8 @@ def _info_nce(
 
     `keys` has k rows for each of `rows`; `ids` is that of each key, a row's are its keys'.
     """
+    if negative_ids is not None and ids is None:
+        raise ValueError("negative_ids are given and ids are not; expected both, or none")
     together = gather_with_grad if gather else _alone
     k = len(keys) // len(rows)
     own = _own_columns(rows, k, gather)

@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{recipe.stage}: {out} is finished, nothing to do")
         return
     args = build_training_arguments(recipe, dataloader_drop_last=True)
-    check_contrastive_arguments(args)
+    check_contrastive_arguments(args, grad_cache=recipe.micro_batch_size is not None)
     if recipe.world is not None:
         with args.main_process_first(local=False, desc="writing the world"):
             ensure_world(recipe.world)
@@ -74,11 +74,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         adaptor_num_blocks=recipe.text_adaptor.num_blocks,
         adaptor_expansion=recipe.text_adaptor.expansion,
         logit_scale_init_value=recipe.logit_scale_init,
+        logit_bias_init_value=recipe.logit_bias_init if recipe.loss == "sigmoid" else None,
     )
     lora = add_lora(model.vision_tower, recipe.tower_lora) if recipe.tower_lora else None
 
     # trainable
     lrs = recipe.learning_rates.model_dump() | {"logit_scale": recipe.learning_rates.text_adaptor}
+    if recipe.loss == "sigmoid":
+        lrs["logit_bias"] = recipe.learning_rates.text_adaptor
     if recipe.tower_training == "frozen":
         del lrs["vision_tower"]
     apply_trainable(model, lrs)
@@ -110,6 +113,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset,
         learning_rates=lrs,
         layer_decay=recipe.layer_decay,
+        micro_batch_size=recipe.micro_batch_size,
         callbacks=[MetricsJsonl(out / "metrics.jsonl")],
     )
     if is_main():

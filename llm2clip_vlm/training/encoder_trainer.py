@@ -15,7 +15,8 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text import ImageTextDataset, collate
 from llm2clip_vlm.distributed import is_initialized, is_main, world_size
-from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
+from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 
@@ -67,9 +68,11 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
     """`transformers.Trainer` for two towers and a contrastive loss over the global batch.
 
     The model's output needs `image_embeds` and `text_embeds` (unit norm), and the model a
-    `logit_scale` (stored logarithm): `LLM2CLIPModel` and `transformers.CLIPModel` have both.
-    Embeddings and caption ids are gathered over all ranks with gradient, so that n processes
-    compute the loss and the gradient of one with the same global batch.
+    `logit_scale` (stored logarithm): `LLM2CLIPModel` and `transformers.CLIPModel` have both. Where
+    the output has a `logit_bias`, the loss is SigLIP's, otherwise softmax (with
+    `args.label_smoothing_factor`). Embeddings and caption ids are gathered over all ranks with
+    gradient, so that n processes compute the loss and the gradient of one with the same global
+    batch.
 
     Args:
         model: The model.
@@ -78,10 +81,13 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         learning_rates: Prefix of parameter names to learning rate.
         layer_decay: See `build_param_groups`.
         layered_part: Prefix of the vision tower.
+        micro_batch_size: Images per forward pass; more go through GradCache
+            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
         callbacks: More callbacks.
 
     Raises:
-        ValueError: Gradient accumulation, incomplete batches, or fewer pairs than one batch.
+        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch, GradCache
+            together with gradient checkpointing, or label smoothing with the sigmoid loss.
     """
 
     def __init__(
@@ -93,10 +99,17 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         learning_rates: Mapping[str, float],
         layer_decay: float = 1.0,
         layered_part: str = "vision_tower",
+        micro_batch_size: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_contrastive_arguments(args)
+        check_contrastive_arguments(args, grad_cache=micro_batch_size is not None)
         _check_size(args, len(train_dataset))
+        if args.label_smoothing_factor and getattr(model, "logit_bias", None) is not None:
+            raise ValueError(
+                f"trainer.label_smoothing_factor is {args.label_smoothing_factor}, but the sigmoid "
+                "loss has no distribution to smooth; set it to 0 or choose the softmax loss"
+            )
+        self.micro_batch_size = micro_batch_size
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
         self.layered_part = layered_part
@@ -134,26 +147,37 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         Args:
             model: The (wrapped) model.
             inputs: A batch of `ImageTextDataset`.
-            return_outputs: Also return the model's output.
+            return_outputs: Also return an (empty) output.
             num_items_in_batch: Not used: the batch is the unit, and nothing is accumulated.
 
         Returns:
             The loss, or loss and output.
         """
+
+        def embed(part: Mapping[str, Tensor]) -> Embeds:
+            output = model(**part)
+            scale, bias = (getattr(output, name, None) for name in ("logit_scale", "logit_bias"))
+            if scale is None:
+                owner: Any = self.accelerator.unwrap_model(model)
+                scale = owner.logit_scale.exp()
+            shared = (scale,) if bias is None else (scale, bias)
+            return Embeds((output.image_embeds, output.text_embeds), shared)
+
+        def loss(embeds: Embeds) -> Tensor:
+            choices = {"caption_ids": inputs["caption_ids"], "gather": is_initialized()}
+            if len(embeds.shared) > 1:
+                return sigmoid_loss(*embeds.rows, *embeds.shared, **choices)
+            smoothing = self.args.label_smoothing_factor
+            return contrastive_loss(
+                *embeds.rows, *embeds.shared, label_smoothing=smoothing, **choices
+            )
+
         features = {name: value for name, value in inputs.items() if name != "caption_ids"}
-        output = model(**features)
-        scale = getattr(output, "logit_scale", None)
-        if scale is None:
-            owner: Any = self.accelerator.unwrap_model(model)
-            scale = owner.logit_scale.exp()
-        loss = contrastive_loss(
-            output.image_embeds,
-            output.text_embeds,
-            scale,
-            caption_ids=inputs["caption_ids"],
-            gather=is_initialized(),
-        )
-        return (loss, output) if return_outputs else loss
+        chunks = [features]
+        if self.micro_batch_size is not None and torch.is_grad_enabled():
+            chunks = split_batch(features, self.micro_batch_size)
+        value = cached_loss(self.accelerator, model, chunks, embed, loss)
+        return (value, {}) if return_outputs else value
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer of the arguments, over groups with their own learning rates.
@@ -190,13 +214,31 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         super().log(logs, start_time)
 
 
-def check_contrastive_arguments(args: TrainingArguments) -> None:
+def split_batch(features: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
+    """Chunks of a batch.
+
+    Args:
+        features: Tensors whose rows are images, or k consecutive rows for each image.
+        size: Images per chunk; the last may have fewer.
+    """
+    images = min(map(len, features.values()))
+    return [
+        {
+            name: value[start * (len(value) // images) : (start + size) * (len(value) // images)]
+            for name, value in features.items()
+        }
+        for start in range(0, images, size)
+    ]
+
+
+def check_contrastive_arguments(args: TrainingArguments, *, grad_cache: bool = False) -> None:
     """Refuse arguments under which the batch would not be the contrastive problem it is said to be.
 
     Call it before a model is loaded.
 
     Args:
         args: Training arguments.
+        grad_cache: Whether the batch goes through the model in micro-batches.
 
     Raises:
         ValueError: Names the argument and what to do.
@@ -205,10 +247,16 @@ def check_contrastive_arguments(args: TrainingArguments) -> None:
     if steps > 1:
         raise ValueError(
             f"gradient accumulation over {steps} steps would give every pair only the negatives of "
-            "its own small batch. Raise trainer.per_device_train_batch_size to "
-            f"{args.per_device_train_batch_size * steps} or lower global_batch_size to "
-            f"{args.per_device_train_batch_size * world_size()} "
-            "(trainer.gradient_checkpointing saves memory)."
+            "its own small batch: it adds none. Raise trainer.per_device_train_batch_size to "
+            f"{args.per_device_train_batch_size * steps} and bound the memory by micro_batch_size "
+            "(stage 1: micro_batch_tokens), which keeps the gradient of the whole batch; or lower "
+            f"global_batch_size to {args.per_device_train_batch_size * world_size()}."
+        )
+    if grad_cache and args.gradient_checkpointing:
+        raise ValueError(
+            "trainer.gradient_checkpointing is true beside micro-batches: these already compute "
+            "every activation twice, both together three times and more. Set it to false and "
+            "lower micro_batch_size (stage 1: micro_batch_tokens) until a micro-batch fits"
         )
     if not args.dataloader_drop_last:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
@@ -16,11 +17,13 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 
 from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.data.captions import CaptionPair, CaptionPairs, EpochSampler
-from llm2clip_vlm.distributed import gather_with_grad, is_initialized, rank
-from llm2clip_vlm.losses import caption_contrastive_loss
+from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
+from llm2clip_vlm.losses import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, pad_tokens
 from llm2clip_vlm.models.text_encoder import Pooling, TextEncoder, pool
 from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
+from llm2clip_vlm.training.export import lora_config
+from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 
 logger = logging.getLogger(__name__)
@@ -60,40 +63,98 @@ class PairCollator:
 
     Args:
         table: Token ids of the pairs' texts.
-        pad_token_id: Fills up.
-        num_front_tokens: Tokens at the start of each text that are not pooled.
+        tokens: Of the text encoder; puts prompts into texts.
+        prompts: What a pair's `prompt` counts in; none = no pair has one.
+        micro_batch_tokens: Tokens of a group at most, padding counted, but for a single longer
+            text; none = :data:`LENGTH_GROUPS` groups.
     """
 
-    def __init__(self, table: TokenTable, pad_token_id: int, num_front_tokens: int) -> None:
+    def __init__(
+        self,
+        table: TokenTable,
+        tokens: CaptionTokenizer,
+        prompts: Sequence[str] = ("",),
+        micro_batch_tokens: int | None = None,
+    ) -> None:
         self.table = table
-        self.pad_token_id = pad_token_id
-        self.num_front_tokens = num_front_tokens
+        self.tokens = tokens
+        self.prompts = [tokens.ids(prompt) if prompt else [] for prompt in prompts]
+        self.micro_batch_tokens = micro_batch_tokens
 
     def __call__(self, pairs: Sequence[CaptionPair]) -> dict[str, Any]:
-        """Pads each of up to :data:`LENGTH_GROUPS` groups to its own longest caption.
-
-        The number of groups depends on the number of pairs alone: all processes run equally many
-        forward passes.
+        """Sorts all texts of a batch by length and pads each group to its own longest.
 
         Returns:
-            `groups`: arguments of the encoder for each group; `order`: int64 `[2b]`, where each
-            row of `[queries; positives]` stands in the concatenated groups; `texts`: int64
-            `[b, 2]`; `records`: int64 `[b]`.
+            `groups`: arguments of the encoder for each group; `order`: int64 `[2b + m]`, where each
+            row of `[queries; positives; hard negatives]` stands in the concatenated groups;
+            `texts`: int64 `[b, 2]`; `negatives`: int64 `[m]`, the hard negatives' texts; `records`:
+            int64 `[b]`.
         """
-        rows = [pair.query for pair in pairs] + [pair.positive for pair in pairs]
-        tokens = [self.table[row] for row in rows]
-        by_length = np.argsort([-len(ids) for ids in tokens], kind="stable")
-        count = max(1, min(LENGTH_GROUPS, len(rows) // _ROWS_PER_GROUP))
+        negatives = [pair.negative for pair in pairs if pair.negative >= 0]
+        prompts = [self.prompts[pair.prompt] for pair in pairs]
+        prompts += [[] for _ in range(len(pairs) + len(negatives))]
+        texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs] + negatives
+        rows: list[Any] = [self.table[text] for text in texts]
+        rows = [
+            self.tokens.add_prompt(ids, prompt) if prompt else ids
+            for ids, prompt in zip(rows, prompts, strict=True)
+        ]
+        lengths = np.array([len(ids) for ids in rows])
+        by_length = np.argsort(-lengths, kind="stable")
+        if self.micro_batch_tokens is None:
+            count = max(1, min(LENGTH_GROUPS, len(rows) // _ROWS_PER_GROUP))
+            parts = np.array_split(by_length, count)
+        else:
+            starts = _starts(lengths[by_length], self.micro_batch_tokens)
+            parts = np.split(by_length, starts[1:])
+        front = self.tokens.num_front_tokens
         groups = [
-            pad_tokens([tokens[i] for i in part], self.pad_token_id, self.num_front_tokens)
-            for part in np.array_split(by_length, count)
+            pad_tokens(
+                [rows[i] for i in part],
+                self.tokens.pad_token_id,
+                [front + len(prompts[i]) for i in part],
+            )
+            for part in parts
         ]
         return {
             "groups": groups,
             "order": torch.from_numpy(np.argsort(by_length)),
             "texts": torch.tensor([[pair.query, pair.positive] for pair in pairs]),
+            "negatives": torch.tensor(negatives, dtype=torch.int64),
             "records": torch.tensor([pair.record for pair in pairs]),
         }
+
+
+def _starts(lengths: npt.NDArray[np.int64], budget_tokens: int) -> list[int]:
+    """Where groups of texts start that are sorted from long to short."""
+    starts = [0]
+    for row in range(1, len(lengths)):
+        if (row + 1 - starts[-1]) * lengths[starts[-1]] > budget_tokens:
+            starts.append(row)
+    return starts
+
+
+def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """The same texts in the same order in more groups: the largest is halved, again and again.
+
+    Processes whose texts have other lengths have other numbers of groups, but must run equally many
+    forward and backward passes.
+
+    Args:
+        groups: Arguments of the encoder, sorted from long to short.
+        count: How many groups, at most as many as texts.
+    """
+    parts = list(groups)
+    while len(parts) < count:
+        sizes = [part["input_ids"].shape for part in parts]
+        at = max(range(len(parts)), key=lambda i: (sizes[i][0] > 1, sizes[i].numel()))
+        half = (len(parts[at]["input_ids"]) + 1) // 2
+        longest = int(parts[at]["attention_mask"][half:].sum(1).max())
+        parts[at : at + 1] = [
+            {name: value[:half] for name, value in parts[at].items()},
+            {name: value[half:, :longest] for name, value in parts[at].items()},
+        ]
+    return parts
 
 
 def alike_ids(texts: Int[Tensor, "n 2"], records: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
@@ -130,17 +191,9 @@ def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
 
     Paper: LLM2CLIP v6 appendix C.1 (r = 16, alpha = 32).
     """
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import TaskType, get_peft_model
 
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        bias="none",
-        task_type=TaskType.FEATURE_EXTRACTION,
-    )
-    return get_peft_model(backbone, config)
+    return get_peft_model(backbone, lora_config(lora, task_type=TaskType.FEATURE_EXTRACTION))
 
 
 class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
@@ -148,7 +201,8 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
 
     Embeddings are gathered over all ranks with gradient: n processes compute the loss and the
     gradient of one with the same global batch (dropout apart). Pairs of equal records or texts
-    are no negatives of each other.
+    are no negatives of each other. Pairs with a hard negative share it with the whole batch's
+    queries. `args.label_smoothing_factor` applies.
 
     Args:
         model: The encoder's backbone, or an adapter on it (:func:`add_adapter`).
@@ -157,11 +211,13 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         encoder: Gives tokenizer and pooling.
         scale: Multiplies cosine similarities.
         symmetric: Both directions.
+        micro_batch_tokens: Tokens per forward pass, padding counted; more go through GradCache
+            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
         callbacks: More callbacks.
 
     Raises:
-        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch, or
-            DeepSpeed ZeRO-3.
+        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch,
+            DeepSpeed ZeRO-3, or GradCache together with gradient checkpointing.
 
     Paper: LLM2CLIP v6 section 3.1 (supervised SimCSE); released code `llm_caption_contrastive`,
     which adds a random third caption as a negative and keeps equal captions as negatives.
@@ -176,9 +232,10 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         encoder: TextEncoder,
         scale: float,
         symmetric: bool = True,
+        micro_batch_tokens: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        check_contrastive_arguments(args)
+        check_contrastive_arguments(args, grad_cache=micro_batch_tokens is not None)
         if len(train_dataset) < args.per_device_train_batch_size * args.world_size:
             raise ValueError(
                 f"an epoch has {len(train_dataset)} pairs, fewer than one global batch of "
@@ -189,6 +246,7 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         self.pooling: Pooling = encoder.settings.pooling
         self.scale = scale
         self.symmetric = symmetric
+        self.micro_batch_tokens = micro_batch_tokens
         tokens = encoder.tokens
         table = TokenTable(train_dataset.texts, tokens)
         logger.info(
@@ -203,7 +261,7 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
             model=model,
             args=args,
             train_dataset=train_dataset,
-            data_collator=PairCollator(table, tokens.pad_token_id, tokens.num_front_tokens),
+            data_collator=PairCollator(table, tokens, train_dataset.prompts, micro_batch_tokens),
             callbacks=callbacks,
         )
 
@@ -226,25 +284,57 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         Args:
             model: The (wrapped) model.
             inputs: A batch of :class:`PairCollator`.
-            return_outputs: Also return the embeddings.
+            return_outputs: Also return an (empty) output.
             num_items_in_batch: Not used: the batch is the unit, and nothing is accumulated.
 
         Returns:
-            The loss, or the loss and `{"query", "positive"}`.
+            The loss, or loss and output.
         """
-        embeds = torch.cat([self._embed(model, **group) for group in _groups(inputs)])
-        query, positive = embeds[inputs["order"]].chunk(2)
-        records, texts = gather_with_grad(inputs["records"]), gather_with_grad(inputs["texts"])
-        first = rank() * len(query) if is_initialized() else 0
-        loss = caption_contrastive_loss(
+        groups = list(_groups(inputs))
+        count, slots = max_over_ranks(
+            len(groups), len(inputs["negatives"]), device=self.args.device
+        )
+        groups = split_groups(groups, count)
+
+        def embed(parts: Sequence[dict[str, Tensor]]) -> Embeds:
+            return Embeds((torch.cat([self._embed(model, **part) for part in parts]),))
+
+        def loss(embeds: Embeds) -> Tensor:
+            return self._loss(embeds.rows[0][inputs["order"]], inputs, slots)
+
+        cached = self.micro_batch_tokens is not None and torch.is_grad_enabled()
+        chunks = [[group] for group in groups] if cached else [groups]
+        value = cached_loss(self.accelerator, model, chunks, embed, loss)
+        return (value, {}) if return_outputs else value
+
+    def _loss(self, embeds: Tensor, inputs: dict[str, Any], slots: int) -> Tensor:
+        """Loss of `[queries; positives; hard negatives]`; all ranks fill as many negative slots."""
+        texts, records = inputs["texts"], inputs["records"]
+        query, positive, negatives = embeds.split(
+            [len(records), len(records), len(embeds) - 2 * len(records)]
+        )
+        first = rank() * len(records) if is_initialized() else 0
+        all_texts = gather_with_grad(texts)
+        ids = alike_ids(all_texts, gather_with_grad(records))
+        negative_ids = None
+        if slots:
+            empty = slots - len(negatives)
+            # A hard negative that is some pair's text is none for that pair and those like it.
+            same = (inputs["negatives"][:, None, None] == all_texts).any(-1)
+            found = torch.where(same.any(1), ids[same.int().argmax(1)], -1)
+            negative_ids = F.pad(found, (0, empty), value=NO_CANDIDATE)
+            negatives = F.pad(negatives, (0, 0, 0, empty))
+        return caption_contrastive_loss(
             query,
             positive,
             self.scale,
             self.symmetric,
-            ids=alike_ids(texts, records)[first : first + len(query)],
+            ids=ids[first : first + len(query)],
+            negatives=negatives if slots else None,
+            negative_ids=negative_ids,
+            label_smoothing=self.args.label_smoothing_factor,
             gather=is_initialized(),
         )
-        return (loss, {"query": query, "positive": positive}) if return_outputs else loss
 
     def _embed(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor

@@ -312,9 +312,7 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     records = [CaptionRecord(str(i), {"c": texts[2 * i : 2 * i + 2]}) for i in range(32)]
     pairs = CaptionPairs([records], [1.0], seed=0)
     table = TokenTable(pairs.texts, encoder.tokens)
-    batch = PairCollator(table, encoder.tokens.pad_token_id, encoder.tokens.num_front_tokens)(
-        [pairs[0, i] for i in range(32)]
-    )
+    batch = PairCollator(table, encoder.tokens)([pairs[0, i] for i in range(32)])
     assert len(batch["groups"]) == 4
     widths = [group["input_ids"].shape[1] for group in batch["groups"]]
     assert widths == sorted(widths, reverse=True)

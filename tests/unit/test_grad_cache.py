@@ -1,0 +1,114 @@
+"""GradCache gives the gradient of the whole batch, at any number of chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.training.encoder_trainer import split_batch
+from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
+from llm2clip_vlm.training.text_trainer import split_groups
+
+
+class Towers(nn.Module):
+    """Two towers with dropout, k texts an image, a scale; counts its forward passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image = nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Dropout(0.3), nn.Linear(16, 5))
+        self.text = nn.Sequential(nn.Linear(4, 16), nn.Dropout(0.3), nn.Linear(16, 5))
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.passes: list[tuple[int, bool]] = []
+
+    def forward(self, x: Tensor, y: Tensor) -> Embeds:
+        self.passes.append((len(x), torch.is_grad_enabled()))
+        image, text = F.normalize(self.image(x), dim=-1), F.normalize(self.text(y), dim=-1)
+        return Embeds((image, text), (self.logit_scale.exp(),))
+
+
+def batch(k: int = 1) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "x": torch.randn(9, 6, generator=generator),
+        "y": torch.randn(9 * k, 4, generator=generator),
+    }
+
+
+def loss(embeds: Embeds) -> Tensor:
+    return contrastive_loss(*embeds.rows, *embeds.shared)
+
+
+def step(chunks: Sequence[dict[str, Tensor]], cached: bool) -> tuple[float, dict[str, Tensor], Any]:
+    torch.manual_seed(0)
+    model = Towers().train()
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(7)
+    if cached:
+        value = cached_loss(accelerator, model, chunks, lambda part: model(**part), loss)
+    else:  # the same chunks, so the same dropout, in one graph
+        parts = [model(**part) for part in chunks]
+        rows = tuple(torch.cat(same) for same in zip(*(p.rows for p in parts), strict=True))
+        value = loss(Embeds(rows, parts[-1].shared))
+    accelerator.backward(value)
+    assert accelerator.sync_gradients
+    assert model.logit_scale.grad is not None
+    draw = torch.rand(())  # the generator goes on as after one forward pass
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return value.item(), grads | {"draw": draw}, model.passes
+
+
+@pytest.mark.parametrize("size", [1, 2, 4, 5, 9, 20])
+@pytest.mark.parametrize("k", [1, 3])
+def test_gradients_are_those_of_one_graph_with_dropout(size: int, k: int) -> None:
+    chunks = split_batch(batch(k), size)
+    assert sum(len(chunk["x"]) for chunk in chunks) == 9
+    want, want_grads, _ = step(chunks, cached=False)
+    got, got_grads, passes = step(chunks, cached=True)
+    assert got == pytest.approx(want, abs=1e-6)
+    assert set(got_grads) == set(want_grads)
+    for name, grad in want_grads.items():
+        torch.testing.assert_close(got_grads[name], grad, atol=1e-6, rtol=1e-5, msg=name)
+    # every chunk but the last is embedded twice, the second time with a graph
+    sizes = [len(chunk["x"]) for chunk in chunks]
+    assert passes == [(n, False) for n in sizes[:-1]] + [(sizes[-1], True)] + [
+        (n, True) for n in sizes[:-1]
+    ]
+
+
+def test_one_graph_at_a_time() -> None:
+    """The kept graph is used up before another chunk gets one."""
+    events: list[str] = []
+    torch.manual_seed(0)
+    model = Towers()
+
+    def embed(part: dict[str, Tensor]) -> Embeds:
+        out: Embeds = model(**part)
+        if torch.is_grad_enabled():
+            events.append("graph")
+            out.rows[0].register_hook(lambda grad: events.append("used"))
+        return out
+
+    accelerator = Accelerator(cpu=True)
+    chunks = split_batch(batch(), 3)
+    accelerator.backward(cached_loss(accelerator, model, chunks, embed, loss))
+    assert events == ["graph", "used"] * 3
+
+
+def test_groups_are_split_until_there_are_enough() -> None:
+    def group(*lengths: int) -> dict[str, Tensor]:
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        return {"input_ids": torch.tensor(lengths)[:, None] * mask, "attention_mask": mask}
+
+    groups = [group(9, 8), group(5, 3, 2), group(1)]
+    assert split_groups(groups, 2) == groups
+    parts = split_groups(groups, 6)
+    assert [part["input_ids"].shape for part in parts] == [(1, n) for n in (9, 8, 5, 3, 2, 1)]
+    assert [int(part["input_ids"][0, 0]) for part in parts] == [9, 8, 5, 3, 2, 1]
+    assert all((part["attention_mask"] == 1).all() for part in parts)
