@@ -27,7 +27,8 @@ PREFIX_TOKENS = {
 }
 """Kind to tokens before the patches (CLS and registers)."""
 
-KINDS = [pytest.param(kind, id=kind) for kind in PREFIX_TOKENS]
+KINDS = pytest.mark.parametrize("kind", list(PREFIX_TOKENS))
+"""Runs a test once for every kind."""
 
 
 def build_tower(kind: str, directory: str | Path, seed: int = 0) -> Path:

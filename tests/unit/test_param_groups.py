@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from llm2clip_vlm.models.trainable import (
 )
 from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
 from llm2clip_vlm.training.param_groups import build_param_groups
+from tests.tiny_towers import KINDS, build_tower
 
+FIRST = ("embed", "pre_layrnorm", "cls_token", "pos_embed", "mask_token", "register_tokens")
 LRS = {"vision_tower": 1e-5, "visual_projection": 2e-5, "text_adaptor": 3e-5, "logit_scale": 4e-5}
 
 
@@ -91,6 +94,33 @@ def test_layer_decay_counts_from_the_top(model: LLM2CLIPModel) -> None:
     }.items():
         assert found[tower + name]["lr"] == pytest.approx(rate * factor), name
     assert found["text_adaptor.head.weight"]["lr"] == LRS["text_adaptor"]
+
+
+@KINDS
+def test_layer_decay_of_every_kind_of_tower(kind: str, tmp_path: Path) -> None:
+    tower = load_vision_tower(build_tower(kind, tmp_path)).model
+    model = LLM2CLIPModel.from_vision_tower(tower, text_embed_dim=8, projection_dim=8)
+    groups = build_param_groups(model, dict.fromkeys(LRS, 1.0), 0.05, layer_decay=0.5)
+    listed = [name for group in groups for name in group["param_names"]]
+    assert sorted(listed) == sorted(name for name, _ in model.named_parameters())
+    rates = {name: group["lr"] for name, group in by_name(groups).items()}
+    inside = {n: rate for n, rate in rates.items() if n.startswith("vision_tower.")}
+    for name, rate in inside.items():
+        block = re.search(r"\.(?:layers?|blocks)\.(\d)\.", name)
+        if block:
+            assert rate == pytest.approx(0.5 ** (3 - int(block[1]))), name
+        else:
+            first = any(part in name for part in FIRST) and ".head." not in name
+            assert rate == (0.0625 if first else 1.0), name
+    # four blocks' worth of rates and the head's, no more
+    assert sorted(set(inside.values())) == [0.0625, 0.125, 0.25, 0.5, 1.0]
+    assert {rate for name, rate in rates.items() if name not in inside} == {1.0}
+
+
+def test_layer_decay_of_a_part_without_blocks_is_refused() -> None:
+    model = nn.ModuleDict({"vision_tower": nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="no list of blocks"):
+        build_param_groups(model, {"vision_tower": 1.0}, 0.0, layer_decay=0.9)
 
 
 def test_released_code_layer_decay_factor_of_a_large_tower() -> None:

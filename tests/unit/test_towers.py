@@ -4,16 +4,34 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    CLIPModel,
+    CLIPVisionModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Siglip2VisionModel,
+    SiglipVisionModel,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llm2clip_vlm.models import llm2clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.resolution import resize_positions
 from llm2clip_vlm.models.towers import TowerError, load_vision_tower
 from llm2clip_vlm.training.export import export_vision_tower
+from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
 
 def test_clip_tower_tells_its_shape(tiny_clip: Path) -> None:
@@ -68,22 +86,175 @@ def test_tower_of_a_saved_llm2clip(tiny_clip: Path, tmp_path: Path) -> None:
     assert torch.equal(tower.model(pixels)[0], source.model.eval()(pixels)[0])
 
 
-def test_siglip_has_no_cls_token(tmp_path: Path) -> None:
-    from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+@KINDS
+def test_every_kind_keeps_the_contract(kind: str, tmp_path: Path) -> None:
+    tower = load_vision_tower(build_tower(kind, tmp_path / "xyz"))
+    prefix = PREFIX_TOKENS[kind]
+    assert (tower.hidden_size, tower.num_hidden_layers, tower.grid) == (32, 3, 4)
+    assert (tower.num_patches, tower.patch_size_px, tower.image_size_px) == (16, 8, 32)
+    assert (tower.num_prefix_tokens, tower.has_cls_token) == (prefix, prefix > 0)
+    assert tower.image_mean == tuple(tower.image_processor.image_mean)
+    assert tower.image_std == tuple(tower.image_processor.image_std)
+    out = tower.model(torch.randn(2, 3, 32, 32), output_hidden_states=True)
+    assert [state.shape for state in out.hidden_states] == 4 * [(2, prefix + 16, 32)]
+    assert out.pooler_output.shape == (2, 32)
+    assert not tower.model.training
 
-    config = SiglipVisionConfig(
-        hidden_size=16,
-        intermediate_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=16,
-        patch_size=8,
-    )
-    SiglipVisionModel(config).save_pretrained(tmp_path)
-    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+
+@KINDS
+def test_every_kind_goes_through_stage_2s_model(kind: str, tmp_path: Path) -> None:
+    source = load_vision_tower(build_tower(kind, tmp_path / "xyz"))
+    model = LLM2CLIPModel.from_vision_tower(source.model, text_embed_dim=8, projection_dim=6)
+    pixels = torch.randn(2, 3, 32, 32)
+    want = model.eval().get_image_features(pixels)
+    model.save_pretrained(tmp_path / "model")
+    source.image_processor.save_pretrained(tmp_path / "model")
+    again = AutoModel.from_pretrained(tmp_path / "model").eval()
+    assert torch.equal(again.get_image_features(pixels), want)
+    exported = export_vision_tower(again, source.image_processor, tmp_path / "tower")
+    for folder in (tmp_path / "model", exported):
+        tower = load_vision_tower(folder)
+        assert torch.equal(tower.model(pixels).pooler_output, source.model(pixels).pooler_output)
+        assert tower.num_prefix_tokens == source.num_prefix_tokens
+    model.train()(pixels, torch.randn(2, 8), return_loss=True).loss.backward()
+    unused = {name for name, p in model.named_parameters() if p.grad is None}
+    assert all(name.endswith("mask_token") for name in unused)
+
+
+@KINDS
+def test_every_kind_takes_another_resolution(kind: str, tmp_path: Path) -> None:
+    folder = build_tower(kind, tmp_path / "xyz")
+    small, large = load_vision_tower(folder), load_vision_tower(folder, image_size_px=48)
+    assert (large.image_size_px, large.num_patches, large.grid) == (48, 36, 6)
+    pixels = large.image_processor(Image.new("RGB", (60, 50), "red"), return_tensors="pt")
+    tokens = large.model(pixels["pixel_values"]).last_hidden_state.shape[1]
+    assert tokens == 36 + small.num_prefix_tokens
+    export_vision_tower(large.model, large.image_processor, tmp_path / "large")
+    again = load_vision_tower(tmp_path / "large")
+    assert again.num_patches == 36
+    assert torch.equal(again.model(**pixels)[0], large.model(**pixels)[0])
+    same = load_vision_tower(folder, image_size_px=32)
+    pixels = torch.randn(1, 3, 32, 32)
+    assert torch.equal(same.model(pixels)[0], small.model(pixels)[0])
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@torch.no_grad()
+def test_interpolation_is_that_of_transformers(kind: str, tmp_path: Path) -> None:
+    folder = build_tower(kind, tmp_path)
+    pixels = torch.randn(1, 3, 48, 48)
+    want = load_vision_tower(folder).model(pixels, interpolate_pos_encoding=True)
+    got = load_vision_tower(folder, image_size_px=48).model(pixels)
+    torch.testing.assert_close(got.pooler_output, want.pooler_output)
+
+
+def test_a_smaller_grid_averages() -> None:
+    table = torch.cat([torch.zeros(1, 4), torch.arange(16.0)[:, None].expand(16, 4)])
+    small = resize_positions(table[None], 4, 2)
+    assert small.shape == (1, 5, 4)
+    assert torch.equal(small[0, 0], table[0])
+    torch.testing.assert_close(small[0, 1:].mean(), torch.tensor(7.5))
+
+
+def test_a_size_between_patches_is_refused(tiny_clip: Path) -> None:
+    with pytest.raises(TowerError, match="36 is no multiple"):
+        load_vision_tower(tiny_clip, image_size_px=36)
+
+
+@torch.no_grad()
+def test_naflex_at_its_own_grid_is_a_siglip(tmp_path: Path) -> None:
+    folder = build_tower("siglip2", tmp_path)
+    tower = load_vision_tower(folder)
+    assert isinstance(tower.model, SiglipVisionModel)
+    photo = Image.fromarray(torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy())
+    naflex = Siglip2VisionModel.from_pretrained(folder).eval()
+    inputs = AutoImageProcessor.from_pretrained(folder)(photo, return_tensors="pt")
+    pixels = tower.image_processor(photo, return_tensors="pt")["pixel_values"]
+    want, got = naflex(**inputs), tower.model(pixels)
+    torch.testing.assert_close(got.last_hidden_state, want.last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got.pooler_output, want.pooler_output, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_eva02_under_its_published_names(tmp_path: Path) -> None:
+    folder = build_tower("eva02", tmp_path)
+    pixels = torch.randn(1, 3, 32, 32)
+    want = load_vision_tower(folder).model(pixels).pooler_output
+    weights = load_file(folder / "model.safetensors")
+    published = {f"visual.{n.replace('q_proj.bias', 'q_bias')}": t for n, t in weights.items()}
+    save_file(published, folder / "model.safetensors")
+    assert torch.equal(load_vision_tower(folder).model(pixels).pooler_output, want)
+    assert load_vision_tower(folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    del published["visual.norm.weight"]
+    save_file(published, folder / "model.safetensors")
+    with pytest.raises(TowerError, match=r"1 weights of Eva02VisionModel .*norm\.weight"):
+        load_vision_tower(folder)
+
+
+def test_dino_takes_the_size_of_its_processor(tmp_path: Path) -> None:
+    config = json.loads((build_tower("dinov2", tmp_path) / "config.json").read_text())
+    assert config["image_size"] == 32
+    path = tmp_path / "preprocessor_config.json"
+    values = json.loads(path.read_text()) | {"crop_size": {"height": 24, "width": 24}}
+    path.write_text(json.dumps(values))
     tower = load_vision_tower(tmp_path)
-    assert (tower.has_cls_token, tower.num_patches) == (False, 4)
-    assert tower.model(torch.randn(1, 3, 16, 16)).last_hidden_state.shape == (1, 4, 16)
+    assert (tower.image_size_px, tower.num_patches) == (24, 9)
+    path.write_text(json.dumps(values | {"crop_size": {"height": 28, "width": 28}}))
+    with pytest.raises(TowerError, match="28 px images, no multiple of the 8 px"):
+        load_vision_tower(tmp_path)
+
+
+class OtherConfig(PreTrainedConfig):
+    model_type = "other_tower"
+    image_size: int = 16
+    patch_size: int = 8
+
+
+class OtherTower(PreTrainedModel):
+    """Somebody else's tower: registers, but no CLS token; `broken` leaves the states out."""
+
+    config_class = OtherConfig
+    broken = False
+
+    def __init__(self, config: OtherConfig) -> None:
+        super().__init__(config)
+        self.patch = torch.nn.Conv2d(3, 4, 8, stride=8)
+        self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+        self.post_init()
+
+    def forward(self, pixel_values: torch.Tensor, output_hidden_states: bool = False) -> Any:
+        x = self.patch(pixel_values).flatten(2).mT
+        states = None if self.broken else (x, self.blocks[0](x))
+        return BaseModelOutputWithPooling(x, x.mean(1), states)
+
+
+def load_other(path: str, dtype: Any) -> Any:
+    return OtherTower.from_pretrained(path, dtype=dtype)
+
+
+def test_another_package_adds_a_tower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from importlib.metadata import EntryPoint
+
+    def install(value: str) -> None:
+        point = EntryPoint("other_tower", value, llm2clip.TOWER_ENTRY_POINTS)
+        monkeypatch.setattr(llm2clip, "entry_points", lambda group: [point])
+
+    AutoConfig.register("other_tower", OtherConfig, exist_ok=True)
+    AutoModel.register(OtherConfig, OtherTower, exist_ok=True)
+    monkeypatch.setitem(sys.modules, "other_package", sys.modules[__name__])
+    OtherTower(OtherConfig()).save_pretrained(tmp_path)
+    SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
+    with pytest.raises(TowerError, match="'other_tower' is not a known vision tower"):
+        load_vision_tower(tmp_path)
+    install("other_package:load_other")
+    tower = load_vision_tower(tmp_path)
+    assert (tower.num_patches, tower.hidden_size, tower.has_cls_token) == (4, 4, False)
+    monkeypatch.setattr(OtherTower, "broken", True)
+    with pytest.raises(TowerError, match="OtherTower gives no hidden_states"):
+        load_vision_tower(tmp_path)
+    install("other_package:missing")
+    with pytest.raises(ValueError, match="'other_tower' of another package"):
+        load_vision_tower(tmp_path)
 
 
 def test_a_language_model_is_no_tower(tiny_llm: Path) -> None:

@@ -1,0 +1,83 @@
+"""Every kind of vision tower in a VLM: tokens counted right, saved and loaded exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip_vlm.data.conversation import visual_tokens_per_image
+from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
+
+
+def example(processor: Any) -> dict[str, Any]:
+    parts = [{"type": "image"}, {"type": "text", "text": "what color is it ?"}]
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": parts}], add_generation_prompt=True, tokenize=False
+    )
+    image = Image.new("RGB", (50, 40), "red")
+    return dict(processor(images=image, text=text, add_special_tokens=False, return_tensors="pt"))
+
+
+@KINDS
+def test_every_kind_makes_a_vlm(kind: str, tmp_path: Path, tiny_llm: Path) -> None:
+    folder = build_tower(kind, tmp_path / "xyz")
+    strategy: Any = "default" if PREFIX_TOKENS[kind] else "full"
+    model, processor = build_vlm(folder, tiny_llm, vision_feature_select_strategy=strategy)
+    inputs = example(processor)
+    tokens = 16 + max(PREFIX_TOKENS[kind] - 1, 0)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
+    assert model.config.image_seq_length == visual_tokens_per_image(processor) == tokens
+    with torch.no_grad():
+        want = model(**inputs).logits
+    save_vlm(model, processor, tmp_path / "vlm")
+    again, reread = load_vlm(tmp_path / "vlm")
+    with torch.no_grad():
+        assert torch.equal(again(**example(reread)).logits, want)
+    # what stays trainable is exactly what gets a gradient
+    freeze_unused_vision(model)
+    labels = inputs["input_ids"].masked_fill(inputs["input_ids"] == processor.image_token_id, -100)
+    model.train()(**inputs, labels=labels).loss.backward()
+    for name, parameter in model.model.vision_tower.named_parameters():
+        assert parameter.requires_grad == (parameter.grad is not None), name
+
+
+@pytest.mark.parametrize("kind", ["siglip", "eva02"])
+def test_several_layers_are_concatenated(kind: str, tmp_path: Path, tiny_llm: Path) -> None:
+    folder = build_tower(kind, tmp_path / "xyz")
+    arguments: dict[str, Any] = {"vision_feature_select_strategy": "full"}
+    one, _ = build_vlm(folder, tiny_llm, vision_feature_layer=-1, **arguments)
+    model, processor = build_vlm(folder, tiny_llm, vision_feature_layer=[0, -1], **arguments)
+    projector = model.model.multi_modal_projector.linear_1
+    assert projector.in_features == 2 * one.model.multi_modal_projector.linear_1.in_features
+    inputs = example(processor)
+    seen: list[torch.Tensor] = []
+    projector.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        model(**inputs)
+        states = model.model.vision_tower(
+            inputs["pixel_values"], output_hidden_states=True
+        ).hidden_states
+    assert torch.equal(seen[0], torch.cat([states[0], states[-1]], -1))
+    save_vlm(model, processor, tmp_path / "vlm")
+    assert load_vlm(tmp_path / "vlm")[0].config.vision_feature_layer == [0, -1]
+
+
+def test_another_resolution(tiny_clip: Path, tiny_llm: Path) -> None:
+    model, processor = build_vlm(tiny_clip, tiny_llm, image_size_px=48)
+    inputs = example(processor)
+    assert (inputs["input_ids"] == processor.image_token_id).sum() == 36
+    assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("layers", [[], [-2, 9]])
+def test_a_layer_that_does_not_exist_is_refused(
+    layers: list[int], tiny_clip: Path, tiny_llm: Path
+) -> None:
+    with pytest.raises(VlmError, match="has 4 hidden states"):
+        build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layers)
