@@ -158,6 +158,33 @@ def _render_jinja(
     return texts[0], [(begin, end) for begin, end in spans[0]] if spans else []
 
 
+def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What the tokenizer's own template writes before and behind a user's text.
+
+    Taken from a later turn of a conversation, so that no system prompt and no date is in it.
+
+    Returns:
+        Such as `<|im_start|>user` with its line break, and `<|im_end|>` without what follows it.
+
+    Raises:
+        ConversationError: The tokenizer has no template, or it rewrites earlier turns.
+
+    Paper: LLM2CLIP released code, which knows Llama 3's header by the model's name.
+    """
+    template = find_chat_template(None, tokenizer)
+    turns = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}]
+    end = render(turns, template, tokenizer).rpartition("second")[2]
+    more = render([*turns, {"role": "user", "content": "third"}], template, tokenizer)
+    rest = more.rpartition("second")[2]
+    before, found, behind = rest.removeprefix(end).partition("third")
+    if not found or not rest.startswith(end):
+        raise ConversationError(
+            f"the chat template writes {rest!r} after an answer, expected {end!r} and a user's "
+            "turn; leave `chat` out"
+        )
+    return before, behind.rstrip()
+
+
 def answer_spans(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:

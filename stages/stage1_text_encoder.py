@@ -1,11 +1,13 @@
 """Stage 1: a decoder LLM becomes a text encoder that tells captions of different images apart.
 
 Paper: LLM2CLIP v6, section 3.1 and appendix C.1 (caption-contrastive fine-tuning with LoRA).
-Needs: any Hugging Face decoder LLM, and records with at least two captions of one image each.
+Needs: any Hugging Face decoder LLM, and records with at least two captions of one image each, or
+    pairs of texts.
 Writes: `<output_dir>/text_encoder/` (merged and bidirectional; what stage 2a reads), `adapter/`
-    (the LoRA alone, for the causal base: PEFT does not keep `is_causal`), `results.json` (`cra`:
-    caption retrieval R@1 before and after, with its interval), `metrics.jsonl`,
-    `recipe.resolved.yaml`, `manifest.json`.
+    (the LoRA alone, for the causal base: PEFT does not keep `is_causal`),
+    `sentence_transformers/` (the same vectors for `SentenceTransformer(...)`, without this
+    package), `results.json` (`cra`: caption retrieval before and after, with its interval),
+    `metrics.jsonl`, `recipe.resolved.yaml`, `manifest.json`.
 
     python stages/stage1_text_encoder.py RECIPE.yaml key=value ...
     accelerate launch --num_processes 8 stages/stage1_text_encoder.py RECIPE.yaml key=value ...
@@ -20,11 +22,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import set_seed
+from transformers import TrainerCallback, set_seed
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage1Recipe
-from llm2clip_vlm.data.captions import CaptionPairs, held_out_pairs, read_captions
+from llm2clip_vlm.data.captions import (
+    CRA_PROTOCOL,
+    CaptionPairs,
+    CaptionRecord,
+    read_captions,
+    retrieval_task,
+)
 from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main, teardown
@@ -35,7 +43,9 @@ from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
 from llm2clip_vlm.training.callbacks import MetricsJsonl
+from llm2clip_vlm.training.embedder_export import export_sentence_transformers
 from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
+from llm2clip_vlm.training.scheduled_eval import ScheduledEvaluation
 from llm2clip_vlm.training.text_trainer import CaptionContrastiveTrainer, add_adapter
 
 STAGE = "stage1_text_encoder"
@@ -52,18 +62,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_complete(out, recipe):
         print(f"{STAGE}: {out} is finished, nothing to do")
         return
-    verify_parent(recipe.text_encoder.language_model, expect_stage="base_language_model")
+    llm = recipe.text_encoder.language_model
+    verify_parent(llm, expect_stage=("base_language_model", "stage0_mntp"))
 
     args = build_training_arguments(
         recipe, dataloader_drop_last=True, ddp_find_unused_parameters=False
     )
-    check_contrastive_arguments(args)
+    check_contrastive_arguments(args, grad_cache=recipe.micro_batch_tokens is not None)
     if recipe.world is not None:
         with args.main_process_first(local=False, desc="writing the world"):
             ensure_world(recipe.world)
     set_seed(recipe.seed)
 
-    encoder = TextEncoder.from_section(recipe.text_encoder, args.device)
+    encoder = TextEncoder.from_section(
+        recipe.text_encoder, args.device, load_in_4bit=recipe.load_in_4bit
+    )
 
     model: Any = encoder.backbone
     if recipe.lora:
@@ -71,15 +84,24 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     bad = BadRecords(recipe.max_bad_records)
     sources = [read_captions(source, bad, min_captions=2) for source in recipe.train]
-    pairs = CaptionPairs(sources, [source.weight for source in recipe.train], recipe.seed)
-    held_out = held_out_pairs(
-        [r for source in recipe.evaluation for r in read_captions(source, bad, min_captions=2)]
-    )
-    results: dict[str, float | list[float]] = {}
+    weights = [source.weight for source in recipe.train]
+    pairs = CaptionPairs(sources, weights, recipe.seed, rules=recipe.train)
+    held_out = [
+        r for source in recipe.evaluation for r in read_captions(source, bad, min_captions=2)
+    ]
+    results: dict[str, Any] = {}
     if is_main():
         print(trainable_table(model))
         print(f"{sum(map(len, sources))} records, {len(pairs.texts)} captions; {bad.summary()}")
         results |= caption_accuracy(encoder, held_out, "before")
+    metrics = MetricsJsonl(out / "metrics.jsonl")
+    callbacks: list[TrainerCallback] = [metrics]
+    if recipe.evaluation_steps and held_out:
+
+        def measure() -> dict[str, Any]:
+            return caption_accuracy(encoder, held_out, "cra")
+
+        callbacks.append(ScheduledEvaluation(recipe.evaluation_steps, measure, metrics))
 
     trainer = CaptionContrastiveTrainer(
         model,
@@ -88,17 +110,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         encoder=encoder,
         scale=recipe.scale,
         symmetric=recipe.symmetric,
-        callbacks=[MetricsJsonl(out / "metrics.jsonl")],
+        micro_batch_tokens=recipe.micro_batch_tokens,
+        callbacks=callbacks,
     )
     trainer.train(resume_from_checkpoint=last_checkpoint(args))
 
     if is_main():
         if recipe.lora:
             model.save_pretrained(out / "adapter")
+            if recipe.load_in_4bit:  # merging into four bits would lose what was learned
+                from peft import PeftModel
+
+                encoder = TextEncoder.from_section(recipe.text_encoder, args.device)
+                model = PeftModel.from_pretrained(encoder.backbone, out / "adapter")
             encoder.backbone = model.merge_and_unload()
         encoder.save_pretrained(out / "text_encoder")
         # Read back, so that what is measured is what the next stage gets.
         encoder = TextEncoder.from_pretrained(out / "text_encoder", device=args.device)
+        export_sentence_transformers(encoder, out / "text_encoder", out / "sentence_transformers")
         results |= caption_accuracy(encoder, held_out, "after")
         (out / "results.json").write_text(json.dumps({"cra": results}, indent=2) + "\n")
         print(f"{STAGE}: caption retrieval accuracy {results or 'not evaluated'}, {out}")
@@ -115,19 +144,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def caption_accuracy(
-    encoder: TextEncoder, pairs: tuple[list[str], list[str]], name: str
-) -> dict[str, float | list[float]]:
-    """CRA: R@1 in % of first captions among second ones; an equal caption counts as found."""
-    queries, gallery = pairs
-    if not queries:
+    encoder: TextEncoder, records: Sequence[CaptionRecord], name: str
+) -> dict[str, Any]:
+    """CRA in %: the share of first captions that find another caption of their image first."""
+    if not records:
         return {}
-    same: dict[str, set[int]] = {}
-    for row, texts in enumerate(zip(queries, gallery, strict=True)):
-        for text in texts:
-            same.setdefault(text, set()).add(row)
-    positives = [same[q] | same[g] for q, g in zip(queries, gallery, strict=True)]
+    queries, gallery, positives = retrieval_task(records)
     found = recall_at_k(encoder.encode(queries), encoder.encode(gallery), positives, ks=1)
-    return {name: found.recall[1], f"{name}_ci": list(found.ci[1]), "queries": len(queries)}
+    return {
+        name: found.recall[1],
+        f"{name}_ci": list(found.ci[1]),
+        "queries": len(queries),
+        "gallery": len(gallery),
+        "protocol": CRA_PROTOCOL,
+    }
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
-from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.config import CaptionPairSource, CaptionSource
 from llm2clip_vlm.data.records import (
     BadRecords,
     RecordError,
@@ -22,6 +22,10 @@ from llm2clip_vlm.data.records import (
 )
 
 logger = logging.getLogger(__name__)
+
+CRA_PROTOCOL = "first caption as query, all other captions as gallery, hit@1"
+"""The released material defines caption retrieval accuracy in two ways that differ by 40 points, so
+ours is named in every result."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,8 @@ def read_captions(
     """Reads all records of a source.
 
     Args:
-        source: The file with its filters.
+        source: The file with its filters. Of a directed pair source every record has an anchor
+            and a positive that differs from it.
         bad: Takes records with an empty caption or too few of them.
         min_captions: Different captions that a record needs (stage 1: 2).
 
@@ -55,10 +60,13 @@ def read_captions(
     Raises:
         RecordError: The file cannot be used, more records are bad than allowed, or all are.
     """
+    directed = isinstance(source, CaptionPairSource) and source.directed
     records = []
     for group in iter_records(source, bad):
         try:
             record = CaptionRecord(_key(group), collect_captions(group, source.fields))
+            if directed:
+                _require_pair(record, source.fields)
         except RecordError as error:
             bad.add(group.where, str(error))
             continue
@@ -75,6 +83,15 @@ def read_captions(
     return records
 
 
+def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
+    anchors, positives = (record.captions.get(name, []) for name in fields[:2])
+    if not anchors or set(positives) <= set(anchors):
+        raise RecordError(
+            f"no text in {fields[1]!r} beside that in {fields[0]!r}; a pair of equal texts "
+            "teaches nothing"
+        )
+
+
 def _key(group: RowGroup) -> str:
     """A grouped record is named by its group, another by its `id` where it has one."""
     name = group.rows[0].get("id")
@@ -83,18 +100,26 @@ def _key(group: RowGroup) -> str:
     return group.key
 
 
-def held_out_pairs(records: Sequence[CaptionRecord]) -> tuple[list[str], list[str]]:
-    """Queries and gallery of caption retrieval accuracy (CRA).
+def retrieval_task(
+    records: Sequence[CaptionRecord],
+) -> tuple[list[str], list[str], list[set[int]]]:
+    """Queries, gallery and right answers of caption retrieval accuracy (:data:`CRA_PROTOCOL`).
 
     Args:
         records: Records with at least two different captions.
 
     Returns:
-        Each record's first caption (queries) and its second (gallery), in the records' order.
+        Each record's first caption (queries); all other captions (gallery); for each query the
+        gallery rows of its record, and those of equal text in others.
 
-    Paper: LLM2CLIP v6 appendix table A1 (first two captions of each image, no instruction).
+    Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not told.
     """
-    return [record.texts[0] for record in records], [record.texts[1] for record in records]
+    gallery = [text for record in records for text in record.texts[1:]]
+    rows: dict[str, set[int]] = {}
+    for row, text in enumerate(gallery):
+        rows.setdefault(text, set()).add(row)
+    positives = [set().union(*(rows.get(t, ()) for t in record.texts)) for record in records]
+    return [record.texts[0] for record in records], gallery, positives
 
 
 class CaptionPair(NamedTuple):
@@ -106,6 +131,10 @@ class CaptionPair(NamedTuple):
     """Position of one caption's text."""
     positive: int
     """Position of the other's."""
+    prompt: int = 0
+    """Position in :attr:`CaptionPairs.prompts` of what stands before the query."""
+    negative: int = -1
+    """Position of a hard negative's text, or -1."""
 
 
 class CaptionPairs(Dataset[CaptionPair]):
@@ -122,42 +151,85 @@ class CaptionPairs(Dataset[CaptionPair]):
         sources: Records of each source, each with at least two different captions.
         weights: One weight above zero a source; only their ratios matter.
         seed: Seed of order and captions.
+        rules: How each source's pairs are directed and prompted; none = any two captions.
 
     Raises:
         ValueError: There is no record, a record has fewer than two different captions, or the
-            weights do not fit the sources.
+            weights or rules do not fit the sources.
+
+    Paper: LLM2CLIP v6 section 3.1; released code `E5_cc3m.py` (prompts before the query, negative).
     """
 
     def __init__(
-        self, sources: Sequence[Sequence[CaptionRecord]], weights: Sequence[float], seed: int
+        self,
+        sources: Sequence[Sequence[CaptionRecord]],
+        weights: Sequence[float],
+        seed: int,
+        rules: Sequence[CaptionPairSource] = (),
     ) -> None:
         if not sources or len(weights) != len(sources) or min(weights, default=0.0) <= 0:
             raise ValueError(f"{len(sources)} sources need as many weights > 0, got {weights}")
+        if rules and len(rules) != len(sources):
+            raise ValueError(f"{len(sources)} sources need as many rules, got {len(rules)}")
         position: dict[str, int] = {}
+        kind_number: dict[str, int] = {}
         members: list[list[int]] = []
+        kinds: list[list[int]] = []
         for record in chain.from_iterable(sources):
-            texts = [position.setdefault(text, len(position)) for text in record.texts]
+            kind_of = {
+                text: kind for kind in reversed(record.captions) for text in record.captions[kind]
+            }
+            texts = record.texts
             if len(texts) < 2:
                 raise ValueError(
                     f"record {record.key!r} has {len(texts)} different caption(s), expected 2; "
                     "read it with min_captions=2"
                 )
-            members.append(texts)
+            members.append([position.setdefault(text, len(position)) for text in texts])
+            kinds.append([kind_number.setdefault(kind_of[t], len(kind_number)) for t in texts])
         if not all(len(source) for source in sources):
             raise ValueError("a source has no record")
         self.texts: list[str] = list(position)
         """All different captions."""
+        self.prompts: list[str] = [""]
+        """All different prompts, the empty one first."""
         self.seed = seed
         """Seed of order and captions."""
         self.epoch = 0
         """Epoch whose order :class:`EpochSampler` takes next."""
         self._members = np.asarray(list(chain.from_iterable(members)), dtype=np.int64)
+        self._kinds = np.asarray(list(chain.from_iterable(kinds)), dtype=np.int32)
         self._starts = np.cumsum([0, *map(len, members)])
         self._sizes = [len(source) for source in sources]
         self._counts = [
             max(1, round(size * weight / max(weights)))
             for size, weight in zip(self._sizes, weights, strict=True)
         ]
+        self._source_ends = np.cumsum(self._sizes)
+        self._roles: list[list[int] | None] = []
+        self._prompt_of: list[dict[tuple[int, int], int]] = []
+        for rule in rules:
+            roles = [kind_number.get(name, -1) for name in rule.fields]
+            self._roles.append(roles if rule.directed else None)
+            self._prompt_of.append(self._prompt_table(rule.prompts, kind_number))
+
+    def _prompt_table(
+        self, prompts: Mapping[str, str], kind_number: Mapping[str, int]
+    ) -> dict[tuple[int, int], int]:
+        """Prompt of each direction of two kinds; (-1, -1) is any other."""
+        table: dict[tuple[int, int], int] = {}
+        for name, text in prompts.items():
+            direction = [] if name == "*" else [kind.strip() for kind in name.split("->", 1)]
+            if unknown := [kind for kind in direction if kind not in kind_number]:
+                raise ValueError(
+                    f"prompts: {name!r}: no caption is of kind {unknown[0]!r}; the kinds are "
+                    f"{list(kind_number)}"
+                )
+            if text not in self.prompts:
+                self.prompts.append(text)
+            query, positive = (kind_number[kind] for kind in direction) if direction else (-1, -1)
+            table[query, positive] = self.prompts.index(text)
+        return table
 
     def __len__(self) -> int:
         """Pairs per epoch."""
@@ -183,11 +255,22 @@ class CaptionPairs(Dataset[CaptionPair]):
             item: `(epoch, record)`.
         """
         epoch, record = item
-        texts = self._members[self._starts[record] : self._starts[record + 1]]
+        span = slice(self._starts[record], self._starts[record + 1])
+        texts, kinds = self._members[span], self._kinds[span]
+        source = int(np.searchsorted(self._source_ends, record, side="right"))
+        roles = self._roles[source] if self._roles else None
         rng = np.random.default_rng([self.seed, epoch, record])
-        query = rng.integers(len(texts))
-        positive = (query + rng.integers(1, len(texts))) % len(texts)
-        return CaptionPair(record, int(texts[query]), int(texts[positive]))
+        negative = -1
+        if roles is None:
+            query = rng.integers(len(texts))
+            positive = (query + rng.integers(1, len(texts))) % len(texts)
+        else:
+            query, positive = (rng.choice(np.flatnonzero(kinds == role)) for role in roles[:2])
+            if len(hard := np.flatnonzero(kinds == roles[-1])) and len(roles) == 3:
+                negative = int(texts[rng.choice(hard)])
+        table = self._prompt_of[source] if self._prompt_of else {}
+        prompt = table.get((int(kinds[query]), int(kinds[positive])), table.get((-1, -1), 0))
+        return CaptionPair(record, int(texts[query]), int(texts[positive]), prompt, negative)
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -15,6 +15,8 @@ import transformers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from llm2clip_vlm.chat_template import user_turn
+
 _BLOCK = 4096
 
 
@@ -25,45 +27,72 @@ class TextEncoderError(ValueError):
 class CaptionTokenizer:
     """Token ids of captions, and which of them are pooled.
 
-    Tokens of a text: what the tokenizer puts in front (bos), the instruction, the text, what the
-    tokenizer puts behind (eos). The text and what follows it are pooled: bos and the instruction
-    are the same everywhere and say nothing of the text, while an eos that the tokenizer itself
-    adds has seen all of it. Instruction and text are tokenized apart, so that the border is exact.
+    Tokens of a text: what the tokenizer puts in front (bos), the chat template's header, the
+    instruction, the text, the template's footer, what the tokenizer puts behind (eos). The text
+    and what follows it are pooled: what stands in front is the same everywhere and says nothing of
+    the text, while what follows has seen all of it. Each is tokenized apart, so that the border
+    is exact.
 
     Args:
         tokenizer: Adds special tokens as its own configuration says.
         max_length_tokens: Special tokens and instruction included.
         instruction: Text before every caption.
+        chat: Wrap texts in a user turn of the tokenizer's chat template.
+        pooling: `eos` puts an eos behind texts where the tokenizer puts none.
+        joined: The instruction is a part of the text and all tokens are pooled, as in
+            sentence-transformers.
 
     Raises:
-        TextEncoderError: `max_length_tokens` leaves no room for a text, or what the tokenizer
-            adds cannot be told from the text.
+        TextEncoderError: `max_length_tokens` leaves no room for a text, what the tokenizer adds
+            cannot be told from the text, or it has no eos to append.
 
     Paper: LLM2CLIP released code (instruction and header left out of the mean, eot kept in it).
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, max_length_tokens: int, instruction: str = ""
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length_tokens: int,
+        instruction: str = "",
+        *,
+        chat: bool = False,
+        pooling: str = "mean",
+        joined: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         """The tokenizer itself."""
         self.num_truncated = 0
         """Texts cut so far."""
-        front, self._behind = _special_tokens(tokenizer)
-        if instruction:
-            front = front + tokenizer(instruction, add_special_tokens=False)["input_ids"]
-        self._front = front
-        self._room = max_length_tokens - len(self._front) - len(self._behind)
+        self.turn = user_turn(tokenizer) if chat else ("", "")
+        """What the chat template puts before and behind a text."""
+        front, behind = _special_tokens(tokenizer)
+        self._prefix = instruction if joined else ""
+        self.joined = joined
+        """The instruction is part of the text."""
+        for text in (self.turn[0], "" if joined else instruction):
+            front = front + self.ids(text)
+        behind = self.ids(self.turn[1]) + behind
+        if pooling == "eos":
+            if tokenizer.eos_token_id is None:
+                raise TextEncoderError("pooling is 'eos', but the tokenizer has no eos token")
+            behind = behind + [tokenizer.eos_token_id] * (behind[-1:] != [tokenizer.eos_token_id])
+        self.front: list[int] = front
+        """Tokens before every text."""
+        self.behind: list[int] = behind
+        """Tokens behind every text."""
+        self.leaves_out_front = pooling == "mean" and bool(front) and not joined
+        """Tokens before a text are no part of its vector."""
+        self._room = max_length_tokens - len(front) - len(behind)
         if self._room < 1:
             raise TextEncoderError(
                 f"max_length_tokens is {max_length_tokens}, but instruction and special tokens "
-                f"alone take {len(self._front) + len(self._behind)}; raise it"
+                f"alone take {len(front) + len(behind)}; raise it"
             )
 
     @property
     def num_front_tokens(self) -> int:
         """Tokens at the start of every text that are not pooled."""
-        return len(self._front)
+        return 0 if self.joined else len(self.front)
 
     @property
     def pad_token_id(self) -> int:
@@ -82,13 +111,44 @@ class CaptionTokenizer:
         tokens: list[list[int]] = []
         for start in range(0, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
-            ids_of_block = self.tokenizer(block, add_special_tokens=False, verbose=False)
-            for text, ids in zip(block, ids_of_block["input_ids"], strict=True):
+            for text, ids in zip(block, self._bodies(block), strict=True):
                 if not ids:
                     raise TextEncoderError(f"the text {text!r} has no token; leave it out")
                 self.num_truncated += len(ids) > self._room
-                tokens.append([*self._front, *ids[: self._room], *self._behind])
+                tokens.append([*self.front, *ids[: self._room], *self.behind])
         return tokens
+
+    def _bodies(self, texts: list[str]) -> list[list[int]]:
+        # sentence-transformers is told of the front by a leading blank (training/embedder_export).
+        whole = [text.lstrip() if self.leaves_out_front else self._prefix + text for text in texts]
+        encoded = self.tokenizer(whole, add_special_tokens=False, verbose=False)
+        bodies: list[list[int]] = encoded["input_ids"]
+        return bodies
+
+    def ids(self, text: str) -> list[int]:
+        """Tokens of a piece of text alone, without special tokens."""
+        found: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return found if text else []
+
+    def add_prompt(self, tokens: Sequence[int], prompt: Sequence[int]) -> list[int]:
+        """Puts a prompt between what stands in front of every text and the text.
+
+        Args:
+            tokens: As calling this object returned them.
+            prompt: :meth:`ids` of the prompt; the number of tokens that are not pooled grows by
+                its length. A text that no longer fits is cut.
+
+        Raises:
+            TextEncoderError: The prompt leaves no room for a text.
+        """
+        if len(prompt) >= self._room:
+            raise TextEncoderError(
+                f"a prompt takes {len(prompt)} of the {self._room} tokens that max_length_tokens "
+                "leaves for prompt and text; raise it"
+            )
+        front, end = len(self.front), len(tokens) - len(self.behind)
+        body = tokens[front:end][: self._room - len(prompt)]
+        return [*tokens[:front], *prompt, *body, *tokens[end:]]
 
     def fingerprint(self) -> str:
         """Hash of what turns text into ids; padding and truncation are not part of it."""
@@ -121,14 +181,14 @@ class CaptionTokenizer:
 
 
 def pad_tokens(
-    tokens: Sequence[npt.ArrayLike], pad_token_id: int, num_front_tokens: int
+    tokens: Sequence[npt.ArrayLike], pad_token_id: int, num_front_tokens: int | Sequence[int]
 ) -> dict[str, Tensor]:
     """Pads on the right and marks what is attended to and what is pooled.
 
     Args:
         tokens: Token ids of each text, at least one text.
         pad_token_id: Fills up; never attended to.
-        num_front_tokens: Tokens at the start of each text that are not pooled.
+        num_front_tokens: Tokens at the start of each text that are not pooled, for all or each.
 
     Returns:
         `input_ids` and `attention_mask` (int64 `[b, t]`), `pool_mask` (bool `[b, t]`).
@@ -142,7 +202,7 @@ def pad_tokens(
     return {
         "input_ids": input_ids,
         "attention_mask": inside.long(),
-        "pool_mask": inside & (positions >= num_front_tokens),
+        "pool_mask": inside & (positions >= torch.as_tensor(num_front_tokens).view(-1, 1)),
     }
 
 

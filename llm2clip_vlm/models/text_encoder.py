@@ -10,56 +10,43 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
+import importlib.util
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoTokenizer,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from llm2clip_vlm.config import TextEncoderSection
-from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
+from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
+from llm2clip_vlm.models.embedder import read_embedder
+from llm2clip_vlm.models.text_encoder_settings import (
+    SETTINGS_NAME,
+    Pooling,
+    TextEncoderSettings,
+    resolve_settings,
+    save_settings,
+)
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "text_encoder.json"
-"""File beside the weights that says how they make a vector."""
-DEFAULT_MAX_LENGTH_TOKENS = 512
-"""Paper v6 C.1; less where the model has fewer positions."""
-
-_SCHEMA = 1
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-Pooling = Literal["mean", "last"]
-
-
-@dataclass(frozen=True)
-class TextEncoderSettings:
-    """How hidden states become one vector; saved with the weights."""
-
-    pooling: Pooling = "mean"
-    """Mean over the pooled tokens, or the last one."""
-    max_length_tokens: int = DEFAULT_MAX_LENGTH_TOKENS
-    """Special tokens and instruction included."""
-    instruction: str = ""
-    """Text before every caption, attended to but not pooled."""
-    bidirectional: bool = True
-    """False = causal attention."""
 
 
 def pool(
@@ -70,14 +57,15 @@ def pool(
     Args:
         hidden: Last hidden states.
         pool_mask: True at tokens that count, at least one a row.
-        pooling: `mean` or `last`.
+        pooling: `mean`, `last` (which an appended eos is too) or `cls`.
 
     Paper: LLM2CLIP v6 section 4.1 (mean); table 6 compares with the last token.
     """
-    if pooling == "last":
+    if pooling != "mean":
         positions = torch.arange(pool_mask.shape[1], device=pool_mask.device)
-        last = (pool_mask * positions).argmax(dim=1)
-        return hidden[torch.arange(len(hidden), device=hidden.device), last].float()
+        chosen = pool_mask.int() if pooling == "cls" else pool_mask * positions
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, chosen.argmax(dim=1)].float()
     weights = pool_mask.unsqueeze(-1).float()
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
@@ -108,7 +96,7 @@ class TextEncoder(nn.Module):
         """Adds special tokens as its own configuration says."""
         self.settings = settings
         """How hidden states become a vector."""
-        self.tokens = CaptionTokenizer(tokenizer, settings.max_length_tokens, settings.instruction)
+        self.tokens = settings.tokens(tokenizer)
         """Texts to token ids."""
 
     @classmethod
@@ -119,59 +107,80 @@ class TextEncoder(nn.Module):
         pooling: Pooling | None = None,
         max_length_tokens: int | None = None,
         instruction: str | None = None,
+        chat: bool | None = None,
         bidirectional: bool | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
     ) -> Self:
-        """Loads a raw LLM, or what :meth:`save_pretrained` wrote.
+        """Loads a raw LLM, what :meth:`save_pretrained` wrote, or a sentence-transformers embedder.
 
         Args:
-            path: Directory or hub id.
-            pooling: `mean` (default) or `last`.
+            path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
+                prompt and attention.
+            pooling: `mean` (default), `last` or `eos`.
             max_length_tokens: Default 512, or the model's positions where they are fewer.
             instruction: Text before every caption; default none.
+            chat: Wrap texts in a user turn of the tokenizer's chat template; default false.
             bidirectional: Default true.
             dtype: Of the weights; `auto` keeps the checkpoint's.
             device: Where the weights go; none = CPU.
             attn_implementation: As in transformers; none = its default.
+            load_in_4bit: Quantise linear weights to NF4 (needs bitsandbytes).
 
         Raises:
             TextEncoderError: A saved encoder has another value than the one given here; the model
-                has no single hidden size, too few positions or missing weights; or its attention
-                is not what `bidirectional` says.
+                has no single hidden size, too few positions or missing weights; its attention is
+                not what `bidirectional` says; or bitsandbytes is absent.
         """
         given = {
             "pooling": pooling,
             "max_length_tokens": max_length_tokens,
             "instruction": instruction,
+            "chat": chat,
             "bidirectional": bidirectional,
         }
         chosen = {name: value for name, value in given.items() if value is not None}
+        embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
+        source = embedder.model_dir if embedder else path
         # A copy, because transformers may hand out one config object twice.
-        config = copy.deepcopy(AutoConfig.from_pretrained(path))
-        settings, tokenizer_hash = _resolve_settings(path, config, chosen)
-        config.is_causal = not settings.bidirectional
+        config = copy.deepcopy(AutoConfig.from_pretrained(source))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        if embedder and embedder.lower_case:
+            steps = [Lowercase(), tokenizer.backend_tokenizer.normalizer]
+            tokenizer.backend_tokenizer.normalizer = NormalizerSequence(
+                [step for step in steps if step is not None]
+            )
+        settings, tokenizer_hash = resolve_settings(path, config, tokenizer, chosen, embedder)
+        if not settings.embedder:
+            config.is_causal = not settings.bidirectional
         backbone, report = AutoModel.from_pretrained(
-            path,
+            source,
             config=config,
             dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            **(_four_bits(device) if load_in_4bit else {}),
         )
-        if report["missing_keys"]:
+        # An embedder's checkpoint may lack BERT's pooler: no vector is made of it.
+        missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
+        if missing:
             raise TextEncoderError(
-                f"{path}: no weights for {len(report['missing_keys'])} parameters, such as "
-                f"{sorted(report['missing_keys'])[0]!r}; give a complete checkpoint of the model"
+                f"{path}: no weights for {len(missing)} parameters, such as "
+                f"{sorted(missing)[0]!r}; give a complete checkpoint of the model"
             )
-        for module in backbone.modules():
+        if not settings.embedder:
             # Flash attention builds no mask and asks the layer instead of the config.
-            if isinstance(getattr(module, "is_causal", None), bool):
-                module.is_causal = config.is_causal
+            for module in backbone.modules():
+                if isinstance(getattr(module, "is_causal", None), bool):
+                    module.is_causal = config.is_causal
         backbone.config.use_cache = False
-        if device is not None:
+        if device is not None and not load_in_4bit:
             backbone.to(device)
-        encoder = cls(backbone.eval(), AutoTokenizer.from_pretrained(path), settings)
+        encoder = cls(backbone.eval(), tokenizer, settings)
+        if embedder and bidirectional is None:  # its attention is what its own config makes it
+            encoder.settings = replace(settings, bidirectional=encoder.sees_behind())
         encoder.check_attention()
         if tokenizer_hash is not None:
             encoder.tokens.require(tokenizer_hash, path)
@@ -179,13 +188,17 @@ class TextEncoder(nn.Module):
 
     @classmethod
     def from_section(
-        cls, section: TextEncoderSection, device: str | torch.device | None = None
+        cls,
+        section: TextEncoderSection,
+        device: str | torch.device | None = None,
+        load_in_4bit: bool = False,
     ) -> Self:
         """Loads what a recipe's `text_encoder` names; what it leaves out has its default."""
         named = section.model_fields_set & {
             "pooling",
             "max_length_tokens",
             "instruction",
+            "chat",
             "bidirectional",
         }
         return cls.from_pretrained(
@@ -193,6 +206,7 @@ class TextEncoder(nn.Module):
             dtype=section.dtype,
             device=device,
             attn_implementation=section.attn_implementation,
+            load_in_4bit=load_in_4bit,
             **{name: getattr(section, name) for name in named},
         )
 
@@ -216,7 +230,8 @@ class TextEncoder(nn.Module):
         return {
             "text_weights": _hash_state(self.backbone.state_dict()),
             "text_tokenizer": self.tokens.fingerprint(),
-            **{name: str(value) for name, value in asdict(self.settings).items()},
+            **{name: str(value) for name, value in self.settings.to_dict().items()},
+            **({"chat": repr(self.tokens.turn)} if self.settings.chat else {}),
             "hidden_size": str(self.hidden_size),
         }
 
@@ -272,8 +287,8 @@ class TextEncoder(nn.Module):
                 self.settings.max_length_tokens,
             )
         embeds = torch.empty(len(texts), self.hidden_size)
-        was_training = self.training
-        self.eval()
+        was_training = self.backbone.training
+        self.backbone.eval()
         try:
             with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
                 for rows in _length_sorted_batches([len(ids) for ids in tokens], batch_tokens):
@@ -286,23 +301,27 @@ class TextEncoder(nn.Module):
                     embeds[rows] = self(**batch).cpu()
                     bar.update(len(rows))
         finally:
-            self.train(was_training)
+            self.backbone.train(was_training)
         return F.normalize(embeds, dim=-1) if normalize else embeds
 
     @torch.no_grad()
-    def check_attention(self) -> None:
-        """Changes the last of four tokens and looks whether the first one notices.
-
-        Raises:
-            TextEncoderError: It does not although `bidirectional` is set, or it does although not.
-        """
+    def sees_behind(self) -> bool:
+        """Changes the last of four tokens and looks whether the first one notices."""
         ids = torch.arange(1, 5, device=self.device).remainder(self.backbone.config.vocab_size)
         pair = torch.stack([ids, ids])
         pair[1, -1] = 0
         hidden = self.backbone(
             input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False
         ).last_hidden_state
-        sees_behind = bool((hidden[0, 0] - hidden[1, 0]).abs().max() > 1e-6)
+        return bool((hidden[0, 0] - hidden[1, 0]).abs().max() > 1e-6)
+
+    def check_attention(self) -> None:
+        """Refuses attention that is not what `bidirectional` says.
+
+        Raises:
+            TextEncoderError: It is causal although `bidirectional` is set, or the other way round.
+        """
+        sees_behind = self.sees_behind()
         if sees_behind == self.settings.bidirectional:
             return
         import transformers
@@ -324,14 +343,7 @@ class TextEncoder(nn.Module):
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        content = {
-            "schema": _SCHEMA,
-            **asdict(self.settings),
-            "text_tokenizer": self.tokens.fingerprint(),
-        }
-        temporary = directory / f".{SETTINGS_NAME}.tmp"
-        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        temporary.replace(directory / SETTINGS_NAME)
+        save_settings(directory, self.settings, self.tokens.fingerprint())
 
 
 def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
@@ -346,42 +358,19 @@ def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterabl
         yield batch
 
 
-def _resolve_settings(
-    path: str | Path, config: PreTrainedConfig, chosen: Mapping[str, Any]
-) -> tuple[TextEncoderSettings, str | None]:
-    """Settings and tokenizer hash of `text_encoder.json`, else settings from the arguments."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
+def _four_bits(device: str | torch.device | None) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for NF4 weights, as QLoRA has them (arXiv 2305.14314)."""
+    if importlib.util.find_spec("bitsandbytes") is None:
         raise TextEncoderError(
-            f"{path}: model_type {config.model_type!r} is no plain decoder (no hidden_size of its "
-            "own, or an encoder-decoder); give a Llama, Qwen2/3, Mistral or Gemma text model"
+            "load_in_4bit is true, but bitsandbytes is not installed; pip install bitsandbytes, or "
+            "leave load_in_4bit out"
         )
-    saved = Path(path) / SETTINGS_NAME
-    tokenizer_hash: str | None = None
-    if not saved.is_file():
-        limit = DEFAULT_MAX_LENGTH_TOKENS
-        defaults = {"max_length_tokens": min(limit, positions) if positions else limit}
-        settings = TextEncoderSettings(**{**defaults, **chosen})
-        if positions and settings.max_length_tokens > positions:
-            raise TextEncoderError(
-                f"max_length_tokens is {settings.max_length_tokens}, but {path} has "
-                f"{positions} positions (max_position_embeddings); lower it"
-            )
-    else:
-        content = json.loads(saved.read_text(encoding="utf-8"))
-        if content.pop("schema", None) != _SCHEMA:
-            raise TextEncoderError(f"{saved}: unknown schema, expected {_SCHEMA}; save it anew")
-        tokenizer_hash = content.pop("text_tokenizer")
-        for name, value in chosen.items():
-            if content.get(name) != value:
-                raise TextEncoderError(
-                    f"{path}: {name} is {content.get(name)!r} in {SETTINGS_NAME}, but {value!r} "
-                    f"was asked for; a trained encoder keeps its own: leave {name} out"
-                )
-        settings = TextEncoderSettings(**content)
-    if settings.pooling not in ("mean", "last"):
-        raise TextEncoderError(f"pooling is {settings.pooling!r}, expected 'mean' or 'last'")
-    return settings, tokenizer_hash
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
+    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

@@ -86,6 +86,26 @@ def export_vision_tower(model: nn.Module, image_processor: Any, directory: str |
     return target
 
 
+def lora_config(lora: LoraSection, **more: Any) -> Any:
+    """A recipe's adapter as PEFT takes it.
+
+    Args:
+        lora: Rank, scale, dropout, modules, LoRA or DoRA.
+        **more: Other fields of `peft.LoraConfig`.
+    """
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        use_dora=lora.use_dora,
+        bias="none",
+        **more,
+    )
+
+
 def add_lora(module: nn.Module, lora: LoraSection) -> Any:
     """Put a LoRA adapter into a module, in place; the other weights are frozen.
 
@@ -98,15 +118,9 @@ def add_lora(module: nn.Module, lora: LoraSection) -> Any:
     Returns:
         PEFT's tuner, to hand to :func:`merge_lora`.
     """
-    from peft import LoraConfig, LoraModel
+    from peft import LoraModel
 
-    config = LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-    )
-    return LoraModel(module, config, "default")
+    return LoraModel(module, lora_config(lora), "default")
 
 
 def merge_lora(tuner: Any) -> nn.Module:
