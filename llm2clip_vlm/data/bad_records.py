@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +23,13 @@ _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|\(.*\)| below \S+")
 
 class RecordError(ValueError):
     """A data file or one of its rows cannot be used."""
+
+
+class Refusals(Protocol):
+    """Takes what cannot be used."""
+
+    def add(self, where: str, why: str) -> None:
+        """Names one record and the reason."""
 
 
 @dataclass
@@ -75,6 +83,8 @@ class BadRecords:
         Raises:
             RecordError: More records are bad than `limit` and `fraction` allow.
         """
+        # half characters would stop whoever prints or writes them
+        where, why = (text.encode(errors="backslashreplace").decode() for text in (where, why))
         if self.ledger is None:
             self._note(where, why)
         elif not self._write(where, why):

@@ -1,12 +1,9 @@
-"""Images with captions: records, a dataset that draws a caption per epoch, retrieval galleries."""
+"""Images with captions: sources as one set, a dataset that draws captions, retrieval galleries."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +12,35 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data.images import ImageError, open_image
-from llm2clip_vlm.data.pixels import PixelTable, process_images
-from llm2clip_vlm.data.records import (
-    BadRecords,
-    RecordError,
-    collect_captions,
-    get_column,
-    iter_records,
+from llm2clip_vlm.config import AugmentationSection, ImageTextSource
+from llm2clip_vlm.data.caption_draw import (
+    caption_id,
+    draw,
+    draw_one,
+    draw_several,
+    weighted_captions,
 )
+from llm2clip_vlm.data.image_text_index import (
+    ImageTextRecord,
+    ImageTextRecords,
+    read_image_text,
+)
+from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.data.pixels import Geometry, PixelTable, TrainingPixels, process_images
+from llm2clip_vlm.data.records import BadRecords, RecordError
+
+__all__ = [
+    "ImageTextDataset",
+    "ImageTextRecord",
+    "ImageTextRecords",
+    "TextInputs",
+    "caption_galleries",
+    "caption_id",
+    "collate",
+    "draw",
+    "read_image_text",
+    "read_sources",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -32,77 +48,12 @@ CACHE_LIMIT_BYTES = 256 * 2**20
 """Processed images of a whole set are kept in memory below this size (`cache_in_memory=None`)."""
 
 _CHUNK = 256
-_MASK = 2**64 - 1
 
 TextInputs = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions of a batch to the model's text arguments (cached embeddings, or token ids)."""
 
 
-@dataclass(frozen=True)
-class ImageTextRecord:
-    """One image and its captions by kind."""
-
-    key: str
-    """Unique within the source."""
-    image: Path
-    """The image file, below `root`."""
-    captions: dict[str, list[str]]
-    """Kind (`short`, `long`, or the column's name) to captions, no list empty."""
-    root: Path = field(default=Path())
-    """Folder that the image may not leave; the image's own folder where not given."""
-
-    def open(self) -> Image.Image:
-        """Decode the image as RGB.
-
-        Raises:
-            ImageError: It cannot be read, or lies outside `root`.
-        """
-        if self.root == Path():
-            return open_image(self.image.parent, self.image.name)
-        return open_image(
-            self.root,
-            str(self.image.relative_to(self.root))
-            if self.image.is_relative_to(self.root)
-            else str(self.image),
-        )
-
-
-def read_image_text(source: ImageTextSource, bad: BadRecords) -> list[ImageTextRecord]:
-    """Read the records of a source. Images are not opened yet.
-
-    Args:
-        source: The file, its columns and filters.
-        bad: Takes rows without an image, a key or a caption.
-
-    Returns:
-        Records in file order; rows that `group_by` joins are one record with the first row's image.
-
-    Raises:
-        RecordError: The file cannot be read, or too many records are bad.
-    """
-    root = Path(source.image_root) if source.image_root else Path(source.path).parent
-    records: list[ImageTextRecord] = []
-    seen: set[str] = set()
-    for group in iter_records(source, bad, columns=[source.image_field]):
-        first = group.rows[0]
-        name = get_column(first, source.image_field)
-        identity = get_column(first, source.id_field)
-        key = group.key if source.group_by or identity is None else str(identity)
-        try:
-            if not isinstance(name, str) or not name:
-                raise RecordError(f"column {source.image_field!r} holds {name!r}, expected a path")
-            if key in seen:
-                raise RecordError(f"the key {key!r} ({source.id_field}) occurs twice")
-            captions = collect_captions(group, source.fields)
-        except RecordError as error:
-            bad.add(group.where, str(error))
-            continue
-        seen.add(key)
-        records.append(ImageTextRecord(key, root / name, captions, root))
-    return records
-
-
-def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> list[ImageTextRecord]:
+def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTextRecords:
     """Read several sources, one after the other, as one set.
 
     Args:
@@ -110,7 +61,7 @@ def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> list[Im
         bad: Takes unusable rows.
 
     Returns:
-        All records.
+        All records; keys are unique within a source.
 
     Raises:
         ValueError: A source has a `weight`: every image is seen once an epoch.
@@ -120,36 +71,20 @@ def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> list[Im
             f"train: `weight` of {weighted}: image-text sources take none, every image is seen "
             "once an epoch; leave it out, and shorten the larger source with `limit`"
         )
-    return [record for source in sources for record in read_image_text(source, bad)]
-
-
-def caption_id(text: str) -> int:
-    """A 63-bit number that equal captions share, to keep them from being each other's negatives."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") >> 1
-
-
-def draw(seed: int, epoch: int, index: int) -> float:
-    """A uniform number in [0, 1) that depends on its three arguments alone (splitmix64)."""
-    state = (seed * 0x9E3779B97F4A7C15 + epoch * 0xBF58476D1CE4E5B9 + index) & _MASK
-    for _ in range(2):
-        state = (state + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return (state >> 11) / 2**53
+    return ImageTextRecords([read_image_text(source, bad) for source in sources])
 
 
 class ImageTextDataset(Dataset[dict[str, Any]]):
-    """Images with one caption each, drawn anew every epoch.
+    """Images with captions, drawn anew every epoch.
 
     Which caption an image gets depends on `(seed, epoch, index)` alone, so neither the number of
     workers or processes nor a resume changes it. Small sets are decoded once and kept as 8-bit
     pixels; rescaling and normalising then happens for a whole batch, with the same result to the
     bit as the image processor's. Larger sets are decoded as they are asked for; a bad image is then
-    found (and counted, in each loader worker) when it is met, and the next record stands in for it.
+    found when it is met, and counted once, and the next record stands in for it.
 
     Args:
-        records: As :func:`read_image_text` returns them.
+        records: As :func:`read_sources` or :func:`read_image_text` returns them, or a list.
         image_processor: A transformers image processor.
         caption_weights: Probability weight of each kind of caption; a kind that is not named is
             not drawn, and within a kind all captions are equally likely. Empty = uniform over all
@@ -157,11 +92,19 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         seed: Of the draws.
         text_inputs: Captions to the model's text arguments; none = batches hold captions only.
         bad: Takes images that cannot be used.
-        cache_in_memory: None = where all images take less than `CACHE_LIMIT_BYTES`.
+        cache_in_memory: None = where all images take less than `CACHE_LIMIT_BYTES` and nothing is
+            done to them at random.
+        captions_per_image: Captions of an image that a batch holds one after the other; different
+            ones where it has so many.
+        augmentation: Random crop and mirroring, of training alone.
+        fast: Decode and resize by :class:`TrainingPixels` what is not held in memory; otherwise
+            as the image processor does, to the bit.
+        as_uint8: Batches hold 8-bit pixels, a quarter of the bytes, for :meth:`to_float`.
         show_progress: A progress bar while images are decoded up front.
 
     Raises:
-        ValueError: No record, a weighted kind that no record has, or too many bad images.
+        ValueError: No record, a weighted kind that no record has, too many bad images, or an
+            augmentation beside an image processor whose resizing is not known.
     """
 
     def __init__(
@@ -174,20 +117,32 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         *,
         bad: BadRecords | None = None,
         cache_in_memory: bool | None = None,
+        captions_per_image: int = 1,
+        augmentation: AugmentationSection | None = None,
+        fast: bool = False,
+        as_uint8: bool = False,
         show_progress: bool = False,
     ) -> None:
         self.bad = BadRecords() if bad is None else bad
-        self.records, self._choices = _weigh(records, caption_weights or {}, self.bad)
+        self.caption_weights = dict(caption_weights or {})
+        self.records = _with_weight(records, self.caption_weights, self.bad)
         self.image_processor = image_processor
         self.seed = seed
         self.text_inputs = text_inputs
+        self.captions_per_image = captions_per_image
+        self.as_uint8 = as_uint8
         # shared memory, so that workers which outlive an epoch see the next one's number
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
-        self._unreadable: set[int] = set()
+        self._unreadable = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
         self._pixels: Tensor | None = None
         self._to_float: PixelTable | None = None
-        if cache_in_memory is not False:
+        self._training: TrainingPixels | None = None
+        augmentation = augmentation or AugmentationSection()
+        augments = augmentation != AugmentationSection()
+        if cache_in_memory is not False and not augments:
             self._decode_all(forced=cache_in_memory is True, show_progress=show_progress)
+        if self._pixels is None and (fast or augments):
+            self._training = self._fast_decoder(augmentation, scaled=fast)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -206,21 +161,21 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self._epoch.fill_(epoch)
 
     def caption(self, index: int) -> str:
-        """The caption that image `index` has in the current epoch."""
-        texts, cumulative = self._choices[index]
-        if len(texts) == 1:
-            return texts[0]
-        position = int(
-            np.searchsorted(cumulative, draw(self.seed, self.epoch, index), side="right")
-        )
-        return texts[min(position, len(texts) - 1)]
+        """The (first) caption that image `index` has in the current epoch."""
+        return self._draw(self.records[index], index)[0]
 
     def captions(self) -> list[str]:
         """All captions that can be drawn, each once, in order of first appearance."""
-        return list(dict.fromkeys(text for texts, _ in self._choices for text in texts))
+        return list(
+            dict.fromkeys(
+                text
+                for record in self.records
+                for text in weighted_captions(record.captions, self.caption_weights)[0]
+            )
+        )
 
     def pixel_values(self, indices: Sequence[int]) -> Tensor:
-        """Processed images.
+        """Images as the image processor makes them, to the bit; for evaluation.
 
         Args:
             indices: Positions in `records`.
@@ -234,52 +189,110 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if self._pixels is None:
             images = [self.records[index].open() for index in indices]
             return process_images(self.image_processor, images, None)
-        batch = self._pixels[torch.as_tensor(indices)]
-        return batch if self._to_float is None else self._to_float(batch)
+        return self.to_float(self._pixels[torch.as_tensor(indices)])
+
+    def to_float(self, pixels: Tensor) -> Tensor:
+        """What the model takes, on the pixels' device: 8-bit pixels rescaled and normalised.
+
+        Args:
+            pixels: `[n, 3, h, w]`; what is no uint8 is returned as it is.
+        """
+        if pixels.dtype != torch.uint8:
+            return pixels
+        assert self._to_float is not None
+        return self._to_float(pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {name: values[0] for name, values in self.__getitems__([index]).items()}
+        batch = self.__getitems__([index])
+        rows = self.captions_per_image
+        return {
+            name: values if len(values) == rows > 1 else values[0] for name, values in batch.items()
+        }
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A whole batch at once (torch's loader asks for it this way).
 
         Returns:
-            `pixel_values`, `caption_ids` `[n]` int64 and what `text_inputs` gives; `captions`, a
-            list of strings, where there is none.
+            `pixel_values`, `caption_ids` `[n * captions_per_image]` int64 and what `text_inputs`
+            gives; `captions`, a list of strings, where there is none.
         """
         indices = list(indices)
         if self._pixels is None:
-            opened = [self._open_or_next(index) for index in indices]
-            indices = [index for index, _ in opened]
-            pixels = process_images(self.image_processor, [image for _, image in opened], None)
+            records, loaded = [], []
+            for place, index in enumerate(indices):
+                indices[place], record, image = self._load_or_next(index)
+                records.append(record)
+                loaded.append(image)
+            pixels = self._processed(loaded)
         else:
-            pixels = self.pixel_values(indices)
-        texts = [self.caption(index) for index in indices]
+            records = [self.records[index] for index in indices]
+            pixels = self._pixels[torch.as_tensor(indices)]
+        texts = [
+            text
+            for record, index in zip(records, indices, strict=True)
+            for text in self._draw(record, index)
+        ]
         batch: dict[str, Any] = {
-            "pixel_values": pixels,
+            "pixel_values": pixels if self.as_uint8 else self.to_float(pixels),
             "caption_ids": torch.tensor([caption_id(text) for text in texts]),
         }
         return batch | (dict(self.text_inputs(texts)) if self.text_inputs else {"captions": texts})
 
-    def _open_or_next(self, index: int) -> tuple[int, Image.Image]:
-        """`index` and its image, or where that does not decode the next one that does.
+    def _draw(self, record: ImageTextRecord, index: int) -> list[str]:
+        """An image's captions in the current epoch."""
+        texts, shares = weighted_captions(record.captions, self.caption_weights)
+        if self.captions_per_image == 1:
+            return [draw_one(texts, shares, draw(self.seed, self.epoch, index))]
+        return draw_several(
+            texts, shares, self.captions_per_image, self.seed ^ caption_id(record.where), self.epoch
+        )
+
+    def _load_or_next(self, index: int) -> tuple[int, ImageTextRecord, Any]:
+        """`index`, its record and image, or where that does not decode the next one that does.
 
         If both meet in one batch, their caption is equal, so they are no negatives.
         """
         for step in range(len(self.records)):
             candidate = (index + step) % len(self.records)
-            if candidate in self._unreadable:
+            if self._unreadable[candidate]:
                 continue
+            record = self.records[candidate]
             try:
-                return candidate, self.records[candidate].open()
+                if self._training is None:
+                    return candidate, record, record.open()
+                key = caption_id(record.where)
+                return candidate, record, self._training(record.encoded(), key, self.epoch)
             except ImageError as error:
-                self._unreadable.add(candidate)
-                self.bad.add(self.records[candidate].key, str(error))
+                self._unreadable[candidate] = True
+                self.bad.add(record.where, str(error))
         raise RecordError("no image of the set can be read")
+
+    def _processed(self, images: list[Any]) -> Tensor:
+        if self._training is not None:
+            return torch.stack(images)
+        return process_images(self.image_processor, images, None)
+
+    def _fast_decoder(
+        self, augmentation: AugmentationSection, *, scaled: bool
+    ) -> TrainingPixels | None:
+        geometry, table = Geometry.of(self.image_processor), PixelTable.of(self.image_processor)
+        if geometry is not None and table is not None:
+            self._to_float = table
+            return TrainingPixels(geometry, augmentation, self.seed, scaled=scaled)
+        name = type(self.image_processor).__name__
+        if augmentation != AugmentationSection():
+            raise ValueError(
+                f"augmentation: {name} does more than resize and crop, so where a random crop "
+                "belongs is not known; leave `augmentation` out, or use another image processor"
+            )
+        logger.info("%s does more than resize and crop: pictures are decoded exactly", name)
+        return None
 
     def _decode_all(self, *, forced: bool, show_progress: bool) -> None:
         from tqdm import tqdm
 
+        if not forced and not self._fits_in_memory():
+            return
         to_float = PixelTable.of(self.image_processor)
         kept: list[int] = []
         chunks: list[Tensor] = []
@@ -289,10 +302,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             for start in range(0, len(self.records), _CHUNK):
                 images: list[Image.Image] = []
                 for index in range(start, min(start + _CHUNK, len(self.records))):
+                    record = self.records[index]
                     try:
-                        images.append(self.records[index].open())
+                        images.append(record.open())
                     except ImageError as error:
-                        self.bad.add(self.records[index].key, str(error))
+                        self.bad.add(record.where, str(error))
                         continue
                     kept.append(index)
                 bar.update(min(_CHUNK, len(self.records) - start))
@@ -301,17 +315,25 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
                 if not chunks and to_float and not to_float.is_exact(images):
                     to_float = None
                 chunks.append(process_images(self.image_processor, images, to_float))
-                per_image = chunks[0][0].numel() * chunks[0].element_size()
-                if not forced and per_image * len(self.records) >= CACHE_LIMIT_BYTES:
-                    logger.info(
-                        "%d images of %d bytes are decoded as needed", len(self.records), per_image
-                    )
-                    return
         if not kept:
             raise RecordError(f"none of the {len(self.records)} images can be read")
-        self.records = [self.records[index] for index in kept]
-        self._choices = [self._choices[index] for index in kept]
+        self.records = self.records.take(kept)
         self._pixels, self._to_float = torch.cat(chunks), to_float
+
+    def _fits_in_memory(self) -> bool:
+        """Whether all processed images do, judged by the first that can be read."""
+        for record in self.records:
+            try:
+                image = process_images(
+                    self.image_processor, [record.open()], PixelTable.of(self.image_processor)
+                )
+            except ImageError:  # counted when it is its turn
+                continue
+            fits = image.numel() * image.element_size() * len(self.records) < CACHE_LIMIT_BYTES
+            if not fits:
+                logger.info("%d images are decoded as needed", len(self.records))
+            return fits
+        raise RecordError(f"none of the {len(self.records)} images can be read")
 
 
 def collate(samples: Any) -> dict[str, Any]:
@@ -353,32 +375,22 @@ def caption_galleries(
     return galleries
 
 
-def _weigh(
+def _with_weight(
     records: Sequence[ImageTextRecord], weights: Mapping[str, float], bad: BadRecords
-) -> tuple[list[ImageTextRecord], list[tuple[list[str], np.ndarray]]]:
-    """Records with a caption that can be drawn, and their captions with cumulative probability."""
+) -> ImageTextRecords:
+    """The records with a caption that can be drawn."""
     if not records:
         raise RecordError("the image-text set is empty")
-    kinds = {kind for record in records for kind in record.captions}
-    if set(weights) - kinds:
+    table = records if isinstance(records, ImageTextRecords) else ImageTextRecords([records])
+    if not weights:
+        return table
+    if set(weights) - (kinds := table.kinds()):
         raise ValueError(
             f"caption_weights names {sorted(set(weights) - kinds)}, but the records' kinds of "
             f"captions are {sorted(kinds)}"
         )
-    kept: list[ImageTextRecord] = []
-    choices: list[tuple[list[str], np.ndarray]] = []
-    for record in records:
-        texts: list[str] = []
-        shares: list[float] = []
-        for kind, captions in record.captions.items():
-            share = weights.get(kind, 0.0) / len(captions) if weights else 1.0
-            if share > 0:
-                texts.extend(captions)
-                shares.extend([share] * len(captions))
-        if not texts:
-            bad.add(record.key, f"no caption of a kind with weight (has {list(record.captions)})")
-            continue
-        cumulative = np.cumsum(shares)
-        kept.append(record)
-        choices.append((texts, cumulative / cumulative[-1]))
-    return kept, choices
+    drawable = table.has_kinds(kind for kind, weight in weights.items() if weight > 0)
+    for index in np.flatnonzero(~drawable):
+        record = table[int(index)]
+        bad.add(record.where, f"no caption of a kind with weight (has {list(record.captions)})")
+    return table.take(drawable)

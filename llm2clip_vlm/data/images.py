@@ -1,8 +1,9 @@
 """Opening images that a record names, and nothing outside the folder that holds them.
 
-Every image in the project passes through :func:`open_image`: stage 2 pairs, LLaVA records and
+Every image in the project passes through :class:`EncodedImage`: stage 2 pairs, LLaVA records and
 evaluation. A record is foreign input, so its path may not leave the image root and may not be a
-URL, and whatever the decoder makes of the bytes becomes one :class:`ImageError` with the name.
+URL, its header is checked before anything is decoded, and whatever the decoder makes of the bytes
+becomes one :class:`ImageError` with the name.
 """
 
 from __future__ import annotations
@@ -11,33 +12,62 @@ import os
 import re
 import struct
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+import numpy.typing as npt
+from PIL import ExifTags, Image
 
 MAX_IMAGE_PIXELS = 178_956_970
 """Refused above this many pixels, half a gibibyte as RGB; Pillow itself refuses from here on."""
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|data:|file:", re.IGNORECASE)
+MAX_IMAGE_BYTES = 256 * 2**20
+"""A larger file is refused unread."""
+
+MIN_SIDE_PX = 8
+"""Stage 2 refuses pictures with a shorter side: counting pixels and placeholders."""
+
+MAX_ASPECT_RATIO = 20
+"""Stage 2 refuses longer strips: a square crop would show less than a twentieth of them."""
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation to the transposition that undoes it."""
+
+_ON_THE_SIDE = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|data:|file:|pipe:", re.IGNORECASE)
 
 
 class ImageError(ValueError):
     """An image that a record names cannot be used; the message has the name and the reason."""
 
 
-def resolve_image(root: Path, name: str) -> Path:
-    """Path of an image below `root`, without opening it.
+def check_image_name(root: Path, name: str) -> PurePosixPath:
+    """Refuse a name that could lead anywhere but below a folder, without touching the disk.
 
     Args:
         root: Folder that holds the images.
         name: Relative path with forward slashes, as LLaVA's JSON writes it.
 
     Returns:
-        The existing file, with symbolic links resolved.
+        The relative path.
 
     Raises:
-        ImageError: `name` is empty, a URL, absolute, climbs with `..`, follows a symbolic link out
-            of `root`, or is not a file.
+        ImageError: `name` is empty, a URL, absolute, or climbs with `..`.
     """
     if not isinstance(name, str) or not name.strip() or "\x00" in name:
         raise ImageError(f"image name {name!r}: expected a relative path, got an empty value")
@@ -51,13 +81,47 @@ def resolve_image(root: Path, name: str) -> Path:
         raise ImageError(f"image {name!r}: expected a path relative to {root}, got an absolute one")
     if ".." in pure.parts or ".." in PureWindowsPath(name).parts:
         raise ImageError(f"image {name!r}: '..' would leave the image root {root}")
+    return pure
+
+
+def resolve_image(root: Path, name: str) -> Path:
+    """Path of an image below `root`, without opening it.
+
+    Args:
+        root: Folder that holds the images.
+        name: Relative path with forward slashes, as LLaVA's JSON writes it.
+
+    Returns:
+        The existing file, with symbolic links resolved.
+
+    Raises:
+        ImageError: As :func:`check_image_name`, or the path follows a symbolic link out of `root`,
+            or is not a file.
+    """
     real_root = Path(os.path.realpath(root))
-    real = Path(os.path.realpath(real_root / pure))
+    real = Path(os.path.realpath(real_root / check_image_name(root, name)))
     if not real.is_relative_to(real_root):
         raise ImageError(f"image {name!r}: a symbolic link leads out of the image root {root}")
-    if not real.is_file():
+    if not os.path.isfile(real):  # Path.is_file raises where a name is too long
         raise ImageError(f"image {name!r}: no such file below {root} (is image_root right?)")
     return real
+
+
+def read_image(root: Path, name: str) -> bytes:
+    """The encoded bytes of an image below `root`.
+
+    Args:
+        root: Folder that holds the images; no path may leave it.
+        name: Path relative to `root`.
+
+    Raises:
+        ImageError: As :func:`resolve_image`, or the file is too large or cannot be read.
+    """
+    path = resolve_image(Path(root), name)
+    with _as_image_error(f"{name!r} below {root}"):
+        if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
+            raise ImageError(f"image {name!r}: {size} bytes, expected at most {MAX_IMAGE_BYTES}")
+        return path.read_bytes()
 
 
 def open_image(root: Path, name: str) -> Image.Image:
@@ -77,19 +141,143 @@ def open_image(root: Path, name: str) -> Image.Image:
         ImageError: As :func:`resolve_image`, or the file does not decode, is truncated, or has
             more than `MAX_IMAGE_PIXELS` pixels.
     """
-    path = resolve_image(Path(root), name)
-    try:
-        with Image.open(path) as opened:
-            if opened.width * opened.height > MAX_IMAGE_PIXELS:
+    return EncodedImage(read_image(root, name), f"{name!r} below {root}").rgb()
+
+
+class EncodedImage:
+    """An image whose header is read and checked, and which is decoded when it is asked for.
+
+    Args:
+        data: The encoded bytes.
+        name: What the image is called in messages.
+
+    Raises:
+        ImageError: The header cannot be read, or announces more than `MAX_IMAGE_PIXELS` pixels.
+    """
+
+    def __init__(self, data: bytes, name: str) -> None:
+        self.data = data
+        self.name = name
+        with _as_image_error(name):
+            self._opened = Image.open(BytesIO(data))
+            width, height = self._opened.size
+            if width * height > MAX_IMAGE_PIXELS:
                 raise ImageError(
-                    f"image {name!r} below {root}: {opened.width}x{opened.height} px, "
-                    f"expected at most {MAX_IMAGE_PIXELS} pixels; scale it down"
+                    f"image {name}: {width}x{height} px, expected at most {MAX_IMAGE_PIXELS} "
+                    "pixels; scale it down"
                 )
-            opened.load()
-            return _to_rgb(ImageOps.exif_transpose(opened))
+            if self._opened.format != "JPEG":  # a TIFF turns itself while loading
+                self._opened.load()
+            self._turn = _UPRIGHT.get(self._opened.getexif().get(ExifTags.Base.Orientation, 1))
+            width, height = self._opened.size
+        self.size = (height, width) if self._turn in _ON_THE_SIDE else (width, height)
+        """Width and height, upright."""
+
+    def require_picture(self) -> None:
+        """Refuse what can be no picture of anything.
+
+        Raises:
+            ImageError: A side is below `MIN_SIDE_PX`, or the sides' ratio above
+                `MAX_ASPECT_RATIO`.
+        """
+        short, long = sorted(self.size)
+        if short < MIN_SIDE_PX or long > MAX_ASPECT_RATIO * short:
+            raise ImageError(
+                f"image {self.name}: {self.size[0]}x{self.size[1]} px, expected sides of at least "
+                f"{MIN_SIDE_PX} px that differ at most {MAX_ASPECT_RATIO}-fold"
+            )
+
+    def rgb(self, *, strict: bool = False) -> Image.Image:
+        """Decode all of it with Pillow.
+
+        Args:
+            strict: Also refuse a JPEG whose data are damaged inside, which Pillow shows as grey or
+                shifted areas without a word (needs `simplejpeg`).
+
+        Returns:
+            Upright, in mode `RGB`.
+
+        Raises:
+            ImageError: It does not decode.
+        """
+        with _as_image_error(self.name):
+            if strict:
+                self._jpeg(8, "GRAY")
+            return self._upright_rgb(self._opened)
+
+    def pixels(self, least: tuple[float, float] | None = None) -> npt.NDArray[np.uint8]:
+        """Decode for training, a JPEG perhaps at a half, a quarter or an eighth of its size.
+
+        Both libraries do so while decoding, for a fraction of the time. A JPEG whose data are
+        damaged inside is refused (needs `simplejpeg`).
+
+        Args:
+            least: Width and height, upright, which the result must reach; none = the full size.
+
+        Returns:
+            `[h, w, 3]`, RGB, upright.
+
+        Raises:
+            ImageError: It does not decode.
+        """
+        part = 1
+        while (
+            least
+            and part < 8
+            and all(
+                side >= 2 * part * wanted for side, wanted in zip(self.size, least, strict=True)
+            )
+        ):
+            part *= 2
+        with _as_image_error(self.name):
+            pixels = self._jpeg(part, "RGB")
+            if pixels is None:
+                if part > 1:
+                    width, height = self._opened.size
+                    self._opened.draft(None, (width // part, height // part))
+                pixels = np.asarray(self._upright_rgb(self._opened))
+            elif self._turn is not None:
+                pixels = np.asarray(Image.fromarray(pixels).transpose(self._turn))
+        return pixels
+
+    def _jpeg(self, part: int, colorspace: str) -> npt.NDArray[np.uint8] | None:
+        """Decode by libjpeg-turbo, which tells of damage; None where it is not the one to do so."""
+        decoder = _simplejpeg()
+        if decoder is None or self._opened.format != "JPEG" or self._opened.mode == "CMYK":
+            return None
+        width, height = self._opened.size
+        result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
+            self.data,
+            colorspace,
+            min_height=-(-height // part),
+            min_width=-(-width // part),
+            strict=True,
+        )
+        return result
+
+    def _upright_rgb(self, image: Image.Image) -> Image.Image:
+        image.load()
+        return _to_rgb(image if self._turn is None else image.transpose(self._turn))
+
+
+@cache
+def _simplejpeg() -> Any:
+    """The module, or None where it is not installed."""
+    if find_spec("simplejpeg") is None:
+        return None
+    import simplejpeg
+
+    return simplejpeg
+
+
+@contextmanager
+def _as_image_error(name: str) -> Iterator[None]:
+    """Whatever a decoder says becomes an `ImageError` with the image's name."""
+    try:
+        yield
     except ImageError:
         raise
-    # Pillow's decoders raise these on damaged files; each names its own defect.
+    # The decoders raise these on damaged files; each names its own defect.
     except (
         OSError,
         ValueError,
@@ -100,12 +288,13 @@ def open_image(root: Path, name: str) -> Image.Image:
         EOFError,
         OverflowError,
         NotImplementedError,
+        MemoryError,
         struct.error,
         zlib.error,
         Image.DecompressionBombError,
     ) as error:
         raise ImageError(
-            f"image {name!r} below {root} does not decode: {type(error).__name__}: {error}"
+            f"image {name} does not decode: {type(error).__name__}: {error}"
         ) from error
 
 
@@ -117,4 +306,6 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return Image.alpha_composite(white, rgba).convert("RGB")
     if image.mode.startswith("I;16"):
         return image.point(lambda value: value / 256, "L").convert("RGB")
+    if image.mode in {"I", "F"}:
+        raise ValueError("32-bit samples, whose range nothing tells; save it with 8 or 16 bits")
     return image.convert("RGB")

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from llm2clip_vlm.config import CaptionSource
 from llm2clip_vlm.data.annotations import annotation_rows
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals
 from llm2clip_vlm.data.shards import table_rows, tar_rows
 
 logger = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class RowGroup:
     """In file order, never empty."""
 
 
-def iter_rows(path: str | Path, bad: BadRecords | None = None) -> Iterator[Row]:
+def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
     """Reads a file row by row.
 
     Args:
@@ -96,7 +96,7 @@ def get_column(row: Mapping[str, Any], name: str) -> Any:
 
 
 def iter_records(
-    source: CaptionSource, bad: BadRecords, *, columns: Sequence[str] = ()
+    source: CaptionSource, bad: Refusals, *, columns: Sequence[str] = ()
 ) -> Iterator[RowGroup]:
     """Reads a source's rows through its filters.
 
@@ -209,7 +209,7 @@ def _equals(value: Any, wanted: str | bool | int) -> bool:
 
 
 def _kept(
-    path: Path, source: CaptionSource, bad: BadRecords, unseen: set[str], known: dict[str, None]
+    path: Path, source: CaptionSource, bad: Refusals, unseen: set[str], known: dict[str, None]
 ) -> Iterator[tuple[str, Row]]:
     """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
     rows = ((file, *located) for file in source_files(path) for located in _located(file, bad))
@@ -224,7 +224,7 @@ def _kept(
 
 
 def _groups(
-    rows: Iterator[tuple[str, Row]], group_by: str | None, bad: BadRecords
+    rows: Iterator[tuple[str, Row]], group_by: str | None, bad: Refusals
 ) -> Iterator[RowGroup]:
     if group_by is None:
         for where, row in rows:
@@ -267,7 +267,7 @@ def source_files(path: str | Path) -> list[Path]:
     return files
 
 
-def _located(path: Path, bad: BadRecords) -> Iterator[tuple[int | str, Row]]:
+def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
     """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
     name = path.name.removesuffix(".gz")
     try:
@@ -296,7 +296,7 @@ def _open_text(path: Path, errors: str) -> IO[str]:
     return path.open(encoding="utf-8-sig", errors=errors, newline="")
 
 
-def _csv_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     for number, row in enumerate(csv.DictReader(handle), start=1):
         if None in row or None in row.values():
             bad.add(f"{path.name}:{number}", "the row has not as many cells as the header")
@@ -307,7 +307,7 @@ def _csv_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[in
         yield number, row
 
 
-def _jsonl_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(handle, start=1):
         if not line.strip():
             continue
@@ -325,7 +325,7 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[
             bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
 
 
-def _json_rows(path: Path, handle: IO[str], bad: BadRecords) -> Iterator[tuple[int | str, Row]]:
+def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int | str, Row]]:
     try:
         rows = json.load(handle)
     except (json.JSONDecodeError, RecursionError) as error:

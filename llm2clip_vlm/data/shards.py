@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.bad_records import RecordError, Refusals
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class PackedImage:
         return data
 
 
-def tar_rows(path: Path, bad: BadRecords) -> Iterator[tuple[str, dict[str, Any]]]:
+def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
     """The samples of a webdataset shard (img2dataset's layout: `key.jpg`, `key.txt`, `key.json`).
 
     Members belong together by their name up to the last dot, wherever in the shard they lie. A
