@@ -203,6 +203,13 @@ class Stage2aRecipe(RunRecipe):
     """Stage 1's `text_encoder/`, or a raw LLM with its pooling (ablation `no_stage1`)."""
     sources: list[CaptionSource | ImageTextSource]
     """All texts that stage 2 and its evaluation will ask for."""
+    prompts: list[str] = Field(default_factory=list)
+    """Texts to put before every caption, each for one more embedding of it, beside that with the
+    text encoder's own `instruction`."""
+    slice: str | None = Field(default=None, pattern=r"^\d+/[1-9]\d*$")
+    """`i/n` (i from 0): write each nth shard only, while other processes write the others into this
+    directory, or into one of their own that `llm2clip-vlm embed merge` joins. The same recipe
+    without it then finds nothing to encode and writes the manifest."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward pass, padding counted; texts are sorted by length."""
 
@@ -227,6 +234,40 @@ class LearningRates(Section):
     """Adaptor, text head and `logit_scale`."""
 
 
+class InheritanceSection(Section):
+    """The text adaptor first learns to give CLIP's own text embeddings (ProCLIP, 2510.18795)."""
+
+    clip: str | None = None
+    """`CLIPModel` with its tokenizer, the one that the tower comes from; none = `vision_tower`.
+    Training starts in its joint space (image projection, scale), so `projection_dim` is its."""
+    steps: int = Field(default=500, ge=1)
+    """Optimizer steps on captions alone; those that CLIP's window would cut are left out."""
+    batch_size: int = Field(default=512, ge=2)
+    """Captions a step, on every process the same."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of AdamW, falling to 0 along a cosine."""
+
+
+class SelfDistillationSection(Section):
+    """A penalty on image embeddings that leave the teacher's (ProCLIP, 2510.18795)."""
+
+    teacher: Literal["frozen", "average"] = "frozen"
+    """`frozen`: the model before training; `average`: its running average (`weight_average`)."""
+    loss: Literal["cosine", "relational"] = "cosine"
+    """`cosine` holds each embedding, `relational` the angles between those of a batch."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the penalty beside the contrastive loss."""
+
+
+class WeightAverageSection(Section):
+    """Exponential moving average (EMA) of all weights that train."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Of a late step; early ones decay faster."""
+    export: bool = True
+    """The averages are what is evaluated and saved; false keeps them for `self_distillation`."""
+
+
 class Stage2bRecipe(RunRecipe):
     """Stage 2b: the tower against the frozen LLM's cached embeddings (paper v6 section 3.2)."""
 
@@ -238,8 +279,23 @@ class Stage2bRecipe(RunRecipe):
     """Paper v6: full."""
     tower_lora: LoraSection | None = None
     """Required with `tower_training: lora`; merged into the tower at the end."""
+    image_size_px: int | None = Field(default=None, ge=1)
+    """Another resolution than the tower's: its positions are interpolated."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the patches that the tower does not see while it trains (FLIP, 2212.00794)."""
+    patch_dropout_tail: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps, at the end, that see all patches again."""
+    inherit_text: InheritanceSection | None = None
+    """Representation inheritance, before the images come; none = a new joint space."""
+    self_distillation: SelfDistillationSection | None = None
+    """Keeps the tower near a teacher; none = only the contrastive loss."""
+    weight_average: WeightAverageSection | None = None
+    """None = the last weights are what is saved."""
     embedding_cache: str
-    """Stage 2a's directory."""
+    """Stage 2a's directory; with `write_through` it may lack captions, or not be there yet."""
+    write_through: str | TextEncoderSection | None = None
+    """Stage 1's `text_encoder/`, or a raw LLM: a caption that the cache lacks is encoded when it is
+    first drawn, and kept there. None = the cache is complete before training starts."""
     text_adaptor: TextAdaptorSection = Field(default_factory=TextAdaptorSection)
     """Shape of the adaptor."""
     projection_dim: int = Field(default=1280, ge=1)
@@ -279,6 +335,17 @@ class Stage2bRecipe(RunRecipe):
                 f"tower_training is {self.tower_training!r} and tower_lora is "
                 f"{'absent' if self.tower_lora is None else 'present'}; `lora` needs the section, "
                 "`full` and `frozen` take none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_serves(self) -> Self:
+        taught = self.self_distillation is not None and self.self_distillation.teacher == "average"
+        if taught and self.weight_average is None:
+            raise ValueError("self_distillation.teacher is 'average': add `weight_average`")
+        if self.weight_average is not None and not (self.weight_average.export or taught):
+            raise ValueError(
+                "weight_average.export is false and no self_distillation uses the averages"
             )
         return self
 

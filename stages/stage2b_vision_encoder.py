@@ -1,7 +1,8 @@
 """Stage 2b: the vision tower learns to agree with the frozen LLM's cached caption embeddings.
 
 Paper: LLM2CLIP v6, section 3.2 (symmetric InfoNCE, text adaptor, gradients through the tower).
-Needs: stage 2a's cache, a CLIP or other vision tower, image-text records.
+Needs: stage 2a's cache (or, with `write_through`, stage 1's text encoder: the cache is then filled
+with what is drawn), a CLIP or other vision tower, image-text records.
 Writes: `<output_dir>/model/` (LLM2CLIPModel), `vision_tower/` (the plain tower with its image
 processor), `results.json` (retrieval), `metrics.jsonl`, `recipe.resolved.yaml`, `manifest.json`.
 
@@ -34,10 +35,11 @@ from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused, traina
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
 from llm2clip_vlm.training.callbacks import MetricsJsonl
-from llm2clip_vlm.training.caption_cache import open_caption_cache, require_captions
+from llm2clip_vlm.training.caption_cache import CaptionFeatures
 from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, llm2clip_encoders, read_held_out
 from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
 from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
+from llm2clip_vlm.training.keeping import prepare_keeping
 
 TOWER_STAGES = ("clip_baseline", "stage2b_vision_encoder")
 
@@ -65,11 +67,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # model
     verify_parent(recipe.vision_tower, expect_stage=TOWER_STAGES)
-    cache, text_encoder = open_caption_cache(recipe.embedding_cache)
-    tower = load_vision_tower(recipe.vision_tower, dtype=torch.float32)
+    captions = CaptionFeatures.open(recipe.embedding_cache, recipe.write_through, args)
+    tower = load_vision_tower(
+        recipe.vision_tower, dtype=torch.float32, image_size_px=recipe.image_size_px
+    )
     model = LLM2CLIPModel.from_vision_tower(
         tower.model,
-        text_embed_dim=cache.dim,
+        text_embed_dim=captions.dim,
         projection_dim=recipe.projection_dim,
         adaptor_num_blocks=recipe.text_adaptor.num_blocks,
         adaptor_expansion=recipe.text_adaptor.expansion,
@@ -95,12 +99,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         tower.image_processor,
         recipe.caption_weights,
         recipe.seed,
-        lambda texts: {"text_features": cache.lookup(texts)},
+        captions if captions.complete else None,
         bad=bad,
         show_progress=is_main(),
     )
-    require_captions(cache, dataset, held_out)
-    sample = dataset.__getitems__([0, 1 % len(dataset)])
+    captions.require(dataset, held_out)
+    keeping = prepare_keeping(
+        recipe, model, tower.num_prefix_tokens, dataset.captions, captions.lookup, args
+    )
+    first = [0, 1 % len(dataset)]
+    sample = dataset.__getitems__(first) | captions([dataset.caption(i) for i in first])
     freeze_unused(
         model,
         lambda: model(sample["pixel_values"], sample["text_features"], return_loss=True).loss,
@@ -114,11 +122,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         learning_rates=lrs,
         layer_decay=recipe.layer_decay,
         micro_batch_size=recipe.micro_batch_size,
-        callbacks=[MetricsJsonl(out / "metrics.jsonl")],
+        text_inputs=captions,
+        teacher=keeping.teacher,
+        callbacks=[
+            MetricsJsonl(out / "metrics.jsonl"), *captions.callbacks(), *keeping.callbacks
+        ],
     )
     if is_main():
         print(trainable_table(model, lrs), flush=True)
     trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    if keeping.average is not None:
+        keeping.average.copy_to(model)
     if lora is not None:
         merge_lora(lora)
     trainer.export(out / "model")
@@ -129,10 +143,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         retrieval = evaluate_retrieval(
             held_out,
             tower.image_processor,
-            *llm2clip_encoders(saved, cache.lookup),
+            *llm2clip_encoders(saved, captions.lookup),
             retrieval_report,
             bad=bad,
         )
+        captions.finish()
         (out / "results.json").write_text(json.dumps({"retrieval": retrieval}, indent=2) + "\n")
         tower.image_processor.save_pretrained(out / "model")
         exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
@@ -141,8 +156,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             out,
             stage=recipe.stage,
             recipe=recipe,
-            parents={"vision_tower": recipe.vision_tower, "cache": recipe.embedding_cache},
-            fingerprints={"vision_tower": fingerprint_dir(exported), **text_encoder},
+            parents={"vision_tower": recipe.vision_tower, **captions.parents},
+            fingerprints={"vision_tower": fingerprint_dir(exported), **captions.fingerprints},
             seconds=time.monotonic() - started,
             extra={"bad_records": bad.count, "pairs": len(dataset)},
         )

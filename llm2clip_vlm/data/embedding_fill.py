@@ -67,6 +67,8 @@ class FillingCache:
         """Where the cache lies."""
         self.dim = dim
         """Width of an embedding."""
+        self.fingerprint = dict(fingerprint)
+        """What fills it."""
         self.encoded = 0
         """Texts that this process has encoded."""
         self.seconds = 0.0

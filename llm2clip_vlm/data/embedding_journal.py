@@ -159,7 +159,8 @@ def _read_journal(path: Path, dim: int) -> list[Segment]:
 
 
 def _verify_journal(segment: Segment) -> None:
-    records = np.memmap(segment.path, _record_type(segment.embeds.shape[1]), "r")
+    kind = _record_type(segment.embeds.shape[1])
+    records = np.memmap(segment.path, kind, "r", shape=(len(segment.keys),))
     for row in range(len(segment.keys)):
         if _crcs(records[row : row + 1]) != [records["crc"][row]]:
             raise CacheError(

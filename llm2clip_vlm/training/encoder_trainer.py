@@ -13,10 +13,11 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
-from llm2clip_vlm.data.image_text import ImageTextDataset, collate
+from llm2clip_vlm.data.image_text import ImageTextDataset, TextInputs, collate
 from llm2clip_vlm.distributed import is_initialized, is_main, world_size
 from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
+from llm2clip_vlm.training.keeping import TowerTeacher
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 
@@ -83,6 +84,9 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         layered_part: Prefix of the vision tower.
         micro_batch_size: Images per forward pass; more go through GradCache
             (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
+        text_inputs: Captions to the model's text arguments, for a data set that leaves this to the
+            process that trains (a cache that fills itself). None = batches have them.
+        teacher: Adds its penalty on the image embeddings to the loss.
         callbacks: More callbacks.
 
     Raises:
@@ -100,6 +104,8 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         layer_decay: float = 1.0,
         layered_part: str = "vision_tower",
         micro_batch_size: int | None = None,
+        text_inputs: TextInputs | None = None,
+        teacher: TowerTeacher | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         check_contrastive_arguments(args, grad_cache=micro_batch_size is not None)
@@ -110,6 +116,8 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
                 "loss has no distribution to smooth; set it to 0 or choose the softmax loss"
             )
         self.micro_batch_size = micro_batch_size
+        self.teacher = teacher
+        self.text_inputs = text_inputs
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
         self.layered_part = layered_part
@@ -134,6 +142,13 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         self.save_model(str(directory))
         if is_main():
             (Path(directory) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        if self.text_inputs is not None and "captions" in inputs:
+            others = {name: value for name, value in inputs.items() if name != "captions"}
+            inputs = others | dict(self.text_inputs(inputs["captions"]))
+        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
+        return prepared
 
     def compute_loss(
         self,
@@ -163,7 +178,7 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
             shared = (scale,) if bias is None else (scale, bias)
             return Embeds((output.image_embeds, output.text_embeds), shared)
 
-        def loss(embeds: Embeds) -> Tensor:
+        def contrastive(embeds: Embeds) -> Tensor:
             choices = {"caption_ids": inputs["caption_ids"], "gather": is_initialized()}
             if len(embeds.shared) > 1:
                 return sigmoid_loss(*embeds.rows, *embeds.shared, **choices)
@@ -172,10 +187,19 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
                 *embeds.rows, *embeds.shared, label_smoothing=smoothing, **choices
             )
 
+        def loss(embeds: Embeds) -> Tensor:
+            if self.teacher is None:
+                return contrastive(embeds)
+            images = embeds.rows[0]
+            penalty = self.teacher.penalty(images, targets, gather=is_initialized())
+            return contrastive(embeds) + penalty
+
         features = {name: value for name, value in inputs.items() if name != "caption_ids"}
         chunks = [features]
         if self.micro_batch_size is not None and torch.is_grad_enabled():
             chunks = split_batch(features, self.micro_batch_size)
+        if self.teacher is not None:
+            targets = torch.cat([self.teacher(chunk["pixel_values"]) for chunk in chunks])
         value = cached_loss(self.accelerator, model, chunks, embed, loss)
         return (value, {}) if return_outputs else value
 
