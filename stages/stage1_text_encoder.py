@@ -19,9 +19,11 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, set_seed
 
 from llm2clip_vlm.cli import guard
@@ -97,10 +99,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     metrics = MetricsJsonl(out / "metrics.jsonl")
     callbacks: list[TrainerCallback] = [metrics]
     if recipe.evaluation_steps and held_out:
-
-        def measure() -> dict[str, Any]:
-            return caption_accuracy(encoder, held_out, "cra")
-
+        measure = partial(caption_accuracy, encoder, held_out, "cra")
         callbacks.append(ScheduledEvaluation(recipe.evaluation_steps, measure, metrics))
 
     trainer = CaptionContrastiveTrainer(
@@ -116,18 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=last_checkpoint(args))
 
     if is_main():
-        if recipe.lora:
-            model.save_pretrained(out / "adapter")
-            if recipe.load_in_4bit:  # merging into four bits would lose what was learned
-                from peft import PeftModel
-
-                encoder = TextEncoder.from_section(recipe.text_encoder, args.device)
-                model = PeftModel.from_pretrained(encoder.backbone, out / "adapter")
-            encoder.backbone = model.merge_and_unload()
-        encoder.save_pretrained(out / "text_encoder")
-        # Read back, so that what is measured is what the next stage gets.
-        encoder = TextEncoder.from_pretrained(out / "text_encoder", device=args.device)
-        export_sentence_transformers(encoder, out / "text_encoder", out / "sentence_transformers")
+        encoder = hand_off(recipe, encoder, model, args.device)
         results |= caption_accuracy(encoder, held_out, "after")
         (out / "results.json").write_text(json.dumps({"cra": results}, indent=2) + "\n")
         print(f"{STAGE}: caption retrieval accuracy {results or 'not evaluated'}, {out}")
@@ -141,6 +129,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             extra={"bad_records": bad.count, "captions": len(pairs.texts)},
         )
     teardown()
+
+
+def hand_off(
+    recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device
+) -> TextEncoder:
+    """Merge and write the encoder in each form; read it back, as the next stage will."""
+    out = Path(recipe.output_dir)
+    if recipe.lora:
+        model.save_pretrained(out / "adapter")
+        if recipe.load_in_4bit:  # merging into four bits would lose what was learned
+            from peft import PeftModel
+
+            encoder = TextEncoder.from_section(recipe.text_encoder, device)
+            model = PeftModel.from_pretrained(encoder.backbone, out / "adapter")
+        encoder.backbone = model.merge_and_unload()
+    encoder.save_pretrained(out / "text_encoder")
+    encoder = TextEncoder.from_pretrained(out / "text_encoder", device=device)
+    export_sentence_transformers(encoder, out / "text_encoder", out / "sentence_transformers")
+    return encoder
 
 
 def caption_accuracy(

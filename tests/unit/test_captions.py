@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.config import CaptionPairSource, CaptionSource
 from llm2clip_vlm.data.captions import (
     CaptionPairs,
     CaptionRecord,
     EpochSampler,
-    held_out_pairs,
     read_captions,
+    retrieval_task,
 )
 from llm2clip_vlm.data.records import BadRecords, RecordError
+
+LENGTHS = ("short", "long")
 
 
 def source_of(path: Path, rows: list[dict[str, Any]], **keys: Any) -> CaptionSource:
@@ -132,6 +137,99 @@ def test_refuses_a_record_with_one_caption() -> None:
         CaptionPairs([records(1, captions=1)], [1.0], seed=0)
 
 
-def test_held_out_pairs_are_first_and_second() -> None:
-    record = CaptionRecord("k", {"short": ["a", "a"], "long": ["b", "c"]})
-    assert held_out_pairs([record]) == (["a"], ["b"])
+def test_retrieval_task_is_first_against_all_others() -> None:
+    found = [
+        CaptionRecord("k", {"short": ["a", "a"], "long": ["b", "c"]}),
+        CaptionRecord("l", {"short": ["d"], "long": ["b"]}),
+        CaptionRecord("m", {"short": ["e", "a"]}),
+    ]
+    queries, gallery, positives = retrieval_task(found)
+    assert (queries, gallery) == (["a", "d", "e"], ["b", "c", "b", "a"])
+    # Equal texts are right wherever they stand, the query's own text too.
+    assert positives == [{0, 1, 2, 3}, {0, 2}, {3}]
+
+
+def pair_rows() -> list[dict[str, Any]]:
+    return [
+        {"anchor": "q0", "positive": "p0", "negative": "n0"},
+        {"anchor": "q1", "positive": ["p1", "o1"], "negative": None},
+    ]
+
+
+def test_directed_pairs_keep_anchor_positive_and_negative(tmp_path: Path) -> None:
+    path = source_of(tmp_path / "a.jsonl", pair_rows()).path
+    rule = CaptionPairSource(
+        path=path, fields=["anchor", "positive", "negative"], directed=True, prompts={"*": "find "}
+    )
+    found = read_captions(rule, BadRecords(), min_captions=2)
+    pairs = CaptionPairs([found], [1.0], seed=0, rules=[rule])
+    drawn = [pairs[epoch, record] for epoch in range(20) for record in range(2)]
+    texts = {
+        tuple(pairs.texts[row] if row >= 0 else "" for row in (p.query, p.positive, p.negative))
+        for p in drawn
+    }
+    assert texts == {("q0", "p0", "n0"), ("q1", "p1", ""), ("q1", "o1", "")}
+    assert {pairs.prompts[p.prompt] for p in drawn} == {"find "}
+    loose = CaptionPairs([found], [1.0], seed=0)
+    assert {loose.texts[loose[epoch, 0].query] for epoch in range(40)} == {"q0", "p0", "n0"}
+
+
+def test_prompts_follow_the_direction() -> None:
+    found = [CaptionRecord("r", {"short": ["a"], "long": ["b"], "raw": ["c"]})]
+    prompts = {"short->long": "longer: ", "long -> short": "shorter: ", "*": "any: "}
+    rule = CaptionPairSource(path="x", fields=["short", "long", "raw"], prompts=prompts)
+    pairs = CaptionPairs([found, records(1)], [1.0, 1.0], 0, [rule, CaptionPairSource(path="y")])
+    seen = {
+        (pairs.texts[p.query], pairs.texts[p.positive], pairs.prompts[p.prompt])
+        for p in (pairs[epoch, 0] for epoch in range(80))
+    }
+    assert seen >= {("a", "b", "longer: "), ("b", "a", "shorter: "), ("a", "c", "any: ")}
+    assert len(seen) == 6
+    assert pairs[0, 1].prompt == 0  # the other source has none
+    wrong = rule.model_copy(update={"prompts": {"long->raww": "x"}})
+    with pytest.raises(ValueError, match="'long->raww': no caption is of kind 'raww'"):
+        CaptionPairs([found], [1.0], 0, [wrong])
+
+
+def test_rules_do_not_change_what_is_drawn() -> None:
+    rule = CaptionPairSource(path="x", prompts={"*": "p"})
+    plain, ruled = (CaptionPairs([records(9)], [1.0], 0, rules) for rules in ((), [rule]))
+    assert [plain[1, i][:3] for i in range(9)] == [ruled[1, i][:3] for i in range(9)]
+
+
+def test_a_pair_of_equal_texts_is_bad(tmp_path: Path) -> None:
+    rows = [*pair_rows(), {"anchor": "q", "positive": "q", "negative": "n"}, {"anchor": "q"}]
+    path = source_of(tmp_path / "a.jsonl", rows).path
+    rule = CaptionPairSource(path=path, fields=["anchor", "positive", "negative"], directed=True)
+    bad = BadRecords(limit=2)
+    assert len(read_captions(rule, bad, min_captions=2)) == 2
+    assert "a.jsonl:3: no text in 'positive' beside that in 'anchor'" in bad.summary()
+    with pytest.raises(ValueError, match=r"directed is true; expected \[anchor, positive\]"):
+        CaptionPairSource(path="x", directed=True)
+    with pytest.raises(ValueError, match="'to long': expected `query->positive`"):
+        CaptionPairSource(path="x", prompts={"to long": "p"})
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "tar"])
+def test_dreamlips_seven_columns(tmp_path: Path, kind: str) -> None:
+    names = ["raw_caption", *(f"{n}{m}_captions" for m in ("IB", "SV", "LLA") for n in LENGTHS)]
+    row = {name: f"{name} of a dog, on a beach" for name in names}
+    path = tmp_path / f"cc3m.{kind}"
+    if kind == "csv":
+        with path.open("w", newline="") as handle:
+            writer = csv.DictWriter(handle, ["Image Path", *names])
+            writer.writeheader()
+            writer.writerow({"Image Path": "http://localhost/a.jpg", **row})
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    else:
+        content = json.dumps({**row, "url": "http://localhost/a.jpg"}).encode()
+        with tarfile.open(path, "w") as shard:
+            member = tarfile.TarInfo("000000001.json")
+            member.size = len(content)
+            shard.addfile(member, io.BytesIO(content))
+    source = CaptionSource(path=str(path), fields=names)
+    (found,) = read_captions(source, BadRecords(), min_captions=2)
+    assert found.texts == list(row.values())
