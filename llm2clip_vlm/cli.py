@@ -3,6 +3,8 @@
 llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage (accelerate launch -m
                                                   llm2clip_vlm.cli train ... for many GPUs)
 llm2clip-vlm help STAGE                           the stage and every key of its recipe
+llm2clip-vlm embed ...                            build, verify, merge, import or report on a
+                                                  cache of caption embeddings
 llm2clip-vlm doctor                               what this machine has
 llm2clip-vlm eval ...                             score checkpoints with lmms-eval
 llm2clip-vlm compare ...                          compare the samples of two checkpoints
@@ -51,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in _PROGRAMS:
         # These have options of their own, `--help` included.
         return guard(lambda: _evaluate(words[0], words[1:]))
+    if words and words[0] == "embed":
+        from llm2clip_vlm.embed import main as embed
+
+        return guard(lambda: embed(words[1:]))
     arguments = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     return guard(lambda: command(arguments))
@@ -110,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     doctor.set_defaults(command=_doctor)
     for name, purpose in (
+        ("embed", "build, verify, merge, import or report on a cache of caption embeddings"),
         ("eval", "score checkpoints with lmms-eval"),
         ("compare", "compare the samples of two checkpoints"),
     ):

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from llm2clip_vlm.config import LoraSection
-from llm2clip_vlm.data.captions import CaptionPair, CaptionPairs, CaptionRecord
+from llm2clip_vlm.data.captions import CRA_PROTOCOL, CaptionPair, CaptionPairs, CaptionRecord
 from llm2clip_vlm.data.embedding_cache import CacheError, EmbeddingCache
 from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -102,8 +102,10 @@ def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
     assert len(losses) == 6
     assert losses[-1] < losses[0] - 0.5
     cra = json.loads((out / "results.json").read_text())["cra"]
-    assert cra["queries"] == 22
+    assert (cra["queries"], cra["gallery"]) == (22, 44)
+    assert cra["protocol"] == CRA_PROTOCOL
     assert cra["after"] > cra["before"]
+    assert (out / "sentence_transformers" / "modules.json").is_file()
     assert cra["after_ci"][0] <= cra["after"] <= cra["after_ci"][1]
     manifest = read_manifest(out)
     assert manifest is not None
@@ -125,6 +127,19 @@ def test_stage1_does_not_run_twice(
 ) -> None:
     load(repo_root, "stage1_text_encoder").main([str(trained / "stage1.yaml")])
     assert "is finished, nothing to do" in capsys.readouterr().out
+
+
+def test_cra_on_a_schedule(trained: Path, tmp_path: Path, repo_root: Path) -> None:
+    out = tmp_path / "out"
+    load(repo_root, "stage1_text_encoder").main(
+        [str(trained / "stage1.yaml"), f"output_dir={out}", "evaluation_steps=3"]
+    )
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    measured = {row["step"]: row["cra"] for row in rows if "cra" in row}
+    assert list(measured) == [3, 6]
+    assert measured[6] == json.loads((out / "results.json").read_text())["cra"]["after"]
+    plain = [row["loss"] for row in metrics(trained / "stage1")]
+    assert [row["loss"] for row in metrics(out)] == plain  # measuring changes nothing
 
 
 def test_resume_is_exact(trained: Path, tmp_path: Path, repo_root: Path) -> None:
@@ -195,6 +210,8 @@ def test_full_tuning_and_flags(tmp_path: Path, tiny_llm: Path, repo_root: Path) 
         "scale": ["scale=5.0"],
         "one_way": ["symmetric=false"],
         "last": ["text_encoder.pooling=last"],
+        "chat": ["text_encoder.chat=true"],
+        "prompt": ['train.0.prompts={"*": "the picture "}'],
         "seed": ["seed=1"],
     }.items():
         out = tmp_path / name
@@ -217,6 +234,7 @@ def test_full_tuning_and_flags(tmp_path: Path, tiny_llm: Path, repo_root: Path) 
         (["train.0.limit=8"], "8 pairs, fewer than one global batch of 16"),
         (["trainer.dataloader_drop_last=false"], "dataloader_drop_last"),
         (["train.0.fields=[captoin]"], "captoin"),
+        (["load_in_4bit=true", "lora=null"], "4-bit weights cannot train"),
     ],
 )
 def test_stage1_refuses(
@@ -297,15 +315,6 @@ def test_stage2a_raw_llm_and_refusals(
         stage.main([str(recipe), f"text_encoder={tmp_path / 'cache'}"])
 
 
-def test_only_the_first_process_writes_the_cache(
-    trained: Path, tmp_path: Path, tiny_llm: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recipe = cache_recipe(tmp_path, str(tiny_llm), [{"path": str(trained / "val.jsonl")}])
-    monkeypatch.setenv("RANK", "1")
-    load(repo_root, "stage2a_cache_text").main([str(recipe)])
-    assert not (tmp_path / "cache").exists()
-
-
 def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     encoder = TextEncoder.from_pretrained(tiny_llm)
     texts = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(64)]
@@ -353,6 +362,7 @@ def test_adapter_takes_its_settings(tiny_llm: Path) -> None:
     assert layers == linear
     assert trainable(r=8)[0] == 2 * size
     assert trainable(r=4, target_modules=["q_proj"])[1] == {"q_proj"}
+    assert trainable(r=4, use_dora=True)[0] > size  # a magnitude for each output
     model = add_adapter(
         TextEncoder.from_pretrained(tiny_llm).backbone, LoraSection(r=4, alpha=8, dropout=0.25)
     )

@@ -1,0 +1,163 @@
+"""`llm2clip-vlm embed`: caches of caption embeddings from the command line."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from llm2clip_vlm.programs import find_program, load_program
+
+COST_NAME = "encode_cost.jsonl"
+"""File beside a cache: texts and seconds of each part that stage 2a has encoded."""
+
+_TAR_HEADER_BYTES = 512
+
+
+def main(words: Sequence[str]) -> int | None:
+    """Run a command on caches.
+
+    Args:
+        words: The command and its arguments.
+
+    Returns:
+        The exit code; none = 0.
+
+    Raises:
+        ValueError: What the user can mend.
+    """
+    arguments = _parser().parse_args(words)
+    result: int | None = arguments.command(arguments)
+    return result
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llm2clip-vlm embed", description="Caches of caption embeddings."
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    build = commands.add_parser(
+        "build",
+        help="encode what a cache lacks (stage 2a)",
+        description="Encode what a cache lacks; `slice=i/n` writes a part beside other processes.",
+    )
+    build.add_argument("recipe", metavar="RECIPE", help="a recipe of stage 2a")
+    build.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="as in `train`")
+    build.set_defaults(command=_build)
+
+    verify = commands.add_parser("verify", help="read every byte and compare the checksums")
+    verify.add_argument("cache", metavar="DIR", type=Path)
+    verify.set_defaults(command=_verify)
+
+    merge = commands.add_parser(
+        "merge",
+        help="join caches of one encoder",
+        description="Join caches of one encoder: slices of a build, other data sets, or (with DIR "
+        "itself as the only source) what killed runs of stage 2b have left in journals.",
+    )
+    merge.add_argument("cache", metavar="DIR", type=Path, help="where the result lies or will lie")
+    merge.add_argument("sources", metavar="SOURCE", type=Path, nargs="+")
+    merge.set_defaults(command=_merge)
+
+    report = commands.add_parser("report", help="rows, dedup ratio, bytes, cost, encoder")
+    report.add_argument("cache", metavar="DIR", type=Path)
+    report.set_defaults(command=_report)
+
+    official = commands.add_parser(
+        "import",
+        help="take over *_text_embeddings.tar of LLM2CLIP's released code",
+        description="Take over embeddings of LLM2CLIP's released code, each joined to its caption "
+        "by key; the image shard X.tar lies beside X_text_embeddings.tar.",
+    )
+    official.add_argument("cache", metavar="DIR", type=Path)
+    official.add_argument("tars", metavar="TAR", type=Path, nargs="+")
+    official.add_argument(
+        "--fingerprint",
+        metavar="FIELD=VALUE",
+        action="append",
+        required=True,
+        help="what made them, such as text_weights=Llama-3-8B-Instruct-CC pooling=mean; the files "
+        "do not say it. Repeat for each field",
+    )
+    official.add_argument(
+        "--max-bad-records",
+        metavar="N",
+        type=int,
+        default=0,
+        help="skipped and counted (default 0)",
+    )
+    official.set_defaults(command=_import)
+    return parser
+
+
+def _build(arguments: argparse.Namespace) -> int | None:
+    stage = load_program(find_program("stage2a_cache_text"))
+    result: int | None = stage.main([arguments.recipe, *arguments.overrides])
+    return result
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+
+    cache = EmbeddingCache.open(arguments.cache)
+    cache.verify()
+    print(f"{arguments.cache}: {len(cache)} rows in {len(cache.segments)} files are as written")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.data.embedding_merge import merge_caches
+
+    cache = merge_caches(arguments.cache, arguments.sources)
+    costs = arguments.cache / COST_NAME
+    if not costs.exists():
+        logs = [source / COST_NAME for source in arguments.sources]
+        costs.write_text("".join(log.read_text() for log in logs if log.is_file()))
+    print(f"{arguments.cache}: {len(cache)} rows")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+    from llm2clip_vlm.handoff import read_manifest
+
+    cache = EmbeddingCache.open(arguments.cache)
+    journals = sum(segment.number is None for segment in cache.segments)
+    print(f"rows           {len(cache)} of {cache.dim} numbers (float16)")
+    print(f"files          {len(cache.segments) - journals} shards, {journals} journals")
+    if size := sum(segment.path.stat().st_size for segment in cache.segments):
+        each = size / len(cache)
+        official = _TAR_HEADER_BYTES + 4 * cache.dim
+        print(
+            f"bytes          {size} ({each:.0f} a row, {each / official:.3f} of the released code)"
+        )
+    manifest = read_manifest(arguments.cache)
+    if manifest is None:
+        print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
+    else:
+        texts, different = (manifest["extra"].get(k, 0) for k in ("texts", "different_texts"))
+        if different:
+            print(f"dedup ratio    {texts / different:.3f} ({texts} texts, {different} different)")
+    costs = arguments.cache / COST_NAME
+    lines = costs.read_text().splitlines() if costs.is_file() else []
+    if lines:
+        parts = [json.loads(line) for line in lines]
+        texts, seconds = (sum(part[k] for part in parts) for k in ("texts", "seconds"))
+        print(
+            f"cost           {texts} texts in {seconds:.1f} s of the encoder "
+            f"({texts / max(seconds, 1e-9):.1f} texts/s)"
+        )
+    for field, value in sorted(cache.fingerprint.items()):
+        print(f"encoder        {field} = {value}")
+
+
+def _import(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.data.bad_records import BadRecords
+    from llm2clip_vlm.data.embedding_import import import_official
+
+    pairs = [field.partition("=") for field in arguments.fingerprint]
+    if wrong := [name for name, equals, value in pairs if not (name and equals and value)]:
+        raise ValueError(f"--fingerprint {wrong[0]!r}: expected FIELD=VALUE")
+    bad = BadRecords(arguments.max_bad_records)
+    fields = {name: value for name, _, value in pairs}
+    cache = import_official(arguments.cache, arguments.tars, fields, bad)
+    print(f"{arguments.cache}: {len(cache)} rows; {bad.summary()}")
