@@ -177,7 +177,7 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     more = render([*turns, {"role": "user", "content": "third"}], template, tokenizer)
     rest = more.rpartition("second")[2]
     before, found, behind = rest.removeprefix(end).partition("third")
-    if not found or not rest.startswith(end):
+    if not found or not rest.startswith(end) or "second" not in more:
         raise ConversationError(
             f"the chat template writes {rest!r} after an answer, expected {end!r} and a user's "
             "turn; leave `chat` out"

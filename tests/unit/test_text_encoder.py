@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
     MistralConfig,
@@ -22,11 +26,12 @@ from transformers import (
     Qwen3Config,
 )
 
+from llm2clip_vlm.chat_template import ConversationError, user_turn
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.handoff import HandoffError, refuse_bidirectional
 from llm2clip_vlm.models import text_encoder
-from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
-from llm2clip_vlm.models.text_encoder import TextEncoder, pool
+from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
+from llm2clip_vlm.models.text_encoder import TextEncoder, TextEncoderSettings, pool
 from tests.tiny import llm_tokenizer
 
 TEXTS = [
@@ -41,6 +46,23 @@ ARCHITECTURES: dict[str, Callable[..., PreTrainedConfig]] = {
     "qwen3": Qwen3Config,
     "mistral": MistralConfig,
     "gemma": GemmaConfig,
+    "gemma2": Gemma2Config,
+    "gemma3_text": Gemma3TextConfig,
+}
+EXTRA: dict[str, dict[str, Any]] = {
+    "llama": {
+        "rope_parameters": {  # as Llama 3.1 has it
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        }
+    },
+    "mistral": {"sliding_window": 4},
+    "gemma2": {"sliding_window": 4, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"sliding_window": 4, "query_pre_attn_scalar": 8},
 }
 
 
@@ -51,8 +73,7 @@ def build(directory: Path, name: str = "llama", **keys: Any) -> Path:
         letters = sorted(ByteLevel.alphabet())
         vocab = {piece: i for i, piece in enumerate(["<|endoftext|>", *letters])}
         tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[])
-    if name == "mistral":
-        keys = {"sliding_window": 4, **keys}
+    keys = {**EXTRA.get(name, {}), **keys}
     config = ARCHITECTURES[name](
         vocab_size=len(tokenizer),
         hidden_size=32,
@@ -81,6 +102,8 @@ def test_bidirectional_and_padding_free(tmp_path: Path, name: str) -> None:
     first = encoder.backbone(input_ids=ids).last_hidden_state[:, 0]
     assert (first[0] - first[1]).abs().max() > 1e-4
     together = encoder.encode(TEXTS)
+    mates = encoder.encode([TEXTS[0], "beach " * 40])[:1]  # padded, and beside another text
+    torch.testing.assert_close(mates, together[:1], atol=1e-5, rtol=0)
     alone = torch.cat([encoder.encode([text]) for text in TEXTS])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
 
@@ -171,11 +194,108 @@ def test_mean_leaves_out_bos_and_instruction_and_keeps_eos(llm: Path) -> None:
     torch.testing.assert_close(last[:1], hidden[:, -1], atol=1e-5, rtol=0)
 
 
+def test_eos_pooling_appends_what_the_tokenizer_does_not() -> None:
+    tokenizer = llm_tokenizer()
+    eos = tokenizer.eos_token_id
+    (with_eos,) = CaptionTokenizer(tokenizer, 16, pooling="eos")(["a dog"])
+    assert with_eos.count(eos) == 1
+    tokenizer.backend_tokenizer.post_processor = None
+    (appended,) = CaptionTokenizer(tokenizer, 16, pooling="eos")(["a dog"])
+    assert appended == [*CaptionTokenizer(tokenizer, 16, pooling="last")(["a dog"])[0], eos]
+    tokenizer.eos_token = None
+    with pytest.raises(TextEncoderError, match="no eos token"):
+        CaptionTokenizer(tokenizer, 16, pooling="eos")
+
+
+# What the templates of these families do, shortened: system prompts with dates and defaults, and
+# answers that are written otherwise once they are no longer the last.
+TEMPLATES = {
+    "llama3": (
+        "{{ bos_token }}<|system|>Today Date: {{ strftime_now('%d %b %Y') }}</s>"
+        "{% for m in messages %}<|{{ m['role'] }}|>\n\n{{ m['content'] | trim }}</s>{% endfor %}",
+        ("<|user|>\n\n", "</s>"),
+    ),
+    "qwen3": (
+        "<|system|>You are helpful</s>\n{% for m in messages %}<|{{ m['role'] }}|>\n"
+        "{% if loop.last and m['role'] == 'assistant' %}<think>\n\n</think>\n\n{% endif %}"
+        "{{ m['content'] }}</s>\n{% endfor %}",
+        ("<|user|>\n", "</s>"),
+    ),
+    "mistral": (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] "
+        "{{ m['content'] }} [/INST]{% else %} {{ m['content'] }}{{ eos_token }}{% endif %}"
+        "{% endfor %}",
+        ("[INST] ", " [/INST]"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_chat_turns_come_from_the_template(name: str, llm: Path, tmp_path: Path) -> None:
+    template, expected = TEMPLATES[name]
+    encoder = TextEncoder.from_pretrained(llm)
+    encoder.tokenizer.chat_template = template
+    assert user_turn(encoder.tokenizer) == expected
+    chat = TextEncoder(encoder.backbone, encoder.tokenizer, replace(encoder.settings, chat=True))
+    (ids,) = chat.tokens(["a dog"])
+    front, text, behind = (chat.tokens.ids(part) for part in (expected[0], "a dog", expected[1]))
+    assert ids == [2, *front, *text, *behind, 3]
+    assert chat.tokens.num_front_tokens == 1 + len(front)
+    changed = {k for k in chat.fingerprint if chat.fingerprint[k] != encoder.fingerprint.get(k)}
+    assert changed == {"chat"}
+    chat.save_pretrained(tmp_path)
+    again = TextEncoder.from_pretrained(tmp_path)
+    torch.testing.assert_close(again.encode(TEXTS), chat.encode(TEXTS), atol=1e-6, rtol=0)
+
+
+def test_chat_needs_a_template_that_keeps_answers(llm: Path) -> None:
+    tokenizer = llm_tokenizer()
+    tokenizer.chat_template = "{{ messages[-1]['content'] }}"
+    with pytest.raises(ConversationError, match="leave `chat` out"):
+        CaptionTokenizer(tokenizer, 16, chat=True)
+    tokenizer.chat_template = None
+    with pytest.raises(ConversationError, match="has no chat template"):
+        CaptionTokenizer(tokenizer, 16, chat=True)
+
+
+def test_prompts_stand_behind_the_front_and_are_not_pooled(llm: Path) -> None:
+    encoder = TextEncoder.from_pretrained(llm, instruction="the")
+    tokens = encoder.tokens
+    (ids,) = tokens(["a red star"])
+    prompted = tokens.add_prompt(ids, tokens.ids("describe the picture"))
+    words = encoder.tokenizer.convert_ids_to_tokens(prompted)
+    assert words == "<s> the describe the picture a red star </s>".split()
+    batch = pad_tokens([prompted, ids], 0, [2 + 3, 2])
+    assert batch["pool_mask"].sum(1).tolist() == [4, 4]
+    assert batch["pool_mask"][0].tolist() == [False] * 5 + [True] * 4
+    short = CaptionTokenizer(encoder.tokenizer, 6)
+    assert short.add_prompt(short(["a red star"])[0], [9, 9])[1:] == [9, 9, *ids[2:4], 3]
+    with pytest.raises(TextEncoderError, match="a prompt takes 4 of the 4 tokens"):
+        short.add_prompt(ids, [9] * 4)
+
+
+def test_four_bits_need_bitsandbytes(llm: Path) -> None:
+    if importlib.util.find_spec("bitsandbytes"):
+        pytest.skip("bitsandbytes is installed")
+    with pytest.raises(TextEncoderError, match="bitsandbytes is not installed; pip install"):
+        TextEncoder.from_pretrained(llm, load_in_4bit=True)
+
+
+def test_encoding_leaves_the_training_mode_alone(llm: Path) -> None:
+    encoder = TextEncoder.from_pretrained(llm)
+    for mode in (True, False):
+        encoder.backbone.train(mode)
+        encoder.encode(TEXTS)
+        assert encoder.backbone.training is mode
+
+
 def test_pool() -> None:
     hidden = torch.arange(12.0).reshape(2, 3, 2).bfloat16()
     mask = torch.tensor([[False, True, True], [True, False, False]])
     assert pool(hidden, mask, "mean").tolist() == [[3.0, 4.0], [6.0, 7.0]]
     assert pool(hidden, mask, "last").tolist() == [[4.0, 5.0], [6.0, 7.0]]
+    assert pool(hidden, mask, "eos").tolist() == [[4.0, 5.0], [6.0, 7.0]]
+    assert pool(hidden, mask, "cls").tolist() == [[2.0, 3.0], [6.0, 7.0]]
     assert pool(hidden, mask, "mean").dtype == torch.float32
 
 
@@ -234,7 +354,7 @@ def test_section_settings_arrive(llm: Path) -> None:
         attn_implementation="eager",
     )
     encoder = TextEncoder.from_section(section)
-    assert encoder.settings == text_encoder.TextEncoderSettings("last", 10, "a", False)
+    assert encoder.settings == TextEncoderSettings("last", 10, "a", False)
     assert encoder.backbone.dtype == torch.bfloat16
     assert encoder.backbone.config._attn_implementation == "eager"
     assert encoder.encode(["dog"]).dtype == torch.float32
