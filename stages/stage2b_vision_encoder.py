@@ -38,7 +38,7 @@ from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.caption_cache import CaptionFeatures
 from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, llm2clip_encoders, read_held_out
 from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
-from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
+from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.keeping import prepare_keeping
 
 TOWER_STAGES = ("clip_baseline", "stage2b_vision_encoder")
@@ -131,10 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main():
         print(trainable_table(model, lrs), flush=True)
     trainer.train(resume_from_checkpoint=last_checkpoint(args))
-    if keeping.average is not None:
-        keeping.average.copy_to(model)
-    if lora is not None:
-        merge_lora(lora)
+    keeping.finish(model, lora)
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off

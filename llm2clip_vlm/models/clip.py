@@ -153,6 +153,15 @@ class ClipTokens:
         """Captions tokenised so far that fill the window (cut, or just long enough)."""
         return sum(len(ids) >= self.window_tokens for ids in self._ids.values())
 
+    def fits(self, text: str) -> bool:
+        """Whether the window holds a caption without cutting it.
+
+        Args:
+            text: Tokenised if it is not yet.
+        """
+        self.prepare([text])
+        return len(self._ids[text]) < self.window_tokens
+
     def prepare(self, texts: Iterable[str]) -> None:
         """Tokenise captions in one go, ahead of the batches that ask for them.
 
