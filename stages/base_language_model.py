@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import LanguageModelRecipe
-from llm2clip_vlm.data.world_text import CHAT_TEMPLATE, build_tokenizer
+from llm2clip_vlm.data.world_text import ASK_SHORT, CHAT_TEMPLATE, build_tokenizer
 from llm2clip_vlm.data.world_text_qa import TextBatches, text_qa_accuracy
 from llm2clip_vlm.handoff import fingerprint_dir, is_complete, write_manifest
 from llm2clip_vlm.models.trainable import trainable_table
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     set_seed(recipe.seed)
 
-    tokenizer = build_tokenizer(SPECIALS, recipe.window_tokens)
+    tokenizer = build_tokenizer(SPECIALS, recipe.window_tokens, more=ASK_SHORT)
     tokenizer.chat_template = CHAT_TEMPLATE
     names = [f"{name}_token_id" for name in ("pad", "bos", "eos")]
     ids = {name: getattr(tokenizer, name) for name in names}

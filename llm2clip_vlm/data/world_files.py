@@ -24,8 +24,9 @@ from llm2clip_vlm.data.world import (
     short_caption,
 )
 from llm2clip_vlm.data.world_render import render
+from llm2clip_vlm.data.world_text import ASK_CAPTION, as_asked
 
-WORLD_VERSION = 1
+WORLD_VERSION = 2
 """Raised when the same seed no longer gives the same bytes; part of the finished-marker."""
 
 SIZES_BASE = {"short": 12_000}
@@ -46,6 +47,10 @@ SIZES = {
 
 LONG_CAPTIONS = 4
 """Long captions of each training picture."""
+
+
+DESCRIBED_EVERY = 4
+"""Every how many pictures of `instruct` stage 4 also asks for a description."""
 
 
 def _scenes(seed: int, name: str, split: str, count: int) -> Iterator[tuple[int, Scene, Any]]:
@@ -134,12 +139,17 @@ class _Writer:
             image = self.picture("instruct", index, scene, rng)
             key = f"instruct-{index:05d}"
             caption = long_caption(scene, rng, "pairs")
-            ask = "<image>\ndescribe the image ."
-            turns = [{"from": "human", "value": ask}, {"from": "gpt", "value": caption}]
-            pretrain.append({"id": key, "image": image, "conversations": turns})
+            told = [
+                {"from": "human", "value": f"<image>\n{ASK_CAPTION}"},
+                {"from": "gpt", "value": caption},
+            ]
+            pretrain.append({"id": key, "image": image, "conversations": told})
+            if index % DESCRIBED_EVERY == 0:
+                described = {"id": f"{key}-caption", "image": image, "conversations": told}
+                instruct.append(described)
             turns = []
             for position, question in enumerate(questions(scene, rng)):
-                text = ("<image>\n" if position == 0 else "") + question.question
+                text = ("<image>\n" if position == 0 else "") + as_asked(question.question, rng)
                 turns += [
                     {"from": "human", "value": text},
                     {"from": "gpt", "value": question.answer},

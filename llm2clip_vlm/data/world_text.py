@@ -39,6 +39,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 ASK_CAPTION = "describe the image ."
+ASK_SHORT = "answer the question using a single word or phrase ."
+"""The suffix that LLaVA, and lmms-eval's prompts after it, put behind short questions."""
+SHORT_SHARE = 0.15
+"""Share of the questions that end with :data:`ASK_SHORT`."""
 
 _VALUE: dict[str, Callable[[Thing], str]] = {
     "shape": lambda t: t.shape,
@@ -95,11 +99,17 @@ def _tuples(
     return segments
 
 
+def as_asked(question: str, rng: np.random.Generator) -> str:
+    """A question as it stands in training text: some end with :data:`ASK_SHORT`."""
+    return f"{question} {ASK_SHORT}" if rng.random() < SHORT_SHARE else question
+
+
 def _asked(scene: Scene, rng: np.random.Generator, context: str) -> Segments:
     """A description, then one question of each kind in the chat template."""
     segments: Segments = [("<s>", False)]
     for turn, question in enumerate(questions(scene, rng)):
-        text = f"{context} {question.question}" if turn == 0 else question.question
+        asked = as_asked(question.question, rng)
+        text = f"{context} {asked}" if turn == 0 else asked
         segments += [
             (f"<|user|> {text} <|assistant|>", False),
             (f"{question.answer} <|end|>", True),
@@ -158,24 +168,30 @@ def document(kind: str, rng: np.random.Generator) -> Segments:
     return KINDS[kind](draw_scene(rng, "text"), rng)
 
 
-def build_tokenizer(specials: dict[str, str], window_tokens: int) -> PreTrainedTokenizerFast:
-    """A word-level tokenizer over the world's words.
+def build_tokenizer(
+    specials: dict[str, str], window_tokens: int, *, more: str = ""
+) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer over the world's words; it reads in lower case.
 
     Args:
         specials: `pad`, `unk`, `bos`, `eos` and any further special tokens by name; their ids are
             0, 1, 2, ... in this order.
         window_tokens: Longest text.
+        more: Words beyond those of captions and questions.
 
     Returns:
         The tokenizer; it puts bos and eos around a text.
     """
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
-    words = [*specials.values(), *vocabulary()]
+    words = [*specials.values(), *vocabulary(), *more.split()]
     ids = {word: index for index, word in enumerate(dict.fromkeys(words))}
     backend = Tokenizer(models.WordLevel(ids, unk_token=specials["unk"]))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation("isolated")]
+    )
     bos, eos = specials["bos"], specials["eos"]
     backend.post_processor = processors.TemplateProcessing(
         single=f"{bos} $A {eos}", special_tokens=[(bos, ids[bos]), (eos, ids[eos])]
