@@ -115,6 +115,11 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
                 f"trainer.label_smoothing_factor is {args.label_smoothing_factor}, but the sigmoid "
                 "loss has no distribution to smooth; set it to 0 or choose the softmax loss"
             )
+        for parameter in model.parameters():
+            if parameter.ndim == 0:
+                # DeepSpeed broadcasts parameters as bytes, which fails for a scalar; what has this
+                # mark it leaves out. All ranks have read the same `logit_scale`.
+                parameter.ds_optim_param = True
         self.micro_batch_size = micro_batch_size
         self.teacher = teacher
         self.text_inputs = text_inputs
@@ -147,6 +152,9 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         if self.text_inputs is not None and "captions" in inputs:
             others = {name: value for name, value in inputs.items() if name != "captions"}
             inputs = others | dict(self.text_inputs(inputs["captions"]))
+        # 8-bit pixels until here: the loader and the device get a quarter of the bytes
+        pixels = self.train_dataset.to_float(inputs["pixel_values"])
+        inputs = {**inputs, "pixel_values": pixels}
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         return prepared
 
