@@ -30,8 +30,10 @@ class WorldConfig(Section):
 
 
 class CaptionSource(Section):
-    """A file of texts: `.jsonl`, `.json`, `.jsonl.gz`, `.csv`, `.parquet` or a webdataset `.tar`
-    (the fields of its JSON members are columns)."""
+    """A file of texts: `.jsonl`, `.json`, `.csv` (also `.gz`), `.parquet`, or webdataset `.tar`.
+
+    Of a shard the fields of its JSON members are columns.
+    """
 
     path: str
     """File with one record a row; `*` and `?` name several (`shards/*.tar`)."""
@@ -74,7 +76,7 @@ class CaptionPairSource(CaptionSource):
 
 
 class AugmentationSection(Section):
-    """What training pictures go through, drawn anew each epoch from the seed and the record's key."""
+    """What training pictures go through, drawn anew each epoch from seed and record key."""
 
     crop_scale_min: float = Field(default=1.0, gt=0, le=1)
     """Random crop of at least this share of the picture's area, sides 3:4 to 4:3, resized to the
@@ -84,8 +86,11 @@ class AugmentationSection(Section):
 
 
 class ImageTextSource(CaptionSource):
-    """Images with captions: one of the files above, COCO's or Karpathy's `.json`, `.parquet` or
-    `.arrow` with image bytes, or `.tar` shards; `path` may be a pattern (`cc3m/*.tar`)."""
+    """Images with captions, beside them or inside the file.
+
+    Also COCO's and Karpathy's annotations (`.json`), `.parquet` and `.arrow` with image bytes, and
+    webdataset shards (`.tar`) in img2dataset's layout.
+    """
 
     image_root: str | None = None
     """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
@@ -94,7 +99,7 @@ class ImageTextSource(CaptionSource):
     id_field: str = "id"
     """Column with the record's key, unique in the file (`.tar`: the sample's key)."""
     index_dir: str | None = None
-    """Folder of the index that larger sources get once; none = `.llm2clip-index` beside the data."""
+    """Folder of the index that large sources get once; none = `.llm2clip-index` beside them."""
 
 
 class RunRecipe(Section):
@@ -158,6 +163,27 @@ class TextEncoderSection(Section):
     """Weights' dtype; `auto` keeps the checkpoint's."""
     attn_implementation: str | None = None
     """As in transformers: `sdpa`, `eager`, `flash_attention_2`; none = its default."""
+
+
+class MntpRecipe(RunRecipe):
+    """Before stage 1, optional: masked next token prediction (LLM2Vec; off in paper v6)."""
+
+    stage: Literal["stage0_mntp"] = "stage0_mntp"
+    """Which program reads this file."""
+    language_model: str
+    """Path or hub id of the decoder LLM."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Weights' dtype; `auto` keeps the checkpoint's."""
+    lora: LoraSection | None = Field(default_factory=LoraSection)
+    """Adapter that is merged at the end; `null` tunes every weight."""
+    sources: list[CaptionSource]
+    """Texts; all captions of all records, joined."""
+    max_length_tokens: int = Field(default=512, ge=8)
+    """Tokens of a row (released code: 512)."""
+    mask_token: str = "_"
+    """Text that stands for a hidden token (released code: `_`)."""
+    mask_probability: float = Field(default=0.2, gt=0, lt=1)
+    """Share of tokens to guess (released code: 0.2)."""
 
 
 class Stage1Recipe(RunRecipe):
@@ -318,6 +344,9 @@ class Stage2bRecipe(RunRecipe):
     caption_weights: dict[str, float] = Field(default_factory=dict)
     """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
     empty = uniform over all captions."""
+    captions_per_image: int = Field(default=1, ge=1)
+    """Captions of an image in a batch, all of them its positives (DreamLIP's multi-positive loss);
+    with cached text each costs one pass of the adaptor. Paper v6: 1."""
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
     """Random crop and mirroring; off by default. Pictures are then decoded each time."""
     image_decoding: Literal["fast", "exact"] = "fast"

@@ -74,7 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     apply_trainable(model, lrs)
 
     # data
-    bad = BadRecords(recipe.max_bad_records)
+    bad = BadRecords.beside(
+        out,
+        recipe.max_bad_records,
+        recipe.max_bad_fraction,
+        resumes=last_checkpoint(args) is not None,
+    )
     records = read_sources(recipe.train, bad)
     held_out = read_held_out(recipe.evaluation, bad)
     tokens = ClipTokens(tokenizer)
@@ -85,6 +90,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe.seed,
         tokens,
         bad=bad,
+        augmentation=recipe.augmentation,
+        fast=recipe.image_decoding == "fast",
+        as_uint8=True,
         show_progress=is_main(),
     )
     tokens.prepare(dataset.captions())

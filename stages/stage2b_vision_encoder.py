@@ -91,7 +91,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     apply_trainable(model, lrs)
 
     # data
-    bad = BadRecords(recipe.max_bad_records)
+    bad = BadRecords.beside(
+        out,
+        recipe.max_bad_records,
+        recipe.max_bad_fraction,
+        resumes=last_checkpoint(args) is not None,
+    )
     records = read_sources(recipe.train, bad)
     held_out = read_held_out(recipe.evaluation, bad)
     dataset = ImageTextDataset(
@@ -101,6 +106,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe.seed,
         captions if captions.complete else None,
         bad=bad,
+        captions_per_image=recipe.captions_per_image,
+        augmentation=recipe.augmentation,
+        fast=recipe.image_decoding == "fast",
+        as_uint8=True,
         show_progress=is_main(),
     )
     captions.require(dataset, held_out)
@@ -109,6 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     first = [0, 1 % len(dataset)]
     sample = dataset.__getitems__(first) | captions([dataset.caption(i) for i in first])
+    sample["pixel_values"] = dataset.to_float(sample["pixel_values"])
     freeze_unused(
         model,
         lambda: model(sample["pixel_values"], sample["text_features"], return_loss=True).loss,

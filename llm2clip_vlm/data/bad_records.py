@@ -13,7 +13,9 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, Self
+
+from llm2clip_vlm.distributed import barrier, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -59,6 +61,22 @@ class BadRecords:
     _known: set[str] = field(default_factory=set, repr=False)
     _reasons: Counter[str] = field(default_factory=Counter, repr=False)
     _read_to: int = field(default=0, repr=False)
+
+    @classmethod
+    def beside(cls, directory: str | Path, limit: int, fraction: float, *, resumes: bool) -> Self:
+        """For a run, with `dropped.jsonl` in its directory. Call it on all ranks.
+
+        Args:
+            directory: The run's output.
+            limit: As the field.
+            fraction: As the field.
+            resumes: Keep what the interrupted run listed; otherwise the list begins anew.
+        """
+        ledger = Path(directory) / "dropped.jsonl"
+        if is_main() and not resumes:
+            ledger.unlink(missing_ok=True)
+        barrier()
+        return cls(limit, fraction, ledger)
 
     @property
     def allowed(self) -> int:

@@ -203,11 +203,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return self._to_float(pixels)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        batch = self.__getitems__([index])
-        rows = self.captions_per_image
-        return {
-            name: values if len(values) == rows > 1 else values[0] for name, values in batch.items()
-        }
+        """One image with its first caption."""
+        return {name: values[0] for name, values in self.__getitems__([index]).items()}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
         """A whole batch at once (torch's loader asks for it this way).
