@@ -27,6 +27,7 @@ STAGES = {
     "world": "write the embedded procedural world",
     "base_language_model": "pre-train the demo's language model on text",
     "clip_baseline": "ordinary CLIP training: the demo's base and control towers",
+    "stage0_mntp": "let an LLM guess masked tokens before stage 1 (optional)",
     "stage1_text_encoder": "turn an LLM into a text encoder",
     "stage2a_cache_text": "cache its caption embeddings",
     "stage2b_vision_encoder": "train the vision tower against them",

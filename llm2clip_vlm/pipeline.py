@@ -26,6 +26,7 @@ from typing import Any
 from llm2clip_vlm.config import (
     ClipBaselineRecipe,
     LanguageModelRecipe,
+    MntpRecipe,
     RunRecipe,
     Stage1Recipe,
     Stage2aRecipe,
@@ -42,6 +43,7 @@ from llm2clip_vlm.recipe import load_recipe
 RECIPES: dict[str, type[RunRecipe]] = {
     "base_language_model": LanguageModelRecipe,
     "clip_baseline": ClipBaselineRecipe,
+    "stage0_mntp": MntpRecipe,
     "stage1_text_encoder": Stage1Recipe,
     "stage2a_cache_text": Stage2aRecipe,
     "stage2b_vision_encoder": Stage2bRecipe,
