@@ -118,10 +118,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     first = [0, 1 % len(dataset)]
     sample = dataset.__getitems__(first) | captions([dataset.caption(i) for i in first])
-    sample["pixel_values"] = dataset.to_float(sample["pixel_values"])
     freeze_unused(
         model,
-        lambda: model(sample["pixel_values"], sample["text_features"], return_loss=True).loss,
+        lambda: model(
+            dataset.to_float(sample["pixel_values"]), sample["text_features"], return_loss=True
+        ).loss,
     )
 
     # trainer, train
