@@ -40,6 +40,7 @@ from llm2clip_vlm.data.embedding_shards import (
     digests_of,
     read_header,
     require_fingerprint,
+    require_unit,
     text_digest,
     unit_rows,
     write_header,
@@ -202,6 +203,7 @@ class EmbeddingCache:
 
         Raises:
             MissingTextError: The cache does not hold all of them.
+            CacheError: A row is no unit vector.
         """
         found = self.find(texts, prompt)
         if (found < 0).any():
@@ -212,7 +214,7 @@ class EmbeddingCache:
                 f"{lost[0][:200]!r}; add their file to the sources of stage 2a's recipe and run "
                 "it again (it encodes only what is missing)"
             )
-        return self.read(found).float()
+        return require_unit(self.read(found).float(), texts, self.directory)
 
     def missing(self, texts: Iterable[str], prompt: str = "") -> list[str]:
         """The texts that the cache does not hold, each once, in their order."""

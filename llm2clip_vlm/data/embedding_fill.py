@@ -33,6 +33,7 @@ from llm2clip_vlm.data.embedding_shards import (
     CacheError,
     Header,
     digests_of,
+    require_unit,
     unit_rows,
     write_header,
 )
@@ -124,7 +125,7 @@ class FillingCache:
         if len(added):
             own = [self._journal.rows[keys[place]] for place in added]
             rows[added] = torch.from_numpy(self._journal.read(own))
-        return rows.float()
+        return require_unit(rows.float(), texts, self.directory)
 
     def close(self) -> None:
         """Lets another process have the journal."""

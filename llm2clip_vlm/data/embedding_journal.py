@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from llm2clip_vlm.data.embedding_shards import (
     DIGEST_BYTES,
+    NORM_TOLERANCE,
     SHARD_NAME,
     CacheError,
     Digests,
@@ -29,7 +30,6 @@ from llm2clip_vlm.data.embedding_shards import (
 )
 
 _JOURNAL = re.compile(r"journal-(\d{5,})-(\d{5,})")
-_NORM_TOLERANCE = 1e-2  # float16 moves the norm of a unit vector by less than 1e-3
 
 
 def read_segments(
@@ -76,7 +76,7 @@ def verify_segment(segment: Segment) -> None:
         _verify_journal(segment)
     for start in range(0, len(segment.embeds), 4096):
         norms = np.linalg.norm(segment.embeds[start : start + 4096].astype(np.float32), axis=1)
-        wrong = np.flatnonzero(~(np.abs(norms - 1) < _NORM_TOLERANCE))
+        wrong = np.flatnonzero(~(np.abs(norms - 1) < NORM_TOLERANCE))
         if len(wrong):
             raise CacheError(
                 f"{segment.path}: row {start + wrong[0]} has norm {norms[wrong[0]]}, expected 1; "

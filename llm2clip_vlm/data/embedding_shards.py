@@ -35,6 +35,8 @@ HEADER_NAME = "header.json"
 """File that makes a directory a cache."""
 DIGEST_BYTES = 32
 """Bytes of a key."""
+NORM_TOLERANCE = 1e-2
+"""float16 moves the norm of a unit vector by less than 1e-3."""
 SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
 """A shard and its number."""
 
@@ -145,6 +147,30 @@ def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
             f"{names[broken[0]][:100]!r}; check the text encoder's weights and dtype"
         )
     return (rows / norms).to(torch.float16).numpy()
+
+
+def require_unit(rows: Tensor, texts: Sequence[str], where: Path) -> Tensor:
+    """Refuses rows that no encoder of ours has written, before anything learns from them.
+
+    Args:
+        rows: float32 `[n, dim]`.
+        texts: What they belong to.
+        where: The cache.
+
+    Returns:
+        The same rows.
+
+    Raises:
+        CacheError: A row is not finite or no unit vector; the text is named.
+    """
+    off = ~((rows.norm(dim=1) - 1).abs() < NORM_TOLERANCE)
+    if off.any():
+        row = int(off.nonzero()[0])
+        raise CacheError(
+            f"{where}: the embedding of {texts[row][:100]!r} has norm {float(rows[row].norm())}, "
+            "expected 1; find the file with `llm2clip-vlm embed verify`, delete it, build again"
+        )
+    return rows
 
 
 def read_header(directory: Path) -> Header | None:
