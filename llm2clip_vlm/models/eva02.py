@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -199,7 +199,7 @@ class Eva02VisionModel(PreTrainedModel):
     config_class = Eva02VisionConfig
     main_input_name = "pixel_values"
     base_model_prefix = "vision_tower"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["Eva02Block"]
     _supports_sdpa = True
@@ -222,7 +222,7 @@ class Eva02VisionModel(PreTrainedModel):
             for parameter in (self.cls_token, self.pos_embed):
                 init.trunc_normal_(parameter, std=self.config.initializer_range)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Float[Tensor, "b 3 h w"],
@@ -240,7 +240,8 @@ class Eva02VisionModel(PreTrainedModel):
         Raises:
             ValueError: Images of another size.
         """
-        size = self.config.image_size
+        config = cast("Eva02VisionConfig", self.config)
+        size = config.image_size
         if tuple(pixel_values.shape[-2:]) != (size, size):
             raise ValueError(
                 f"expected images of {size} x {size} px, got {tuple(pixel_values.shape[-2:])}; load"
@@ -249,7 +250,7 @@ class Eva02VisionModel(PreTrainedModel):
         patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         x = x + self.pos_embed
-        cos, sin = rope_tables(self.config, x.device)
+        cos, sin = rope_tables(config, x.device)
         states = self.blocks(x, position_embeddings=(cos.to(x.dtype), sin.to(x.dtype)))
         last = self.norm(states[-1])
         wanted = output_hidden_states is not None and output_hidden_states is not False

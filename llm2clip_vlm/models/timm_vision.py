@@ -59,7 +59,7 @@ class TimmVisionModel(PreTrainedModel):
     config_class = TimmVisionConfig
     main_input_name = "pixel_values"
     base_model_prefix = "timm_vision"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
 
@@ -76,12 +76,12 @@ class TimmVisionModel(PreTrainedModel):
         """As transformers; rotary tables, which no checkpoint holds, are computed again."""
         super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):
-            module.init_non_persistent_buffers()
+            module.init_non_persistent_buffers()  # type: ignore[operator]
 
     def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
         self.timm_model.set_grad_checkpointing(enable)
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
         pixel_values: Float[Tensor, "b 3 h w"],
