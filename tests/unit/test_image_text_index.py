@@ -1,0 +1,189 @@
+"""Every format gives the same records, by number, from a table that notices when it is outdated."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.data import image_text_index
+from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
+from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text
+from llm2clip_vlm.data.records import BadRecords, RecordError
+from tests.image_corpus import jpeg
+from tests.image_text_files import FORMATS, Samples, add, write_folder, write_parquet, write_tar
+from tests.unit.test_image_text import processor
+
+SAMPLES: Samples = [(f"{i:05d}", jpeg(40 + i, 40), f"ein Bild, Nr. {i} 图") for i in range(8)]
+
+
+def read(source: ImageTextSource) -> ImageTextRecords:
+    return read_image_text(source, BadRecords())
+
+
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same(
+    tmp_path: Path, name: str, indexed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if indexed:
+        monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    records = read(FORMATS[name](tmp_path / name, SAMPLES))
+    assert len(records) == len(SAMPLES)
+    for record, (key, image, caption) in zip(records, SAMPLES, strict=True):
+        assert record.key == key or name == "captions_val.json"
+        assert [text for texts in record.captions.values() for text in texts] == [caption]
+        assert record.encoded().data == image
+    assert [r.key for r in records[2:4]] == [records[2].key, records[3].key]
+    assert records[-1].key == records[7].key
+    with pytest.raises(IndexError):
+        records[8]
+
+
+@pytest.mark.parametrize("name", ["shard.tar", "rows.parquet", "data.arrow", "pairs.jsonl"])
+def test_forked_workers_and_pickling_read_the_same(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    records = read(FORMATS[name](tmp_path / name, SAMPLES))
+    _ = records[0].encoded()  # something is open before the fork
+    with multiprocessing.get_context("fork").Pool(2) as pool:
+        got = pool.starmap(_data, [(records, i) for i in range(8)])  # pickled on the way
+    assert got == [image for _, image, _ in SAMPLES]
+    assert pickle.loads(pickle.dumps(records))[5] == records[5]
+
+
+def _data(records: ImageTextRecords, index: int) -> bytes:
+    return records[index].encoded().data
+
+
+def test_an_index_is_used_until_the_data_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
+    source = source.model_copy(update={"index_dir": str(tmp_path / "index")})
+    assert len(read(source)) == 8
+    (index,) = (tmp_path / "index").iterdir()
+    made = index.stat().st_mtime_ns
+
+    def no_reading(*_: object) -> None:
+        raise AssertionError("the data were read again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(image_text_index, "write_table", no_reading)
+        assert len(read(source)) == 8
+        os.utime(source.path, ns=(1, 1))
+        with pytest.raises(AssertionError, match="read again"):
+            read(source)
+    write_folder(Path(source.path), SAMPLES[:5])
+    assert len(read(source)) == 5
+    assert index.stat().st_mtime_ns != made
+    index.write_bytes(index.read_bytes()[:-100])
+    assert len(read(source)) == 5
+    assert len(read(source.model_copy(update={"limit": 2}))) == 2
+    assert len(list((tmp_path / "index").iterdir())) == 2  # one per selection, nothing left over
+
+
+def test_bad_rows_count_when_an_index_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    source = write_folder(tmp_path / "pairs.jsonl", [*SAMPLES, ("late", jpeg(), " ")])
+    for _ in range(2):
+        bad = BadRecords(limit=1)
+        assert len(read_image_text(source, bad)) == 8
+        assert (bad.count, bad.total) == (1, 9)
+        with pytest.raises(RecordError, match="empty caption"):
+            read(source)
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    (tmp_path / "file").write_text("in the way")
+    source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
+    with pytest.raises(RecordError, match="set `index_dir`"):
+        read(source.model_copy(update={"index_dir": str(tmp_path / "file" / "below")}))
+
+
+def test_a_pattern_reads_all_shards_but_not_the_embeddings(tmp_path: Path) -> None:
+    write_tar(tmp_path / "00000.tar", SAMPLES[:3])
+    write_tar(tmp_path / "00001.tar", SAMPLES[3:])
+    write_tar(tmp_path / "00000_text_embeddings.tar", SAMPLES)
+    source = ImageTextSource(path=str(tmp_path / "*.tar"), fields=["txt"])
+    records = read(source)
+    assert [record.key for record in records] == [key for key, _, _ in SAMPLES]
+    assert [record.encoded().data for record in records] == [image for _, image, _ in SAMPLES]
+    with pytest.raises(RecordError, match="no such file"):
+        read(source.model_copy(update={"path": str(tmp_path / "x*.tar")}))
+
+
+def test_seven_captions_from_the_json_columns(tmp_path: Path) -> None:
+    columns = ("raw_caption", *(f"{size}{who}_captions" for who in ("IB", "SV", "LLA")
+                                for size in ("short", "long")))  # fmt: skip
+    captions = {name: f"{name} of it" for name in columns}
+    source = write_tar(tmp_path / "a.tar", [("0", jpeg(), captions)])
+    (record,) = read(source)
+    assert record.captions == {name: [text] for name, text in captions.items()}
+    data = ImageTextDataset(read(source), processor(), {"raw_caption": 3, "longSV_captions": 1})
+    drawn = set()
+    for epoch in range(30):
+        data.set_epoch(epoch)
+        drawn.add(data.caption(0))
+    assert drawn == {"raw_caption of it", "longSV_captions of it"}
+
+
+def test_members_are_joined_by_key_not_by_position(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for key, image, _ in SAMPLES:
+            add(shard, f"dir/{key}.JPG", image)
+        for key, _, caption in reversed(SAMPLES):
+            add(shard, f"dir/{key}.txt", caption.encode())
+    records = read(ImageTextSource(path=str(tmp_path / "a.tar"), fields=["txt"]))
+    assert [(r.key, r.captions["txt"]) for r in records] == [
+        (f"dir/{key}", [caption]) for key, _, caption in SAMPLES
+    ]
+
+
+def test_dots_in_a_key_do_not_join_samples(tmp_path: Path) -> None:
+    samples = [(f"photo.{i}", image, text) for i, (_, image, text) in enumerate(SAMPLES)]
+    records = read(write_tar(tmp_path / "a.tar", samples))
+    assert [(r.key, r.captions["txt"][0]) for r in records] == [(k, t) for k, _, t in samples]
+
+
+def test_group_by_in_a_table_of_images(tmp_path: Path) -> None:
+    samples = [(f"{i // 2}", jpeg(40 + i // 2), f"caption {i}") for i in range(6)]
+    source = write_parquet(tmp_path / "a.parquet", samples, row_group_size=2)
+    records = read(source.model_copy(update={"group_by": "id"}))
+    assert [r.captions["caption"] for r in records] == [
+        [f"caption {2 * i}", f"caption {2 * i + 1}"] for i in range(3)
+    ]
+    assert records[2].encoded().size[0] == 42
+
+
+def test_a_selection_keeps_its_records(tmp_path: Path) -> None:
+    first = write_folder(tmp_path / "a.jsonl", SAMPLES[:4])
+    second = write_tar(tmp_path / "b.tar", SAMPLES[4:])
+    both = read_sources([first, second], BadRecords())
+    assert [r.where for r in both.take([6, 1])] == ["b.tar:00006", "a.jsonl:00001"]
+    assert both.kinds() == {"captions", "txt"}
+    assert both.has_kinds(["txt"]).tolist() == [False] * 4 + [True] * 4
+    assert len(both.take(both.has_kinds(["txt"])).take(np.array([True, False, True, False]))) == 2
+
+
+def test_the_table_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
+    read(source)
+    (index,) = (tmp_path / ".llm2clip-index").iterdir()
+    first = index.read_bytes().split(b"\n")[0]
+    assert json.loads(first)[0] == "00000"
