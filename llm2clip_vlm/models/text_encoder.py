@@ -347,10 +347,16 @@ class TextEncoder(nn.Module):
 
 
 def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
-    """Rows grouped from long to short (memory peaks first), each batch within the budget."""
+    """Rows grouped from long to short (memory peaks first), each batch within the budget.
+
+    A batch also ends where its next text is 5 % shorter than its longest, once it is large enough
+    to keep the device busy (a sixteenth of the budget).
+    """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        if batch and (len(batch) + 1) * lengths[batch[0]] > batch_tokens:
+        longest = lengths[batch[0]] if batch else lengths[row]
+        shorter = lengths[row] < 0.95 * longest and 16 * len(batch) * longest >= batch_tokens
+        if batch and (shorter or (len(batch) + 1) * longest > batch_tokens):
             yield batch
             batch = []
         batch.append(row)
