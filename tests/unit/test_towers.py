@@ -26,11 +26,14 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.models import llm2clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.resolution import resize_positions
 from llm2clip_vlm.models.towers import TowerError, load_vision_tower
-from llm2clip_vlm.training.export import export_vision_tower
+from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused
+from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
+from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
 
@@ -119,6 +122,38 @@ def test_every_kind_goes_through_stage_2s_model(kind: str, tmp_path: Path) -> No
     model.train()(pixels, torch.randn(2, 8), return_loss=True).loss.backward()
     unused = {name for name, p in model.named_parameters() if p.grad is None}
     assert all(name.endswith("mask_token") for name in unused)
+
+
+@KINDS
+@pytest.mark.parametrize("training", ["full", "frozen", "lora"])
+def test_every_kind_trains_fully_frozen_and_by_lora(
+    kind: str, training: str, tmp_path: Path
+) -> None:
+    source = load_vision_tower(build_tower(kind, tmp_path))
+    model = LLM2CLIPModel.from_vision_tower(source.model, text_embed_dim=8, projection_dim=6)
+    tuner = None
+    if training == "lora":
+        tuner = add_lora(model.vision_tower, LoraSection(r=2, alpha=4, dropout=0.0))
+    parts = {"visual_projection", "text_adaptor", "logit_scale", "vision_tower"}
+    apply_trainable(model, parts - ({"vision_tower"} if training == "frozen" else set()))
+    pixels, text = torch.randn(4, 3, 32, 32), torch.randn(4, 8)
+    freeze_unused(model.eval(), lambda: model(pixels, text, return_loss=True).loss)
+    groups = build_param_groups(model, dict.fromkeys(parts, 0.05), 0.0, layer_decay=0.85)
+    optimizer = torch.optim.SGD(groups)
+    for _ in range(2):  # LoRA's first step moves one of its two matrices only
+        model(pixels, text, return_loss=True).loss.backward()
+        optimizer.step()
+    want = model.get_image_features(pixels)
+    if tuner is not None:
+        merge_lora(tuner)
+    torch.testing.assert_close(model.get_image_features(pixels), want, atol=1e-5, rtol=1e-5)
+    changed = [
+        name
+        for name, tensor in model.vision_tower.state_dict().items()
+        if not torch.equal(tensor, source.model.state_dict()[name])
+    ]
+    assert bool(changed) == (training != "frozen")
+    assert training != "lora" or all(name.endswith("weight") for name in changed)
 
 
 @KINDS
