@@ -202,14 +202,8 @@ def answer_spans(
         ConversationError: The template marks another number of answers, or (without markers)
             rewrites earlier turns or prompts with other tokens than it trains on.
     """
-    if _GENERATION.search(template):
-        return _spans_from_markers(messages, template, tokenizer)
-    return _spans_from_prefixes(messages, template, tokenizer)
-
-
-def _spans_from_markers(
-    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Span]]:
+    if not _GENERATION.search(template):
+        return _spans_from_prefixes(messages, template, tokenizer)
     text, spans = _render_jinja(messages, template, tokenizer, return_assistant_tokens_mask=True)
     answers = sum(message["role"] == "assistant" for message in messages)
     if len(spans) != answers:
@@ -251,10 +245,8 @@ def check_prompt_prefix(
     prompt_ids, _ = tokenize(tokenizer, prompt)
     if list(full_ids[: len(prompt_ids)]) == prompt_ids:
         return
-    place = next(
-        (i for i, (a, b) in enumerate(zip(prompt_ids, full_ids, strict=False)) if a != b),
-        len(full_ids),
-    )
+    pairs = enumerate(zip(prompt_ids, full_ids, strict=False))
+    place = next((i for i, (a, b) in pairs if a != b), len(full_ids))
     raise ConversationError(
         f"{where}: the prompt {prompt[-40:]!r} is no token prefix of the training sample (token "
         f"{place} differs); a template whose prompt ends in a space does this: move the space to "

@@ -139,8 +139,10 @@ class CaptionTokenizer:
                 its length. A text that no longer fits is cut.
 
         Raises:
-            TextEncoderError: The prompt leaves no room for a text.
+            TextEncoderError: The prompt leaves no room for a text, or all tokens are pooled.
         """
+        if self.joined:
+            raise TextEncoderError("an embedder pools all tokens: leave the source's prompts out")
         if len(prompt) >= self._room:
             raise TextEncoderError(
                 f"a prompt takes {len(prompt)} of the {self._room} tokens that max_length_tokens "

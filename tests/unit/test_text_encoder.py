@@ -272,6 +272,8 @@ def test_prompts_stand_behind_the_front_and_are_not_pooled(llm: Path) -> None:
     assert short.add_prompt(short(["a red star"])[0], [9, 9])[1:] == [9, 9, *ids[2:4], 3]
     with pytest.raises(TextEncoderError, match="a prompt takes 4 of the 4 tokens"):
         short.add_prompt(ids, [9] * 4)
+    with pytest.raises(TextEncoderError, match="an embedder pools all tokens"):
+        CaptionTokenizer(encoder.tokenizer, 16, joined=True).add_prompt(ids, [9])
 
 
 def test_four_bits_need_bitsandbytes(llm: Path) -> None:
