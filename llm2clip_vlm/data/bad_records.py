@@ -11,6 +11,7 @@ import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, Self
@@ -53,7 +54,7 @@ class BadRecords:
     """File that lists them (`dropped.jsonl`), appended to under a lock; a record that is in it
     already, by this process or another, does not count again. None = this object counts alone."""
     total: int = 0
-    """Records met so far, good and bad; see :meth:`expect`."""
+    """Records met so far, good and bad; see :meth:`take`."""
     count: int = 0
     """Bad records so far."""
     examples: list[str] = field(default_factory=list)
@@ -83,13 +84,18 @@ class BadRecords:
         """Bad records that the run bears, of the records met so far."""
         return max(self.limit, int(self.fraction * self.total))
 
-    def expect(self, records: int) -> None:
-        """Tells how many more records there are, before their bad ones are added.
+    def take(self, records: int, refused: Sequence[tuple[str, str]]) -> None:
+        """Counts what the reading of a source found, all of it before anything is said.
 
         Args:
             records: Good and bad ones.
+            refused: `(where, why)` of the bad ones.
+
+        Raises:
+            RecordError: As :meth:`add`.
         """
         self.total += records
+        self._count(refused)
 
     def add(self, where: str, why: str) -> None:
         """Counts one bad record.
@@ -101,21 +107,27 @@ class BadRecords:
         Raises:
             RecordError: More records are bad than `limit` and `fraction` allow.
         """
-        # half characters would stop whoever prints or writes them
-        where, why = (text.encode(errors="backslashreplace").decode() for text in (where, why))
-        if self.ledger is None:
-            self._note(where, why)
-        elif not self._write(where, why):
-            return
-        if self.count > self.allowed:
+        self._count([(where, why)])
+
+    def _count(self, refused: Sequence[tuple[str, str]]) -> None:
+        new = 0
+        for pair in refused:
+            # half characters would stop whoever prints or writes them
+            where, why = (text.encode(errors="backslashreplace").decode() for text in pair)
+            if self.ledger is None:
+                self._note(where, why)
+            elif not self._write(where, why):
+                continue
+            new += 1
+            if self.count <= _EXAMPLES_KEPT or self.ledger is None:
+                logger.warning("bad record %s: %s", where, why)
+        if new and self.count > self.allowed:
             of = f" of {self.total} records" if self.total else ""
             raise RecordError(
                 f"{self.count} bad record(s), {self.allowed} allowed{of}; the last is {where}: "
                 f"{why}. {self._by_reason()}Repair the file, filter the row out (`where`, "
                 "`drop_where`) or raise `max_bad_records`"
             )
-        if self.count <= _EXAMPLES_KEPT or self.ledger is None:
-            logger.warning("skipped bad record %s: %s", where, why)
 
     def refresh(self) -> None:
         """Takes in what other processes have written to the ledger."""

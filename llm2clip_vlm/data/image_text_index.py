@@ -235,9 +235,8 @@ def read_image_text(source: ImageTextSource, bad: BadRecords) -> ImageTextRecord
         index = IndexFile(handle.getvalue(), source)
     else:
         index = _indexed(source, files)
-    bad.expect(len(index) + len(index.header["bad"]))
-    for where, why in index.header["bad"]:
-        bad.add(where, why)
+    refused = index.header["bad"]
+    bad.take(len(index) + len(refused), refused)
     return ImageTextRecords([index])
 
 
