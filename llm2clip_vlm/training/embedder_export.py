@@ -41,9 +41,10 @@ def export_sentence_transformers(
     """Writes what `SentenceTransformer(directory)` needs for the same unit-norm vectors.
 
     A Llama is written as a EuroBERT, which is the same network with bidirectional attention of its
-    own: a transformers that would encode causally does not know it and refuses. Other models carry
-    `is_causal: false`, and a tokenizer that transformers 4 refuses; 5.0 and 5.1 would load them and
-    encode causally (sentence-transformers warns).
+    own: a transformers that would encode causally does not know it (it came on 2026-03-04, after
+    the switch `is_causal`) and refuses. Other models carry `is_causal: false`, and a tokenizer that
+    transformers 4 refuses; 5.0 and 5.1 would load them and encode causally (sentence-transformers
+    warns).
 
     Args:
         encoder: The encoder.
@@ -138,7 +139,7 @@ def _standalone_tokenizer(
         for name, token in tokenizer.special_tokens_map.items()
         if isinstance(token, str)
     }
-    special.setdefault("pad_token", tokenizer.convert_ids_to_tokens(tokens.pad_token_id))
+    special.setdefault("pad_token", tokenizer.convert_ids_to_tokens([tokens.pad_token_id])[0])
     extra = []
     if tokens.leaves_out_front:
         # sentence-transformers takes a last token for the footer if and only if it is special.

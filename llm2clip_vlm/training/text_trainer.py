@@ -20,7 +20,8 @@ from llm2clip_vlm.data.captions import CaptionPair, CaptionPairs, EpochSampler
 from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
 from llm2clip_vlm.losses import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, pad_tokens
-from llm2clip_vlm.models.text_encoder import Pooling, TextEncoder, pool
+from llm2clip_vlm.models.text_encoder import TextEncoder, pool
+from llm2clip_vlm.models.text_encoder_settings import Pooling
 from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
 from llm2clip_vlm.training.export import lora_config
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
