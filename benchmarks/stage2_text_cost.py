@@ -175,7 +175,9 @@ def main() -> None:
         (ours, ours_spread), (lora, spread) = (
             ratio(seconds, *pair) for pair in (("cached", "images"), ("lora", "cached"))
         )
+        # backward once more for linear layers (no gradient of the weights), twice for attention
         text = 2 * linear_flops(language_model(layers, "meta")) * tokens
+        text += 3 * 4 * tokens**2 * WIDTH * layers
         share = text / (3 * vision_flops() + adaptor)
         table[name] = {
             "cached_over_images": ours,

@@ -209,6 +209,7 @@ def test_full_tuning_and_flags(tmp_path: Path, tiny_llm: Path, repo_root: Path) 
         "full": ["lora=null"],
         "scale": ["scale=5.0"],
         "one_way": ["symmetric=false"],
+        "smoothing": ["trainer.label_smoothing_factor=0.2"],
         "last": ["text_encoder.pooling=last"],
         "chat": ["text_encoder.chat=true"],
         "prompt": ['train.0.prompts={"*": "the picture "}'],
@@ -333,6 +334,34 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
         wanted = [pairs.texts[i] for i in batch["texts"][:, column].tolist()]
         expected = encoder.encode(wanted, normalize=False)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_micro_batches_keep_their_budget(
+    tmp_path: Path, tiny_llm: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers import LlamaModel
+
+    sizes: list[int] = []
+    forward = LlamaModel.forward
+
+    def record(self: LlamaModel, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(input_ids.numel() if self.training else 0)
+        return forward(self, input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaModel, "forward", record)
+    stage = load(repo_root, "stage1_text_encoder")
+    recipe = write_recipe(tmp_path, tiny_llm, trainer={"max_steps": 1, "save_strategy": "no"})
+    found: dict[str, tuple[int, float, float]] = {}
+    for name, overrides in {"whole": [], "micro": ["micro_batch_tokens=100"]}.items():
+        out = tmp_path / name
+        stage.main([str(recipe), *overrides, f"output_dir={out}", "evaluation=[]"])
+        (row,) = metrics(out)
+        found[name] = (max(sizes), row["loss"], row["grad_norm"])
+        sizes.clear()
+    assert found["whole"][0] > 100 >= found["micro"][0] > 0
+    assert found["micro"][1:] == pytest.approx(found["whole"][1:], rel=1e-4)
+    with pytest.raises(ValueError, match="gradient_checkpointing is true beside micro-batches"):
+        stage.main([str(recipe), "micro_batch_tokens=9", "trainer.gradient_checkpointing=true"])
 
 
 def test_alike_pairs_are_linked() -> None:

@@ -233,6 +233,7 @@ def test_choices_change_the_result(recipe: Recipe) -> None:
         "seed": {"seed": 2},
         "weights": {"caption_weights": {"long": 1.0}},
         "decay": {"trainer": {"max_steps": 2, "weight_decay": 0.5}},
+        "smoothing": {"trainer": {"max_steps": 2, "label_smoothing_factor": 0.2}},
     }.items():
         assert not same(plain, weights(run(recipe(name, **(short | changes))) / "model")), name
     assert same(plain, weights(run(recipe("again", **short)) / "model"))
@@ -249,6 +250,43 @@ def test_logit_scale_starts_where_told_and_is_clamped(recipe: Recipe) -> None:
     assert weights(out / "model")["logit_scale"].item() == pytest.approx(4.0)
     out = run(recipe("high", logit_scale_init=9.0, learning_rates=rates, trainer={"max_steps": 1}))
     assert weights(out / "model")["logit_scale"].item() == pytest.approx(4.60517, abs=1e-5)
+
+
+def test_sigmoid_loss_has_a_bias_that_trains(recipe: Recipe) -> None:
+    short = {"trainer": {"max_steps": 2}, "loss": "sigmoid"}
+    learnt = weights(run(recipe("ten", **short)) / "model")["logit_bias"].item()
+    assert learnt != -10.0
+    assert learnt == pytest.approx(-10.0, abs=0.1)
+    out = run(recipe("five", logit_bias_init=-5.0, **short))
+    assert LLM2CLIPModel.from_pretrained(out / "model").logit_bias.item() == pytest.approx(
+        -5, abs=0.1
+    )
+    with pytest.raises(ValueError, match="sigmoid loss has no distribution to smooth"):
+        run(recipe("smooth", loss="sigmoid", trainer={"label_smoothing_factor": 0.1}))
+
+
+def test_micro_batches_change_memory_alone(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    forward = LLM2CLIPModel.forward
+
+    def record(self: LLM2CLIPModel, pixel_values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, *args, **kwargs)
+
+    short = {"trainer": {"max_steps": 2}}
+    plain = run(recipe("plain", **short))
+    monkeypatch.setattr(LLM2CLIPModel, "forward", record)
+    micro = run(recipe("micro", micro_batch_size=3, **short))
+    assert sizes[-10:] == [3, 3, 2, 3, 3] * 2  # the last chunk's graph is kept
+    rows = [
+        [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+        for out in (micro, plain)
+    ]
+    for got, want in zip(*rows, strict=True):
+        assert got["loss"] == pytest.approx(want["loss"], abs=1e-5)
+        assert got["grad_norm"] == pytest.approx(want["grad_norm"], rel=1e-4)
+    with pytest.raises(ValueError, match="gradient_checkpointing is true beside micro-batches"):
+        run(recipe("both", micro_batch_size=3, trainer={"gradient_checkpointing": True}))
 
 
 def test_missing_captions_are_one_clear_error(recipe: Recipe, data: Path, tmp_path: Path) -> None:
