@@ -90,8 +90,11 @@ def summary(run: Path) -> dict[str, Any]:
         )
     easy = found[TASKS[0]]
     found["goals"] = {
-        "retrieval_above_chance": all(
+        "retrieval_r1_above_chance": all(
             way["ci"][0] > way["chance_ci"][1] for way in retrieval.values()
+        ),
+        "retrieval_r10_above_chance": all(
+            way["ci_r10"][0] > way["chance_ci_r10"][1] for way in retrieval.values()
         ),
         "easy_vqa_above_majority": easy["real_minus_majority"]["ci"][0] > 0,
         "easy_vqa_above_shuffled": easy["real_minus_shuffled"]["ci"][0] > 0,
@@ -109,11 +112,14 @@ def against_chance(measured: Mapping[str, Any], images: int) -> dict[str, Any]:
             more often, because the captions of a photograph are not independent.
 
     Returns:
-        `measured` with `chance_ci`, the central 95 % of R@1 in a random order.
+        `measured` with `chance_ci` and `chance_ci_r10`, the central 95 % of R@1 and R@10 in a
+        random order.
     """
-    draws = np.random.default_rng(0).binomial(images, measured["chance_r1"] / 100, RESAMPLES)
-    low, high = np.percentile(100 * draws / images, [2.5, 97.5])
-    return {**measured, "chance_ci": [float(low), float(high)]}
+    found = dict(measured)
+    for k, name in ((1, "chance_ci"), (10, "chance_ci_r10")):
+        draws = np.random.default_rng(0).binomial(images, measured[f"chance_r{k}"] / 100, RESAMPLES)
+        found[name] = [float(end) for end in np.percentile(100 * draws / images, [2.5, 97.5])]
+    return found
 
 
 def questions(real: list[dict[str, Any]], shuffled: list[dict[str, Any]]) -> dict[str, Any]:
@@ -167,12 +173,12 @@ def questions(real: list[dict[str, Any]], shuffled: list[dict[str, Any]]) -> dic
 def print_table(found: Mapping[str, Any]) -> None:
     """What a reader wants first."""
     for way, row in found["retrieval"].items():
-        low, high = row["ci"]
-        print(
-            f"held-out photographs, {way} R@1 {row['r1']:.2f} [{low:.2f}, {high:.2f}], chance "
-            f"{row['chance_r1']:.2f} [{row['chance_ci'][0]:.2f}, {row['chance_ci'][1]:.2f}]; "
-            f"R@10 {row['r10']:.1f}"
-        )
+        for k, end in ((1, ""), (10, "_r10")):
+            (low, high), (least, most) = row[f"ci{end}"], row[f"chance_ci{end}"]
+            print(
+                f"held-out photographs, {way} R@{k} {row[f'r{k}']:.2f} [{low:.2f}, {high:.2f}], "
+                f"chance {row[f'chance_r{k}']:.2f} [{least:.2f}, {most:.2f}]"
+            )
     for task in TASKS:
         for name in ("real", "shuffled", "majority", "best_blind"):
             row = found[task][name]

@@ -139,9 +139,10 @@ def retrieval_report(
         seed: Seed of the resampling.
 
     Returns:
-        `{kind: {"i2t": {...}, "t2i": {...}}}`, each with `r1`, `r5`, `r10` (per cent), `ci` (95 %
-        interval of R@1 as `[low, high]`), `chance_r1`, `tie_rate`, `queries` and `gallery`. Images
-        without a text of that kind are no i2t query but stay in the t2i gallery.
+        `{kind: {"i2t": {...}, "t2i": {...}}}`, each with `r1`, `r5`, `r10` (per cent), `ci` and
+        `ci_r10` (95 % intervals of R@1 and R@10 as `[low, high]`), `chance_r1`, `chance_r10`,
+        `tie_rate`, `queries` and `gallery`. Images without a text of that kind are no i2t query
+        but stay in the t2i gallery.
 
     Raises:
         ValueError: A kind has no texts, or its index does not fit.
@@ -181,7 +182,9 @@ def _summary(result: RecallResult, queries: int, gallery: int) -> dict[str, Any]
     return {
         **{f"r{k}": value for k, value in result.recall.items()},
         "ci": list(result.ci[1]) if result.ci else None,
+        "ci_r10": list(result.ci[10]) if result.ci else None,
         "chance_r1": result.chance[1],
+        "chance_r10": result.chance[10],
         "tie_rate": result.tie_rate,
         "queries": queries,
         "gallery": gallery,
