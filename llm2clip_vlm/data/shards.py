@@ -56,10 +56,10 @@ class PackedImage:
                 raise OSError(f"{self.path} ends after {len(data)} of {self.size} bytes")
             return data
         value = _column(str(self.path), self.start, self.column)[self.size].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
+        cell = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(cell, bytes):
             raise OSError(f"column {self.column!r} holds no bytes in row {self.size}")
-        return data
+        return cell
 
 
 def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
