@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float, Float16
+from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
 from llm2clip_vlm.data.embedding_journal import read_segments, verify_segment
@@ -96,6 +97,10 @@ class EmbeddingCache:
         flat = np.concatenate(prefixes) if prefixes else np.empty(0, np.uint64)
         self._order = np.argsort(flat, kind="stable")
         self._prefixes = flat[self._order]
+        self._bytes = {
+            name: _row_bytes([getattr(segment, name) for segment in segments])
+            for name in ("keys", "embeds")
+        }
 
     def __reduce__(self) -> Any:
         """Loader workers open the files again instead of getting a copy of the rows."""
@@ -226,7 +231,16 @@ class EmbeddingCache:
         return self.find_digests(digests_of(texts, prompt))
 
     def read(self, numbers: npt.NDArray[np.int64]) -> Float16[Tensor, "n dim"]:
-        """Rows by number, straight from the memory-mapped files."""
+        """Rows by number, straight from the memory-mapped files.
+
+        Raises:
+            CacheError: A number is of no row (-1: the text is not there).
+        """
+        if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise CacheError(
+                f"{self.directory}: rows {numbers.min()} to {numbers.max()} were asked for, "
+                f"expected 0 to {len(self) - 1}"
+            )
         return torch.from_numpy(self._gather("embeds", numbers))
 
     def verify(self) -> None:
@@ -255,18 +269,18 @@ class EmbeddingCache:
         return found
 
     def _gather(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Rows of all segments' `keys` or `embeds` by number."""
+        """Rows of all segments' `keys` or `embeds` by number, each copied once."""
         width, dtype = (DIGEST_BYTES, np.uint8) if name == "keys" else (self.dim, np.float16)
-        out = np.empty((len(numbers), width), dtype)
+        if not len(numbers):
+            return np.empty((0, width), dtype)
+        files, strides = self._bytes[name]
+        size = width * np.dtype(dtype).itemsize
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
-        if len(numbers) and (owner == owner[0]).all():
-            rows = getattr(self.segments[owner[0]], name)
-            return np.take(rows, numbers - self._first_rows[owner[0]], 0, out, mode="clip")
-        for which in np.unique(owner):
-            where = np.flatnonzero(owner == which)
-            rows = getattr(self.segments[which], name)
-            out[where] = rows[numbers[where] - self._first_rows[which]]
-        return out
+        starts = (numbers - self._first_rows[owner]) * strides[owner]
+        places = zip(owner.tolist(), starts.tolist(), strict=True)
+        # Twice as fast as indexing arrays, and as fast with a thousand files as with one.
+        joined = bytearray().join([files[file][at : at + size] for file, at in places])
+        return np.frombuffer(joined, dtype).reshape(-1, width)
 
 
 def _planned(
@@ -303,3 +317,13 @@ def _prefixes(digests: Digests) -> npt.NDArray[np.uint64]:
     """The first 8 bytes of each key as a number."""
     first = np.ascontiguousarray(digests[:, :8])
     return first.view(">u8").reshape(-1).astype(np.uint64)
+
+
+def _row_bytes(arrays: Sequence[npt.NDArray[Any]]) -> tuple[list[memoryview], npt.NDArray[Any]]:
+    """The bytes of each array from its first row to its last, and how far apart rows lie."""
+    strides = [array.strides[0] for array in arrays]
+    views = [
+        as_strided(array[0].view(np.uint8), ((len(array) - 1) * stride + array[0].nbytes,), (1,))
+        for array, stride in zip(arrays, strides, strict=True)
+    ]
+    return [memoryview(view) for view in views], np.array(strides, dtype=np.int64)

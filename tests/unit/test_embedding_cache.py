@@ -187,6 +187,9 @@ def test_rows_are_read_by_number(tmp_path: Path) -> None:
     assert torch.equal(rows.float(), cache.lookup([TEXTS[7], TEXTS[1], TEXTS[2], TEXTS[7]]))
     assert torch.equal(cache.read(numbers[1:3]), rows[1:3])  # both in one shard
     assert isinstance(cache.segments[0].embeds, np.memmap)
+    for wrong in (-1, 10):
+        with pytest.raises(CacheError, match=r"rows (3 to 10|-1 to 3) were asked"):
+            cache.read(np.array([3, wrong]))
 
 
 def test_a_pickled_cache_opens_its_files_again(tmp_path: Path) -> None:
