@@ -149,9 +149,11 @@ def prepare_keeping(
         callbacks.append(average)
     teacher = None
     if (chosen := recipe.self_distillation) is not None:
-        teacher_model: Any = copy.deepcopy(model)
         if chosen.teacher == "average" and average is not None:
-            teacher_model = average.model
+            teacher_model: Any = average.model
+        else:
+            teacher_model = copy.deepcopy(model)
+            del teacher_model.text_adaptor
         teacher = TowerTeacher(teacher_model, chosen.loss, chosen.weight)
     if recipe.patch_dropout:
         dropout = PatchDropout(model.vision_tower, recipe.patch_dropout, num_prefix_tokens)
@@ -162,7 +164,7 @@ def prepare_keeping(
 
 @torch.no_grad()
 def inherit_space(model: LLM2CLIPModel, clip: CLIPModel) -> None:
-    """Start in CLIP's own joint space: its image projection and its scale, in place.
+    """Start in CLIP's own joint space: its image projection and, for softmax, its scale, in place.
 
     Args:
         model: Around the same CLIP's vision tower.
@@ -179,7 +181,8 @@ def inherit_space(model: LLM2CLIPModel, clip: CLIPModel) -> None:
             f"{theirs.shape[0]}, and `clip` to the model that the tower comes from"
         )
     ours.copy_(theirs)
-    model.logit_scale.copy_(clip.logit_scale)
+    if model.logit_bias is None:
+        model.logit_scale.copy_(clip.logit_scale)
 
 
 def inherit_text_tower(
