@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm import cli
+from llm2clip_vlm import cli, embed
 from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe
 from llm2clip_vlm.pipeline import RECIPES
@@ -89,6 +89,11 @@ def check_cli(words: list[str]) -> None:
         return
     if words[0] == "compare":
         assert len(words) == 3
+        return
+    if words[0] == "embed":
+        parsed = embed._parser().parse_args(words[1:])
+        if words[1] == "build":
+            check_recipe("stage2a_cache_text", [parsed.recipe, *parsed.overrides])
         return
     arguments = cli._parser().parse_args(words)
     if words[0] == "train":
