@@ -102,9 +102,8 @@ def link_source(data: Path, link: Path) -> Path:
 
 
 def write_photos(data: Path, out: Path) -> dict[str, int]:
-    """Captioned photographs of both sets, by split (rows of no split are left out), and `web`:
-    those of LLaVA's pre-training sample, with one caption each."""
-    parts: dict[str, list[Row]] = {"train": [], "held_out": [], "web": []}
+    """Captioned photographs of both sets, by split; rows of no split are left out."""
+    parts: dict[str, list[Row]] = {"train": [], "held_out": []}
     for name in ("flickr8k_1k", "coco_mini"):
         for row in iter_rows(data / name / "index.jsonl"):
             part = "held_out" if row["split"] in HELD_OUT else row["split"]
@@ -116,9 +115,6 @@ def write_photos(data: Path, out: Path) -> dict[str, int]:
                         "captions": row["captions"],
                     }
                 )
-    for row in iter_rows(data / "llava_pretrain_2k" / "index.jsonl"):
-        web = {"id": f"web/{row['id']}", "image": f"llava_pretrain_2k/{row['image']}"}
-        parts["web"].append({**web, "captions": [row["caption"]]})
     for part, rows in parts.items():
         write_jsonl(out / f"photos_{part}.jsonl", rows)
     return {f"photos_{part}": len(rows) for part, rows in parts.items()}
