@@ -139,12 +139,13 @@ def _evaluate(command: str, words: list[str]) -> int | None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm import config
+    from llm2clip_vlm import config, config_base, config_vlm
 
     stage = _known_stage(arguments.stage)
     path = find_program(stage)
     print(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or STAGES[stage])
-    for model in vars(config).values():
+    found = vars(config) | vars(config_base) | vars(config_vlm)
+    for model in found.values():
         fields = getattr(model, "model_fields", {})
         if "stage" in fields and fields["stage"].default == stage:
             print(f"\nRecipe keys ({model.__name__}):\n")

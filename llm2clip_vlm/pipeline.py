@@ -23,18 +23,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from llm2clip_vlm.config import (
-    ClipBaselineRecipe,
-    LanguageModelRecipe,
-    MntpRecipe,
-    RunRecipe,
-    Stage1Recipe,
-    Stage2aRecipe,
-    Stage2bRecipe,
-    Stage3Recipe,
-    Stage4Recipe,
-)
+from llm2clip_vlm.config import MntpRecipe, RunRecipe, Stage1Recipe, Stage2aRecipe, Stage2bRecipe
+from llm2clip_vlm.config_base import ClipBaselineRecipe, LanguageModelRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
+from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
 from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.handoff import is_complete
 from llm2clip_vlm.programs import find_program

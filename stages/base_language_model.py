@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import LanguageModelRecipe
+from llm2clip_vlm.config_base import LanguageModelRecipe
 from llm2clip_vlm.data.world_text import ASK_SHORT, CHAT_TEMPLATE, build_tokenizer
 from llm2clip_vlm.data.world_text_qa import TextBatches, text_qa_accuracy
 from llm2clip_vlm.handoff import fingerprint_dir, is_complete, write_manifest

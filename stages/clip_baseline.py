@@ -20,7 +20,7 @@ from pathlib import Path
 from transformers import CLIPModel, set_seed
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import ClipBaselineRecipe
+from llm2clip_vlm.config_base import ClipBaselineRecipe
 from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
 from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import ensure_world

@@ -120,9 +120,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     sample = dataset.__getitems__(first) | captions([dataset.caption(i) for i in first])
     freeze_unused(
         model,
-        lambda: model(
-            dataset.to_float(sample["pixel_values"]), sample["text_features"], return_loss=True
-        ).loss,
+        lambda: (
+            model(
+                dataset.to_float(sample["pixel_values"]), sample["text_features"], return_loss=True
+            ).loss
+        ),
     )
 
     # trainer, train
@@ -135,9 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         micro_batch_size=recipe.micro_batch_size,
         text_inputs=captions,
         teacher=keeping.teacher,
-        callbacks=[
-            MetricsJsonl(out / "metrics.jsonl"), *captions.callbacks(), *keeping.callbacks
-        ],
+        callbacks=[MetricsJsonl(out / "metrics.jsonl"), *captions.callbacks(), *keeping.callbacks],
     )
     if is_main():
         print(trainable_table(model, lrs), flush=True)

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat_template import ConversationError, Message
-from llm2clip_vlm.config import InstructionSource
+from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation import (
     build_labels,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from llm2clip_vlm.config import TextPhase
+from llm2clip_vlm.config_base import TextPhase
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.world import draw_scene, long_caption, questions
 from llm2clip_vlm.data.world_text import Segments, document

@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.config import VlmRecipe
+from llm2clip_vlm.config_vlm import VlmRecipe
 from llm2clip_vlm.data.instruction import (
     InstructionCollator,
     InstructionDataset,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.config import InstructionSource
+from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.data.instruction import InstructionDataset, read_instructions
 from llm2clip_vlm.data.records import BadRecords
 from tests.tiny import write_image

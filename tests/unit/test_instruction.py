@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_vlm.config import InstructionSource
+from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.instruction import (
     InstructionCollator,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from llm2clip_vlm import config
+from llm2clip_vlm import config, config_base, config_vlm
 from llm2clip_vlm.config import ImageTextSource, Section, Stage1Recipe, Stage2aRecipe, Stage2bRecipe
 from llm2clip_vlm.recipe import RecipeError, load_recipe, recipe_help, save_resolved, to_plain
 
@@ -253,7 +253,7 @@ def test_all_problems_are_listed_with_key_and_line(tmp_path: Path) -> None:
             f"batch_tokens: expected a valid integer, got '4' (text) [{path}:7]",
             f"sed: unknown key; did you mean `seed`? [{path}:1]",
             f"text_encoder.language_model: required, but not given [{path}:2]",
-            f"text_encoder.pooling: expected 'mean' or 'last', got 'men' (text) [{path}:2]",
+            f"text_encoder.pooling: expected 'mean', 'last' or 'eos', got 'men' (text) [{path}:2]",
             f"text_encoder.languag_model: unknown key; did you mean `language_model`? [{path}:2]",
             f"sources.0.limt: unknown key; did you mean `limit`? [{path}:5]",
         ]
@@ -308,9 +308,10 @@ def test_the_resolved_recipe_loads_back_equal(tmp_path: Path) -> None:
     assert [item.name for item in resolved.parent.iterdir()] == ["recipe.resolved.yaml"]
 
 
-def models_of(module: Any) -> list[type[BaseModel]]:
+def recipe_models() -> list[type[BaseModel]]:
     return [
         item
+        for module in (config, config_base, config_vlm)
         for item in vars(module).values()
         if isinstance(item, type)
         and issubclass(item, BaseModel)
@@ -318,7 +319,7 @@ def models_of(module: Any) -> list[type[BaseModel]]:
     ]
 
 
-@pytest.mark.parametrize("model", models_of(config), ids=lambda model: model.__name__)
+@pytest.mark.parametrize("model", recipe_models(), ids=lambda model: model.__name__)
 def test_every_key_of_every_recipe_has_help(model: type[BaseModel]) -> None:
     for name, field in model.model_fields.items():
         assert field.description, f"{model.__name__}.{name} has no docstring"
@@ -343,7 +344,7 @@ def shipped() -> list[Path]:
 
 STAGE_MODELS = {
     model.model_fields["stage"].default: model
-    for model in models_of(config)
+    for model in recipe_models()
     if "stage" in model.model_fields and typing.get_args(model.model_fields["stage"].annotation)
 }
 
@@ -364,7 +365,7 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
     stage = stage_named_in(path)
     if stage is None:
         pytest.skip("names no stage: a parent, or the configuration of another tool")
-    assert stage in STAGE_MODELS, f"{path}: stage: {stage} is read by no model in config.py"
+    assert stage in STAGE_MODELS, f"{path}: stage: {stage} is read by no model in config*.py"
     recipe = load_recipe(path, STAGE_MODELS[stage])
     trainer = getattr(recipe, "trainer", {})
     if trainer:

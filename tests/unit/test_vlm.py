@@ -275,7 +275,8 @@ def test_a_tower_without_cls_token_needs_full(tmp_path: Path, tiny_llm: Path) ->
 def test_lora_trains_the_adapter_alone_and_merges_exactly(
     tmp_path: Path, tiny_clip: Path, tiny_llm: Path
 ) -> None:
-    from llm2clip_vlm.config import LoraSection, Stage4Recipe
+    from llm2clip_vlm.config import LoraSection
+    from llm2clip_vlm.config_vlm import Stage4Recipe
     from llm2clip_vlm.training.trainers import merged_state, prepare_trainable
 
     model, processor = build_vlm(tiny_clip, tiny_llm)

@@ -13,7 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip_vlm.config import TextPhase, WorldConfig
+from llm2clip_vlm.config import WorldConfig
+from llm2clip_vlm.config_base import TextPhase
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data import world_files
 from llm2clip_vlm.data.world import (
@@ -40,9 +41,16 @@ from llm2clip_vlm.data.world import (
     split_of,
     vocabulary,
 )
-from llm2clip_vlm.data.world_files import ensure_world, file_scenes, world_dir
+from llm2clip_vlm.data.world_files import DESCRIBED_EVERY, ensure_world, file_scenes, world_dir
 from llm2clip_vlm.data.world_render import render
-from llm2clip_vlm.data.world_text import KINDS, build_tokenizer, document
+from llm2clip_vlm.data.world_text import (
+    ASK_CAPTION,
+    ASK_SHORT,
+    KINDS,
+    as_asked,
+    build_tokenizer,
+    document,
+)
 from llm2clip_vlm.data.world_text_qa import TextBatches
 
 SIZES = dict.fromkeys(world_files.SIZES, 6) | {"text": 12, "pairs_train": 8, "exist_test": 40}
@@ -374,6 +382,20 @@ def test_all_files_are_there_and_consistent(road: Path) -> None:
             assert (road / record["image"]).is_file()
 
 
+def test_stage_4_also_describes_pictures(road: Path) -> None:
+    records = json.loads((road / "llava_instruct.json").read_text())
+    told = [r for r in records if r["conversations"][0]["value"] == f"<image>\n{ASK_CAPTION}"]
+    assert len(told) == -(-SIZES["instruct"] // DESCRIBED_EVERY)
+    assert len({record["id"] for record in records}) == len(records)
+
+
+def test_some_questions_ask_for_a_short_answer() -> None:
+    rng = np.random.default_rng(0)
+    asked = [as_asked("where is the ring ?", rng) for _ in range(2000)]
+    assert set(asked) == {"where is the ring ?", f"where is the ring ? {ASK_SHORT}"}
+    assert 0.12 < np.mean([text.endswith(ASK_SHORT) for text in asked]) < 0.18
+
+
 def test_questions_on_disk_fit_the_scenes(road: Path) -> None:
     drawn = file_scenes(WorldConfig(seed=3, dir=str(road.parent)), "vqa_test")
     asked = rows(road / "vqa_test.jsonl")
@@ -429,7 +451,8 @@ def test_the_base_part_holds_short_captions_alone(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_documents_are_of_known_words_and_train_the_answers(kind: str) -> None:
-    known = {*vocabulary(), *SPECIALS.values(), "?", "pattern", "color", "shape", "where"}
+    known = {*vocabulary(), *ASK_SHORT.split(), *SPECIALS.values()}
+    known |= {"?", "pattern", "color", "shape", "where"}
     for index in range(20):
         segments = document(kind, np.random.default_rng([1, index]))
         assert set(" ".join(text for text, _ in segments).split()) <= known
@@ -467,7 +490,7 @@ def test_text_scenes_are_never_drawn_as_pictures(monkeypatch: pytest.MonkeyPatch
 
 
 def test_text_batches_repeat_and_change_with_step_and_seed() -> None:
-    tokenizer = build_tokenizer(SPECIALS, 256)
+    tokenizer = build_tokenizer(SPECIALS, 256, more=ASK_SHORT)
     phases = [
         TextPhase(steps=2, documents=3, mixture={"pairs": 1.0}),
         TextPhase(steps=1, documents=2, mixture={"long": 1.0, "retell": 1.0}),
@@ -494,7 +517,7 @@ def test_text_batches_repeat_and_change_with_step_and_seed() -> None:
 
 def test_the_tokenizer_puts_bos_and_eos_around_a_text() -> None:
     tokenizer = build_tokenizer(SPECIALS, 64)
-    ids = tokenizer("a red ring")["input_ids"]
+    ids = tokenizer("A red ring")["input_ids"]  # it reads in lower case
     assert tokenizer.convert_ids_to_tokens(ids) == ["<s>", "a", "red", "ring", "<|end|>"]
     assert tokenizer.model_max_length == 64
     assert [tokenizer.convert_tokens_to_ids(t) for t in SPECIALS.values()] == [0, 1, 2, 3, 4, 5]
