@@ -218,7 +218,7 @@ def write_tower(recipe: PrepareRecipe, folder: Path) -> None:
     torch.manual_seed(recipe.seed)
     config = CLIPVisionConfig(**recipe.vision_tower)
     CLIPVisionModel(config).save_pretrained(str(folder))
-    side = int(config.image_size)
+    side = int(recipe.vision_tower["image_size"])
     CLIPImageProcessorPil(
         size={"shortest_edge": side}, crop_size={"height": side, "width": side}
     ).save_pretrained(str(folder))

@@ -64,6 +64,7 @@ def check(root: Path) -> list[str]:
     everything = core.union(*by_extra.values())
 
     plugins = {Path(name) for name in own.get("plugins", [])}
+    by_hand = set(own.get("by_hand", []))
     problems = [
         f"pyproject.toml: plugins: there is no {name}"
         for name in plugins
@@ -77,6 +78,8 @@ def check(root: Path) -> list[str]:
         shipped = place.parts[0] in SHIPPED
         for name, line, at_import in imports_of(file):
             if name in sys.stdlib_module_names or name in local:
+                continue
+            if name in by_hand and not at_import:
                 continue
             package = renamed.get(name, normal(name))
             used.setdefault(package, set()).add(place.parts[0])

@@ -326,4 +326,4 @@ def _row_bytes(arrays: Sequence[npt.NDArray[Any]]) -> tuple[list[memoryview], np
         as_strided(array[0].view(np.uint8), ((len(array) - 1) * stride + array[0].nbytes,), (1,))
         for array, stride in zip(arrays, strides, strict=True)
     ]
-    return [memoryview(view) for view in views], np.array(strides, dtype=np.int64)
+    return [view.data for view in views], np.array(strides, dtype=np.int64)

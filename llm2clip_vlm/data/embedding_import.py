@@ -9,6 +9,7 @@ its JSON member, and from then on the caption itself is the key.
 
 from __future__ import annotations
 
+import functools
 import io
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -67,14 +68,15 @@ def import_official(
         if not vectors:
             raise CacheError(f"{tars[start]}: no embedding to import; {bad.summary()}")
         imported = EmbeddingCache.build(
-            directory,
-            vectors,
-            lambda part, v=vectors: torch.stack([v[t] for t in part]),
-            fingerprint,
+            directory, vectors, functools.partial(_stacked, vectors), fingerprint
         )
     if imported is None:
         raise CacheError(f"{directory}: no file to import; name some *{SUFFIX}")
     return imported
+
+
+def _stacked(vectors: Mapping[str, Tensor], texts: Sequence[str]) -> Tensor:
+    return torch.stack([vectors[text] for text in texts])
 
 
 def _captioned(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, Tensor]]:

@@ -15,6 +15,7 @@ from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.data.image_text import (
     ImageTextDataset,
     ImageTextRecord,
+    ImageTextRecords,
     caption_galleries,
     read_image_text,
 )
@@ -32,7 +33,7 @@ Report = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str
 
 def read_held_out(
     sources: Sequence[ImageTextSource], bad: BadRecords
-) -> dict[str, list[ImageTextRecord]]:
+) -> dict[str, ImageTextRecords]:
     """Records of each evaluation source, apart.
 
     Args:
@@ -42,7 +43,7 @@ def read_held_out(
     Returns:
         Prefix of the result's keys to records: `""` for a single source, else its file's stem.
     """
-    held_out: dict[str, list[ImageTextRecord]] = {}
+    held_out: dict[str, ImageTextRecords] = {}
     for number, source in enumerate(sources):
         prefix = "" if len(sources) == 1 else f"{Path(source.path).stem}/"
         if prefix in held_out:
@@ -53,7 +54,7 @@ def read_held_out(
 
 @torch.no_grad()
 def evaluate_retrieval(
-    held_out: Mapping[str, list[ImageTextRecord]],
+    held_out: Mapping[str, Sequence[ImageTextRecord]],
     image_processor: Any,
     encode_images: Encoder[Tensor],
     encode_texts: Encoder[list[str]],

@@ -153,8 +153,8 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
             others = {name: value for name, value in inputs.items() if name != "captions"}
             inputs = others | dict(self.text_inputs(inputs["captions"]))
         # 8-bit pixels until here: the loader and the device get a quarter of the bytes
-        pixels = self.train_dataset.to_float(inputs["pixel_values"])
-        inputs = {**inputs, "pixel_values": pixels}
+        dataset: Any = self.train_dataset
+        inputs = {**inputs, "pixel_values": dataset.to_float(inputs["pixel_values"])}
         prepared: dict[str, Any] = super()._prepare_inputs(inputs)
         return prepared
 

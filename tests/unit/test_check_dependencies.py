@@ -19,6 +19,7 @@ dev = ["pytest", "ruff"]
 [tool.llm2clip.dependencies]
 imports = { yaml = "PyYAML" }
 tools = { ruff = "Makefile" }
+by_hand = ["timm"]
 """
 
 
@@ -54,6 +55,15 @@ def test_a_clean_project_passes(checker: ModuleType, project: Path) -> None:
 def test_an_undeclared_import_fails(checker: ModuleType, project: Path) -> None:
     (project / "stages" / "s.py").write_text("x = 1\nimport scipy.stats\n")
     assert checker.check(project) == ["stages/s.py:2: `scipy` is imported but scipy is undeclared"]
+
+
+def test_what_users_install_by_hand_is_imported_late(checker: ModuleType, project: Path) -> None:
+    (project / "llm2clip_vlm" / "c.py").write_text("def f():\n    import timm\n")
+    assert checker.check(project) == []
+    (project / "llm2clip_vlm" / "c.py").write_text("import timm\n")
+    assert checker.check(project) == [
+        "llm2clip_vlm/c.py:1: `timm` is imported but timm is undeclared"
+    ]
 
 
 def test_an_unused_declaration_fails(checker: ModuleType, project: Path) -> None:
