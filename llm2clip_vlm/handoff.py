@@ -8,6 +8,7 @@ checkpoint that has no manifest (somebody else's) is taken as it is.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import logging
@@ -181,7 +182,8 @@ def parent_state(path: str | Path) -> dict[str, str]:
     """What a manifest keeps of a parent: its manifest's hash, else its fingerprint.
 
     Args:
-        path: A directory, a file, or a hub id (kept by name only: there is nothing to hash).
+        path: A directory, a file, a pattern (its files' names and sizes: shards are too large to
+            hash), or a hub id (kept by name only: there is nothing to hash).
     """
     target = Path(path)
     state = {"path": str(path)}
@@ -192,6 +194,9 @@ def parent_state(path: str | Path) -> dict[str, str]:
         state["fingerprint"] = fingerprint_dir(target)
     elif target.is_file():
         state["fingerprint"] = fingerprint_file(target)
+    elif glob.has_magic(str(path)):
+        files = [(name, Path(name).stat().st_size) for name in sorted(glob.glob(str(path)))]
+        state["fingerprint"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     return state
 
 

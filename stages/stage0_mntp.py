@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import MntpRecipe
@@ -61,6 +62,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             ensure_world(recipe.world)
     set_seed(recipe.seed)
 
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            f"{STAGE}: ZeRO-3 splits the weights that are merged here; use ZeRO-2 or DDP"
+        )
     config = AutoConfig.from_pretrained(recipe.language_model)
     config.is_causal = False
     llm = AutoModelForCausalLM.from_pretrained(

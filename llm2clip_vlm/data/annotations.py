@@ -36,10 +36,12 @@ def annotation_rows(
         if isinstance(sentences, list):  # Karpathy
             row["captions"] = [s.get("raw") for s in sentences if isinstance(s, Mapping)]
             file = str(row.get("filename") or "")
-            row["image"] = str(PurePosixPath(row.get("filepath") or "", file)) if file else None
+            folder = str(row.get("filepath") or "")
+            row["image"] = str(PurePosixPath(folder, file)) if file else None
             row["id"] = row.get("cocoid", row.get("imgid", file))
         else:
-            row["captions"] = captions.pop(image.get("id"), [])
+            key = image.get("id")
+            row["captions"] = captions.pop(key, []) if isinstance(key, int | str) else []
             row["image"] = image.get("file_name")
         yield where, row
     for image_id, texts in captions.items():

@@ -26,7 +26,13 @@ from PIL import Image
 
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals
-from llm2clip_vlm.data.images import EncodedImage, ImageError, check_image_name, read_image
+from llm2clip_vlm.data.images import (
+    MAX_IMAGE_BYTES,
+    EncodedImage,
+    ImageError,
+    check_image_name,
+    read_image,
+)
 from llm2clip_vlm.data.records import collect_captions, get_column, iter_records, source_files
 from llm2clip_vlm.data.shards import PackedImage
 
@@ -70,6 +76,10 @@ class ImageTextRecord:
         """
         if isinstance(self.image, PackedImage):
             name = f"of {self.where} in {self.image.path.name}"
+            if self.image.column is None and self.image.size > MAX_IMAGE_BYTES:
+                raise ImageError(
+                    f"image {name}: {self.image.size} bytes, expected at most {MAX_IMAGE_BYTES}"
+                )
             try:
                 data = self.image.read()
             except OSError as error:

@@ -12,6 +12,8 @@ import gzip
 import json
 import logging
 import re
+import sys
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +43,7 @@ __all__ = [
 MAX_CAPTION_CHARS = 16_384
 """A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
+_MAX_CELL_CHARS = min(sys.maxsize, 2**31 - 1)  # csv takes a C long, 4 bytes on some systems
 _SUFFIXES = tuple(".jsonl .jsonl.gz .json .json.gz .csv .csv.gz .parquet .arrow .tar".split())
 _NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
@@ -199,7 +202,7 @@ def _as_list(value: Any) -> Iterable[Any]:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _equals(value: Any, wanted: str | bool | int) -> bool:
@@ -286,7 +289,7 @@ def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
                 yield from _jsonl_rows(path, handle, bad)
             else:
                 yield from _json_rows(path, handle, bad)
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
@@ -297,6 +300,7 @@ def _open_text(path: Path, errors: str) -> IO[str]:
 
 
 def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
+    csv.field_size_limit(_MAX_CELL_CHARS)
     for number, row in enumerate(csv.DictReader(handle), start=1):
         if None in row or None in row.values():
             bad.add(f"{path.name}:{number}", "the row has not as many cells as the header")
@@ -316,7 +320,7 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[in
             continue
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             bad.add(f"{path.name}:{number}", f"no JSON ({error})")
             continue
         if isinstance(row, dict):
@@ -328,7 +332,9 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[in
 def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int | str, Row]]:
     try:
         rows = json.load(handle)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: no JSON ({error}); one object a line is `.jsonl`") from error
     if isinstance(rows, dict) and isinstance(rows.get("images"), list):
         yield from annotation_rows(rows, path.name, bad.add)

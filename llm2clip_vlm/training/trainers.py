@@ -250,7 +250,8 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, float]:
         Learning rate of each part that trains.
 
     Raises:
-        ValueError: Nothing trains, or there is a LoRA section for a language model that does not.
+        ValueError: Nothing trains, there is a LoRA section for a language model that does not, or
+            the section asks for DoRA.
     """
     if not recipe.trainable:
         raise ValueError("trainable: names no part, expected at least one with its learning rate")
@@ -259,6 +260,11 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, float]:
             raise ValueError(
                 "language_model_lora: trainable has no learning rate for language_model; add "
                 "`trainable.language_model` or set language_model_lora to null"
+            )
+        if recipe.language_model_lora.use_dora:
+            raise ValueError(
+                "language_model_lora.use_dora: expected false, got true; stages 3 and 4 merge "
+                "plain LoRA only, a DoRA magnitude would be lost in the export"
             )
         add_lora(model.model.language_model, recipe.language_model_lora)
     apply_trainable(model, recipe.trainable)

@@ -162,6 +162,11 @@ def test_a_parents_state_is_manifest_then_fingerprint_then_name(tmp_path: Path) 
     assert parent_state(foreign) == {"path": str(foreign), "fingerprint": fingerprint_dir(foreign)}
     weights = foreign / "model.safetensors"
     assert parent_state(weights)["fingerprint"] == fingerprint_file(weights)
+    shards = str(tmp_path / "*.tar")
+    (tmp_path / "0.tar").write_bytes(b"a")
+    one = parent_state(shards)
+    (tmp_path / "1.tar").write_bytes(b"b")
+    assert parent_state(shards)["fingerprint"] != one["fingerprint"]
     assert parent_state("openai/clip-vit-large-patch14") == {
         "path": "openai/clip-vit-large-patch14"
     }

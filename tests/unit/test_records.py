@@ -145,6 +145,9 @@ def test_group_without_value_is_bad(tmp_path: Path) -> None:
         ("a.jsonl", b'{"id": 1\n', "a.jsonl:1: no JSON"),
         ("a.jsonl", b'{"id": "\xff"}\n', "cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"id": 1}\n' * 99)[:-9], "cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b"abcdefgh" * 4)[:10] + b"\xff" * 30, "cannot be read"),
+        ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}\n", "a.jsonl:1: no JSON"),
+        ("a.json", b'[{"id": ' + b"1" * 5000 + b"}]", "no JSON"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv:1: the row has not as many cells"),
     ],
 )
@@ -152,6 +155,23 @@ def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -
     (tmp_path / name).write_bytes(content)
     with pytest.raises(RecordError, match=message):
         list(iter_rows(tmp_path / name))
+
+
+def test_a_long_csv_cell_costs_no_file(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,text\n1," + "x" * 200_000 + "\n2,short\n")
+    assert [row["id"] for row in iter_rows(tmp_path / "a.csv")] == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"images": [{"id": [1], "file_name": "a.jpg"}], "annotations": []},
+        {"images": [{"filepath": 5, "filename": "a.jpg", "sentences": [{"raw": "a dog"}]}]},
+    ],
+)
+def test_strange_annotations_end_no_run(tmp_path: Path, document: dict[str, Any]) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    assert len(list(iter_rows(tmp_path / "a.json"))) == 1
 
 
 def test_missing_file() -> None:

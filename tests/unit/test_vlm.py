@@ -305,6 +305,10 @@ def test_lora_trains_the_adapter_alone_and_merges_exactly(
     assert not torch.equal(
         again.state_dict()["model.language_model.layers.0.mlp.up_proj.weight"], before
     )
+    with pytest.raises(ValueError, match="use_dora"):
+        prepare_trainable(
+            model, recipe.model_copy(update={"language_model_lora": LoraSection(use_dora=True)})
+        )
     with pytest.raises(ValueError, match="no learning rate for language_model"):
         prepare_trainable(
             model, recipe.model_copy(update={"trainable": {"multi_modal_projector": 1.0}})
