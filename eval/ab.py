@@ -22,7 +22,6 @@ import numpy as np
 
 from llm2clip_vlm.config_eval import AbRecipe
 from llm2clip_vlm.evaluation.charts import stacked, standalone
-from llm2clip_vlm.evaluation.lmms_job import write_atomically
 from llm2clip_vlm.evaluation.report import DIRECTIONS, ab_charts
 from llm2clip_vlm.evaluation.report_inputs import ReportError, read_retrieval, read_scores
 from llm2clip_vlm.evaluation.stats import (
@@ -32,6 +31,7 @@ from llm2clip_vlm.evaluation.stats import (
     paired_bootstrap,
     seed_summary,
 )
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.handoff import read_manifest, recipe_hash
 from llm2clip_vlm.recipe import load_recipe
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.world_text_qa import text_qa_accuracy
-from llm2clip_vlm.evaluation.lmms_job import write_atomically
+from llm2clip_vlm.files import write_atomically
 
 TASK = "l2c_world_vqa"
 

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.evaluation.lmms_job import write_atomically
 from llm2clip_vlm.evaluation.report_inputs import (
     read_cra,
     read_json,
@@ -33,6 +32,7 @@ from llm2clip_vlm.evaluation.report_inputs import (
 from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
 from llm2clip_vlm.evaluation.stats import load_samples, pair_samples, paired_bootstrap
 from llm2clip_vlm.evaluation.task_helpers import normalise
+from llm2clip_vlm.files import write_atomically
 
 TASKS = ("l2c_easy_vqa", "l2c_photo_vqa")
 REAL, SHUFFLED = "real", "shuffled"

@@ -24,7 +24,6 @@ from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
 from llm2clip_vlm.evaluation.examples import Example, answered_questions, retrieved_captions
-from llm2clip_vlm.evaluation.lmms_job import write_atomically
 from llm2clip_vlm.evaluation.report import retrieval_verdict
 from llm2clip_vlm.evaluation.report_inputs import (
     ReportError,
@@ -35,6 +34,7 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_seconds,
 )
 from llm2clip_vlm.evaluation.report_sections import Facts, not_shown, render
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
 

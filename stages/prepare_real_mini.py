@@ -34,7 +34,7 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Section
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import Row, iter_rows
-from llm2clip_vlm.evaluation.lmms_job import write_atomically
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.recipe import load_recipe, to_plain
 
 HELD_OUT = ("val", "test")

@@ -12,7 +12,6 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import llm2clip_vlm
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import fingerprint_dir, fingerprint_file
 
 RESULT_SCHEMA = 1
@@ -216,14 +216,6 @@ def _version(package: str) -> str | None:
 def versions() -> dict[str, str | None]:
     """Versions of the packages that a score depends on."""
     return {name: _version(name) for name in VERSIONED}
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file so that nobody ever sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def write_jobs(

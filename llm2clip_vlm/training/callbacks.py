@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.models.patch_dropout import PatchDropout
 
 
@@ -49,10 +49,7 @@ class MetricsJsonl(TrainerCallback):
             return
         rows = [row for row in read_metrics(self.path) if row["step"] <= state.global_step]
         kept = rows if state.global_step > 0 else []
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-        partial.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_atomically(self.path, "".join(_line(row) for row in kept))
         self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
     def on_log(
@@ -175,10 +172,9 @@ class WeightAverage(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = self._path(args, state.global_step)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({name: average.contiguous() for name, average, _ in self._pairs(model)}, partial)
-        partial.replace(path)
+        averages = {name: average.contiguous() for name, average, _ in self._pairs(model)}
+        with written_whole(path) as partial:
+            save_file(averages, partial)
         for other in path.parent.glob("average-*.safetensors"):
             step = other.stem.removeprefix("average-")
             if other != path and not (path.parent / f"checkpoint-{step}").is_dir():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from llm2clip_vlm.data.instruction import (
 )
 from llm2clip_vlm.data.packing import PackedCollator, PackedDataset
 from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.trainable import apply_trainable
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision, install_text_only_guard
@@ -216,11 +216,8 @@ def compose_once(
     folder = Path(directory)
     with args.main_process_first(local=False, desc="composing the VLM"):
         if distributed.is_main() and not folder.is_dir():
-            partial = folder.with_name(f".{folder.name}.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            with _weights_unsplit(args):
+            with written_whole(folder) as partial, _weights_unsplit(args):
                 save_vlm(*build(), partial)
-            partial.replace(folder)
     return load_vlm(folder)
 
 
