@@ -123,6 +123,8 @@ class RunRecipe(Section):
     `trainer.per_device_train_batch_size` and the number of processes."""
     max_bad_records: int = Field(default=0, ge=0)
     """Bad records (image, caption) skipped, counted and named before the run stops."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of bad records at which the run stops, where that is more than `max_bad_records`."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
 
@@ -352,8 +354,6 @@ class Stage2bRecipe(RunRecipe):
     image_decoding: Literal["fast", "exact"] = "fast"
     """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
     quarter of their size (about 50 dB from `exact`), `exact` is the image processor to the bit."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """Share of bad records at which the run stops, where that is more than `max_bad_records`."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """Held-out images for retrieval, each caption key apart."""
 

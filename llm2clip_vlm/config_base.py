@@ -35,8 +35,6 @@ class ClipBaselineRecipe(RunRecipe):
     """As in stage 2b."""
     image_decoding: Literal["fast", "exact"] = "fast"
     """As in stage 2b."""
-    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
-    """As in stage 2b."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """As in stage 2b."""
     evaluate_only: bool = False

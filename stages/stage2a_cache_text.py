@@ -24,7 +24,6 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -33,29 +32,20 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2aRecipe
 from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
-from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
-from llm2clip_vlm.handoff import is_complete, write_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.recipe import load_recipe, save_resolved
+from llm2clip_vlm.recipe import save_resolved
 from llm2clip_vlm.training.caption_cache import load_caption_encoder
-
-STAGE = "stage2a_cache_text"
+from llm2clip_vlm.training.stage_run import StageRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]."""
-    started = time.monotonic()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
-        raise SystemExit(__doc__)
-    recipe = load_recipe(words[0], Stage2aRecipe, words[1:])
-    out = Path(recipe.output_dir)
-    if is_complete(out, recipe) and (out / HEADER_NAME).is_file():
-        if is_main():
-            print(f"{STAGE}: {out} is finished, nothing to do")
+    run = StageRun(argv, Stage2aRecipe, __doc__)
+    recipe, out = run.recipe, run.out
+    if run.finished(HEADER_NAME):
         return
     if world_size() > 1:  # one rank may have far more to do than another
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
@@ -65,12 +55,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_resolved(recipe, out / "recipe.resolved.yaml")
     barrier()
 
-    bad = BadRecords(recipe.max_bad_records)
-    read = [read_captions(source, bad) for source in recipe.sources]
-    texts = [text for record in chain.from_iterable(read) for text in record.texts]
+    read = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
+    texts = [text for record in read for text in record.texts]
     unique = list(dict.fromkeys(texts))
     if is_main():
-        print(f"{len(texts)} texts, {len(unique)} different ones; {bad.summary()}", flush=True)
+        print(f"{len(texts)} texts, {len(unique)} different ones", flush=True)
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     encoder, path = load_caption_encoder(recipe.text_encoder, device)
@@ -94,26 +83,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     barrier()
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
-        print(
-            f"{STAGE}: {len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row"
-        )
-        write_manifest(
-            out,
-            stage=STAGE,
-            recipe=recipe,
-            parents={
-                "text_encoder": path,
-                **{f"sources.{i}": source.path for i, source in enumerate(recipe.sources)},
-            },
-            fingerprints=encoder.fingerprint,
-            seconds=time.monotonic() - started,
-            extra={
-                "rows": len(cache),
-                "texts": len(texts),
-                "different_texts": len(unique),
-                "truncated": encoder.tokens.num_truncated,
-                "bad_records": bad.count,
-            },
+        print(f"{len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
+        run.parents["text_encoder"] = path
+        run.parents |= {f"sources.{i}": source.path for i, source in enumerate(recipe.sources)}
+        run.finish(
+            encoder.fingerprint,
+            rows=len(cache),
+            texts=len(texts),
+            different_texts=len(unique),
+            truncated=encoder.tokens.num_truncated,
         )
     teardown()
 
