@@ -27,7 +27,6 @@ from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    Trainer,
     set_seed,
 )
 
@@ -42,6 +41,7 @@ from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
 from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.export import export_vision_tower
+from llm2clip_vlm.training.strict_resume import StrictTrainer
 
 ATTRIBUTES = {"colour": list(COLOURS), "shape": list(SHAPES), "pattern": list(PATTERNS)}
 SLOTS = [(kind, value) for kind, values in ATTRIBUTES.items() for value in values]
@@ -176,7 +176,7 @@ def train_supervised(recipe: LadderTowerRecipe, out: Path) -> None:
         pixels = tower.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
         rows.append({"pixel_values": pixels, "labels": labels})
     model = AttributeReader(tower.model, recipe.vision_feature_layer)
-    trainer = Trainer(
+    trainer = StrictTrainer(
         model,
         arguments,
         train_dataset=rows,

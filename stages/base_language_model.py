@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, set_seed
+from transformers import LlamaConfig, LlamaForCausalLM, set_seed
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_base import LanguageModelRecipe
@@ -30,6 +30,7 @@ from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
 from llm2clip_vlm.training.callbacks import MetricsJsonl
+from llm2clip_vlm.training.strict_resume import StrictTrainer
 
 STAGE = "base_language_model"
 SPECIALS = {
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(trainable_table(model))
 
     dataset: Dataset[dict[str, torch.Tensor]] = TextBatches(recipe.phases, tokenizer, recipe.seed)
-    trainer = Trainer(
+    trainer = StrictTrainer(
         model,
         arguments,
         data_collator=_only,

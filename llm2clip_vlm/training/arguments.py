@@ -7,18 +7,17 @@ import logging
 import os
 import types
 import typing
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.handoff import claim_output_dir
-from llm2clip_vlm.recipe_schema import Problem, RecipeError, did_you_mean
+from llm2clip_vlm.recipe import RecipeError, did_you_mean
+from llm2clip_vlm.training.checkpoints import newest_whole
 
 logger = logging.getLogger(__name__)
 
@@ -57,16 +56,16 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
     for name, value in trainer.items():
         key = f"trainer.{name}"
         if name in _OWNED:
-            problems.append(Problem(key, f"set {_OWNED[name]} instead"))
+            problems.append(f"{key}: set {_OWNED[name]} instead")
         elif name in _RENAMED and name not in fields:
-            problems.append(Problem(key, f"unknown key; this version takes {_RENAMED[name]}"))
+            problems.append(f"{key}: unknown key; this version takes {_RENAMED[name]}")
         elif name not in fields:
             hint = did_you_mean(name, fields) or "; see transformers.TrainingArguments"
-            problems.append(Problem(key, f"unknown key{hint}"))
+            problems.append(f"{key}: unknown key{hint}")
         elif (wanted := _refused_type(hints[name], value)) is not None:
-            problems.append(Problem(key, f"expected {wanted}, got {value!r}"))
+            problems.append(f"{key}: expected {wanted}, got {value!r}")
     if problems:
-        raise RecipeError("trainer section", problems)
+        raise RecipeError("trainer section", *problems)
 
 
 def _refused_type(hint: Any, value: Any) -> str | None:
@@ -104,12 +103,12 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     """
     check_trainer_keys(recipe.trainer)
     clashes = [
-        Problem(f"trainer.{name}", f"this stage needs {value!r}, got {recipe.trainer[name]!r}")
+        f"trainer.{name}: this stage needs {value!r}, got {recipe.trainer[name]!r}"
         for name, value in forced.items()
         if recipe.trainer.get(name, value) != value
     ]
     if clashes:
-        raise RecipeError("trainer section", clashes)
+        raise RecipeError("trainer section", *clashes)
     chosen = {**recipe.trainer, **forced}
     per_device = chosen.setdefault("per_device_train_batch_size", 8)
     cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
@@ -119,7 +118,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     values = {
         "report_to": [],
         "save_strategy": "steps",
-        "save_total_limit": 1,
+        "save_total_limit": 2,  # the one before, if the newest is damaged
         "logging_steps": 10,
         "data_seed": recipe.seed,
         "remove_unused_columns": False,
@@ -146,7 +145,7 @@ def _accumulation(global_batch_size: int, per_device: int) -> int:
             f"expected a multiple of trainer.per_device_train_batch_size x processes = "
             f"{per_device} x {processes}, got {global_batch_size}"
         )
-        raise RecipeError("batch size", [Problem("global_batch_size", message)])
+        raise RecipeError("batch size", f"global_batch_size: {message}")
     return global_batch_size // at_once
 
 
@@ -156,7 +155,7 @@ def _uses_deepspeed(chosen: dict[str, Any]) -> bool:
 
 
 def last_checkpoint(arguments: TrainingArguments) -> str | None:
-    """The newest checkpoint to resume from; none for a fresh run.
+    """The newest whole checkpoint to resume from; none for a fresh run.
 
     Args:
         arguments: As built by `build_training_arguments`, which made sure that checkpoints in
@@ -165,5 +164,4 @@ def last_checkpoint(arguments: TrainingArguments) -> str | None:
     Returns:
         What `Trainer.train(resume_from_checkpoint=...)` takes.
     """
-    folder = Path(str(arguments.output_dir))
-    return get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    return newest_whole(str(arguments.output_dir))

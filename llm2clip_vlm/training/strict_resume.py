@@ -11,9 +11,13 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
+
+from llm2clip_vlm.distributed import barrier
+from llm2clip_vlm.training.checkpoints import remove_unfinished, seal_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +50,24 @@ def in_memory_names(model: Any) -> Iterator[None]:
 class StrictResumeMixin:
     """Put before `transformers.Trainer` in the bases of every trainer of this package.
 
-    Checkpoints are written with in-memory names, and a checkpoint whose keys do not match the
-    model's is an error. Tied weights, which safetensors stores once, may be missing.
+    Checkpoints are written with in-memory names and sealed when all processes are done, and a
+    checkpoint whose keys do not match the model's is an error. Tied weights, which safetensors
+    stores once, may be missing.
     """
 
     model: Any
+    args: Any
+    state: Any
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        step = self.state.global_step
+        if self.args.should_save:
+            remove_unfinished(self.args.output_dir, step)
+        barrier()
+        super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        barrier()
+        if self.args.should_save:
+            seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{step}")
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -80,3 +97,7 @@ class StrictResumeMixin:
         if load_result.missing_keys:
             logger.debug("tied weights restored by tying: %s", load_result.missing_keys)
             self.model.tie_weights()
+
+
+class StrictTrainer(StrictResumeMixin, Trainer):
+    """The plain Trainer otherwise."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config import RunRecipe
@@ -22,6 +23,7 @@ from llm2clip_vlm.training.arguments import (
     last_checkpoint,
 )
 from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics
+from llm2clip_vlm.training.strict_resume import StrictTrainer
 
 
 def make_recipe(folder: Path, **changes: Any) -> RunRecipe:
@@ -48,7 +50,8 @@ def make_recipe(folder: Path, **changes: Any) -> RunRecipe:
 def test_a_bad_trainer_key_is_named(key: str, value: Any, part: str) -> None:
     with pytest.raises(RecipeError) as caught:
         check_trainer_keys({key: value, "max_grad_norm": 1.0})
-    assert [problem.key for problem in caught.value.problems] == [f"trainer.{key}"]
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"trainer.{key}: ")
     assert part in str(caught.value)
 
 
@@ -75,7 +78,7 @@ def test_defaults_follow_the_recipe(tmp_path: Path) -> None:
     assert found.gradient_accumulation_steps == 4
     assert found.report_to == []
     assert str(found.save_strategy) == "SaveStrategy.STEPS"
-    assert found.save_total_limit == 1
+    assert found.save_total_limit == 2
     assert found.remove_unused_columns is False
     cuda = torch.cuda.is_available()
     assert found.use_cpu is (not cuda)
@@ -155,7 +158,7 @@ class Line(torch.nn.Module):
 
 def train(recipe: RunRecipe, metrics: Path) -> int:
     found = build_training_arguments(recipe)
-    trainer = Trainer(
+    trainer = StrictTrainer(
         model=Line(),
         args=found,
         train_dataset=[{"x": torch.ones(1)} for _ in range(32)],  # type: ignore[arg-type]
@@ -185,11 +188,7 @@ def test_metrics_survive_a_resume_without_double_rows(tmp_path: Path) -> None:
     assert {"loss", "learning_rate", "seconds", "grad_norm"} <= set(first[0])
 
     # Killed after step 3: the last checkpoint is that of step 2, the last line is unfinished.
-    newest = tmp_path / "out" / "checkpoints" / "checkpoint-4"
-    state = json.loads((newest / "trainer_state.json").read_text())
-    state["global_step"] = 2
-    (newest / "trainer_state.json").write_text(json.dumps(state))
-    newest.rename(newest.with_name("checkpoint-2"))
+    shutil.rmtree(tmp_path / "out" / "checkpoints" / "checkpoint-4")
     rows = [{**row, "seconds": 100.0 + row["step"]} for row in first[:3]]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 3, "lo')
     train(recipe, metrics)

@@ -18,11 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm2clip_vlm.training.strict_resume import StrictResumeMixin, in_memory_names
-
-
-class StrictTrainer(StrictResumeMixin, Trainer):
-    pass
+from llm2clip_vlm.training.strict_resume import StrictTrainer, in_memory_names
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
