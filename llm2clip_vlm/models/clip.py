@@ -5,7 +5,6 @@ Stage 2's control: the same images, captions and steps, without the LLM.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
-logger = logging.getLogger(__name__)
+from llm2clip_vlm.models.loading import load_complete
 
 _SPECIAL = ("pad", "bos", "eos")
 
@@ -52,7 +51,7 @@ def load_clip(
     if isinstance(clip, Mapping):
         model = CLIPModel(_config_for(clip, text_tokenizer))
     else:
-        model = CLIPModel.from_pretrained(clip, dtype=torch.float32)
+        model = load_complete(CLIPModel, clip, dtype=torch.float32)
     if text_window_tokens is not None:
         lengthen_text_window(model, text_window_tokens)
     text_tokenizer.model_max_length = _text_config(model).max_position_embeddings

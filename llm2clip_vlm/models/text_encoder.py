@@ -36,6 +36,7 @@ from transformers import (
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
 from llm2clip_vlm.models.embedder import read_embedder
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
@@ -155,21 +156,16 @@ class TextEncoder(nn.Module):
         settings, tokenizer_hash = resolve_settings(path, config, tokenizer, chosen, embedder)
         if not settings.embedder:
             config.is_causal = not settings.bidirectional
-        backbone, report = AutoModel.from_pretrained(
+        backbone = load_complete(
+            AutoModel,
             source,
+            optional="pooler.",  # of BERT, which no vector is made of
+            error=TextEncoderError,
             config=config,
             dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
             attn_implementation=attn_implementation,
-            output_loading_info=True,
             **(_four_bits(device) if load_in_4bit else {}),
         )
-        # An embedder's checkpoint may lack BERT's pooler: no vector is made of it.
-        missing = [name for name in report["missing_keys"] if not name.startswith("pooler.")]
-        if missing:
-            raise TextEncoderError(
-                f"{path}: no weights for {len(missing)} parameters, such as "
-                f"{sorted(missing)[0]!r}; give a complete checkpoint of the model"
-            )
         if not settings.embedder:
             # Flash attention builds no mask and asks the layer instead of the config.
             for module in backbone.modules():

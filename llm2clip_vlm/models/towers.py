@@ -10,8 +10,7 @@ import copy
 import difflib
 import logging
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -31,10 +30,10 @@ from transformers import (
     SiglipVisionModel,
 )
 from transformers.utils import cached_file, is_torchvision_available
-from transformers.utils import logging as transformers_logging
 
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel, eva02_weights
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.resolution import (
     processed_size_px,
     resize_positions,
@@ -326,17 +325,6 @@ def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
     return processor
 
 
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Silence the list of unused weights: a CLIP checkpoint's text tower is not wanted here."""
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)
-
-
 def _complete(
     model_class: Any,
     path: str,
@@ -345,28 +333,9 @@ def _complete(
     config: Any = None,
     state_dict: dict[str, Tensor] | None = None,
 ) -> PreTrainedModel:
-    """`from_pretrained` that refuses missing weights (transformers only warns).
-
-    With `state_dict` nothing is read from `path`, which is then for messages only.
-    """
+    """The weights at `path`, or with `state_dict` those given; all of them, or an error."""
     given = {} if state_dict is None else {"config": config, "state_dict": state_dict}
-    source = path if state_dict is None else None
-    try:
-        with _no_load_report():
-            loaded = model_class.from_pretrained(
-                source, dtype=dtype, output_loading_info=True, **given
-            )
-    except OSError as error:
-        raise TowerError(f"{path}: its weights cannot be read ({error})") from error
-    except RuntimeError as error:
-        raise TowerError(f"{path}: its weights do not fit its config ({error})") from error
-    model, info = loaded
-    if info["missing_keys"] or info.get("mismatched_keys"):
-        missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
-        raise TowerError(
-            f"{path}: {len(missing)} weights of {type(model).__name__} are missing or of another "
-            f"shape (first: {missing[:3]}); they would have stayed random. Is the checkpoint "
-            "complete, and of this architecture?"
-        )
-    result: PreTrainedModel = model
-    return result
+    model: PreTrainedModel = load_complete(
+        model_class, path, error=TowerError, dtype=dtype, **given
+    )
+    return model

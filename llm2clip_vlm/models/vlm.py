@@ -37,6 +37,7 @@ from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.handoff import refuse_bidirectional
 from llm2clip_vlm.models.llm2clip import register
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
@@ -227,21 +228,10 @@ def _read_config(path: str) -> Any:
 
 
 def _complete(model_class: Any, path: str, config: Any, dtype: Any) -> PreTrainedModel:
-    """`from_pretrained` that refuses missing weights; transformers would leave them random."""
-    try:
-        model, info = model_class.from_pretrained(
-            path, config=config, dtype=dtype, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise VlmError(f"{path}: cannot be loaded as {model_class.__name__} ({error})") from error
-    missing = sorted(map(str, [*info["missing_keys"], *info.get("mismatched_keys", [])]))
-    if missing:
-        raise VlmError(
-            f"{path}: {len(missing)} weights of {type(model).__name__} are missing or of another "
-            f"shape (first: {missing[:3]}); is it the right and a complete checkpoint?"
-        )
-    result: PreTrainedModel = model
-    return result
+    model: PreTrainedModel = load_complete(
+        model_class, path, error=VlmError, config=config, dtype=dtype
+    )
+    return model
 
 
 def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
