@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import TrainerCallback
 
 from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.models.patch_dropout import PatchDropout
+
+_PEAK_FLOPS = {
+    **{"B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12},
+    **{"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12},
+}
+"""Dense bf16 FLOP/s by a part of the device's name; makers' data sheets."""
 
 
 class MetricsJsonl(TrainerCallback):
@@ -37,13 +38,7 @@ class MetricsJsonl(TrainerCallback):
         self.path = Path(path)
         self._started = 0.0
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Cut the file back to the step that training starts from."""
         if not state.is_world_process_zero:
             return
@@ -52,14 +47,7 @@ class MetricsJsonl(TrainerCallback):
         write_atomically(self.path, "".join(_line(row) for row in kept))
         self._started = time.monotonic() - (kept[-1]["seconds"] if kept else 0.0)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Append a row."""
         if not state.is_world_process_zero or not logs:
             return
@@ -69,6 +57,86 @@ class MetricsJsonl(TrainerCallback):
             handle.write(_line(row))
 
 
+class Throughput(TrainerCallback):
+    """Adds to each line of the log what training achieved since the one before.
+
+    `<unit>_per_s` over all processes, `tflops` of each (the model's own: nothing that is computed a
+    second time counts), `mfu`, their share of what the GPU can do in bf16 where its kind is known,
+    and `data_wait`, the share of the time in which training waited for its batches. Time spent on
+    evaluation and on checkpoints is left out. Comes before :class:`MetricsJsonl`.
+    """
+
+    def __init__(self, unit: str) -> None:
+        """Args: unit: What is counted, such as `images`."""
+        self.unit = unit
+        self._units = self._flops = self._waited = self._since = self._idle = 0.0
+
+    def add(self, units: float, flops: float = 0.0) -> None:
+        """Count what this process trains on.
+
+        Args:
+            units: Of them, such as the images of a batch.
+            flops: Forward and backward.
+        """
+        self._units += units
+        self._flops += flops
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the clock."""
+        self._since = self._idle = time.perf_counter()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The batch is there."""
+        self._waited += time.perf_counter() - self._idle
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What comes until the next step begins is waiting, or is taken out again."""
+        self._idle = time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Leave out what was done since the step."""
+        now = time.perf_counter()
+        self._since, self._idle = self._since + now - self._idle, now
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Complete a line that has a loss; another one ends an evaluation."""
+        if "loss" not in (logs or {}):
+            self.on_save(args, state, control)
+            return
+        now = time.perf_counter()
+        seconds = max(now - self._since, 1e-9)
+        logs[f"{self.unit}_per_s"] = round(self._units * args.world_size / seconds, 1)
+        if self._flops:
+            logs["tflops"] = round(self._flops / seconds / 1e12, 4)
+            if peak := peak_flops():
+                logs["mfu"] = round(self._flops / seconds / peak, 4)
+        logs["data_wait"] = round(self._waited / seconds, 4)
+        self._units = self._flops = self._waited = 0.0
+        self._since = self._idle = now
+
+
+def peak_flops() -> float | None:
+    """Dense bf16 FLOP/s of this process's GPU as its maker states them; none where not known."""
+    if not torch.cuda.is_available():
+        return None
+    name = torch.cuda.get_device_name()
+    return next((flops for kind, flops in _PEAK_FLOPS.items() if kind in name), None)
+
+
+class EachEpoch(TrainerCallback):
+    """Tells things their epoch as it begins. The Trainer does so in a single process only."""
+
+    def __init__(self, *things: Any) -> None:
+        """Args: things: With `set_epoch`."""
+        self.things = things
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Count from 0."""
+        # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
+        for thing in self.things:
+            thing.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
 class PatchDropoutTail(TrainerCallback):
     """Lets the tower see whole images in the last steps, as it will afterwards."""
 
@@ -76,13 +144,7 @@ class PatchDropoutTail(TrainerCallback):
         """Args: dropout: Installed. share: Part of all steps, at the end, without dropout."""
         self.dropout, self.share, self.rate = dropout, share, dropout.rate
 
-    def on_step_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Set the rate of the step that comes."""
         dropped_steps = state.max_steps - round(self.share * state.max_steps)
         self.dropout.set_rate(self.rate if state.global_step < dropped_steps else 0.0)
@@ -103,13 +165,7 @@ class WeightAverage(TrainerCallback):
         self.decay = decay
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Move to the device; on a resumed run read the average of that step."""
         self.model.to(args.device)
         if state.global_step == 0:
@@ -125,13 +181,7 @@ class WeightAverage(TrainerCallback):
             average.copy_(weights[name])
 
     @torch.no_grad()
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Average, and write the average where a checkpoint is about to be written."""
         step = state.global_step
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
@@ -140,13 +190,7 @@ class WeightAverage(TrainerCallback):
         if control.should_save:
             self._save(args, state, kwargs["model"])
 
-    def on_epoch_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """As :meth:`on_step_end`, for checkpoints after an epoch."""
         if control.should_save:
             self._save(args, state, kwargs["model"])
@@ -165,10 +209,10 @@ class WeightAverage(TrainerCallback):
         averages = dict(self.model.named_parameters())
         return [(n, averages[n], p) for n, p in model.named_parameters() if p.requires_grad]
 
-    def _path(self, args: TrainingArguments, step: int) -> Path:
+    def _path(self, args: Any, step: int) -> Path:
         return Path(str(args.output_dir)) / f"average-{step}.safetensors"
 
-    def _save(self, args: TrainingArguments, state: TrainerState, model: nn.Module) -> None:
+    def _save(self, args: Any, state: Any, model: nn.Module) -> None:
         if not state.is_world_process_zero:
             return
         path = self._path(args, state.global_step)
