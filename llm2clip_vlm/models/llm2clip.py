@@ -38,6 +38,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
             with `model_type` (`clip_vision_model` where absent).
         text_embed_dim: Width of the text encoder's embeddings.
         projection_dim: Width of the joint space. Paper v6: 1280.
+        projection_bias: Whether the image head has a bias (the released EVA02 towers' has).
         adaptor_num_blocks: Residual blocks of the text adaptor. Paper v6: 4.
         adaptor_expansion: Hidden width of a block over its input's.
         logit_scale_init_value: Stored logarithm at the start, ln(1/0.07).
@@ -50,6 +51,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     vision_config: dict[str, Any] | PreTrainedConfig | None = None
     text_embed_dim: int = 2048
     projection_dim: int = 1280
+    projection_bias: bool = False
     adaptor_num_blocks: int = 4
     adaptor_expansion: int = 2
     logit_scale_init_value: float = 2.6592
@@ -86,7 +88,7 @@ class LLM2CLIPModel(PreTrainedModel):
     """Vision tower with a linear head, against the text adaptor on cached caption embeddings.
 
     The image side pools as the tower does (CLIP: CLS after `post_layernorm`; SigLIP: its attention
-    pooling head) and projects without bias. The text encoder itself is not part of the model: its
+    pooling head) and projects, without bias unless the config says so. The text encoder itself is not part of the model: its
     embeddings are the input.
 
     Args:
@@ -116,7 +118,7 @@ class LLM2CLIPModel(PreTrainedModel):
             )
         self.vision_tower = AutoModel.from_config(vision_config)
         self.visual_projection = nn.Linear(
-            vision_config.hidden_size, config.projection_dim, bias=False
+            vision_config.hidden_size, config.projection_dim, bias=config.projection_bias
         )
         self.text_adaptor = TextAdaptor(
             config.text_embed_dim,
