@@ -19,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float, Float16
-from numpy.lib.stride_tricks import as_strided
 from torch import Tensor
 
-from llm2clip_vlm.data.embedding_journal import read_segments, verify_segment
 from llm2clip_vlm.data.embedding_shards import (
     DIGEST_BYTES,
     HEADER_NAME,
@@ -40,7 +39,7 @@ from llm2clip_vlm.data.embedding_shards import (
     Segment,
     digests_of,
     read_header,
-    require_fingerprint,
+    read_segments,
     require_unit,
     text_digest,
     unit_rows,
@@ -94,12 +93,12 @@ class EmbeddingCache:
         """The files with rows; of two rows for one text the first counts."""
         self._first_rows = np.cumsum([0, *(len(segment.keys) for segment in segments)])
         prefixes = [_prefixes(segment.keys) for segment in segments]
-        flat = np.concatenate(prefixes) if prefixes else np.empty(0, np.uint64)
+        flat = np.concatenate([np.empty(0, np.uint64), *prefixes])
         self._order = np.argsort(flat, kind="stable")
         self._prefixes = flat[self._order]
         self._bytes = {
-            name: _row_bytes([getattr(segment, name) for segment in segments])
-            for name in ("keys", "embeds")
+            "keys": [segment.keys.reshape(-1).data for segment in segments],
+            "embeds": [segment.embeds.reshape(-1).view(np.uint8).data for segment in segments],
         }
 
     def __reduce__(self) -> Any:
@@ -127,7 +126,7 @@ class EmbeddingCache:
                 "stages/stage2a_cache_text.py with this output_dir first"
             )
         if fingerprint is not None:
-            require_fingerprint(directory, header.fingerprint, fingerprint)
+            header.require(directory, fingerprint)
         return cls(directory, header, read_segments(directory, header))
 
     @classmethod
@@ -167,11 +166,11 @@ class EmbeddingCache:
         unique = list(dict.fromkeys(texts))
         if not unique and known is None:
             raise CacheError(f"{directory}: no text to embed")
-        lacking = {
-            prompt: set(unique if known is None else known.missing(unique, prompt))
+        todo = [
+            (prompt, text)
             for prompt in encoders
-        }
-        todo = [(prompt, text) for text in unique for prompt in encoders if text in lacking[prompt]]
+            for text in (unique if known is None else known.missing(unique, prompt))
+        ]
         written = 0
         for number, part in _planned(todo, shard_rows, [] if known is None else known.segments):
             if number % writer[1] != writer[0]:
@@ -243,6 +242,10 @@ class EmbeddingCache:
             )
         return torch.from_numpy(self._gather("embeds", numbers))
 
+    def keys(self, numbers: npt.NDArray[np.int64]) -> Digests:
+        """Keys of rows by number, `[n, 32]`."""
+        return self._gather("keys", numbers)
+
     def verify(self) -> None:
         """Reads every file whole.
 
@@ -250,7 +253,7 @@ class EmbeddingCache:
             CacheError: A file has changed since it was written, or a row is no unit vector.
         """
         for segment in self.segments:
-            verify_segment(segment)
+            segment.verify()
 
     def find_digests(self, digests: Digests) -> npt.NDArray[np.int64]:
         """Row number of each key, -1 where there is none."""
@@ -262,7 +265,7 @@ class EmbeddingCache:
             todo = todo[place[todo] < len(self._prefixes)]
             todo = todo[self._prefixes[place[todo]] == wanted[todo]]
             rows = self._order[place[todo]]
-            equal = (self._gather("keys", rows) == digests[todo]).all(axis=1)
+            equal = (self.keys(rows) == digests[todo]).all(axis=1)
             found[todo[equal]] = rows[equal]
             todo = todo[~equal]
             place[todo] += 1
@@ -271,14 +274,11 @@ class EmbeddingCache:
     def _gather(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Rows of all segments' `keys` or `embeds` by number, each copied once."""
         width, dtype = (DIGEST_BYTES, np.uint8) if name == "keys" else (self.dim, np.float16)
-        if not len(numbers):
-            return np.empty((0, width), dtype)
-        files, strides = self._bytes[name]
-        size = width * np.dtype(dtype).itemsize
+        files, size = self._bytes[name], width * np.dtype(dtype).itemsize
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
-        starts = (numbers - self._first_rows[owner]) * strides[owner]
+        starts = (numbers - self._first_rows[owner]) * size
         places = zip(owner.tolist(), starts.tolist(), strict=True)
-        # Twice as fast as indexing arrays, and as fast with a thousand files as with one.
+        # As fast with a thousand files as with one; indexing arrays file by file copies twice.
         joined = bytearray().join([files[file][at : at + size] for file, at in places])
         return np.frombuffer(joined, dtype).reshape(-1, width)
 
@@ -301,11 +301,10 @@ def _planned(
 def _encoded(
     part: Sequence[tuple[str, str]], encoders: Mapping[str, Encode], dim: int | None
 ) -> tuple[Digests, Rows]:
-    """Keys and rows of (prompt, text) entries, grouped by prompt."""
+    """Keys and rows of (prompt, text) entries."""
     keys: list[Digests] = []
     rows: list[Rows] = []
-    order = {prompt: place for place, prompt in enumerate(encoders)}
-    for prompt, group in groupby(sorted(part, key=lambda e: order[e[0]]), key=lambda e: e[0]):
+    for prompt, group in groupby(part, key=itemgetter(0)):
         texts = [text for _, text in group]
         rows.append(unit_rows(encoders[prompt](texts), texts, dim))
         keys.append(digests_of(texts, prompt))
@@ -317,13 +316,3 @@ def _prefixes(digests: Digests) -> npt.NDArray[np.uint64]:
     """The first 8 bytes of each key as a number."""
     first = np.ascontiguousarray(digests[:, :8])
     return first.view(">u8").reshape(-1).astype(np.uint64)
-
-
-def _row_bytes(arrays: Sequence[npt.NDArray[Any]]) -> tuple[list[memoryview], npt.NDArray[Any]]:
-    """The bytes of each array from its first row to its last, and how far apart rows lie."""
-    strides = [array.strides[0] for array in arrays]
-    views = [
-        as_strided(array[0].view(np.uint8), ((len(array) - 1) * stride + array[0].nbytes,), (1,))
-        for array, stride in zip(arrays, strides, strict=True)
-    ]
-    return [view.data for view in views], np.array(strides, dtype=np.int64)

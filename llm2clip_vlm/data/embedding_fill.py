@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache, Encode
-from llm2clip_vlm.data.embedding_journal import Journal, journal_path, read_segments
 from llm2clip_vlm.data.embedding_merge import merge_caches
 from llm2clip_vlm.data.embedding_shards import (
     CacheError,
     Header,
+    Journal,
     digests_of,
+    read_segments,
     require_unit,
     unit_rows,
     write_header,
@@ -90,7 +91,7 @@ class FillingCache:
         self.close()
         found = read_segments(self.directory, self._header, before_epoch=epoch)
         self._known = EmbeddingCache(self.directory, self._header, found)
-        self._journal = Journal(journal_path(self.directory, epoch, self._rank), self.dim)
+        self._journal = Journal(self.directory, epoch, self._rank, self._header)
 
     def lookup(self, texts: Sequence[str]) -> Float[Tensor, "n dim"]:
         """The embeddings of texts, float32, in their order; those that are not there are encoded.
@@ -105,11 +106,12 @@ class FillingCache:
             )
         digests = digests_of(texts)
         found = self._known.find_digests(digests)
-        keys = [digest.tobytes() for digest in digests]
+        known, added = np.flatnonzero(found >= 0), np.flatnonzero(found < 0)
+        keys = [digests[place].tobytes() for place in added]
         lacking = {
-            keys[place]: place
-            for place in np.flatnonzero(found < 0)[::-1].tolist()
-            if keys[place] not in self._journal.rows
+            key: place
+            for key, place in zip(reversed(keys), added[::-1].tolist(), strict=True)
+            if key not in self._journal.places
         }
         if lacking:
             places = sorted(lacking.values())
@@ -118,14 +120,11 @@ class FillingCache:
             self._journal.append(digests[places], unit_rows(self._encode(new), new, self.dim))
             self.seconds += time.monotonic() - started
             self.encoded += len(new)
-        rows = torch.empty(len(texts), self.dim, dtype=torch.float16)
-        known = np.flatnonzero(found >= 0)
-        added = np.flatnonzero(found < 0)
-        rows[known] = self._known.read(found[known])
-        if len(added):
-            own = [self._journal.rows[keys[place]] for place in added]
-            rows[added] = torch.from_numpy(self._journal.read(own))
-        return require_unit(rows.float(), texts, self.directory)
+        rows = torch.empty(len(texts), self.dim)
+        rows[known] = self._known.read(found[known]).float()
+        if keys:
+            rows[added] = torch.from_numpy(self._journal.read(keys).astype(np.float32))
+        return require_unit(rows, texts, self.directory)
 
     def close(self) -> None:
         """Lets another process have the journal."""

@@ -9,13 +9,10 @@ its JSON member, and from then on the caption itself is the key.
 
 from __future__ import annotations
 
-import functools
-import io
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,16 +64,14 @@ def import_official(
                     vectors.setdefault(text, vector)
         if not vectors:
             raise CacheError(f"{tars[start]}: no embedding to import; {bad.summary()}")
-        imported = EmbeddingCache.build(
-            directory, vectors, functools.partial(_stacked, vectors), fingerprint
-        )
+
+        def stored(texts: list[str], found: Mapping[str, Tensor] = vectors) -> Tensor:
+            return torch.stack([found[text] for text in texts])
+
+        imported = EmbeddingCache.build(directory, vectors, stored, fingerprint)
     if imported is None:
         raise CacheError(f"{directory}: no file to import; name some *{SUFFIX}")
     return imported
-
-
-def _stacked(vectors: Mapping[str, Tensor], texts: Sequence[str]) -> Tensor:
-    return torch.stack([vectors[text] for text in texts])
 
 
 def _captioned(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, Tensor]]:
@@ -99,42 +94,16 @@ def _captioned(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, Tensor]]
                     bad.add(where, f"{shard.name} has no caption {column!r} for the key {key!r}")
                 elif member.name in seen:
                     bad.add(where, "the member occurs twice")
-                elif not member.isreg() or not 0 < member.size <= _MAX_BYTES:
-                    bad.add(where, f"no regular file of 1 to {_MAX_BYTES} bytes")
+                elif not member.isreg() or member.size % 4 or not 0 < member.size <= _MAX_BYTES:
+                    bad.add(where, f"{member.size} bytes, expected float32 numbers")
                 else:
                     seen.add(member.name)
                     handle = tar.extractfile(member)
                     assert handle is not None
-                    try:
-                        yield where, text.strip(), _vector(handle.read(), member.size)
-                    except ValueError as error:
-                        bad.add(where, str(error))
+                    content = bytearray(handle.read())
+                    if len(content) != member.size:
+                        bad.add(where, f"the file ends after {len(content)} of {member.size} bytes")
+                    else:
+                        yield where, text.strip(), torch.frombuffer(content, dtype=torch.float32)
     except tarfile.ReadError as error:
         bad.add(path.name, f"the file is damaged from here on ({error})")
-
-
-def _vector(content: bytes, size: int) -> Tensor:
-    """A vector from raw float32 bytes, an `.npy` or a `torch.save` file; nothing is unpickled."""
-    if len(content) != size:
-        raise ValueError(f"the file ends after {len(content)} of {size} bytes")
-    if content.startswith(b"\x93NUMPY"):
-        vector = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False))
-    elif content.startswith(b"PK\x03\x04"):
-        vector = _from_torch(content)
-    elif size % 4:
-        raise ValueError(f"{size} bytes are no float32 numbers")
-    else:
-        vector = torch.frombuffer(bytearray(content), dtype=torch.float32)
-    if not isinstance(vector, Tensor) or vector.ndim != 1 or not vector.is_floating_point():
-        raise ValueError("no vector of floating-point numbers")
-    return vector.float()
-
-
-def _from_torch(content: bytes) -> Tensor:
-    import pickle
-
-    try:
-        vector: Tensor = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
-        raise ValueError(f"no tensor alone ({str(error).splitlines()[0]})") from error
-    return vector

@@ -3,11 +3,12 @@
     header.json                one for ever: schema, dtype, dim, and the fingerprint of the encoder
     shard-00007.safetensors    `embeds` float16 [rows, dim], unit norm; `keys` uint8 [rows, 32];
                                metadata: the same header again and the SHA-256 of both tensors
-    journal-00002-00005        rows that rank 5 of a training run added in its epoch 2
+    journal-00002-00005        what rank 5 of a training run added in its epoch 2: such files one
+                               behind the other, each with the rows that were encoded together
 
 A shard appears whole or not at all (written beside, then renamed) and says itself what it is, so
 any number of processes may write into one directory, and one that is killed leaves nothing to
-repair. A journal grows by whole frames; a torn last frame counts as never written.
+repair. A journal's torn end counts as never written.
 """
 
 from __future__ import annotations
@@ -24,23 +25,21 @@ from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
-from torch import Tensor
+from torch import Tensor, float32, isfinite
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the layout."""
 HEADER_NAME = "header.json"
 """File that makes a directory a cache."""
 DIGEST_BYTES = 32
 """Bytes of a key."""
-NORM_TOLERANCE = 1e-2
-"""float16 moves the norm of a unit vector by less than 1e-3."""
-SHARD_NAME = re.compile(r"shard-(\d{5,})\.safetensors")
-"""A shard and its number."""
 
+_NORM_TOLERANCE = 1e-2  # float16 moves the norm of a unit vector by less than 1e-3
+_SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
+_JOURNAL = re.compile(r"journal-\d{5,}-\d{5,}")
 _METADATA = "embedding_cache"  # one key only: safetensors writes several in any order
+_TWO = "embeddings of two encoders never share a cache: choose another directory or delete this one"
 
 Digests = npt.NDArray[np.uint8]
 """Keys of rows, `[rows, 32]`."""
@@ -66,23 +65,25 @@ class Header:
         fields = dict(sorted(self.fingerprint.items()))
         return {"schema": SCHEMA, "dtype": "float16", "dim": self.dim, "fingerprint": fields}
 
-    def require(self, where: Path, expected: Header) -> None:
-        """Refuses a header that says something else.
+    def require(self, where: Path, fingerprint: Mapping[str, str], dim: int | None = None) -> None:
+        """Refuses embeddings of another encoder, or of another width.
 
         Raises:
             CacheError: Names the first field that differs.
         """
-        require_fingerprint(where, self.fingerprint, expected.fingerprint)
-        if self.dim != expected.dim:
-            raise CacheError(f"{where}: dim is {self.dim}, expected {expected.dim}; {_TWO}")
-
-
-_TWO = "embeddings of two encoders never share a cache: choose another directory or delete this one"
+        for name in sorted({*self.fingerprint, *fingerprint}):
+            got, expected = self.fingerprint.get(name), fingerprint.get(name)
+            if got != expected:
+                raise CacheError(
+                    f"{where}: fingerprint.{name} is {got!r}, expected {expected!r}; {_TWO}"
+                )
+        if dim not in (None, self.dim):
+            raise CacheError(f"{where}: dim is {self.dim}, expected {dim}; {_TWO}")
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Rows of one file, left on disk."""
+    """Rows that were written together, left on disk."""
 
     path: Path
     """The shard or journal."""
@@ -90,10 +91,32 @@ class Segment:
     """`[rows, 32]`."""
     embeds: Rows
     """`[rows, dim]`."""
-    number: int | None = None
-    """A shard's number; none = a journal."""
-    sha256: str = ""
-    """A shard's checksum as it is stated."""
+    number: int | None
+    """A shard's number; none = of a journal."""
+    sha256: str
+    """The checksum that is stated."""
+    end: int
+    """Byte of the file behind it."""
+
+    def verify(self) -> None:
+        """Reads all of it.
+
+        Raises:
+            CacheError: It has changed since it was written, or a row is no unit vector.
+        """
+        if (got := _checksum(self.keys, self.embeds)) != self.sha256:
+            raise CacheError(
+                f"{self.path}: sha256 is {got}, expected {self.sha256}; the file is damaged: "
+                "delete it and build again (its texts alone are encoded anew)"
+            )
+        for start in range(0, len(self.embeds), 4096):
+            norms = np.linalg.norm(self.embeds[start : start + 4096].astype(np.float32), axis=1)
+            wrong = np.flatnonzero(~(np.abs(norms - 1) < _NORM_TOLERANCE))
+            if len(wrong):
+                raise CacheError(
+                    f"{self.path}: row {start + wrong[0]} has norm {norms[wrong[0]]}, expected 1; "
+                    "delete the file and build again"
+                )
 
 
 def text_digest(text: str, prompt: str = "") -> bytes:
@@ -104,22 +127,8 @@ def text_digest(text: str, prompt: str = "") -> bytes:
 
 def digests_of(texts: Sequence[str], prompt: str = "") -> Digests:
     """Keys of several texts, `[n, 32]`."""
-    flat = b"".join(text_digest(text, prompt) for text in texts)
+    flat = b"".join([text_digest(text, prompt) for text in texts])
     return np.frombuffer(flat, np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-def require_fingerprint(where: Path, got: Mapping[str, str], expected: Mapping[str, str]) -> None:
-    """Refuses embeddings of another encoder.
-
-    Raises:
-        CacheError: Names the first field that differs.
-    """
-    for field in sorted({*got, *expected}):
-        if got.get(field) != expected.get(field):
-            raise CacheError(
-                f"{where}: fingerprint.{field} is {got.get(field)!r}, expected "
-                f"{expected.get(field)!r}; {_TWO}"
-            )
 
 
 def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
@@ -138,15 +147,16 @@ def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
             f"the text encoder returned {tuple(embeds.shape)}, expected ({len(names)}, "
             f"{dim or 'dim'}) for {len(names)} texts such as {names[0][:100]!r}"
         )
-    rows = embeds.detach().to("cpu", torch.float32)
+    rows = embeds.detach().to("cpu", float32)
     norms = rows.norm(dim=1, keepdim=True)
-    broken = (~torch.isfinite(norms) | (norms == 0)).flatten().nonzero().flatten().tolist()
+    broken = (~isfinite(norms) | (norms == 0)).flatten().nonzero().flatten().tolist()
     if broken:
         raise CacheError(
             f"{len(broken)} of {len(names)} embeddings are not finite or zero, such as that of "
             f"{names[broken[0]][:100]!r}; check the text encoder's weights and dtype"
         )
-    return (rows / norms).to(torch.float16).numpy()
+    result: Rows = (rows / norms).half().numpy()
+    return result
 
 
 def require_unit(rows: Tensor, texts: Sequence[str], where: Path) -> Tensor:
@@ -163,7 +173,7 @@ def require_unit(rows: Tensor, texts: Sequence[str], where: Path) -> Tensor:
     Raises:
         CacheError: A row is not finite or no unit vector; the text is named.
     """
-    off = ~((rows.norm(dim=1) - 1).abs() < NORM_TOLERANCE)
+    off = ~((rows.norm(dim=1) - 1).abs() < _NORM_TOLERANCE)
     if off.any():
         row = int(off.nonzero()[0])
         raise CacheError(
@@ -180,9 +190,7 @@ def read_header(directory: Path) -> Header | None:
         CacheError: It is damaged, or of another version.
     """
     path = directory / HEADER_NAME
-    if not path.is_file():
-        return None
-    return _parse_header(path, path.read_bytes())[0]
+    return _parse_header(path, path.read_bytes())[0] if path.is_file() else None
 
 
 def write_header(directory: Path, header: Header) -> None:
@@ -195,109 +203,112 @@ def write_header(directory: Path, header: Header) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX)  # several writers start at once: one writes
             existing = read_header(directory)
             if existing is None:
-                content = json.dumps(header.to_plain(), indent=2) + "\n"
-                _fill(handle, content.encode())
+                _fill(handle, (json.dumps(header.to_plain(), indent=2) + "\n").encode())
                 temporary.replace(directory / HEADER_NAME)
         temporary.unlink(missing_ok=True)
-    (existing or header).require(directory, header)
+    (existing or header).require(directory, header.fingerprint, header.dim)
 
 
 def write_shard(directory: Path, number: int, header: Header, keys: Digests, rows: Rows) -> None:
-    """Writes a shard: all of it, or nothing."""
-    sha256 = checksum(keys, rows)
-    stated = json.dumps({**header.to_plain(), "sha256": sha256}, sort_keys=True)
-    tensors = {"embeds": rows, "keys": np.ascontiguousarray(keys)}
-    path = directory / f"shard-{number:05d}.safetensors"
-    write_whole(path, save(tensors, metadata={_METADATA: stated}))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file beside its place and renames it.
+    """Writes a shard: all of it, or nothing.
 
     Raises:
         CacheError: Another process is at it.
     """
+    path = directory / f"shard-{number:05d}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("ab") as handle:
         lock(handle, temporary)
-        _fill(handle, content)
+        _fill(handle, _content(header, keys, rows))
         temporary.replace(path)
 
 
-def read_shard(path: Path, number: int, header: Header) -> Segment:
-    """A shard's rows, left on disk.
+def read_segments(
+    directory: Path, header: Header, *, before_epoch: int | None = None
+) -> list[Segment]:
+    """All rows of a cache, shards first, in an order that depends on the names alone.
 
     Args:
-        path: The file.
-        number: Its number.
-        header: What it must state about itself.
+        directory: The cache.
+        header: Its header, which every file must state as well.
+        before_epoch: Leave out the journals of this epoch and later ones; none = take all.
 
     Raises:
-        CacheError: It is damaged, or belongs to another cache.
+        CacheError: A file is damaged, or belongs to another cache.
     """
-    try:
-        with safe_open(path, framework="numpy") as file:
-            stated = (file.metadata() or {}).get(_METADATA, "")
-            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-            shapes = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-        with path.open("rb") as handle:
-            start = 8 + int.from_bytes(handle.read(8), "little")
-            layout = json.loads(handle.read(start - 8))
-    except (SafetensorError, OSError) as error:
-        raise CacheError(f"{path}: cannot be read ({error}); delete it, build again") from error
-    own, plain = _parse_header(path, stated.encode())
-    own.require(path, header)
-    rows = shapes.get("embeds", ("", (0,)))[1][0]
-    expected = {"embeds": ("F16", (rows, header.dim)), "keys": ("U8", (rows, DIGEST_BYTES))}
-    if shapes != expected or not rows:
-        raise CacheError(f"{path}: holds {shapes}, expected {expected}; delete it, build again")
-
-    def array(name: str, dtype: type) -> Any:
-        offset = start + layout[name]["data_offsets"][0]
-        return np.memmap(path, dtype, "r", offset, expected[name][1])
-
-    keys, embeds = array("keys", np.uint8), array("embeds", np.float16)
-    return Segment(path, keys, embeds, number, str(plain.get("sha256")))
-
-
-def _parse_header(path: Path, content: bytes) -> tuple[Header, dict[str, Any]]:
-    try:
-        plain = json.loads(content)
-    except ValueError as error:
-        raise CacheError(
-            f"{path}: no header of an embedding cache ({error}); delete the directory, build again"
-        ) from error
-    for field, expected in (("schema", SCHEMA), ("dtype", "float16")):
-        got = plain.get(field) if isinstance(plain, dict) else type(plain).__name__
-        if got != expected:
+    segments: list[Segment] = []
+    paths = list(directory.iterdir())
+    shards = [(int(found[1]), path) for path in paths if (found := _SHARD.fullmatch(path.name))]
+    for number, path in sorted(shards):
+        whole = _read(path, header, number)
+        if len(whole) != 1 or whole[0].end != path.stat().st_size:
             raise CacheError(
-                f"{path}: {field} is {got!r}, expected {expected!r}; delete the directory and run "
-                "stage 2a again"
+                f"{path}: cannot be read (cut short or damaged); delete it, build again"
             )
-    dim, fields = plain.get("dim"), plain.get("fingerprint")
-    if type(dim) is not int or dim < 1:
-        raise CacheError(f"{path}: dim is {dim!r}, expected a number; delete the directory")
-    if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
-        raise CacheError(f"{path}: fingerprint is {fields!r}, expected texts; delete the directory")
-    return Header(dim, fields), plain
+        segments += whole
+    for path in sorted(path for path in paths if _JOURNAL.fullmatch(path.name)):
+        if before_epoch is None or int(path.name.split("-")[1]) < before_epoch:
+            segments += _read(path, header, None)
+    return segments
 
 
-def checksum(keys: Digests, rows: Rows) -> str:
-    """SHA-256 of a shard's rows and keys."""
-    digest = hashlib.sha256(np.ascontiguousarray(rows).data)
-    digest.update(np.ascontiguousarray(keys).data)
-    return digest.hexdigest()
+class Journal:
+    """Rows that one process adds while others add theirs elsewhere.
 
+    Args:
+        directory: The cache.
+        epoch: Of the training run.
+        rank: Of this process in it.
+        header: The cache's.
 
-def _fill(handle: IO[bytes], content: bytes) -> None:
-    handle.truncate(0)
-    handle.write(content)
-    handle.flush()
-    os.fsync(handle.fileno())
+    Raises:
+        CacheError: Another process is writing it, or it is damaged.
+    """
+
+    def __init__(self, directory: Path, epoch: int, rank: int, header: Header) -> None:
+        self.path = directory / f"journal-{epoch:05d}-{rank:05d}"
+        """The file; what a killed process left torn at its end is cut off."""
+        self.places: dict[bytes, int] = {}
+        """Key to the first byte of its row."""
+        self._header = header
+        self._handle = self.path.open("ab")
+        lock(self._handle, self.path)
+        end = 0
+        for segment in _read(self.path, header, None):
+            segment.verify()
+            end = segment.end
+            self._note(segment.keys, end)
+        self._handle.truncate(end)
+
+    def append(self, keys: Digests, rows: Rows) -> None:
+        """Adds rows: after a kill all of them are there, or none."""
+        self._handle.write(_content(self._header, keys, rows))
+        self._handle.flush()
+        self._note(keys, self._handle.tell())
+
+    def read(self, keys: Sequence[bytes]) -> Rows:
+        """Rows by key, `[n, dim]`."""
+        raw = np.memmap(self.path, np.uint8, "r").data
+        size = 2 * self._header.dim
+        joined = b"".join([raw[self.places[key] : self.places[key] + size] for key in keys])
+        return np.frombuffer(joined, np.float16).reshape(-1, self._header.dim)
+
+    def close(self) -> None:
+        """Lets others have the file."""
+        self._handle.close()
+
+    def _note(self, keys: Digests, end: int) -> None:
+        size = 2 * self._header.dim
+        start = end - len(keys) * (DIGEST_BYTES + size)
+        self.places.update((key.tobytes(), start + i * size) for i, key in enumerate(keys))
 
 
 def lock(handle: IO[bytes], path: Path) -> None:
-    """Holds a file until it is closed, or the process ends in whatever way."""
+    """Holds a file until it is closed, or the process ends in whatever way.
+
+    Raises:
+        CacheError: Another process does.
+    """
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         same = path.exists() and path.stat().st_ino == os.fstat(handle.fileno()).st_ino
@@ -309,3 +320,85 @@ def lock(handle: IO[bytes], path: Path) -> None:
             f"{path}: another process is writing it; let it finish, or give every writer a slice "
             "or a directory of its own"
         )
+
+
+def _content(header: Header, keys: Digests, rows: Rows) -> bytes:
+    stated = json.dumps({**header.to_plain(), "sha256": _checksum(keys, rows)}, sort_keys=True)
+    tensors = {"embeds": rows, "keys": np.ascontiguousarray(keys)}
+    return save(tensors, metadata={_METADATA: stated})
+
+
+def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
+    """What :func:`_content` made, once or several times, up to where it is cut."""
+    try:
+        raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
+    except OSError as error:
+        raise CacheError(f"{path}: cannot be read ({error}); delete it, build again") from error
+    segments: list[Segment] = []
+    at = 0
+    while at + 8 <= len(raw):
+        start = at + 8 + int.from_bytes(raw[at : at + 8].tobytes(), "little")
+        if start > len(raw):
+            break
+        try:
+            layout = json.loads(raw[at + 8 : start].tobytes())
+            stated = layout.pop("__metadata__")[_METADATA]
+            rows = int(layout["embeds"]["shape"][0])
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise CacheError(
+                f"{path}: no header of an embedding cache ({error!r}); delete it, build again"
+            ) from error
+        own, plain = _parse_header(path, stated)
+        own.require(path, header.fingerprint, header.dim)
+        middle = start + 2 * rows * header.dim
+        end = middle + rows * DIGEST_BYTES
+        spans = {"embeds": [0, middle - start], "keys": [middle - start, end - start]}
+        kinds = {"embeds": ("F16", header.dim), "keys": ("U8", DIGEST_BYTES)}
+        expected = {
+            name: {"dtype": kind, "shape": [rows, width], "data_offsets": spans[name]}
+            for name, (kind, width) in kinds.items()
+        }
+        if layout != expected or rows < 1:
+            raise CacheError(f"{path}: holds {layout}, expected {expected}; delete it, build again")
+        if end > len(raw):
+            break
+        keys = raw[middle:end].reshape(rows, DIGEST_BYTES)
+        embeds = raw[start:middle].view(np.float16).reshape(rows, header.dim)
+        segments.append(Segment(path, keys, embeds, number, str(plain.get("sha256")), end))
+        at = end
+    return segments
+
+
+def _parse_header(path: Path, content: bytes | str) -> tuple[Header, dict[str, Any]]:
+    try:
+        plain = json.loads(content)
+    except (ValueError, TypeError) as error:
+        raise CacheError(
+            f"{path}: no header of an embedding cache ({error}); delete the directory, build again"
+        ) from error
+    for field, wanted in (("schema", SCHEMA), ("dtype", "float16")):
+        got = plain.get(field) if isinstance(plain, dict) else type(plain).__name__
+        if got != wanted:
+            raise CacheError(
+                f"{path}: {field} is {got!r}, expected {wanted!r}; delete the directory and run "
+                "stage 2a again"
+            )
+    dim, fields = plain.get("dim"), plain.get("fingerprint")
+    if type(dim) is not int or dim < 1:
+        raise CacheError(f"{path}: dim is {dim!r}, expected a number; delete the directory")
+    if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
+        raise CacheError(f"{path}: fingerprint is {fields!r}, expected texts; delete the directory")
+    return Header(dim, fields), plain
+
+
+def _checksum(keys: Digests, rows: Rows) -> str:
+    digest = hashlib.sha256(np.ascontiguousarray(rows).data)
+    digest.update(np.ascontiguousarray(keys).data)
+    return digest.hexdigest()
+
+
+def _fill(handle: IO[bytes], content: bytes) -> None:
+    handle.truncate(0)
+    handle.write(content)
+    handle.flush()
+    os.fsync(handle.fileno())

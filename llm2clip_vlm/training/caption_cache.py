@@ -14,7 +14,7 @@ from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache, seal
 from llm2clip_vlm.data.image_text import ImageTextDataset, ImageTextRecord
-from llm2clip_vlm.distributed import is_main, rank
+from llm2clip_vlm.distributed import barrier, is_main, rank
 from llm2clip_vlm.handoff import HandoffError, verify_parent
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.arguments import last_checkpoint
@@ -169,6 +169,11 @@ class _FillEachEpoch(TrainerCallback):
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
         self.cache.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not is_main():  # what comes now is the main rank's, and in the end it takes all journals
+            self.cache.close()
+        barrier()
 
 
 def _open_complete(directory: str) -> tuple[EmbeddingCache, dict[str, str]]:

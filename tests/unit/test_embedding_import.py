@@ -75,35 +75,6 @@ def test_rows_find_their_captions_in_any_order(tmp_path: Path) -> None:
         import_official(tmp_path / "cache", tars, {"text_weights": "other"}, bad)
 
 
-def test_arrays_and_tensors_are_read_without_unpickling(tmp_path: Path) -> None:
-    array, tensor = io.BytesIO(), io.BytesIO()
-    np.save(array, vector("1", COLUMNS[0]).astype(np.float16))
-    torch.save(torch.from_numpy(vector("1", COLUMNS[1])), tensor)
-    changed = {f"1.{COLUMNS[0]}": array.getvalue(), f"1.{COLUMNS[1]}": tensor.getvalue()}
-    tar = write(tmp_path, "0", ["1", "2"], **changed)
-    cache = import_official(tmp_path / "cache", [tar], FINGERPRINT, BadRecords())
-    for column in COLUMNS:
-        wanted = F.normalize(torch.from_numpy(vector("1", column)), dim=0)
-        torch.testing.assert_close(cache[caption("1", column)], wanted, atol=1e-3, rtol=0)
-
-
-class Evil:
-    def __reduce__(self) -> Any:
-        return pytest.fail, ("unpickled",)
-
-
-def evil_tensor() -> bytes:
-    content = io.BytesIO()
-    torch.save(Evil(), content)
-    return content.getvalue()
-
-
-def evil_array() -> bytes:
-    content = io.BytesIO()
-    np.save(content, np.array([Evil()], dtype=object), allow_pickle=True)
-    return content.getvalue()
-
-
 @pytest.mark.parametrize(
     ("content", "why"),
     [
@@ -111,13 +82,11 @@ def evil_array() -> bytes:
         (np.full(DIM, np.inf, "<f4").tobytes(), "an embedding of norm inf"),
         (bytes(4 * DIM), "an embedding of norm 0.0"),
         (np.ones(DIM + 1, "<f4").tobytes(), "an embedding of width 9, expected 8"),
-        (b"123", "3 bytes are no float32 numbers"),
-        (b"", "no regular file"),
-        (pickle.dumps([1.0] * 7) + b"..", "no float32|norm|width"),
-        (evil_tensor(), "no tensor alone"),
-        (evil_array(), "Object arrays cannot be loaded"),
+        (b"123", "3 bytes, expected float32"),
+        (b"", "0 bytes, expected float32"),
+        (pickle.dumps([1.0] * 7) + b"..", "expected float32|norm|width"),
     ],
-    ids=["nan", "inf", "zero", "wide", "odd", "empty", "pickle", "torch pickle", "npy pickle"],
+    ids=["nan", "inf", "zero", "wide", "odd", "empty", "pickle"],
 )
 def test_a_broken_embedding_is_named_and_counted(tmp_path: Path, content: bytes, why: str) -> None:
     member = f"000000002.{COLUMNS[1]}"
