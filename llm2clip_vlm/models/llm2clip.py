@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
@@ -88,8 +89,8 @@ class LLM2CLIPModel(PreTrainedModel):
     """Vision tower with a linear head, against the text adaptor on cached caption embeddings.
 
     The image side pools as the tower does (CLIP: CLS after `post_layernorm`; SigLIP: its attention
-    pooling head) and projects, without bias unless the config says so. The text encoder itself is not part of the model: its
-    embeddings are the input.
+    pooling head) and projects, without bias unless the config says so. The text encoder itself is not
+    part of the model: its embeddings are the input.
 
     Args:
         config: Sizes and the tower's config.
@@ -209,21 +210,26 @@ class LLM2CLIPModel(PreTrainedModel):
     def forward(
         self,
         pixel_values: Float[Tensor, "b 3 h w"],
-        text_features: Float[Tensor, "b text"],
+        text_features: Float[Tensor, "n text"] | None = None,
         return_loss: bool = False,
+        **tokens: Tensor,
     ) -> LLM2CLIPOutput:
         """Both embeddings of a batch of pairs.
 
         Args:
             pixel_values: Images.
-            text_features: Caption embeddings; row i belongs to image i.
+            text_features: Caption embeddings, as many for each image; none where tokens are given.
             return_loss: Also compute the loss within this batch; nothing is gathered (the trainer
                 does that).
+            **tokens: Arguments of `self.text_encoder`, where it trains inside the model (stage 2b's
+                `text_in_loop`); it is no part of what is exported.
 
         Returns:
             Embeddings, the exponentiated scale and, if asked for, the loss.
         """
         image_embeds = self.get_image_features(pixel_values)
+        if text_features is None:
+            text_features = self.text_encoder.by_length(**tokens)
         text_embeds = self.get_text_features(text_features)
         logit_scale = self.logit_scale.exp()
         embeds = (image_embeds, text_embeds, logit_scale)
@@ -236,6 +242,19 @@ class LLM2CLIPModel(PreTrainedModel):
             text_embeds=text_embeds,
             logit_scale=logit_scale,
             logit_bias=None if bias is None else bias * 1.0,  # no parameter itself leaves the model
+        )
+
+    def encoders(
+        self, lookup: Callable[[list[str]], Tensor]
+    ) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
+        """Functions of `pixel_values` and of captions, wherever these lie.
+
+        Args:
+            lookup: Captions to the text encoder's embeddings (stage 2a's cache, or the encoder).
+        """
+        return (
+            lambda pixels: self.get_image_features(pixels.to(self.device)),
+            lambda texts: self.get_text_features(lookup(texts).to(self.device)),
         )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
