@@ -21,7 +21,7 @@ from pathlib import Path
 
 from llm2clip_vlm import __version__
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe_schema import did_you_mean, recipe_help
+from llm2clip_vlm.recipe import did_you_mean, recipe_help
 
 STAGES = {
     "world": "write the embedded procedural world",

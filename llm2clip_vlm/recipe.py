@@ -8,63 +8,52 @@ another value of the finished recipe (`$${` writes a plain `${`).
 
 from __future__ import annotations
 
-import os
+import difflib
+import inspect
 import re
-from collections.abc import Sequence
+import reprlib
+import textwrap
+import typing
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llm2clip_vlm.recipe_schema import (
-    MISSING,
-    Problem,
-    RecipeError,
-    all_keys,
-    default_at,
-    did_you_mean,
-    explain,
-    join,
-    recipe_help,
-    where_from,
-)
-
-__all__ = [
-    "Problem",
-    "RecipeError",
-    "load_recipe",
-    "recipe_help",
-    "save_resolved",
-    "to_plain",
-]
+from llm2clip_vlm.files import write_atomically
 
 T = TypeVar("T", bound=BaseModel)
 
 _TAG = "tag:yaml.org,2002:"
 _SCALARS = {
-    "null": re.compile(r"^(?:~|null|Null|NULL|)$"),
-    "bool": re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"),
-    "int": re.compile(r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$"),
-    "float": re.compile(
-        r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
-    ),
+    "null": r"^(?:~|null|Null|NULL|)$",
+    "bool": r"^(?:true|True|TRUE|false|False|FALSE)$",
+    "int": r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
+    "float": r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
 }
-_RESOLVERS = {None: [(_TAG + name, pattern) for name, pattern in _SCALARS.items()]}
+_RESOLVERS = {None: [(_TAG + name, re.compile(rule)) for name, rule in _SCALARS.items()]}
 _REFERENCE = re.compile(r"\$?\$\{([^{}]*)\}")
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML with the scalar rules of YAML 1.2's core schema; used only up to the node graph."""
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, in one message.
 
-    yaml_implicit_resolvers = _RESOLVERS
+    Attributes:
+        problems: One `dotted.key: what was expected and what was got` each.
+    """
+
+    def __init__(self, source: str | Path, *problems: str) -> None:
+        self.problems = problems
+        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
+        super().__init__("\n  ".join([f"recipe {source}: {count}", *problems]))
 
 
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back equal (a text that looks like a number is quoted)."""
-
-    yaml_implicit_resolvers = _RESOLVERS
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ()) -> T:
@@ -81,251 +70,268 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
 
     Raises:
         RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
-            can be seen at once are listed, each with its dotted key and the line it comes from.
+            can be seen at once are listed.
     """
-    data, origins = _load_merged(Path(path), ())
+    data: Any = _read(Path(path), ())
     for override in overrides:
-        _override(data, origins, override)
-    data = _Interpolation(data, model, origins, str(path)).value(data, "", ())
+        source = f"override `{override}`"
+        key, equals, text = override.partition("=")
+        if not equals or not all(key.split(".")):
+            raise RecipeError(source, f"{key}: expected `dotted.key=value`")
+        data = _with(data, key.split("."), _parse(text, source), source)
+    data = _interpolated(data, model, path)
     try:
         return model.model_validate(data)
     except ValidationError as error:
-        raise RecipeError(str(path), explain(error, data, model, origins, str(path))) from None
+        raise RecipeError(path, *_explained(error, data, model)) from None
 
 
 def to_plain(recipe: BaseModel) -> dict[str, Any]:
     """The recipe as mappings, lists and scalars, every default written out."""
-    plain: dict[str, Any] = _bare(recipe.model_dump())
-    return plain
-
-
-def _bare(value: Any) -> Any:
-    """As JSON would have it, but infinities stay (pydantic's JSON mode makes them null)."""
-    if isinstance(value, dict):
-        return {key: _bare(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_bare(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    return recipe.model_dump()
 
 
 def save_resolved(recipe: BaseModel, path: str | Path) -> None:
-    """Write the whole recipe so that `load_recipe` gives an equal one.
-
-    Args:
-        recipe: What a stage runs with.
-        path: The file to write, atomically; folders are made.
-    """
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = yaml.dump(
-        _escape(to_plain(recipe)),
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        width=100,
-    )
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(target)
+    """Write the whole recipe, atomically, so that `load_recipe` gives an equal one."""
+    text = yaml.dump(to_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.replace("${", "$${"))
 
 
-def _escape(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_escape(item) for item in value]
-    return value.replace("${", "$${") if isinstance(value, str) else value
+# --- YAML ---------------------------------------------------------------------------------------
 
 
-def _load_merged(path: Path, children: tuple[Path, ...]) -> tuple[dict[str, Any], dict[str, str]]:
-    """One file on top of its parents, and where each value came from."""
+def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in node.value:
+        if name.tag != f"{_TAG}str" or name.value in found:
+            wrong = "given twice" if name.value in found else "not text; put it in quotes"
+            raise yaml.constructor.ConstructorError(
+                None, None, f"key {name.value!r} is {wrong}", name.start_mark
+            )
+        found[name.value] = loader.construct_object(value, deep=True)
+    return found
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 0 if node.value.lower().startswith(("0x", "0o")) else 10)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML with YAML 1.2's core schema."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+    yaml_constructors = {
+        **{
+            tag: yaml.SafeLoader.yaml_constructors[tag]
+            for tag in (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))
+        },
+        f"{_TAG}map": _mapping,
+        f"{_TAG}int": _integer,
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what `_Loader` reads back equal (a text that looks like a number is quoted)."""
+
+    yaml_implicit_resolvers = _RESOLVERS
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _parse(text: str, source: str | Path) -> Any:
+    loader = _Loader(text)
+    loader.name = str(source)
+    try:
+        return loader.get_single_data()
+    except (yaml.YAMLError, ValueError, KeyError) as error:
+        raise RecipeError(source, f"not valid YAML: {error}") from None
+    finally:
+        loader.dispose()
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """One file on top of its parents."""
     resolved = path.resolve()
     if resolved in children:
         chain = " -> ".join(str(item) for item in (*children, resolved))
-        raise RecipeError(str(path), [Problem("base", f"a recipe is its own parent: {chain}")])
+        raise RecipeError(path, f"base: a recipe is its own parent: {chain}")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
-        problem = Problem("", f"cannot read this file{wanted_by}: {error}")
-        raise RecipeError(str(path), [problem]) from None
-    data, origins = _parse(text, str(path), "", with_lines=True)
+        raise RecipeError(path, f"cannot read this file{wanted_by}: {error}") from None
+    data = _parse(text, path)
     data = {} if data is None else data
     if not isinstance(data, dict):
-        message = f"expected a mapping of keys, got {type(data).__name__}"
-        raise RecipeError(str(path), [Problem("", message)])
+        raise RecipeError(path, f"expected a mapping of keys, got {_shown(data)}")
     base = data.pop("base", None)
     if base is None:
-        return data, origins
+        return data
     if not isinstance(base, str):
-        message = f"expected the path of one parent recipe, got {base!r}"
-        raise RecipeError(str(path), [Problem("base", message, where_from("base", origins, ""))])
-    parent, parent_origins = _load_merged(path.parent / base, (*children, resolved))
-    _merge(parent, data, "", parent_origins)
-    return parent, {**parent_origins, **origins}
+        raise RecipeError(path, f"base: expected the path of one parent, got {_shown(base)}")
+    merged: dict[str, Any] = _merged(_read(path.parent / base, (*children, resolved)), data)
+    return merged
 
 
-def _merge(into: dict[str, Any], top: dict[str, Any], key: str, origins: dict[str, str]) -> None:
-    """Extend mappings, replace everything else, and forget the origin of what is replaced."""
-    for name, value in top.items():
-        below = join(key, name)
-        if isinstance(value, dict) and isinstance(into.get(name), dict):
-            _merge(into[name], value, below, origins)
-            continue
-        into[name] = value
-        for known in [item for item in origins if item.startswith(f"{below}.")]:
-            del origins[known]
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings extended, everything else replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{name: _merged(below.get(name), item) for name, item in above.items()}}
 
 
-def _parse(text: str, source: str, key: str, *, with_lines: bool) -> tuple[Any, dict[str, str]]:
-    loader = _Loader(text)
-    try:
-        node = loader.get_single_node()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f"{source}:{mark.line + 1}" if mark is not None and with_lines else source
-        reason = getattr(error, "problem", None) or str(error)
-        raise RecipeError(source, [Problem(key, f"not valid YAML: {reason}", line)]) from None
-    finally:
-        loader.dispose()
-    if node is None:
-        return None, {}
-    origins: dict[str, str] = {}
-    problems: list[Problem] = []
-
-    def place(node: yaml.Node) -> str:
-        return f"{source}:{node.start_mark.line + 1}" if with_lines else source
-
-    def plain(node: yaml.Node, key: str, above: tuple[yaml.Node, ...]) -> Any:
-        origins.setdefault(key, place(node))
-        if node in above:
-            problems.append(Problem(key, "an alias that contains itself", place(node)))
-            return None
-        if isinstance(node, yaml.MappingNode):
-            return mapping(node, key, above)
-        if isinstance(node, yaml.SequenceNode):
-            items = enumerate(node.value)
-            return [plain(item, join(key, str(at)), (*above, node)) for at, item in items]
-        try:
-            return _scalar(node.tag.removeprefix(_TAG), node.value)
-        except KeyError:
-            problems.append(Problem(key, f"the tag {node.tag} is not allowed here", place(node)))
-            return None
-
-    def mapping(node: yaml.MappingNode, key: str, above: tuple[yaml.Node, ...]) -> dict[str, Any]:
-        result: dict[str, Any] = {}
-        lines: dict[str, int] = {}
-        for name_node, value_node in node.value:
-            if name_node.tag != f"{_TAG}str":
-                message = f"key {name_node.value!r} is not text; put it in quotes"
-                problems.append(Problem(key, message, place(name_node)))
-                continue
-            name = name_node.value
-            below = join(key, name)
-            if name in result:
-                message = f"key given twice, first in line {lines[name]}"
-                problems.append(Problem(below, message, place(name_node)))
-            lines[name] = name_node.start_mark.line + 1
-            origins[below] = place(name_node)
-            result[name] = plain(value_node, below, (*above, node))
-        return result
-
-    data = plain(node, key, ())
-    if problems:
-        raise RecipeError(source, problems)
-    return data, origins
+def _with(data: Any, parts: Sequence[str], value: Any, source: str) -> Any:
+    """A copy of `data` with `value` at a dotted key."""
+    if not parts:
+        return value
+    part, *rest = parts
+    if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
+        at = int(part)
+        return [*data[:at], _with(data[at], rest, value, source), *data[at + 1 :]]
+    if isinstance(data, list):
+        raise RecipeError(source, f"{part}: expected an index below {len(data)}")
+    if not isinstance(data, dict | None):
+        raise RecipeError(source, f"{part}: {_shown(data)} is there, which has no keys")
+    data = data or {}
+    return {**data, part: _with(data.get(part), rest, value, source)}
 
 
-def _scalar(kind: str, text: str) -> Any:
-    """A scalar's value. Raises KeyError for any tag outside the core schema."""
-    if kind == "int":
-        return int(text, 0) if text.lower().startswith(("0x", "0o")) else int(text, 10)
-    if kind == "float":
-        bare = text.lower()
-        return float(bare.replace(".inf", "inf").replace(".nan", "nan"))
-    return {"str": text, "bool": text.lower() == "true", "null": None}[kind]
+# --- the model and its keys ---------------------------------------------------------------------
 
 
-def _override(data: dict[str, Any], origins: dict[str, str], override: str) -> None:
-    """Apply one `dotted.key=value` in place."""
-    source = f"override `{override}`"
-    key, equals, text = override.partition("=")
-    parts = key.split(".")
-    if not equals or not all(parts):
-        message = "expected `dotted.key=value`, such as `trainer.max_steps=10`"
-        raise RecipeError(source, [Problem(key, message)])
-    value, fresh = _parse(text, source, key, with_lines=False)
-    node: Any = data
-    for depth, part in enumerate(parts):
-        last = depth == len(parts) - 1
-        here = ".".join(parts[: depth + 1])
-        if isinstance(node, list):
-            if not part.isdecimal() or int(part) >= len(node):
-                message = f"expected an index below {len(node)}, got {part!r}"
-                raise RecipeError(source, [Problem(here, message)])
-            index: Any = int(part)
-        elif isinstance(node, dict):
-            index = part
-        else:
-            above = ".".join(parts[:depth])
-            message = f"`{above}` holds {node!r}, which has no keys; override `{above}` as a whole"
-            raise RecipeError(source, [Problem(here, message)])
-        if last:
-            node[index] = value
-        elif isinstance(node, dict) and node.get(index) is None:
-            node[index] = {}
-        if not last:
-            node = node[index]
-    for known in [item for item in origins if item.startswith(f"{key}.")]:
-        del origins[known]
-    origins.update(fresh)
-    origins[key] = source
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models inside an annotation: through unions, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _models(part)
 
 
-class _Interpolation:
-    """Replaces `${dotted.key}` by the value that the finished recipe has there."""
+def _below(model: type[BaseModel] | None, part: str) -> type[BaseModel] | None:
+    """The model of a part; an item of a list or mapping has the one of the whole."""
+    field = model.model_fields.get(part) if model else None
+    return next(_models(field.annotation), None) if field else model
 
-    def __init__(
-        self, root: dict[str, Any], model: type[BaseModel], origins: dict[str, str], source: str
-    ) -> None:
-        self.root = root
-        self.model = model
-        self.origins = origins
-        self.source = source
 
-    def value(self, value: Any, key: str, trail: tuple[str, ...]) -> Any:
-        """A copy of `value` (which lies at `key`) without references."""
+def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
+    """A copy without `${dotted.key}`: the finished recipe's own values, else the defaults."""
+
+    def value_at(key: str) -> Any:
+        found: Any = data
+        section: type[BaseModel] | None = model
+        for part in key.split("."):
+            field = section.model_fields.get(part) if section else None
+            if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                found = found[int(part)]
+            elif isinstance(found, dict) and part in found:
+                found = found[part]
+            elif isinstance(found, dict) and field is not None and not field.is_required():
+                found = field.get_default(call_default_factory=True)
+                found = found.model_dump() if isinstance(found, BaseModel) else found
+            else:
+                hint = did_you_mean(key, [*data, *model.model_fields])
+                raise RecipeError(source, f"${{{key}}}: names no value of this recipe{hint}")
+            section = _below(section, part)
+        return found
+
+    def refer(key: str, trail: tuple[str, ...]) -> Any:
+        if key in trail:
+            raise RecipeError(source, f"${{{key}}}: refers to itself: {' -> '.join(trail)}")
+        return fill(value_at(key), (*trail, key))
+
+    def piece(match: re.Match[str], trail: tuple[str, ...]) -> str:
+        if match[0].startswith("$$"):
+            return match[0][1:]
+        found = refer(match[1], trail)
+        if not isinstance(found, str | int | float):
+            raise RecipeError(source, f"{match[0]}: inside a text it must be a scalar")
+        return str(found).lower() if isinstance(found, bool) else str(found)
+
+    def fill(value: Any, trail: tuple[str, ...]) -> Any:
         if isinstance(value, dict):
-            return {name: self.value(item, join(key, name), trail) for name, item in value.items()}
+            return {name.replace("$${", "${"): fill(item, trail) for name, item in value.items()}
         if isinstance(value, list):
-            return [self.value(item, join(key, str(at)), trail) for at, item in enumerate(value)]
+            return [fill(item, trail) for item in value]
         if not isinstance(value, str):
             return value
         whole = _REFERENCE.fullmatch(value)
         if whole and not value.startswith("$$"):
-            return self._referred(whole[1], key, trail)
-        return _REFERENCE.sub(lambda match: self._piece(match, key, trail), value)
+            return refer(whole[1], trail)
+        return _REFERENCE.sub(lambda match: piece(match, trail), value)
 
-    def _piece(self, match: re.Match[str], key: str, trail: tuple[str, ...]) -> str:
-        if match[0].startswith("$$"):
-            return match[0][1:]
-        found = self._referred(match[1], key, trail)
-        if isinstance(found, bool):
-            return str(found).lower()
-        if not isinstance(found, str | int | float):
-            self._refuse(key, f"`${{{match[1]}}}` inside a text must be a scalar, got {found!r}")
-        return str(found)
+    return fill(data, ())
 
-    def _referred(self, reference: str, key: str, trail: tuple[str, ...]) -> Any:
-        if reference in trail:
-            chain = " -> ".join((*trail, reference))
-            self._refuse(key, f"`${{{reference}}}` refers to itself: {chain}")
-        found = default_at(self.root, self.model, reference.split("."))
-        if found is MISSING:
-            hint = did_you_mean(reference, all_keys(self.root))
-            self._refuse(key, f"`${{{reference}}}` names no value of this recipe{hint}")
-        return self.value(found, reference, (*trail, reference))
 
-    def _refuse(self, key: str, message: str) -> None:
-        place = where_from(key, self.origins, self.source)
-        raise RecipeError(self.source, [Problem(key, message, place)])
+def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
+    """Pydantic's errors as `dotted.key: message`, without the names of a union's branches."""
+    told: dict[str, str] = {}
+    kinds: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        here: Any = data
+        parts: list[str] = []
+        for depth, step in enumerate(item["loc"], 1):
+            inside = (isinstance(here, dict) and step in here) or (
+                isinstance(here, list) and step in range(len(here))
+            )
+            if inside:
+                here = here[step]
+            elif item["type"] != "missing" or depth < len(item["loc"]):
+                continue
+            parts.append(str(step))
+        key, message = ".".join(parts), item["msg"]
+        if item["type"] == "missing":
+            told[key] = "required, but not given"
+        elif item["type"] == "extra_forbidden":
+            section: type[BaseModel] | None = model
+            for part in parts[:-1]:
+                section = _below(section, part)
+            known = list(section.model_fields) if section else []
+            told[key] = f"unknown key{did_you_mean(parts[-1], known) or f'; known here: {known}'}"
+        elif item["type"] == "value_error":
+            told[key] = message.removeprefix("Value error, ")
+        else:
+            wanted = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message)
+            kinds.setdefault(key, []).append(wanted.removeprefix("Input should be "))
+            told[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
+    # Of a union that was given a mapping only what is wrong inside it is told.
+    return [
+        f"{key}: {message}" if key else message
+        for key, message in told.items()
+        if not any(other.startswith(f"{key}.") for other in told)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else reprlib.repr(value)
+
+
+def recipe_help(model: type[BaseModel], above: str = "") -> str:
+    """Every key that a recipe may hold: dotted name, type, limits, default, and its docstring.
+
+    Args:
+        model: A recipe model.
+        above: What its keys begin with.
+
+    Returns:
+        Text of two lines or more a key; `N` stands for an index and `KEY` for a name of your own.
+    """
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = re.sub(r"[a-z_\d]+\.", "", inspect.formatannotation(field.annotation))
+        limits = [
+            f" {sign} {getattr(limit, attribute)}"
+            for limit in field.metadata
+            for attribute, sign in signs.items()
+            if hasattr(limit, attribute)
+        ]
+        default = field.get_default(call_default_factory=True)
+        told = "" if isinstance(default, BaseModel) else f" = {_shown(default)}"
+        told = " (required)" if field.is_required() else told
+        lines.append(f"{above}{name}: {kind}{','.join(limits)}{told}")
+        lines.append(textwrap.indent(inspect.cleandoc(field.description or ""), "    "))
+        item = {"list": ".N", "dict": ".KEY"}.get(kind.partition("[")[0], "")
+        for section in dict.fromkeys(_models(field.annotation)):
+            lines.append(recipe_help(section, f"{above}{name}{item}."))
+    return "\n".join(lines)

@@ -110,7 +110,7 @@ def test_help_shows_the_stages_docstring_and_keys(
     assert cli.main(["help", "stage3_projector"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("The purpose of stage3_projector.\n\nRecipe keys (Stage3Recipe):")
-    assert "vlm.language_model: str  (required)" in out
+    assert "vlm.language_model: str (required)" in out
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

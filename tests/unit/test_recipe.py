@@ -52,7 +52,7 @@ def write(folder: Path, text: str, name: str = "recipe.yaml") -> Path:
 def messages(path: Path, model: type[BaseModel], overrides: tuple[str, ...] = ()) -> list[str]:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, model, overrides)
-    return [str(problem) for problem in caught.value.problems]
+    return list(caught.value.problems)
 
 
 @pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def test_scalars_follow_yaml_1_2(tmp_path: Path, text: str, value: Any) -> None:
     assert type(found) is type(value)
 
 
-def test_a_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_refused_with_its_line(tmp_path: Path) -> None:
     path = write(tmp_path, "name: a\ninner:\n  word: x\n  number: 2\n  word: y\n")
-    assert messages(path, Outer) == [
-        f"inner.word: key given twice, first in line 3 [{path}:5]",
-    ]
+    (found,) = messages(path, Outer)
+    assert "key 'word' is given twice" in found
+    assert f'in "{path}", line 5, column 3' in found
 
 
 @pytest.mark.parametrize(
@@ -100,10 +100,12 @@ def test_a_duplicate_key_is_refused_with_both_lines(tmp_path: Path) -> None:
     [
         ("name: [", "not valid YAML"),
         ("- a", "expected a mapping of keys"),
-        ("1: a", "is not text"),
-        ("free: {x: !!python/name:os.system }", "is not allowed here"),
-        ("free: {x: !mine 1}", "is not allowed here"),
-        ("free: &a {x: *a}", "contains itself"),
+        ("1: a", "key '1' is not text"),
+        ("free: {x: !!python/name:os.system }", "could not determine a constructor"),
+        ("free: {x: !mine 1}", "could not determine a constructor"),
+        ("free: {x: !!int z}", "not valid YAML"),
+        ("free: {x: !!bool z}", "not valid YAML"),
+        ("free: &a {x: *a}", "recursive"),
         ("a: b: c", "not valid YAML"),
         ("name: a\n---\nname: b", "not valid YAML"),
     ],
@@ -112,7 +114,7 @@ def test_what_is_not_a_recipe_is_refused(tmp_path: Path, text: str, part: str) -
     path = write(tmp_path, text)
     found = messages(path, Outer)
     assert part in found[0]
-    assert str(path) in str(RecipeError(str(path), []))
+    assert str(path) in str(RecipeError(path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -149,23 +151,6 @@ def test_a_cycle_of_parents_is_refused(tmp_path: Path) -> None:
     assert "its own parent" in messages(tmp_path / "a.yaml", Outer)[0]
 
 
-def test_an_error_names_the_file_that_set_the_value(tmp_path: Path) -> None:
-    parent = write(tmp_path, "count: 3\ninner:\n  number: x\n", "parent.yaml")
-    path = write(tmp_path, "base: parent.yaml\ncount: y\n")
-    assert messages(path, Outer) == [
-        f"count: expected a valid integer, got 'y' (text) [{path}:2]",
-        f"inner.number: expected a valid number, got 'x' (text) [{parent}:3]",
-    ]
-
-
-def test_a_replaced_list_forgets_its_parents_lines(tmp_path: Path) -> None:
-    write(tmp_path, "\n\nitems:\n  - word: a\n    number: 2\n", "parent.yaml")
-    path = write(tmp_path, "base: parent.yaml\nitems: [{nummer: 3}]")
-    assert messages(path, Outer) == [
-        f"items.0.nummer: unknown key; did you mean `number`? [{path}:2]"
-    ]
-
-
 def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
     path = write(tmp_path, "name: a\nitems: [{word: p}, {word: q}]\n")
     overrides = (
@@ -192,12 +177,10 @@ def test_overrides_win_and_are_yaml(tmp_path: Path) -> None:
         ("count", "expected `dotted.key=value`"),
         ("=3", "expected `dotted.key=value`"),
         ("inner..word=3", "expected `dotted.key=value`"),
-        ("name.x=3", "`name` holds 'a', which has no keys"),
-        ("items.1.word=x", "items.1: expected an index below 1"),
-        ("items.first.word=x", "items.first: expected an index below 1"),
+        ("name.x=3", "x: 'a' is there, which has no keys"),
+        ("items.1.word=x", "1: expected an index below 1"),
+        ("items.first.word=x", "first: expected an index below 1"),
         ("count=[", "not valid YAML"),
-        ("cuont=3", "did you mean `count`?"),
-        ("count=1.5", "expected a valid integer, got 1.5 (number) [override `count=1.5`]"),
     ],
 )
 def test_a_bad_override_is_named(tmp_path: Path, override: str, part: str) -> None:
@@ -206,6 +189,16 @@ def test_a_bad_override_is_named(tmp_path: Path, override: str, part: str) -> No
         load_recipe(path, Outer, [override])
     assert part in str(caught.value)
     assert f"`{override}`" in str(caught.value)
+
+
+def test_an_override_is_checked_as_the_file_is(tmp_path: Path) -> None:
+    path = write(tmp_path, "items: &a [{word: p}]\nfree: {same: *a}\n")
+    assert messages(path, Outer, ("cuont=3", "count=1.5")) == [
+        "count: expected a valid integer, got 1.5",
+        "cuont: unknown key; did you mean `count`?",
+    ]
+    found = load_recipe(path, Outer, ["items.0.word=q"])
+    assert (found.items[0].word, found.free["same"]) == ("q", [{"word": "p"}])
 
 
 def test_interpolation_sees_the_merged_recipe_and_its_defaults(tmp_path: Path) -> None:
@@ -230,47 +223,44 @@ def test_interpolation_writes_a_flag_as_yaml_does(tmp_path: Path) -> None:
     [
         ("name: ${cuont}\ncount: 3", "names no value of this recipe; did you mean `count`?"),
         ("name: ${maybe.word}", "names no value"),
-        ("name: ${free.a}\nfree: {a: '${name}'}", "refers to itself: name -> free.a"),
-        ("name: x${inner}", "must be a scalar"),
+        ("name: ${free.a}\nfree: {a: '${name}'}", "refers to itself: free.a -> name"),
+        ("name: x${inner}", "${inner}: inside a text it must be a scalar"),
         ("name: ${items.3}\nitems: []", "names no value"),
     ],
 )
 def test_a_bad_reference_is_refused(tmp_path: Path, text: str, part: str) -> None:
     path = write(tmp_path, text)
-    assert part in messages(path, Outer)[0].replace("free.a -> name -> free.a", "name -> free.a")
+    assert part in messages(path, Outer)[0]
 
 
-def test_all_problems_are_listed_with_key_and_line(tmp_path: Path) -> None:
+def test_all_problems_are_listed_with_their_keys(tmp_path: Path) -> None:
     path = write(
         tmp_path,
         "sed: 3\ntext_encoder: {languag_model: x, pooling: men}\n"
         "sources:\n  - path: a\n    limt: 2\n    image_root: k\nbatch_tokens: '4'\n",
     )
-    found = messages(path, Stage2aRecipe)
-    assert sorted(found) == sorted(
-        [
-            f"output_dir: required, but not given [{path}]",
-            f"batch_tokens: expected a valid integer, got '4' (text) [{path}:7]",
-            f"sed: unknown key; did you mean `seed`? [{path}:1]",
-            f"text_encoder.language_model: required, but not given [{path}:2]",
-            f"text_encoder.pooling: expected 'mean', 'last' or 'eos', got 'men' (text) [{path}:2]",
-            f"text_encoder.languag_model: unknown key; did you mean `language_model`? [{path}:2]",
-            f"sources.0.limt: unknown key; did you mean `limit`? [{path}:5]",
-        ]
-    )
+    assert sorted(messages(path, Stage2aRecipe)) == [
+        "batch_tokens: expected a valid integer, got '4'",
+        "output_dir: required, but not given",
+        "sed: unknown key; did you mean `seed`?",
+        "sources.0.limt: unknown key; did you mean `limit`?",
+        "text_encoder.languag_model: unknown key; did you mean `language_model`?",
+        "text_encoder.language_model: required, but not given",
+        "text_encoder.pooling: expected 'mean', 'last' or 'eos', got 'men'",
+    ]
 
 
 def test_a_value_of_no_allowed_kind_lists_the_kinds(tmp_path: Path) -> None:
     path = write(tmp_path, "output_dir: o\nsources: []\ntext_encoder: 5")
     assert messages(path, Stage2aRecipe) == [
-        f"text_encoder: expected text or a mapping, got 5 (integer) [{path}:3]"
+        "text_encoder: expected a valid string or a mapping, got 5"
     ]
 
 
 def test_an_unknown_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) -> None:
     path = write(tmp_path, "inner: {zzz: 1}")
     assert messages(path, Outer) == [
-        f"inner.zzz: unknown key; known here: word, number, flag [{path}:1]"
+        "inner.zzz: unknown key; known here: ['word', 'number', 'flag']"
     ]
 
 
@@ -284,7 +274,7 @@ FULL = """
 base: parent.yaml
 output_dir: runs/${seed}
 notes: "1e-3"
-deviations: {"why: so": "true", a: "no ${seed} $${kept}"}
+deviations: {"why: so": "true", "${a}": "", a: "no ${seed} $${kept}"}
 vision_tower: "~"
 embedding_cache: "null"
 trainer: {learning_rate: 1.0e-5, max_steps: 10, a: "010", b: [1, "1", null, .inf], c: ünï}
@@ -327,11 +317,11 @@ def test_every_key_of_every_recipe_has_help(model: type[BaseModel]) -> None:
 
 def test_help_shows_key_type_limit_default_and_docstring() -> None:
     lines = recipe_help(Stage2bRecipe).splitlines()
-    assert "learning_rates.vision_tower: float (>= 0) = 1e-05" in lines
-    assert "tower_training: 'full' | 'frozen' | 'lora' = 'full'" in lines
-    assert "train.N.path: str  (required)" in lines
-    assert "tower_lora.r: int (>= 1) = 16" in lines
-    at = lines.index("projection_dim: int (>= 1) = 1280")
+    assert "learning_rates.vision_tower: float >= 0 = 1e-05" in lines
+    assert "tower_training: Literal['full', 'frozen', 'lora'] = 'full'" in lines
+    assert "train.N.path: str (required)" in lines
+    assert "tower_lora.r: int >= 1 = 16" in lines
+    at = lines.index("projection_dim: int >= 1 = 1280")
     assert lines[at + 1] == "    Width of the joint space. Paper v6: 1280."
     assert len(set(lines)) > 0.5 * len(lines)
     keys = [line.split(":")[0] for line in lines if not line.startswith(" ")]

@@ -20,8 +20,7 @@ from llm2clip_vlm.config_eval import (
 )
 from llm2clip_vlm.pipeline import RECIPES, expand
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe import load_recipe, save_resolved
-from llm2clip_vlm.recipe_schema import RecipeError
+from llm2clip_vlm.recipe import RecipeError, load_recipe, save_resolved
 from llm2clip_vlm.training.arguments import check_trainer_keys
 
 ROOT = Path(__file__).resolve().parents[2]
