@@ -152,7 +152,7 @@ def write_manifest(
             for part in sorted(folder.iterdir())
             if part.is_dir() and part.name != "checkpoints" and any(model_files(part))
         },
-        "versions": _versions(),
+        "versions": versions(),
         "seeds": seeds,
         "seconds": round(seconds, 3),
         "extra": dict(extra or {}),
@@ -168,9 +168,10 @@ def write_manifest(
     return target
 
 
-def _versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
+    """Installed versions of what computes here, and of any other distributions named."""
     found = {"python": ".".join(str(part) for part in sys.version_info[:3])}
-    for package in _PACKAGES:
+    for package in (*_PACKAGES, *more):
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
