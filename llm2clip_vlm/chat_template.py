@@ -1,15 +1,17 @@
-"""Chat templates: finding one, letting it take images, and where it puts the answers.
+"""Chat templates: finding one, letting it take images, and the labels that it makes.
 
-A template is rendered once; the answers' character spans come from its `{% generation %}` markers
-or, where it has none, from rendering it turn by turn. What a model is prompted with at inference
-is checked to be a token prefix of what it is trained on.
+A conversation is rendered once and tokenised once. The answers' characters come from the template's
+`{% generation %}` markers or, where it has none, from rendering the turns before each answer; the
+tokenizer's offsets turn characters into tokens.
 """
 
 from __future__ import annotations
 
 import difflib
 import re
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,54 +19,13 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
 Message = dict[str, Any]
 Span = tuple[int, int]
 
+_FOLDER = Path(__file__).with_name("templates")
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-VICUNA_V1_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] }}"
-    "{% else %}A chat between a curious user and an artificial intelligence assistant. The "
-    "assistant gives helpful, detailed, and polite answers to the user's questions.{% endif %}"
-    "{% for message in messages %}{% if message['role'] == 'user' %}"
-    "{{ ' USER: ' + message['content'] }}{% elif message['role'] == 'assistant' %}"
-    "{{ ' ASSISTANT:' }}{% generation %}{{ ' ' + message['content'] + eos_token }}"
-    "{% endgeneration %}{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ ' ASSISTANT:' }}{% endif %}"
-)
-"""Vicuna's `vicuna_v1`, LLaVA-1.5's stage 2 (LLaVA `llava/conversation.py`)."""
-
-CHAT_TEMPLATES = {"vicuna_v1": VICUNA_V1_TEMPLATE}
-"""Templates that a recipe may name instead of a file, for LLMs whose tokenizer has none."""
-
-# Joins a message's parts into the text that text-only templates expect. An image is followed by a
-# line break, as in LLaVA, unless the text after it brings its own white space.
-_JOIN_PARTS = r"""
-{%- set joined = namespace(messages=[], text='') -%}
-{%- for message in messages -%}
-  {%- set joined.text = '' -%}
-  {%- if message['content'] is string -%}
-    {%- set joined.text = message['content'] -%}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {%- if part['type'] == 'image' -%}
-        {%- set joined.text = joined.text + '<image>' -%}
-        {%- if not loop.last and (loop.nextitem['text'] | default('x'))[:1] not in ['\n', ' '] -%}
-          {%- set joined.text = joined.text + '\n' -%}
-        {%- endif -%}
-      {%- elif part['type'] == 'text' -%}
-        {%- set joined.text = joined.text + part['text'] -%}
-      {%- else -%}
-        {{- raise_exception('content of type ' + part['type'] + '; known are text and image') -}}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-  {%- set joined.messages = joined.messages + [dict(message, content=joined.text)] -%}
-{%- endfor -%}
-{%- set messages = joined.messages -%}
-"""
 
 
 class ConversationError(ValueError):
@@ -75,37 +36,39 @@ def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     """The Jinja source that a recipe's `chat_template` means.
 
     Args:
-        name: A name in `CHAT_TEMPLATES`, a Jinja file, Jinja source, or None for the tokenizer's.
+        name: A template of ours (`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`), a Jinja file,
+            Jinja source, or None for the tokenizer's.
         tokenizer: The LLM's tokenizer.
 
     Raises:
         ConversationError: None is given and the tokenizer has none, or no such name or file.
     """
+    known = sorted(path.stem for path in _FOLDER.glob("[!_]*.jinja"))
     if name is None:
         if isinstance(tokenizer.chat_template, str):
             return tokenizer.chat_template
         raise ConversationError(
             "the language model's tokenizer has no chat template; set `vlm.chat_template` to one "
-            f"of {', '.join(CHAT_TEMPLATES)} or to a Jinja file"
+            f"of {', '.join(known)} or to a Jinja file"
         )
-    if name in CHAT_TEMPLATES:
-        return CHAT_TEMPLATES[name]
     if "{{" in name or "{%" in name:
         return name
-    if Path(name).is_file():
-        return Path(name).read_text(encoding="utf-8")
-    near = difflib.get_close_matches(name, CHAT_TEMPLATES, n=1)
+    path = _FOLDER / f"{name}.jinja" if name in known else Path(name)
+    if path.is_file():
+        return path.read_text(encoding="utf-8").rstrip("\n")
+    near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConversationError(
-        f"chat_template {name!r} is neither a file nor one of {', '.join(CHAT_TEMPLATES)}{hint}"
+        f"chat_template {name!r} is neither a file nor one of {', '.join(known)}{hint}"
     )
 
 
+@lru_cache(maxsize=2)
 def accept_image_parts(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The template, able to take content as a list of `{"type": "image"}` and `text` parts.
+    r"""The template, able to take content as a list of `{"type": "image"}` and `text` parts.
 
     A template that already does is returned as it is; before any other, the parts are joined to
-    text with `<image>` for each image. Generation markers stay.
+    text, each image as `<image>` and, unless white space follows, a line break, as in LLaVA.
     """
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
     try:
@@ -113,7 +76,7 @@ def accept_image_parts(template: str, tokenizer: PreTrainedTokenizerBase) -> str
     except (jinja2.TemplateError, TypeError):
         text = ""
     native = text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text
-    return template if native else _JOIN_PARTS.strip() + template
+    return template if native else (_FOLDER / "_join_parts.jinja").read_text() + template
 
 
 def template_of(processor_or_tokenizer: Any) -> str:
@@ -126,14 +89,7 @@ def template_of(processor_or_tokenizer: Any) -> str:
     if not isinstance(template, str):
         raise ConversationError("no chat template; set one when the model is composed")
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-    key = (template, id(tokenizer))
-    if key not in _ACCEPTING:
-        _ACCEPTING.clear()  # one model at a time; an id may come back for another tokenizer
-        _ACCEPTING[key] = accept_image_parts(template, tokenizer)
-    return _ACCEPTING[key]
-
-
-_ACCEPTING: dict[tuple[str, int], str] = {}
+    return accept_image_parts(template, tokenizer)
 
 
 def render(
@@ -143,10 +99,10 @@ def render(
     prompt: bool = False,
 ) -> str:
     """Text of a conversation; with `prompt`, up to where the model begins to answer."""
-    return _render_jinja(messages, template, tokenizer, add_generation_prompt=prompt)[0]
+    return _render(messages, template, tokenizer, add_generation_prompt=prompt)[0]
 
 
-def _render_jinja(
+def _render(
     messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, **options: bool
 ) -> tuple[str, list[Span]]:
     """Text, and the spans of its `{% generation %}` blocks if asked for."""
@@ -185,43 +141,62 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
     return before, behind.rstrip()
 
 
-def answer_spans(
+def label(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[Span]]:
-    """Renders a conversation and finds its answers.
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels on each answer and the token that ends it.
 
     Args:
-        messages: Normalised messages.
+        messages: Turns with roles `system`, `user` and `assistant`.
         template: Jinja source that takes image parts.
-        tokenizer: Gives the special tokens' texts, and the tokens for the prefix check.
+        tokenizer: A fast one.
 
     Returns:
-        The text, and `(begin, end)` characters of each answer.
+        `(input_ids, labels)`; `IGNORE_INDEX` where nothing is trained, each `<image>` one token.
 
     Raises:
-        ConversationError: The template marks another number of answers, or (without markers)
-            rewrites earlier turns or prompts with other tokens than it trains on.
+        ConversationError: The template marks another number of answers, rewrites earlier turns, or
+            writes no end-of-turn token; or a token joins a prompt and its answer.
     """
-    if not _GENERATION.search(template):
-        return _spans_from_prefixes(messages, template, tokenizer)
-    text, spans = _render_jinja(messages, template, tokenizer, return_assistant_tokens_mask=True)
-    answers = sum(message["role"] == "assistant" for message in messages)
-    if len(spans) != answers:
-        raise ConversationError(
-            f"the chat template marks {len(spans)} generation spans, expected {answers}"
-        )
-    return text, spans
+    text, spans = _answers(messages, template, tokenizer)
+    ids, offsets = tokenize(tokenizer, text)
+    begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
+    stops = _stop_tokens(tokenizer)
+    labels = [IGNORE_INDEX] * len(ids)
+    for begin, end in spans:
+        first, last = bisect_right(ends, begin), bisect_left(begins, end)
+        if first >= last:
+            raise ConversationError(f"the answer {text[begin:end]!r} has no token")
+        if text[begins[first] : begin].strip():
+            raise ConversationError(
+                f"the token {text[begins[first] : ends[first]]!r} joins prompt and answer; the "
+                "template needs a separator before the answer"
+            )
+        inside = [i for i in range(first, last) if ids[i] in stops]
+        ended = inside or [i for i in range(last, min(last + 1, len(ids))) if ids[i] in stops]
+        if not ended:
+            raise ConversationError(
+                f"the chat template writes no end-of-turn token after {text[begin:end][-40:]!r}, "
+                "so the model would not learn to stop; add eos_token to the template"
+            )
+        labels[first : ended[-1] + 1] = ids[first : ended[-1] + 1]
+    return ids, labels
 
 
-def _spans_from_prefixes(
+def _answers(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
-    text = render(messages, template, tokenizer)
-    full_ids, _ = tokenize(tokenizer, text)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
+    """The rendered conversation, and `(begin, end)` characters of each answer."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if _GENERATION.search(template):
+        text, spans = _render(messages, template, tokenizer, return_assistant_tokens_mask=True)
+        if len(spans) != len(answers):
+            raise ConversationError(
+                f"the chat template marks {len(spans)} generation spans, expected {len(answers)}"
+            )
+        return text, spans
+    text, spans = render(messages, template, tokenizer), []
+    for index in answers:
         prompt = render(messages[:index], template, tokenizer, prompt=True)
         answered = render(messages[: index + 1], template, tokenizer)
         if not text.startswith(answered) or not answered.startswith(prompt):
@@ -229,29 +204,8 @@ def _spans_from_prefixes(
                 f"turn {index + 1}: the chat template rewrites earlier turns, so an answer's "
                 "place cannot be found; put {% generation %} around the answer in the template"
             )
-        check_prompt_prefix(tokenizer, prompt, full_ids, f"turn {index + 1}")
         spans.append((len(prompt), len(answered)))
     return text, spans
-
-
-def check_prompt_prefix(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, full_ids: Sequence[int], where: str
-) -> None:
-    """Refuses a template whose inference prompt is no token prefix of the training sample.
-
-    Raises:
-        ConversationError: The tokens differ, with the first place where they do.
-    """
-    prompt_ids, _ = tokenize(tokenizer, prompt)
-    if list(full_ids[: len(prompt_ids)]) == prompt_ids:
-        return
-    pairs = enumerate(zip(prompt_ids, full_ids, strict=False))
-    place = next((i for i, (a, b) in pairs if a != b), len(full_ids))
-    raise ConversationError(
-        f"{where}: the prompt {prompt[-40:]!r} is no token prefix of the training sample (token "
-        f"{place} differs); a template whose prompt ends in a space does this: move the space to "
-        "the answer"
-    )
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
@@ -266,7 +220,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
         )
     bos = tokenizer.bos_token
     add = not (bos and text.startswith(bos))
-    encoded = tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+    encoded = tokenizer(text, add_special_tokens=add, return_offsets_mapping=True, verbose=False)
     ids = list(encoded["input_ids"])
     offsets = [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
     while add and ids and offsets[-1] == (0, 0) and len(ids) > 1:
@@ -274,25 +228,45 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], 
     return ids, offsets
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+@lru_cache(maxsize=2)
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Ids that can end a turn: every special token but bos, unk and `<image>`; always eos."""
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     special |= set(tokenizer.all_special_ids)
     special -= {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.bos_token_id}
     special -= {tokenizer.unk_token_id}
-    return special | ({tokenizer.eos_token_id} - {None})
+    return frozenset(special | ({tokenizer.eos_token_id} - {None}))
+
+
+def _probe(text: str) -> list[Message]:
+    content = [{"type": "text", "text": text}]
+    answer = [{"type": "text", "text": "it is red"}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
 def end_of_turn_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What `generation_config.eos_token_id` must hold: eos and the template's end-of-turn token."""
-    probe: list[Message] = [
-        {"role": "user", "content": [{"type": "text", "text": "a"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "b"}]},
-    ]
-    text = render(probe, template, tokenizer)
-    prompt = render(probe[:1], template, tokenizer, prompt=True)
-    answer, _ = tokenize(tokenizer, text)
-    rest = answer[len(tokenize(tokenizer, prompt)[0]) :]
-    written = [token for token in rest if token in stop_token_ids(tokenizer)][:1]
+    labels = label(_probe("what is it ?"), template, tokenizer)[1]
+    last = [token for token in labels if token != IGNORE_INDEX][-1]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys(eos + written))
+    return list(dict.fromkeys([*eos, last]))
+
+
+def check_chat_template(processor_or_tokenizer: Any) -> None:
+    """Checks once that what a model is prompted with is what stands before a trained answer.
+
+    Raises:
+        ConversationError: As :func:`label`, or the prompt's tokens differ.
+    """
+    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
+    template = template_of(processor_or_tokenizer)
+    messages = _probe("What is it?")
+    ids, labels = label(messages, template, tokenizer)
+    prompt = render(messages[:1], template, tokenizer, prompt=True)
+    before = ids[: next(i for i, token in enumerate(labels) if token != IGNORE_INDEX)]
+    if tokenize(tokenizer, prompt)[0] != before:
+        raise ConversationError(
+            f"the chat template prompts with {prompt[-40:]!r} but trains answers after "
+            f"{tokenizer.decode(before)[-40:]!r}; is {{% generation %}} around all of the answer, "
+            "and does the prompt end in a space? Move the space to the answer"
+        )

@@ -22,9 +22,9 @@ from pathlib import Path
 
 from transformers import set_seed
 
+from llm2clip_vlm.chat_template import check_chat_template
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_vlm import Stage3Recipe
-from llm2clip_vlm.data.conversation import check_chat_template
 from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main, teardown

@@ -1,30 +1,18 @@
-"""Conversations to token ids and labels: one tokenisation, answers found by position.
+"""Conversations to token ids and labels.
 
 LLaVA re-tokenises split strings and adds up their lengths; where the sums disagree it masks the
-whole sample and warns. Here the chat template is rendered once, the answers' character spans come
-from its `{% generation %}` markers (or from rendering it turn by turn), and the tokenizer's own
-offsets turn them into token spans. What a model is prompted with at inference is checked to be a
-token prefix of what it is trained on.
+whole sample and warns. Here a conversation is tokenised once (:mod:`llm2clip_vlm.chat_template`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2clip_vlm.chat_template import (
-    ConversationError,
-    Message,
-    Span,
-    answer_spans,
-    check_prompt_prefix,
-    render,
-    stop_token_ids,
-    template_of,
-    tokenize,
-)
+from llm2clip_vlm.chat_template import ConversationError, Message, label, template_of
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"} | {
@@ -118,8 +106,7 @@ def build_labels(
         `(input_ids, labels)`, lists of the same length; labels are not shifted.
 
     Raises:
-        ConversationError: As :func:`to_messages`; or the template rewrites earlier turns, writes
-            no end-of-turn token, or prompts with other tokens than it trains on.
+        ConversationError: As :func:`to_messages` and :func:`~llm2clip_vlm.chat_template.label`.
 
     Example:
         >>> ids, labels = build_labels(processor, [
@@ -127,15 +114,8 @@ def build_labels(
         ...     {"from": "gpt", "value": "red"}])  # doctest: +SKIP
     """
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-    template = template_of(processor_or_tokenizer)
     turns = to_messages(messages)
-    text, spans = answer_spans(turns, template, tokenizer)
-    ids, offsets = tokenize(tokenizer, text)
-    stops = stop_token_ids(tokenizer)
-    labels = [IGNORE_INDEX] * len(ids)
-    for begin, end in spans:
-        first, last = _token_span(text, ids, offsets, (begin, end), stops, tokenizer)
-        labels[first:last] = ids[first:last]
+    ids, labels = label(turns, template_of(processor_or_tokenizer), tokenizer)
     count = num_visual_tokens or visual_tokens_per_image(processor_or_tokenizer)
     return _expand_images(ids, labels, _image_token_id(tokenizer), count, count_images(turns))
 
@@ -182,15 +162,13 @@ def decoded_preview(
 ) -> str:
     """One sample as text: trained spans between `«` and `»`, runs of visual tokens as a count."""
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    pieces: list[str] = []
-    start = 0
-    while start < len(input_ids):
-        trained, image = labels[start] != IGNORE_INDEX, input_ids[start] == image_id
-        end = start
-        while end < len(input_ids) and (
-            (labels[end] != IGNORE_INDEX, input_ids[end] == image_id) == (trained, image)
-        ):
-            end += 1
+    kinds = [
+        (token != IGNORE_INDEX, index == image_id)
+        for index, token in zip(input_ids, labels, strict=True)
+    ]
+    pieces, start = [], 0
+    for (trained, image), run in groupby(kinds):
+        end = start + len(list(run))
         text = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
         text = f"[{IMAGE_TOKEN} x{end - start}]" if image else text
         pieces.append(f"«{text}»" if trained else text)
@@ -199,10 +177,15 @@ def decoded_preview(
 
 
 def _to_parts(value: Any, number: int) -> list[Message]:
+    if isinstance(value, list):
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+                raise ConversationError(f"turn {number}: a part {part!r}, expected text or image")
+        keys = {"image": ("type",), "text": ("type", "text")}
+        return [{key: part[key] for key in keys[part["type"]]} for part in value]
     if not isinstance(value, str):
-        if not isinstance(value, list) or not all(isinstance(p, dict) for p in value):
-            raise ConversationError(f"turn {number}: no text (`value` or `content`)")
-        return [dict(part) for part in value]
+        raise ConversationError(f"turn {number}: no text (`value` or `content`)")
     texts = value.split(IMAGE_TOKEN)
     if len(texts) == 2:
         texts = ["", (texts[0] + texts[1]).strip()]
@@ -211,64 +194,6 @@ def _to_parts(value: Any, number: int) -> list[Message]:
         parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": text}] if text else []
     return parts
-
-
-def check_chat_template(processor_or_tokenizer: Any) -> None:
-    """Checks once that what is prompted is what is trained on, for templates with markers too.
-
-    Raises:
-        ConversationError: As :func:`build_labels` and :func:`check_prompt_prefix`.
-    """
-    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-    template = template_of(processor_or_tokenizer)
-    messages = to_messages(
-        [
-            {"role": "user", "content": f"{IMAGE_TOKEN}\nWhat is it?"},
-            {"role": "assistant", "content": "it is red"},
-        ]
-    )
-    ids, labels = build_labels(processor_or_tokenizer, messages, num_visual_tokens=1)
-    prompt = render(messages[:1], template, tokenizer, prompt=True)
-    check_prompt_prefix(tokenizer, prompt, ids, "chat template")
-    trained = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
-    if len(tokenize(tokenizer, prompt)[0]) != trained:
-        raise ConversationError(
-            "the chat template's generation prompt and its {% generation %} block do not meet: "
-            f"training starts at token {trained}, the prompt has "
-            f"{len(tokenize(tokenizer, prompt)[0])}"
-        )
-
-
-def _token_span(
-    text: str,
-    ids: list[int],
-    offsets: list[Span],
-    span: Span,
-    stops: set[int],
-    tokenizer: PreTrainedTokenizerBase,
-) -> Span:
-    """Tokens of one answer, from its first to its end-of-turn token."""
-    begin, end = span
-    inside = [i for i, (a, b) in enumerate(offsets) if b > a and b > begin and a < end]
-    if not inside:
-        raise ConversationError(f"the answer {text[begin:end]!r} has no token")
-    first, last = inside[0], inside[-1] + 1
-    if text[offsets[first][0] : begin].strip():
-        raise ConversationError(
-            f"the token {text[slice(*offsets[first])]!r} joins prompt and answer; the template "
-            "needs a separator before the answer"
-        )
-    if not stops.intersection(ids[first:last]) and last < len(ids) and ids[last] in stops:
-        last += 1
-    ends = [i for i in range(first, last) if ids[i] in stops]
-    if not ends:
-        raise ConversationError(
-            f"the chat template writes no end-of-turn token after {text[begin:end][-40:]!r}, so "
-            "the model would not learn to stop; add eos_token to the template"
-        )
-    if not str(tokenizer.decode(ids[ends[-1] + 1 : last])).strip():
-        last = ends[-1] + 1
-    return first, last
 
 
 def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -288,8 +213,8 @@ def _expand_images(
         )
     out_ids: list[int] = []
     out_labels: list[int] = []
-    for token, label in zip(ids, labels, strict=True):
+    for token, target in zip(ids, labels, strict=True):
         repeat = count if token == image_id else 1
         out_ids += [token] * repeat
-        out_labels += [IGNORE_INDEX if token == image_id else label] * repeat
+        out_labels += [IGNORE_INDEX if token == image_id else target] * repeat
     return out_ids, out_labels

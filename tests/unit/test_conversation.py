@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.chat_template import (
-    CHAT_TEMPLATES,
     ConversationError,
     accept_image_parts,
+    check_chat_template,
     end_of_turn_ids,
     find_chat_template,
     render,
@@ -20,7 +21,6 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation import (
     build_labels,
     build_plain_labels,
-    check_chat_template,
     count_images,
     decoded_preview,
     to_messages,
@@ -38,39 +38,116 @@ CHATML = (
     "+ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-LLAMA3 = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|start|>' + message['role'] + '<|end|>\n\n' "
-    "+ message['content'] | trim + '<|im_end|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start|>assistant<|end|>\n\n' }}{% endif %}"
-)
+OWN = ("vicuna_v1", "llama3", "qwen", "mistral", "gemma")
+STOPS = {"vicuna_v1": "</s>", "llama3": "<|eot_id|>", "qwen": "<|im_end|>"} | {
+    "mistral": "</s>",
+    "gemma": "<end_of_turn>",
+}
+SPECIALS = (
+    "<s> </s> <unk> <image> <|im_start|> <|im_end|> <|eot_id|> <|start_header_id|> "
+    "<|end_header_id|> [INST] [/INST] <start_of_turn> <end_of_turn>"
+).split()
 
 
-def byte_tokenizer(template: str) -> Any:
-    """A byte-level BPE like those of Qwen and Llama 3: white space belongs to the word after it."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def family_tokenizer(family: str, template: str | None = None) -> Any:
+    """A small tokenizer with a family's normaliser, pre-tokeniser and decoder, trained here."""
+    from tokenizers import (
+        Regex,
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
     from transformers import PreTrainedTokenizerFast
 
-    specials = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|end|>", "<image>"]
+    byte_level = family in ("llama3", "qwen")
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
+    if byte_level:
+        words = (
+            r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+            r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+        )
+        split = pre_tokenizers.Split(Regex(words), "isolated")
+        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([split, level])
+    else:  # pieces end where words do, however the family splits afterwards
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte_level else []
     trainer = trainers.BpeTrainer(
-        vocab_size=600,
-        special_tokens=specials,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=700, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     text = "what color is it ? red and green is it big ? yes . user assistant ASSISTANT: USER: "
-    backend.train_from_iterator([text * 20], trainer)
+    backend.train_from_iterator([text * 20, "A chat between a curious user \n " * 5], trainer)
+    if byte_level:
+        backend.normalizer = normalizers.NFC() if family == "qwen" else None
+        backend.decoder = decoders.ByteLevel()
+    else:
+        learned = json.loads(backend.to_str())["model"]
+        vocab = learned["vocab"] | {f"<0x{b:02X}>": len(learned["vocab"]) + b for b in range(256)}
+        merges = [tuple(pair) for pair in learned["merges"]]
+        backend.model = models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True)
+        backend.decoder = decoders.Sequence(
+            [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+        )
+        blank = normalizers.Replace(" ", "\u2581")
+        if family == "llama2_legacy":  # Vicuna's: a blank before each piece of text
+            backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), blank])
+            backend.pre_tokenizer = None
+        elif family == "mistral":
+            backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+        else:
+            backend.normalizer = blank
+            backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    if family != "qwen":
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
         eos_token="</s>",
+        unk_token="<unk>",
         pad_token="</s>",
-        additional_special_tokens=specials[2:],
+        additional_special_tokens=SPECIALS[3:],
     )
-    tokenizer.chat_template = template
+    tokenizer.chat_template = template and find_chat_template(template, tokenizer)
     return tokenizer
+
+
+FAMILIES = ("llama2_legacy", "mistral", "llama3", "qwen", "gemma")
+
+
+@pytest.mark.parametrize("template", OWN)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_t01_trained_text_is_the_answers_byte_for_byte(family: str, template: str) -> None:
+    """T01, T02, T03, T05: every template with every family, a word no tokenizer has seen."""
+    tokenizer = family_tokenizer(family, template)
+    answers = ["red and green", "yes .\n\nÄrger: 1 < 2 \U0001f600"]
+    turns = [
+        TURNS[0],
+        {**TURNS[1], "value": answers[0]},
+        TURNS[2],
+        {**TURNS[3], "value": answers[1]},
+    ]
+    ids, labels = build_labels(tokenizer, turns, num_visual_tokens=4)
+    stop = STOPS[template]
+    found = [span.lstrip(" ") for span in trained(tokenizer, ids, labels)]
+    assert [span.removesuffix(stop).rstrip(" ") for span in found] == answers
+    assert all(span.endswith(stop) for span in found)
+    assert ids.count(tokenizer.bos_token_id) <= 1
+    assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 4
+    # pad is eos here: the end of the turn is trained all the same
+    assert labels.count(tokenizer.convert_tokens_to_ids(stop)) == 2
+    assert tokenizer.convert_tokens_to_ids(stop) in end_of_turn_ids(
+        accept_image_parts(tokenizer.chat_template, tokenizer), tokenizer
+    )
+    check_chat_template(tokenizer)
+    unmarked = tokenizer.chat_template.replace("generation %}", "if true %}")
+    tokenizer.chat_template = unmarked.replace("{% endif true %}", "{% endif %}")
+    assert build_labels(tokenizer, turns, num_visual_tokens=4) == (ids, labels)
 
 
 def trained(tokenizer: Any, ids: list[int], labels: list[int]) -> list[str]:
@@ -100,27 +177,6 @@ def test_without_markers_the_labels_are_the_same() -> None:
     assert build_labels(tokenizer, TURNS) == expected
 
 
-@pytest.mark.parametrize(
-    ("template", "ending"),
-    [
-        (CHATML, "<|im_end|>"),
-        (LLAMA3, "<|im_end|>"),
-        (CHAT_TEMPLATES["vicuna_v1"], "</s>"),
-    ],
-)
-def test_templates_of_real_families(template: str, ending: str) -> None:
-    tokenizer = byte_tokenizer(template)
-    ids, labels = build_labels(tokenizer, TURNS, num_visual_tokens=4)
-    spans = [span.strip() for span in trained(tokenizer, ids, labels)]
-    assert spans == [f"red and green{ending}", f"yes .{ending}"]
-    assert ids.count(tokenizer.convert_tokens_to_ids("<image>")) == 4
-    check_chat_template(tokenizer)
-    # pad is eos here: the end of the turn is trained all the same
-    stop = tokenizer.convert_tokens_to_ids(ending)
-    assert labels.count(stop) == 2
-    assert stop in end_of_turn_ids(accept_image_parts(template, tokenizer), tokenizer)
-
-
 def test_a_system_turn_is_not_trained() -> None:
     tokenizer = llm_tokenizer()
     ids, labels = build_labels(tokenizer, [{"from": "system", "value": "look"}, *TURNS[:2]])
@@ -135,26 +191,23 @@ def test_an_unknown_word_does_not_end_a_turn() -> None:
 
 
 def test_a_prompt_that_is_no_token_prefix_is_refused() -> None:
-    template = CHAT_TEMPLATES["vicuna_v1"].replace("' ASSISTANT:'", "' ASSISTANT: '")
-    template = template.replace("' ' + message", "message")
-    marked = byte_tokenizer(template)
-    with pytest.raises(ConversationError, match="no token prefix"):
-        check_chat_template(marked)
-    plain = byte_tokenizer(re.sub(r"{% (end)?generation %}", "", template))
-    with pytest.raises(ConversationError, match="no token prefix"):
-        build_labels(plain, TURNS)
+    tokenizer = family_tokenizer("qwen", "vicuna_v1")
+    template = tokenizer.chat_template.replace("' ASSISTANT:'", "' ASSISTANT: '")
+    tokenizer.chat_template = template.replace("' ' + message", "message")
+    with pytest.raises(ConversationError, match="does the prompt end in a space"):
+        check_chat_template(tokenizer)
 
 
 def test_a_template_that_rewrites_history_is_refused() -> None:
     template = CHATML.replace("{% for", "{{ messages | length }}{% for", 1)
     with pytest.raises(ConversationError, match="rewrites earlier turns"):
-        build_labels(byte_tokenizer(template), TURNS)
+        build_labels(family_tokenizer("qwen", template), TURNS)
 
 
 def test_a_template_without_an_end_of_turn_is_refused() -> None:
     template = CHATML.replace("<|im_end|>", " .")
     with pytest.raises(ConversationError, match="no end-of-turn token"):
-        build_labels(byte_tokenizer(template), TURNS)
+        build_labels(family_tokenizer("qwen", template), TURNS)
 
 
 def test_a_marker_in_front_of_the_stop_token_still_trains_it() -> None:
@@ -194,7 +247,7 @@ def test_images_keep_their_place(value: str, parts: list[str]) -> None:
 
 
 def test_joined_parts_read_as_llava_writes_them() -> None:
-    tokenizer = byte_tokenizer(CHATML)
+    tokenizer = family_tokenizer("qwen", CHATML)
     template = accept_image_parts(CHATML, tokenizer)
     assert template != CHATML
     for value in ("<image>\nwhat ?", "a\n<image>\n<image>\nwhat ?", "<image> two <image>\nb"):
@@ -226,7 +279,7 @@ def test_bad_conversations_are_named(turns: list[dict[str, str]], reason: str) -
 def test_chat_template_lookup(tmp_path: Path) -> None:
     tokenizer = llm_tokenizer()
     assert find_chat_template(None, tokenizer) == CHAT_TEMPLATE
-    assert find_chat_template("vicuna_v1", tokenizer) == CHAT_TEMPLATES["vicuna_v1"]
+    assert "ASSISTANT:" in find_chat_template("vicuna_v1", tokenizer)
     (tmp_path / "a.jinja").write_text("x{{ bos_token }}")
     assert find_chat_template(str(tmp_path / "a.jinja"), tokenizer) == "x{{ bos_token }}"
     with pytest.raises(ConversationError, match="did you mean 'vicuna_v1'"):
