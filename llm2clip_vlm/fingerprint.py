@@ -7,19 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _MODEL_FILES = frozenset(
-    {
-        "config.json",
-        "adapter_config.json",
-        "generation_config.json",
-        "preprocessor_config.json",
-        "processor_config.json",
-        "chat_template.jinja",
-        "tokenizer.json",
-        "tokenizer.model",
-        "tokenizer_config.json",
-        "vocab.json",
-        "merges.txt",
-    }
+    "config.json adapter_config.json generation_config.json preprocessor_config.json "
+    "processor_config.json chat_template.jinja tokenizer.json tokenizer.model "
+    "tokenizer_config.json vocab.json merges.txt".split()
 )
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin"})
 
@@ -55,8 +45,11 @@ def fingerprint_dir(path: str | Path) -> str:
         raise HandoffError(f"expected a directory at {folder}, found none")
     files = list(model_files(folder))
     if not files:
-        below = (file for file in folder.rglob("*") if file.is_file())
-        files = [file for file in below if not _hidden(file.relative_to(folder))]
+        files = [
+            file
+            for file in folder.rglob("*")
+            if file.is_file() and "/." not in f"/{file.relative_to(folder).as_posix()}"
+        ]
     if not files:
         raise HandoffError(f"expected files in {folder}, found none to take a fingerprint of")
     digest = hashlib.sha256()
@@ -64,10 +57,6 @@ def fingerprint_dir(path: str | Path) -> str:
         name = file.relative_to(folder).as_posix()
         digest.update(f"{name}\0{fingerprint_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def model_files(folder: Path) -> Iterator[Path]:

@@ -8,12 +8,11 @@ checkpoint that has no manifest (somebody else's) is taken as it is.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
-import logging
-import os
-import sys
+import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import (
     HandoffError,
     fingerprint_dir,
@@ -30,60 +30,23 @@ from llm2clip_vlm.fingerprint import (
 )
 from llm2clip_vlm.recipe import RecipeError, load_recipe, save_resolved, to_plain
 
-__all__ = [
-    "RESOLVED_NAME",
-    "HandoffError",
-    "claim_output_dir",
-    "fingerprint_dir",
-    "fingerprint_file",
-    "is_complete",
-    "parent_state",
-    "read_manifest",
-    "recipe_hash",
-    "refuse_bidirectional",
-    "verify_parent",
-    "write_manifest",
-]
-
-logger = logging.getLogger(__name__)
+# What later stages need of a parent, under one address.
+__all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file"]
 
 RESOLVED_NAME = "recipe.resolved.yaml"
 """File with the recipe that an output directory was made with."""
 
 _SCHEMA = 1
 _PACKAGES = (
-    "torch",
-    "transformers",
-    "accelerate",
-    "deepspeed",
-    "peft",
-    "datasets",
-    "tokenizers",
-    "safetensors",
-    "numpy",
-    "pillow",
-    "lmms_eval",
-    "llm2clip-vlm",
+    "torch transformers accelerate deepspeed peft datasets tokenizers safetensors numpy pillow "
+    "lmms_eval llm2clip-vlm"
 )
 # Keys that change where a run writes or what it says, never what it computes.
 _NEUTRAL_KEYS = frozenset({"base", "output_dir", "notes", "deviations"})
 _NEUTRAL_TRAINER_KEYS = frozenset(
-    {
-        "disable_tqdm",
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-        "logging_steps",
-        "logging_strategy",
-        "report_to",
-        "run_name",
-        "save_on_each_node",
-        "save_steps",
-        "save_strategy",
-        "save_total_limit",
-    }
+    "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
+    "logging_nan_inf_filter logging_steps logging_strategy report_to run_name save_on_each_node "
+    "save_steps save_strategy save_total_limit".split()
 )
 
 
@@ -98,13 +61,10 @@ def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
 
 
 def _meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
-    plain = to_plain(recipe) if isinstance(recipe, BaseModel) else dict(recipe)
-    kept = {key: value for key, value in plain.items() if key not in _NEUTRAL_KEYS}
-    trainer = kept.get("trainer")
-    if isinstance(trainer, Mapping):
-        kept["trainer"] = {
-            key: value for key, value in trainer.items() if key not in _NEUTRAL_TRAINER_KEYS
-        }
+    plain = to_plain(recipe) if isinstance(recipe, BaseModel) else recipe
+    kept = {key: plain[key] for key in plain.keys() - _NEUTRAL_KEYS}
+    if trainer := kept.get("trainer"):
+        kept["trainer"] = {key: trainer[key] for key in trainer.keys() - _NEUTRAL_TRAINER_KEYS}
     return kept
 
 
@@ -136,10 +96,7 @@ def write_manifest(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     plain = to_plain(recipe)
-    world = plain.get("world")
-    seeds = {"seed": plain.get("seed")}
-    if isinstance(world, Mapping):
-        seeds["world.seed"] = world.get("seed")
+    world = {"world.seed": plain["world"]["seed"]} if plain.get("world") else {}
     manifest = {
         "schema": _SCHEMA,
         "stage": stage,
@@ -153,29 +110,21 @@ def write_manifest(
             if part.is_dir() and part.name != "checkpoints" and any(model_files(part))
         },
         "versions": versions(),
-        "seeds": seeds,
+        "seeds": {"seed": plain.get("seed"), **world},
         "seconds": round(seconds, 3),
         "extra": dict(extra or {}),
     }
-    target = folder / MANIFEST_NAME
-    partial = target.with_name(f".{MANIFEST_NAME}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as handle:
-        json.dump(manifest, handle, indent=2, ensure_ascii=False)
-        handle.write("\n")
-        handle.flush()
-        os.fsync(handle.fileno())
-    partial.replace(target)
-    return target
+    path = folder / MANIFEST_NAME
+    write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    return path
 
 
 def versions(*more: str) -> dict[str, str]:
     """Installed versions of what computes here, and of any other distributions named."""
-    found = {"python": ".".join(str(part) for part in sys.version_info[:3])}
-    for package in (*_PACKAGES, *more):
-        try:
+    found = {"python": platform.python_version()}
+    for package in (*_PACKAGES.split(), *more):
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            logger.debug("%s is not installed", package)
     return found
 
 
@@ -232,31 +181,24 @@ def _find_manifest(path: Path) -> Path | None:
 
 
 def verify_parent(
-    directory: str | Path,
-    *,
-    expect_stage: str | Sequence[str] | None = None,
-    fingerprints: Mapping[str, str] | None = None,
+    directory: str | Path, *, expect_stage: str | Sequence[str] | None = None
 ) -> dict[str, Any] | None:
     """Check that a directory is what the next stage takes it for.
 
     Args:
         directory: A stage's output directory, or a model directory directly below it.
         expect_stage: The stage or stages that may have written it.
-        fingerprints: Fields that its manifest must hold with exactly these values.
 
     Returns:
         The manifest; none for a checkpoint that no stage of this project wrote.
 
     Raises:
-        HandoffError: Another stage wrote it, a fingerprint differs, or the model's files are not
-            those that the stage left.
+        HandoffError: Another stage wrote it, or the model's files are not those that it left.
     """
     folder = Path(directory)
     path = _find_manifest(folder)
-    if path is None:
-        return None
-    manifest = read_manifest(path.parent)
-    if manifest is None:
+    manifest = read_manifest(path.parent) if path else None
+    if path is None or manifest is None:
         return None
     wanted = [expect_stage] if isinstance(expect_stage, str) else list(expect_stage or ())
     if wanted and manifest["stage"] not in wanted:
@@ -264,13 +206,6 @@ def verify_parent(
             f"{folder}: stage: expected {' or '.join(wanted)}, got {manifest['stage']} (from "
             f"{path}); name the output of the right stage"
         )
-    for name, value in (fingerprints or {}).items():
-        found = manifest["fingerprints"].get(name)
-        if found != value:
-            raise HandoffError(
-                f"{folder}: fingerprints.{name}: expected {value}, got {found} (from {path}); the "
-                "two were not made from the same parent: run the later stage again"
-            )
     recorded = manifest["outputs"].get(folder.name) if path.parent != folder else None
     if recorded is not None and (actual := fingerprint_dir(folder)) != recorded:
         raise HandoffError(
