@@ -20,7 +20,7 @@ class VlmSection(Section):
     """Hidden layer whose patches become visual tokens (LLaVA-1.5: -2); of several, the features are
     concatenated."""
     vision_feature_select_strategy: Literal["default", "full"] = "default"
-    """`default` drops the CLS token, `full` keeps it."""
+    """`default` drops the CLS token where the tower has one, `full` keeps it."""
     image_size_px: int | None = Field(default=None, ge=1)
     """Another resolution than the tower's: its positions are interpolated (LLaVA-1.5: 336)."""
     image_aspect_ratio: Literal["square", "pad"] = "square"
@@ -29,19 +29,44 @@ class VlmSection(Section):
     """Jinja file that replaces the LLM tokenizer's template; none = the tokenizer's own."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the composed weights."""
+    projector: str | None = None
+    """Start from the projector of this VLM (`model/` of stage 3) instead of a new one; refused
+    where it was trained beside another tower, LLM, template, layer or image mode."""
 
 
 class InstructionSource(Section):
-    """LLaVA conversations: a JSON array or JSONL of `{id, image, conversations}`."""
+    """Conversations: LLaVA's JSON, `messages`, Parquet, webdataset shards, a LLaVA-NeXT mixture."""
 
     path: str
-    """The file, read unchanged."""
+    """The file or, with `*`, files, read unchanged: `.json`, `.jsonl` (also `.gz`), `.parquet`,
+    `.tar`; or a mixture `.yaml` that lists such files."""
     image_root: str | None = None
     """Folder that image paths are relative to; none = the file's own folder."""
     limit: int | None = Field(default=None, ge=1)
     """Take at most this many records, in file order."""
+    sampling_strategy: str = Field(default="all", pattern=r"^(all|(first|end|random):\d+%?)$")
+    """Which records: `all`, or `first`, `end` or `random` with `:N` or `:N%` (LLaVA-NeXT)."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often each of these is seen in an epoch; 0.5 = a random half of them."""
+    index_dir: str | None = None
+    """Folder for what large files are tokenised to; none = `.llm2clip-index` beside them."""
     shuffle_images: bool = False
     """Give each record another record's image (shows what the pictures are worth)."""
+
+
+class PartTraining(Section):
+    """How one part of the VLM trains."""
+
+    lr: float = Field(ge=0)
+    """Learning rate at the schedule's peak."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Of its matrices; none = `trainer.weight_decay`."""
+    last_blocks: int | None = Field(default=None, ge=1)
+    """Train only this many of its last used blocks and what follows them; none = all."""
+
+
+Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+"""A part of the VLM, as Hugging Face's LLaVA names it."""
 
 
 class VlmRecipe(RunRecipe):
@@ -54,10 +79,16 @@ class VlmRecipe(RunRecipe):
     the visual tokens."""
     packing: bool = False
     """Join samples into rows of `max_length_tokens` without letting them see each other."""
-    trainable: dict[Literal["vision_tower", "multi_modal_projector", "language_model"], float]
-    """Learning rate of each part that trains; a part that is not named is frozen."""
+    trainable: dict[Part, float | PartTraining] = Field(min_length=1)
+    """Learning rate of each part that trains, or `{lr, weight_decay, last_blocks}`; a part that is
+    not named is frozen."""
     language_model_lora: LoraSection | None = None
     """Adapter on the LLM instead of all its weights; merged into the final export."""
+    vision_tower_lora: LoraSection | None = None
+    """The same on the tower."""
+    hang_timeout_s: float | None = Field(default=1800.0, gt=0)
+    """Seconds without a new micro-step after which a process names its rank and samples, shows
+    where it stands, and ends; none = wait for ever."""
 
 
 class Stage3Recipe(VlmRecipe):

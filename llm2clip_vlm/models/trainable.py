@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -99,6 +100,37 @@ def apply_trainable(model: nn.Module, parts: Mapping[str, float] | Collection[st
     for name, parameter in model.named_parameters():
         part = owner[name]
         parameter.requires_grad_(part is not None and (part not in adapted or "lora_" in name))
+
+
+def train_last_blocks(model: nn.Module, part: str, count: int) -> None:
+    """Freeze what comes before the last blocks of a part that train.
+
+    Args:
+        model: The model, with `requires_grad` set.
+        part: The part's name, as recipes know it.
+        count: Blocks that go on training; what follows them (norms, `lm_head`) does, too.
+
+    Raises:
+        ValueError: Fewer blocks than that train.
+    """
+    blocks, _ = block_list(model, part)
+    place = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
+    training = {
+        int(found[1])
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (found := place.match(name))
+    }
+    if count > len(training):
+        raise ValueError(
+            f"trainable.{part}.last_blocks: expected at most {len(training)}, the blocks that "
+            f"train, got {count}"
+        )
+    first = sorted(training)[-count]
+    for name, parameter in model.named_parameters():  # in the order of the forward pass
+        if matching_prefix(name, [part]):
+            if (found := place.match(name)) and int(found[1]) >= first:
+                return
+            parameter.requires_grad_(False)
 
 
 def freeze_unused(model: nn.Module, loss: Callable[[], torch.Tensor]) -> list[str]:

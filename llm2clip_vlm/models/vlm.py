@@ -36,6 +36,14 @@ from transformers.utils import is_torchvision_available
 from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.handoff import refuse_bidirectional
+from llm2clip_vlm.models.lineage import (
+    PROJECTOR,
+    read_lineage,
+    refuse_other,
+    settings_of,
+    weights_of,
+    write_lineage,
+)
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
@@ -67,6 +75,7 @@ def build_vlm(
     image_aspect_ratio: AspectRatio = "square",
     chat_template: str | None = None,
     dtype: Any = None,
+    projector: str | Path | None = None,
     seed: int = 0,
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Composes a LLaVA from a vision tower and a causal language model.
@@ -80,22 +89,23 @@ def build_vlm(
         language_model: Directory or hub id of a causal LLM with a fast tokenizer.
         vision_feature_layer: Index into the tower's hidden states (LLaVA-1.5: -2), or several,
             whose features are concatenated.
-        vision_feature_select_strategy: `default` drops the CLS token, `full` keeps all. Registers
-            (DINO) are kept by both.
+        vision_feature_select_strategy: `default` drops the CLS token where the tower has one,
+            `full` keeps all. Registers (DINO) are kept by both.
         image_size_px: As `load_vision_tower` takes it.
         image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour.
         chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
         dtype: Of all weights; none or `"auto"` = the language model's.
-        seed: Of the projector.
+        projector: VLM checkpoint whose projector is taken; none = a new one.
+        seed: Of a new projector.
 
     Returns:
         The model in evaluation mode, the text-only guard installed, and its processor.
 
     Raises:
-        VlmError: The language model is none or is incomplete, the layer does not exist, or
-            `default` is asked of a tower without a CLS token.
+        VlmError: The language model is none or is incomplete, or the layer does not exist.
         TowerError: As `load_vision_tower`.
-        HandoffError: The language model was made bidirectional (a stage 1 text encoder).
+        HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
+            projector was trained beside another tower, LLM, template, layer or image mode.
         ConversationError: There is no chat template.
 
     Paper: LLaVA-1.5 section 3.2 (MLP projector).
@@ -105,7 +115,9 @@ def build_vlm(
     """
     llm, tokenizer = _load_language_model(str(language_model), dtype)
     tower = load_vision_tower(vision_tower, dtype=llm.dtype, image_size_px=image_size_px)
-    _check_features(tower, vision_feature_layer, vision_feature_select_strategy, vision_tower)
+    _check_layers(tower, vision_feature_layer, vision_tower)
+    if not tower.has_cls_token:
+        vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
     template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
     image_token_id = _add_image_token(tokenizer, llm)
     dropped = vision_feature_select_strategy == "default"
@@ -130,6 +142,8 @@ def build_vlm(
     )
     if image_aspect_ratio == "pad":
         set_image_aspect_ratio(processor, "pad")
+    if projector is not None:
+        _take_projector(model, processor, projector)
     install_text_only_guard(model)
     return model.eval(), processor
 
@@ -148,7 +162,8 @@ def load_vlm(
 
     Raises:
         VlmError: It is no LLaVA, or weights are missing.
-        HandoffError: Its decoder is bidirectional.
+        HandoffError: Its decoder is bidirectional, or its template, feature layer or image mode
+            are not those that its projector was trained with.
     """
     path = str(path_or_id)
     register()  # the tower's `model_type` may be known to us alone
@@ -164,6 +179,7 @@ def load_vlm(
         processor: Any = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise VlmError(f"{path}: no processor beside the weights ({error})") from error
+    refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
     install_text_only_guard(model)
     return model.eval(), processor
 
@@ -189,9 +205,9 @@ def save_vlm(
     """
     processor.save_pretrained(str(directory))
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
-    model.save_pretrained(
-        str(directory), state_dict=None if state_dict is None else dict(state_dict)
-    )
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    model.save_pretrained(str(directory), state_dict=None if state_dict is None else state)
+    write_lineage(directory, model, processor, state)
 
 
 def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
@@ -251,9 +267,7 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     return llm, tokenizer
 
 
-def _check_features(
-    tower: VisionTower, layers: int | list[int], strategy: str, path: str | Path
-) -> None:
+def _check_layers(tower: VisionTower, layers: int | list[int], path: str | Path) -> None:
     total = tower.num_hidden_layers + 1
     chosen = [layers] if isinstance(layers, int) else layers
     if not chosen or any(not -total <= layer < total for layer in chosen):
@@ -261,11 +275,18 @@ def _check_features(
             f"vision_feature_layer {layers}: {path} has {total} hidden states "
             f"({-total} to {total - 1})"
         )
-    if strategy == "default" and not tower.has_cls_token:
-        raise VlmError(
-            f"vision_feature_select_strategy 'default' drops the first token, but {path} has no "
-            "CLS token: a patch would be lost. Use 'full'"
-        )
+
+
+def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
+    """Another VLM's projector, if it was trained beside the same things."""
+    recorded = read_lineage(path)
+    if recorded is None:
+        raise VlmError(f"{path}: expected a VLM of stage 3 or 4 with lineage.json, found none")
+    here = weights_of(model.state_dict()) | settings_of(model, processor)
+    here.pop(PROJECTOR)
+    refuse_other(path, recorded, here)
+    given = load_vlm(path, dtype=model.dtype)[0].model.multi_modal_projector
+    model.model.multi_modal_projector.load_state_dict(given.state_dict())
 
 
 def _add_image_token(tokenizer: Any, llm: Any) -> int:

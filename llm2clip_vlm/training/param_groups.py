@@ -13,7 +13,7 @@ from llm2clip_vlm.models.trainable import block_list, matching_prefix, require_k
 def build_param_groups(
     model: nn.Module,
     lrs: Mapping[str, float],
-    weight_decay: float,
+    weight_decay: float | Mapping[str, float],
     *,
     layer_decay: float = 1.0,
     layered_part: str = "vision_tower",
@@ -29,7 +29,7 @@ def build_param_groups(
     Args:
         model: Parameters with `requires_grad` false are left out.
         lrs: Prefix of parameter names to learning rate; the longest prefix wins.
-        weight_decay: For the decayed groups.
+        weight_decay: For the decayed groups; or one for each prefix of `lrs`.
         layer_decay: 1 switches it off.
         layered_part: Prefix of the tower.
 
@@ -56,6 +56,7 @@ def build_param_groups(
                 f"{sorted(lrs)}; give it a learning rate or freeze it"
             )
         lr = float(lrs[prefix]) * factors.get(name, 1.0)
+        decay = weight_decay if isinstance(weight_decay, (int, float)) else weight_decay[prefix]
         decays = _ndim(parameter) > 1 and name.endswith("weight") and name not in no_decay
         label = f"{prefix}{'' if decays else '.no_decay'}"
         group = groups.setdefault(
@@ -64,7 +65,7 @@ def build_param_groups(
                 "params": [],
                 "param_names": [],
                 "lr": lr,
-                "weight_decay": weight_decay if decays else 0.0,
+                "weight_decay": decay if decays else 0.0,
                 "name": label,
             },
         )

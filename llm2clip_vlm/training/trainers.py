@@ -1,9 +1,9 @@
-"""The Trainer of stages 3 and 4, and what both need around it."""
+"""The Trainer of stages 3 and 4."""
 
 from __future__ import annotations
 
-import contextlib
 import logging
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,29 +12,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.deepspeed import (
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.config_vlm import VlmRecipe
-from llm2clip_vlm.data.instruction import (
-    InstructionCollator,
-    InstructionDataset,
-    read_instructions,
-)
-from llm2clip_vlm.data.packing import PackedCollator, PackedDataset
-from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.files import written_whole
-from llm2clip_vlm.models.trainable import apply_trainable
-from llm2clip_vlm.models.vlm import load_vlm, save_vlm
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision, install_text_only_guard
-from llm2clip_vlm.training.export import add_lora
+from llm2clip_vlm.config_vlm import PartTraining
+from llm2clip_vlm.handoff import RESOLVED_NAME
+from llm2clip_vlm.models.lineage import write_lineage
+from llm2clip_vlm.models.vlm import save_vlm
+from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
+from llm2clip_vlm.models.vlm_loss import install_supervised_loss
+from llm2clip_vlm.training.adapters import is_adapted, load_adapter, merged_state, save_adapter
+from llm2clip_vlm.training.callbacks import Throughput
+from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.param_groups import build_param_groups
+from llm2clip_vlm.training.step_guard import Watchdog, keep_batch
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
+from llm2clip_vlm.training.vlm_flops import VlmFlops
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +37,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     """`transformers.Trainer` for a LLaVA: a learning rate per part, exact token mean, packing.
 
     The loss is the mean over all trained tokens of the global batch (`num_items_in_batch`, summed
-    over accumulation and processes), so n processes compute the gradient of one.
+    over accumulation and processes), so n processes compute the gradient of one. A batch that
+    fails (loss not finite, no memory left) is kept in `failures/` beside `checkpoints/`.
 
     Args:
         model: A `LlavaForConditionalGeneration` with `requires_grad` set.
@@ -52,7 +47,10 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         train_dataset: With `lengths`.
         data_collator: Of the dataset.
         processor: Saved with each checkpoint.
-        learning_rates: Part to learning rate.
+        parts: What trains, and how.
+        base: Fingerprint of the checkpoint that the model was loaded from (adapters keep it).
+        hang_timeout_s: As in the recipe.
+        report: Takes the table of the first step's gradients.
         callbacks: More callbacks.
     """
 
@@ -64,30 +62,117 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         data_collator: Callable[[Any], dict[str, Tensor]],
         processor: Any,
         *,
-        learning_rates: Mapping[str, float],
+        parts: Mapping[str, PartTraining],
+        base: str = "",
+        hang_timeout_s: float | None = None,
+        report: Callable[[str], None] = logger.info,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         install_text_only_guard(model)
-        self.learning_rates = dict(learning_rates)
-        self.processor = processor
+        install_supervised_loss(model)
+        self.parts, self.base, self.processor = dict(parts), base, processor
+        self.throughput = Throughput("tokens")
+        self.flops = VlmFlops(model)
+        self.watchdog = Watchdog(hang_timeout_s)
+        self.audit: GradientAudit | None = GradientAudit(model, list(parts), report)
         super().__init__(
             model=model,
             args=args,
             train_dataset=train_dataset,
             data_collator=data_collator,
             processing_class=processor,
-            callbacks=callbacks,
+            callbacks=[self.throughput, *(callbacks or [])],
         )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW (or `trainer.optim`) over groups with the recipe's learning rates."""
         if self.optimizer is None:
             target: Any = self.model if model is None else model
-            groups = build_param_groups(target, self.learning_rates, self.args.weight_decay)
+            decay = self.args.weight_decay
+            groups = build_param_groups(
+                target,
+                {name: part.lr for name, part in self.parts.items()},
+                {
+                    name: decay if part.weight_decay is None else part.weight_decay
+                    for name, part in self.parts.items()
+                },
+            )
             optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
             arguments.pop("lr", None)
             self.optimizer = optimizer_class(groups, lr=groups[0]["lr"], **arguments)
         return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`, under the watchdog's eyes."""
+        try:
+            result: TrainOutput = super().train(*args, **kwargs)
+        finally:
+            self.watchdog.stop()
+        return result
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One micro-batch, watched and counted.
+
+        Raises:
+            ValueError: The loss is not finite, or in the first step a part that should train gets
+                no gradient.
+        """
+        ids = inputs.pop("sample_ids", [])
+        step = self.state.global_step + 1
+        self.watchdog.beat(f"step {step}, samples {ids}")
+        self.flops.add(inputs, self._room())
+        if self.audit is not None:
+            self.audit.see(inputs)
+        try:
+            loss: Tensor = super().training_step(model, dict(inputs), num_items_in_batch)
+        except torch.OutOfMemoryError:
+            self._keep(inputs, step, ids, "out of memory", num_items_in_batch)
+            raise
+        if not torch.isfinite(loss):
+            kept = self._keep(inputs, step, ids, f"loss {loss.item()}", num_items_in_batch)
+            raise ValueError(
+                f"step {step}: expected a finite loss, got {loss.item()} from samples {ids}; the "
+                f"batch is kept in {kept}. Look at these samples, or lower the learning rate and "
+                "go on from the last checkpoint"
+            )
+        if (
+            self.audit is not None
+            and self.accelerator.sync_gradients
+            and self.audit.check(self.args.device)
+        ):
+            self.audit = None
+        return loss
+
+    def _keep(
+        self, inputs: dict[str, Any], step: int, ids: list[str], reason: str, items: Any
+    ) -> Path:
+        checkpoints = Path(str(self.args.output_dir))
+        return keep_batch(
+            checkpoints.parent / "failures" / f"step-{step}-rank-{distributed.rank()}",
+            inputs,
+            step=step,
+            sample_ids=ids,
+            reason=reason,
+            num_items_in_batch=None if items is None else int(items),
+            weights=f"the newest of {checkpoints}, else {self.base}",
+        )
+
+    def _room(self) -> int | None:
+        """Tokens that a micro-batch of packed rows has room for; none for a padded batch."""
+        row = getattr(self.train_dataset, "max_tokens", None)
+        return None if row is None else row * self.args.per_device_train_batch_size
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was achieved since the last line; `fill` is the share that is no padding."""
+        if "loss" in logs:
+            tokens, flops, logs["fill"] = self.flops.take()
+            self.throughput.add(tokens, flops)
+        super().log(logs, start_time)
 
     def compute_loss(
         self,
@@ -112,17 +197,42 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroups(dataset.lengths, size * self.args.world_size, seed)
 
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """A checkpoint that opens as it lies: adapters merged, and kept beside to resume from."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = self.model.state_dict() if state_dict is None else state_dict
+        if is_adapted(self.model):
+            save_adapter(self.model, state, folder, self.base)
+            save_vlm(self.model, self.processor, folder, state_dict=merged_state(self.model, state))
+        else:
+            super()._save(output_dir, state_dict)
+            write_lineage(folder, self.model, self.processor, state)
+        recipe = Path(str(self.args.output_dir)).parent / RESOLVED_NAME
+        if recipe.is_file():
+            shutil.copy(recipe, folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_adapted(self.model):
+            load_adapter(self.model, resume_from_checkpoint, self.base)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def export(self, directory: str | Path) -> None:
         """Writes the model as `from_pretrained` reads it, adapters merged. Call on all ranks.
 
         Args:
-            directory: Where to; made if absent.
+            directory: Where to; made if absent. Adapters also go to `adapter/` beside it.
         """
-        wrapped = self.model_wrapped
-        state: dict[str, Tensor] = self.accelerator.get_state_dict(wrapped)
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         if distributed.is_main():
             merged = merged_state(self.model, state)
             save_vlm(self.model, self.processor, directory, state_dict=merged)
+            if is_adapted(self.model):
+                save_adapter(self.model, state, Path(directory).parent / "adapter", self.base)
         distributed.barrier()
 
     def summary(self, result: TrainOutput) -> dict[str, Any]:
@@ -161,136 +271,3 @@ class LengthGroups(Sampler[int]):
         return iter(
             get_length_grouped_indices(self._lengths, self._group_size, generator=generator)
         )
-
-
-def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Adds LoRA adapters to the weights they adapt, by name, without touching the model.
-
-    Works on gathered weights, so it is right under ZeRO-3 too, where the model's own are shards.
-
-    Args:
-        model: With or without adapters.
-        state: Its weights by name.
-
-    Returns:
-        The same weights with the names that the model had before the adapters came.
-    """
-    if not any(".lora_A." in name for name in state):
-        return dict(state)
-    merged: dict[str, Tensor] = {}
-    scaling = {
-        name: module.scaling["default"]
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
-    }
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        module = name.rsplit(".base_layer.", 1)[0]
-        low = state.get(f"{module}.lora_A.default.weight")
-        high = state.get(f"{module}.lora_B.default.weight")
-        if name.endswith(".base_layer.weight") and low is not None and high is not None:
-            update = scaling[module] * (high.float() @ low.float())
-            merged[f"{module}.weight"] = (tensor.float() + update).to(tensor.dtype)
-            continue
-        merged[name.replace(".base_layer.", ".")] = tensor
-    return merged
-
-
-def compose_once(
-    build: Callable[[], tuple[Any, Any]], directory: str | Path, args: TrainingArguments
-) -> tuple[Any, Any]:
-    """Composes a VLM in the main process, saves it, and loads it in all of them.
-
-    ZeRO-3 splits weights while they are loaded, so a model must come from a checkpoint; the same
-    road is taken without ZeRO-3.
-
-    Args:
-        build: Returns model and processor.
-        directory: Where the composed checkpoint goes; reused if it is complete (a resumed run).
-        args: The run's training arguments.
-
-    Returns:
-        Model and processor, loaded from `directory`.
-    """
-    folder = Path(directory)
-    with args.main_process_first(local=False, desc="composing the VLM"):
-        if distributed.is_main() and not folder.is_dir():
-            with written_whole(folder) as partial, _weights_unsplit(args):
-                save_vlm(*build(), partial)
-    return load_vlm(folder)
-
-
-@contextlib.contextmanager
-def _weights_unsplit(args: TrainingArguments) -> Iterator[None]:
-    """Loading below this is not split by ZeRO-3, which all processes would have to join."""
-    plugin = args.deepspeed_plugin
-    if plugin is None:
-        yield
-        return
-    config = getattr(plugin, "dschf", None) or plugin.hf_ds_config
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        set_hf_deepspeed_config(config)
-
-
-def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, float]:
-    """Sets what trains, as the recipe's map says; adds the language model's LoRA if it has one.
-
-    Args:
-        model: A `LlavaForConditionalGeneration`.
-        recipe: With `trainable` and `language_model_lora`.
-
-    Returns:
-        Learning rate of each part that trains.
-
-    Raises:
-        ValueError: Nothing trains, there is a LoRA section for a language model that does not, or
-            the section asks for DoRA.
-    """
-    if not recipe.trainable:
-        raise ValueError("trainable: names no part, expected at least one with its learning rate")
-    if recipe.language_model_lora is not None:
-        if "language_model" not in recipe.trainable:
-            raise ValueError(
-                "language_model_lora: trainable has no learning rate for language_model; add "
-                "`trainable.language_model` or set language_model_lora to null"
-            )
-        if recipe.language_model_lora.use_dora:
-            raise ValueError(
-                "language_model_lora.use_dora: expected false, got true; stages 3 and 4 merge "
-                "plain LoRA only, a DoRA magnitude would be lost in the export"
-            )
-        add_lora(model.model.language_model, recipe.language_model_lora)
-    apply_trainable(model, recipe.trainable)
-    freeze_unused_vision(model)
-    return {str(part): lr for part, lr in recipe.trainable.items()}
-
-
-def build_vlm_data(
-    recipe: VlmRecipe, processor: Any, bad: BadRecords, *, plain: bool = False
-) -> tuple[InstructionDataset, Any, Callable[[Any], dict[str, Tensor]]]:
-    """Dataset and collator of stages 3 and 4.
-
-    Args:
-        recipe: With `data`, `max_length_tokens`, `packing` and `seed`.
-        processor: The model's `LlavaProcessor`.
-        bad: Takes records that cannot be used.
-        plain: LLaVA's `plain` style.
-
-    Returns:
-        The samples, what the Trainer gets (samples, or packed rows of them), its collator.
-    """
-    records = [
-        record
-        for source in recipe.data
-        for record in read_instructions(source, bad, seed=recipe.seed)
-    ]
-    samples = InstructionDataset(
-        records, processor, max_length_tokens=recipe.max_length_tokens, bad=bad, plain=plain
-    )
-    if recipe.packing:
-        return samples, PackedDataset(samples, recipe.max_length_tokens), PackedCollator()
-    return samples, samples, InstructionCollator(processor.tokenizer.pad_token_id)

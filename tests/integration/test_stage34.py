@@ -185,14 +185,14 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
     from llm2clip_vlm.models.vlm import load_vlm
     from llm2clip_vlm.recipe import load_recipe
     from llm2clip_vlm.training.arguments import build_training_arguments
-    from llm2clip_vlm.training.trainers import (
-        LengthGroups,
-        VlmTrainer,
-        build_vlm_data,
-        prepare_trainable,
-    )
+    from llm2clip_vlm.training.trainers import LengthGroups, VlmTrainer
+    from llm2clip_vlm.training.vlm_run import build_vlm_data, prepare_trainable
 
-    rates = {"vision_tower": 1e-5, "multi_modal_projector": 1e-3, "language_model": 1e-4}
+    rates = {
+        "vision_tower": {"lr": 1e-5, "weight_decay": 0.3, "last_blocks": 1},
+        "multi_modal_projector": 1e-3,
+        "language_model": 1e-4,
+    }
     path, _ = stage4_recipe(
         work,
         "rates",
@@ -202,9 +202,9 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
     recipe = load_recipe(path, Stage4Recipe)
     arguments = build_training_arguments(recipe)
     model, processor = load_vlm(recipe.checkpoint)
-    prepare_trainable(model, recipe)
+    parts = prepare_trainable(model, recipe)
     _, data, collator = build_vlm_data(recipe, processor, BadRecords())
-    trainer = VlmTrainer(model, arguments, data, collator, processor, learning_rates=rates)
+    trainer = VlmTrainer(model, arguments, data, collator, processor, parts=parts)
     optimizer = trainer.create_optimizer()
     owner = {id(p): g for g in optimizer.param_groups for p in g["params"]}
     named = {n: owner[id(p)] for n, p in model.named_parameters() if p.requires_grad}
@@ -212,7 +212,11 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
     assert named["model.multi_modal_projector.linear_1.weight"]["lr"] == 1e-3
     assert named["model.multi_modal_projector.linear_1.weight"]["weight_decay"] == 0.1
     assert named["model.multi_modal_projector.linear_1.bias"]["weight_decay"] == 0.0
-    assert {g["lr"] for n, g in named.items() if "vision_tower" in n} == {1e-5}
+    tower = {n: g for n, g in named.items() if "vision_tower" in n}
+    assert {g["lr"] for g in tower.values()} == {1e-5}
+    assert {g["weight_decay"] for g in tower.values()} == {0.3, 0.0}
+    # layer -2 of three blocks: the third is not used, the second is the last one that is
+    assert all(".layers.1." in name for name in tower)
 
     sampler = trainer._get_train_sampler()
     assert isinstance(sampler, LengthGroups)

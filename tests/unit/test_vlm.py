@@ -11,7 +11,6 @@ from PIL import Image
 
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.models.vlm import (
-    VlmError,
     build_vlm,
     load_vlm,
     save_vlm,
@@ -262,11 +261,12 @@ def test_the_guard_runs_no_more_than_it_must(
     assert calls == {"tower": tower_runs, "projector": projector_runs}
 
 
-def test_a_tower_without_cls_token_needs_full(tmp_path: Path, tiny_llm: Path) -> None:
+def test_no_patch_is_dropped_where_there_is_no_cls_token(tmp_path: Path, tiny_llm: Path) -> None:
+    """T26: `default` drops token 0, which is a patch in SigLIP."""
     tower = build_siglip(tmp_path / "siglip")
-    with pytest.raises(VlmError, match="Use 'full'"):
-        build_vlm(tower, tiny_llm)
-    model, processor = build_vlm(tower, tiny_llm, vision_feature_select_strategy="full")
+    model, processor = build_vlm(tower, tiny_llm)
+    assert model.config.vision_feature_select_strategy == "full"
+    assert model.config.image_seq_length == 16
     with torch.no_grad():
         assert model(**example(processor)).logits.isfinite().all()
     assert processor.num_additional_image_tokens == 0
@@ -277,7 +277,8 @@ def test_lora_trains_the_adapter_alone_and_merges_exactly(
 ) -> None:
     from llm2clip_vlm.config import LoraSection
     from llm2clip_vlm.config_vlm import Stage4Recipe
-    from llm2clip_vlm.training.trainers import merged_state, prepare_trainable
+    from llm2clip_vlm.training.adapters import merged_state
+    from llm2clip_vlm.training.vlm_run import prepare_trainable
 
     model, processor = build_vlm(tiny_clip, tiny_llm)
     recipe = Stage4Recipe(

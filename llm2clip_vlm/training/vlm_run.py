@@ -1,0 +1,202 @@
+"""What stages 3 and 4 share: composing, what trains, data, training, handing off."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import TrainingArguments
+from transformers.integrations.deepspeed import (
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from llm2clip_vlm import distributed
+from llm2clip_vlm.chat_template import check_chat_template
+from llm2clip_vlm.config_vlm import PartTraining, VlmRecipe
+from llm2clip_vlm.data.instruction import (
+    InstructionCollator,
+    InstructionDataset,
+    read_instructions,
+)
+from llm2clip_vlm.data.packing import PackedCollator, PackedDataset
+from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.handoff import fingerprint_dir
+from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
+from llm2clip_vlm.models.vlm import load_vlm, save_vlm
+from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.training.adapters import is_adapted
+from llm2clip_vlm.training.export import add_lora
+from llm2clip_vlm.training.stage_run import StageRun
+from llm2clip_vlm.training.trainers import VlmTrainer
+
+
+def train_vlm(
+    run: StageRun[Any],
+    model: Any,
+    processor: Any,
+    *,
+    base: str | Path,
+    fingerprints: Mapping[str, str],
+    plain: bool = False,
+) -> None:
+    """Trains a composed VLM as the recipe says, from its last checkpoint on, and hands it off.
+
+    Args:
+        run: Its arguments are built.
+        model: A `LlavaForConditionalGeneration`, loaded after them.
+        processor: Its processor.
+        base: Directory or hub id that the model was loaded from; removed in the end if it lies in
+            the output directory.
+        fingerprints: Of what it is made of, for the manifest.
+        plain: LLaVA's `plain` style.
+
+    Raises:
+        ValueError: See :func:`prepare_trainable` and `VlmTrainer.training_step`.
+    """
+    recipe: VlmRecipe = run.recipe
+    assert run.args is not None
+    check_chat_template(processor)
+    parts = prepare_trainable(model, recipe)
+    samples, dataset, collator = build_vlm_data(recipe, processor, run.bad, plain=plain)
+    if distributed.is_main():
+        print(trainable_table(model, {name: part.lr for name, part in parts.items()}))
+        print(f"{len(samples)} samples in {len(dataset)} rows; {run.bad.summary()}; the first:")
+        print(samples.preview(processor.tokenizer))
+
+    adapted = is_adapted(model) and Path(base).is_dir()
+    trainer = VlmTrainer(
+        model,
+        run.args,
+        dataset,
+        collator,
+        processor,
+        parts=parts,
+        base=fingerprint_dir(base) if adapted else str(base),
+        hang_timeout_s=recipe.hang_timeout_s,
+        report=print if distributed.is_main() else lambda table: None,
+        callbacks=[run.metrics],
+    )
+    result = trainer.train(resume_from_checkpoint=run.checkpoint)
+
+    # hand off (the metric of a VLM is its score in lmms-eval)
+    trainer.export(run.out / "model")
+    if distributed.is_main():
+        if Path(base).parent == run.out:
+            shutil.rmtree(base)
+        summary = trainer.summary(result)
+        print(f"{run.stage}: {summary}")
+        run.finish(fingerprints, **summary)
+    distributed.teardown()
+
+
+def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
+    """Sets what trains, as the recipe's map says; adds the adapters that it asks for.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+        recipe: With `trainable`, `language_model_lora` and `vision_tower_lora`.
+
+    Returns:
+        How each part trains.
+
+    Raises:
+        ValueError: An adapter for a part that does not train, DoRA, or more `last_blocks` than
+            there are.
+    """
+    parts: dict[str, PartTraining] = {
+        name: part if isinstance(part, PartTraining) else PartTraining(lr=part)
+        for name, part in recipe.trainable.items()
+    }
+    for name in ("language_model", "vision_tower"):
+        lora = getattr(recipe, f"{name}_lora")
+        if lora is None:
+            continue
+        if name not in parts:
+            raise ValueError(
+                f"{name}_lora: trainable has no learning rate for {name}; add "
+                f"`trainable.{name}` or set {name}_lora to null"
+            )
+        if lora.use_dora:
+            raise ValueError(
+                f"{name}_lora.use_dora: expected false, got true; stages 3 and 4 merge plain LoRA "
+                "only, a DoRA magnitude would be lost in the export"
+            )
+        add_lora(getattr(model.model, name), lora)
+    apply_trainable(model, parts)
+    freeze_unused_vision(model)
+    for name, part in parts.items():
+        if part.last_blocks is not None:
+            train_last_blocks(model, name, part.last_blocks)
+    return parts
+
+
+def build_vlm_data(
+    recipe: VlmRecipe, processor: Any, bad: BadRecords, *, plain: bool = False
+) -> tuple[InstructionDataset, Any, Callable[[Any], dict[str, Tensor]]]:
+    """Dataset and collator of stages 3 and 4.
+
+    Args:
+        recipe: With `data`, `max_length_tokens`, `packing` and `seed`.
+        processor: The model's `LlavaProcessor`.
+        bad: Takes records that cannot be used.
+        plain: LLaVA's `plain` style.
+
+    Returns:
+        The samples, what the Trainer gets (samples, or packed rows of them), its collator.
+    """
+    records = [
+        record
+        for source in recipe.data
+        for record in read_instructions(source, bad, seed=recipe.seed)
+    ]
+    samples = InstructionDataset(
+        records, processor, max_length_tokens=recipe.max_length_tokens, bad=bad, plain=plain
+    )
+    if recipe.packing:
+        return samples, PackedDataset(samples, recipe.max_length_tokens), PackedCollator()
+    return samples, samples, InstructionCollator(processor.tokenizer.pad_token_id)
+
+
+def compose_once(
+    build: Callable[[], tuple[Any, Any]], directory: str | Path, args: TrainingArguments
+) -> tuple[Any, Any]:
+    """Composes a VLM in the main process, saves it, and loads it in all of them.
+
+    ZeRO-3 splits weights while they are loaded, so a model must come from a checkpoint; the same
+    road is taken without ZeRO-3.
+
+    Args:
+        build: Returns model and processor.
+        directory: Where the composed checkpoint goes; reused if it is complete (a resumed run).
+        args: The run's training arguments.
+
+    Returns:
+        Model and processor, loaded from `directory`.
+    """
+    folder = Path(directory)
+    with args.main_process_first(local=False, desc="composing the VLM"):
+        if distributed.is_main() and not folder.is_dir():
+            with written_whole(folder) as partial, _weights_unsplit(args):
+                save_vlm(*build(), partial)
+    return load_vlm(folder)
+
+
+@contextlib.contextmanager
+def _weights_unsplit(args: TrainingArguments) -> Iterator[None]:
+    """Loading below this is not split by ZeRO-3, which all processes would have to join."""
+    plugin = args.deepspeed_plugin
+    if plugin is None:
+        yield
+        return
+    config = getattr(plugin, "dschf", None) or plugin.hf_ds_config
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(config)
