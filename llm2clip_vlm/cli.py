@@ -5,9 +5,11 @@ llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage (accelerate launch
 llm2clip-vlm help STAGE                           the stage and every key of its recipe
 llm2clip-vlm embed ...                            build, verify, merge, import or report on a
                                                   cache of caption embeddings
+llm2clip-vlm export CHECKPOINT --to FORMAT OUT    for another tool
+llm2clip-vlm convert IN OUT                       from another project
 llm2clip-vlm doctor                               what this machine has
 llm2clip-vlm eval ...                             score checkpoints with lmms-eval
-llm2clip-vlm compare ...                          compare the samples of two checkpoints
+llm2clip-vlm compare ...                          compare runs benchmark by benchmark
 """
 
 from __future__ import annotations
@@ -38,6 +40,10 @@ STAGES = {
 """Every stage program and what it does, in the order of a run."""
 
 _PROGRAMS = {"eval": "run_lmms", "compare": "compare"}
+_INTEROP = {
+    "export": "write a checkpoint for another tool, with proof that it opens there",
+    "convert": "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's",
+}
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -58,6 +64,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         from llm2clip_vlm.embed import main as embed
 
         return guard(lambda: embed(words[1:]))
+    if words and words[0] in _INTEROP:
+        from llm2clip_vlm.interop.command import main as interop
+
+        return guard(lambda: interop(words[0], words[1:]))
     arguments = _parser().parse_args(words)
     command: Callable[[argparse.Namespace], int | None] = arguments.command
     return guard(lambda: command(arguments))
@@ -119,7 +129,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, purpose in (
         ("embed", "build, verify, merge, import or report on a cache of caption embeddings"),
         ("eval", "score checkpoints with lmms-eval"),
-        ("compare", "compare the samples of two checkpoints"),
+        ("compare", "compare runs benchmark by benchmark"),
+        *_INTEROP.items(),
     ):
         commands.add_parser(name, help=purpose, add_help=False)
     return parser

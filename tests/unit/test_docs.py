@@ -13,6 +13,7 @@ import pytest
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe
+from llm2clip_vlm.interop import command
 from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import check_trainer_keys
@@ -89,6 +90,9 @@ def check_cli(words: list[str]) -> None:
         return
     if words[0] == "compare":
         assert len(words) == 3
+        return
+    if words[0] in ("export", "convert"):
+        command.parser(words[0]).parse_args(words[1:])
         return
     if words[0] == "embed":
         parsed = embed._parser().parse_args(words[1:])

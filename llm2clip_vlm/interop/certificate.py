@@ -1,0 +1,125 @@
+"""The parity certificate: what was compared, how far it was apart, and with which versions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.fingerprint import fingerprint_file
+from llm2clip_vlm.handoff import versions
+from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
+
+TOLERANCE = 1e-5
+"""Largest difference that is let through, as a share of the largest value (at least of 1)."""
+
+
+class ParityError(ValueError):
+    """What was written does not compute what it should."""
+
+
+def fixed_pixels(image_size_px: int, count: int = 2) -> Tensor:
+    """The images that features are compared on: `[count, 3, s, s]` of normal noise, seed 0."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(count, 3, image_size_px, image_size_px, generator=generator)
+
+
+@torch.no_grad()
+def features_of(model: Any, pixels: Tensor) -> dict[str, Tensor]:
+    """What an encoder is compared on.
+
+    Args:
+        model: A tower, or an `LLM2CLIPModel` (with its head, and text features of seed 1).
+        pixels: `[b, 3, s, s]`.
+
+    Returns:
+        `image_features`, and for an `LLM2CLIPModel` `image_embeds` and `text_embeds`.
+    """
+    if not hasattr(model, "text_adaptor"):
+        return {"image_features": model(pixels).pooler_output}
+    generator = torch.Generator().manual_seed(1)
+    vectors = torch.randn(4, model.config.text_embed_dim, generator=generator)
+    features = model.visual_projection(model.vision_tower(pixels).pooler_output)
+    return {
+        "image_features": features,
+        "image_embeds": F.normalize(features, dim=-1),
+        "text_embeds": model.get_text_features(vectors),
+    }
+
+
+@torch.no_grad()
+def logits_of(model: Any) -> dict[str, Tensor]:
+    """What a VLM is compared on: logits of one fixed image and the first tokens of its vocabulary.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`, in its own dtype.
+    """
+    config = model.config
+    ids = [config.image_token_id] * config.image_seq_length + list(range(8))
+    ids = torch.tensor([ids[:-8] + [i for i in ids[-8:] if i != config.image_token_id]])
+    pixels = fixed_pixels(config.vision_config.image_size, 1).to(model.dtype)
+    out = model.eval()(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
+    return {"logits": out.logits.float()}
+
+
+def certify(
+    folder: Path,
+    *,
+    made: str,
+    source: Path,
+    expected: Mapping[str, Tensor],
+    got: Mapping[str, Tensor],
+    opened_with: str,
+    more: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Compare, and write `parity.json` beside what was compared.
+
+    Args:
+        folder: What was exported or converted.
+        made: How, such as `export --to open_clip`.
+        source: Where it was made from; its files' hashes are kept, never its place.
+        expected: Name to values of the model that it was made from, on fixed inputs.
+        got: The same of what lies in the folder.
+        opened_with: Which program gave `got`.
+        more: Anything else worth keeping.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        ParityError: A difference is larger than the tolerance, or a value is not finite.
+    """
+    checks = {}
+    for name, want in expected.items():
+        have = got[name]
+        if have.shape != want.shape:
+            raise ParityError(f"{name}: shape {list(have.shape)}, expected {list(want.shape)}")
+        largest = float(want.double().abs().max())
+        difference = float((have.double() - want.double()).abs().max())
+        checks[name] = {"max_difference": difference, "largest_value": largest}
+        if not difference <= TOLERANCE * max(largest, 1.0):
+            raise ParityError(
+                f"{made}: {name} opened with {opened_with} differ by {difference:.3g} (largest "
+                f"value {largest:.3g}, tolerance {TOLERANCE:g} of it): nothing was left behind"
+            )
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    sources = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file())
+    certificate = {
+        "made": made,
+        "opened_with": opened_with,
+        "inputs": "normal noise, torch seeds 0 (images) and 1 (caption embeddings)",
+        "tolerance": TOLERANCE,
+        "checks": checks,
+        "versions": versions("timm", "open_clip_torch", "sentence-transformers"),
+        "source": {file.name: fingerprint_file(file) for file in sources},
+        "files": {file.relative_to(folder).as_posix(): fingerprint_file(file) for file in files},
+        **(more or {}),
+    }
+    write_atomically(folder / CERTIFICATE_NAME, json.dumps(certificate, indent=2) + "\n")
+    return certificate

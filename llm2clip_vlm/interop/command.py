@@ -1,0 +1,82 @@
+"""`llm2clip-vlm export` and `llm2clip-vlm convert`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+
+FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
+"""As `interop.export.FORMATS`, which takes seconds to import."""
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    """The options of `export` or `convert`."""
+    made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
+    if command == "export":
+        made.description = "Write a checkpoint for another tool, open it there, and compare."
+        made.add_argument("checkpoint", metavar="CHECKPOINT", help="a model directory or a stage's")
+        made.add_argument("--to", required=True, choices=FORMATS, help="the tool")
+    else:
+        made.description = (
+            "Make a checkpoint of this package from LLM2CLIP's, open_clip's, timm's, LLaVA's or "
+            "transformers'; what it is is read off its weights."
+        )
+        made.add_argument("checkpoint", metavar="IN", help="a file of weights or a folder")
+        made.add_argument("--vision-tower", metavar="DIR", help="of a LLaVA that keeps it apart")
+        made.add_argument("--language-model", metavar="DIR", help="of an mm_projector.bin")
+        made.add_argument(
+            "--set",
+            metavar="KEY=VALUE",
+            action="append",
+            default=[],
+            help="a field of the tower's config that the file does not say",
+        )
+        made.add_argument(
+            "--partial", action="store_true", help="let weights be missing or strange"
+        )
+        made.add_argument("--sha256", help="hash that the file must have")
+        made.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run the Python files beside the weights, to compare with what they compute",
+        )
+    made.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    return made
+
+
+def main(command: str, words: Sequence[str]) -> int:
+    """Run `export` or `convert`, and print the certificate's checks."""
+    arguments = parser(command).parse_args(words)
+    if command == "export":
+        from llm2clip_vlm.interop.export import export
+
+        certificate = export(arguments.checkpoint, arguments.to, arguments.out)
+    else:
+        from llm2clip_vlm.interop.convert import convert
+
+        certificate = convert(
+            arguments.checkpoint,
+            arguments.out,
+            vision_tower=arguments.vision_tower,
+            language_model=arguments.language_model,
+            settings=_settings(arguments.set),
+            partial=arguments.partial,
+            sha256=arguments.sha256,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        print(f"format {certificate.get('format', 'text encoder')}: {certificate.get('keys', {})}")
+    for name, check in certificate["checks"].items():
+        print(f"{name}: max difference {check['max_difference']:.3g}, {certificate['opened_with']}")
+    print(f"{arguments.out} written, with parity.json")
+    return 0
+
+
+def _settings(pairs: Sequence[str]) -> dict[str, Any]:
+    found = {}
+    for pair in pairs:
+        key, _, value = pair.partition("=")
+        found[key] = yaml.safe_load(value)
+    return found

@@ -1,0 +1,265 @@
+"""`llm2clip-vlm convert`: somebody else's checkpoint as one of ours, known by what is in it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoModel
+
+from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.fingerprint import fingerprint_file
+from llm2clip_vlm.interop.certificate import certify, features_of, fixed_pixels, logits_of
+from llm2clip_vlm.interop.keys import KeyMapError, KeyReport, load_translated, translate
+from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
+from llm2clip_vlm.interop.libraries import library_features, open_clip_weights
+from llm2clip_vlm.interop.llava import convert_llava
+from llm2clip_vlm.interop.official import (
+    LEFT_OUT,
+    adaptor_prefix,
+    adaptor_sizes,
+    adaptor_table,
+    canonical,
+)
+from llm2clip_vlm.interop.weights import read_weights, verify_hashes
+from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
+from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vlm import load_vlm, save_vlm
+from llm2clip_vlm.training.export import export_vision_tower
+
+logger = logging.getLogger(__name__)
+
+
+def convert(
+    path: str | Path,
+    out: str | Path,
+    *,
+    vision_tower: str | None = None,
+    language_model: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    partial: bool = False,
+    sha256: str | None = None,
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Make a checkpoint of this package from one of another project.
+
+    What it is is read off its weights' names and its config, never off its path. A file with an
+    adaptor becomes an `LLM2CLIPModel` with the plain tower in `vision_tower/`, a tower a tower,
+    LLaVA a `LlavaForConditionalGeneration`, a Llama without head a text encoder.
+
+    Args:
+        path: File or folder.
+        out: Folder to write; must not exist.
+        vision_tower: Of a LLaVA, which keeps its tower apart.
+        language_model: Of an `mm_projector.bin`.
+        settings: Fields of the tower's config that the file does not say, such as `hidden_act`.
+        partial: Let missing and unexpected weights pass.
+        sha256: Hash that the file must have.
+        trust_remote_code: Run the Python files beside the weights, to compare with what they
+            compute. Nothing else here does.
+
+    Returns:
+        The certificate, which also lies in the folder.
+
+    Raises:
+        ValueError: The checkpoint is unsafe, damaged, not known or incomplete, or what was made of
+            it does not compute the same.
+    """
+    source = Path(path)
+    if not source.exists():
+        raise KeyMapError(
+            f"{source}: no such file or folder; give a local one (nothing is fetched)"
+        )
+    if source.name.endswith(".tar"):
+        raise KeyMapError(
+            f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
+        )
+    verify_hashes(source, sha256)
+    config = _config(source if source.is_dir() else source.parent)
+    with written_whole(out) as folder:
+        if source.is_dir() and _is_text_encoder(config):
+            return _text_encoder(source, folder)
+        weights = read_weights(source)
+        if any("multi_modal_projector." in name for name in weights):
+            model, processor = load_vlm(source)
+            return _vlm(source, folder, model, processor, KeyReport(len(weights)))
+        if any("mm_projector." in name for name in weights):
+            made = convert_llava(source, weights, vision_tower, language_model, partial)
+            return _vlm(source, folder, *made)
+        given = dict(settings or {})
+        return _encoder(source, folder, weights, config, given, partial, trust_remote_code)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What the files beside the weights say, in whichever form."""
+    found: dict[str, Any] = {}
+    for name in ("config.json", "open_clip_config.json"):
+        if (folder / name).is_file():
+            found |= json.loads((folder / name).read_text(encoding="utf-8"))
+    return found
+
+
+def _is_text_encoder(config: Mapping[str, Any]) -> bool:
+    heads = ("ForCausalLM", "ForConditionalGeneration")
+    named = (config.get("architectures") or [""])[0]
+    return "vocab_size" in config and "mm_vision_tower" not in config and not named.endswith(heads)
+
+
+def _text_encoder(source: Path, folder: Path) -> dict[str, Any]:
+    """A caption-contrastive Llama; LLM2CLIP's were trained in a user turn, averaged, 512 tokens."""
+    encoder = TextEncoder.from_pretrained(
+        source, pooling="mean", max_length_tokens=512, chat=True, bidirectional=True
+    )
+    encoder.save_pretrained(folder)
+    texts = ["A photo of two dogs.", "Rain on a window."]
+    again = TextEncoder.from_pretrained(folder)
+    return certify(
+        folder,
+        made="convert",
+        source=source,
+        expected={"text_embeds": encoder.encode(texts)},
+        got={"text_embeds": again.encode(texts)},
+        opened_with="TextEncoder.from_pretrained",
+    )
+
+
+def _vlm(
+    source: Path, folder: Path, model: Any, processor: Any, report: KeyReport
+) -> dict[str, Any]:
+    save_vlm(model, processor, folder)
+    expected = logits_of(model)
+    del model
+    return certify(
+        folder,
+        made="convert",
+        source=source,
+        expected=expected,
+        got=logits_of(load_vlm(folder)[0]),
+        opened_with="LlavaForConditionalGeneration.from_pretrained",
+        more={"format": "llava", "keys": report.to_dict()},
+    )
+
+
+def _encoder(
+    source: Path,
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    given: dict[str, Any],
+    partial: bool,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """A tower, with an adaptor beside it or not."""
+    register()
+    weights = canonical(weights)
+    name, layout = recognise(set(weights), str(source))
+    prefix = adaptor_prefix(weights)
+    left_out = [key for key in weights if LEFT_OUT.fullmatch(key)]
+    kept = {key: tensor for key, tensor in weights.items() if key not in set(left_out)}
+    table = layout.table
+    sizes = {}
+    if prefix is not None:
+        sizes = adaptor_sizes(weights, prefix)
+        table = (*adaptor_table(prefix, sizes["adaptor_num_blocks"]), *table)
+    found, unexpected = translate(kept, table)
+    if name == "openai_clip" and prefix is not None:
+        given = {"hidden_act": "quick_gelu"} | given
+    given = {
+        field: value
+        for field, value in _from_config(config).items()
+        if hasattr(layout.config(), field)
+    } | given
+    vision_config = tower_config(layout, found, given, str(source))
+    if prefix is None:
+        extra = [key for key in found if not key.startswith("vision_tower.")]
+        left_out += extra
+        found = {
+            key.removeprefix("vision_tower."): tensor
+            for key, tensor in found.items()
+            if key not in extra
+        }
+        model: Any = AutoModel.from_config(vision_config)
+    else:
+        found.setdefault("visual_projection.weight", torch.eye(sizes["projection_dim"]))
+        model = LLM2CLIPModel(
+            LLM2CLIPConfig(
+                vision_config=vision_config.to_dict(),
+                projection_bias="visual_projection.bias" in found,
+                logit_bias_init_value=0.0 if "logit_bias" in found else None,
+                **sizes,
+            )
+        )
+    report = load_translated(model, found, unexpected, left_out, where=str(source), partial=partial)
+    logger.info("%s: %s, %s", source, name, report.to_dict())
+    processor = image_processor(vision_config, source if source.is_dir() else source.parent)
+    whole = {tensor.dtype for tensor in found.values()}
+    model.eval()
+    pixels = fixed_pixels(vision_config.image_size)
+    expected = features_of(model, pixels)
+    opened = "llm2clip_vlm itself: the library it comes from is not installed"
+    tower = model if prefix is None else model.vision_tower
+    head = None if prefix is None else model.visual_projection
+    reference = library_features("open_clip", open_clip_weights(tower, head), vision_config, pixels)
+    if reference:
+        opened, expected["image_features"] = reference
+    if trust_remote_code:
+        opened, expected["image_embeds"] = _remote_embeds(source, pixels)
+    if len(whole) == 1:
+        model.to(whole.pop())
+    if prefix is None:
+        export_vision_tower(model, processor, folder)
+        again: Any = load_vision_tower(folder, dtype=torch.float32).model
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        export_vision_tower(model, processor, folder / "vision_tower")
+        again = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
+    return certify(
+        folder,
+        made="convert",
+        source=source,
+        expected=expected,
+        got=features_of(again, pixels),
+        opened_with=opened,
+        more={"format": name, "keys": report.to_dict()},
+    )
+
+
+def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers', open_clip's or timm's config says of a tower beyond its shapes."""
+    if "model_cfg" in config:
+        vision = config["model_cfg"]["vision_cfg"]
+        quick = config["model_cfg"].get("quick_gelu", False)
+        found = {"hidden_act": "quick_gelu" if quick else "gelu"}
+        heads = {"num_attention_heads": vision["width"] // vision["head_width"]}
+        return found | (heads if vision.keys() >= {"width", "head_width"} else {})
+    if "architecture" in config:
+        quick = "quickgelu" in config["architecture"]
+        given = config.get("model_args") or {}
+        heads = {"num_attention_heads": given["num_heads"]} if "num_heads" in given else {}
+        return {"hidden_act": "quick_gelu" if quick else "gelu"} | heads
+    vision = config.get("vision_config", config)
+    fields = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
+    found = {field: vision[field] for field in fields if field in vision}
+    clip = str(vision.get("model_type", config.get("model_type", ""))).startswith("clip")
+    return ({"hidden_act": "quick_gelu"} if clip else {}) | found
+
+
+@torch.no_grad()
+def _remote_embeds(source: Path, pixels: Tensor) -> tuple[str, Tensor]:
+    """What the Python files beside the weights compute, for `--trust-remote-code` alone."""
+    files = sorted(source.glob("*.py"))
+    for file in files:
+        print(f"runs remote code: {file} (sha256 {fingerprint_file(file)})", flush=True)
+    model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.float32).eval()
+    embeds = model.get_image_features(pixels)
+    return f"{', '.join(file.name for file in files)} beside the weights", F.normalize(
+        embeds, dim=-1
+    )

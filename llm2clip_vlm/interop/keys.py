@@ -1,0 +1,173 @@
+"""Key tables: what another project calls a weight, and what we call it.
+
+A table is a tuple of rows, read in order; the first row that knows a name takes it. The same table
+is read both ways.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Change = Literal["same", "transpose", "batch", "batch2"]
+
+_FIELDS = {"n": r"\d+", "n2": r"\d+", "p": "weight|bias", "any": ".+"}
+_IN = {
+    "same": lambda tensor: tensor,
+    "transpose": lambda tensor: tensor.T.contiguous(),
+    "batch": lambda tensor: tensor[0],
+    "batch2": lambda tensor: tensor[0, 0],
+}
+_OUT = {
+    "same": lambda tensor: tensor,
+    "transpose": lambda tensor: tensor.T.contiguous(),
+    "batch": lambda tensor: tensor[None],
+    "batch2": lambda tensor: tensor[None, None],
+}
+
+
+class KeyMapError(ValueError):
+    """Weights that do not fit a table or the model they are meant for."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One weight under both names; several names on a side share it along the first axis.
+
+    In a name `{n}` and `{n2}` stand for numbers, `{p}` for `weight` or `bias`, `{any}` for all.
+    """
+
+    theirs: tuple[str, ...]
+    """Their names."""
+    ours: tuple[str, ...]
+    """Our names."""
+    change: Change = "same"
+    """What makes ours of theirs: transposed, or without one or two leading axes of length 1."""
+    parts: tuple[int, ...] = ()
+    """Shares of several names on their side; none = equal."""
+
+
+def row(theirs: str, ours: str, change: Change = "same", parts: tuple[int, ...] = ()) -> Row:
+    """A row from blank-separated names."""
+    return Row(tuple(theirs.split()), tuple(ours.split()), change, parts)
+
+
+@dataclass
+class KeyReport:
+    """What became of the weights of a file."""
+
+    matched: int = 0
+    """Weights that found their place."""
+    missing: list[str] = field(default_factory=list)
+    """Ours that nothing was found for, or something of another shape."""
+    unexpected: list[str] = field(default_factory=list)
+    """Theirs that the table does not know."""
+    left_out: list[str] = field(default_factory=list)
+    """Theirs that have no place here by design, such as CLIP's own text tower."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a certificate keeps it; what was left out is counted by its first part."""
+        kinds: dict[str, int] = {}
+        for name in self.left_out:
+            kind = ".".join(name.split(".")[:2])
+            kinds[kind] = kinds.get(kind, 0) + 1
+        return {
+            "matched": self.matched,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "left_out": kinds,
+        }
+
+
+def translate(
+    weights: Mapping[str, Tensor], table: Sequence[Row], *, back: bool = False
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights under the other side's names.
+
+    Args:
+        weights: Names to tensors.
+        table: The rows.
+        back: From our names to theirs.
+
+    Returns:
+        The weights, and the names that no row knows.
+    """
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for entry in table:
+        sources, targets = (entry.ours, entry.theirs) if back else (entry.theirs, entry.ours)
+        parts = (entry.parts if back else ()) or (1,) * len(targets)
+        pattern = _pattern(sources[0])
+        for name in weights:
+            match = None if name in used else pattern.fullmatch(name)
+            names = [source.format(**match.groupdict()) for source in sources] if match else []
+            if match is None or any(source not in weights for source in names):
+                continue
+            used.update(names)
+            tensors = [weights[source] for source in names]
+            tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+            tensor = (_OUT if back else _IN)[entry.change](tensor)
+            unit = len(tensor) // sum(parts) if len(targets) > 1 else 0
+            pieces = tensor.split([unit * part for part in parts]) if unit else (tensor,)
+            for target, piece in zip(targets, pieces, strict=True):
+                found[target.format(**match.groupdict())] = piece
+    return found, sorted(set(weights) - used)
+
+
+def _pattern(template: str) -> re.Pattern[str]:
+    parts = re.split(r"\{(\w+)\}", template)
+    texts = [re.escape(part) for part in parts[::2]]
+    groups = [f"(?P<{name}>{_FIELDS[name]})" for name in parts[1::2]]
+    return re.compile("".join(a + b for a, b in zip(texts, [*groups, ""], strict=True)))
+
+
+def load_translated(
+    model: torch.nn.Module,
+    weights: Mapping[str, Tensor],
+    unexpected: Iterable[str],
+    left_out: Iterable[str],
+    *,
+    where: str,
+    partial: bool = False,
+) -> KeyReport:
+    """Put translated weights into a model.
+
+    Args:
+        model: Takes the weights, in its own dtype.
+        weights: Under the model's names.
+        unexpected: Names in the file that the table does not know.
+        left_out: Names in the file that have no place here by design.
+        where: The file, for messages.
+        partial: Let missing and unexpected weights pass; they are in the report.
+
+    Raises:
+        KeyMapError: Weights are missing, unexpected or of another shape.
+    """
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    fitting = {}
+    for name, tensor in weights.items():
+        if name in expected and expected[name].shape == tensor.shape:
+            fitting[name] = tensor
+        elif name in expected:
+            shapes = f"{list(tensor.shape)}, expected {list(expected[name].shape)}"
+            missing.append(f"{name} (got {shapes})")
+    foreign = [*unexpected, *sorted(set(weights) - set(expected))]
+    report = KeyReport(len(fitting), sorted(missing), sorted(foreign), sorted(left_out))
+    if (missing or foreign) and not partial:
+        raise KeyMapError(
+            f"{where}: {report.matched} weights fit {type(model).__name__}; missing "
+            f"{_few(report.missing)}; unexpected {_few(report.unexpected)}. Is it complete, and of "
+            "this architecture? `--partial` loads what fits and leaves the rest as initialised"
+        )
+    model.load_state_dict(fitting, strict=False)
+    return report
+
+
+def _few(names: Sequence[str]) -> str:
+    return f"{len(names)} (first: {', '.join(names[:3])})" if names else "none"

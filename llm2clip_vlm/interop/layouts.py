@@ -1,0 +1,149 @@
+"""The layouts that a vision tower comes in, known by their weights' names alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import transformers
+from torch import Tensor
+from transformers import AutoImageProcessor, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers.utils import is_torchvision_available
+
+from llm2clip_vlm.interop.eva02 import EVA02
+from llm2clip_vlm.interop.keys import KeyMapError, Row, row
+from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
+from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.models.eva02 import Eva02VisionConfig
+
+_HF = (row("visual.head.{p}", "visual_projection.{p}"), row("visual.{any}", "vision_tower.{any}"))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to name a tower's weights."""
+
+    marks: tuple[str, ...]
+    """Names, without `visual.`, that this layout alone has all of."""
+    table: tuple[Row, ...]
+    """To our names."""
+    config: type[PreTrainedConfig]
+    """Of the tower that it becomes."""
+    activation: str | None = None
+    """The tower's activation, where the layout says it."""
+
+
+LAYOUTS = {
+    "openai_clip": Layout(
+        ("class_embedding", "transformer.resblocks.0.attn.in_proj_weight"),
+        OPENAI_CLIP,
+        CLIPVisionConfig,
+    ),
+    "eva02": Layout(("cls_token", "blocks.0.attn.inner_attn_ln.weight"), EVA02, Eva02VisionConfig),
+    "eva02_timm": Layout(("cls_token", "blocks.0.mlp.fc1_g.weight"), EVA02, Eva02VisionConfig),
+    "clip_timm": Layout(
+        ("cls_token", "norm_pre.weight", "blocks.0.attn.qkv.weight"), CLIP_TIMM, CLIPVisionConfig
+    ),
+    # timm computes GELU exactly where Google's SigLIP approximates it, and LLM2CLIP trained so.
+    "siglip_timm": Layout(("attn_pool.latent",), SIGLIP_TIMM, SiglipVisionConfig, "gelu"),
+    "clip_hf": Layout(("embeddings.class_embedding", "pre_layrnorm.weight"), _HF, CLIPVisionConfig),
+    "siglip_hf": Layout(("head.probe",), _HF, SiglipVisionConfig, "gelu_pytorch_tanh"),
+}
+"""By name; the first that has all its marks is taken."""
+
+_SIZES = {
+    "eva02_clip_vision_model": ("patch_embed.proj.weight", "pos_embed", "mlp.w1.weight"),
+    "clip_vision_model": (
+        *("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
+        "mlp.fc1.weight",
+    ),
+}
+_SIZES["siglip_vision_model"] = _SIZES["clip_vision_model"]
+
+
+def recognise(names: set[str], where: str) -> tuple[str, Layout]:
+    """The layout of a tower.
+
+    Args:
+        names: Of the weights, the tower's below `visual.`.
+        where: For the message.
+
+    Raises:
+        KeyMapError: None of the layouts.
+    """
+    for name, layout in LAYOUTS.items():
+        if all("visual." + mark in names for mark in layout.marks):
+            return name, layout
+    raise KeyMapError(
+        f"{where}: no layout of a vision tower or a VLM that is known here; expected the weights "
+        f"of one of {', '.join(LAYOUTS)}, LLaVA or llava-hf, got {len(names)} names such as "
+        f"{sorted(names)[:3]}"
+    )
+
+
+def tower_config(
+    layout: Layout, weights: Mapping[str, Tensor], given: Mapping[str, Any], where: str
+) -> PreTrainedConfig:
+    """The tower's config from the shapes of its weights.
+
+    Args:
+        layout: Of the file.
+        weights: Under our names, below `vision_tower.`.
+        given: Values that come from a config beside the file, or from the user; they win.
+        where: For messages.
+
+    Raises:
+        KeyMapError: A given field does not exist, or the activation is known to nobody.
+    """
+    kind = layout.config.model_type
+    patch, positions, hidden = _SIZES[kind]
+    tower = {name.removeprefix("vision_tower."): tensor for name, tensor in weights.items()}
+    width, channels, side, _ = tower[patch].shape
+    inner = [
+        tensor
+        for name, tensor in tower.items()
+        if name.endswith(hidden) and not name.startswith("head.")
+    ]
+    grid = math.isqrt(tower[positions].shape[-2])
+    values: dict[str, Any] = {
+        "hidden_size": width,
+        "intermediate_size": len(inner[0]),
+        "num_hidden_layers": len(inner),
+        # Published heads are 64 wide, but for So400m's 16 of 72.
+        "num_attention_heads": 16 if width == 1152 else max(width // 64, 1),
+        "image_size": grid * side,
+        "patch_size": side,
+        "num_channels": channels,
+    }
+    if layout.activation is not None:
+        values["hidden_act"] = layout.activation
+    if unknown := [name for name in given if not hasattr(layout.config(), name)]:
+        raise KeyMapError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
+    values |= given
+    if layout.config is CLIPVisionConfig and "hidden_act" not in values:
+        raise KeyMapError(
+            f"{where}: the file does not say which activation its tower was trained with; add "
+            "`--set hidden_act=quick_gelu` (OpenAI, LLM2CLIP, DFN, MetaCLIP) or `hidden_act=gelu` "
+            "(LAION, DataComp)"
+        )
+    return layout.config(**values)
+
+
+def image_processor(config: Any, folder: Path) -> Any:
+    """The image processor beside the weights, or the one that towers of this kind have.
+
+    Args:
+        config: Of the tower.
+        folder: Where the weights lie.
+    """
+    if (folder / "preprocessor_config.json").is_file():
+        return AutoImageProcessor.from_pretrained(folder)
+    backend = "" if is_torchvision_available() else "Pil"
+    square = {"height": config.image_size, "width": config.image_size}
+    if config.model_type == "siglip_vision_model":
+        return getattr(transformers, f"SiglipImageProcessor{backend}")(size=square, resample=3)
+    edge = {"shortest_edge": config.image_size}
+    return getattr(transformers, f"CLIPImageProcessor{backend}")(size=edge, crop_size=square)

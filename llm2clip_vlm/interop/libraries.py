@@ -1,0 +1,209 @@
+"""Towers as open_clip and timm have them, and opened with those libraries where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llm2clip_vlm.interop.eva02 import EVA02_TIMM
+from llm2clip_vlm.interop.keys import KeyMapError, Row, translate
+from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
+from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+
+_TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {
+    "clip_vision_model": (CLIP_TIMM, "vit_{}_patch{}_clip_{}", "vit_large_patch14_clip_336"),
+    "siglip_vision_model": (
+        *(SIGLIP_TIMM, "vit_{}_patch{}_siglip_{}", "vit_so400m_patch14_siglip_224"),
+    ),
+    "eva02_clip_vision_model": (
+        *(EVA02_TIMM, "eva02_{}_patch{}_clip_{}", "eva02_large_patch14_clip_336"),
+    ),
+}
+"""Tower to its table, timm's name of a published size, and the one that stands for any other."""
+
+_SIZES = {768: "base", 1024: "large", 1152: "so400m"}
+"""What timm calls a width."""
+
+
+def timm_table(config: Any) -> tuple[Row, ...]:
+    """The table between timm's names and a tower's.
+
+    Args:
+        config: Of the tower.
+
+    Raises:
+        KeyMapError: timm has no such tower, or it is not known here under which names.
+    """
+    if config.model_type not in _TIMM:
+        raise KeyMapError(
+            f"model_type {config.model_type!r} has no names in open_clip and timm here; expected "
+            f"one of {', '.join(_TIMM)}. `--to transformers` takes any tower"
+        )
+    return _TIMM[config.model_type][0]
+
+
+def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
+    """Timm's name of a tower, and the arguments of `timm.create_model` that make it so.
+
+    Args:
+        config: Of the tower.
+    """
+    _, form, default = _TIMM[config.model_type]
+    width, patch, side = config.hidden_size, config.patch_size, config.image_size
+    name = form.format(_SIZES[width], patch, side) if width in _SIZES else default
+    values = {
+        "img_size": side,
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": config.num_hidden_layers,
+        "num_heads": config.num_attention_heads,
+        "mlp_ratio": (config.intermediate_size + 0.5) / width,  # timm rounds down
+    }
+    activation = getattr(config, "hidden_act", None)
+    if activation == "quick_gelu":
+        name = name.replace("_clip_", "_clip_quickgelu_")
+    elif activation == "gelu_pytorch_tanh":
+        values["act_layer"] = "gelu_tanh"
+    if config.model_type == "eva02_clip_vision_model":
+        values["ref_feat_shape"] = [config.rope_grid, config.rope_grid]
+    return name, values
+
+
+def timm_weights(tower: nn.Module) -> dict[str, Tensor]:
+    """A tower's weights as `timm.create_model(..., num_classes=0)` takes them.
+
+    Args:
+        tower: A CLIP, SigLIP or EVA02 tower.
+    """
+    return _back(tower, None, timm_table(tower.config))
+
+
+def open_clip_weights(tower: nn.Module, head: nn.Linear | None) -> dict[str, Tensor]:
+    """A tower's weights as open_clip's `model.visual` takes them.
+
+    Args:
+        tower: A CLIP, SigLIP or EVA02 tower.
+        head: The image head; none for a tower alone, which gets the identity where open_clip
+            cannot do without.
+    """
+    config: Any = tower.config
+    if config.model_type == "clip_vision_model":
+        return _back(tower, head or _identity(config.hidden_size), OPENAI_CLIP)
+    weights = _back(tower, head, timm_table(config))
+    found = {f"trunk.{name}": weight for name, weight in weights.items()}
+    weight = found.pop("trunk.head.weight", None)
+    if weight is None or head is None or _is_identity(head):
+        return {name: t for name, t in found.items() if not name.startswith("trunk.head.")}
+    if config.model_type == "siglip_vision_model":
+        return found | {"head.proj.weight": weight}
+    return {"trunk.head.bias": torch.zeros(len(weight))} | found | {"trunk.head.weight": weight}
+
+
+def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]:
+    """open_clip's `open_clip_config.json`; there is no text tower.
+
+    Args:
+        tower: As in :func:`open_clip_weights`.
+        head: Likewise.
+    """
+    config: Any = tower.config
+    vision: dict[str, Any] = {"image_size": config.image_size}
+    if config.model_type == "clip_vision_model":
+        vision |= {
+            "layers": config.num_hidden_layers,
+            "width": config.hidden_size,
+            "head_width": config.hidden_size // config.num_attention_heads,
+            "patch_size": config.patch_size,
+            "mlp_ratio": config.intermediate_size / config.hidden_size,
+        }
+    else:
+        siglip = config.model_type == "siglip_vision_model"
+        plain = head is None or _is_identity(head)
+        vision |= {
+            "timm_model_name": timm_arguments(config)[0],
+            "timm_model_pretrained": False,
+            "timm_pool": "map" if siglip else "token",
+            "timm_proj": "none" if plain else "linear" if siglip else None,
+        }
+    return {
+        "embed_dim": config.hidden_size if head is None else head.out_features,
+        "vision_cfg": vision,
+        "quick_gelu": getattr(config, "hidden_act", None) == "quick_gelu",
+    }
+
+
+@torch.no_grad()
+def library_features(
+    library: str, weights: Mapping[str, Tensor], config: Any, pixels: Tensor
+) -> tuple[str, Tensor] | None:
+    """Pooled features of exported weights, computed by the library they are for.
+
+    The weights must load strictly.
+
+    Args:
+        library: `open_clip` or `timm`.
+        weights: As :func:`open_clip_weights` or :func:`timm_weights` gave them.
+        config: Of the tower.
+        pixels: `[b, 3, s, s]`.
+
+    Returns:
+        The library with its version, and the features; none where it is not installed.
+    """
+    weights = {name: tensor.float() for name, tensor in weights.items()}
+    try:
+        import timm
+
+        if library == "open_clip":
+            import open_clip
+    except ImportError:
+        return None
+    projection = None
+    if library == "open_clip" and config.model_type == "clip_vision_model":
+        quick = config.hidden_act == "quick_gelu"
+        model: Any = open_clip.transformer.VisionTransformer(
+            image_size=config.image_size,
+            patch_size=config.patch_size,
+            width=config.hidden_size,
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            mlp_ratio=config.intermediate_size / config.hidden_size,
+            output_dim=weights["proj"].shape[1],
+            act_layer=open_clip.transformer.QuickGELU if quick else nn.GELU,
+        )
+    else:
+        # open_clip's own wrapper builds only published sizes; its `trunk` is timm's model.
+        projection = weights.pop("head.proj.weight", None)
+        weights = {name.removeprefix("trunk."): tensor for name, tensor in weights.items()}
+        name, values = timm_arguments(config)
+        head = weights.get("head.weight")
+        model = timm.create_model(name, num_classes=0 if head is None else len(head), **values)
+    model.load_state_dict(weights, strict=True)
+    features = model.eval()(pixels)
+    used = open_clip if library == "open_clip" else timm
+    return f"{library} {used.__version__}", (
+        features if projection is None else features @ projection.T
+    )
+
+
+def _back(tower: nn.Module, head: nn.Linear | None, table: tuple[Row, ...]) -> dict[str, Tensor]:
+    ours = {f"vision_tower.{name}": tensor.detach() for name, tensor in tower.state_dict().items()}
+    if head is not None:
+        ours |= {f"visual_projection.{name}": t.detach() for name, t in head.state_dict().items()}
+    found, unknown = translate(ours, table, back=True)
+    assert not unknown, f"the table has no {unknown[0]}"
+    return {name.removeprefix("visual."): t.contiguous() for name, t in found.items()}
+
+
+def _identity(width: int) -> nn.Linear:
+    head = nn.Linear(width, width, bias=False)
+    nn.init.eye_(head.weight)
+    return head
+
+
+def _is_identity(head: nn.Linear) -> bool:
+    weight = head.weight.detach().float()
+    square = weight.shape[0] == weight.shape[1]
+    return square and head.bias is None and torch.equal(weight, torch.eye(len(weight)))

@@ -1,0 +1,199 @@
+"""LLaVA's own checkpoints (haotian-liu/LLaVA), whole or the projector alone."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from llm2clip_vlm.interop.keys import KeyMapError, KeyReport, load_translated, row, translate
+from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.vlm import build_vlm
+
+LLAVA = (
+    row("model.mm_projector.0.{p}", "model.multi_modal_projector.linear_1.{p}"),
+    row("model.mm_projector.2.{p}", "model.multi_modal_projector.linear_2.{p}"),
+    row("model.vision_tower.vision_tower.vision_model.{any}", "model.vision_tower.{any}"),
+    row("lm_head.weight", "lm_head.weight"),
+    row("model.{any}", "model.language_model.{any}"),
+)
+"""LLaVA's names to those that `LlavaForConditionalGeneration` has in memory."""
+
+PROJECTOR = "mm_projector.bin"
+_DECODERS = {"llama": "llava_llama", "mistral": "llava_mistral"}
+"""A decoder's `model_type` to that of LLaVA's class around it."""
+_NOT_THE_DECODER = ("model.multi_modal_projector.", "model.vision_tower.")
+_SELECT = {"patch": "default", "cls_patch": "full"}
+
+
+def convert_llava(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    vision_tower: str | None,
+    language_model: str | None,
+    partial: bool,
+) -> tuple[Any, Any, KeyReport]:
+    """A LLaVA checkpoint, or its projector alone, as a `LlavaForConditionalGeneration`.
+
+    Args:
+        path: The checkpoint's folder, or the projector's file with its config.json beside.
+        weights: Of the checkpoint.
+        vision_tower: The tower, as `load_vision_tower` takes it; none = the checkpoint's
+            `mm_vision_tower` where that is a folder inside of it.
+        language_model: The LLM, where the file holds the projector alone.
+        partial: See :func:`~llm2clip_vlm.interop.keys.load_translated`.
+
+    Returns:
+        Model, processor and key report.
+
+    Raises:
+        KeyMapError: The tower or the LLM is not given, or weights do not fit.
+    """
+    folder = path if path.is_dir() else path.parent
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    named = config.get("mm_vision_tower") or "not in a config.json"
+    inside = (folder / named).resolve()
+    if vision_tower is None and inside.is_dir() and inside.is_relative_to(folder.resolve()):
+        vision_tower = str(inside)
+    whole = "model.embed_tokens.weight" in weights
+    if vision_tower is None or not (whole or language_model):
+        lacking = "--vision-tower" if vision_tower is None else "--language-model"
+        raise KeyMapError(
+            f"{path}: give {lacking}: it is no part of this checkpoint (mm_vision_tower {named!r})"
+        )
+    with tempfile.TemporaryDirectory() as place:
+        model, processor = build_vlm(
+            vision_tower,
+            str(_decoder(folder, config, weights, place) if whole else language_model),
+            vision_feature_layer=config.get("mm_vision_select_layer", -2),
+            vision_feature_select_strategy=_SELECT[config.get("mm_vision_select_feature", "patch")],  # type: ignore[arg-type]
+            image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
+            chat_template=None if _has_template(folder) else "vicuna_v1",
+        )
+    found, unexpected = translate(weights, LLAVA)
+    state = model.state_dict()
+    strange = [name for name in found if name not in state]
+    left_out = [name for name in strange if name.endswith("rotary_emb.inv_freq")]
+    # The decoder has its weights, and rows for new tokens besides; the tower's may come with it.
+    own = {name: t for name, t in state.items() if ".multi_modal_projector." not in name}
+    own |= {name: t for name, t in found.items() if name.startswith(_NOT_THE_DECODER)}
+    report = load_translated(
+        model,
+        own,
+        [*unexpected, *sorted(set(strange) - set(left_out))],
+        left_out,
+        where=str(path),
+        partial=partial,
+    )
+    report.matched = len(set(found) & set(state))
+    return model, processor, report
+
+
+def _has_template(folder: Path) -> bool:
+    try:
+        return AutoTokenizer.from_pretrained(folder).chat_template is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _decoder(
+    folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], place: str
+) -> str:
+    """The language model alone, with its tokenizer, in a folder of its own."""
+    kinds = {theirs: kind for kind, theirs in _DECODERS.items()} | {"llava": "llama"}
+    kind = kinds.get(config.get("model_type", ""))
+    aspect = str(config.get("image_aspect_ratio"))
+    if kind is None or aspect.startswith("anyres"):
+        raise KeyMapError(
+            f"{folder}: model_type {config.get('model_type')!r}, image_aspect_ratio {aspect!r} in "
+            f"config.json; expected LLaVA-1.5: one of {', '.join(kinds)}, and no anyres"
+        )
+    known = AutoConfig.for_model(kind)
+    plain = {name: value for name, value in config.items() if hasattr(known, name)}
+    text_config = AutoConfig.for_model(kind, **plain | {"model_type": kind})
+    llm = load_complete(
+        MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)],
+        folder,
+        config=text_config,
+        state_dict={name: t for name, t in weights.items() if "mm_projector" not in name},
+        dtype=weights["model.embed_tokens.weight"].dtype,
+        error=KeyMapError,
+    )
+    llm.save_pretrained(place)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(place)
+    return place
+
+
+def llava_projector(model: Any) -> dict[str, Tensor]:
+    """A VLM's projector as LLaVA's `mm_projector.bin` holds it.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+    """
+    named = model.model.multi_modal_projector.state_dict().items()
+    ours = {f"model.multi_modal_projector.{name}": tensor.detach() for name, tensor in named}
+    found, unknown = translate(ours, LLAVA, back=True)
+    if unknown:
+        raise KeyMapError(f"LLaVA's mlp2x_gelu has no {unknown[0]}")
+    return found
+
+
+def llava_config(model: Any, processor: Any, tower: str) -> dict[str, Any]:
+    """LLaVA's config.json for a VLM.
+
+    Args:
+        model: A `LlavaForConditionalGeneration` around a Llama or a Mistral.
+        processor: Its processor.
+        tower: Where LLaVA shall look for the vision tower.
+
+    Raises:
+        KeyMapError: LLaVA has no class for this decoder or this choice of features.
+    """
+    config = model.config
+    text = config.text_config.to_dict()
+    kind = _DECODERS.get(text["model_type"])
+    layer = config.vision_feature_layer
+    if kind is None or not isinstance(layer, int):
+        raise KeyMapError(
+            f"LLaVA has no class for a {text['model_type']} decoder with vision_feature_layer "
+            f"{layer}; expected one of {', '.join(_DECODERS)}, and one layer"
+        )
+    name = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
+    select = {ours: theirs for theirs, ours in _SELECT.items()}
+    pads = getattr(processor.image_processor, "do_pad", False)
+    return text | {
+        "model_type": kind,
+        "architectures": [name[kind]],
+        "use_mm_proj": True,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_hidden_size": config.vision_config.hidden_size,
+        "mm_vision_tower": tower,
+        "mm_vision_select_layer": layer,
+        "mm_vision_select_feature": select[config.vision_feature_select_strategy],
+        "mm_use_im_start_end": False,
+        "mm_use_im_patch_token": False,
+        "image_aspect_ratio": "pad" if pads else "square",
+    }
+
+
+def llava_weights(model: Any) -> dict[str, Tensor]:
+    """A VLM's decoder and projector under LLaVA's names; the tower lies in a folder of its own.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+    """
+    ours = {
+        name: tensor.detach()
+        for name, tensor in model.state_dict().items()
+        if not name.startswith("model.vision_tower.")
+    }
+    found, unknown = translate(ours, LLAVA, back=True)
+    assert not unknown, f"the table has no {unknown[0]}"
+    return found

@@ -1,0 +1,81 @@
+"""LLM2CLIP's own checkpoints: training files and the releases in Hugging Face layout.
+
+A training file has `visual.*`, `text.text_adaptor.*` and `logit_scale`. The releases of the OpenAI
+towers have `vision_model.*`, `visual_projection.weight` and the same adaptor below `text_adapter.`;
+the name of the Sequential inside of it was not readable here, so the adaptor is found by its form.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+from llm2clip_vlm.interop.keys import Row, row
+
+_FIRST_BLOCK = re.compile(r"((?:.+\.)?text_adapt[eo]r\..*?)0\.fn\.0\.weight")
+
+LEFT_OUT = re.compile(
+    # CLIP's own text tower under three namings, what is computed, and text towers' own heads
+    r"(transformer|token_embedding|positional_embedding|text_projection|ln_final|attn_mask|"
+    r"text\.(?!.*text_adapt)|text_model\.|.*\brope\.|.*\.position_ids$|.*\.k_bias$).*"
+)
+"""Weights of a CLIP that have no place in a tower or an `LLM2CLIPModel`."""
+
+
+def adaptor_prefix(names: Iterable[str]) -> str | None:
+    """What stands before the adaptor's numbered parts (`text.text_adaptor.`); none = no adaptor."""
+    found = (_FIRST_BLOCK.fullmatch(name) for name in names)
+    return next((match[1] for match in found if match), None)
+
+
+def adaptor_table(prefix: str, num_blocks: int) -> tuple[Row, ...]:
+    """The text adaptor: blocks, LayerNorm and linear head, numbered on.
+
+    Args:
+        prefix: See :func:`adaptor_prefix`.
+        num_blocks: Residual blocks.
+
+    Paper: LLM2CLIP v6 section 3.2; code `llm2clip/eva_clip/model.py:217-253`.
+    """
+    ours = "text_adaptor.blocks.{n}."
+    return (
+        row(prefix + "{n}.fn.0.{p}", ours + "fc1.{p}"),
+        row(prefix + "{n}.fn.3.{p}", ours + "fc2.{p}"),
+        row(prefix + "{n}.ln.{p}", ours + "norm.{p}"),
+        row(f"{prefix}{num_blocks}.{{p}}", "text_adaptor.norm.{p}"),
+        row(f"{prefix}{num_blocks + 1}.{{p}}", "text_adaptor.head.{p}"),
+        row("logit_scale", "logit_scale"),
+        row("logit_bias", "logit_bias"),
+    )
+
+
+def adaptor_sizes(weights: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+    """`LLM2CLIPConfig`'s fields as the adaptor's weights have them."""
+    num_blocks = sum(name.startswith(prefix) and name.endswith(".fn.0.weight") for name in weights)
+    hidden, width = weights[prefix + "0.fn.0.weight"].shape
+    return {
+        "text_embed_dim": width,
+        "projection_dim": len(weights[f"{prefix}{num_blocks + 1}.weight"]),
+        "adaptor_num_blocks": num_blocks,
+        "adaptor_expansion": hidden // width,
+    }
+
+
+def canonical(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tower below `visual.`, whoever wrote the file.
+
+    open_clip puts timm's models below `visual.trunk.` (with a projection as `visual.head.proj.`),
+    Hugging Face below `vision_model.` beside `visual_projection.`; a file of a tower alone has no
+    prefix.
+    """
+    renamed = {}
+    alone = not any(name.startswith(("visual.", "vision_model.")) for name in weights)
+    for name, tensor in weights.items():
+        new = re.sub(r"^(visual\.trunk|vision_model|trunk)\.", "visual.", name)
+        new = re.sub(r"^(visual\.head\.proj|head\.proj|visual_projection)\.", "visual.head.", new)
+        if alone and not new.startswith(("visual.", "text", "logit_")):
+            new = "visual." + new
+        renamed[new] = tensor
+    return renamed

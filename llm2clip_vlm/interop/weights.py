@@ -1,0 +1,151 @@
+"""Reading other people's weights: safetensors or tensors alone, all of them, and nothing runs."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
+from llm2clip_vlm.handoff import verify_parent
+
+CERTIFICATE_NAME = "parity.json"
+"""The certificate in a folder that this package exported or converted."""
+
+_NAMES = (
+    "model.safetensors",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "open_clip_pytorch_model.bin",
+    "mm_projector.bin",
+)
+_WRAPPERS = ("state_dict", "model", "module")
+
+
+class WeightsError(ValueError):
+    """A file of weights that is unsafe, damaged or not there."""
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights of a checkpoint.
+
+    Args:
+        path: A file, or a folder with one under its usual name, whole or in shards.
+
+    Raises:
+        WeightsError: There is none, an index names something outside of the folder, or a shard is
+            not there.
+    """
+    if path.is_file():
+        return [path]
+    for name in _NAMES:
+        index = path / f"{name}.index.json"
+        if index.is_file():
+            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            for shard in shards:
+                if Path(shard).name != shard or not (path / shard).is_file():
+                    raise WeightsError(f"{index}: there is no file {shard!r} beside it")
+            return sorted(path / shard for shard in shards)
+        if (path / name).is_file():
+            return [path / name]
+    others = sorted(
+        file for kind in ("safetensors", "pt", "bin") for file in path.glob(f"*.{kind}")
+    )
+    if len(others) != 1:
+        raise WeightsError(
+            f"{path}: expected a file of weights, or a folder with one of {', '.join(_NAMES)}, "
+            f"got {[file.name for file in others] or 'none'}; name the file itself"
+        )
+    return others
+
+
+def verify_hashes(path: Path, sha256: str | None = None) -> None:
+    """Refuse files that are not those that were written, before anything of them is read.
+
+    Args:
+        path: A file, or a folder with a certificate, a stage's manifest, or neither.
+        sha256: What the file's hash must be.
+
+    Raises:
+        HandoffError: A hash differs.
+    """
+    if sha256 is not None:
+        (file,) = weight_files(path)
+        if (found := fingerprint_file(file)) != sha256.lower():
+            raise HandoffError(f"{file}: sha256: expected {sha256}, got {found}; fetch it again")
+    folder = path if path.is_dir() else path.parent
+    certificate = folder / CERTIFICATE_NAME
+    if certificate.is_file():
+        recorded = json.loads(certificate.read_text(encoding="utf-8"))["files"]
+        for name, expected in recorded.items():
+            file = folder / name
+            if not file.resolve().is_relative_to(folder.resolve()):
+                raise HandoffError(f"{certificate}: {name!r} is outside of the folder")
+            found = fingerprint_file(file) if file.is_file() else "no file"
+            if found != expected:
+                raise HandoffError(
+                    f"{file}: sha256: expected {expected}, got {found}: it is not what "
+                    f"{CERTIFICATE_NAME} vouches for; export or convert it again"
+                )
+    if path.is_dir():
+        verify_parent(path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, on the CPU.
+
+    Every shard is opened, and so checked to be whole, before a tensor of any is read.
+
+    Args:
+        path: See :func:`weight_files`.
+
+    Raises:
+        WeightsError: A file is damaged, or holds anything but tensors.
+    """
+    weights: dict[str, Tensor] = {}
+    parts = [_open(file) for file in weight_files(path)]
+    for file, part in parts:
+        tensors = (
+            part
+            if isinstance(part, Mapping)
+            else {key: part.get_tensor(key) for key in part.keys()}  # noqa: SIM118
+        )
+        if twice := weights.keys() & tensors.keys():
+            raise WeightsError(f"{file}: {sorted(twice)[0]!r} is in two shards")
+        weights |= tensors
+    return weights
+
+
+def _open(file: Path) -> tuple[Path, Any]:
+    with file.open("rb") as handle:
+        start = handle.read(9)
+    try:
+        if start[8:] == b"{":
+            return file, safe_open(file, framework="pt")
+        found = torch.load(file, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise WeightsError(f"{file}: damaged or cut off ({error}); fetch it again") from error
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise WeightsError(
+            f"{file}: damaged, or more than tensors ({str(error).splitlines()[0]}); nothing of it "
+            "was run. Save its state dict as safetensors where you trust it"
+        ) from error
+    while isinstance(found, Mapping):
+        inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
+        if inner is None:
+            break
+        found = inner
+    tensors = {
+        str(name).removeprefix("module."): tensor
+        for name, tensor in (found.items() if isinstance(found, Mapping) else ())
+        if isinstance(tensor, Tensor)
+    }
+    if not tensors:
+        raise WeightsError(f"{file}: expected names and tensors, got {type(found).__name__}")
+    return file, tensors
