@@ -89,14 +89,13 @@ def test_for_each_makes_a_step_of_every_combination() -> None:
         )
     )
     assert [job.name for job in jobs] == ["a-s0", "b-s0", "a-s1", "b-s1"]
-    assert jobs[1].recipe == "recipes/b.yaml"
-    assert jobs[1].overrides == ["seed=0", "out=runs/b"]
+    assert jobs[1].recipe == ["recipes/b.yaml", "seed=0", "out=runs/b"]
     assert jobs[1].arguments == ["--name=b"]
 
 
 def test_braces_that_are_no_variable_stay() -> None:
     (job,) = expand(pipeline({"name": "x", "program": "work", "overrides": {"a": "[{p: 1}]"}}))
-    assert job.overrides == ["a=[{p: 1}]"]
+    assert job.recipe == ["a=[{p: 1}]"]
 
 
 def test_needs_take_variables_and_stars() -> None:
@@ -119,8 +118,8 @@ def test_the_world_goes_to_steps_with_a_recipe_only() -> None:
             world={"seed": 7, "dir": "w"},
         )
     )
-    assert with_recipe.overrides == ["world.seed=7", "world.dir=w"]
-    assert without.overrides == []
+    assert with_recipe.recipe == ["r.yaml", "world.seed=7", "world.dir=w"]
+    assert without.recipe == []
 
 
 def test_a_need_that_is_no_step_is_refused() -> None:

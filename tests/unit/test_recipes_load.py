@@ -130,9 +130,9 @@ def test_every_step_of_a_pipeline_gets_a_recipe_that_loads(path: Path) -> None:
         assert find_program(job.step.program)
         for word in job.step.launch:
             assert not word.endswith(".yaml") or Path(word).is_file()
-        if job.recipe is None:
+        if job.step.recipe is None:
             continue
-        recipe = check(Path(job.recipe), job.step.program, job.overrides)
+        recipe = check(Path(job.recipe[0]), job.step.program, job.recipe[1:])
         if isinstance(recipe, RunRecipe):
             other = folders.setdefault(recipe.output_dir, job.name)
             assert other == job.name, f"{job.name} and {other} write {recipe.output_dir}"
