@@ -27,10 +27,9 @@ from transformers import AutoImageProcessor
 from llm2clip_vlm.config import WorldConfig
 from llm2clip_vlm.data.world import COLOURS, SHAPES, SHORT_FORMS
 from llm2clip_vlm.data.world_files import file_scenes, world_dir
-from llm2clip_vlm.models.clip import ClipTokens, load_clip
+from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.training.encoder_eval import clip_encoders, llm2clip_encoders
 
 CLASSES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 
@@ -81,7 +80,7 @@ def main() -> None:
     text_encoder = TextEncoder.from_pretrained(arguments.runs / "stage1" / "text_encoder")
     for name in ("llm2clip", *arguments.kept):
         model = LLM2CLIPModel.from_pretrained(towers / name / "model").eval()
-        encoders[name] = llm2clip_encoders(model, text_encoder.encode)
+        encoders[name] = model.encoders(text_encoder.encode)
     hits = {name: accuracy(pixels, labels, *pair).float() for name, pair in encoders.items()}
     recall = {name: long_recall(towers / name) for name in hits}
     print(f"{'run':<24}{'zero-shot':>10}{'long R@1':>10}{'gain kept':>10}")

@@ -24,9 +24,10 @@ class WorldConfig(Section):
     """Seed of scenes, wording and rendering. Splits are disjoint in attributes for all seeds."""
     dir: str = "runs/world"
     """Directory below which `seed-<seed>/` is written."""
-    part: Literal["road", "base"] = "road"
+    part: Literal["road", "base", "dense"] = "road"
     """`road`: what the stages and the evaluation read. `base`: the pictures with short captions
-    that the base CLIP is pre-trained on, in `seed-<seed>-base/`."""
+    that the base CLIP is pre-trained on, in `seed-<seed>-base/`. `dense`: pictures with classes,
+    masks and boxes for `eval/run_encoder.py`, in `seed-<seed>-dense/`."""
 
 
 class CaptionSource(Section):
@@ -100,6 +101,19 @@ class ImageTextSource(CaptionSource):
     """Column with the record's key, unique in the file (`.tar`: the sample's key)."""
     index_dir: str | None = None
     """Folder of the index that large sources get once; none = `.llm2clip-index` beside them."""
+
+
+class ZeroShotSource(ImageTextSource):
+    """Labelled images; the classes are the different texts in the column of labels."""
+
+    fields: list[str] = Field(default_factory=lambda: ["label"], min_length=1, max_length=1)
+    """The column."""
+    templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
+    """Each `{}` becomes a class's name; a class is the mean of its prompts' embeddings."""
+
+    def prompts(self, name: str) -> list[str]:
+        """A class's prompts."""
+        return [template.replace("{}", name) for template in self.templates]
 
 
 class RunRecipe(Section):
@@ -229,8 +243,10 @@ class Stage2aRecipe(RunRecipe):
     """Which program reads this file."""
     text_encoder: str | TextEncoderSection
     """Stage 1's `text_encoder/`, or a raw LLM with its pooling (ablation `no_stage1`)."""
-    sources: list[CaptionSource | ImageTextSource]
+    sources: list[ImageTextSource]
     """All texts that stage 2 and its evaluation will ask for."""
+    zero_shot: list[ZeroShotSource] = Field(default_factory=list)
+    """Labelled images whose classes' prompts stage 2b will ask for."""
     prompts: list[str] = Field(default_factory=list)
     """Texts to put before every caption, each for one more embedding of it, beside that with the
     text encoder's own `instruction`."""
@@ -296,7 +312,39 @@ class WeightAverageSection(Section):
     """The averages are what is evaluated and saved; false keeps them for `self_distillation`."""
 
 
-class Stage2bRecipe(RunRecipe):
+class EncoderRecipe(RunRecipe):
+    """What stage 2b and its controls train on and are measured by."""
+
+    train: list[ImageTextSource]
+    """Images with captions; one caption is drawn per image and epoch."""
+    caption_weights: dict[str, float] = Field(default_factory=dict)
+    """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
+    empty = uniform over all captions."""
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    """Random crop and mirroring; off by default. Pictures are then decoded each time."""
+    image_decoding: Literal["fast", "exact"] = "fast"
+    """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
+    quarter of their size (about 50 dB from `exact`), `exact` is the image processor to the bit."""
+    evaluation: list[ImageTextSource] = Field(default_factory=list)
+    """Held-out images for retrieval, each caption key apart."""
+    evaluation_steps: int | None = Field(default=None, ge=1)
+    """Measure every this many steps too (`eval_*` in the log); none = after training only."""
+    zero_shot: list[ZeroShotSource] = Field(default_factory=list)
+    """Labelled images for zero-shot classification, measured whenever retrieval is."""
+
+
+class TextInLoopSection(Section):
+    """The LLM trains inside stage 2b: what the paper compares the cache with."""
+
+    text_encoder: str | TextEncoderSection
+    """Stage 1's `text_encoder/`, or a raw LLM with its pooling."""
+    lora: LoraSection = Field(default_factory=LoraSection)
+    """Its adapter; merged at the end into `<output_dir>/text_encoder/`."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Of the adapter (paper v6 C.1: 2e-4 in stage 1)."""
+
+
+class Stage2bRecipe(EncoderRecipe):
     """Stage 2b: the tower against the frozen LLM's cached embeddings (paper v6 section 3.2)."""
 
     stage: Literal["stage2b_vision_encoder"] = "stage2b_vision_encoder"
@@ -319,8 +367,12 @@ class Stage2bRecipe(RunRecipe):
     """Keeps the tower near a teacher; none = only the contrastive loss."""
     weight_average: WeightAverageSection | None = None
     """None = the last weights are what is saved."""
-    embedding_cache: str
+    embedding_cache: str | None = None
     """Stage 2a's directory; with `write_through` it may lack captions, or not be there yet."""
+    caption_prompts: list[str] = Field(default_factory=list)
+    """Those of stage 2a's `prompts` whose embeddings of a caption are its further positives."""
+    text_in_loop: TextInLoopSection | None = None
+    """Instead of a cache: captions are encoded in every step, by an LLM that trains too."""
     write_through: str | TextEncoderSection | None = None
     """Stage 1's `text_encoder/`, or a raw LLM: a caption that the cache lacks is encoded when it is
     first drawn, and kept there. None = the cache is complete before training starts."""
@@ -341,21 +393,17 @@ class Stage2bRecipe(RunRecipe):
     """One per group."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor on the tower's learning rate per layer from the top (released code: 0.85)."""
-    train: list[ImageTextSource]
-    """Images with captions; one caption is drawn per image and epoch."""
-    caption_weights: dict[str, float] = Field(default_factory=dict)
-    """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
-    empty = uniform over all captions."""
     captions_per_image: int = Field(default=1, ge=1)
     """Captions of an image in a batch, all of them its positives (DreamLIP's multi-positive loss);
     with cached text each costs one pass of the adaptor. Paper v6: 1."""
-    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
-    """Random crop and mirroring; off by default. Pictures are then decoded each time."""
-    image_decoding: Literal["fast", "exact"] = "fast"
-    """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
-    quarter of their size (about 50 dB from `exact`), `exact` is the image processor to the bit."""
-    evaluation: list[ImageTextSource] = Field(default_factory=list)
-    """Held-out images for retrieval, each caption key apart."""
+
+    @model_validator(mode="after")
+    def _text_has_one_source(self) -> Self:
+        if (self.embedding_cache is None) == (self.text_in_loop is None):
+            raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
+        if (self.write_through or self.text_in_loop) and self.caption_prompts:
+            raise ValueError("caption_prompts need stage 2a's complete cache")
+        return self
 
     @model_validator(mode="after")
     def _lora_has_its_section(self) -> Self:

@@ -6,10 +6,10 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llm2clip_vlm.config import AugmentationSection, ImageTextSource, RunRecipe, Section
+from llm2clip_vlm.config import EncoderRecipe, RunRecipe, Section
 
 
-class ClipBaselineRecipe(RunRecipe):
+class ClipBaselineRecipe(EncoderRecipe):
     """Ordinary CLIP training: pre-trains the demo's base and trains the control towers."""
 
     stage: Literal["clip_baseline"] = "clip_baseline"
@@ -27,16 +27,6 @@ class ClipBaselineRecipe(RunRecipe):
         "projections": 1e-5,
     }
     """One per group; `projections` includes `logit_scale`."""
-    train: list[ImageTextSource]
-    """As in stage 2b."""
-    caption_weights: dict[str, float] = Field(default_factory=dict)
-    """As in stage 2b."""
-    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
-    """As in stage 2b."""
-    image_decoding: Literal["fast", "exact"] = "fast"
-    """As in stage 2b."""
-    evaluation: list[ImageTextSource] = Field(default_factory=list)
-    """As in stage 2b."""
     evaluate_only: bool = False
     """Measure `clip` as it is: nothing is trained."""
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 logger = logging.getLogger(__name__)
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
 
 
 def is_initialized() -> bool:
@@ -56,6 +60,21 @@ def max_over_ranks(*values: int, device: torch.device | str = "cpu") -> list[int
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
     largest: list[int] = tensor.tolist()
     return largest
+
+
+def shared_out(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
+    """What `work` makes of each part, the ranks taking turns at them; on all ranks, in order.
+
+    Args:
+        parts: The same on all ranks.
+        work: Its results are exchanged, so tensors should be on the CPU.
+    """
+    if not is_initialized() or dist.get_world_size() == 1:
+        return [work(part) for part in parts]
+    mine = [work(part) for part in parts[rank() :: world_size()]]
+    found: list[Any] = [None] * world_size()
+    dist.all_gather_object(found, mine)
+    return [found[n % world_size()][n // world_size()] for n in range(len(parts))]
 
 
 def teardown() -> None:

@@ -11,56 +11,42 @@ Writes: `<output_dir>/model/` (CLIPModel, tokenizer, image processor), `vision_t
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from transformers import CLIPModel, set_seed
+from transformers import CLIPModel
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_base import ClipBaselineRecipe
-from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
-from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
-from llm2clip_vlm.handoff import fingerprint_dir, is_complete, verify_parent, write_manifest
-from llm2clip_vlm.models.clip import ClipTokens, load_clip
+from llm2clip_vlm.handoff import fingerprint_dir
+from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
-from llm2clip_vlm.recipe import load_recipe
-from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
-from llm2clip_vlm.training.callbacks import MetricsJsonl
-from llm2clip_vlm.training.encoder_eval import clip_encoders, evaluate_retrieval, read_held_out
-from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
+from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
+from llm2clip_vlm.training.encoder_trainer import (
+    EncoderTrainer,
+    check_contrastive_arguments,
+    prepare_model,
+)
 from llm2clip_vlm.training.export import export_vision_tower
+from llm2clip_vlm.training.stage_run import StageRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage.
-
-    Args:
-        argv: Recipe path and `key=value` overrides; none = the command line's.
-    """
-    # recipe, arguments, seed
-    started = time.monotonic()
-    path, *overrides = sys.argv[1:] if argv is None else argv
-    recipe = load_recipe(path, ClipBaselineRecipe, overrides)
-    out = Path(recipe.output_dir)
-    if is_complete(out, recipe):
-        print(f"{recipe.stage}: {out} is finished, nothing to do")
+    """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    # recipe, parents, arguments, seed
+    run = StageRun(argv, ClipBaselineRecipe, __doc__)
+    recipe, out = run.recipe, run.out
+    if run.finished():
         return
-    args = build_training_arguments(recipe, dataloader_drop_last=True)
+    run.parent(
+        "clip", recipe.clip if isinstance(recipe.clip, str) else str(recipe.tokenizer), run.stage
+    )
+    args = run.arguments(dataloader_drop_last=True)
     check_contrastive_arguments(args)
-    if recipe.world is not None:
-        with args.main_process_first(local=False, desc="writing the world"):
-            ensure_world(recipe.world)
-    set_seed(recipe.seed)
 
     # model
-    start = recipe.clip if isinstance(recipe.clip, str) else str(recipe.tokenizer)
-    verify_parent(start, expect_stage="clip_baseline")
     model, tokenizer, image_processor = load_clip(
         recipe.clip, recipe.tokenizer, recipe.text_window_tokens
     )
@@ -74,28 +60,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     apply_trainable(model, lrs)
 
     # data
-    bad = BadRecords.beside(
-        out,
-        recipe.max_bad_records,
-        recipe.max_bad_fraction,
-        resumes=last_checkpoint(args) is not None,
-    )
-    records = read_sources(recipe.train, bad)
-    held_out = read_held_out(recipe.evaluation, bad)
     tokens = ClipTokens(tokenizer)
-    dataset = ImageTextDataset(
-        records,
-        image_processor,
-        recipe.caption_weights,
-        recipe.seed,
-        tokens,
-        bad=bad,
-        augmentation=recipe.augmentation,
-        fast=recipe.image_decoding == "fast",
-        as_uint8=True,
-        show_progress=is_main(),
-    )
+    dataset = training_images(recipe, image_processor, run.bad, tokens)
     tokens.prepare(dataset.captions())
+    held_out = HeldOut(recipe, image_processor, run.bad, retrieval_report)
 
     # trainer, train
     trainer = EncoderTrainer(
@@ -104,36 +72,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         dataset,
         learning_rates=lrs,
         layered_part="vision_model",
-        callbacks=[MetricsJsonl(out / "metrics.jsonl")],
+        flops_per_image=prepare_model(model, dataset, tokens, args.device),
+        measure=lambda: logged(held_out(*clip_encoders(model.eval(), tokens))),
+        callbacks=[run.metrics],
     )
     if is_main():
         print(trainable_table(model, lrs), flush=True)
         print(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
     if not recipe.evaluate_only:
-        trainer.train(resume_from_checkpoint=last_checkpoint(args))
+        trainer.train(resume_from_checkpoint=run.checkpoint)
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
     if is_main():
         tokenizer.save_pretrained(out / "model")
         image_processor.save_pretrained(out / "model")
-        saved = CLIPModel.from_pretrained(out / "model").eval().to(args.device)
-        retrieval = evaluate_retrieval(
-            held_out, image_processor, *clip_encoders(saved, tokens), retrieval_report, bad=bad
-        )
-        (out / "results.json").write_text(json.dumps({"retrieval": retrieval}, indent=2) + "\n")
-        exported = export_vision_tower(saved, image_processor, out / "vision_tower")
-        print(f"{bad.summary()}; results in {out / 'results.json'}", flush=True)
-        write_manifest(
-            out,
-            stage=recipe.stage,
-            recipe=recipe,
-            parents={"clip": start},
-            fingerprints={"vision_tower": fingerprint_dir(exported)},
-            seconds=time.monotonic() - started,
-            extra={"bad_records": bad.count, "pairs": len(dataset)},
-        )
     barrier()
+    saved = CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+    results = held_out(*clip_encoders(saved, tokens))
+    if is_main():
+        exported = export_vision_tower(saved, image_processor, out / "vision_tower")
+        run.finish({"vision_tower": fingerprint_dir(exported)}, results, pairs=len(dataset))
     teardown()
 
 

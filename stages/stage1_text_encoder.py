@@ -15,16 +15,13 @@ Writes: `<output_dir>/text_encoder/` (merged and bidirectional; what stage 2a re
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, set_seed
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage1Recipe
@@ -35,73 +32,46 @@ from llm2clip_vlm.data.captions import (
     read_captions,
     retrieval_task,
 )
-from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world_files import ensure_world
-from llm2clip_vlm.distributed import is_main, teardown
+from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
 from llm2clip_vlm.evaluation.retrieval import recall_at_k
-from llm2clip_vlm.handoff import is_complete, verify_parent, write_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.trainable import trainable_table
-from llm2clip_vlm.recipe import load_recipe
-from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
-from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.embedder_export import export_sentence_transformers
 from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
-from llm2clip_vlm.training.scheduled_eval import ScheduledEvaluation
+from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.text_trainer import CaptionContrastiveTrainer, add_adapter
-
-STAGE = "stage1_text_encoder"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
-    started = time.monotonic()
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
-        raise SystemExit(__doc__)
-    recipe = load_recipe(words[0], Stage1Recipe, words[1:])
-    out = Path(recipe.output_dir)
-    if is_complete(out, recipe):
-        print(f"{STAGE}: {out} is finished, nothing to do")
+    run = StageRun(argv, Stage1Recipe, __doc__)
+    recipe = run.recipe
+    if run.finished():
         return
     llm = recipe.text_encoder.language_model
-    verify_parent(llm, expect_stage=("base_language_model", "stage0_mntp"))
-
-    args = build_training_arguments(
-        recipe, dataloader_drop_last=True, ddp_find_unused_parameters=False
-    )
+    run.parent("language_model", llm, "base_language_model", "stage0_mntp")
+    args = run.arguments(dataloader_drop_last=True, ddp_find_unused_parameters=False)
     check_contrastive_arguments(args, grad_cache=recipe.micro_batch_tokens is not None)
-    if recipe.world is not None:
-        with args.main_process_first(local=False, desc="writing the world"):
-            ensure_world(recipe.world)
-    set_seed(recipe.seed)
 
+    # model
     encoder = TextEncoder.from_section(
         recipe.text_encoder, args.device, load_in_4bit=recipe.load_in_4bit
     )
+    model: Any = add_adapter(encoder.backbone, recipe.lora) if recipe.lora else encoder.backbone
 
-    model: Any = encoder.backbone
-    if recipe.lora:
-        model = add_adapter(encoder.backbone, recipe.lora)
-
-    bad = BadRecords(recipe.max_bad_records)
-    sources = [read_captions(source, bad, min_captions=2) for source in recipe.train]
+    # data
+    sources = [read_captions(source, run.bad, min_captions=2) for source in recipe.train]
     weights = [source.weight for source in recipe.train]
     pairs = CaptionPairs(sources, weights, recipe.seed, rules=recipe.train)
-    held_out = [
-        r for source in recipe.evaluation for r in read_captions(source, bad, min_captions=2)
-    ]
-    results: dict[str, Any] = {}
+    held_out = list(
+        chain.from_iterable(read_captions(s, run.bad, min_captions=2) for s in recipe.evaluation)
+    )
     if is_main():
         print(trainable_table(model))
-        print(f"{sum(map(len, sources))} records, {len(pairs.texts)} captions; {bad.summary()}")
-        results |= caption_accuracy(encoder, held_out, "before")
-    metrics = MetricsJsonl(out / "metrics.jsonl")
-    callbacks: list[TrainerCallback] = [metrics]
-    if recipe.evaluation_steps and held_out:
-        measure = partial(caption_accuracy, encoder, held_out, "cra")
-        callbacks.append(ScheduledEvaluation(recipe.evaluation_steps, measure, metrics))
+        print(f"{sum(map(len, sources))} records, {len(pairs.texts)} captions")
+    results = caption_accuracy(encoder, held_out, "before")
 
+    # trainer, train
     trainer = CaptionContrastiveTrainer(
         model,
         args,
@@ -110,31 +80,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         scale=recipe.scale,
         symmetric=recipe.symmetric,
         micro_batch_tokens=recipe.micro_batch_tokens,
-        callbacks=callbacks,
+        measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra").get("cra", 0.0)},
+        callbacks=[run.metrics],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
 
+    # hand off, evaluate (what was saved, not what is in memory)
     if is_main():
-        encoder = hand_off(recipe, encoder, model, args.device)
-        results |= caption_accuracy(encoder, held_out, "after")
-        (out / "results.json").write_text(json.dumps({"cra": results}, indent=2) + "\n")
-        print(f"{STAGE}: caption retrieval accuracy {results or 'not evaluated'}, {out}")
-        write_manifest(
-            out,
-            stage=STAGE,
-            recipe=recipe,
-            parents={"language_model": recipe.text_encoder.language_model},
-            fingerprints=encoder.fingerprint,
-            seconds=time.monotonic() - started,
-            extra={"bad_records": bad.count, "captions": len(pairs.texts)},
-        )
+        hand_off(recipe, encoder, model, args.device)
+    barrier()
+    encoder = TextEncoder.from_pretrained(run.out / "text_encoder", device=args.device)
+    results |= caption_accuracy(encoder, held_out, "after")
+    if is_main():
+        print(f"caption retrieval accuracy {results or 'not evaluated'}")
+        run.finish(encoder.fingerprint, {"cra": results}, captions=len(pairs.texts))
     teardown()
 
 
-def hand_off(
-    recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device
-) -> TextEncoder:
-    """Merge and write the encoder in each form; read it back, as the next stage will."""
+def hand_off(recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device) -> None:
+    """Merge and write the encoder in each form."""
     out = Path(recipe.output_dir)
     if recipe.lora:
         model.save_pretrained(out / "adapter")
@@ -145,9 +109,7 @@ def hand_off(
             model = PeftModel.from_pretrained(encoder.backbone, out / "adapter")
         encoder.backbone = model.merge_and_unload()
     encoder.save_pretrained(out / "text_encoder")
-    encoder = TextEncoder.from_pretrained(out / "text_encoder", device=device)
     export_sentence_transformers(encoder, out / "text_encoder", out / "sentence_transformers")
-    return encoder
 
 
 def caption_accuracy(
@@ -157,7 +119,11 @@ def caption_accuracy(
     if not records:
         return {}
     queries, gallery, positives = retrieval_task(records)
-    found = recall_at_k(encoder.encode(queries), encoder.encode(gallery), positives, ks=1)
+    texts = queries + gallery
+    share = -(-len(texts) // world_size())
+    parts = [texts[start : start + share] for start in range(0, len(texts), share)]
+    embeds = torch.cat(shared_out(parts, encoder.encode))
+    found = recall_at_k(embeds[: len(queries)], embeds[len(queries) :], positives, ks=1)
     return {
         name: found.recall[1],
         f"{name}_ci": list(found.ci[1]),

@@ -32,12 +32,14 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2aRecipe
 from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
+from llm2clip_vlm.data.image_text import read_image_text
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.recipe import save_resolved
 from llm2clip_vlm.training.caption_cache import load_caption_encoder
+from llm2clip_vlm.training.encoder_eval import class_prompts
 from llm2clip_vlm.training.stage_run import StageRun
 
 
@@ -57,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     read = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
     texts = [text for record in read for text in record.texts]
+    for source in recipe.zero_shot:
+        texts += class_prompts(read_image_text(source, run.bad), source)
     unique = list(dict.fromkeys(texts))
     if is_main():
         print(f"{len(texts)} texts, {len(unique)} different ones", flush=True)

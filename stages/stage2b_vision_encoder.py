@@ -12,62 +12,46 @@ processor), `results.json` (retrieval), `metrics.jsonl`, `recipe.resolved.yaml`,
 
 from __future__ import annotations
 
-import json
 import sys
-import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from transformers import set_seed
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2bRecipe
-from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
-from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.data.world_files import ensure_world
-from llm2clip_vlm.distributed import barrier, is_main, teardown
+from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
-from llm2clip_vlm.handoff import fingerprint_dir, is_complete, verify_parent, write_manifest
+from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused, trainable_table
-from llm2clip_vlm.recipe import load_recipe
-from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
-from llm2clip_vlm.training.callbacks import MetricsJsonl
-from llm2clip_vlm.training.caption_cache import CaptionFeatures
-from llm2clip_vlm.training.encoder_eval import evaluate_retrieval, llm2clip_encoders, read_held_out
-from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, check_contrastive_arguments
+from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
+from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop
+from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
+from llm2clip_vlm.training.encoder_trainer import (
+    EncoderTrainer,
+    check_contrastive_arguments,
+    prepare_model,
+)
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.keeping import prepare_keeping
-
-TOWER_STAGES = ("clip_baseline", "stage2b_vision_encoder")
+from llm2clip_vlm.training.stage_run import StageRun
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the stage.
-
-    Args:
-        argv: Recipe path and `key=value` overrides; none = the command line's.
-    """
-    # recipe, arguments, seed
-    started = time.monotonic()
-    path, *overrides = sys.argv[1:] if argv is None else argv
-    recipe = load_recipe(path, Stage2bRecipe, overrides)
-    out = Path(recipe.output_dir)
-    if is_complete(out, recipe):
-        print(f"{recipe.stage}: {out} is finished, nothing to do")
+    """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    # recipe, parents, arguments, seed
+    run = StageRun(argv, Stage2bRecipe, __doc__)
+    recipe, out = run.recipe, run.out
+    if run.finished():
         return
-    args = build_training_arguments(recipe, dataloader_drop_last=True)
+    run.parent("vision_tower", recipe.vision_tower, "clip_baseline", "stage2b_vision_encoder")
+    args = run.arguments(dataloader_drop_last=True)
     check_contrastive_arguments(args, grad_cache=recipe.micro_batch_size is not None)
-    if recipe.world is not None:
-        with args.main_process_first(local=False, desc="writing the world"):
-            ensure_world(recipe.world)
-    set_seed(recipe.seed)
 
     # model
-    verify_parent(recipe.vision_tower, expect_stage=TOWER_STAGES)
-    captions = CaptionFeatures.open(recipe.embedding_cache, recipe.write_through, args)
+    loop = TextInLoop(recipe.text_in_loop, args.device) if recipe.text_in_loop else None
+    captions = loop or CaptionFeatures.open(recipe, args, resumes=run.checkpoint is not None)
+    run.parents |= captions.parents
     tower = load_vision_tower(
         recipe.vision_tower, dtype=torch.float32, image_size_px=recipe.image_size_px
     )
@@ -88,43 +72,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         lrs["logit_bias"] = recipe.learning_rates.text_adaptor
     if recipe.tower_training == "frozen":
         del lrs["vision_tower"]
+    if loop and recipe.text_in_loop:
+        model.text_encoder = loop.encoder
+        lrs["text_encoder"] = recipe.text_in_loop.learning_rate
     apply_trainable(model, lrs)
 
     # data
-    bad = BadRecords.beside(
-        out,
-        recipe.max_bad_records,
-        recipe.max_bad_fraction,
-        resumes=last_checkpoint(args) is not None,
-    )
-    records = read_sources(recipe.train, bad)
-    held_out = read_held_out(recipe.evaluation, bad)
-    dataset = ImageTextDataset(
-        records,
+    dataset = training_images(
+        recipe,
         tower.image_processor,
-        recipe.caption_weights,
-        recipe.seed,
-        captions if captions.complete else None,
-        bad=bad,
+        run.bad,
+        captions if captions.in_workers else None,
         captions_per_image=recipe.captions_per_image,
-        augmentation=recipe.augmentation,
-        fast=recipe.image_decoding == "fast",
-        as_uint8=True,
-        show_progress=is_main(),
     )
-    captions.require(dataset, held_out)
+    held_out = HeldOut(recipe, tower.image_processor, run.bad, retrieval_report)
+    captions.require([*dataset.captions(), *held_out.texts()])
     keeping = prepare_keeping(
-        recipe, model, tower.num_prefix_tokens, dataset.captions, captions.lookup, args
-    )
-    first = [0, 1 % len(dataset)]
-    sample = dataset.__getitems__(first) | captions([dataset.caption(i) for i in first])
-    freeze_unused(
+        recipe,
         model,
-        lambda: (
-            model(
-                dataset.to_float(sample["pixel_values"]), sample["text_features"], return_loss=True
-            ).loss
-        ),
+        tower.num_prefix_tokens,
+        dataset.captions,
+        captions.lookup,
+        args.device,
+        resumes=run.checkpoint is not None,
     )
 
     # trainer, train
@@ -137,39 +107,28 @@ def main(argv: Sequence[str] | None = None) -> None:
         micro_batch_size=recipe.micro_batch_size,
         text_inputs=captions,
         teacher=keeping.teacher,
-        callbacks=[MetricsJsonl(out / "metrics.jsonl"), *captions.callbacks(), *keeping.callbacks],
+        flops_per_image=prepare_model(model, dataset, captions, args.device),
+        measure=lambda: logged(held_out(*model.eval().encoders(captions.lookup))),
+        callbacks=[run.metrics, *captions.callbacks(), *keeping.callbacks],
     )
     if is_main():
         print(trainable_table(model, lrs), flush=True)
-    trainer.train(resume_from_checkpoint=last_checkpoint(args))
+    trainer.train(resume_from_checkpoint=run.checkpoint)
     keeping.finish(model, lora)
+    if loop:
+        loop.merge(model, out / "text_encoder")
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
+    saved = LLM2CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+    results = held_out(*saved.encoders(captions.lookup))
+    captions.finish()
     if is_main():
-        saved = LLM2CLIPModel.from_pretrained(out / "model").eval().to(args.device)
-        retrieval = evaluate_retrieval(
-            held_out,
-            tower.image_processor,
-            *llm2clip_encoders(saved, captions.lookup),
-            retrieval_report,
-            bad=bad,
-        )
-        captions.finish()
-        (out / "results.json").write_text(json.dumps({"retrieval": retrieval}, indent=2) + "\n")
         tower.image_processor.save_pretrained(out / "model")
         exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
-        print(f"{bad.summary()}; results in {out / 'results.json'}", flush=True)
-        write_manifest(
-            out,
-            stage=recipe.stage,
-            recipe=recipe,
-            parents={"vision_tower": recipe.vision_tower, **captions.parents},
-            fingerprints={"vision_tower": fingerprint_dir(exported), **captions.fingerprints},
-            seconds=time.monotonic() - started,
-            extra={"bad_records": bad.count, "pairs": len(dataset)},
-        )
-    barrier()
+        text = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
+        hashes = {"vision_tower": fingerprint_dir(exported), **text}
+        run.finish(hashes, results, pairs=len(dataset))
     teardown()
 
 

@@ -5,11 +5,12 @@ Stage 2's control: the same images, captions and steps, without the LLM.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
@@ -191,3 +192,27 @@ class ClipTokens:
             input_ids[i, : len(row)] = torch.tensor(row)
             attention_mask[i, : len(row)] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def clip_encoders(
+    model: CLIPModel, tokens: ClipTokens
+) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
+    """How an ordinary CLIP embeds images and captions, unit norm.
+
+    Args:
+        model: On its device.
+        tokens: Captions to its text tower's arguments.
+
+    Returns:
+        Functions of `pixel_values` and of captions.
+    """
+
+    def encode_images(pixels: Tensor) -> Tensor:
+        features = model.get_image_features(pixel_values=pixels.to(model.device))
+        return F.normalize(features.pooler_output, dim=-1)
+
+    def encode_texts(texts: list[str]) -> Tensor:
+        inputs = {name: values.to(model.device) for name, values in tokens(texts).items()}
+        return F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
+
+    return encode_images, encode_texts

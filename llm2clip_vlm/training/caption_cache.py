@@ -1,23 +1,26 @@
-"""The caption embeddings of stage 2b: all there before it starts, or encoded as it goes."""
+"""Captions in stage 2b: embedded before it starts, as it goes, or by an encoder that trains too."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from llm2clip_vlm.config import TextEncoderSection
+from llm2clip_vlm.config import Stage2bRecipe, TextEncoderSection, TextInLoopSection
 from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache, seal
-from llm2clip_vlm.data.image_text import ImageTextDataset, ImageTextRecord
 from llm2clip_vlm.distributed import barrier, is_main, rank
 from llm2clip_vlm.handoff import HandoffError, verify_parent
+from llm2clip_vlm.models.caption_tokens import pad_tokens
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.training.arguments import last_checkpoint
+from llm2clip_vlm.training.callbacks import EachEpoch
+from llm2clip_vlm.training.export import add_lora, merge_lora
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +55,9 @@ class CaptionFeatures:
 
     Args:
         cache: Complete, or filling itself.
-        fingerprints: The text encoder's, to hand on, as `text_encoder.<field>`.
+        fingerprints: The text encoder's, to hand on; none for a foreign cache.
         parents: What the stage reads them from, by name.
+        prompts: Whose embeddings a batch has, one behind the other for each caption.
     """
 
     def __init__(
@@ -61,22 +65,16 @@ class CaptionFeatures:
         cache: EmbeddingCache | FillingCache,
         fingerprints: Mapping[str, str],
         parents: Mapping[str, str],
+        prompts: Sequence[str] = (),
     ) -> None:
-        self.fingerprints = {f"text_encoder.{name}": v for name, v in fingerprints.items()}
-        """The text encoder's; none for a foreign cache."""
-        self.parents = dict(parents)
-        """What the stage's manifest names as its parents."""
+        self.fingerprints, self.parents = dict(fingerprints), dict(parents)
         self.dim = cache.dim
         """Width of an embedding."""
         self._cache = cache
+        self._prompts = ("", *prompts)
 
     @classmethod
-    def open(
-        cls,
-        directory: str,
-        write_through: str | TextEncoderSection | None,
-        args: TrainingArguments,
-    ) -> Self:
+    def open(cls, recipe: Stage2bRecipe, args: TrainingArguments, *, resumes: bool) -> Self:
         """Open stage 2a's cache, or one that may be cold. Call it on all ranks.
 
         A cache that fills itself: journals that a killed run left stay as they are where this run
@@ -84,31 +82,32 @@ class CaptionFeatures:
         makes shards of them.
 
         Args:
-            directory: Stage 2a's output directory, a cache that other code built, or a new one.
-            write_through: What encodes captions that are not there; none = all have to be there.
+            recipe: Its `embedding_cache`, `write_through` and `caption_prompts`.
             args: Of this run.
+            resumes: From a checkpoint.
 
         Raises:
             HandoffError: Another stage wrote the directory, or its manifest names another text
                 encoder than the embeddings beside it.
             CacheError: There is no cache, it is damaged, or another run fills it.
         """
-        if write_through is None:
-            return cls(*_open_complete(directory), {"cache": directory})
-        encoder, path = load_caption_encoder(write_through, args.device)
+        directory = str(recipe.embedding_cache)
+        if recipe.write_through is None:
+            cache, hashes = _open_complete(directory)
+            return cls(cache, hashes, {"cache": directory}, recipe.caption_prompts)
+        encoder, path = load_caption_encoder(recipe.write_through, args.device)
         with args.main_process_first(local=False, desc="opening the cache"):
             verify_parent(directory, expect_stage="stage2a_cache_text")
-            left = (Path(directory) / HEADER_NAME).is_file() and last_checkpoint(args) is None
-            if left and is_main():
+            if (Path(directory) / HEADER_NAME).is_file() and not resumes and is_main():
                 seal(directory)
-            cache = FillingCache(
+            filling = FillingCache(
                 directory, encoder.encode, encoder.fingerprint, encoder.hidden_size, rank=rank()
             )
         # The cache is no parent: it may grow on for another run.
-        return cls(cache, encoder.fingerprint, {"text_encoder": path})
+        return cls(filling, encoder.fingerprint, {"text_encoder": path})
 
     @property
-    def complete(self) -> bool:
+    def in_workers(self) -> bool:
         """Whether a loader's workers may look captions up; else the training process does."""
         return isinstance(self._cache, EmbeddingCache)
 
@@ -118,62 +117,106 @@ class CaptionFeatures:
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The model's text arguments."""
-        return {"text_features": self.lookup(texts)}
+        if isinstance(self._cache, FillingCache) or len(self._prompts) == 1:
+            return {"text_features": self.lookup(texts)}
+        each = [self._cache.lookup(texts, prompt) for prompt in self._prompts]
+        return {"text_features": torch.stack(each, dim=1).flatten(0, 1)}
 
-    def require(
-        self, dataset: ImageTextDataset, held_out: Mapping[str, Sequence[ImageTextRecord]]
-    ) -> None:
+    def require(self, texts: Sequence[str]) -> None:
         """Refuse to start where a caption that will be asked for has no embedding.
 
         Args:
-            dataset: Training pairs.
-            held_out: Evaluation records.
+            texts: Of training and evaluation.
 
         Raises:
             HandoffError: Says how many captions are missing, of how many, with an example.
         """
         if isinstance(self._cache, FillingCache):
             return
-        wanted = list(dict.fromkeys([*dataset.captions(), *_captions(held_out)]))
-        missing = self._cache.missing(wanted)
-        if missing:
-            raise HandoffError(
-                f"{len(missing)} of {len(wanted)} captions are not in the cache "
-                f"{self._cache.directory}, for example {missing[0]!r}. Add the files that stage 2b "
-                "names under `train` and `evaluation` to the sources of stage 2a's recipe and run "
-                "it again (it encodes only what is missing), or name the text encoder as "
-                "`write_through`, which fills the cache while stage 2b trains."
-            )
+        for prompt in self._prompts:
+            wanted = list(dict.fromkeys(texts))
+            if missing := self._cache.missing(wanted, prompt):
+                raise HandoffError(
+                    f"{len(missing)} of {len(wanted)} captions are not in the cache "
+                    f"{self._cache.directory}{f' with the prompt {prompt!r}' if prompt else ''}, "
+                    f"for example {missing[0]!r}. Add the files that stage 2b names under `train`, "
+                    "`evaluation` and `zero_shot` to the sources of stage 2a's recipe and run it "
+                    "again (it encodes only what is missing), or name the text encoder as "
+                    "`write_through`, which fills the cache while stage 2b trains."
+                )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What a cache that fills itself must hear of training."""
-        return [_FillEachEpoch(self._cache)] if isinstance(self._cache, FillingCache) else []
+        """What shows a rank, as each epoch begins, what all ranks have added before."""
+        return [EachEpoch(self._cache)] if isinstance(self._cache, FillingCache) else []
 
     def finish(self) -> None:
-        """Make shards of what was added. Call it on the main rank, when no rank looks up more."""
+        """Make shards of what was added. Call it on all ranks."""
         if isinstance(self._cache, FillingCache):
             self._cache.close()
-            sealed = seal(self._cache.directory)
-            logger.info(
-                "%s holds %d captions; this process encoded %d in %.1f s",
-                *(sealed.directory, len(sealed), self._cache.encoded, self._cache.seconds),
-            )
+            barrier()
+            if is_main():
+                sealed = seal(self._cache.directory)
+                logger.info(
+                    "%s holds %d captions; this process encoded %d in %.1f s",
+                    *(sealed.directory, len(sealed), self._cache.encoded, self._cache.seconds),
+                )
 
 
-class _FillEachEpoch(TrainerCallback):
-    """Lets a rank see, from each epoch's beginning, what all ranks have added before it."""
+class TextInLoop:
+    """Captions to tokens, for a text encoder with a LoRA that trains inside the model.
 
-    def __init__(self, cache: FillingCache) -> None:
-        self.cache = cache
+    Stands in the place of :class:`CaptionFeatures`: the paper's comparison, not its method.
 
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
-        self.cache.set_epoch(int((state.epoch or 0.0) + 1e-6))
+    Args:
+        section: Encoder and adapter.
+        device: Where the encoder goes.
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not is_main():  # what comes now is the main rank's, and in the end it takes all journals
-            self.cache.close()
-        barrier()
+    Paper: LLM2CLIP v6 table A4 (LoRA training of the LLM against cached text).
+    """
+
+    in_workers = False
+
+    def __init__(self, section: TextInLoopSection, device: Any) -> None:
+        self.encoder, path = load_caption_encoder(section.text_encoder, device)
+        """To set as the model's `text_encoder`."""
+        self._tuner: Any = add_lora(self.encoder.backbone, section.lora)
+        self.dim, self.parents = self.encoder.hidden_size, {"text_encoder": path}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """The trained encoder's; ask for them after :meth:`merge`."""
+        return self.encoder.fingerprint
+
+    def lookup(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings `[n, dim]`, float32, by the encoder as it stands."""
+        return self.encoder.encode(texts)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The model's text arguments: tokens."""
+        tokens = self.encoder.tokens
+        return pad_tokens(tokens(texts), tokens.pad_token_id, tokens.num_front_tokens)
+
+    def require(self, texts: Sequence[str]) -> None:
+        """Nothing is missing."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """None."""
+        return []
+
+    def merge(self, model: LLM2CLIPModel, directory: str | Path) -> None:
+        """Take the encoder out of the model, without its adapter, and write it on the main rank.
+
+        Args:
+            model: After training.
+            directory: Such as `<output_dir>/text_encoder`.
+        """
+        del model.text_encoder
+        self.encoder.backbone = merge_lora(self._tuner)
+        if is_main():
+            self.encoder.save_pretrained(directory)
+
+    def finish(self) -> None:
+        """Nothing to do."""
 
 
 def _open_complete(directory: str) -> tuple[EmbeddingCache, dict[str, str]]:
@@ -192,10 +235,3 @@ def _open_complete(directory: str) -> tuple[EmbeddingCache, dict[str, str]]:
                 "finished: run stage 2a again into an empty directory"
             )
     return cache, recorded
-
-
-def _captions(held_out: Mapping[str, Sequence[ImageTextRecord]]) -> Iterable[str]:
-    for records in held_out.values():
-        for record in records:
-            for texts in record.captions.values():
-                yield from texts

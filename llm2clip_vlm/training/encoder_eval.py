@@ -1,148 +1,203 @@
-"""Retrieval on held-out pairs after contrastive training, one caption kind at a time."""
+"""Images of contrastive training, and what is measured on held-out ones: retrieval, zero-shot.
+
+The processes of a run share the encoding; all of them then hold the same results.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import CLIPModel
 
-from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.config import EncoderRecipe, ImageTextSource, ZeroShotSource
+from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.image_text import (
     ImageTextDataset,
     ImageTextRecord,
-    ImageTextRecords,
+    TextInputs,
     caption_galleries,
     read_image_text,
+    read_sources,
 )
-from llm2clip_vlm.data.records import BadRecords
-from llm2clip_vlm.models.clip import ClipTokens
-from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.distributed import is_main, shared_out
 
-T = TypeVar("T")
-Encoder = Callable[[T], Tensor]
-"""Images (`pixel_values`) or captions to unit-norm embeddings."""
+Encode = Callable[[Any], Tensor]
+"""`pixel_values`, or a list of captions, to unit-norm embeddings."""
 
 Report = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Any]]
 """`retrieval_report(image_embeds, text_embeds_by_key, text_to_image_by_key)`."""
 
-
-def read_held_out(
-    sources: Sequence[ImageTextSource], bad: BadRecords
-) -> dict[str, ImageTextRecords]:
-    """Records of each evaluation source, apart.
-
-    Args:
-        sources: A recipe's `evaluation`.
-        bad: Takes unusable rows.
-
-    Returns:
-        Prefix of the result's keys to records: `""` for a single source, else its file's stem.
-    """
-    held_out: dict[str, ImageTextRecords] = {}
-    for number, source in enumerate(sources):
-        prefix = "" if len(sources) == 1 else f"{Path(source.path).stem}/"
-        if prefix in held_out:
-            prefix = f"{Path(source.path).stem}-{number}/"
-        held_out[prefix] = read_image_text(source, bad)
-    return held_out
+_BATCH = 256
 
 
-@torch.no_grad()
-def evaluate_retrieval(
-    held_out: Mapping[str, Sequence[ImageTextRecord]],
+def training_images(
+    recipe: EncoderRecipe,
     image_processor: Any,
-    encode_images: Encoder[Tensor],
-    encode_texts: Encoder[list[str]],
-    report: Report,
-    *,
     bad: BadRecords,
-    batch_size: int = 256,
-) -> dict[str, Any]:
-    """Retrieval metrics of each kind of caption.
+    text_inputs: TextInputs | None,
+    *,
+    captions_per_image: int = 1,
+) -> ImageTextDataset:
+    """A recipe's training pairs.
 
     Args:
-        held_out: As :func:`read_held_out` returns it.
+        recipe: Its `train` and what is done to images and captions.
         image_processor: The tower's.
-        encode_images: `pixel_values` to unit-norm embeddings.
-        encode_texts: Captions to unit-norm embeddings.
-        report: Embeddings to metrics; the stage passes it in.
-        bad: Takes images that cannot be read.
-        batch_size: Images or captions at a time.
-
-    Returns:
-        Caption kind (with its source's prefix) to what `report` says of it.
+        bad: Takes what cannot be used.
+        text_inputs: Captions to the model's text arguments; none = the training process does this.
+        captions_per_image: In a batch.
     """
-    results: dict[str, Any] = {}
-    for prefix, records in held_out.items():
-        dataset = ImageTextDataset(records, image_processor, bad=bad)
-        image_embeds = torch.cat(
-            [
-                encode_images(dataset.pixel_values(range(start, stop))).float().cpu()
-                for start, stop in _spans(len(dataset), batch_size)
-            ]
-        )
-        galleries = caption_galleries(dataset.records)
-        text_embeds = {
-            kind: torch.cat(
-                [
-                    encode_texts(texts[start:stop]).float().cpu()
-                    for start, stop in _spans(len(texts), batch_size)
-                ]
-            )
-            for kind, (texts, _) in galleries.items()
-        }
-        owners = {kind: torch.tensor(images) for kind, (_, images) in galleries.items()}
-        found = report(image_embeds, text_embeds, owners)
-        results |= {f"{prefix}{kind}": values for kind, values in found.items()}
-    return results
-
-
-def llm2clip_encoders(
-    model: LLM2CLIPModel, lookup: Callable[[list[str]], Tensor]
-) -> tuple[Encoder[Tensor], Encoder[list[str]]]:
-    """How a trained `LLM2CLIPModel` embeds images and captions.
-
-    Args:
-        model: On its device.
-        lookup: Captions to the text encoder's embeddings (stage 2a's cache).
-
-    Returns:
-        `encode_images` and `encode_texts` for :func:`evaluate_retrieval`.
-    """
-    return (
-        lambda pixels: model.get_image_features(pixels.to(model.device)),
-        lambda texts: model.get_text_features(lookup(texts).to(model.device)),
+    return ImageTextDataset(
+        read_sources(recipe.train, bad),
+        image_processor,
+        recipe.caption_weights,
+        recipe.seed,
+        text_inputs,
+        bad=bad,
+        captions_per_image=captions_per_image,
+        augmentation=recipe.augmentation,
+        fast=recipe.image_decoding == "fast",
+        as_uint8=True,
+        show_progress=is_main(),
     )
 
 
-def clip_encoders(
-    model: CLIPModel, tokens: ClipTokens
-) -> tuple[Encoder[Tensor], Encoder[list[str]]]:
-    """How an ordinary CLIP embeds images and captions.
+class HeldOut:
+    """A recipe's held-out images, small sets decoded once.
 
     Args:
-        model: On its device.
-        tokens: Captions to its text tower's arguments.
-
-    Returns:
-        `encode_images` and `encode_texts` for :func:`evaluate_retrieval`.
+        recipe: Its `evaluation` and `zero_shot`.
+        image_processor: The tower's.
+        bad: Takes what cannot be used, images that turn out so while they are encoded too.
+        report: Embeddings to retrieval metrics; the stage passes it in.
     """
 
-    def encode_images(pixels: Tensor) -> Tensor:
-        features = model.get_image_features(pixel_values=pixels.to(model.device))
-        return F.normalize(features.pooler_output, dim=-1)
+    def __init__(
+        self, recipe: EncoderRecipe, image_processor: Any, bad: BadRecords, report: Report
+    ) -> None:
+        def read(source: ImageTextSource) -> ImageTextDataset:
+            return ImageTextDataset(read_image_text(source, bad), image_processor, bad=bad)
 
-    def encode_texts(texts: list[str]) -> Tensor:
-        inputs = {name: values.to(model.device) for name, values in tokens(texts).items()}
-        return F.normalize(model.get_text_features(**inputs).pooler_output, dim=-1)
+        self._bad, self._report = bad, report
+        self._retrieval = {name: read(s) for name, s in _named(recipe.evaluation)}
+        self._zero_shot = {name: (s, read(s)) for name, s in _named(recipe.zero_shot)}
 
-    return encode_images, encode_texts
+    def __bool__(self) -> bool:
+        """Whether there is anything to measure."""
+        return bool(self._retrieval or self._zero_shot)
+
+    def texts(self) -> list[str]:
+        """All that will be encoded, each once."""
+        found = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]
+        for source, dataset in self._zero_shot.values():
+            found += class_prompts(dataset.records, source)
+        return list(dict.fromkeys(found))
+
+    @torch.no_grad()
+    def __call__(self, encode_images: Encode, encode_texts: Encode) -> dict[str, Any]:
+        """Measure. Call it on all ranks.
+
+        Args:
+            encode_images: `pixel_values` to unit-norm embeddings.
+            encode_texts: Captions to unit-norm embeddings.
+
+        Returns:
+            `retrieval`: caption kind (with its source's name where there are several) to what
+            `report` says of it; `zero_shot`, if asked for: `top1` in %, of each source.
+        """
+        results: dict[str, Any] = {"retrieval": {}}
+        for name, dataset in self._retrieval.items():
+            images, records = self._images(dataset, encode_images)
+            galleries = caption_galleries(records)
+            texts = {kind: _texts(texts, encode_texts) for kind, (texts, _) in galleries.items()}
+            owners = {kind: torch.tensor(own) for kind, (_, own) in galleries.items()}
+            found = self._report(images, texts, owners)
+            results["retrieval"] |= {f"{name}{kind}": values for kind, values in found.items()}
+        for name, (source, dataset) in self._zero_shot.items():
+            images, records = self._images(dataset, encode_images)
+            labels, names = [_captions(record)[0] for record in records], _classes(dataset.records)
+            each = len(source.templates)
+            prompts = _texts(class_prompts(dataset.records, source), encode_texts)
+            centres = F.normalize(prompts.unflatten(0, (-1, each)).mean(1), dim=-1)
+            best = (images @ centres.T).argmax(1).tolist()
+            hits = sum(names[i] == label for i, label in zip(best, labels, strict=True))
+            row = {"top1": 100 * hits / len(labels), "images": len(labels), "classes": len(names)}
+            results.setdefault("zero_shot", {})[name.rstrip("/") or source.fields[0]] = row
+        return results
+
+    def _images(
+        self, dataset: ImageTextDataset, encode: Encode
+    ) -> tuple[Tensor, list[ImageTextRecord]]:
+        """Embeddings of the images that can be read, and their records."""
+
+        def embed(rows: range) -> tuple[list[int], Tensor | None]:
+            try:
+                good, pixels = list(rows), dataset.pixel_values(rows)
+            except ImageError:
+                good, each = [], []
+                for row in rows:
+                    try:
+                        each.append(dataset.pixel_values([row]))
+                        good.append(row)
+                    except ImageError as error:
+                        self._bad.add(dataset.records[row].where, str(error))
+                if not good:
+                    return [], None
+                pixels = torch.cat(each)
+            return good, encode(pixels).float().cpu()
+
+        parts = shared_out(list(_spans(len(dataset))), embed)
+        embeds = torch.cat([part for _, part in parts if part is not None])
+        return embeds, [dataset.records[row] for rows, _ in parts for row in rows]
 
 
-def _spans(total: int, size: int) -> Iterable[tuple[int, int]]:
-    return ((start, min(start + size, total)) for start in range(0, total, size))
+def _texts(texts: Sequence[str], encode: Encode) -> Tensor:
+    parts = [list(texts[span.start : span.stop]) for span in _spans(len(texts))]
+    return torch.cat(shared_out(parts, lambda part: encode(part).float().cpu()))
+
+
+def _spans(total: int) -> Iterator[range]:
+    return (range(start, min(start + _BATCH, total)) for start in range(0, total, _BATCH))
+
+
+def _named(sources: Sequence[Any]) -> Iterator[tuple[str, Any]]:
+    """Sources with the prefix of their results: none for a single one, else their file's stem."""
+    for number, source in enumerate(sources):
+        stem = Path(source.path).stem
+        again = stem in [Path(other.path).stem for other in sources[:number]]
+        yield "" if len(sources) == 1 else f"{stem}{f'-{number}' if again else ''}/", source
+
+
+def _classes(records: Iterable[ImageTextRecord]) -> list[str]:
+    return sorted({_captions(record)[0] for record in records})
+
+
+def _captions(record: ImageTextRecord) -> list[str]:
+    return list(chain.from_iterable(record.captions.values()))
+
+
+def class_prompts(records: Iterable[ImageTextRecord], source: ZeroShotSource) -> list[str]:
+    """The prompts of all classes, those of a class one after the other.
+
+    Args:
+        records: Labelled images.
+        source: Where they are from.
+    """
+    return [prompt for name in _classes(records) for prompt in source.prompts(name)]
+
+
+def logged(results: Mapping[str, Any]) -> dict[str, float]:
+    """What the log keeps of :class:`HeldOut`'s results, by names such as `long_i2t_r1`."""
+    found = {
+        f"{kind}_{way}_r1": values[way]["r1"]
+        for kind, values in results["retrieval"].items()
+        for way in ("i2t", "t2i")
+    }
+    accuracies = results.get("zero_shot", {}).items()
+    return found | {f"{name}_zero_shot": row["top1"] for name, row in accuracies}

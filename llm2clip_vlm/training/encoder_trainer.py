@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text import ImageTextDataset, TextInputs, collate
-from llm2clip_vlm.distributed import is_initialized, is_main, world_size
+from llm2clip_vlm.distributed import barrier, is_initialized, is_main, world_size
 from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
+from llm2clip_vlm.models.trainable import freeze_unused
+from llm2clip_vlm.training.callbacks import EachEpoch, Throughput
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 from llm2clip_vlm.training.keeping import TowerTeacher
 from llm2clip_vlm.training.param_groups import build_param_groups
@@ -24,16 +27,7 @@ from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 MAX_LOGIT_SCALE = math.log(100.0)
 """Upper bound of the stored `logit_scale` (released code: `[0, ln 100]` after each step)."""
 
-
-class _EachEpochItsCaptions(TrainerCallback):
-    """Tells the dataset its epoch. The Trainer itself does so in a single process only."""
-
-    def __init__(self, dataset: ImageTextDataset) -> None:
-        self.dataset = dataset
-
-    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
-        self.dataset.set_epoch(int((state.epoch or 0.0) + 1e-6))
+Measure = Callable[[], Mapping[str, float]]
 
 
 class _ClampLogitScale(TrainerCallback):
@@ -65,7 +59,66 @@ def clamp_logit_scale(parameter: nn.Parameter) -> None:
         parameter.clamp_(0.0, MAX_LOGIT_SCALE)
 
 
-class EncoderTrainer(StrictResumeMixin, Trainer):
+class ContrastiveTrainer(StrictResumeMixin, Trainer):
+    """What stage 1's and stage 2's trainers share: whole batches, measuring, throughput.
+
+    Args:
+        model: The model.
+        args: Training arguments; incomplete batches must be dropped. On the schedule of their
+            `eval_strategy` stands in the log what `measure` returns, as `eval_<name>`.
+        train_dataset: Pairs.
+        unit: What throughput counts.
+        grad_cache: The batch goes through the model in micro-batches.
+        measure: Called on all ranks; leaves the random numbers of training alone.
+        callbacks: More callbacks.
+        **more: Of `transformers.Trainer`.
+
+    Raises:
+        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch, GradCache
+            together with gradient checkpointing, or ZeRO-3.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Any,
+        *,
+        unit: str,
+        grad_cache: bool,
+        measure: Measure | None,
+        callbacks: Sequence[TrainerCallback] | None,
+        **more: Any,
+    ) -> None:
+        check_contrastive_arguments(args, grad_cache=grad_cache)
+        batch = args.per_device_train_batch_size * args.world_size
+        if len(train_dataset) < batch:
+            raise ValueError(
+                f"an epoch has {len(train_dataset)} pairs, fewer than one global batch of {batch}; "
+                "lower global_batch_size and trainer.per_device_train_batch_size"
+            )
+        self.measure = measure
+        self.throughput = Throughput(unit)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=None if measure is None else train_dataset,  # asked for, never read
+            callbacks=[self.throughput, *(callbacks or [])],
+            **more,
+        )
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Measure and log; the Trainer calls it on its schedule."""
+        found = self.measure() if self.measure is not None else {}
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        handler = self.callback_handler
+        self.control = handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+class EncoderTrainer(ContrastiveTrainer):
     """`transformers.Trainer` for two towers and a contrastive loss over the global batch.
 
     The model's output needs `image_embeds` and `text_embeds` (unit norm), and the model a
@@ -87,11 +140,12 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         text_inputs: Captions to the model's text arguments, for a data set that leaves this to the
             process that trains (a cache that fills itself). None = batches have them.
         teacher: Adds its penalty on the image embeddings to the loss.
+        flops_per_image: Forward and backward, for the log; see :func:`prepare_model`.
+        measure: See :class:`ContrastiveTrainer`, which the other arguments go to.
         callbacks: More callbacks.
 
     Raises:
-        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch, GradCache
-            together with gradient checkpointing, or label smoothing with the sigmoid loss.
+        ValueError: As there, or label smoothing with the sigmoid loss.
     """
 
     def __init__(
@@ -106,10 +160,10 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         micro_batch_size: int | None = None,
         text_inputs: TextInputs | None = None,
         teacher: TowerTeacher | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        flops_per_image: float = 0.0,
+        measure: Measure | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        check_contrastive_arguments(args, grad_cache=micro_batch_size is not None)
-        _check_size(args, len(train_dataset))
         if args.label_smoothing_factor and getattr(model, "logit_bias", None) is not None:
             raise ValueError(
                 f"trainer.label_smoothing_factor is {args.label_smoothing_factor}, but the sigmoid "
@@ -126,16 +180,17 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
         self.layered_part = layered_part
+        self.flops_per_image = flops_per_image
+        own = [EachEpoch(train_dataset), _ClampLogitScale(model.logit_scale)]
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
+            model,
+            args,
+            train_dataset,
+            unit="images",
+            grad_cache=micro_batch_size is not None,
+            measure=measure,
+            callbacks=[*own, *callbacks],
             data_collator=collate,
-            callbacks=[
-                _EachEpochItsCaptions(train_dataset),
-                _ClampLogitScale(model.logit_scale),
-                *(callbacks or []),
-            ],
         )
 
     def export(self, directory: str | Path) -> None:
@@ -147,6 +202,7 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
         self.save_model(str(directory))
         if is_main():
             (Path(directory) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        barrier()
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if self.text_inputs is not None and "captions" in inputs:
@@ -186,8 +242,13 @@ class EncoderTrainer(StrictResumeMixin, Trainer):
             shared = (scale,) if bias is None else (scale, bias)
             return Embeds((output.image_embeds, output.text_embeds), shared)
 
+        images = len(inputs["pixel_values"])
+        self.throughput.add(images, images * self.flops_per_image)
+
         def contrastive(embeds: Embeds) -> Tensor:
-            choices = {"caption_ids": inputs["caption_ids"], "gather": is_initialized()}
+            ids = inputs["caption_ids"]  # an embedding for each prompt shares its caption's
+            ids = ids.repeat_interleave(len(embeds.rows[1]) // len(ids))
+            choices = {"caption_ids": ids, "gather": is_initialized()}
             if len(embeds.shared) > 1:
                 return sigmoid_loss(*embeds.rows, *embeds.shared, **choices)
             smoothing = self.args.label_smoothing_factor
@@ -303,10 +364,25 @@ def check_contrastive_arguments(args: TrainingArguments, *, grad_cache: bool = F
         )
 
 
-def _check_size(args: TrainingArguments, num_pairs: int) -> None:
-    batch = args.per_device_train_batch_size * world_size()
-    if num_pairs < batch:
-        raise ValueError(
-            f"the training set has {num_pairs} pairs, fewer than one global batch of {batch}; "
-            "lower global_batch_size and trainer.per_device_train_batch_size"
-        )
+def prepare_model(
+    model: nn.Module, dataset: ImageTextDataset, text_inputs: TextInputs, device: Any
+) -> float:
+    """Move a model to its device and freeze what its loss does not reach.
+
+    Args:
+        model: `LLM2CLIPModel` or `CLIPModel`, with `requires_grad` set.
+        dataset: Gives two images.
+        text_inputs: Their captions to the model's text arguments.
+        device: Where it will train.
+
+    Returns:
+        FLOPs of an image with its caption, forward and backward.
+    """
+    rows = [0, 1 % len(dataset)]
+    pixels = dataset.to_float(dataset.__getitems__(rows)["pixel_values"])
+    features = {"pixel_values": pixels, **text_inputs([dataset.caption(row) for row in rows])}
+    features = {name: value.to(device) for name, value in features.items()}
+    model.to(device)
+    with FlopCounterMode(display=False) as counter:
+        freeze_unused(model, lambda: model(**features, return_loss=True).loss)
+    return float(counter.get_total_flops()) / len(rows)

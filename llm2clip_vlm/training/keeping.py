@@ -18,16 +18,14 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, CLIPModel, TrainerCallback, TrainingArguments
+from transformers import AutoConfig, CLIPModel, TrainerCallback
 
 from llm2clip_vlm.config import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.distillation import cosine_distillation, relational_distillation
-from llm2clip_vlm.models.clip import ClipTokens, load_clip
+from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.patch_dropout import PatchDropout
-from llm2clip_vlm.training.arguments import last_checkpoint
 from llm2clip_vlm.training.callbacks import PatchDropoutTail, WeightAverage
-from llm2clip_vlm.training.encoder_eval import clip_encoders
 from llm2clip_vlm.training.export import merge_lora
 
 logger = logging.getLogger(__name__)
@@ -104,7 +102,9 @@ def prepare_keeping(
     num_prefix_tokens: int,
     captions: Callable[[], Sequence[str]],
     lookup: Callable[[list[str]], Tensor],
-    args: TrainingArguments,
+    device: Any,
+    *,
+    resumes: bool,
 ) -> Keeping:
     """Do what comes before the images, and make what goes along with them.
 
@@ -114,7 +114,8 @@ def prepare_keeping(
         num_prefix_tokens: Of its tower.
         captions: All training captions, asked for where they are needed.
         lookup: Captions to the text encoder's embeddings.
-        args: Where to compute, and whether a checkpoint is resumed (which has inherited already).
+        device: Where to compute.
+        resumes: From a checkpoint, which has inherited already.
 
     Returns:
         Teacher, average and callbacks.
@@ -131,7 +132,7 @@ def prepare_keeping(
             )
         clip, tokenizer, _ = load_clip(path)
         inherit_space(model, clip)
-        if last_checkpoint(args) is None:
+        if not resumes:
             inherit_text_tower(
                 model,
                 clip,
@@ -140,7 +141,7 @@ def prepare_keeping(
                 lookup,
                 recipe.inherit_text,
                 seed=recipe.seed,
-                device=args.device,
+                device=device,
             )
     callbacks: list[TrainerCallback] = []
     average = None

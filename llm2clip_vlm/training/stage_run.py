@@ -39,7 +39,9 @@ class StageRun(Generic[R]):
     args: TrainingArguments | None = None
     """Set by :meth:`arguments`."""
 
-    def __init__(self, argv: Sequence[str] | None, recipe_class: type[R], usage: str | None) -> None:
+    def __init__(
+        self, argv: Sequence[str] | None, recipe_class: type[R], usage: str | None
+    ) -> None:
         self._started = time.monotonic()
         words = list(sys.argv[1:] if argv is None else argv)
         if not words:
@@ -85,6 +87,8 @@ class StageRun(Generic[R]):
         Args:
             **forced: Trainer arguments that the stage fixes.
         """
+        if steps := getattr(self.recipe, "evaluation_steps", None):
+            forced |= {"eval_strategy": "steps", "eval_steps": steps}
         self.args = build_training_arguments(self.recipe, **forced)
         if self.recipe.world is not None:
             with self.args.main_process_first(local=False, desc="writing the world"):
@@ -92,9 +96,9 @@ class StageRun(Generic[R]):
         set_seed(self.recipe.seed)
         return self.args
 
-    @property
+    @cached_property
     def checkpoint(self) -> str | None:
-        """What the trainer resumes from; none in a fresh run."""
+        """What the trainer resumes from, as found at the start; none in a fresh run."""
         return None if self.args is None else last_checkpoint(self.args)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.data.captions import CaptionPair, CaptionPairs, EpochSampler
@@ -22,10 +22,9 @@ from llm2clip_vlm.losses import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, pad_tokens
 from llm2clip_vlm.models.text_encoder import TextEncoder, pool
 from llm2clip_vlm.models.text_encoder_settings import Pooling
-from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
+from llm2clip_vlm.training.encoder_trainer import ContrastiveTrainer, Measure
 from llm2clip_vlm.training.export import lora_config
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
-from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +196,7 @@ def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
     return get_peft_model(backbone, lora_config(lora, task_type=TaskType.FEATURE_EXTRACTION))
 
 
-class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
+class CaptionContrastiveTrainer(ContrastiveTrainer):
     """`transformers.Trainer` for pairs of captions, contrasted over the global batch.
 
     Embeddings are gathered over all ranks with gradient: n processes compute the loss and the
@@ -214,11 +213,11 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         symmetric: Both directions.
         micro_batch_tokens: Tokens per forward pass, padding counted; more go through GradCache
             (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
+        measure: See :class:`ContrastiveTrainer`.
         callbacks: More callbacks.
 
     Raises:
-        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch,
-            DeepSpeed ZeRO-3, or GradCache together with gradient checkpointing.
+        ValueError: As there.
 
     Paper: LLM2CLIP v6 section 3.1 (supervised SimCSE); released code `llm_caption_contrastive`,
     which adds a random third caption as a negative and keeps equal captions as negatives.
@@ -234,15 +233,9 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         scale: float,
         symmetric: bool = True,
         micro_batch_tokens: int | None = None,
-        callbacks: list[TrainerCallback] | None = None,
+        measure: Measure | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        check_contrastive_arguments(args, grad_cache=micro_batch_tokens is not None)
-        if len(train_dataset) < args.per_device_train_batch_size * args.world_size:
-            raise ValueError(
-                f"an epoch has {len(train_dataset)} pairs, fewer than one global batch of "
-                f"{args.per_device_train_batch_size * args.world_size}; lower global_batch_size "
-                "and trainer.per_device_train_batch_size"
-            )
         self.pairs = train_dataset
         self.pooling: Pooling = encoder.settings.pooling
         self.scale = scale
@@ -258,20 +251,28 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         )
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
+        self._flops_per_token = sum(
+            (6 if p.requires_grad else 4) * p.numel()
+            for name, p in model.named_parameters()
+            if p.ndim == 2 and "embed" not in name
+        )
         super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train_dataset,
-            data_collator=PairCollator(table, tokens, train_dataset.prompts, micro_batch_tokens),
+            model,
+            args,
+            train_dataset,
+            unit="tokens",
+            grad_cache=micro_batch_tokens is not None,
+            measure=measure,
             callbacks=callbacks,
+            data_collator=PairCollator(table, tokens, train_dataset.prompts, micro_batch_tokens),
         )
 
     def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
         return EpochSampler(self.pairs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of all groups of a batch (an estimate, as transformers makes it)."""
-        return sum(int(Trainer.floating_point_ops(self, group)) for group in _groups(inputs))
+        """Of the linear layers on a batch's tokens, forward and backward."""
+        return self._flops_per_token * _num_tokens(inputs)
 
     def compute_loss(
         self,
@@ -291,7 +292,8 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         Returns:
             The loss, or loss and output.
         """
-        groups = list(_groups(inputs))
+        self.throughput.add(_num_tokens(inputs), self.floating_point_ops(inputs))
+        groups: list[dict[str, Tensor]] = list(inputs["groups"])
         count, slots = max_over_ranks(
             len(groups), len(inputs["negatives"]), device=self.args.device
         )
@@ -344,6 +346,5 @@ class CaptionContrastiveTrainer(StrictResumeMixin, Trainer):
         return pool(output.last_hidden_state, pool_mask, self.pooling)
 
 
-def _groups(inputs: dict[str, Any]) -> Iterable[dict[str, Tensor]]:
-    groups: Iterable[dict[str, Tensor]] = inputs["groups"]
-    return groups
+def _num_tokens(inputs: dict[str, Any]) -> int:
+    return sum(int(group["attention_mask"].sum()) for group in inputs["groups"])

@@ -135,7 +135,7 @@ def test_cra_on_a_schedule(trained: Path, tmp_path: Path, repo_root: Path) -> No
         [str(trained / "stage1.yaml"), f"output_dir={out}", "evaluation_steps=3"]
     )
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    measured = {row["step"]: row["cra"] for row in rows if "cra" in row}
+    measured = {row["step"]: row["eval_cra"] for row in rows if "eval_cra" in row}
     assert list(measured) == [3, 6]
     assert measured[6] == json.loads((out / "results.json").read_text())["cra"]["after"]
     plain = [row["loss"] for row in metrics(trained / "stage1")]

@@ -24,6 +24,7 @@ from llm2clip_vlm.handoff import HandoffError, read_manifest, write_manifest
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
+from llm2clip_vlm.training.checkpoints import seal_checkpoint
 from stages import stage2b_vision_encoder
 from tests.tiny import write_image
 
@@ -194,6 +195,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(recipe: Recipe) -> None:
 
     kept = {f"renamed.{name}": tensor for name, tensor in load_file(file).items()}
     save_file(kept, file, metadata={"format": "pt"})
+    seal_checkpoint(file.parent)
     with pytest.raises(RuntimeError, match="does not fit LLM2CLIPModel"):
         run(path)
 

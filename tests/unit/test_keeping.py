@@ -118,11 +118,10 @@ def test_the_adaptor_learns_the_text_tower(model: LLM2CLIPModel, tiny_clip: Path
 def test_prepare_keeping_does_what_the_recipe_says(
     model: LLM2CLIPModel, tiny_clip: Path, tmp_path: Path
 ) -> None:
-    def prepare(folder: Path = tmp_path, **values: Any) -> Any:
+    def prepare(resumes: bool = False, **values: Any) -> Any:
         captions = ["red star", "blue circle"]
-        return prepare_keeping(
-            recipe(tiny_clip, **values), model, 1, lambda: captions, lookup, args_of(folder)
-        )
+        arguments: Any = (model, 1, lambda: captions, lookup, "cpu")
+        return prepare_keeping(recipe(tiny_clip, **values), *arguments, resumes=resumes)
 
     nothing = prepare()
     assert (nothing.teacher, nothing.average, nothing.callbacks) == (None, None, [])
@@ -142,9 +141,8 @@ def test_prepare_keeping_does_what_the_recipe_says(
     clip = CLIPModel.from_pretrained(tiny_clip)
     assert torch.equal(model.visual_projection.weight, clip.visual_projection.weight)
     # a resumed run has inherited already: the adaptor comes from the checkpoint
-    (tmp_path / "checkpoint-1").mkdir()
     before = model.text_adaptor.head.weight.clone()
-    prepare(inherit_text={"steps": 1, "batch_size": 2})
+    prepare(resumes=True, inherit_text={"steps": 1, "batch_size": 2})
     assert torch.equal(model.text_adaptor.head.weight, before)
     siglip = build_tower("siglip", tmp_path / "siglip")
     with pytest.raises(ValueError, match="is a 'siglip_vision_model' model, expected a CLIPModel"):
