@@ -39,11 +39,6 @@ STAGES = {
 }
 """Every stage program and what it does, in the order of a run."""
 
-_PROGRAMS = {"eval": "run_lmms", "compare": "compare"}
-_INTEROP = {
-    "export": "write a checkpoint for another tool, with proof that it opens there",
-    "convert": "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's",
-}
 _PACKAGE = Path(__file__).resolve().parent
 
 
@@ -57,20 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 2 for an error that the user can mend.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    if words and words[0] in _PROGRAMS:
-        # These have options of their own, `--help` included.
-        return guard(lambda: _evaluate(words[0], words[1:]))
-    if words and words[0] == "embed":
-        from llm2clip_vlm.embed import main as embed
-
-        return guard(lambda: embed(words[1:]))
-    if words and words[0] in _INTEROP:
-        from llm2clip_vlm.interop.command import main as interop
-
-        return guard(lambda: interop(words[0], words[1:]))
+    if words and words[0] in _FORWARDED:
+        run, _ = _FORWARDED[words[0]]
+        return guard(lambda: run(*words))
     arguments = _parser().parse_args(words)
-    command: Callable[[argparse.Namespace], int | None] = arguments.command
-    return guard(lambda: command(arguments))
+    return guard(lambda: arguments.command(arguments))
 
 
 def guard(program: Callable[[], int | None]) -> int:
@@ -102,36 +88,27 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     listing = "\n".join(f"  {name:<24}{purpose}" for name, purpose in STAGES.items())
 
-    train = commands.add_parser(
-        "train",
-        help="run a stage",
-        description="Run a stage with a recipe.",
-        epilog=f"stages:\n{listing}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    train.add_argument("stage", metavar="STAGE", help="one of the stages below")
-    train.add_argument("recipe", metavar="RECIPE", help="a YAML file; recipes/... also as shipped")
-    train.add_argument(
-        "overrides", metavar="KEY=VALUE", nargs="*", help="dotted key and a value written as YAML"
-    )
-    train.set_defaults(command=_train)
-
-    explain = commands.add_parser(
-        "help", help="show a stage and every key of its recipe", description="Explain a stage."
-    )
-    explain.add_argument("stage", metavar="STAGE", help=", ".join(STAGES))
-    explain.set_defaults(command=_explain)
-
-    doctor = commands.add_parser(
-        "doctor", help="show what this machine has", description="Check this machine."
-    )
-    doctor.set_defaults(command=_doctor)
-    for name, purpose in (
-        ("embed", "build, verify, merge, import or report on a cache of caption embeddings"),
-        ("eval", "score checkpoints with lmms-eval"),
-        ("compare", "compare runs benchmark by benchmark"),
-        *_INTEROP.items(),
+    for command, name, purpose in (
+        (_train, "train", "run a stage with a recipe"),
+        (_explain, "help", "show a stage and every key of its recipe"),
+        (_doctor, "doctor", "show what this machine has"),
     ):
+        added = commands.add_parser(
+            name,
+            help=purpose,
+            description=f"{purpose}.",
+            epilog=None if name == "doctor" else f"stages:\n{listing}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(command=command)
+        if name != "doctor":
+            added.add_argument("stage", metavar="STAGE", help="one of the stages below")
+        if name == "train":
+            added.add_argument("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
+            added.add_argument(
+                "overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML"
+            )
+    for name, (_, purpose) in _FORWARDED.items():
         commands.add_parser(name, help=purpose, add_help=False)
     return parser
 
@@ -143,24 +120,14 @@ def _train(arguments: argparse.Namespace) -> int | None:
     return result
 
 
-def _evaluate(command: str, words: list[str]) -> int | None:
-    program = find_program(_PROGRAMS[command])
-    result: int | None = load_program(program).main(words)
-    return result
-
-
 def _explain(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm import config, config_base, config_vlm
+    from llm2clip_vlm.pipeline import RECIPES
 
     stage = _known_stage(arguments.stage)
-    path = find_program(stage)
-    print(ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or STAGES[stage])
-    found = vars(config) | vars(config_base) | vars(config_vlm)
-    for model in found.values():
-        fields = getattr(model, "model_fields", {})
-        if "stage" in fields and fields["stage"].default == stage:
-            print(f"\nRecipe keys ({model.__name__}):\n")
-            print(recipe_help(model))
+    text = find_program(stage).read_text(encoding="utf-8")
+    print(ast.get_docstring(ast.parse(text)) or STAGES[stage])
+    if model := RECIPES.get(stage):
+        print(f"\nRecipe keys ({model.__name__}):\n\n{recipe_help(model)}")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -172,6 +139,34 @@ def _doctor(arguments: argparse.Namespace) -> int:
         broken += finding.state == "broken"
     print(f"{broken} broken" if broken else "nothing broken")
     return 1 if broken else 0
+
+
+def _program(command: str, *words: str) -> int | None:
+    name = {"eval": "run_lmms"}.get(command, command)
+    result: int | None = load_program(find_program(name)).main(list(words))
+    return result
+
+
+def _embed(command: str, *words: str) -> int | None:
+    from llm2clip_vlm.embed import main as embed
+
+    return embed(words)
+
+
+def _interop(command: str, *words: str) -> int | None:
+    from llm2clip_vlm.interop.command import main as interop
+
+    return interop(command, words)
+
+
+_FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
+    "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
+    "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
+    "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
+    "eval": (_program, "score checkpoints with lmms-eval"),
+    "compare": (_program, "compare runs benchmark by benchmark"),
+}
+"""Commands with options of their own, `--help` included."""
 
 
 def _known_stage(name: str) -> str:
