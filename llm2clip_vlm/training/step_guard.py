@@ -98,4 +98,4 @@ def replay_batch(folder: str | Path, model: Any) -> float:
     moved = {name: tensor.to(model.device) for name, tensor in batch.items()}
     loss = model.train()(**moved, use_cache=False).loss
     loss.backward()
-    return float(loss)
+    return float(loss.detach())

@@ -1,0 +1,246 @@
+"""Stages 3 and 4's Trainer: exact token mean, what is watched, what is kept of a failure."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from llm2clip_vlm.config_vlm import PartTraining
+from llm2clip_vlm.constants import IGNORE_INDEX
+from llm2clip_vlm.data.instruction import InstructionCollator
+from llm2clip_vlm.data.packing import PackedCollator
+from llm2clip_vlm.models import vlm_loss
+from llm2clip_vlm.models.trainable import apply_trainable
+from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
+from llm2clip_vlm.training.trainers import VlmTrainer
+from llm2clip_vlm.training.vlm_flops import VlmFlops
+
+ALL = ("vision_tower", "multi_modal_projector", "language_model")
+
+
+def samples(count: int = 8, *, text_only: tuple[int, ...] = (), seed: int = 0) -> list[Any]:
+    """Of unequal lengths and unequal numbers of trained tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for i in range(count):
+        images = 0 if i in text_only else 1
+        text = torch.randint(8, 20, (6 + 3 * (i % 4),), generator=generator)
+        ids = torch.cat([torch.full((16 * images,), IMAGE), text])
+        labels = ids.clone()
+        labels[: 16 * images + 3 + i % 3] = IGNORE_INDEX
+        item: dict[str, Any] = {"input_ids": ids, "labels": labels, "sample_id": f"s{i}"}
+        if images:
+            item["pixel_values"] = torch.randn(1, 3, 32, 32, generator=generator)
+        found.append(item)
+    return found
+
+
+IMAGE = 7
+
+
+@pytest.fixture
+def model(tiny_clip: Path, tiny_llm: Path) -> Any:
+    built: Any = build_vlm(tiny_clip, tiny_llm)[0]
+    assert built.config.image_token_id == IMAGE
+    return built
+
+
+def trainer(
+    model: Any,
+    folder: Path,
+    data: list[Any],
+    *,
+    parts: tuple[str, ...] = ALL,
+    packed: bool = False,
+    size: int = 2,
+    accumulation: int = 1,
+    report: Any = lambda table: None,
+    **arguments: Any,
+) -> VlmTrainer:
+    args = TrainingArguments(
+        output_dir=str(folder / "checkpoints"),
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulation,
+        use_cpu=True,
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+        report_to=[],
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        train_sampling_strategy="sequential",
+        lr_scheduler_type="constant",
+        optim="sgd",
+        max_grad_norm=1e9,
+        **{"max_steps": 1, **arguments},
+    )
+    apply_trainable(model, parts)
+    freeze_unused_vision(model)
+    collator: Any = PackedCollator() if packed else InstructionCollator(0)
+    rates = {part: PartTraining(lr=0.1) for part in parts}
+    return VlmTrainer(model, args, data, collator, None, parts=rates, report=report)
+
+
+@pytest.mark.parametrize("sliced", [False, True], ids=["whole-logits", "sliced-logits"])
+def test_the_same_batch_in_any_pieces_is_the_same_step(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sliced: bool
+) -> None:
+    """T70: 1 x 8 = 8 x 1 = 4 x 2, padded or packed (2 processes: integration/test_zero.py)."""
+    if sliced:
+        monkeypatch.setattr(vlm_loss, "SMALL_LOGITS", 0)
+        monkeypatch.setattr(vlm_loss, "CHUNK_LOGITS", 2**10)
+    states, losses = [], []
+    for size, accumulation, packed in ((8, 1, False), (1, 8, False), (2, 4, False), (4, 2, True)):
+        model = build_vlm(tiny_clip, tiny_llm)[0]
+        run = trainer(
+            model, tmp_path, samples(), packed=packed, size=size, accumulation=accumulation
+        )
+        losses.append(run.train().training_loss)
+        states.append(model.state_dict())
+    assert losses[1:] == pytest.approx([losses[0]] * 3, abs=1e-5)
+    for state in states[1:]:
+        for name, tensor in state.items():
+            torch.testing.assert_close(tensor, states[0][name], atol=1e-5, rtol=0, msg=name)
+
+
+def test_the_first_steps_gradients_are_told(model: Any, tmp_path: Path) -> None:
+    told: list[str] = []
+    run = trainer(model, tmp_path, samples(), report=told.append)
+    run.train()
+    assert run.audit is None
+    (table,) = told
+    for part in ALL:
+        assert f"  {part}: " in table
+    assert "multi_modal_projector: 4 of 4 tensors" in table
+
+
+def test_a_part_that_gets_no_gradient_stops_the_run(model: Any, tmp_path: Path) -> None:
+    """T27: LLaVA's `no_grad` around the tower made unfreezing do nothing."""
+    run = trainer(model, tmp_path, samples())
+    model.model.vision_tower.forward = torch.no_grad()(model.model.vision_tower.forward)
+    with pytest.raises(ValueError, match=r"parts without any: \['vision_tower'\]"):
+        run.train()
+
+
+def test_the_audit_waits_for_a_picture(model: Any, tmp_path: Path) -> None:
+    told: list[str] = []
+    data = samples(4, text_only=(0, 1))
+    run = trainer(model, tmp_path, data, report=told.append, max_steps=2)
+    run.train()
+    assert len(told) == 1
+    run = trainer(model, tmp_path, samples(4, text_only=(0, 1, 2, 3)), report=told.append)
+    run.train()
+    assert len(told) == 1
+    assert run.audit is not None
+
+
+def test_a_loss_that_is_not_finite_keeps_the_batch(model: Any, tmp_path: Path) -> None:
+    """T06."""
+    data = samples()
+    data[3]["pixel_values"] = data[3]["pixel_values"] * float("nan")
+    with pytest.raises(ValueError, match=r"finite loss, got nan from samples \['s2', 's3'\]"):
+        trainer(model, tmp_path, data, max_steps=4).train()
+    folder = tmp_path / "failures" / "step-2-rank-0"
+    facts = json.loads((folder / "batch.json").read_text())
+    assert (facts["step"], facts["sample_ids"], facts["reason"]) == (2, ["s2", "s3"], "loss nan")
+    assert facts["shapes"]["pixel_values"] == [2, 3, 32, 32]
+    assert str(replay_batch(folder, model)) == "nan"
+
+
+def test_a_kept_batch_gives_the_same_loss_again(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(model, tmp_path, samples())
+    seen: list[float] = []
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        seen.append(float(step(*args, **kwargs)))
+        raise torch.OutOfMemoryError("no memory left")
+
+    step = Trainer.training_step
+    monkeypatch.setattr(Trainer, "training_step", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.train()
+    folder = tmp_path / "failures" / "step-1-rank-0"
+    assert json.loads((folder / "batch.json").read_text())["reason"] == "out of memory"
+    assert replay_batch(folder, model) == pytest.approx(seen[0], abs=1e-6)
+
+
+def test_who_stands_still_is_named(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """T53: LLaVA-NeXT waits for a year."""
+    ended = threading.Event()
+    codes: list[int] = []
+    monkeypatch.setattr(os, "_exit", lambda code: (codes.append(code), ended.set()))
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    dog = Watchdog(0.05)
+    with caplog.at_level(logging.CRITICAL):
+        dog.beat("step 7, samples ['a', 'b']")
+        assert ended.wait(10)
+    assert codes == [1]
+    assert "rank 3 of 8 stands still since 0.05 s in step 7, samples ['a', 'b']" in caplog.text
+    patient = Watchdog(0.05)
+    patient.beat("x")
+    patient.stop()
+    Watchdog(None).beat("y")
+    ended.clear()
+    assert not ended.wait(0.2)
+
+
+def test_the_watchdog_hears_every_micro_step(model: Any, tmp_path: Path) -> None:
+    run = trainer(model, tmp_path, samples(), accumulation=2)
+    beats: list[str] = []
+    run.watchdog.beat = beats.append  # type: ignore[method-assign]
+    run.train()
+    assert beats == ["step 1, samples ['s0', 's1']", "step 1, samples ['s2', 's3']"]
+
+
+def test_each_log_line_says_how_fast(model: Any, tmp_path: Path) -> None:
+    rows: list[dict[str, float]] = []
+
+    class Record(TrainerCallback):
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            rows.extend([dict(logs)] if "loss" in logs else [])
+
+    run = trainer(model, tmp_path, samples(), max_steps=2)
+    run.add_callback(Record())
+    run.train()
+    assert len(rows) == 2
+    for row in rows:
+        assert {"tokens_per_s", "tflops", "data_wait", "fill"} <= set(row)
+    lengths = [len(item["input_ids"]) for item in samples()]
+    assert rows[0]["fill"] == pytest.approx(sum(lengths[:2]) / (2 * max(lengths[:2])))
+
+
+@pytest.mark.parametrize("parts", [("multi_modal_projector",), ALL[1:], ALL], ids=len)
+def test_flops_are_those_that_torch_counts(
+    model: Any, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Matrix products alone; attention is counted in full by torch, by half (causal) here."""
+    monkeypatch.setattr(vlm_loss, "SMALL_LOGITS", 0)
+    vlm_loss.install_supervised_loss(model)
+    apply_trainable(model, parts)
+    freeze_unused_vision(model)
+    batch = InstructionCollator(0)([samples()[3]])
+    batch.pop("sample_ids")
+    counter = VlmFlops(model)
+    counter.add(batch)
+    tokens, flops, fill = counter.take()
+    assert (tokens, fill) == (batch["input_ids"].numel(), 1.0)
+    assert counter.take()[:2] == (0, 0)
+    with FlopCounterMode(display=False) as torchs:
+        model.train()(**batch, use_cache=False).loss.backward()
+    assert flops == pytest.approx(torchs.get_total_flops(), rel=0.25)
