@@ -30,7 +30,12 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_seconds,
 )
 from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
-from llm2clip_vlm.evaluation.stats import load_samples, pair_samples, paired_bootstrap
+from llm2clip_vlm.evaluation.stats import (
+    load_samples,
+    pair_samples,
+    paired_bootstrap,
+    rounded,
+)
 from llm2clip_vlm.evaluation.task_helpers import normalise
 from llm2clip_vlm.files import write_atomically
 
@@ -100,7 +105,7 @@ def summary(run: Path) -> dict[str, Any]:
         "easy_vqa_above_shuffled": easy["real_minus_shuffled"]["ci"][0] > 0,
     }
     found["seconds"] = read_seconds(str(run / "seconds.json"), {})
-    return _rounded(found)
+    return rounded(found, PLACES)
 
 
 def against_chance(measured: Mapping[str, Any], images: int) -> dict[str, Any]:
@@ -185,14 +190,6 @@ def print_table(found: Mapping[str, Any]) -> None:
             low, high = row["ci"]
             print(f"{task:<14} {name:<10} {row['accuracy']:5.1f} [{low:.1f}, {high:.1f}]")
     print(", ".join(f"{goal}: {'yes' if met else 'NO'}" for goal, met in found["goals"].items()))
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, PLACES)
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list) else value
 
 
 if __name__ == "__main__":

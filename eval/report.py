@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
@@ -24,7 +25,8 @@ from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
 from llm2clip_vlm.evaluation.examples import Example, answered_questions, retrieved_captions
-from llm2clip_vlm.evaluation.report import retrieval_verdict
+from llm2clip_vlm.evaluation.pages import render
+from llm2clip_vlm.evaluation.report import Facts, charts, retrieval_verdict
 from llm2clip_vlm.evaluation.report_inputs import (
     ReportError,
     read_cra,
@@ -33,39 +35,25 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_scores,
     read_seconds,
 )
-from llm2clip_vlm.evaluation.report_sections import Facts, not_shown, render
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
 
-TEMPLATE = Path(__file__).resolve().parent / "report_template.html"
-
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the program.
-
-    Returns:
-        0, or 1 when a result that the recipe names is missing or does not fit.
-    """
+    """Run the program: RECIPE [key=value ...]."""
     words = list(sys.argv[1:] if argv is None else argv)
     if not words:
         raise SystemExit(__doc__)
-    try:
-        recipe = load_recipe(words[0], ReportRecipe, words[1:])
-        facts = collect(recipe)
-        out = Path(recipe.output_dir)
-        write_atomically(out / "report.html", render(facts, TEMPLATE))
-        write_atomically(
-            out / "report.json", json.dumps(as_json(facts), indent=2, ensure_ascii=False) + "\n"
-        )
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    separability = (
-        f"caption separability {facts.cra['before']:.1f} → {facts.cra['after']:.1f} %; "
-        if facts.cra
-        else ""
-    )
+    recipe = load_recipe(words[0], ReportRecipe, words[1:])
+    facts = collect(recipe)
+    out = Path(recipe.output_dir)
+    write_atomically(out / "report.html", render("report.html", facts=facts, charts=charts(facts)))
+    whole = json.dumps(as_json(facts), indent=2, ensure_ascii=False)
+    write_atomically(out / "report.json", whole + "\n")
+    separability = ""
+    if cra := facts.cra:
+        separability = f"caption separability {cra['before']:.1f} → {cra['after']:.1f} %; "
     print(f"{separability}{facts.verdict.short}; report: {out / 'report.html'}")
     return 0
 
@@ -120,8 +108,9 @@ def collect(recipe: ReportRecipe) -> Facts:
 def retrieved(facts: Facts, world: Path) -> list[Example]:
     """What the towers retrieve for the first pictures of the world's test set."""
     recipe = facts.recipe
+    shown, own = facts.order()[:3], recipe.tower_models
     return retrieved_captions(
-        {n: Path(recipe.tower_models.get(n, f"{recipe.towers[n]}/model")) for n in facts.shown()},
+        {name: Path(own.get(name, f"{recipe.towers[name]}/model")) for name in shown},
         read_image_text(ImageTextSource(path=str(world / "pairs_test.jsonl")), BadRecords(0)),
         "long",
         recipe.examples,
@@ -133,10 +122,12 @@ def answers(facts: Facts) -> list[Example]:
     """What the VLMs of the first seed answered."""
     recipe, task = facts.recipe, facts.recipe.headline_task
     data = next(iter(facts.scores[task].values()))["data"]["path"]
+    first = {
+        name: next(iter(recipe.vlms[name])) for name in facts.order()[:3] if name in recipe.vlms
+    }
     samples = {
-        tower: Path(str(recipe.evaluation)) / facts.checkpoints(tower)[0] / f"{task}.samples.jsonl"
-        for tower in facts.shown()
-        if tower in recipe.vlms
+        tower: Path(str(recipe.evaluation), f"{tower}-s{seed}", f"{task}.samples.jsonl")
+        for tower, seed in first.items()
     }
     return answered_questions(samples, Path(data), recipe.examples)
 
@@ -192,9 +183,9 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "seconds": facts.seconds,
         "ladder": facts.ladder,
         "ab": facts.ab,
-        "not_shown": not_shown(facts),
+        "not_shown": facts.not_shown(),
     }
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

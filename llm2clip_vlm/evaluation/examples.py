@@ -1,41 +1,35 @@
-"""Examples for a report: what towers retrieve and what VLMs answer, picked by rule, not taste."""
+"""Examples for a page: what towers retrieve and what VLMs answer, picked by rule, not taste."""
 
 from __future__ import annotations
 
-import base64
-import io
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text import ImageTextRecord, caption_galleries
-from llm2clip_vlm.data.images import open_image
+from llm2clip_vlm.data.images import EncodedImage, open_image
 from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.data.shards import PackedImage
 from llm2clip_vlm.evaluation.report_inputs import ReportError
 from llm2clip_vlm.evaluation.stats import load_samples
-
-THUMBNAIL_PX = 192
-"""Longest side of a picture in a report."""
+from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
+from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 
 _BATCH = 256
-
-Encoders = tuple[Callable[[list[Image.Image]], Tensor], Callable[[list[str]], Tensor]]
 
 
 @dataclass(frozen=True)
 class Example:
     """A picture, what was asked of it, and what each model said."""
 
-    picture: Image.Image
-    """RGB."""
+    picture: Image.Image | None
+    """RGB; None where it is not on this machine."""
     asked: str
     """The right caption, or the question."""
     expected: str
@@ -65,72 +59,31 @@ def retrieved_captions(
         An example a picture.
 
     Raises:
-        ReportError: A model of another type, or one that needs the cache and there is none.
+        ReportError: A model that needs the cache, and there is none.
     """
-    galleries = caption_galleries(records[:count])
-    if kind not in galleries:
-        raise ReportError(f"captions: expected the kind {kind!r}, got {sorted(galleries)}")
     texts, owners = caption_galleries(records)[kind]
     pictures = [record.open() for record in records[:count]]
     best: dict[str, list[int]] = {}
     for name, folder in models.items():
-        encode_images, encode_texts = _encoders(folder, cache)
+        if AutoConfig.from_pretrained(folder).model_type == LLM2CLIPConfig.model_type:
+            if cache is None:
+                raise ReportError(f"{folder}: captions need stage 2a's directory; set `cache`")
+            model = LLM2CLIPModel.from_pretrained(folder).eval()
+            processor = AutoImageProcessor.from_pretrained(folder)
+            encode_images, encode_texts = model.encoders(cache.lookup)
+        else:
+            clip, tokenizer, processor = load_clip(str(folder))
+            encode_images, encode_texts = clip_encoders(clip.eval(), ClipTokens(tokenizer))
+        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
         parts = [encode_texts(texts[at : at + _BATCH]) for at in range(0, len(texts), _BATCH)]
-        best[name] = (encode_images(pictures) @ torch.cat(parts).T).argmax(dim=1).tolist()
+        best[name] = (encode_images(pixels) @ torch.cat(parts).T).argmax(dim=1).tolist()
     examples = []
     for number, picture in enumerate(pictures):
         right = [text for text, owner in zip(texts, owners, strict=True) if owner == number]
         found = {name: texts[rows[number]] for name, rows in best.items()}
         marked = {name: (text, text in right) for name, text in found.items()}
-        examples.append(
-            Example(picture, right[0] if right else "", right[0] if right else "", marked)
-        )
+        examples.append(Example(picture, right[0], right[0], marked))
     return examples
-
-
-def _encoders(folder: Path, cache: EmbeddingCache | None) -> Encoders:
-    """Functions that make unit-norm embeddings of pictures and of captions."""
-    if not (folder / "config.json").is_file():
-        raise ReportError(f"{folder}: expected a model directory, found no config.json")
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    loaders = {"llm2clip": _llm2clip, "clip": _clip}
-    if model_type not in loaders:
-        raise ReportError(f"{folder}: model_type: expected {list(loaders)}, got {model_type!r}")
-    return loaders[model_type](folder, cache)
-
-
-def _llm2clip(folder: Path, cache: EmbeddingCache | None) -> Encoders:
-    from transformers import AutoImageProcessor
-
-    from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-
-    if cache is None:
-        raise ReportError(f"{folder}: captions need stage 2a's directory; set `cache`")
-    model = LLM2CLIPModel.from_pretrained(folder).eval()
-    processor = AutoImageProcessor.from_pretrained(folder)
-
-    def images(pictures: list[Image.Image]) -> Tensor:
-        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return model.get_image_features(pixels)
-
-    return images, lambda texts: model.get_text_features(cache.lookup(texts))
-
-
-def _clip(folder: Path, cache: EmbeddingCache | None) -> Encoders:
-    from llm2clip_vlm.models.clip import ClipTokens, load_clip
-
-    model, tokenizer, processor = load_clip(str(folder))
-    model.eval()
-    tokens = ClipTokens(tokenizer)
-
-    def images(pictures: list[Image.Image]) -> Tensor:
-        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
-        return F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
-
-    def texts(captions: list[str]) -> Tensor:
-        return F.normalize(model.get_text_features(**tokens(captions)).pooler_output, dim=-1)
-
-    return images, texts
 
 
 def answered_questions(samples: Mapping[str, Path], data_file: Path, count: int) -> list[Example]:
@@ -145,39 +98,61 @@ def answered_questions(samples: Mapping[str, Path], data_file: Path, count: int)
         An example a question.
 
     Raises:
-        ReportError: The samples are of other rows than the file's.
+        ReportError: The models answered other questions, or other ones than the file's.
     """
-    images = {str(row["id"]): str(row["image"]) for row in iter_rows(data_file)}
-    loaded = {name: load_samples(path) for name, path in samples.items()}
-    by_doc = {name: {s["doc_id"]: s for s in rows} for name, rows in loaded.items()}
-    examples: list[Example] = []
-    pictures, kinds = set(), set()
-    for sample in next(iter(loaded.values())):
-        if len(examples) == count or sample["image_id"] in pictures or sample["type"] in kinds:
-            continue
-        said: dict[str, tuple[str, bool]] = {}
-        for name, rows in by_doc.items():
-            other: dict[str, Any] = rows.get(sample["doc_id"], {})
-            if str(sample["id"]) not in images or other.get("question") != sample["question"]:
-                raise ReportError(
-                    f"{samples[name]}: document {sample['doc_id']}: expected the question "
-                    f"{sample['question']!r} of {data_file}; evaluate again on this data"
-                )
-            said[name] = (str(other["answer"]), other["correct"] == 1.0)
-        pictures.add(sample["image_id"])
-        kinds.add(sample["type"])
-        picture = open_image(data_file.parent, images[str(sample["id"])])
-        examples.append(Example(picture, sample["question"], str(sample["target"]), said))
+    by_doc = {name: {s["doc_id"]: s for s in load_samples(path)} for name, path in samples.items()}
+    chosen: list[dict[str, Any]] = []
+    for sample in next(iter(by_doc.values())).values():
+        seen = {s["image_id"] for s in chosen} | {s["type"] for s in chosen}
+        if len(chosen) < count and not {sample["image_id"], sample["type"]} & seen:
+            chosen.append(sample)
+    pictures = sample_pictures(data_file, chosen)
+    examples = []
+    for sample in chosen:
+        said = {name: rows.get(sample["doc_id"], {}) for name, rows in by_doc.items()}
+        asked = {row.get("question") for row in said.values()}
+        if asked != {sample["question"]} or sample["doc_id"] not in pictures:
+            raise ReportError(
+                f"{', '.join(map(str, samples.values()))}: document {sample['doc_id']}: expected "
+                f"the question {sample['question']!r} of {data_file}; evaluate again on this data"
+            )
+        examples.append(
+            Example(
+                pictures[sample["doc_id"]],
+                sample["question"],
+                str(sample["target"]),
+                {name: (str(row["answer"]), row["correct"] == 1.0) for name, row in said.items()},
+            )
+        )
     return examples
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture inside a page: PNG where it is small, else a JPEG of :data:`THUMBNAIL_PX`."""
-    small = max(picture.size) <= THUMBNAIL_PX
-    if not small:
-        picture = picture.copy()
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG" if small else "JPEG")
-    kind = "png" if small else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def sample_pictures(
+    data_file: Path | None, samples: Sequence[Mapping[str, Any]]
+) -> dict[int, Image.Image]:
+    """Pictures of samples, from the file that their task read.
+
+    Args:
+        data_file: Its rows are known by `id`, or by place and question; `image` is a path below
+            the file's folder, or bytes in a table. None, or a file that is not there = no pictures.
+        samples: From :func:`~llm2clip_vlm.evaluation.stats.load_samples`.
+
+    Returns:
+        `doc_id` to picture, without those that the file does not have.
+
+    Raises:
+        ImageError: A picture that is not there or does not decode.
+    """
+    if data_file is None or not data_file.is_file():
+        return {}
+    by_id = {str(s["id"]): s["doc_id"] for s in samples if s["id"] is not None}
+    by_place = {(s["doc_id"], s["question"]): s["doc_id"] for s in samples if s["id"] is None}
+    found: dict[int, Image.Image] = {}
+    for place, row in enumerate(iter_rows(data_file)):
+        doc = by_id.get(str(row.get("id")), by_place.get((place, row.get("question"))))
+        image = row.get("image")
+        if doc is not None and isinstance(image, str):
+            found[doc] = open_image(data_file.parent, image)
+        elif doc is not None and isinstance(image, PackedImage):
+            found[doc] = EncodedImage(image.read(), f"row {place} of {data_file}").rgb()
+    return found

@@ -1,23 +1,19 @@
-"""Building blocks of a report: what the numbers say in words, and pieces of a page.
-
-Text that comes from data is escaped here, so that callers may pass anything; arguments named `html`
-or `svg` are taken as they are.
-"""
+"""What a report of a whole run says: its facts, and the words and charts that follow from them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from html import escape
-from pathlib import Path
-from string import Template
+from dataclasses import dataclass, field
 from typing import Any
 
-from llm2clip_vlm.evaluation.charts import CHART_CSS, Effect, forest_chart
-from llm2clip_vlm.evaluation.examples import Example, data_uri
+import numpy as np
 
-DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
-"""Directions of retrieval and how they are written."""
+from llm2clip_vlm.config_eval import ReportRecipe
+from llm2clip_vlm.evaluation.charts import Line, Mark, bar_chart, dot_chart, line_chart
+from llm2clip_vlm.evaluation.comparison import difference_chart
+from llm2clip_vlm.evaluation.examples import Example
+from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS
+from llm2clip_vlm.handoff import read_manifest
 
 TOWER_NOTES = {
     "base": "CLIP as it is shipped, trained on short captions only",
@@ -29,9 +25,6 @@ TOWER_NOTES = {
     "no_stage1": "as llm2clip, with the embeddings of the LLM before stage 1",
 }
 """What the demo's towers are."""
-
-NOT_RUN = '<p class="absent">not run</p>'
-"""Stands where an input was not given."""
 
 
 @dataclass(frozen=True)
@@ -62,265 +55,214 @@ def retrieval_verdict(
         `above` only where the 95 % intervals of R@1 are apart in both directions; `below` likewise
         the other way round; `mixed` where they are apart in one direction, or disagree.
     """
-    first, second = headline
-    signs, numbers = [], []
+    a, b = headline
+    signs: dict[str, int] = {}
+    numbers = []
     for direction, arrow in DIRECTIONS.items():
-        a, b = (retrieval[name][kind][direction] for name in headline)
-        numbers.append(f"{arrow} {a['r1']:.1f} % against {b['r1']:.1f} %")
-        intervals = a.get("ci"), b.get("ci")
-        if intervals[0] is None or intervals[1] is None:
-            signs.append(0)
-            continue
-        signs.append(
-            int(intervals[0][0] > intervals[1][1]) - int(intervals[0][1] < intervals[1][0])
-        )
+        first, second = (retrieval[name][kind][direction] for name in headline)
+        numbers.append(f"{arrow} {first['r1']:.1f} % against {second['r1']:.1f} %")
+        (low, high), (least, most) = (found.get("ci") or (0, 100) for found in (first, second))
+        signs[arrow] = int(low > most) - int(high < least)
+    tail = "the 95 % intervals are apart in both directions"
+    match sorted(set(signs.values())):
+        case [1]:
+            state, words = "above", f"Yes, in retrieval: {a} is above {b}"
+        case [-1]:
+            state, words = "below", f"No: in retrieval {a} is below {b}"
+        case [0]:
+            state, words = "overlapping", f"Not shown: in retrieval {a} and {b} are not told apart"
+            tail = "the 95 % intervals overlap"
+        case [-1, 1]:
+            state, words = "mixed", f"Mixed: {a} is above {b} in one direction, below in the other"
+        case _:
+            state = "mixed"
+            words = f"Partly: {a} and {b} differ in one direction of retrieval only"
+            tail = f"apart in {next(arrow for arrow, sign in signs.items() if sign)}"
     figures = ", ".join(numbers)
     what = f"R@1 with {kind} captions of unseen pictures: {figures}"
-    if set(signs) == {1}:
-        state, words = "above", f"Yes, in retrieval: {first} is above {second}"
-        tail = "the 95 % intervals are apart in both directions"
-    elif set(signs) == {-1}:
-        state, words = "below", f"No: in retrieval {first} is below {second}"
-        tail = "the 95 % intervals are apart in both directions"
-    elif set(signs) == {0}:
-        state, words = (
-            "overlapping",
-            f"Not shown: in retrieval {first} and {second} are not told apart",
+    short = f"{kind}-caption R@1 of {a} against {b}: {figures} ({tail})"
+    return Verdict(state, f"{words} ({what}; {tail}).", short)
+
+
+@dataclass
+class Facts:
+    """Everything that the report says."""
+
+    recipe: ReportRecipe
+    """What is compared."""
+    retrieval: dict[str, dict[str, dict[str, dict[str, Any]]]]
+    """Tower to kind of caption to direction to R@1."""
+    verdict: Verdict
+    """What retrieval says of the headline."""
+    cra: dict[str, Any] | None = None
+    """Caption separability; None = no stage 1."""
+    scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Task to checkpoint to result, the headline's task first; empty = no VLM."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Step to wall time."""
+    ladder: dict[str, Any] | None = None
+    """Rungs; None = not run."""
+    ab: dict[str, Any] | None = None
+    """The committed A/B; None = not run."""
+    curves: dict[str, list[Line]] = field(default_factory=dict)
+    """Panel to curves of the training loss."""
+    retrieved: list[Example] = field(default_factory=list)
+    """Captions retrieved."""
+    answers: list[Example] = field(default_factory=list)
+    """Questions answered."""
+
+    def order(self) -> list[str]:
+        """Towers by rank: the headline's two stand out."""
+        return list(dict.fromkeys([*self.recipe.headline, *self.recipe.towers]))
+
+    def colour(self, tower: str) -> int:
+        """The series of a tower."""
+        return self.order().index(tower)
+
+    def results(self, task: str, tower: str) -> list[dict[str, Any]]:
+        """Results of a task, seed by seed."""
+        return [self.scores[task][f"{tower}-s{seed}"] for seed in self.recipe.vlms[tower]]
+
+    def accuracies(self, task: str) -> dict[str, list[float]]:
+        """Tower to its scores by seed, in per cent."""
+        return {
+            tower: [float(result["score"]) for result in self.results(task, tower)]
+            for tower in self.recipe.vlms
+            if task in self.scores
+        }
+
+    def title(self, task: str) -> str:
+        """A task's name for people, with the cut where one was made."""
+        result = next(iter(self.scores.get(task, {}).values()), {})
+        cut = f" (first {result['limit']} only)" if result.get("limit") else ""
+        return f"{result.get('title', task)}{cut}"
+
+    def tower_notes(self) -> list[list[str]]:
+        """Rows: tower, what it is."""
+        return [[name, TOWER_NOTES.get(name, "")] for name in self.recipe.towers]
+
+    def counts(self) -> list[list[Any]]:
+        """Rows: checkpoint, task, questions, empty, unparsable."""
+        return [
+            [name, self.title(task), result["n"], result["n_empty"], result["n_unparsable"]]
+            for task, results in self.scores.items()
+            for name, result in results.items()
+        ]
+
+    def key_figures(self) -> list[tuple[str, str, str]]:
+        """What it is, its value, and what it is to be compared with."""
+        (a, b), found = self.recipe.headline, []
+        if self.cra:
+            before, after = self.cra["before"], self.cra["after"]
+            found.append(("Captions told apart (R@1)", after, f"{before:.1f} % before stage 1"))
+        for direction, arrow in DIRECTIONS.items():
+            one, two = (self.retrieval[tower]["long"][direction]["r1"] for tower in (a, b))
+            found.append((f"Long captions, {arrow}", one, f"{b} {two:.1f} %"))
+        task = self.recipe.headline_task
+        accuracies = self.accuracies(task)
+        if a in accuracies and b in accuracies:
+            one, two = (np.mean(accuracies[tower]) for tower in (a, b))
+            found.append((f"{self.title(task)}, VLM", one, f"{b} {two:.1f} %"))
+        return [(name, f"{value:.1f} %", other) for name, value, other in found]
+
+    def vlm_sentence(self) -> str:
+        """What is known of the towers as the eyes of a VLM; only the A/B may carry a claim."""
+        (a, b), task = self.recipe.headline, self.recipe.headline_task
+        accuracies, here = self.accuracies(task), ""
+        if accuracies:
+            count = max(len(v) for v in accuracies.values())
+            means = ", ".join(f"{name} {np.mean(v):.1f} %" for name, v in accuracies.items())
+            settled = "one training each, which settles nothing"
+            times = settled if count == 1 else f"{count} trainings each"
+            here = f"As the eyes of a VLM: {self.title(task)} {means} ({times}). "
+        effect = (self.ab or {}).get("ab", {}).get(task, {}).get(f"{a}-{b}")
+        if effect is None:
+            return f"{here}The A/B over training seeds was not run."
+        low, high = effect["ci"]
+        return (
+            f"{here}The committed A/B over {effect['n_seeds']} seeds: {a} minus {b} = "
+            f"{effect['delta']:+.1f} points [{low:+.1f}, {high:+.1f}], p = {effect['p']:.2g} "
+            "(exact sign-flip test, the seed as the unit)."
         )
-        tail = "the 95 % intervals overlap"
-    else:
-        state, words = (
-            "mixed",
-            f"Partly: {first} and {second} differ in one direction of retrieval only",
-        )
-        if set(signs) == {1, -1}:
-            words = f"Mixed: {first} is above {second} in one direction, below in the other"
-        apart = [arrow for arrow, sign in zip(DIRECTIONS.values(), signs, strict=True) if sign]
-        tail = f"apart in {' and '.join(apart)}"
-    return Verdict(
-        state,
-        f"{words} ({what}; {tail}).",
-        f"{kind}-caption R@1 of {first} against {second}: {figures} ({tail})",
+
+    def not_shown(self) -> list[str]:
+        """What a reader might take from this page, and must not."""
+        seeds = [len(found) for found in self.recipe.vlms.values()]
+        lost = [name for name in TOWER_NOTES if name not in self.recipe.towers]
+        sentences = {
+            "The intervals of retrieval resample test pictures; no tower was trained twice "
+            "here.": True,
+            "One VLM was trained for each tower: a difference between them may be the luck of one "
+            "training seed, whatever its interval over questions.": 1 in seeds,
+            "No VLM was evaluated.": not self.scores,
+            "The A/B over training seeds was not run, so nothing is claimed of the VLMs.": self.ab
+            is None,
+            "The ladder of validity was not run.": self.ladder is None,
+            "Pictures and texts are procedural and small, and so are the models: nothing here says "
+            "how large the effect is with real weights on photographs.": self.recipe.world,
+            f"Towers that are not part of this run: {', '.join(lost)}.": lost,
+        }
+        return [text for text, holds in sentences.items() if holds] + self.recipe.not_shown
+
+    def made_with(self) -> list[list[str]]:
+        """Rows: tower, recipe, versions."""
+        manifests = {name: read_manifest(place) for name, place in self.recipe.towers.items()}
+        return [
+            [name, found["recipe_hash"][:12], ", ".join(map(" ".join, found["versions"].items()))]
+            for name, found in manifests.items()
+            if found is not None
+        ]
+
+
+def charts(facts: Facts) -> dict[str, Any]:
+    """Charts of the report: `cra`, `retrieval`, `scores`, `types`, `ab`, and `curves` by panel."""
+    recipe, task = facts.recipe, facts.recipe.headline_task
+    drawn: dict[str, Any] = {"types": "", "ab": ""}
+    if cra := facts.cra:
+        bars = [
+            Mark(f"{when} stage 1", cra[when], cra.get(f"{when}_ci"), colour)
+            for when, colour in (("before", 2), ("after", 0))
+        ]
+        groups = {"One caption finds its paraphrase": bars}
+        drawn["cra"] = bar_chart(groups, "Caption separability", 100)
+    drawn["retrieval"] = bar_chart(
+        {
+            f"{kind.replace('_', ' ')} captions, {arrow}": [
+                Mark(tower, kinds[kind][way]["r1"], kinds[kind][way].get("ci"), facts.colour(tower))
+                for tower, kinds in facts.retrieval.items()
+            ]
+            for kind in facts.retrieval[recipe.headline[0]]
+            for way, arrow in DIRECTIONS.items()
+        },
+        "Retrieval R@1 of each tower",
     )
-
-
-def vlm_sentence(
-    title: str,
-    accuracies: Mapping[str, Sequence[float]],
-    headline: Sequence[str],
-    effect: Mapping[str, Any] | None,
-) -> str:
-    """What is known of the towers as the eyes of a VLM.
-
-    Args:
-        title: Of the task.
-        accuracies: Tower to its accuracies by seed, in per cent.
-        headline: Two towers.
-        effect: The A/B's entry for this task and these towers; none = not run.
-
-    Returns:
-        Sentences; only the A/B may carry a claim.
-    """
-    means = ", ".join(f"{name} {sum(v) / len(v):.1f} %" for name, v in accuracies.items())
-    count = max((len(v) for v in accuracies.values()), default=0)
-    times = "one training each, which settles nothing" if count == 1 else f"{count} trainings each"
-    here = f"As the eyes of a VLM: {title} {means} ({times})." if means else ""
-    if effect is None:
-        return f"{here} The A/B over training seeds was not run.".strip()
-    low, high = effect["ci"]
-    return (
-        f"{here} The committed A/B over {effect['n_seeds']} seeds: {headline[0]} minus "
-        f"{headline[1]} = {effect['delta']:+.1f} points [{low:+.1f}, {high:+.1f}], "
-        f"p = {effect['p']:.2g} (exact sign-flip test, the seed as the unit)."
-    ).strip()
-
-
-def ab_charts(ab: Mapping[str, Any], pair: Sequence[str]) -> dict[str, str]:
-    """Forest plots of an A/B for one pair of towers.
-
-    Args:
-        ab: What `eval/ab.py` wrote.
-        pair: Two towers.
-
-    Returns:
-        Heading to an `<svg>` element; empty where the pair was not compared.
-    """
-    panels: dict[str, list[Effect]] = {"VLM accuracy, points": [], "Retrieval R@1, points": []}
-    heads = list(panels)
-    for task, pairs in ab["ab"].items():
-        row = pairs.get("-".join(pair))
-        if row is None:
-            continue
-        by_type = ":" in task
-        panels[heads[task.startswith("retrieval_")]].append(
-            Effect(
-                task.partition(":")[2].replace("_", " ")
-                if by_type
-                else ab["titles"].get(task, task),
-                row["delta"],
-                (row["ci"][0], row["ci"][1]),
-                row["deltas_by_seed"],
-                "" if by_type else f"p {row['p']:.2g}",
-                strong=not by_type,
-            )
-        )
-    labels = (f"{pair[1]} better", f"{pair[0]} better")
-    return {
-        head: forest_chart(rows, f"{head}: {pair[0]} minus {pair[1]}", labels)
-        for head, rows in panels.items()
-        if rows
+    if facts.scores:
+        groups = {
+            facts.title(name): [_score(facts, name, tower) for tower in recipe.vlms]
+            for name in facts.scores
+        }
+        drawn["scores"] = bar_chart(groups, "Score of each VLM", 100)
+        kinds = list(next(iter(facts.scores[task].values()))["by_type"])
+        if len(kinds) > 1:
+            rows = {
+                kind.replace("_", " "): [_score(facts, task, tower, kind) for tower in recipe.vlms]
+                for kind in kinds
+            }
+            drawn["types"] = dot_chart(rows, "By type of question")
+    if facts.ab is not None:
+        drawn["ab"] = difference_chart(facts.ab, recipe.headline)
+    drawn["curves"] = {
+        name: line_chart(lines, f"{name}, training loss") for name, lines in facts.curves.items()
     }
+    return drawn
 
 
-def section(title: str, *html: str) -> str:
-    """A part of the page; empty blocks are left out."""
-    anchor = "".join(c if c.isalnum() else "-" for c in title.lower())
-    return f'<section id="{anchor}"><h2>{escape(title)}</h2>{"".join(html)}</section>'
-
-
-def paragraph(text: str, style: str = "") -> str:
-    """A paragraph of plain text."""
-    return f'<p class="{style}">{escape(text)}</p>'
-
-
-def figure(svg: str, caption: str = "", heading: str = "") -> str:
-    """A chart that scrolls sideways on a narrow screen, with a heading and a caption."""
-    above = f"<h3>{escape(heading)}</h3>" if heading else ""
-    below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-    return f'<figure>{above}<div class="scroll">{svg}</div>{below}</figure>'
-
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
-    """A table; numbers stand on the right."""
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in header)
-    body = "".join(
-        "<tr>"
-        + "".join(
-            f'<td class="number">{cell:.1f}</td>'
-            if isinstance(cell, float)
-            else f"<td>{escape(str(cell))}</td>"
-            for cell in row
-        )
-        + "</tr>"
-        for row in rows
-    )
-    return _table(f"<tr>{head}</tr>", body)
-
-
-def tiles(entries: Sequence[tuple[str, str, str]]) -> str:
-    """Key figures.
-
-    Args:
-        entries: What it is, its value, and what it is to be compared with.
-    """
-    return (
-        '<div class="tiles">'
-        + "".join(
-            f'<div class="tile"><span>{escape(name)}</span><strong>{escape(value)}</strong>'
-            f"<small>{escape(other)}</small></div>"
-            for name, value, other in entries
-        )
-        + "</div>"
-    )
-
-
-def bullets(items: Sequence[str]) -> str:
-    """A list of plain sentences."""
-    return "<ul>" + "".join(f"<li>{escape(item)}</li>" for item in items) + "</ul>"
-
-
-def durations(seconds: Mapping[str, float]) -> str:
-    """Time of each step, with a bar, and the sum."""
-    longest = max(seconds.values(), default=0.0) or 1.0
-    rows = "".join(
-        f'<tr><td>{escape(name)}</td><td class="number">{_clock(value)}</td>'
-        f'<td class="wide"><div class="share" style="width:{100 * value / longest:.1f}%"></div>'
-        "</td></tr>"
-        for name, value in seconds.items()
-    )
-    whole = _clock(sum(seconds.values()))
-    total = f'<tr class="total"><td>sum</td><td class="number">{whole}</td><td></td></tr>'
-    head = '<tr><th scope="col">step</th><th scope="col">wall time</th><td></td></tr>'
-    return _table(head, rows + total)
-
-
-def example_cards(examples: Sequence[Example], same_text: bool) -> str:
-    """Pictures with what each model said of them.
-
-    Args:
-        examples: What to show.
-        same_text: The question is the expected text itself (a caption): it is written once.
-    """
-    cards = []
-    for example in examples:
-        said = "".join(
-            f'<dt>{escape(name)}</dt><dd class="{"right" if right else "wrong"}">'
-            f"{escape(text) or '(nothing)'} <b>{'✓ right' if right else '✗ wrong'}</b></dd>"
-            for name, (text, right) in example.found.items()
-        )
-        asked = "" if same_text else f"<h3>{escape(example.asked)}</h3>"
-        label = "its caption" if same_text else "answer"
-        cards.append(
-            f'<article class="card"><img src="{data_uri(example.picture)}" '
-            f'alt="{escape("test picture" if not same_text else example.expected)}">'
-            f"<div>{asked}<dl><dt>{label}</dt><dd>{escape(example.expected)}</dd>{said}</dl></div>"
-            "</article>"
-        )
-    return f'<div class="cards{" long" if same_text else ""}">{"".join(cards)}</div>'
-
-
-def ladder_table(ladder: Mapping[str, Any]) -> str:
-    """The rungs of the ladder of validity.
-
-    Args:
-        ladder: Rung to `{title, value, goal, passed, ...}`; other shapes are written out.
-    """
-    rows = []
-    for name, rung in ladder.items():
-        if not isinstance(rung, Mapping):
-            rows.append([name, _words(rung), "", ""])
-            continue
-        rest = {k: v for k, v in rung.items() if k not in ("title", "goal", "passed", "value")}
-        passed = rung.get("passed")
-        state = "" if passed is None else "✓ passed" if passed else "✗ not passed"
-        value = _words(rung.get("value", rest))
-        note = f" ({_words(rest)})" if "value" in rung and rest else ""
-        rows.append(
-            [str(rung.get("title", name)), value + note, _words(rung.get("goal", "")), state]
-        )
-    return table(["rung", "found", "goal", ""], rows)
-
-
-def page(template: str | Path, title: str, subtitle: str, html: str) -> str:
-    """The whole page.
-
-    Args:
-        template: HTML file with `$title`, `$subtitle`, `$chart_css` and `$body`.
-        title: Heading.
-        subtitle: Line below it.
-        html: Sections.
-    """
-    text = Template(Path(template).read_text(encoding="utf-8"))
-    return text.substitute(
-        title=escape(title), subtitle=escape(subtitle), chart_css=CHART_CSS, body=html
-    )
-
-
-def _table(head: str, body: str) -> str:
-    rows = f"<thead>{head}</thead><tbody>{body}</tbody>"
-    return f'<div class="scroll"><table>{rows}</table></div>'
-
-
-def _words(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.1f}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_words(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_words(item) for item in value)
-    return str(value)
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+def _score(facts: Facts, task: str, tower: str, kind: str | None = None) -> Mark:
+    results, colour = facts.results(task, tower), facts.colour(tower)
+    if kind is not None:
+        mean = np.mean([result["by_type"][kind]["score"] for result in results])
+        return Mark(tower, float(mean), colour=colour)
+    values = [float(result["score"]) for result in results]
+    if len(values) == 1:
+        return Mark(tower, values[0], results[0]["score_ci"], colour)
+    return Mark(tower, float(np.mean(values)), None, colour, values)

@@ -9,6 +9,9 @@ from typing import Any
 
 from llm2clip_vlm.handoff import read_manifest
 
+DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
+"""Directions of retrieval and how they are written."""
+
 
 class ReportError(ValueError):
     """A result that a report was told to show is not there, or does not fit the others."""

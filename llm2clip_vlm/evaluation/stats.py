@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
 
 EXACT_FLIPS = 20
-"""Up to this many differences all sign patterns are counted."""
+"""Up to this many differences all sign patterns are written out."""
 
 
 @dataclass(frozen=True)
@@ -92,26 +92,29 @@ def mcnemar_exact(
     Raises:
         ValueError: Lengths differ, or a value is neither 0 nor 1.
     """
+    from scipy.stats import binomtest
+
     first, second = _same_length(correct_a, correct_b)
-    if not np.isin(np.concatenate([first, second]), (0.0, 1.0)).all():
+    if not is_binary(first, second):
         raise ValueError("mcnemar_exact: expected values 0 or 1; graded scores need the bootstrap")
-    only_a = int(((first == 1) & (second == 0)).sum())
-    only_b = int(((first == 0) & (second == 1)).sum())
-    total, fewer = only_a + only_b, min(only_a, only_b)
-    term = tail = 1
-    for successes in range(1, fewer + 1):
-        term = term * (total - successes + 1) // successes
-        tail += term
-    # Python's integers: the ratio is exact however many documents there are.
-    return min(1.0, 2 * tail / 2**total) if total else 1.0
+    only_a, only_b = int((first > second).sum()), int((first < second).sum())
+    return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
+
+
+def is_binary(*scores: np.ndarray) -> bool:
+    """Whether every score is 0 or 1."""
+    return all(bool(np.isin(values, (0.0, 1.0)).all()) for values in scores)
 
 
 def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float:
-    """Two-sided sign-flip (permutation) test of mean zero, with the seed as the unit.
+    """Two-sided sign-flip (permutation) test of mean zero, one difference a unit.
+
+    Exact up to `EXACT_FLIPS` differences other than zero, and for whole numbers (counts of right
+    answers) however many there are; else 100,000 patterns are drawn.
 
     Args:
-        deltas: One difference a training seed.
-        seed: Used only beyond `EXACT_FLIPS` differences, where 100,000 patterns are drawn.
+        deltas: One difference a training seed, or an image.
+        seed: Of the patterns drawn.
 
     Returns:
         Share of sign patterns whose absolute sum is at least the observed one. With n differences
@@ -121,15 +124,49 @@ def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float
         ValueError: No differences, or one that is not finite.
     """
     values = _finite(deltas, at_least=1)
+    values = values[values != 0]
     observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()
     if len(values) <= EXACT_FLIPS:
         sums = np.zeros(1)
         for value in values:
             sums = np.concatenate([sums + value, sums - value])
         return float((np.abs(sums) >= observed).mean())
-    draws = 100_000
-    signs = np.random.default_rng(seed).integers(0, 2, (draws, len(values))) * 2 - 1
-    return float(((np.abs(signs @ values) >= observed).sum() + 1) / (draws + 1))
+    if (values == np.round(values)).all():
+        reach = int(np.abs(values).sum())
+        share = np.zeros(2 * reach + 1)
+        share[reach] = 1.0
+        for value in np.abs(values).astype(int):
+            # No sum is beyond the reach, so nothing wraps around.
+            share = (np.roll(share, value) + np.roll(share, -value)) / 2
+        return float(share[np.abs(np.arange(-reach, reach + 1)) >= observed].sum())
+    draws, rng = 100, np.random.default_rng(seed)
+    sums = np.concatenate(
+        [(rng.integers(0, 2, (1000, len(values))) * 2 - 1) @ values for _ in range(draws)]
+    )
+    return float(((np.abs(sums) >= observed).sum() + 1) / (len(sums) + 1))
+
+
+def cluster_sums(values: np.ndarray, image_ids: Sequence[Hashable]) -> np.ndarray:
+    """Sum of the values of each image: the units of a test over images."""
+    return np.bincount(cluster_codes(list(image_ids)), weights=values)
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction for several tests.
+
+    Args:
+        p_values: Name to p value.
+
+    Returns:
+        Name to the adjusted p value: below alpha exactly where Holm rejects at alpha.
+
+    Paper: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    adjusted, least = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        least = max(least, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = least
+    return adjusted
 
 
 def mean_interval(
@@ -174,6 +211,15 @@ def seed_summary(deltas: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def rounded(value: Any, places: int = 6) -> Any:
+    """A JSON value with its numbers cut to so many places."""
+    if isinstance(value, float):
+        return round(value, places)
+    if isinstance(value, Mapping):
+        return {key: rounded(item, places) for key, item in value.items()}
+    return [rounded(item, places) for item in value] if isinstance(value, list) else value
+
+
 def load_samples(path: str | Path) -> list[dict[str, Any]]:
     """Read a `<task>.samples.jsonl` of the lmms-eval runner.
 
@@ -191,7 +237,9 @@ def load_samples(path: str | Path) -> list[dict[str, Any]]:
     return samples
 
 
-def pair_samples(samples_a: list[dict[str, Any]], samples_b: list[dict[str, Any]]) -> PairedSamples:
+def pair_samples(
+    samples_a: Sequence[Mapping[str, Any]], samples_b: Sequence[Mapping[str, Any]]
+) -> PairedSamples:
     """Align the samples of two checkpoints by document.
 
     Args:

@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.evaluation.stats import (
+    cluster_sums,
+    holm,
     load_samples,
     mcnemar_exact,
     mean_interval,
     pair_samples,
     paired_bootstrap,
+    rounded,
     seed_summary,
     sign_flip_test,
 )
@@ -40,14 +43,10 @@ def test_paired_bootstrap_of_equal_models_is_zero() -> None:
     assert paired_bootstrap([1, 0, 1], [1, 0, 1], [0, 1, 2], n=100)["ci"] == [0.0, 0.0]
 
 
-def test_mcnemar_against_scipy() -> None:
-    from scipy.stats import binomtest
-
-    rng = np.random.default_rng(0)
-    for size in (5, 50, 3000):
-        a, b = rng.integers(0, 2, size), rng.integers(0, 2, size)
-        only_a, only_b = int((a > b).sum()), int((b > a).sum())
-        assert mcnemar_exact(a, b) == pytest.approx(binomtest(only_a, only_a + only_b).pvalue)
+def test_mcnemar_by_hand() -> None:
+    # Four documents of which one is right: all four for a, so 2 of 16 splits are as uneven.
+    assert mcnemar_exact([1, 1, 1, 1, 0], [0, 0, 0, 0, 0]) == pytest.approx(2 / 16)
+    assert mcnemar_exact([1, 1, 0, 1], [0, 0, 1, 1]) == 1.0
     assert mcnemar_exact([1, 0], [1, 0]) == 1.0
     with pytest.raises(ValueError, match="0 or 1"):
         mcnemar_exact([0.5], [1.0])
@@ -66,10 +65,31 @@ def test_sign_flip_is_exact() -> None:
     assert sign_flip_test([0.1, 0.2, 0.3]) == pytest.approx(2 / 8)
 
 
-def test_sign_flip_beyond_twenty_draws_patterns() -> None:
-    assert sign_flip_test([1.0] * 25) < 1e-4
-    balanced = [1.0, -1.0] * 12 + [0.0]
-    assert sign_flip_test(balanced) == 1.0
+def test_sign_flip_beyond_twenty() -> None:
+    rng = np.random.default_rng(0)
+    # Whole numbers are counted exactly: with one question an image it is McNemar's test.
+    assert sign_flip_test([1.0] * 25) == pytest.approx(2 / 2**25)
+    a, b = rng.integers(0, 2, 400), rng.integers(0, 2, 400)
+    assert sign_flip_test(a - b) == pytest.approx(mcnemar_exact(a, b))
+    assert sign_flip_test([1.0, -1.0] * 12 + [0.0]) == 1.0
+    mixed = rng.integers(-3, 5, 60)
+    drawn = sign_flip_test(mixed + rng.normal(0, 1e-6, 60))  # patterns drawn
+    assert drawn == pytest.approx(sign_flip_test(mixed), abs=0.005)
+    assert drawn != sign_flip_test(mixed + rng.normal(0, 1e-6, 60), seed=1)
+    # Differences of nothing change nothing.
+    assert sign_flip_test([0.5, 1.5] + [0.0] * 50) == sign_flip_test([0.5, 1.5])
+
+
+def test_holm_by_hand() -> None:
+    found = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert found == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({"x": 0.6, "y": 0.9}) == {"x": 1.0, "y": 1.0}
+    assert holm({}) == {}
+
+
+def test_units_are_images() -> None:
+    assert cluster_sums(np.array([1.0, -1.0, 0.5]), ["x", "y", "x"]).tolist() == [1.5, -1.0]
+    assert rounded({"a": [0.12345678, "b"], "c": 3}, 3) == {"a": [0.123, "b"], "c": 3}
 
 
 def test_mean_interval_against_scipy() -> None:

@@ -1,0 +1,184 @@
+"""`llm2clip-vlm compare`: the right unit, corrected p values, flips with pictures, costs."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llm2clip_vlm import cli
+from llm2clip_vlm.evaluation.comparison import compare, flip_examples, flipped, read_run
+from llm2clip_vlm.evaluation.stats import holm, mcnemar_exact
+from tests.report_fixtures import write_json, write_lines, write_run
+
+TASK = "l2c_world_vqa"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("run"), seeds=(0, 1, 2), pictures=12)
+
+
+def command(out: Path, *words: str) -> dict[str, Any]:
+    """Run it; the JSON."""
+    assert cli.main(["compare", *words, "--out", str(out)]) == 0
+    found: dict[str, Any] = json.loads((out / "compare.json").read_text())
+    return found
+
+
+def rows(run: Path, name: str, task: str = TASK) -> list[dict[str, Any]]:
+    lines = (run / f"eval/{name}/{task}.samples.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_without_seeds_the_image_is_the_unit(run: Path, tmp_path: Path) -> None:
+    a, b = "llm2clip-s0", "base-s0"
+    found = command(tmp_path, str(run / f"eval/{a}"), str(run / f"eval/{b}/"))
+    row = found["ab"][TASK][f"{a}-{b}"]
+    right = [np.array([r["correct"] for r in rows(run, name)]) for name in (a, b)]
+    assert row["delta"] == pytest.approx(100 * (right[0].mean() - right[1].mean()))
+    assert row["test"] == "paired sign-flip test over 12 images" and row["n_seeds"] == 1
+    assert row["within_seed"][0]["mcnemar_p"] == mcnemar_exact(*right) != row["p"]
+    assert row["ci"] == row["within_seed"][0]["ci"]
+    assert found["runs"][a]["seeds"] == []
+
+
+def test_with_seeds_the_seed_is_the_unit_and_holm_runs_over_benchmarks(
+    run: Path, tmp_path: Path
+) -> None:
+    found = command(
+        tmp_path,
+        f"llm2clip={run}/eval/llm2clip-s{{seed}}",
+        f"llm2clip={run}/ab/llm2clip-s{{seed}}",
+        f"{run}/eval/base-s{{seed}}",
+        f"base={run}/base",
+    )
+    pairs = {task: pair["llm2clip-base"] for task, pair in found["ab"].items()}
+    row = pairs[TASK]
+    by_seed = [
+        100 * np.mean([x["correct"] - y["correct"] for x, y in zip(*both, strict=True)])
+        for both in ((rows(run, f"llm2clip-s{s}"), rows(run, f"base-s{s}")) for s in (0, 1, 2))
+    ]
+    assert row["deltas_by_seed"] == pytest.approx(by_seed)
+    assert row["p"] == 0.25 and row["test"] == "exact sign-flip test over 3 seeds"
+    assert len(row["within_seed"]) == 3 and "within_seed" not in pairs[f"{TASK}:count"]
+    # Retrieval of the base tower, which was not trained again, stands beside every seed.
+    assert len(pairs["retrieval_long_i2t"]["deltas_by_seed"]) == 3
+    tested = {task: pair["p"] for task, pair in pairs.items() if ":" not in task}
+    assert {t: pairs[t]["p_holm"] for t in tested} == pytest.approx(holm(tested))
+    assert "p_holm" not in pairs[f"{TASK}:count"]
+    wins = found["wins"]["llm2clip-base"]
+    assert wins["benchmarks"] == 6 == wins["higher"] + wins["lower"]
+    assert wins["won"] == wins["lost"] == 0  # three seeds cannot win anything
+    assert "no p is below 0.25" in (tmp_path / "compare.md").read_text()
+
+
+def test_each_option_does_something(run: Path, tmp_path: Path, capsys: Any) -> None:
+    places = [str(run / f"eval/{name}-s0") for name in ("llm2clip", "base", "control_long")]
+    whole = command(tmp_path / "a", *places)
+    pair = "llm2clip-s0-base-s0"
+    assert [*whole["wins"]] == [pair, "llm2clip-s0-control_long-s0", "base-s0-control_long-s0"]
+    few = command(tmp_path / "b", *places[:2], "--samples", "1", "--task", TASK)
+    assert {task.partition(":")[0] for task in few["ab"]} == {TASK}
+    assert {*few["ab"]} < {*whole["ab"]}
+    cards = [
+        (tmp_path / name / "compare.html").read_text().count('<article class="card">')
+        for name in ("a", "b")
+    ]
+    assert 1 <= cards[1] <= 2 < cards[0]
+    graded = "l2c_world_caption"
+    drawn = command(tmp_path / "c", *places[:2], "--resamples", "200", "--task", graded)
+    assert drawn["ab"][graded][pair]["ci"] != whole["ab"][graded][pair]["ci"]
+    capsys.readouterr()
+    assert cli.main(["compare", *places[:2], "--task", TASK]) == 0
+    assert "| World VQA | " in capsys.readouterr().out
+
+
+def test_flips_are_the_documents_that_differ_and_have_their_pictures(run: Path) -> None:
+    a, b = (read_run(n, {f"{run}/eval/{n}-s0": None}) for n in ("llm2clip", "base"))
+    right = [
+        {r["doc_id"]: r["correct"] for r in rows(run, f"{n}-s0")} for n in ("llm2clip", "base")
+    ]
+    found = flipped(a, b, TASK)
+    assert {f["doc_id"] for f in found} == {d for d in right[0] if right[0][d] != right[1][d]}
+    assert all(f["rates"] == [right[0][f["doc_id"]], right[1][f["doc_id"]]] for f in found)
+    shown = flip_examples(a, b, TASK, 2)
+    assert len(shown) == 2 + min(2, sum(f["better"] == "base" for f in found))
+    for example in shown:
+        assert example.picture is not None
+        assert [right for _, right in example.found.values()] in ([True, False], [False, True])
+        assert all((text == example.expected) == right for text, right in example.found.values())
+    seeds = [read_run(n, {f"{run}/eval/{n}-s{{seed}}": None}) for n in ("llm2clip", "base")]
+    example = flip_examples(*seeds, TASK, 1)[0]
+    assert re.search(r"\(right in [23] of 3 seeds\)", example.found["llm2clip"][0])
+    best = flipped(*seeds, TASK)[0]["rates"]
+    assert abs(best[0] - best[1]) == 1.0
+
+
+def test_cost_is_that_of_every_stage_behind_the_checkpoints(run: Path, tmp_path: Path) -> None:
+    def stage(name: str, seconds: float, *parents: Path) -> Path:
+        folder = tmp_path / name / "model"
+        folder.mkdir(parents=True)
+        manifest = {"schema": 1, "stage": name.partition("-")[0], "seconds": seconds}
+        linked = {str(i): {"path": str(parent)} for i, parent in enumerate(parents)}
+        write_json(folder.parent / "manifest.json", {**manifest, "parents": linked})
+        return folder
+
+    first = stage("stage1", 5.0)
+    for seed in (0, 1):
+        place = tmp_path / f"eval/x-s{seed}"
+        tuned = stage(f"stage4-{seed}", 2.0, first, tmp_path / "not-here")
+        result = json.loads((run / f"eval/base-s{seed}/{TASK}.json").read_text())
+        write_json(place / f"{TASK}.json", {**result, "checkpoint": {"path": str(tuned)}})
+        write_lines(place / f"{TASK}.samples.jsonl", rows(run, f"base-s{seed}"))
+    x = read_run("x", {f"{tmp_path}/eval/x-s{{seed}}": None})
+    y = read_run("y", {f"{run}/eval/llm2clip-s{{seed}}": None}, seeds=(1, 0))
+    found = compare([x, y], [("x", "y")], 200)
+    # Stage 1 is shared by both seeds and is counted once.
+    assert found["runs"]["x"]["seconds"] == {"stage1": 5.0, "stage4": 4.0, "evaluation": 2.0}
+    assert found["runs"]["y"]["seconds"] == {"evaluation": 4.0}
+    assert found["runs"]["y"]["seeds"] == [0, 1]
+
+
+def test_what_was_not_evaluated_alike_is_said(run: Path, tmp_path: Path) -> None:
+    for name, version in (("a", "1"), ("b", "2")):
+        result = json.loads((run / f"eval/base-s0/{TASK}.json").read_text())
+        other = {"spec_hash": version, "versions": {"torch": version, "pillow": "1"}}
+        write_json(tmp_path / name / f"{TASK}.json", {**result, **other})
+        write_lines(tmp_path / name / f"{TASK}.samples.jsonl", rows(run, f"base-s{version}"))
+    found = command(tmp_path / "out", str(tmp_path / "a"), str(tmp_path / "b"))
+    assert found["ab"][TASK]["a-b"]["differs"] == ["spec_hash", "versions.torch"]
+    assert "differ: spec_hash, versions.torch" in (tmp_path / "out/compare.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["{run}/eval/base-s0"], "at least two runs"),
+        (["{run}/eval/base-s0", "{run}/eval/none"], "none: no results"),
+        (["{run}/eval/base-s0", "x={run}/base"], "no benchmark in common"),
+        (
+            ["a={run}/eval/base-s{seed}", "b={run}/eval/llm2clip-s0", "b={run}/eval/base-s1"],
+            "b: l2c",
+        ),
+        (["a={run}/eval/base-s{seed}", "b={run}/less/base-s{seed}"], r"b has no seed \[1\]"),
+        (["{run}/eval/base-s0", "x={run}/other"], "different data"),
+        (["{run}/eval/base-s0", "{run}/eval/base-s1", "--task", "pope"], "pope"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(
+    run: Path, capsys: Any, words: list[str], message: str
+) -> None:
+    for target, seed in (("less/base-s0", 0), ("less/base-s2", 2), ("other", 0)):
+        changed = rows(run, f"base-s{seed}")
+        if target == "other":
+            changed[3]["target"] = "another"
+        write_lines(run / target / f"{TASK}.samples.jsonl", changed)
+        result = json.loads((run / f"eval/base-s{seed}/{TASK}.json").read_text())
+        write_json(run / target / f"{TASK}.json", result)
+    assert cli.main(["compare", *(word.replace("{run}", str(run)) for word in words)]) == 2
+    assert re.search(message, capsys.readouterr().err)
