@@ -17,8 +17,8 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 SMALL_LOGITS = 2**24
 """Positions times vocabulary up to which transformers' own loss over all positions is taken."""
 
-CHUNK_LOGITS = 2**26
-"""Logits that exist at once (256 MiB in fp32)."""
+CHUNK_LOGITS = 2**25
+"""Logits that exist at once (128 MiB in fp32)."""
 
 
 def install_supervised_loss(model: Any) -> None:

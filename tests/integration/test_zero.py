@@ -124,6 +124,27 @@ def test_a_process_with_text_alone(work: Path, config: str | None, trainable: An
     assert_same_training(one, two)
 
 
+@pytest.mark.parametrize("steps", [20, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trainable", [FROZEN_TOWER, ALL], ids=["frozen-tower", "trained-tower"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_text_beside_pictures_never_hangs(
+    work: Path, zero: int, trainable: Any, steps: int
+) -> None:
+    """T50: in each step one process has text alone, the other pictures; a hang ends by itself."""
+    recipe, out = stage4(
+        work,
+        f"mixed-{zero}-{len(trainable)}-{steps}",
+        text_only=FIRST_PROCESS,
+        trainable=trainable,
+        hang_timeout_s=120.0,
+        trainer={**SEQUENTIAL, "max_steps": steps},
+    )
+    run_stage("stage4_instruction", recipe, accelerate=f"zero{zero}_cpu.yaml")
+    assert manifest(out)["zero_stage"] == zero
+    assert len(losses(out)) == steps
+    assert losses(out)[-1] < losses(out)[0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("config", ["zero2_cpu.yaml", "zero3_cpu.yaml", None], ids=str)
 def test_a_killed_run_resumes_exactly(work: Path, config: str | None) -> None:
