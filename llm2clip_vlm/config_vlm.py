@@ -75,10 +75,14 @@ class VlmRecipe(RunRecipe):
     data: list[InstructionSource]
     """LLaVA JSON files."""
     max_length_tokens: int = Field(default=2048, ge=8)
-    """Text and visual tokens of one sample; a longer sample is refused or counted, never cut inside
-    the visual tokens."""
-    packing: bool = False
-    """Join samples into rows of `max_length_tokens` without letting them see each other."""
+    """Text and visual tokens of one sample; a longer conversation ends with its last answer that
+    fits, and is refused or counted where the first does not."""
+    packing: bool = True
+    """Join samples into rows without padding and without letting them see each other. A micro-batch
+    then holds `trainer.per_device_train_batch_size` x `max_length_tokens` tokens at most, and as
+    many samples as fit; a step has the same samples as without, and accumulation follows."""
+    packing_max_images: int | None = Field(default=None, ge=1)
+    """Images of a packed micro-batch at most (bounds the tower's memory); none = no limit."""
     trainable: dict[Part, float | PartTraining] = Field(min_length=1)
     """Learning rate of each part that trains, or `{lr, weight_decay, last_blocks}`; a part that is
     not named is frozen."""

@@ -48,6 +48,7 @@ def write_recipe(path: Path, **values: Any) -> Path:
     recipe: dict[str, Any] = {
         "global_batch_size": 4,
         "max_length_tokens": 128,
+        "packing": False,
         "trainer": {
             "per_device_train_batch_size": 2,
             "max_steps": 4,

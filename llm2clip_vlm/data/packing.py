@@ -4,112 +4,247 @@ Padding wastes what the longest sample of a batch leaves over. A packed row has 
 `position_ids` that start again at 0 tell transformers where a sample begins, and only then. Two
 things undo that in silence, with an all-ones mask or `use_cache=True` every sample attends to the
 ones before it; the collator writes no mask and `VlmTrainer` turns the cache off.
+
+What is packed is an optimizer step: its samples are drawn as without packing, and only their
+distribution over processes and micro-batches is planned. So the batch size of a recipe keeps its
+meaning, and a packed run computes the same updates.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import repeat
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Sampler
 
 from llm2clip_vlm.constants import IGNORE_INDEX
+from llm2clip_vlm.data.instruction import joined_images
 
 
-def plan_packs(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Distributes samples over rows: first-fit decreasing, the same plan on every process.
+def plan_packs(
+    lengths: Sequence[int],
+    max_tokens: int,
+    images: Sequence[int] | None = None,
+    max_images: int | None = None,
+) -> list[list[int]]:
+    """Distributes samples over rows: best-fit decreasing, the same plan on every process.
 
-    Longest first (ties: lower index first), each sample goes to the first row that has room. A
-    tree of the rows' room makes this O(n log n).
+    Longest first (ties: lower index first), each sample goes to the fullest row that has room for
+    it. Rows are found by their room through the bits of one integer, so a million samples take
+    seconds.
 
     Args:
         lengths: Tokens of each sample.
         max_tokens: Tokens of a row.
+        images: Images of each sample; none = without any.
+        max_images: Images of a row; none = as many as come.
 
     Returns:
         Indices of each row's samples; every index appears once.
 
     Raises:
-        ValueError: A length is below 1 or above `max_tokens`; the message names its index.
+        ValueError: A sample is empty or too large for a row; the message names its index.
 
     Example:
         >>> plan_packs([5, 3, 4, 2], max_tokens=7)
         [[0, 3], [2, 1]]
     """
-    for index, length in enumerate(lengths):
-        if not 1 <= length <= max_tokens:
+    counts = [0] * len(lengths) if images is None or max_images is None else list(images)
+    budget = max_images or 0
+    for index, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+        if not 1 <= length <= max_tokens or count > budget:
             raise ValueError(
-                f"sample {index} has {length} tokens, expected 1 to {max_tokens} (max_tokens); "
-                "leave it out before packing, it cannot be cut"
+                f"sample {index} has {length} tokens and {count} images, expected 1 to "
+                f"{max_tokens} (max_tokens) and at most {budget} (max_images); leave it out "
+                "before packing, it cannot be cut"
             )
-    leaves = 1
-    while leaves < len(lengths):
-        leaves *= 2
-    room = [max_tokens] * (2 * leaves)  # room[node]: most room in any row below it
     packs: list[list[int]] = []
+    left: list[int] = []  # images that a row still takes
+    rows: defaultdict[int, list[int]] = defaultdict(list)  # by the tokens they still take
+    rooms = 0  # bit n: some row takes n more tokens
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        node = 1
-        while node < leaves:
-            node = 2 * node if room[2 * node] >= lengths[index] else 2 * node + 1
-        if node - leaves == len(packs):
+        length, count = lengths[index], counts[index]
+        fitting, row = rooms >> length << length, -1
+        while fitting and row < 0:
+            room = (fitting & -fitting).bit_length() - 1
+            places = range(len(rows[room]) - 1, -1, -1)
+            place = next((p for p in places if left[rows[room][p]] >= count), -1)
+            if place >= 0:
+                row = rows[room].pop(place)
+                rooms &= ~(0 if rows[room] else 1 << room)
+            fitting &= fitting - 1
+        if row < 0:
+            row, room = len(packs), max_tokens
             packs.append([])
-        packs[node - leaves].append(index)
-        room[node] -= lengths[index]
-        while node > 1:
-            node //= 2
-            room[node] = max(room[2 * node], room[2 * node + 1])
+            left.append(budget)
+        packs[row].append(index)
+        left[row] -= count
+        rows[room - length].append(row)
+        rooms |= 1 << (room - length)
     return packs
 
 
-class PackedDataset(Dataset[list[dict[str, Any]]]):
-    """Rows of samples; an item is the list of a row's samples, for :class:`PackedCollator`."""
+def balanced_packs(
+    lengths: Sequence[int],
+    num_packs: int,
+    max_tokens: int,
+    images: Sequence[int] | None = None,
+    max_images: int | None = None,
+) -> list[list[int]]:
+    """Exactly `num_packs` rows of nearly equal length within the budgets, longest first.
 
-    def __init__(self, samples: Any, max_tokens: int) -> None:
-        """Plans the rows.
+    The smallest row length that suffices is searched by bisection (MULTIFIT), to one part in 64, so
+    that processes wait little for each other.
 
-        Args:
-            samples: A map-style dataset with `lengths`.
-            max_tokens: Tokens of a row.
+    Args:
+        lengths: Tokens of each sample; at least `num_packs` samples.
+        num_packs: Rows; :func:`plan_packs` needs no more.
+        max_tokens: Tokens of a row.
+        images: As :func:`plan_packs`.
+        max_images: As :func:`plan_packs`.
 
-        Raises:
-            ValueError: As :func:`plan_packs`.
-        """
-        self._samples = samples
-        self.packs = plan_packs(samples.lengths, max_tokens)
-        self.lengths = [sum(samples.lengths[i] for i in pack) for pack in self.packs]
+    Paper: Coffman, Garey, Johnson (1978), "An application of bin-packing to multiprocessor
+    scheduling".
+    """
+    packs = plan_packs(lengths, max_tokens, images, max_images)
+    low, high = max(*lengths, -(-sum(lengths) // num_packs)), max_tokens
+    while high - low > low // 64:
+        middle = (low + high) // 2
+        found = plan_packs(lengths, middle, images, max_images)
+        if len(found) <= num_packs:
+            packs, high = found, middle
+        else:
+            low = middle + 1
+    while len(packs) < num_packs:
+        most = packs.pop(max(range(len(packs)), key=lambda n: len(packs[n])))
+        packs += [most[::2], most[1::2]]
+    return sorted(packs, key=lambda pack: -sum(lengths[i] for i in pack))
+
+
+class PackedBatches(Sampler[list[int]]):
+    """Micro-batches of one process, for :class:`PackedCollator`; the same plan on all of them.
+
+    An epoch's samples are shuffled and dealt to optimizer steps, those with images and those
+    without to different ones (as LLaVA's `group_by_modality_length` does), so that in each
+    micro-step either every process has an image or none. A step's samples become rows of similar
+    length, as many to each process. The order depends on the seed and the epoch alone, and a step's
+    plan on its samples: resuming is a cursor, whatever came before.
+
+    Args:
+        lengths: Tokens of each sample.
+        images: Images of each sample.
+        global_batch_size: Samples of an optimizer step.
+        max_tokens: Tokens of a micro-batch.
+        max_images: Images of a micro-batch; none = no limit.
+        seed: Of the order.
+        epochs: For so many the number of micro-batches is made to suffice.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: A sample does not fit into a micro-batch.
+
+    Paper: LLaVA `llava/train/llava_trainer.py`, `get_modality_length_grouped_indices`.
+    """
+
+    def __init__(
+        self,
+        lengths: Sequence[int],
+        images: Sequence[int],
+        *,
+        global_batch_size: int,
+        max_tokens: int,
+        max_images: int | None = None,
+        seed: int = 0,
+        epochs: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._lengths = np.asarray(lengths, dtype=np.int64)
+        self._images = np.asarray(images, dtype=np.int64)
+        self._global_batch_size = global_batch_size
+        self.max_tokens = max_tokens
+        """Tokens of a micro-batch at most."""
+        self._max_images = max_images
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._epoch, self._resumed, self._done = 0, 0, 0
+        rows = max(
+            len(plan_packs(*self._sizes(step)))
+            for epoch in range(max(epochs, 1))
+            for step in self.steps(epoch)
+        )
+        self.accumulation = -(-rows // world_size)
+        """Micro-batches of a process in an optimizer step."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of an epoch; the Trainer calls it."""
+        self._epoch = epoch
+
+    def resume(self, epoch: int, done: int) -> None:
+        """Sets the cursor: of this epoch, the first `done` micro-batches have been trained on."""
+        self._resumed, self._done = epoch, done
+
+    def steps(self, epoch: int) -> list[npt.NDArray[np.int64]]:
+        """Samples of each optimizer step of an epoch, in order."""
+        draw = np.random.default_rng([self._seed, epoch])
+        steps = []
+        for kind in (self._images > 0, self._images == 0):
+            order = draw.permutation(np.flatnonzero(kind))
+            steps += np.split(
+                order, range(self._global_batch_size, len(order), self._global_batch_size)
+            )
+        steps = [step for step in steps if len(step)]
+        return [steps[n] for n in draw.permutation(len(steps))]
+
+    def rows(self, step: npt.NDArray[np.int64]) -> list[list[int]]:
+        """Samples of each micro-batch of a step: of all processes, then of the next micro-step."""
+        number = self.accumulation * self._world_size
+        if len(step) < number:  # an epoch's last samples: some twice, so that each process has one
+            step = np.resize(step, number)
+        lengths, tokens, images, most = self._sizes(step)
+        packs = balanced_packs(lengths, number, tokens, images, most)
+        return [[int(step[i]) for i in pack] for pack in packs]
+
+    def _sizes(self, step: npt.NDArray[np.int64]) -> tuple[list[int], int, list[int], int | None]:
+        lengths, images = self._lengths[step].tolist(), self._images[step].tolist()
+        return lengths, self.max_tokens, images, self._max_images
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return len(self.steps(0)) * self.accumulation
 
-    def __getitem__(self, index: int) -> list[dict[str, Any]]:
-        return [self._samples[i] for i in self.packs[index]]
+    def __iter__(self) -> Iterator[list[int]]:
+        done = self._done if self._epoch == self._resumed else 0
+        yield from repeat([], done)  # dropped unread by the Trainer, which counts on them
+        first, done = divmod(done, self.accumulation)
+        for step in self.steps(self._epoch)[first:]:
+            yield from self.rows(step)[self._rank :: self._world_size][done:]
+            done = 0
 
 
 class PackedCollator:
-    """Joins all samples of all rows of a batch into one row of `[1, t]`.
+    """Joins the samples of a micro-batch into one row of `[1, t]`.
 
-    Returns `input_ids`, `labels`, `position_ids` `[1, t]`, int64, and `pixel_values`
+    Returns `input_ids`, `labels`, `position_ids` `[1, t]`, int64, `sample_ids`, and `pixel_values`
     `[n, 3, h, w]` if there are images. The first label of each sample is `IGNORE_INDEX`: it would
     be predicted from the last token of the sample before. There is no `attention_mask`; call the
     model with `use_cache=False`.
     """
 
-    def __call__(self, packs: Sequence[Sequence[Mapping[str, Tensor]]]) -> dict[str, Tensor]:
-        """Makes one row of all samples of all rows."""
-        items = [item for pack in packs for item in pack]
-        labels = []
+    def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """Makes one row of all samples."""
+        labels: list[Tensor] = []
         for item in items:
             own = item["labels"].clone()
             own[0] = IGNORE_INDEX
             labels.append(own)
-        batch = {
+        return {
             "input_ids": torch.cat([item["input_ids"] for item in items])[None],
             "labels": torch.cat(labels)[None],
             "position_ids": torch.cat([torch.arange(len(i["input_ids"])) for i in items])[None],
-        }
-        pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-        if pixels:
-            batch["pixel_values"] = torch.cat(pixels)
-        return batch
+        } | joined_images(items)

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config_vlm import PartTraining
+from llm2clip_vlm.data.packing import PackedBatches
 from llm2clip_vlm.handoff import RESOLVED_NAME
 from llm2clip_vlm.models.lineage import write_lineage
 from llm2clip_vlm.models.vlm import save_vlm
@@ -47,6 +49,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         train_dataset: With `lengths`.
         data_collator: Of the dataset.
         processor: Saved with each checkpoint.
+        batches: The plan of packed micro-batches; none = samples as they are sampled.
         parts: What trains, and how.
         base: Fingerprint of the checkpoint that the model was loaded from (adapters keep it).
         hang_timeout_s: As in the recipe.
@@ -62,6 +65,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         data_collator: Callable[[Any], dict[str, Tensor]],
         processor: Any,
         *,
+        batches: PackedBatches | None = None,
         parts: Mapping[str, PartTraining],
         base: str = "",
         hang_timeout_s: float | None = None,
@@ -71,6 +75,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         install_text_only_guard(model)
         install_supervised_loss(model)
         self.parts, self.base, self.processor = dict(parts), base, processor
+        self.batches = batches
         self.throughput = Throughput("tokens")
         self.flops = VlmFlops(model)
         self.watchdog = Watchdog(hang_timeout_s)
@@ -163,9 +168,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def _room(self) -> int | None:
-        """Tokens that a micro-batch of packed rows has room for; none for a padded batch."""
-        row = getattr(self.train_dataset, "max_tokens", None)
-        return None if row is None else row * self.args.per_device_train_batch_size
+        """Tokens that a packed micro-batch has room for; none for a padded batch."""
+        return None if self.batches is None else self.batches.max_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was achieved since the last line; `fill` is the share that is no padding."""
@@ -187,6 +191,30 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         return super().compute_loss(
             model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch
         )
+
+    def get_train_dataloader(self) -> Any:
+        """As `Trainer.get_train_dataloader`; packed micro-batches are planned for all processes."""
+        if self.batches is None:
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        epoch, done = super()._init_training_state(*args, **kwargs)
+        if self.batches is not None:
+            self.batches.resume(epoch, done)
+        return epoch, done
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset

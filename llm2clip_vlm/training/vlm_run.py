@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
@@ -21,9 +21,8 @@ from llm2clip_vlm.config_vlm import PartTraining, VlmRecipe
 from llm2clip_vlm.data.instruction import (
     InstructionCollator,
     InstructionDataset,
-    read_instructions,
 )
-from llm2clip_vlm.data.packing import PackedCollator, PackedDataset
+from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.handoff import fingerprint_dir
@@ -63,19 +62,21 @@ def train_vlm(
     assert run.args is not None
     check_chat_template(processor)
     parts = prepare_trainable(model, recipe)
-    samples, dataset, collator = build_vlm_data(recipe, processor, run.bad, plain=plain)
+    samples, collator, batches = build_vlm_data(recipe, processor, run.bad, run.args, plain=plain)
     if distributed.is_main():
         print(trainable_table(model, {name: part.lr for name, part in parts.items()}))
-        print(f"{len(samples)} samples in {len(dataset)} rows; {run.bad.summary()}; the first:")
+        rows = "" if batches is None else f" in {len(batches) * run.args.world_size} packed rows"
+        print(f"{len(samples)} samples{rows}; {run.bad.summary()}; the first:")
         print(samples.preview(processor.tokenizer))
 
     adapted = is_adapted(model) and Path(base).is_dir()
     trainer = VlmTrainer(
         model,
         run.args,
-        dataset,
+        samples,
         collator,
         processor,
+        batches=batches,
         parts=parts,
         base=fingerprint_dir(base) if adapted else str(base),
         hang_timeout_s=recipe.hang_timeout_s,
@@ -137,30 +138,55 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
 
 
 def build_vlm_data(
-    recipe: VlmRecipe, processor: Any, bad: BadRecords, *, plain: bool = False
-) -> tuple[InstructionDataset, Any, Callable[[Any], dict[str, Tensor]]]:
-    """Dataset and collator of stages 3 and 4.
+    recipe: VlmRecipe,
+    processor: Any,
+    bad: BadRecords,
+    args: TrainingArguments,
+    *,
+    plain: bool = False,
+) -> tuple[InstructionDataset, Callable[[Any], dict[str, Any]], PackedBatches | None]:
+    """Dataset, collator and, with packing, the plan of its micro-batches. Call on all ranks.
 
     Args:
         recipe: With `data`, `max_length_tokens`, `packing` and `seed`.
         processor: The model's `LlavaProcessor`.
         bad: Takes records that cannot be used.
+        args: The run's training arguments; with packing the accumulation is set.
         plain: LLaVA's `plain` style.
 
-    Returns:
-        The samples, what the Trainer gets (samples, or packed rows of them), its collator.
+    Raises:
+        ValueError: No record is left, or packing beside another sampling strategy.
     """
-    records = [
-        record
-        for source in recipe.data
-        for record in read_instructions(source, bad, seed=recipe.seed)
-    ]
     samples = InstructionDataset(
-        records, processor, max_length_tokens=recipe.max_length_tokens, bad=bad, plain=plain
+        recipe.data,
+        processor,
+        max_length_tokens=recipe.max_length_tokens,
+        bad=bad,
+        plain=plain,
+        seed=recipe.seed,
     )
-    if recipe.packing:
-        return samples, PackedDataset(samples, recipe.max_length_tokens), PackedCollator()
-    return samples, samples, InstructionCollator(processor.tokenizer.pad_token_id)
+    if not recipe.packing:
+        return samples, InstructionCollator(processor.tokenizer.pad_token_id), None
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            f"trainer.train_sampling_strategy: {args.train_sampling_strategy!r} has no meaning "
+            "with packing, which plans its own batches; leave it out or set `packing: false`"
+        )
+    steps = -(-len(samples) // recipe.global_batch_size)
+    wanted = args.max_steps if args.max_steps > 0 else steps * args.num_train_epochs
+    batches = PackedBatches(
+        samples.lengths,
+        samples.image_counts,
+        global_batch_size=recipe.global_batch_size,
+        max_tokens=recipe.max_length_tokens * args.per_device_train_batch_size,
+        max_images=recipe.packing_max_images,
+        seed=recipe.seed,
+        epochs=math.ceil(wanted / steps),
+        rank=args.process_index,
+        world_size=args.world_size,
+    )
+    args.gradient_accumulation_steps = batches.accumulation
+    return samples, PackedCollator(), batches
 
 
 def compose_once(

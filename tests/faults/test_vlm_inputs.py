@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.config_vlm import InstructionSource
-from llm2clip_vlm.data.instruction import InstructionDataset, read_instructions
-from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.instruction import InstructionDataset
 from tests.tiny import write_image
 
 TURNS = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
@@ -32,6 +32,38 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
         {**GOOD, "conversations": [TURNS[0], {"from": "gpt", "value": ""}]},
         "answer is empty",
     ),
+    "a part of another kind": (
+        {
+            **GOOD,
+            "conversations": [
+                {"role": "user", "content": [{"type": "image"}, {"type": "audio"}]},
+                {"role": "assistant", "content": "red"},
+            ],
+        },
+        "expected text or image",
+    ),
+    "an image's name that is a URL in a part": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "url": "https://host/a.png"}]},
+                {"role": "assistant", "content": "red"},
+            ]
+        },
+        "URL",
+    ),
+    "<image> inside a part": (
+        {
+            **GOOD,
+            "conversations": [
+                {
+                    "role": "user",
+                    "content": [{"type": "image"}, {"type": "text", "text": "<image>"}],
+                },
+                {"role": "assistant", "content": "red"},
+            ],
+        },
+        "2 <image> tokens after tokenisation, expected 1",
+    ),
     "unknown role": (
         {**GOOD, "conversations": [{"from": "robot", "value": "a"}, TURNS[1]]},
         "role 'robot'",
@@ -45,34 +77,37 @@ def write(folder: Path, *rows: Any) -> InstructionSource:
     return InstructionSource(path=str(folder / "a.json"))
 
 
+@pytest.fixture(scope="module")
+def processor(tiny_clip: Path, tiny_llm: Path) -> Any:
+    from llm2clip_vlm.models.vlm import build_vlm
+
+    return build_vlm(tiny_clip, tiny_llm)[1]
+
+
+def dataset(source: InstructionSource, processor: Any, bad: BadRecords) -> InstructionDataset:
+    return InstructionDataset([source], processor, max_length_tokens=64, bad=bad)
+
+
 @pytest.mark.parametrize("name", list(BAD_RECORDS))
-def test_a_bad_record_is_named_or_counted(tmp_path: Path, name: str) -> None:
+def test_t60_t62_a_bad_record_is_named_or_counted(
+    tmp_path: Path, processor: Any, name: str
+) -> None:
     record, reason = BAD_RECORDS[name]
     source = write(tmp_path, GOOD, {**record, "id": "faulty"}, GOOD)
     with pytest.raises(ValueError, match=f"a.json:faulty.*{reason}"):
-        read_instructions(source, BadRecords(0))
+        dataset(source, processor, BadRecords(0))
     bad = BadRecords(1)
-    assert len(read_instructions(source, bad)) == 2
+    assert len(dataset(source, processor, bad)) == 2
     assert bad.count == 1
 
 
-def test_an_unreadable_image_is_named_or_counted(
-    tmp_path: Path, tiny_clip: Path, tiny_llm: Path
-) -> None:
-    from llm2clip_vlm.models.vlm import build_vlm
-
-    _, processor = build_vlm(tiny_clip, tiny_llm)
+def test_t60_an_unreadable_image_is_named_or_counted(tmp_path: Path, processor: Any) -> None:
     (tmp_path / "b.png").write_bytes(b"no image")
     source = write(tmp_path, GOOD, {**GOOD, "id": "faulty", "image": "b.png"})
-    for limit in (0, 1):
-        bad = BadRecords(limit)
-        records = read_instructions(source, bad)
-        if limit:
-            data = InstructionDataset(records, processor, max_length_tokens=64, bad=bad)
-            assert (len(data), bad.count) == (1, 1)
-            continue
-        with pytest.raises(ValueError, match=r"faulty: image 'b.png' .* does not decode"):
-            InstructionDataset(records, processor, max_length_tokens=64, bad=bad)
+    bad = BadRecords(1)
+    assert (len(dataset(source, processor, bad)), bad.count) == (1, 1)
+    with pytest.raises(ValueError, match=r"faulty: image 'b.png' .* does not decode"):
+        dataset(source, processor, BadRecords(0))
 
 
 def test_a_language_model_is_no_tower(tiny_llm: Path) -> None:

@@ -160,7 +160,8 @@ def test_stage4_keeps_the_fingerprints_and_the_aspect_ratio(
 def test_a_killed_run_resumes_exactly(stage3: tuple[Path, Path, str], work: Path) -> None:
     trainer = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2}
     lora = {"r": 4, "alpha": 8, "dropout": 0.1}
-    for name, extra in (("full", {}), ("lora", {"language_model_lora": lora})):
+    packed = {"packing": True, "max_length_tokens": 48}
+    for name, extra in (("full", {}), ("lora", {"language_model_lora": lora}), ("packed", packed)):
         recipe, out = stage4_recipe(
             work,
             f"resume-{name}",
@@ -203,7 +204,7 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
     arguments = build_training_arguments(recipe)
     model, processor = load_vlm(recipe.checkpoint)
     parts = prepare_trainable(model, recipe)
-    _, data, collator = build_vlm_data(recipe, processor, BadRecords())
+    data, collator, _ = build_vlm_data(recipe, processor, BadRecords(), arguments)
     trainer = VlmTrainer(model, arguments, data, collator, processor, parts=parts)
     optimizer = trainer.create_optimizer()
     owner = {id(p): g for g in optimizer.param_groups for p in g["params"]}
@@ -239,21 +240,42 @@ def test_length_groups_are_alike_and_the_same_everywhere() -> None:
     assert spread < 200
 
 
-def test_packing_takes_fewer_rows(
+def test_t73_packing_is_on_by_default_and_computes_the_same_updates(
     stage3: tuple[Path, Path, str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    recipe, out = stage4_recipe(
-        work,
-        "packed",
-        packing=True,
-        global_batch_size=1,
-        trainer={"per_device_train_batch_size": 1, "max_steps": 2},
+    """Every step has all 16 samples, so packed in few rows or in many, it is the same step."""
+    from llm2clip_vlm.config_vlm import VlmRecipe
+
+    assert VlmRecipe.model_fields["packing"].default is True
+    everything = {**PROJECTOR, "language_model": 1e-2, "vision_tower": 1e-3}
+    curves, rows = {}, {}
+    for name, packing, batch in (("padded", False, 4), ("few", True, 16), ("many", True, 1)):
+        recipe, out = stage4_recipe(
+            work,
+            f"packed-{name}",
+            packing=packing,
+            trainable=everything,
+            global_batch_size=16,
+            trainer={"per_device_train_batch_size": batch},
+        )
+        run_here("stage4_instruction", recipe)
+        found = re.search(r"16 samples in (\d+) packed rows", capsys.readouterr().out)
+        rows[name] = int(found.group(1)) if found else 0
+        curves[name] = losses(out), weights(out)
+    assert rows["padded"] == 0
+    assert 1 == rows["few"] < 4 <= rows["many"] <= 6
+    for name in ("few", "many"):
+        assert curves[name][0] == pytest.approx(curves["padded"][0], abs=1e-5)
+        for key, tensor in curves[name][1].items():
+            torch.testing.assert_close(tensor, curves["padded"][1][key], atol=1e-4, rtol=0, msg=key)
+
+
+def test_packing_refuses_another_sampling(stage3: tuple[Path, Path, str], work: Path) -> None:
+    recipe, _ = stage4_recipe(
+        work, "sampled", packing=True, trainer={"train_sampling_strategy": "group_by_length"}
     )
-    run_here("stage4_instruction", recipe)
-    rows = re.search(r"16 samples in (\d+) rows", capsys.readouterr().out)
-    assert rows is not None
-    assert 4 <= int(rows.group(1)) <= 5
-    assert len(losses(out)) == 2
+    with pytest.raises(ValueError, match="has no meaning with packing"):
+        run_here("stage4_instruction", recipe)
 
 
 @pytest.mark.parametrize(

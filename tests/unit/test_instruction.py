@@ -1,23 +1,28 @@
-"""LLaVA's JSON: read unchanged, checked, tokenised, images in order."""
+"""Conversations: every format read unchanged, checked, tokenised, images in order."""
 
 from __future__ import annotations
 
+import gzip
+import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
+from llm2clip_vlm.data import instruction, token_table
+from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import (
     InstructionCollator,
     InstructionDataset,
-    read_instructions,
-    shuffle_images,
+    chosen_rows,
 )
-from llm2clip_vlm.data.records import BadRecords
+from llm2clip_vlm.data.token_table import read_instructions
 from tests.tiny import write_image
 from tests.vlm_fixtures import write_llava
 
@@ -31,42 +36,172 @@ def processor(tiny_clip: Path, tiny_llm: Path) -> Any:
     return build_vlm(tiny_clip, tiny_llm)[1]
 
 
-def read(path: Path, limit: int = 0, **values: Any) -> tuple[list[Any], BadRecords]:
-    bad = BadRecords(limit)
-    return read_instructions(InstructionSource(path=str(path), **values), bad), bad
+def source(path: Path, **values: Any) -> InstructionSource:
+    return InstructionSource(path=str(path), **values)
 
 
-def dataset(records: Any, processor: Any, bad: BadRecords, **values: Any) -> InstructionDataset:
-    return InstructionDataset(
-        records, processor, **{"max_length_tokens": 128, "bad": bad, **values}
+def records(path: Path, **values: Any) -> list[Any]:
+    return list(read_instructions(source(path, **values), BadRecords()))
+
+
+def dataset(path: Path, processor: Any, allowed: int = 0, **values: Any) -> InstructionDataset:
+    options = {"max_length_tokens": 128, "bad": BadRecords(allowed)}
+    options |= {k: values.pop(k) for k in list(values) if k not in InstructionSource.model_fields}
+    return InstructionDataset([source(path, **values)], processor, **options)
+
+
+def same(one: InstructionDataset, other: InstructionDataset) -> bool:
+    """Whether two sets hold the same samples in the same order, names apart."""
+    pairs = [(one[i], other[i]) for i in range(len(one))]
+    return len(one) == len(other) and all(
+        a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a if k != "sample_id")
+        for a, b in pairs
     )
 
 
-def test_array_and_lines_read_the_same(tmp_path: Path) -> None:
-    path = write_llava(tmp_path, 6, text_only=[2])
-    records, bad = read(path)
-    assert [len(r.images) for r in records] == [1, 1, 0, 1, 1, 1]
-    assert bad.count == 0
-    lines = tmp_path / "llava.jsonl"
-    lines.write_text("\n".join(json.dumps(row) for row in json.loads(path.read_text())))
-    again, _ = read(lines)
-    assert [(r.images, r.messages) for r in again] == [(r.images, r.messages) for r in records]
-    assert len(read(path, limit=0)[0]) == 6
-    assert len(read_instructions(InstructionSource(path=str(path), limit=2), bad)) == 2
-
-
-def test_image_root_is_where_names_are_looked_up(tmp_path: Path) -> None:
-    path = write_llava(tmp_path / "elsewhere", 2)
+def test_limits_and_roots(tmp_path: Path) -> None:
+    path = write_llava(tmp_path / "elsewhere", 6, text_only=[2])
+    assert [len(r.images) for r in records(path)] == [1, 1, 0, 1, 1, 1]
+    assert len(records(path, limit=2)) == 2
     moved = path.rename(tmp_path / "llava.json")
-    assert len(read(moved, image_root=str(tmp_path / "elsewhere"))[0]) == 2
+    assert len(records(moved, image_root=str(tmp_path / "elsewhere"))) == 6
     with pytest.raises(ValueError, match="no such file"):
-        read(moved)
+        records(moved)
 
 
-def test_user_and_assistant_roles_are_known(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red"}]
-    (tmp_path / "a.json").write_text(json.dumps([{"id": "a", "conversations": turns}]))
-    assert read(tmp_path / "a.json")[0][0].messages[1]["role"] == "assistant"
+def write_formats(folder: Path, count: int = 6) -> dict[str, Path]:
+    """The same samples (one of text alone, one of two images) in every format."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    path = write_llava(folder, count, text_only=[2])
+    rows = json.loads(path.read_text())
+    rows[3]["image"] = ["images/3.png", "images/0.png"]
+    rows[3]["conversations"][0]["value"] = "<image> and <image>"
+    path.write_text(json.dumps(rows))
+    found = {"json": path, "jsonl.gz": folder / "llava.jsonl.gz"}
+    with gzip.open(found["jsonl.gz"], "wt") as handle:
+        handle.writelines(json.dumps(row) + "\n" for row in rows)
+
+    def names(row: dict[str, Any]) -> list[str]:
+        image = row.get("image", [])
+        return list(image) if isinstance(image, list) else [image]
+
+    def messages(row: dict[str, Any], named: bool) -> list[dict[str, Any]]:
+        left, turns = names(row), []
+        for turn in row["conversations"]:
+            parts: list[dict[str, Any]] = []
+            for n, text in enumerate(turn["value"].split("<image>")):
+                image = {"image": left.pop(0)} if n and named else {}
+                parts += [{"type": "image", **image}] if n else []
+                words = {"type": "text", "text": text.strip("\n")}
+                parts += [words] if words["text"] else []
+            role = "user" if turn["from"] == "human" else "assistant"
+            turns.append({"role": role, "content": parts})
+        return turns
+
+    for name, named in (("messages", False), ("inline", True)):
+        found[name] = folder / f"{name}.jsonl"
+        listed = [
+            {"messages": messages(r, named)} | ({} if named else {"images": names(r)}) for r in rows
+        ]
+        found[name].write_text("\n".join(json.dumps(row) for row in listed))
+
+    def png(name: str) -> bytes:
+        return (folder / name).read_bytes()
+
+    turns = [[{k: t[k] for k in ("from", "value")} for t in r["conversations"]] for r in rows]
+    lists = [[{"bytes": png(n), "path": n} for n in names(r)] for r in rows]
+    found["parquet"] = folder / "llava.parquet"
+    table = pa.table({"id": list(map(str, range(count))), "conversations": turns, "images": lists})
+    parquet.write_table(table, found["parquet"], row_group_size=2)
+    found["paths"] = folder / "paths.parquet"
+    parquet.write_table(
+        pa.table({"conversations": turns, "image": [names(r) for r in rows]}), found["paths"]
+    )
+    found["tar"] = folder / "shard-0.tar"
+    with tarfile.open(found["tar"], "w") as shard:
+        for n, row in enumerate(rows):
+            members = {f"{n}.json": json.dumps({"conversations": row["conversations"]}).encode()}
+            members |= {f"{n}.png": png(name) for name in names(row)[:1]}
+            for name, data in members.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                shard.addfile(info, io.BytesIO(data))
+    return found
+
+
+def test_every_format_gives_the_same_samples(tmp_path: Path, processor: Any) -> None:
+    found = write_formats(tmp_path)
+    wanted = dataset(found["json"], processor)
+    assert wanted.image_counts == [1, 1, 0, 2, 1, 1]
+    for name in ("jsonl.gz", "messages", "inline", "parquet", "paths"):
+        assert same(wanted, dataset(found[name], processor)), name
+    shard = dataset(tmp_path / "shard-*.tar", processor, allowed=1)  # one image a sample there
+    assert len(shard) == 5
+    assert "2 <image> in the conversation, 1 image" in shard._bad.examples[0]
+    assert torch.equal(shard[1]["pixel_values"], wanted[1]["pixel_values"])
+
+
+def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any) -> None:
+    path = write_llava(tmp_path, 8)
+    mixture = tmp_path / "mix.yaml"
+    listed = [{"json_path": str(path), "sampling_strategy": s} for s in ("first:2", "end:25%")]
+    mixture.write_text(yaml.safe_dump({"datasets": [*listed, {"json_path": str(path)}]}))
+    data = dataset(mixture, processor, image_root=str(tmp_path))
+    ids = [data[i]["sample_id"] for i in range(len(data))]
+    assert [i.split(":r")[1] for i in ids] == [*"01", *"67", *"01234567"]
+    mixture.write_text("datasets: [{json_path: a.json, sampling_strategy: most}]")
+    with pytest.raises(ValueError, match="sampling_strategy"):
+        dataset(mixture, processor)
+    mixture.write_text("[]")
+    with pytest.raises(ValueError, match=r"expected \{datasets"):
+        dataset(mixture, processor)
+
+
+def test_samplings_and_weights() -> None:
+    def rows(strategy: str = "all", weight: float = 1.0, seed: int = 0) -> list[int]:
+        chosen = InstructionSource(path="x", sampling_strategy=strategy, weight=weight)
+        return [int(row) for row in chosen_rows(chosen, 10, seed)]
+
+    assert rows() == list(range(10))
+    assert rows("first:3") == [0, 1, 2]
+    assert rows("end:15%") == [8, 9]
+    assert len(set(rows("random:4"))) == 4
+    assert rows("random:4") == rows("random:4") != rows("random:4", seed=1)
+    assert sorted(rows(weight=2)) == sorted([*range(10), *range(10)])
+    half = rows(weight=1.5)
+    assert half[:10] == list(range(10))
+    assert len(set(half[10:])) == 5
+    assert len(rows("first:4", weight=0.5)) == 2
+
+
+def test_a_large_source_is_tokenised_once(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = write_formats(tmp_path)
+    small = {name: dataset(found[name], processor) for name in ("json", "parquet")}
+    monkeypatch.setattr(token_table, "TABLE_FILE_FROM_BYTES", 0)
+    runs: list[str] = []
+    original = token_table.tokenise
+    monkeypatch.setattr(token_table, "tokenise", lambda *a: runs.append(a[0].path) or original(*a))
+    for name, wanted in small.items():
+        for _ in range(2):
+            assert same(dataset(found[name], processor, index_dir=str(tmp_path / "i")), wanted)
+    assert runs == [str(found["json"]), str(found["parquet"])]
+    dataset(found["json"], processor)  # beside the data where no folder is named
+    assert len(list((tmp_path / ".llm2clip-index").glob("*.safetensors"))) == 1
+    dataset(found["json"], processor, sampling_strategy="first:2")
+    assert len(runs) == 3
+    dataset(found["json"], processor, max_length_tokens=127)
+    dataset(found["json"], processor, plain=True)
+    found["json"].write_text(found["json"].read_text() + " ")
+    dataset(found["json"], processor)
+    assert len(runs) == 6
+    for table in (tmp_path / ".llm2clip-index").glob("*"):
+        table.write_bytes(table.read_bytes()[:100])
+    with pytest.raises(ValueError, match="is damaged"):
+        dataset(found["json"], processor)
 
 
 @pytest.mark.parametrize("preload_limit_bytes", [2**20, 0])
@@ -81,8 +216,7 @@ def test_images_stand_in_the_order_of_their_placeholders(
         for i, order in enumerate([(0, 1), (1, 0)])
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    records, bad = read(tmp_path / "a.json")
-    data = dataset(records, processor, bad, preload_limit_bytes=preload_limit_bytes)
+    data = dataset(tmp_path / "a.json", processor, preload_limit_bytes=preload_limit_bytes)
     one, two = data[0]["pixel_values"], data[1]["pixel_values"]
     assert one.shape == (2, 3, 32, 32)
     torch.testing.assert_close(one, two.flip(0))
@@ -94,8 +228,6 @@ def test_images_stand_in_the_order_of_their_placeholders(
 def test_a_shared_image_is_decoded_once(
     tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm2clip_vlm.data import instruction
-
     write_image(tmp_path / "a.png")
     turns = [{"from": "human", "value": "<image>\nwhat ?"}, ANSWER]
     rows = [{"id": i, "image": "a.png", "conversations": turns} for i in range(3)]
@@ -105,55 +237,65 @@ def test_a_shared_image_is_decoded_once(
     monkeypatch.setattr(
         instruction, "open_image", lambda *key: opened.append(key) or original(*key)
     )
-    records, bad = read(tmp_path / "a.json")
-    data = dataset(records, processor, bad)
+    data = dataset(tmp_path / "a.json", processor)
     assert [data[i]["pixel_values"].shape[0] for i in (0, 1, 2, 0)] == [1] * 4
     assert len(opened) == 1
 
 
 def test_plain_is_image_and_caption(tmp_path: Path, processor: Any) -> None:
-    records, bad = read(write_llava(tmp_path, 2))
-    chat, plain = (dataset(records, processor, bad, plain=flag) for flag in (False, True))
+    path = write_llava(tmp_path, 2)
+    chat, plain = (dataset(path, processor, plain=flag) for flag in (False, True))
     assert "what color" in chat.preview(processor.tokenizer)
     assert plain.preview(processor.tokenizer) == "<s> [<image> x16] «red </s>»"
 
 
-def test_too_long_is_counted_never_cut(tmp_path: Path, processor: Any) -> None:
-    records, _ = read(write_llava(tmp_path, 4))
-    lengths = dataset(records, processor, BadRecords()).lengths
-    bad = BadRecords(4)
-    kept = dataset(records, processor, bad, max_length_tokens=min(lengths))
-    assert kept.lengths == [n for n in lengths if n == min(lengths)]
-    assert bad.count == len(lengths) - len(kept)
-    assert "max_length_tokens" in bad.examples[0]
-    with pytest.raises(ValueError, match="max_length_tokens"):
-        dataset(records, processor, BadRecords(), max_length_tokens=min(lengths))
-    with pytest.raises(ValueError, match="no usable record"):
-        dataset(records, processor, BadRecords(9), max_length_tokens=3)
+def test_t61_a_long_conversation_ends_after_a_whole_turn(tmp_path: Path, processor: Any) -> None:
+    """Images are never cut into; without an answer that fits, the reason is counted."""
+    write_image(tmp_path / "a.png")
+    first = {"from": "human", "value": "<image>\nwhat color is it ?"}
+    second = {"from": "human", "value": "<image>\nand this ?"}
+    turns = [first, ANSWER, second, {"from": "gpt", "value": "green"}]
+    rows = [{"id": "x", "image": ["a.png", "a.png"], "conversations": turns}]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    whole = dataset(tmp_path / "a.json", processor)
+    length = whole.lengths[0]
+    assert whole.image_counts == [2]
+    for room in (length - 1, length - 20):
+        cut = dataset(tmp_path / "a.json", processor, max_length_tokens=room)
+        assert cut.preview(processor.tokenizer).endswith("«red </s>»")
+        assert cut.image_counts == [1]
+        assert cut[0]["pixel_values"].shape[0] == 1
+        assert len(cut[0]["input_ids"]) == cut.lengths[0] <= room
+        assert torch.equal(cut[0]["labels"], whole[0]["labels"][: cut.lengths[0]])
+    with pytest.raises(ValueError, match="the first answer ends beyond max_length_tokens"):
+        dataset(tmp_path / "a.json", processor, max_length_tokens=20)
+    with pytest.raises(ValueError, match=r"no usable record.*first answer ends beyond"):
+        dataset(tmp_path / "a.json", processor, allowed=1, max_length_tokens=20)
 
 
-def test_shuffled_images_leave_no_record_its_own(tmp_path: Path) -> None:
+def test_shuffled_images_leave_no_record_its_own(tmp_path: Path, processor: Any) -> None:
     path = write_llava(tmp_path, 9, text_only=[4])
-    plain, _ = read(path)
-    shuffled, _ = read(path, shuffle_images=True)
-    pairs = [(a.images, b.images) for a, b in zip(plain, shuffled, strict=True)]
-    assert all(a != b for a, b in pairs if a)
-    assert pairs[4] == ((), ())
-    assert sorted(a for a, _ in pairs) == sorted(b for _, b in pairs)
-    assert [r.messages for r in plain] == [r.messages for r in shuffled]
-    assert shuffle_images(plain, 1) == shuffle_images(plain, 1)
-    assert shuffle_images(plain, 1) != shuffle_images(plain, 2)
+
+    def images(**values: Any) -> list[Any]:
+        data = dataset(path, processor, **values)
+        return [data._place(i)[1] for i in range(len(data))]
+
+    plain, shuffled = images(), images(shuffle_images=True)
+    assert all(a != b for a, b in zip(plain, shuffled, strict=True) if a)
+    assert shuffled[4] == []
+    assert sorted(map(str, plain)) == sorted(map(str, shuffled))
+    assert shuffled == images(shuffle_images=True) != images(shuffle_images=True, seed=1)
     with pytest.raises(ValueError, match="two distinct images"):
-        shuffle_images(plain[:1], 0)
+        images(shuffle_images=True, limit=1)
 
 
 def test_collator_pads_right_and_masks(tmp_path: Path, processor: Any) -> None:
-    records, bad = read(write_llava(tmp_path, 4, text_only=[1]))
-    data = dataset(records, processor, bad)
+    data = dataset(write_llava(tmp_path, 4, text_only=[1]), processor)
     items = [data[i] for i in range(4)]
     batch = InstructionCollator(pad_token_id=3)(items)
     assert batch["attention_mask"].sum(1).tolist() == data.lengths
     assert batch["pixel_values"].shape == (3, 3, 32, 32)
+    assert batch["sample_ids"] == [f"llava.json:r{i}" for i in range(4)]
     for row, item in enumerate(items):
         size = len(item["input_ids"])
         assert torch.equal(batch["labels"][row, :size], item["labels"])
@@ -162,13 +304,27 @@ def test_collator_pads_right_and_masks(tmp_path: Path, processor: Any) -> None:
     assert "pixel_values" not in InstructionCollator(0)([items[1]])
 
 
-def test_an_image_that_breaks_later_teaches_nothing(tmp_path: Path, processor: Any) -> None:
-    records, bad = read(write_llava(tmp_path, 2), limit=1)
-    data = dataset(records, processor, bad, preload_limit_bytes=0)
-    (tmp_path / "images" / "0.png").write_bytes(b"gone bad")
-    item = data[0]
-    assert (item["labels"] == IGNORE_INDEX).all()
-    assert item["pixel_values"].abs().sum() == 0
-    assert bad.count == 1
-    with pytest.raises(ValueError, match="does not decode"):
-        data[0]
+@pytest.mark.parametrize("name", ["json", "parquet", "tar"])
+def test_t60_an_image_that_breaks_later_teaches_nothing_and_counts_once(
+    tmp_path: Path, processor: Any, name: str
+) -> None:
+    path = write_formats(tmp_path)[name]
+    bad = BadRecords(2, ledger=tmp_path / "run" / "dropped.jsonl")
+    data = dataset(path, processor, bad=bad, preload_limit_bytes=0)
+    before = bad.count
+    if name == "json":
+        (tmp_path / "images" / "1.png").write_bytes(b"gone bad")
+    else:
+        path.write_bytes(path.read_bytes()[: 1024 if name == "tar" else 1])
+    for _ in range(3):
+        item = data[1]
+        assert (item["labels"] == IGNORE_INDEX).all()
+        assert item["pixel_values"].abs().sum() == 0
+    assert bad.count == before + 1
+    assert item["sample_id"] in (tmp_path / "run" / "dropped.jsonl").read_text()
+    if name == "json":
+        (tmp_path / "images" / "4.png").unlink()
+        (tmp_path / "images" / "5.png").unlink()
+        assert "pixel_values" in data[4]
+        with pytest.raises(ValueError, match="no such file"):
+            data[5]

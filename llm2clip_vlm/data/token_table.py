@@ -1,0 +1,329 @@
+"""Conversations of one source, tokenised once, in columns.
+
+A source's files are read once. What training needs of a conversation (token ids, which of them are
+trained, where its images lie) goes into flat columns: in memory for small sources, in a file that
+all processes map into memory for larger ones. Nothing is unpickled. The file is made anew when the
+data, the source's settings, the tokenizer or the template have changed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from llm2clip_vlm.chat_template import ConversationError, Message
+from llm2clip_vlm.config_vlm import InstructionSource
+from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.data.bad_records import Refusals
+from llm2clip_vlm.data.conversation import (
+    build_labels,
+    build_plain_labels,
+    count_images,
+    to_messages,
+    visual_tokens_per_image,
+)
+from llm2clip_vlm.data.images import ImageError, resolve_image
+from llm2clip_vlm.data.records import iter_rows, source_files
+from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.distributed import barrier, is_main
+from llm2clip_vlm.files import written_whole
+
+logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Of the columns and of the rules by which conversations are taken, cut or refused."""
+
+TABLE_FILE_FROM_BYTES = 64 * 2**20
+"""Sources of this size or more keep their table in a file; smaller ones are read at each start."""
+
+ImageRef = str | PackedImage
+"""A name below the source's `image_root`, or where the bytes lie in a shard or table."""
+
+
+@dataclass(frozen=True)
+class InstructionRecord:
+    """One conversation with its images."""
+
+    key: str
+    """`file.json:id`, as messages name it."""
+    images: tuple[ImageRef, ...]
+    """In the order of their `<image>`."""
+    messages: tuple[Message, ...]
+    """Normalised by :func:`~llm2clip_vlm.data.conversation.to_messages`."""
+
+
+@dataclass
+class Refused:
+    """Collects bad records; whether there are too many is decided when all are known."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+
+    def add(self, where: str, why: str) -> None:
+        """Keep one."""
+        self.rows.append((where, why))
+
+
+def image_root(source: InstructionSource) -> Path:
+    """Folder that a source's image names are relative to."""
+    return Path(source.image_root) if source.image_root else Path(source.path).parent
+
+
+def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[InstructionRecord]:
+    """Reads the conversations of a source, in file order.
+
+    Args:
+        source: LLaVA's JSON, `messages`, Parquet or shards, as `docs/data-formats.md` lists them.
+        bad: Takes records that cannot be used: no conversation, unknown role, empty answer,
+            `<image>` count not that of the images, or an image name that leaves the folder, is a
+            URL, or names no file.
+
+    Raises:
+        RecordError: The file cannot be read.
+    """
+    path, root = Path(source.path), image_root(source)
+    known: set[str] = set()
+    for number, row in enumerate(iter_rows(path, bad), start=1):
+        if source.limit is not None and number > source.limit:
+            break
+        where = f"{path.name}:{row.get('id', number)}"
+        try:
+            record = _to_record(row, where)
+            for name in {image for image in record.images if isinstance(image, str)} - known:
+                resolve_image(root, name)
+                known.add(name)
+        except (ConversationError, ImageError) as error:
+            bad.add(where, str(error))
+            continue
+        yield record
+
+
+def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
+    turns = row.get("conversations") or row.get("messages")
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ConversationError("no `conversations` list of {from, value}, nor `messages`")
+    messages = to_messages(turns)
+    placeholders = count_images(messages)
+    value = row.get("image") or row.get("images") or _inline_images(turns)
+    if isinstance(value, PackedImage) and value.column is not None:
+        # how many a table's cell holds is only known when it is read
+        value = [replace(value, item=(i, placeholders)) for i in range(placeholders)]
+    images = value if isinstance(value, list) else [value]
+    if not all(isinstance(image, ImageRef) for image in images):
+        raise ConversationError("`image` is neither a name nor a list of names")
+    if placeholders != len(images):
+        raise ConversationError(
+            f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"
+        )
+    return InstructionRecord(where, tuple(images), tuple(messages))
+
+
+def _inline_images(turns: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Images named in the parts themselves, `{"type": "image", "image": name}`."""
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return [
+        name
+        for part in parts
+        if part.get("type") == "image"
+        if (name := part.get("image") or part.get("path") or part.get("url"))
+    ]
+
+
+class TokenTable:
+    """Tokenised conversations of one source.
+
+    Args:
+        columns: As :func:`tokenise` makes them.
+        facts: What was found while they were made: `refused`, `cut`, `files`.
+    """
+
+    def __init__(self, columns: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        self._columns = dict(columns)
+        self._files = [Path(name) for name in facts["files"]]
+        self.refused = [(str(where), str(why)) for where, why in facts["refused"]]
+        """`(where, why)` of what could not be used."""
+        self.cut = int(facts["cut"])
+        """Conversations that lost turns at their end."""
+        self.lengths: npt.NDArray[np.int64] = columns["lengths"].numpy()
+        """Tokens of each, visual ones included."""
+        self.image_counts: npt.NDArray[np.int64] = columns["images"].numpy()
+        """Images of each."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]:
+        """Ids, int64 `[t]`, each `<image>` one token, and which are trained, bool `[t]`."""
+        start, end = (int(n) for n in self._columns["starts"][row : row + 2])
+        return self._columns["ids"][start:end].long(), self._columns["trained"][start:end]
+
+    def place(self, row: int) -> tuple[str, list[ImageRef]]:
+        """A record's key and its images."""
+        start, end = (int(n) for n in self._columns["text_starts"][row : row + 2])
+        key, images = json.loads(self._columns["text"][start:end].numpy().tobytes())
+        return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
+
+    def _packed(
+        self, file: int, start: int, size: int, column: str | None, item: list[int] | None
+    ) -> PackedImage:
+        return PackedImage(
+            self._files[file], start, size, column, None if item is None else (item[0], item[1])
+        )
+
+
+def read_table(
+    source: InstructionSource, processor: Any, *, max_length_tokens: int, plain: bool
+) -> TokenTable:
+    """The tokenised conversations of a source, from its file where it is large. On all ranks.
+
+    Args:
+        source: A data file.
+        processor: The `LlavaProcessor` of the model.
+        max_length_tokens: As :func:`tokenise`.
+        plain: As :func:`tokenise`.
+
+    Raises:
+        RecordError: A file cannot be read.
+        ValueError: The table cannot be written.
+    """
+    files = source_files(source.path)
+    if sum(file.stat().st_size for file in files) < TABLE_FILE_FROM_BYTES:
+        return TokenTable(*tokenise(source, processor, max_length_tokens, plain))
+    tokenizer = processor.tokenizer
+    chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
+    made_from = [
+        VERSION,
+        source.model_dump(exclude=chosen),
+        [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files],
+        [max_length_tokens, plain, visual_tokens_per_image(processor), processor.chat_template],
+        [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
+    ]
+    digest = hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
+    folder = Path(source.index_dir) if source.index_dir else files[0].parent / ".llm2clip-index"
+    path = folder / f"{files[0].stem}-{digest}.safetensors"
+    if is_main() and not path.is_file():
+        columns, facts = tokenise(source, processor, max_length_tokens, plain)
+        try:
+            with written_whole(path) as partial:
+                save_file(columns, partial, {"facts": json.dumps(facts)})
+        except OSError as error:
+            raise ValueError(
+                f"the table of {source.path} cannot be written to {folder} ({error}); set "
+                "`index_dir` to a folder that can be"
+            ) from error
+        logger.info("tokenised %s: %s", source.path, path)
+    barrier()
+    try:
+        with safe_open(path, "pt") as opened:
+            columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+            return TokenTable(columns, json.loads(opened.metadata()["facts"]))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+
+
+def tokenise(
+    source: InstructionSource, processor: Any, max_length_tokens: int, plain: bool
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads and tokenises a source.
+
+    Args:
+        source: A data file.
+        processor: The `LlavaProcessor` of the model.
+        max_length_tokens: Text and visual tokens; a longer conversation ends with the last answer
+            that fits, one whose first answer does not is refused.
+        plain: LLaVA's `plain` style: image and first answer only.
+
+    Returns:
+        The columns of a `TokenTable`: `ids` int32 and `trained` bool `[tokens]`, `starts`,
+        `lengths`, `images` int64, `text` uint8 and `text_starts`; and its facts.
+    """
+    bad = Refused()
+    files = {str(file): number for number, file in enumerate(source_files(source.path))}
+    image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    num_visual = visual_tokens_per_image(processor)
+    ids, trained, text = array("i"), bytearray(), bytearray()
+    starts, text_starts, lengths, counts, cut = [0], [0], [], [], 0
+    for record in read_instructions(source, bad):
+        try:
+            own, labels = _label(record, processor, plain)
+            kept = _fitting(own, labels, image_id, num_visual, max_length_tokens)
+        except ConversationError as error:
+            bad.add(record.key, str(error))
+            continue
+        cut += kept < len(own)
+        own, labels = own[:kept], labels[:kept]
+        images = own.count(image_id)
+        ids.extend(own)
+        trained.extend(target != IGNORE_INDEX for target in labels)
+        places = [
+            image
+            if isinstance(image, str)
+            else [files[str(image.path)], image.start, image.size, image.column, image.item]
+            for image in record.images[:images]
+        ]
+        text.extend(json.dumps([record.key, places]).encode())
+        starts.append(len(ids))
+        text_starts.append(len(text))
+        lengths.append(kept + images * (num_visual - 1))
+        counts.append(images)
+    columns = {
+        "ids": torch.from_numpy(np.frombuffer(ids, np.int32).copy()),
+        "trained": torch.from_numpy(np.frombuffer(trained, np.bool_).copy()),
+        "text": torch.from_numpy(np.frombuffer(text, np.uint8).copy()),
+        **{
+            name: torch.tensor(values, dtype=torch.int64)
+            for name, values in (
+                ("starts", starts),
+                ("text_starts", text_starts),
+                ("lengths", lengths),
+                ("images", counts),
+            )
+        },
+    }
+    return columns, {"refused": bad.rows, "cut": cut, "files": list(files)}
+
+
+def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list[int], list[int]]:
+    if not plain:
+        return build_labels(processor, record.messages, num_visual_tokens=1)
+    answer = next(m for m in record.messages if m["role"] == "assistant")
+    caption = "".join(part.get("text", "") for part in answer["content"])
+    return build_plain_labels(
+        processor, caption, num_images=len(record.images), num_visual_tokens=1
+    )
+
+
+def _fitting(
+    ids: Sequence[int], labels: Sequence[int], image_id: int, num_visual: int, max_tokens: int
+) -> int:
+    """How many tokens stay: all, or those up to the end of the last answer that fits."""
+    total = len(ids) + (num_visual - 1) * ids.count(image_id)
+    if total <= max_tokens:
+        return len(ids)
+    length = kept = 0
+    for place, token in enumerate(ids):
+        length += num_visual if token == image_id else 1
+        if length > max_tokens:
+            break
+        if labels[place] != IGNORE_INDEX and labels[place + 1] == IGNORE_INDEX:
+            kept = place + 1
+    if not kept:
+        raise ConversationError(
+            f"the first answer ends beyond max_length_tokens = {max_tokens}; the conversation has "
+            f"{total} tokens, {num_visual} of them for each image"
+        )
+    return kept
