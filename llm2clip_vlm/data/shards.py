@@ -41,6 +41,8 @@ class PackedImage:
     """Number of bytes in a tar; row within the row group or batch."""
     column: str | None = None
     """Column of a table; none = a tar."""
+    item: tuple[int, int] | None = None
+    """Which of how many images of the cell, where a cell may hold several; none = its only one."""
 
     def read(self) -> bytes:
         """The encoded image; workers may call it at the same time.
@@ -56,6 +58,11 @@ class PackedImage:
                 raise OSError(f"{self.path} ends after {len(data)} of {self.size} bytes")
             return data
         value = _column(str(self.path), self.start, self.column)[self.size].as_py()
+        if self.item is not None:
+            values = value if isinstance(value, list) else [value]
+            if len(values) != self.item[1]:
+                raise OSError(f"{len(values)} image(s) in {self.column!r}, {self.item[1]} expected")
+            value = values[self.item[0]]
         cell = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(cell, bytes):
             raise OSError(f"column {self.column!r} holds no bytes in row {self.size}")
@@ -210,6 +217,8 @@ def _packed_columns(schema: Any) -> list[str]:
     from pyarrow import types
 
     def is_packed(kind: Any) -> bool:
+        if types.is_list(kind) or types.is_large_list(kind):
+            return is_packed(kind.value_type)
         if types.is_struct(kind):
             return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
