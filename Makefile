@@ -17,7 +17,7 @@ export TOKENIZERS_PARALLELISM := false
 # What lmms-eval imports; all of its own requirements would bring a torchvision that does not fit a
 # torch without CUDA, and a broken torchvision is fatal where an absent one is fine.
 LMMS_EVAL := lmms_eval==0.7.3
-LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pytablewriter pytz sacrebleu scipy sentencepiece tenacity
+LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewriter pytz sacrebleu scipy sentencepiece tenacity
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ab real-mini check hooks test test-all bench build

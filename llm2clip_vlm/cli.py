@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import ast
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -142,9 +143,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _program(command: str, *words: str) -> int | None:
-    name = {"eval": "run_lmms"}.get(command, command)
-    result: int | None = load_program(find_program(name)).main(list(words))
+    result: int | None = load_program(find_program(command)).main(list(words))
     return result
+
+
+def _eval(command: str, *words: str) -> int | None:
+    """A recipe with `stage: run_encoder` judges an encoder, everything else is a VLM's."""
+    recipe = _recipe_path(words[0]) if words else Path()
+    if recipe.suffix == ".yaml" and re.search(
+        r"(?m)^stage: *run_encoder\b", recipe.read_text(encoding="utf-8")
+    ):
+        return _program("run_encoder", str(recipe), *words[1:])
+    return _program("run_lmms", *words)
 
 
 def _embed(command: str, *words: str) -> int | None:
@@ -163,7 +173,7 @@ _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
-    "eval": (_program, "score checkpoints with lmms-eval"),
+    "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval"),
     "compare": (_program, "compare runs benchmark by benchmark"),
 }
 """Commands with options of their own, `--help` included."""

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from llm2clip_vlm.config import WorldConfig
 from llm2clip_vlm.data.world import (
+    COLOURS,
+    SHAPES,
     SYNONYMS,
     Scene,
     draw_scene,
@@ -23,7 +26,7 @@ from llm2clip_vlm.data.world import (
     questions,
     short_caption,
 )
-from llm2clip_vlm.data.world_render import render
+from llm2clip_vlm.data.world_render import render, render_masks
 from llm2clip_vlm.data.world_text import ASK_CAPTION, as_asked
 
 WORLD_VERSION = 2
@@ -44,6 +47,9 @@ SIZES = {
     "caption_test": 200,
 }
 """Records of each file of the `road` part."""
+
+SIZES_DENSE = {"dense_train": 600, "dense_test": 300}
+"""Records of the `dense` part."""
 
 LONG_CAPTIONS = 4
 """Long captions of each training picture."""
@@ -71,6 +77,8 @@ _SPLIT_OF_FILE = {
     "vqa_test": "test",
     "exist_test": "test",
     "caption_test": "test",
+    "dense_train": "pairs_train",
+    "dense_test": "test",
 }
 
 
@@ -206,10 +214,49 @@ class _Writer:
             )
         _write_lines(self.root / "caption_test.jsonl", rows)
 
+    def dense(self) -> None:
+        """Pictures with classes, masks (VOC's layout) and boxes (COCO's)."""
+        objects, labels = [f"{c} {s}" for c in COLOURS for s in SHAPES], []
+        for part in ("train", "test"):
+            images: list[dict[str, Any]] = []
+            boxes: list[dict[str, Any]] = []
+            for index, scene, rng in self.scenes(f"dense_{part}"):
+                stem = f"{part}-{index:05d}"
+                picture, masks = render_masks(scene, rng)
+                classes = np.zeros(masks.shape[1:], np.uint8)
+                for thing, mask in zip(scene.things, masks, strict=True):
+                    number = SHAPES.index(thing.shape) + 1
+                    classes[mask] = number
+                    y, x = np.nonzero(mask)
+                    sides = [int(np.ptp(x)) + 1, int(np.ptp(y)) + 1]
+                    box = {"id": len(boxes) + 1, "image_id": index, "category_id": number}
+                    box |= {"bbox": [int(x.min()), int(y.min()), *sides]}
+                    boxes.append(box | {"area": int(mask.sum()), "iscrowd": 0})
+                for folder, image in (
+                    ("JPEGImages", picture),
+                    ("SegmentationClass", Image.fromarray(classes)),
+                ):
+                    (self.root / folder).mkdir(exist_ok=True)
+                    image.save(self.root / folder / f"{stem}.png")
+                size = {"width": picture.width, "height": picture.height}
+                images.append({"id": index, "file_name": f"{stem}.png"} | size)
+                first = scene.things[0]
+                row = {"image": f"JPEGImages/{stem}.png", "split": part}
+                labels.append({"id": stem, "label": f"{first.colour} {first.shape}"} | row)
+            listing = self.root / "ImageSets" / "Segmentation" / f"{part}.txt"
+            listing.parent.mkdir(parents=True, exist_ok=True)
+            listing.write_text("\n".join(Path(i["file_name"]).stem for i in images))
+            kinds = [{"id": number, "name": name} for number, name in enumerate(SHAPES, start=1)]
+            document = {"images": images, "annotations": boxes, "categories": kinds}
+            (self.root / f"instances_{part}.json").write_text(json.dumps(document))
+        _write_lines(self.root / "labels.jsonl", labels)
+        (self.root / "shapes.txt").write_text("\n".join(SHAPES))
+        (self.root / "objects.txt").write_text("\n".join(objects))
+
 
 def world_dir(world: WorldConfig) -> Path:
-    """Folder of a world: `<dir>/seed-<seed>`, with `-base` behind it for the base part."""
-    return Path(world.dir) / f"seed-{world.seed}{'-base' if world.part == 'base' else ''}"
+    """Folder of a world: `<dir>/seed-<seed>`, with `-<part>` behind it unless that is `road`."""
+    return Path(world.dir) / f"seed-{world.seed}{'' if world.part == 'road' else f'-{world.part}'}"
 
 
 def ensure_world(world: WorldConfig, *, sizes: Mapping[str, int] | None = None) -> Path:
@@ -226,7 +273,7 @@ def ensure_world(world: WorldConfig, *, sizes: Mapping[str, int] | None = None) 
         ValueError: The folder holds a world of another version or size.
     """
     root = world_dir(world)
-    default = SIZES_BASE if world.part == "base" else SIZES
+    default = {"base": SIZES_BASE, "dense": SIZES_DENSE, "road": SIZES}[world.part]
     wanted = {"version": WORLD_VERSION, "seed": world.seed, "sizes": {**default, **(sizes or {})}}
     marker = root / "world.json"
     if marker.exists():
@@ -244,6 +291,8 @@ def ensure_world(world: WorldConfig, *, sizes: Mapping[str, int] | None = None) 
     writer = _Writer(part, world.seed, sizes_all)
     if world.part == "base":
         writer.pairs("short", "short_pairs")
+    elif world.part == "dense":
+        writer.dense()
     else:
         writer.texts()
         writer.pairs("pairs_train", "pairs_train")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from PIL import Image
 
@@ -51,3 +53,20 @@ def render(scene: Scene, rng: np.random.Generator, size_px: int = 32) -> Image.I
         canvas[mask] = paint[mask]
     canvas += rng.normal(0, 8, canvas.shape)
     return Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8))
+
+
+def render_masks(scene: Scene, rng: np.random.Generator) -> tuple[Image.Image, np.ndarray]:
+    """A picture and the pixels of each of its objects, `bool[objects, h, w]`.
+
+    Painted once more in another colour with the same jitter and noise, an object is what differs.
+    """
+    state = rng.bit_generator.state
+    picture = render(scene, rng)
+    masks = []
+    for number, thing in enumerate(scene.things):
+        other = replace(thing, colour="yellow" if thing.colour != "yellow" else "blue")
+        things = (*scene.things[:number], other, *scene.things[number + 1 :])
+        rng.bit_generator.state = state
+        repainted = render(replace(scene, things=things), rng)
+        masks.append((np.asarray(repainted) != np.asarray(picture)).any(-1))
+    return picture, np.stack(masks)

@@ -22,7 +22,7 @@ differ in the last bit, depending on where they stand."""
 _CHUNK_ELEMENTS = 2**23
 
 Rivals = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""For each query: wrong items above its best positive, wrong ones and positives that tie with it."""
+"""For each query: wrong items above its best positive, wrong ones and positives that tie."""
 
 
 @dataclass(frozen=True)

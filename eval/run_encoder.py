@@ -1,0 +1,113 @@
+"""Judge an encoder: retrieval, compositional checks, classification, segmentation, detection.
+
+Purpose: every task of a recipe on one checkpoint; each result names its protocol, the hash of its
+    data, ties and intervals. A task whose result is there for the same weights, settings and files
+    is not run again.
+Needs: an `LLM2CLIPModel` with its text encoder, a CLIP or SigLIP, or (without texts) any vision
+    tower; benchmarks in their published formats.
+Writes: `<output_dir>/<name>.json` for each task and `results.json`.
+Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model [key=value ...]
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llm2clip_vlm.cli import guard
+from llm2clip_vlm.config_encoder import EncoderEvalRecipe
+from llm2clip_vlm.data.world_files import ensure_world
+from llm2clip_vlm.evaluation.detection import detection
+from llm2clip_vlm.evaluation.encoders import data_hash, load_encoder
+from llm2clip_vlm.evaluation.probes import linear_probe
+from llm2clip_vlm.evaluation.segmentation import linear_segmentation, zero_shot_segmentation
+from llm2clip_vlm.evaluation.zero_shot import (
+    caption_accuracy,
+    classification,
+    compositional,
+    retrieval,
+)
+from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.recipe import load_recipe
+
+TASKS: dict[str, Callable[..., dict[str, Any]]] = {
+    "retrieval": retrieval,
+    "cra": caption_accuracy,
+    "compositional": compositional,
+    "zero_shot": classification,
+    "linear_probe": linear_probe,
+    "zero_shot_segmentation": zero_shot_segmentation,
+    "segmentation": linear_segmentation,
+    "detection": detection,
+}
+
+_DETAILS = frozenset({"kinds", "categories", "iou", "images", "chance", "items", "queries"})
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the program: RECIPE [key=value ...]."""
+    path, *overrides = sys.argv[1:] if argv is None else argv
+    recipe = load_recipe(path, EncoderEvalRecipe, overrides)
+    names = [task.name or getattr(task, "benchmark", task.task) for task in recipe.tasks]
+    if again := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"tasks: two are called {again[0]!r}; give them a `name`")
+    if recipe.world is not None:
+        ensure_world(recipe.world)
+    device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    encoder = load_encoder(
+        recipe.model,
+        recipe.text_encoder,
+        device=device,
+        dtype=getattr(torch, recipe.dtype),
+        batch_size=recipe.batch_size,
+    )
+    out, results = Path(recipe.output_dir), {}
+    for name, task in zip(names, recipe.tasks, strict=True):
+        settings = task.model_dump()
+        common = [encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]
+        key = data_hash(settings, common, sorted(states_of(settings)))
+        file = out / f"{name}.json"
+        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        if found.get("key") != key:
+            started, cut = time.monotonic(), encoder.num_cut()
+            found = {"task": task.task, **TASKS[task.task](task, encoder, recipe)}
+            found["texts_cut"] = encoder.num_cut() - cut
+            found |= {"seconds": round(time.monotonic() - started, 1), "key": key}
+            write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+        results[name] = found
+        print(f"{name:<24} {', '.join(figures(found))}", flush=True)
+    whole = {"model": recipe.model, "fingerprints": encoder.fingerprints, "results": results}
+    write_atomically(out / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def states_of(value: Any) -> list[str]:
+    """Names and sizes of all files that a task's settings name, or that lie below its folders."""
+    if isinstance(value, dict | list):
+        parts = value.values() if isinstance(value, dict) else value
+        return [state for part in parts for state in states_of(part)]
+    if not isinstance(value, str) or not Path(value).exists():
+        return []
+    files = [Path(value)] if Path(value).is_file() else Path(value).rglob("*")
+    states = [(file, file.stat()) for file in files if file.is_file()]
+    return [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in states]
+
+
+def figures(result: dict[str, Any], above: str = "") -> list[str]:
+    """The numbers of a result on one line, without its details."""
+    found = []
+    for name, value in result.items():
+        if isinstance(value, dict) and name not in _DETAILS:
+            found += figures(value, f"{above}{name} ")
+        elif isinstance(value, float) and name not in {"seconds", "l2"}:
+            found.append(f"{above}{name} {value:.3g}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))

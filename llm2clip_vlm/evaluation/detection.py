@@ -1,0 +1,246 @@
+"""Detection: the tower as the backbone of transformers' Deformable DETR, judged by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    DeformableDetrConfig,
+    DeformableDetrForObjectDetection,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
+from transformers.modeling_outputs import BackboneOutput
+
+from llm2clip_vlm.config_encoder import BoxSource, DetectionTask, EncoderEvalRecipe
+from llm2clip_vlm.data.images import open_image, read_image
+from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
+from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
+
+MAX_BOXES = 100
+"""Boxes of an image that are judged, as COCO does."""
+
+
+class TowerBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Config of :class:`TowerBackbone`: one stage, the tower's last patches."""
+
+    model_type = "llm2clip_vision_backbone"
+
+    vision_config: dict[str, Any] | None = None
+    grid: int = 1
+    num_prefix_tokens: int = 0
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.stage_names = ["patches"]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None),
+            out_indices=kwargs.pop("out_indices", None),
+        )
+        super().__post_init__(**kwargs)
+
+
+class TowerBackbone(BackboneMixin, PreTrainedModel):
+    """A vision tower under transformers' backbone API: one map at the patches' stride.
+
+    Paper: ViTDet (2203.16527): a plain ViT needs no hierarchy.
+    """
+
+    config_class = TowerBackboneConfig
+
+    def __init__(self, config: TowerBackboneConfig) -> None:
+        super().__init__(config)
+        values = dict(config.vision_config or {})
+        vision = AutoConfig.for_model(values.pop("model_type"), **values)
+        from transformers import AutoModel
+
+        self.vision_tower = AutoModel.from_config(vision)
+        self.num_features = [vision.hidden_size]
+        self.post_init()
+
+    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+        """Args: `[b, 3, s, s]`. Returns: one feature map `[b, d, g, g]`."""
+        out = self.vision_tower(pixel_values=pixel_values)
+        patches = out.last_hidden_state[:, self.config.num_prefix_tokens :]
+        grid = (self.config.grid, self.config.grid)
+        return BackboneOutput(feature_maps=(patches.transpose(1, 2).unflatten(2, grid),))
+
+
+def build_detector(
+    tower: VisionTower, classes: Sequence[str], detector: dict[str, Any]
+) -> DeformableDetrForObjectDetection:
+    """Deformable DETR around a copy of a tower's weights.
+
+    Args:
+        tower: Its patches are the only feature map; further levels are convolutions of it.
+        classes: Names.
+        detector: Fields of `DeformableDetrConfig`.
+    """
+    AutoConfig.register(TowerBackboneConfig.model_type, TowerBackboneConfig, exist_ok=True)
+    AutoBackbone.register(TowerBackboneConfig, TowerBackbone, exist_ok=True)
+    backbone = TowerBackboneConfig(
+        vision_config=tower.model.config.to_dict(),
+        grid=tower.grid,
+        num_prefix_tokens=tower.num_prefix_tokens,
+    )
+    values = {"with_box_refine": True, "auxiliary_loss": True} | detector
+    config = DeformableDetrConfig(
+        backbone_config=backbone,
+        id2label=dict(enumerate(classes)),
+        label2id={name: number for number, name in enumerate(classes)},
+        **values,
+    )
+    model = DeformableDetrForObjectDetection(config)
+    inner: Any = model.model.backbone.model
+    inner.vision_tower.load_state_dict(tower.model.state_dict())
+    return model
+
+
+class CocoBoxes(Dataset[dict[str, Any]]):
+    """Pictures of a COCO file, squeezed into the tower's square, with their boxes."""
+
+    def __init__(self, source: BoxSource, tower: VisionTower) -> None:
+        document = json.loads(Path(source.annotations).read_text(encoding="utf-8"))
+        self.images: list[dict[str, Any]] = document["images"]
+        self.categories: list[dict[str, Any]] = sorted(
+            document["categories"], key=lambda category: int(category["id"])
+        )
+        self.root, self.tower = Path(source.images), tower
+        self._class = {c["id"]: number for number, c in enumerate(self.categories)}
+        self._boxes: dict[Any, list[dict[str, Any]]] = {}
+        for box in document["annotations"]:
+            if not box.get("iscrowd"):
+                self._boxes.setdefault(box["image_id"], []).append(box)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """`pixel_values` and `labels` as Deformable DETR takes them."""
+        image = open_image(self.root, self.images[index]["file_name"])
+        side = self.tower.image_size_px
+        pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32)
+        mean, std = np.array(self.tower.image_mean), np.array(self.tower.image_std)
+        normal = torch.from_numpy(((pixels / 255.0 - mean) / std).astype(np.float32))
+        found = self._boxes.get(self.images[index]["id"], [])
+        boxes = torch.tensor([box["bbox"] for box in found], dtype=torch.float32).reshape(-1, 4)
+        boxes[:, :2] += boxes[:, 2:] / 2
+        boxes /= torch.tensor([*image.size, *image.size])
+        labels = torch.tensor([self._class[box["category_id"]] for box in found], dtype=torch.int64)
+        return {
+            "pixel_values": normal.permute(2, 0, 1),
+            "labels": {"class_labels": labels, "boxes": boxes},
+        }
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch."""
+    pixels = torch.stack([row["pixel_values"] for row in rows])
+    return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
+
+
+def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
+    """Train the detector and judge it.
+
+    Raises:
+        ValueError: Train and test name other categories.
+    """
+    tower = load_vision_tower(recipe.model, torch.float32, image_size_px=task.image_size_px)
+    train, test = CocoBoxes(task.train, tower), CocoBoxes(task.test, tower)
+    if train.categories != test.categories:
+        raise ValueError("detection: train and test annotations have different categories")
+    set_seed(recipe.seed)
+    model = build_detector(tower, [c["name"] for c in train.categories], task.detector)
+    if task.freeze_tower:
+        model.model.freeze_backbone()
+    folder = Path(recipe.output_dir) / f"{task.name or 'detection'}-detector"
+    options = {"report_to": "none", "save_strategy": "no", "seed": recipe.seed} | task.trainer
+    arguments = TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **options)
+    trainer = Trainer(model, arguments, collate, train)
+    trainer.train()
+    trainer.save_model(str(folder))
+    digest = hashlib.sha256()
+    for image in test.images:
+        digest.update(read_image(test.root, image["file_name"]))
+    return {
+        "protocol": f"Deformable DETR, single map of the tower at {tower.image_size_px} px "
+        f"(squeezed), {int(trainer.state.global_step)} steps, tower "
+        f"{'frozen' if task.freeze_tower else 'trained'}; COCO box AP (pycocotools)",
+        "data_hash": data_hash(
+            hashlib.sha256(Path(task.test.annotations).read_bytes()).hexdigest(),
+            digest.hexdigest(),
+        ),
+        **coco_ap(task.test.annotations, predict(model, test, encoder.batch_size), recipe),
+        "images": {"train": len(train), "test": len(test)},
+    }
+
+
+@torch.no_grad()
+def predict(
+    model: DeformableDetrForObjectDetection, data: CocoBoxes, batch_size: int
+) -> list[dict[str, Any]]:
+    """Boxes in COCO's format for results, the `MAX_BOXES` of the highest scores an image."""
+    model.eval()
+    found = []
+    for start in range(0, len(data), batch_size):
+        rows = range(start, min(start + batch_size, len(data)))
+        pixels = torch.stack([data[row]["pixel_values"] for row in rows]).to(model.device)
+        out = model(pixel_values=pixels)
+        best = out.logits.sigmoid().flatten(1).float().cpu()
+        scores, places = best.topk(min(MAX_BOXES, best.shape[1]), dim=1)
+        classes = out.logits.shape[-1]
+        for row, score, place, boxes in zip(
+            rows, scores, places, out.pred_boxes.float().cpu(), strict=True
+        ):
+            image = data.images[row]
+            scale = torch.tensor([image["width"], image["height"]] * 2)
+            chosen = boxes[place // classes] * scale
+            chosen[:, :2] -= chosen[:, 2:] / 2
+            found += [
+                {
+                    "image_id": image["id"],
+                    "category_id": data.categories[int(number)]["id"],
+                    "bbox": box.tolist(),
+                    "score": float(value),
+                }
+                for number, box, value in zip(place % classes, chosen, score, strict=True)
+            ]
+    return found
+
+
+def coco_ap(
+    annotations: str, found: list[dict[str, Any]], recipe: EncoderEvalRecipe
+) -> dict[str, Any]:
+    """Box AP, in per cent, as COCO defines it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+        truth = COCO(annotations)
+        judge = COCOeval(truth, truth.loadRes(found), "bbox")
+        judge.evaluate()
+        judge.accumulate()
+        judge.summarize()
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    return {
+        name: None if value < 0 else 100.0 * float(value)
+        for name, value in zip(names, judge.stats, strict=False)
+    }

@@ -1,0 +1,150 @@
+"""Linear probe: logistic regression on frozen features."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm2clip_vlm.config_encoder import ClassSource, EncoderEvalRecipe, LinearProbeTask
+from llm2clip_vlm.evaluation.encoder_benchmarks import read_classified
+from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.zero_shot import label_rows, mean_per_class, score
+
+VALIDATION_SHOTS = 4
+"""Few-shot: at most so many further images a class choose the regularisation (CoOp, 2109.01134)."""
+
+
+def fit_logistic(
+    features: Float[Tensor, "n d"],
+    labels: Int[Tensor, " n"],
+    num_classes: int,
+    l2: float,
+    start: Float[Tensor, "c e"] | None = None,
+) -> Float[Tensor, "c e"]:
+    """Multinomial logistic regression by L-BFGS: summed cross entropy plus `l2 / 2 * |W|^2`.
+
+    Args:
+        features: float32, on the device that does the work.
+        labels: Below `num_classes`.
+        num_classes: Classes.
+        l2: Strength; scikit-learn's `1 / C`.
+        start: Weights to begin with.
+
+    Returns:
+        `[classes, d + 1]`: weights and, last, the biases, which are not regularised.
+    """
+    width = features.shape[1]
+    begin = features.new_zeros(num_classes, width + 1) if start is None else start.clone()
+    weights = begin.requires_grad_()
+    optimizer = torch.optim.LBFGS([weights], max_iter=1000, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        penalty = l2 / 2 / len(features) * weights[:, :width].square().sum()
+        value = F.cross_entropy(_logits(features, weights), labels) + penalty
+        value.backward()
+        return value
+
+    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    return weights.detach()
+
+
+def choose_l2(accuracy: Callable[[float], float]) -> float:
+    """The strength of the best accuracy: powers of 100, then ever smaller steps about the best.
+
+    Paper: CLIP (2103.00020) appendix A.3: from 1e-6 to 1e6, to 8 steps a decade.
+    """
+    found = {exponent: accuracy(10.0**exponent) for exponent in np.arange(-6.0, 7.0, 2.0)}
+    for step in (1.0, 0.5, 0.25, 0.125):
+        best = max(found, key=lambda exponent: found[exponent])
+        for near in (best - step, best + step):
+            found.setdefault(near, accuracy(10.0**near))
+    return float(10.0 ** max(found, key=lambda exponent: found[exponent]))
+
+
+def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
+    """Probe the tower's pooled output, with all images and with few."""
+    device = encoder.tower.model.device
+    train, names, train_hash = _features(encoder, task.train)
+    test, test_names, test_hash = _features(encoder, task.test)
+    classes = {name: name for name in sorted(set(names))}
+    y, y_test = (
+        torch.tensor(label_rows(labels, classes, "linear_probe: train"), device=device)
+        for labels in (names, test_names)
+    )
+    rng = np.random.default_rng(recipe.seed)
+
+    def probe(fit: Any, choose: Any, final: Any) -> tuple[Tensor, float]:
+        """Whether each test image is right, with the strength that is best on `choose`."""
+        weights: list[Tensor] = []
+
+        def accuracy(l2: float) -> float:
+            weights.append(fit_logistic(train[fit], y[fit], len(classes), l2, *weights[-1:]))
+            return float(_right(train[choose], y[choose], weights[-1]).float().mean())
+
+        l2 = choose_l2(accuracy)
+        best = fit_logistic(train[final], y[final], len(classes), l2)
+        return _right(test, y_test, best).cpu(), l2
+
+    order = rng.permutation(len(train))
+    held_out = max(1, round(task.validation * len(train)))
+    right, l2 = probe(order[held_out:], order[:held_out], order)
+    few = {}
+    for shots in task.shots:
+        runs = []
+        for _ in range(task.draws):
+            chosen = _few(rng, y.cpu().numpy(), shots, list(classes))
+            runs.append(float(probe(*chosen, chosen[0])[0].float().mean()) * 100.0)
+        few[str(shots)] = {"top1": float(np.mean(runs)), "draws": runs}
+    return {
+        "protocol": "L-BFGS on the pooled output before projection, at most 1,000 iterations; "
+        f"L2 swept on {task.validation:.0%} of train, then fitted on all (CLIP A.3); few-shot: "
+        f"swept on at most {VALIDATION_SHOTS} more images a class, fitted without them",
+        "data_hash": data_hash(train_hash, test_hash),
+        "top1": score(right.numpy(), list(range(len(test))), recipe),
+        "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
+        "l2": l2,
+        "shots": few,
+        "chance_top1": 100.0 / len(classes),
+        "images": {"train": len(train), "test": len(test)},
+    }
+
+
+def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str], str]:
+    records, labels = read_classified(source)
+    pooled, image_hash = encoder.pool(records)
+    return (
+        pooled.to(encoder.tower.model.device),
+        labels,
+        data_hash([r.key for r in records], labels, image_hash),
+    )
+
+
+def _few(
+    rng: np.random.Generator, labels: np.ndarray, shots: int, names: list[str]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of `shots` images a class, and of some more to choose the regularisation by."""
+    fit, choose = [], []
+    for label, name in enumerate(names):
+        rows = rng.permutation(np.flatnonzero(labels == label))
+        if len(rows) <= shots:
+            raise ValueError(
+                f"shots: {shots} images of each class and one more, but {name!r} has {len(rows)}"
+            )
+        fit.append(rows[:shots])
+        choose.append(rows[shots : shots + min(shots, VALIDATION_SHOTS)])
+    return np.concatenate(fit), np.concatenate(choose)
+
+
+def _logits(features: Tensor, weights: Tensor) -> Tensor:
+    return torch.addmm(weights[:, -1], features, weights[:, :-1].T)
+
+
+def _right(features: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
+    return _logits(features, weights).argmax(1) == labels

@@ -1,0 +1,220 @@
+"""What an encoder can do untrained: retrieval, hard negatives, classification by names.
+
+Every result tells its protocol, a hash of the data, its rate of ties and 95 % intervals. Ties count
+against the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.config_encoder import (
+    CompositionalTask,
+    CraTask,
+    EncoderEvalRecipe,
+    RetrievalTask,
+    ZeroShotTask,
+)
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.captions import (
+    CRA_PROTOCOL,
+    CaptionRecord,
+    read_captions,
+    retrieval_task,
+)
+from llm2clip_vlm.data.image_text import caption_galleries
+from llm2clip_vlm.evaluation.encoder_benchmarks import (
+    plain_image,
+    read_classes,
+    read_classified,
+    read_compositional,
+    read_retrieval,
+)
+from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.retrieval import (
+    TIE_TOLERANCE,
+    bootstrap_means,
+    cluster_codes,
+    recall_at_k,
+    retrieval_report,
+)
+
+Result = dict[str, Any]
+
+
+def retrieval(task: RetrievalTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+    """Image to text and text to image, each kind of caption (or language) for itself."""
+    records, protocol, standard = read_retrieval(task)
+    images, image_hash = encoder.embed_images(records)
+    galleries = caption_galleries(records)
+    texts = {kind: encoder.embed_texts(items) for kind, (items, _) in galleries.items()}
+    owners = {kind: rows for kind, (_, rows) in galleries.items()}
+    found = retrieval_report(images, texts, owners, recipe.bootstrap, recipe.seed)
+    return {
+        "protocol": protocol,
+        "standard_set": standard,
+        "data_hash": data_hash([[r.key, r.captions] for r in records], image_hash),
+        "mean": {
+            way: {k: float(np.mean([kind[way][k] for kind in found.values()])) for k in _KS}
+            for way in ("i2t", "t2i")
+        },
+        "kinds": found,
+    }
+
+
+_KS = ("r1", "r5", "r10", "tie_rate")
+
+
+def caption_accuracy(task: CraTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+    """Caption retrieval accuracy of the text encoder alone; no image is opened."""
+    if task.benchmark == "records":  # which need no images
+        source = CaptionSource(path=task.data, fields=task.fields, where=task.where)
+        several, protocol, standard = read_captions(source, BadRecords()), task.data, False
+    else:
+        records, protocol, standard = read_retrieval(task)
+        several = [CaptionRecord(r.key, r.captions) for r in records]
+    several = [record for record in several if len(record.texts) > 1]
+    if not several:
+        raise ValueError(f"{task.data}: CRA needs images with at least two different captions")
+    queries, gallery, positives = retrieval_task(several)
+    embed = encoder.captions or encoder.embed_texts
+    found = recall_at_k(
+        embed(queries), embed(gallery), positives, 1, bootstrap=recipe.bootstrap, seed=recipe.seed
+    )
+    return {
+        "protocol": f"{CRA_PROTOCOL}; {protocol}",
+        "standard_set": standard,
+        "data_hash": data_hash([[r.key, r.captions] for r in several]),
+        "cra": found.recall[1],
+        "ci": found.ci.get(1),
+        "tie_rate": found.tie_rate,
+        "queries": len(queries),
+        "gallery": len(gallery),
+    }
+
+
+def compositional(task: CompositionalTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+    """The right caption of an image, or the right pairing of two, against hard negatives."""
+    items = read_compositional(task)
+    if not items:
+        raise ValueError(f"{task.data}: holds no item of {task.benchmark}")
+    names = {name: row for row, name in enumerate(dict.fromkeys(n for i in items for n in i[1]))}
+    texts = {text: row for row, text in enumerate(dict.fromkeys(t for i in items for t in i[2]))}
+    image_embeds, image_hash = encoder.embed_images(
+        [plain_image(Path(task.images), name) for name in names]
+    )
+    text_embeds = encoder.embed_texts(list(texts))
+    right: dict[str, list[bool]] = {}
+    tied = []
+    for _, pictures, captions in items:
+        scores = (
+            image_embeds[[names[name] for name in pictures]]
+            @ text_embeds[[texts[text] for text in captions]].T
+        )
+        gaps = {"text": scores.diagonal()[:, None] - scores}
+        if len(pictures) > 1:
+            gaps["image"] = scores.diagonal()[None] - scores
+        good = {}
+        for way, gap in gaps.items():
+            wrong = gap[~np.eye(*gap.shape, dtype=bool)]
+            good[way] = bool((wrong > TIE_TOLERANCE).all())
+            tied.append(bool((wrong.abs() <= TIE_TOLERANCE).any()))
+        if len(good) > 1:
+            good["group"] = all(good.values())
+        for way, value in good.items():
+            right.setdefault(way, []).append(value)
+    kinds = np.array([kind for kind, _, _ in items])
+    groups = [pictures[0] for _, pictures, _ in items]
+    chance = {"text": 50.0} if len(right) == 1 else {"text": 25.0, "image": 25.0, "group": 100 / 6}
+    by_kind = {
+        kind: {way: 100.0 * float(np.mean(np.array(v)[kinds == kind])) for way, v in right.items()}
+        for kind in sorted(set(kinds))
+    }
+    return {
+        "protocol": f"{task.benchmark}: right above wrong, a tie is wrong; mean over categories",
+        "data_hash": data_hash(items, image_hash),
+        "all": {way: score(values, groups, recipe) for way, values in right.items()},
+        "mean": {way: float(np.mean([k[way] for k in by_kind.values()])) for way in right},
+        "categories": by_kind,
+        "chance": chance,
+        "tie_rate": float(np.mean(tied)),
+        "items": len(items),
+    }
+
+
+def classification(task: ZeroShotTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+    """Images against the texts of the classes' names."""
+    classes = read_classes(task.classes)
+    records, labels = read_classified(task)
+    wanted = label_rows(labels, classes, task.classes)
+    weights = class_embeds(encoder, list(classes.values()), task.templates)
+    images, image_hash = encoder.embed_images(records)
+    ks = [k for k in (1, 5) if k <= len(classes)]
+    found = recall_at_k(images, weights, wanted, ks, bootstrap=recipe.bootstrap, seed=recipe.seed)
+    return {
+        "protocol": f"{len(classes)} names in {len(task.templates)} template(s), each of unit norm,"
+        " their mean of unit norm",
+        "list_hash": data_hash(list(classes.values()), task.templates),
+        "data_hash": data_hash([r.key for r in records], labels, image_hash),
+        **{f"top{k}": found.recall[k] for k in ks},
+        **{f"ci_top{k}": found.ci.get(k) for k in ks},
+        "mean_per_class": mean_per_class(found.hits[1], np.array(wanted)),
+        "chance_top1": found.chance[1],
+        "tie_rate": found.tie_rate,
+        "images": len(records),
+    }
+
+
+def class_embeds(
+    encoder: Encoder, names: Sequence[str], templates: Sequence[str]
+) -> Float[Tensor, "classes d"]:
+    """One unit vector a class: the mean over the templates.
+
+    Raises:
+        ValueError: A template without `{}`.
+
+    Paper: CLIP (2103.00020) section 3.1.4.
+    """
+    if bad := [template for template in templates if template.count("{}") != 1]:
+        raise ValueError(f"templates: {bad[0]!r}: expected one `{{}}` where the name goes")
+    texts = [template.replace("{}", name) for name in names for template in templates]
+    embeds = encoder.embed_texts(texts).unflatten(0, (len(names), len(templates)))
+    return F.normalize(embeds.mean(1), dim=-1)
+
+
+def label_rows(labels: Sequence[str], classes: Mapping[str, str], where: str) -> list[int]:
+    """Position of each label's class.
+
+    Raises:
+        ValueError: A label that is no class.
+    """
+    rows = {name: row for row, name in enumerate(classes)}
+    if unknown := sorted(set(labels) - set(rows)):
+        raise ValueError(f"{where}: has no class {unknown[0]!r}, which images are labelled with")
+    return [rows[label] for label in labels]
+
+
+def mean_per_class(right: np.ndarray, labels: np.ndarray) -> float:
+    """Per cent right, each class of equal weight."""
+    return 100.0 * float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
+
+
+def score(
+    right: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], recipe: EncoderEvalRecipe
+) -> Result:
+    """Per cent right with its interval, whole groups (images) resampled."""
+    values = 100.0 * np.asarray(right, dtype=np.float64)
+    found: Result = {"score": float(values.mean()), "ci": None}
+    if recipe.bootstrap:
+        codes = cluster_codes(groups)
+        means = bootstrap_means(values, codes, recipe.bootstrap, recipe.seed)
+        found["ci"] = np.percentile(means, [2.5, 97.5]).tolist()
+    return found
