@@ -11,10 +11,11 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, Self
+from typing import IO, Protocol, Self
 
 from llm2clip_vlm.distributed import barrier, is_main
 
@@ -36,8 +37,23 @@ class Refusals(Protocol):
 
 
 @dataclass
+class Refused:
+    """Collects bad records; whether there are too many is decided when all are known."""
+
+    rows: list[tuple[str, str]] = field(default_factory=list)
+    """`(where, why)`."""
+
+    def add(self, where: str, why: str) -> None:
+        """Keeps one."""
+        self.rows.append((where, why))
+
+
+@dataclass
 class BadRecords:
     """Counts records that are skipped, names each, and stops when there are too many.
+
+    A record that was counted, by this process or another that has the same ledger, does not count
+    again.
 
     Example:
         >>> bad = BadRecords(limit=1)
@@ -51,16 +67,10 @@ class BadRecords:
     fraction: float = 0.0
     """Share of :attr:`total` that is allowed too, where that is more (`max_bad_fraction`)."""
     ledger: Path | None = None
-    """File that lists them (`dropped.jsonl`), appended to under a lock; a record that is in it
-    already, by this process or another, does not count again. None = this object counts alone."""
+    """File that lists them (`dropped.jsonl`), appended to under a lock; none = in memory alone."""
     total: int = 0
     """Records met so far, good and bad; see :meth:`take`."""
-    count: int = 0
-    """Bad records so far."""
-    examples: list[str] = field(default_factory=list)
-    """The first few, as `where: why`."""
-    _known: set[str] = field(default_factory=set, repr=False)
-    _reasons: Counter[str] = field(default_factory=Counter, repr=False)
+    _reasons: dict[str, str] = field(default_factory=dict, repr=False)
     _read_to: int = field(default=0, repr=False)
 
     @classmethod
@@ -84,6 +94,19 @@ class BadRecords:
         """Bad records that the run bears, of the records met so far."""
         return max(self.limit, int(self.fraction * self.total))
 
+    @property
+    def count(self) -> int:
+        """Bad records so far, those of other processes too."""
+        if self.ledger is not None and self.ledger.is_file():
+            with self.ledger.open("rb") as handle:
+                self._refresh(handle)
+        return len(self._reasons)
+
+    @property
+    def examples(self) -> list[str]:
+        """The first few, as `where: why`."""
+        return [f"{where}: {why}" for where, why in list(self._reasons.items())[:_EXAMPLES_KEPT]]
+
     def take(self, records: int, refused: Sequence[tuple[str, str]]) -> None:
         """Counts what the reading of a source found, all of it before anything is said.
 
@@ -95,85 +118,73 @@ class BadRecords:
             RecordError: As :meth:`add`.
         """
         self.total += records
-        self._count(refused)
+        new = False
+        with self._shared() as handle:
+            for pair in refused:
+                # half characters would stop whoever prints or writes them
+                where, why = (text.encode(errors="backslashreplace").decode() for text in pair)
+                if where in self._reasons:
+                    continue
+                new = True
+                self._reasons[where] = why
+                if handle is not None:
+                    handle.write(json.dumps({"where": where, "why": why}).encode() + b"\n")
+                if handle is None or len(self._reasons) <= _EXAMPLES_KEPT:
+                    logger.warning("bad record %s: %s", where, why)
+        if new and len(self._reasons) > self.allowed:
+            of = f" of {self.total} records" if self.total else ""
+            raise RecordError(
+                f"{len(self._reasons)} bad record(s), {self.allowed} allowed{of}; the last is "
+                f"{where}: {why}. {self._by_reason()}Repair the file, filter the row out (`where`, "
+                "`drop_where`) or raise `max_bad_records`"
+            )
 
     def add(self, where: str, why: str) -> None:
         """Counts one bad record.
 
         Args:
-            where: The file and row, such as `pairs.jsonl:12`.
+            where: The file and row, such as `pairs.jsonl:12`; no other record's.
             why: What is wrong with it.
 
         Raises:
             RecordError: More records are bad than `limit` and `fraction` allow.
         """
-        self._count([(where, why)])
-
-    def _count(self, refused: Sequence[tuple[str, str]]) -> None:
-        new = 0
-        for pair in refused:
-            # half characters would stop whoever prints or writes them
-            where, why = (text.encode(errors="backslashreplace").decode() for text in pair)
-            if self.ledger is None:
-                self._note(where, why)
-            elif not self._write(where, why):
-                continue
-            new += 1
-            if self.count <= _EXAMPLES_KEPT or self.ledger is None:
-                logger.warning("bad record %s: %s", where, why)
-        if new and self.count > self.allowed:
-            of = f" of {self.total} records" if self.total else ""
-            raise RecordError(
-                f"{self.count} bad record(s), {self.allowed} allowed{of}; the last is {where}: "
-                f"{why}. {self._by_reason()}Repair the file, filter the row out (`where`, "
-                "`drop_where`) or raise `max_bad_records`"
-            )
-
-    def refresh(self) -> None:
-        """Takes in what other processes have written to the ledger."""
-        if self.ledger is None or not self.ledger.is_file():
-            return
-        with self.ledger.open("rb") as handle:
-            handle.seek(self._read_to)
-            lines = handle.read()
-        self._read_to += len(lines)
-        for line in lines.splitlines():
-            row = json.loads(line)
-            if row["where"] not in self._known:
-                self._known.add(row["where"])
-                self._note(row["where"], row["why"])
+        self.take(0, [(where, why)])
 
     def summary(self) -> str:
         """One line for a stage to print: how many were skipped, and the first few of them."""
-        self.refresh()
         if not self.count:
             return "no bad records"
-        hidden = self.count - len(self.examples)
+        hidden = len(self._reasons) - len(self.examples)
         more = f"; and {hidden} more. {self._by_reason()}" if hidden else ""
-        return f"{self.count} bad record(s) skipped: " + "; ".join(self.examples) + more
+        return f"{len(self._reasons)} bad record(s) skipped: {'; '.join(self.examples)}{more}"
 
-    def _note(self, where: str, why: str) -> None:
-        self.count += 1
-        self._reasons[_PARTICULARS.sub("*", why)] += 1
-        if len(self.examples) < _EXAMPLES_KEPT:
-            self.examples.append(f"{where}: {why}")
-
-    def _write(self, where: str, why: str) -> bool:
-        """Append to the ledger; false where the record is in it."""
-        assert self.ledger is not None
+    @contextmanager
+    def _shared(self) -> Iterator[IO[bytes] | None]:
+        """The ledger, ours alone, after what others have written is known."""
+        if self.ledger is None:
+            yield None
+            return
         self.ledger.parent.mkdir(parents=True, exist_ok=True)
-        with self.ledger.open("ab") as handle:
+        with self.ledger.open("a+b") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            self.refresh()
-            if where in self._known:
-                return False
-            handle.write(json.dumps({"where": where, "why": why}).encode() + b"\n")
+            self._refresh(handle)
+            handle.truncate(self._read_to)  # half a line that a killed process left
+            yield handle
             handle.flush()
-            self.refresh()
-        return True
+            self._read_to = handle.tell()
+
+    def _refresh(self, handle: IO[bytes]) -> None:
+        handle.seek(self._read_to)
+        lines = handle.read()
+        lines = lines[: lines.rfind(b"\n") + 1]  # another process may be at the last one
+        self._read_to += len(lines)
+        rows = map(json.loads, lines.splitlines())
+        self._reasons.update((row["where"], row["why"]) for row in rows)
 
     def _by_reason(self) -> str:
-        if self.count <= _EXAMPLES_KEPT:
+        if len(self._reasons) <= _EXAMPLES_KEPT:
             return ""
-        listed = "; ".join(f"{n} x {why}" for why, n in self._reasons.most_common(4))
+        kinds = Counter(_PARTICULARS.sub("*", why) for why in self._reasons.values())
+        listed = "; ".join(f"{n} x {why}" for why, n in kinds.most_common(4))
         return f"By reason: {listed}. "

@@ -13,13 +13,8 @@ import numpy.typing as npt
 from torch.utils.data import Dataset, Sampler
 
 from llm2clip_vlm.config import CaptionPairSource, CaptionSource
-from llm2clip_vlm.data.records import (
-    BadRecords,
-    RecordError,
-    RowGroup,
-    collect_captions,
-    iter_records,
-)
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.records import RowGroup, collect_captions, iter_records
 
 logger = logging.getLogger(__name__)
 
@@ -61,24 +56,22 @@ def read_captions(
         RecordError: The file cannot be used, more records are bad than allowed, or all are.
     """
     directed = isinstance(source, CaptionPairSource) and source.directed
-    records = []
-    for group in iter_records(source, bad):
+    records: list[CaptionRecord] = []
+    refused = Refused()
+    for group in iter_records(source, refused):
         try:
             record = CaptionRecord(_key(group), collect_captions(group, source.fields))
             if directed:
                 _require_pair(record, source.fields)
+            if (found := len(record.texts)) < min_captions:
+                raise RecordError(f"{found} different caption(s), expected at least {min_captions}")
         except RecordError as error:
-            bad.add(group.where, str(error))
-            continue
-        if len(record.texts) < min_captions:
-            bad.add(
-                group.where,
-                f"{len(record.texts)} different caption(s), expected at least {min_captions}",
-            )
+            refused.add(group.where, str(error))
             continue
         records.append(record)
+    bad.take(len(records) + len(refused.rows), refused.rows)
     if not records:
-        raise RecordError(f"{source.path}: all of its {bad.count} records are bad")
+        raise RecordError(f"{source.path}: all of its {len(refused.rows)} records are bad")
     logger.info("read %d records from %s", len(records), source.path)
     return records
 
@@ -94,10 +87,9 @@ def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
 
 def _key(group: RowGroup) -> str:
     """A grouped record is named by its group, another by its `id` where it has one."""
-    name = group.rows[0].get("id")
-    if group.key == group.where and isinstance(name, str | int):
-        return str(name)
-    return group.key
+    name = group.rows[0].get("id") if group.value is None else group.value
+    known = isinstance(name, str | int)
+    return str(name) if known else f"{group.file.name}:{group.place}"
 
 
 def retrieval_task(

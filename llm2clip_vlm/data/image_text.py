@@ -241,7 +241,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if self.captions_per_image == 1:
             return [draw_one(texts, shares, draw(self.seed, self.epoch, index))]
         return draw_several(
-            texts, shares, self.captions_per_image, self.seed ^ caption_id(record.where), self.epoch
+            texts, shares, self.captions_per_image, self.seed ^ record.identity, self.epoch
         )
 
     def _load_or_next(self, index: int) -> tuple[int, ImageTextRecord, Any]:
@@ -257,8 +257,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             try:
                 if self._training is None:
                     return candidate, record, record.open()
-                key = caption_id(record.where)
-                return candidate, record, self._training(record.encoded(), key, self.epoch)
+                pixels = self._training(record.encoded(), record.identity, self.epoch)
+                return candidate, record, pixels
             except ImageError as error:
                 self._unreadable[candidate] = True
                 self.bad.add(record.where, str(error))

@@ -8,13 +8,15 @@ when a file's size or date, the source's settings or :data:`VERSION` have change
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
 import mmap
 import os
-import tempfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -25,7 +27,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.caption_draw import caption_id
 from llm2clip_vlm.data.images import (
     MAX_IMAGE_BYTES,
     EncodedImage,
@@ -33,12 +36,19 @@ from llm2clip_vlm.data.images import (
     check_image_name,
     read_image,
 )
-from llm2clip_vlm.data.records import collect_captions, get_column, iter_records, source_files
+from llm2clip_vlm.data.records import (
+    RowGroup,
+    collect_captions,
+    get_column,
+    iter_records,
+    source_files,
+)
 from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the table's layout and of the rules by which records are taken or refused."""
 
 INDEX_FILE_FROM_BYTES = 64 * 2**20
@@ -61,12 +71,20 @@ class ImageTextRecord:
     root: Path = field(default=Path())
     """Folder that the image may not leave; the image's own folder where not given."""
     source: str = ""
-    """Name of the file that the record was read from."""
+    """File that the record was read from."""
+    place: str = ""
+    """Its line, position or key in that file."""
 
     @property
     def where(self) -> str:
         """What messages and `dropped.jsonl` call the record."""
-        return f"{self.source}:{self.key}" if self.source else self.key
+        return ":".join(dict.fromkeys(filter(None, (self.source, self.place, self.key))))
+
+    @property
+    def identity(self) -> int:
+        """A number for what is drawn at random; the folder has no part in it."""
+        name = self.source.rpartition("/")[2]
+        return caption_id(f"{name}:{self.key}" if name else self.key)
 
     def encoded(self) -> EncodedImage:
         """The image, its header read and found to be a picture's.
@@ -128,8 +146,8 @@ class IndexFile(Sequence[ImageTextRecord]):
         length = int.from_bytes(self._buffer[-_FOOTER:], "little")
         self.header: dict[str, Any] = json.loads(self._buffer[-_FOOTER - length : -_FOOTER])
         count, at = self.header["count"], self.header["arrays_at"]
-        self._starts = np.frombuffer(self._buffer, np.int64, count + 1, at)
-        self.kind_bits = np.frombuffer(self._buffer, np.int64, count, at + 8 * (count + 1))
+        self._starts = np.frombuffer(self._buffer, np.int64, count, at)
+        self.kind_bits = np.frombuffer(self._buffer, np.int64, count, at + 8 * count)
         self.kinds: list[str] = self.header["kinds"]
         self._files = [Path(name) for name, _, _ in self.header["files"]]
         self._root = _image_root(self._source)
@@ -155,12 +173,12 @@ class IndexFile(Sequence[ImageTextRecord]):
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        line = self._buffer[self._starts[index] : self._starts[index + 1]]
-        key, source, image, captions = json.loads(line)
-        if isinstance(image, str):
-            return ImageTextRecord(key, self._root / image, captions, self._root, source)
-        packed = PackedImage(self._files[image[0]], *image[1:])
-        return ImageTextRecord(key, packed, captions, self._root, source)
+        start = int(self._starts[index])
+        line = self._buffer[start : self._buffer.find(b"\n", start)]
+        key, number, place, image, captions = json.loads(line)
+        file = self._files[number]
+        found = self._root / image if isinstance(image, str) else PackedImage(file, *image)
+        return ImageTextRecord(key, found, captions, self._root, str(file), place or key)
 
 
 class ImageTextRecords(Sequence[ImageTextRecord]):
@@ -256,24 +274,19 @@ def _indexed(source: ImageTextSource, files: Sequence[Path]) -> IndexFile:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
     folder = Path(source.index_dir) if source.index_dir else files[0].parent / ".llm2clip-index"
     path = folder / f"{files[0].stem}-{digest}.index"
-    if path.is_file():
-        try:
-            index = IndexFile(path, source)
-            if index.header["files"] == _states(files) and index.header["version"] == VERSION:
-                return index
-            logger.info("%s: the data have changed; indexing them again", path)
-        except (ValueError, KeyError, TypeError):
-            logger.warning("%s is damaged; indexing the data again", path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".partial-", delete=False) as handle:
-            partial = Path(handle.name)
-            try:
+        with _alone(folder):  # of several processes one makes it
+            if path.is_file():
+                try:
+                    index = IndexFile(path, source)
+                    if index.header["files"] == _states(files):
+                        return index
+                    logger.info("%s: the data have changed; indexing them again", path)
+                except (ValueError, KeyError, TypeError):
+                    logger.warning("%s is damaged; indexing the data again", path)
+            with written_whole(path) as partial, partial.open("w+b") as handle:
                 write_table(source, files, handle)
-                handle.flush()
-                partial.replace(path)
-            finally:
-                partial.unlink(missing_ok=True)
     except OSError as error:
         raise RecordError(
             f"the index of {source.path} cannot be written to {folder} ({error}); set `index_dir` "
@@ -283,90 +296,104 @@ def _indexed(source: ImageTextSource, files: Sequence[Path]) -> IndexFile:
     return IndexFile(path, source)
 
 
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes]) -> None:
     """Read a source's records and write them as a table.
 
     Args:
         source: The files with their filters.
         files: What `source.path` stands for.
-        handle: Where to.
+        handle: Where to; also read.
 
     Raises:
         RecordError: A file cannot be read, or none of its records can be used.
     """
     states = _states(files)
-    numbers = {str(file): number for number, file in enumerate(files)}
-    bad = _Refused()
+    numbers = {file: number for number, file in enumerate(files)}
+    refused = Refused()
     kinds: dict[str, int] = {}
-    starts, bits, position = [0], [], 0
-    for key, name, image, captions in _records(source, bad):
-        place: str | list[Any] = image
+    starts, bits, keys = array("q"), array("q"), array("q")
+    position = 0
+    for name, group, image, captions in _records(source, refused):
+        at: Any = image
         if isinstance(image, PackedImage):
-            column = [] if image.column is None else [image.column]
-            place = [numbers[str(image.path)], image.start, image.size, *column]
-        line = json.dumps([key, name, place, captions], ensure_ascii=False)
-        position += handle.write(line.encode(errors="surrogatepass") + b"\n")
+            at = [image.start, image.size, *([image.column] if image.column else [])]
+        keys.append(caption_id(name) if name else ~len(keys))  # without an id none can occur twice
+        key = name or f"{group.file.name}:{group.place}"
+        place = "" if group.place == key else group.place
+        line = json.dumps([key, numbers[group.file], place, at, captions], ensure_ascii=False)
         starts.append(position)
         bits.append(sum(1 << kinds.setdefault(kind, len(kinds)) for kind in captions))
+        position += handle.write(line.encode(errors="surrogatepass") + b"\n")
         if len(kinds) > _MAX_KINDS:
             raise RecordError(
                 f"{source.path}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)}); "
                 "a mapping-valued column's keys are kinds, such as `short` and `long`"
             )
+
+    def record(row: int) -> list[Any]:
+        handle.seek(starts[row])
+        return list(json.loads(handle.readline()))
+
+    # 24 bytes a record are held in memory, and no key
+    order = np.argsort(np.frombuffer(keys, np.int64), kind="stable")
+    ordered = np.frombuffer(keys, np.int64)[order]
+    kept = np.ones(len(keys), dtype=bool)
+    for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
+        (before, *_), (key, number, place, *_) = record(order[at]), record(order[at + 1])
+        if before == key:
+            kept[order[at + 1]] = False
+            refused.add(f"{files[number]}:{place or key}", f"the key {key!r} occurs twice")
+    handle.seek(position)
     padding = -position % 8
     handle.write(bytes(padding))
-    handle.write(np.array(starts, np.int64).tobytes() + np.array(bits, np.int64).tobytes())
+    for column in (starts, bits):
+        handle.write(np.frombuffer(column, np.int64)[kept].tobytes())
     header = {
         "version": VERSION,
         "files": states,
-        "count": len(bits),
+        "count": int(kept.sum()),
         "arrays_at": position + padding,
         "kinds": list(kinds),
-        "bad": bad.rows,
+        "bad": refused.rows,
     }
     footer = json.dumps(header).encode()
     handle.write(footer + len(footer).to_bytes(_FOOTER, "little"))
 
 
-@dataclass
-class _Refused:
-    """Collects bad records; whether there are too many is decided when all are known."""
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, where: str, why: str) -> None:
-        """Keep one."""
-        self.rows.append((where, why))
-
-
 def _records(
-    source: ImageTextSource, bad: Refusals
-) -> Iterator[tuple[str, str, Any, dict[str, list[str]]]]:
-    """Key, file, image and captions of each record that can be used."""
-    seen: set[str] = set()
+    source: ImageTextSource, refused: Refused
+) -> Iterator[tuple[str, RowGroup, str | PackedImage, dict[str, list[str]]]]:
+    """Key (empty = none is given), place, image and captions of each record that can be used."""
     root = _image_root(source)
-    for group in iter_records(source, bad, columns=[source.image_field]):
+    for group in iter_records(source, refused, columns=[source.image_field]):
         first = group.rows[0]
-        image = get_column(first, source.image_field)
-        identity = get_column(first, source.id_field)
-        key = group.key if source.group_by or identity is None else str(identity)
+        image, name = get_column(first, source.image_field), get_column(first, source.id_field)
         try:
-            if not isinstance(image, PackedImage) and not (isinstance(image, str) and image):
+            if isinstance(image, str) and image:
+                check_image_name(root, image)
+            elif not isinstance(image, PackedImage):
                 raise RecordError(
                     f"column {source.image_field!r} holds {image!r}, expected a path"
                     if image is not None
                     else f"no image in {source.image_field!r}, expected a path or bytes"
                 )
-            if key in seen:
-                raise RecordError(f"the key {key!r} ({source.id_field}) occurs twice")
-            if isinstance(image, str):
-                check_image_name(root, image)
             captions = collect_captions(group, source.fields)
         except (RecordError, ImageError) as error:
-            bad.add(group.where, str(error))
+            refused.add(group.where, str(error))
             continue
-        seen.add(key)
-        yield key, group.where.partition(":")[0], image, captions
+        if group.value is not None:
+            name = group.value
+        yield "" if name is None else str(name), group, image, captions
 
 
 def _states(files: Sequence[Path]) -> list[list[Any]]:

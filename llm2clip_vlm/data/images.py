@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,24 +47,24 @@ _UPRIGHT = {
 }
 """EXIF orientation to the transposition that undoes it."""
 
+_FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO TGA".split()
+
 _ON_THE_SIDE = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|data:|file:|pipe:", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 
 
 class ImageError(ValueError):
     """An image that a record names cannot be used; the message has the name and the reason."""
 
 
-def check_image_name(root: Path, name: str) -> PurePosixPath:
+def check_image_name(root: Path, name: str) -> None:
     """Refuse a name that could lead anywhere but below a folder, without touching the disk.
 
     Args:
         root: Folder that holds the images.
         name: Relative path with forward slashes, as LLaVA's JSON writes it.
-
-    Returns:
-        The relative path.
 
     Raises:
         ImageError: `name` is empty, a URL, absolute, or climbs with `..`.
@@ -76,12 +76,10 @@ def check_image_name(root: Path, name: str) -> PurePosixPath:
             f"image {name!r}: expected a relative path below {root}, got a URL; "
             "download the images first, nothing is fetched while training"
         )
-    pure = PurePosixPath(name)
-    if pure.is_absolute() or PureWindowsPath(name).is_absolute() or name.startswith("\\"):
+    if _ABSOLUTE.match(name):
         raise ImageError(f"image {name!r}: expected a path relative to {root}, got an absolute one")
-    if ".." in pure.parts or ".." in PureWindowsPath(name).parts:
+    if ".." in name and ".." in name.replace("\\", "/").split("/"):
         raise ImageError(f"image {name!r}: '..' would leave the image root {root}")
-    return pure
 
 
 def resolve_image(root: Path, name: str) -> Path:
@@ -98,8 +96,9 @@ def resolve_image(root: Path, name: str) -> Path:
         ImageError: As :func:`check_image_name`, or the path follows a symbolic link out of `root`,
             or is not a file.
     """
+    check_image_name(root, name)
     real_root = Path(os.path.realpath(root))
-    real = Path(os.path.realpath(real_root / check_image_name(root, name)))
+    real = Path(os.path.realpath(real_root / name))
     if not real.is_relative_to(real_root):
         raise ImageError(f"image {name!r}: a symbolic link leads out of the image root {root}")
     if not os.path.isfile(real):  # Path.is_file raises where a name is too long
@@ -159,7 +158,7 @@ class EncodedImage:
         self.data = data
         self.name = name
         with _as_image_error(name):
-            self._opened = Image.open(BytesIO(data))
+            self._opened = Image.open(BytesIO(data), formats=_formats())
             width, height = self._opened.size
             if width * height > MAX_IMAGE_PIXELS:
                 raise ImageError(
@@ -258,6 +257,13 @@ class EncodedImage:
     def _upright_rgb(self, image: Image.Image) -> Image.Image:
         image.load()
         return _to_rgb(image if self._turn is None else image.transpose(self._turn))
+
+
+@cache
+def _formats() -> list[str]:
+    """What pictures are read: no EPS, which Pillow hands to another program, nor exotic ones."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 @cache

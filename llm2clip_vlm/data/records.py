@@ -10,21 +10,17 @@ import csv
 import glob
 import gzip
 import json
-import logging
 import re
 import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.data.annotations import annotation_rows
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals
-from llm2clip_vlm.data.shards import table_rows, tar_rows
-
-logger = logging.getLogger(__name__)
+from llm2clip_vlm.data.shards import PackedImage, table_rows, tar_rows
 
 Row = dict[str, Any]
 
@@ -54,12 +50,19 @@ _UNDECODED = re.compile("[\ud800-\udfff]")
 class RowGroup:
     """The rows of one record: a single one, or all that share the `group_by` value."""
 
-    key: str
-    """The `group_by` value, or the row's place in the file."""
-    where: str
-    """File and row of the group's first row, for messages."""
+    file: Path
+    """File of the first row."""
+    place: str
+    """Its line, position or key there."""
     rows: list[Row]
     """In file order, never empty."""
+    value: str | None = None
+    """The `group_by` value."""
+
+    @property
+    def where(self) -> str:
+        """What messages and `dropped.jsonl` call the record."""
+        return f"{self.file}:{self.place}"
 
 
 def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
@@ -119,12 +122,12 @@ def iter_records(
         RecordError: The file cannot be read, a named column is in none of its rows (a typing
             error would otherwise let test data through a filter), or no row is left.
     """
-    path = Path(source.path)
-    named = [*source.where, *source.drop_where, *source.fields, *columns]
-    unseen = set(named) | ({source.group_by} if source.group_by else set())
+    path = source.path
+    named = {*source.where, *source.drop_where, *source.fields, *columns}
+    unseen = named | ({source.group_by} if source.group_by else set())
     known: dict[str, None] = {}
     found = 0
-    for group in _groups(_kept(path, source, bad, unseen, known), source.group_by, bad):
+    for group in _groups(_kept(source, bad, unseen, known), source.group_by, bad):
         if source.limit is None or found < source.limit:
             yield group
             found += 1
@@ -167,14 +170,13 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
             value = get_column(row, name)
             by_kind = value if isinstance(value, Mapping) else {name: value}
             for kind, texts in by_kind.items():
-                for text in _as_list(texts):
-                    if not isinstance(text, str):
-                        raise RecordError(
-                            f"a caption in {name!r} is {type(text).__name__}, expected a string"
-                        )
-                    if reason := _unusable(text.strip()):
+                for given in texts if isinstance(texts, list | tuple) else [texts]:
+                    if given is None:
+                        continue
+                    text = _text(given, name)
+                    if reason := _unusable(text):
                         raise RecordError(f"{reason} in {name!r}")
-                    captions.setdefault(str(kind), []).append(text.strip())
+                    captions.setdefault(str(kind), []).append(text)
     if not captions:
         raise RecordError(f"no caption in {list(fields)}; the columns are {list(group.rows[0])}")
     return captions
@@ -195,10 +197,15 @@ def _unusable(text: str) -> str:
     return ""
 
 
-def _as_list(value: Any) -> Iterable[Any]:
-    if value is None:
-        return ()
-    return value if isinstance(value, list | tuple) else (value,)
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, PackedImage):  # a column of bytes, as some writers store text
+        try:
+            value = value.read().decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecordError(f"a caption in {name!r} is no UTF-8 text ({error})") from error
+    if not isinstance(value, str):
+        raise RecordError(f"a caption in {name!r} is {type(value).__name__}, expected a string")
+    return value.strip()
 
 
 def _as_text(value: Any) -> str:
@@ -212,35 +219,32 @@ def _equals(value: Any, wanted: str | bool | int) -> bool:
 
 
 def _kept(
-    path: Path, source: CaptionSource, bad: Refusals, unseen: set[str], known: dict[str, None]
-) -> Iterator[tuple[str, Row]]:
-    """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
-    rows = ((file, *located) for file in source_files(path) for located in _located(file, bad))
-    for file, place, row in rows:
-        known.update(dict.fromkeys(row))
-        unseen.difference_update([c for c in unseen if c in row or get_column(row, c) is not None])
-        if any(not _equals(get_column(row, c), wanted) for c, wanted in source.where.items()):
-            continue
-        if any(_as_text(get_column(row, c)) in out for c, out in source.drop_where.items()):
-            continue
-        yield f"{file.name}:{place}", row
-
-
-def _groups(
-    rows: Iterator[tuple[str, Row]], group_by: str | None, bad: Refusals
+    source: CaptionSource, bad: Refusals, unseen: set[str], known: dict[str, None]
 ) -> Iterator[RowGroup]:
+    """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
+    located = ((file, *row) for file in source_files(source.path) for row in _located(file, bad))
+    for file, place, row in located:
+        known.update(dict.fromkeys(row))
+        if unseen:
+            unseen -= {c for c in unseen if c in row or get_column(row, c) is not None}
+        if all(
+            _equals(get_column(row, c), wanted) for c, wanted in source.where.items()
+        ) and not any(_as_text(get_column(row, c)) in out for c, out in source.drop_where.items()):
+            yield RowGroup(file, str(place), [row])
+
+
+def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> Iterator[RowGroup]:
     if group_by is None:
-        for where, row in rows:
-            yield RowGroup(where, where, [row])
+        yield from rows
         return
     groups: dict[str, RowGroup] = {}
-    for where, row in rows:
-        value = get_column(row, group_by)
+    for row in rows:
+        value = get_column(row.rows[0], group_by)
         if value is None:
-            bad.add(where, f"no value in the group_by column {group_by!r}")
+            bad.add(row.where, f"no value in the group_by column {group_by!r}")
             continue
         key = _as_text(value)
-        groups.setdefault(key, RowGroup(key, where, [])).rows.append(row)
+        groups.setdefault(key, RowGroup(row.file, row.place, [], key)).rows.extend(row.rows)
     yield from groups.values()
 
 
@@ -275,7 +279,7 @@ def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
     name = path.name.removesuffix(".gz")
     try:
         if name.endswith((".parquet", ".arrow")):
-            yield from enumerate(table_rows(path), start=1)
+            yield from table_rows(path, bad)
             return
         if name.endswith(".tar"):
             yield from tar_rows(path, bad)
@@ -303,12 +307,11 @@ def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int,
     csv.field_size_limit(_MAX_CELL_CHARS)
     for number, row in enumerate(csv.DictReader(handle), start=1):
         if None in row or None in row.values():
-            bad.add(f"{path.name}:{number}", "the row has not as many cells as the header")
-            continue
-        if any(_UNDECODED.search(cell) for cell in row.values()):
-            bad.add(f"{path.name}:{number}", "the row cannot be read as UTF-8")
-            continue
-        yield number, row
+            bad.add(f"{path}:{number}", "the row has not as many cells as the header")
+        elif any(_UNDECODED.search(cell) for cell in row.values()):
+            bad.add(f"{path}:{number}", "the row cannot be read as UTF-8")
+        else:
+            yield number, row
 
 
 def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
@@ -316,20 +319,17 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[in
         if not line.strip():
             continue
         if _UNDECODED.search(line):
-            bad.add(f"{path.name}:{number}", "the line cannot be read as UTF-8")
+            bad.add(f"{path}:{number}", "the line cannot be read as UTF-8")
             continue
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-            bad.add(f"{path.name}:{number}", f"no JSON ({error})")
+            bad.add(f"{path}:{number}", f"no JSON ({error})")
             continue
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
+        yield from _objects(path, [row], bad, number)
 
 
-def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int | str, Row]]:
+def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     try:
         rows = json.load(handle)
     except UnicodeDecodeError:
@@ -337,12 +337,48 @@ def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int
     except (ValueError, RecursionError) as error:
         raise RecordError(f"{path}: no JSON ({error}); one object a line is `.jsonl`") from error
     if isinstance(rows, dict) and isinstance(rows.get("images"), list):
-        yield from annotation_rows(rows, path.name, bad.add)
-        return
+        rows = _annotated(path, rows, bad)
     if not isinstance(rows, list):
         raise RecordError(f"{path}: {type(rows).__name__} at the top, expected an array of objects")
-    for number, row in enumerate(rows, start=1):
+    yield from _objects(path, rows, bad, 1)
+
+
+def _objects(
+    path: Path, rows: Iterable[Any], bad: Refusals, first: int
+) -> Iterator[tuple[int, Row]]:
+    for number, row in enumerate(rows, start=first):
         if isinstance(row, dict):
             yield number, row
         else:
-            bad.add(f"{path.name}:{number}", f"{type(row).__name__}, expected an object")
+            bad.add(f"{path}:{number}", f"{type(row).__name__}, expected an object")
+
+
+def _annotated(path: Path, document: Row, bad: Refusals) -> list[Any]:
+    """Rows of COCO's `{images, annotations}` or Karpathy's `{images: [{sentences}]}`.
+
+    `id`, `image` and `captions`, all of them, stand beside an image's own fields (`split`, ...).
+    """
+    captions: dict[Any, list[Any]] = {}
+    for number, note in enumerate(document.get("annotations") or [], start=1):
+        key = note.get("image_id") if isinstance(note, dict) else None
+        if isinstance(key, int | str):
+            captions.setdefault(key, []).append(note.get("caption"))
+        else:
+            bad.add(f"{path}:annotation {number}", "no object with an image_id")
+    rows = []
+    for image in document["images"]:
+        own: Row = {}
+        if isinstance(image, dict) and isinstance(image.get("sentences"), list):  # Karpathy
+            file = str(image.get("filename") or "")
+            path_below = PurePosixPath(str(image.get("filepath") or ""), file)
+            own["captions"] = [s.get("raw") for s in image["sentences"] if isinstance(s, dict)]
+            own["image"] = str(path_below) if file else None
+            own["id"] = image.get("cocoid", image.get("imgid", file))
+        elif isinstance(image, dict):
+            key = image.get("id")
+            own["captions"] = captions.pop(key, []) if isinstance(key, int | str) else []
+            own["image"] = image.get("file_name")
+        rows.append(image | own if own else image)
+    for key, texts in captions.items():
+        bad.add(f"{path}:image_id {key}", f"{len(texts)} caption(s) of an image not in `images`")
+    return rows

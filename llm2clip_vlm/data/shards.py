@@ -12,17 +12,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import IO, Any
 
 from llm2clip_vlm.data.bad_records import RecordError, Refusals
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .png .webp .gif .bmp .tif .tiff .avif .heic .jp2 .jxl .ppm".split()
-)
-TEXT_SUFFIXES = frozenset((".txt", ".caption", ".text"))
+IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif heic jp2 jxl ppm".split())
+TEXT_SUFFIXES = frozenset(("txt", "caption", "text"))
 MAX_TEXT_BYTES = 4 * 2**20
 """A longer text or JSON member is refused unread."""
 
@@ -91,7 +89,7 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
     broken: dict[str, str] = {}
     end, size = "", path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as shard:
+        with tarfile.open(path, "r:") as shard, path.open("rb") as handle:
             while True:
                 try:
                     member = shard.next()
@@ -99,18 +97,19 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
                     end = str(error)
                     break
                 if member is None:
-                    end = _missing_end(path, shard.offset)
+                    end = _missing_end(handle, shard.offset)
                     break
-                name = PurePosixPath(member.name)
-                if not name.suffix or name.name.startswith("._"):  # macOS's doubles
+                folder, slash, name = member.name.removeprefix("./").rpartition("/")
+                stem, dot, suffix = name.rpartition(".")
+                if not (stem and dot and suffix) or stem.startswith("._"):  # macOS's doubles
                     continue
-                key = str(name.with_suffix(""))
+                key = f"{folder}{slash}{stem}"
                 if member.offset_data + member.size > size:
                     end = f"inside {member.name}"
                     samples.pop(key, None)
                     break
                 try:
-                    _take(samples.setdefault(key, {}), shard, member, path)
+                    _take(samples.setdefault(key, {}), suffix.lower(), member, handle, path)
                 except ValueError as error:
                     broken.setdefault(key, f"{member.name}: {error}")
     except tarfile.ReadError as error:
@@ -118,23 +117,21 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{path}: no uncompressed tar file ({error}); a .tar.gz has to be unpacked by gunzip"
         ) from error
     if end:
-        bad.add(path.name, f"the shard ends too early: {end}")
+        bad.add(str(path), f"the shard ends too early: {end}")
     for key, parts in samples.items():
         if key in broken:
-            bad.add(f"{path.name}:{key}", broken[key])
+            bad.add(f"{path}:{key}", broken[key])
         elif parts:
-            own = {"id": key} | parts.pop(".json", {})
-            image = parts.pop("image", None)
-            yield key, own | {name[1:]: text for name, text in parts.items()} | {"image": image}
+            own = parts.pop("json", {})
+            yield key, {"id": key, **own, **parts, "image": parts.get("image")}
 
 
 def _take(
-    parts: dict[str, Any], shard: tarfile.TarFile, member: tarfile.TarInfo, path: Path
+    parts: dict[str, Any], suffix: str, member: tarfile.TarInfo, handle: IO[bytes], path: Path
 ) -> None:
     """Add a member to its sample: where the image lies, a text, or the JSON object."""
-    suffix = PurePosixPath(member.name).suffix.lower()
     part = "image" if suffix in IMAGE_SUFFIXES else suffix
-    if part not in {"image", ".json", *TEXT_SUFFIXES}:
+    if part not in {"image", "json", *TEXT_SUFFIXES}:
         return
     if not member.isreg() or member.issparse():
         raise RecordError("a link, device or sparse file, expected a regular one")
@@ -145,36 +142,35 @@ def _take(
         return
     if member.size > MAX_TEXT_BYTES:
         raise RecordError(f"{member.size} bytes of text, expected at most {MAX_TEXT_BYTES}")
-    handle = shard.extractfile(member)
-    assert handle is not None
-    text = handle.read().decode("utf-8")
+    handle.seek(member.offset_data)
+    text = handle.read(member.size).decode("utf-8")
     try:
-        parts[part] = json.loads(text) if part == ".json" else text
+        parts[part] = json.loads(text) if part == "json" else text
     except (json.JSONDecodeError, RecursionError) as error:
         raise RecordError(f"no JSON ({error})") from error
-    if part == ".json" and not isinstance(parts[part], dict):
+    if part == "json" and not isinstance(parts[part], dict):
         raise RecordError(f"{type(parts[part]).__name__}, expected an object")
 
 
-def _missing_end(path: Path, offset: int) -> str:
+def _missing_end(handle: IO[bytes], offset: int) -> str:
     """What is wrong after the last member; `tarfile` takes any damage there for the end."""
-    with path.open("rb") as handle:
-        handle.seek(offset)
-        block = handle.read(tarfile.BLOCKSIZE)
+    handle.seek(offset)
+    block = handle.read(tarfile.BLOCKSIZE)
     if block == bytes(tarfile.BLOCKSIZE):
         return ""
     return f"{'a damaged header' if block else 'no end marker'} at byte {offset}"
 
 
-def table_rows(path: Path) -> Iterator[dict[str, Any]]:
+def table_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet or Arrow file; columns of bytes become :class:`PackedImage`.
 
     Args:
         path: `.parquet`, or `.arrow` as `datasets` saves it. An image column is binary, or a
             struct with the field `bytes` (Hugging Face's image feature).
+        bad: Takes rows whose text is not UTF-8.
 
     Yields:
-        One mapping a row.
+        Position, counted from 1, and one mapping a row.
 
     Raises:
         RecordError: The file is damaged.
@@ -182,35 +178,50 @@ def table_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow
     from pyarrow import parquet
 
+    first = 1
     try:
         if path.suffix == ".arrow":
-            batches = _arrow_batches(str(path))
-            for group, batch in enumerate(batches):
+            for group, batch in enumerate(_arrow_batches(str(path))):
                 packed = _packed_columns(batch.schema)
-                yield from _rows(path, group, batch.drop_columns(packed), packed)
+                yield from _rows(path, group, batch.drop_columns(packed), packed, bad, first)
+                first += batch.num_rows
             return
         with parquet.ParquetFile(path) as table:
             packed = _packed_columns(table.schema_arrow)
             plain = [name for name in table.schema_arrow.names if name not in packed]
             for group in range(table.num_row_groups):
-                rows = table.read_row_group(group, columns=plain)
-                if packed and group == 0 and rows.num_rows > _ROWS_WORTH_A_WARNING:
+                size = table.metadata.row_group(group).num_rows
+                if packed and group == 0 and size > _ROWS_WORTH_A_WARNING:
                     logger.warning(
                         "%s has row groups of %d images, each of which is read for every image "
                         "that a shuffle takes from it; write it with row_group_size=100",
                         path,
-                        rows.num_rows,
+                        size,
                     )
-                yield from _rows(path, group, rows, packed)
+                rows = table.read_row_group(group, columns=plain)
+                yield from _rows(path, group, rows, packed, bad, first)
+                first += size
     except pyarrow.ArrowException as error:
         raise RecordError(
             f"{path}: cannot be read as {path.suffix[1:].capitalize()} ({error})"
         ) from error
 
 
-def _rows(path: Path, group: int, rows: Any, packed: list[str]) -> Iterator[dict[str, Any]]:
-    for number, row in enumerate(rows.to_pylist()):
-        yield row | {name: PackedImage(path, group, number, name) for name in packed}
+def _rows(
+    path: Path, group: int, rows: Any, packed: list[str], bad: Refusals, first: int
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        plain = rows.to_pylist()
+    except UnicodeDecodeError:  # of one text, or several
+        plain = [None] * rows.num_rows
+    for number, row in enumerate(plain):
+        try:
+            own = row if row is not None else rows.slice(number, 1).to_pylist()[0]
+        except UnicodeDecodeError as error:
+            bad.add(f"{path}:{first + number}", f"the row cannot be read as UTF-8 ({error})")
+            continue
+        images = {name: PackedImage(path, group, number, name) for name in packed}
+        yield first + number, own | images
 
 
 def _packed_columns(schema: Any) -> list[str]:

@@ -117,7 +117,7 @@ SHARDS: dict[str, tuple[list[tuple[str, bytes]], str]] = {
     "an image only": ([("x.jpg", jpeg())], "no caption"),
     "a path in the JSON": ([("x.txt", b"c"), ("x.json", b'{"image": "/etc/hosts"}')], "no image"),
     "two images": ([("x.jpg", jpeg()), ("x.png", jpeg()), ("x.txt", b"c")], "image occurs twice"),
-    "a text twice": ([("x.jpg", jpeg()), ("x.txt", b"c"), ("x.txt", b"d")], ".txt occurs twice"),
+    "a text twice": ([("x.jpg", jpeg()), ("x.txt", b"c"), ("x.txt", b"d")], "txt occurs twice"),
     "a key again": ([("good1.jpg", jpeg()), ("good1.txt", b"other")], "occurs twice"),
     "invalid UTF-8": ([("x.jpg", jpeg()), ("x.txt", b"\xff\xfe")], "utf-8"),
     "no JSON": ([("x.jpg", jpeg()), ("x.txt", b"c"), ("x.json", b"{")], "no JSON"),
@@ -294,3 +294,49 @@ def test_names_with_half_characters_do_not_stop_the_report(tmp_path: Path) -> No
     bad.add("a\udcff:1", "why \ud83d")
     io.TextIOWrapper(io.BytesIO(), encoding="utf-8").write(bad.summary())
     assert photo().size == (96, 64)
+
+
+def test_files_of_one_name_lines_and_ids_are_told_apart(tmp_path: Path) -> None:
+    """Line 3 of a file, the record with the id 3 and line 3 of its namesake are three records."""
+    bad = BadRecords.beside(tmp_path / "out", 9, 0, resumes=False)
+    for folder in ("train", "test"):
+        (tmp_path / folder).mkdir()
+        rows = [("1", jpeg(), "a dog"), ("3", b"", "a broken one"), ("2", jpeg(), "")]
+        records = read_image_text(write_folder(tmp_path / folder / "pairs.jsonl", rows), bad)
+        assert len(ImageTextDataset(records, processor(), bad=bad)) == 1
+    assert bad.count == 4
+    assert len((tmp_path / "out" / "dropped.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_ledger_torn_by_a_kill_is_mended(tmp_path: Path) -> None:
+    bad = BadRecords.beside(tmp_path, 9, 0, resumes=False)
+    bad.add("a:1", "first")
+    with (tmp_path / "dropped.jsonl").open("a") as handle:
+        handle.write('{"where": "a:2", "w')
+    again = BadRecords.beside(tmp_path, 9, 0, resumes=True)
+    again.add("a:2", "second")
+    again.add("a:1", "first")
+    rows = [json.loads(line) for line in (tmp_path / "dropped.jsonl").open()]
+    assert [row["where"] for row in rows] == ["a:1", "a:2"] and again.count == bad.count == 2
+
+
+def test_rows_without_an_id_are_never_one_twice(tmp_path: Path) -> None:
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.jsonl").write_text('{"image": "x.jpg", "captions": "a dog"}\n' * 2)
+    source = ImageTextSource(path=str(tmp_path / "*" / "p.jsonl"))
+    assert len(read_image_text(source, BadRecords())) == 4
+
+
+def test_texts_in_columns_of_bytes_and_damaged_text_columns(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    texts = pa.array([b"a dog", b"caf\xe9", "une fée".encode()])
+    names = pa.array([f"{i}.jpg" for i in range(3)])
+    for column in (texts, texts.view(pa.string())):
+        parquet.write_table(pa.table({"image": names, "captions": column}), tmp_path / "a.parquet")
+        bad = BadRecords(1)
+        records = read_image_text(ImageTextSource(path=str(tmp_path / "a.parquet")), bad)
+        assert [r.captions["captions"] for r in records] == [["a dog"], ["une fée"]]
+        assert bad.count == 1 and "a.parquet:2" in reasons(bad) and "UTF-8" in reasons(bad)

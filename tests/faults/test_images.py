@@ -110,3 +110,9 @@ def test_a_file_too_large_is_not_read(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_odd_names_are_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ImageError):
         images.read_image(tmp_path, name)
+
+
+def test_postscript_is_not_handed_to_another_program() -> None:
+    """Pillow runs Ghostscript on EPS, whatever the file is called."""
+    with pytest.raises(ImageError, match="does not decode: UnidentifiedImageError"):
+        EncodedImage(encode(photo(), "EPS"), "a.jpg")

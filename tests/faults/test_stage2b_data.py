@@ -60,7 +60,9 @@ def test_the_manifest_counts_each_broken_image_once(
     out = recipe.parent / "run"
     rows = [json.loads(line) for line in (out / "dropped.jsonl").open()]
     assert sorted(row["where"] for row in rows) == sorted(
-        f"00000.tar:{key}" for key, _, caption in MIXED if caption.startswith("broken ")
+        f"{recipe.parent / '00000.tar'}:{key}"
+        for key, _, caption in MIXED
+        if caption.startswith("broken ")
     )
     manifest = read_manifest(out)
     assert manifest is not None

@@ -174,7 +174,8 @@ def test_a_selection_keeps_its_records(tmp_path: Path) -> None:
     first = write_folder(tmp_path / "a.jsonl", SAMPLES[:4])
     second = write_tar(tmp_path / "b.tar", SAMPLES[4:])
     both = read_sources([first, second], BadRecords())
-    assert [r.where for r in both.take([6, 1])] == ["b.tar:00006", "a.jsonl:00001"]
+    places = [f"{tmp_path / 'b.tar'}:00006", f"{tmp_path / 'a.jsonl'}:2:00001"]
+    assert [r.where for r in both.take([6, 1])] == places
     assert both.kinds() == {"captions", "txt"}
     assert both.has_kinds(["txt"]).tolist() == [False] * 4 + [True] * 4
     assert len(both.take(both.has_kinds(["txt"])).take(np.array([True, False, True, False]))) == 2

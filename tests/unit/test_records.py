@@ -212,7 +212,7 @@ def test_get_column_reaches_into_mappings() -> None:
     ],
 )
 def test_collect_captions(row: dict[str, Any], fields: list[str], expected: object) -> None:
-    assert collect_captions(RowGroup("k", "f:1", [row]), fields) == expected
+    assert collect_captions(RowGroup(Path("f"), "1", [row]), fields) == expected
 
 
 @pytest.mark.parametrize(
@@ -221,4 +221,4 @@ def test_collect_captions(row: dict[str, Any], fields: list[str], expected: obje
 )
 def test_bad_captions(value: object, message: str) -> None:
     with pytest.raises(RecordError, match=message):
-        collect_captions(RowGroup("k", "f:1", [{"c": value}]), ["c"])
+        collect_captions(RowGroup(Path("f"), "1", [{"c": value}]), ["c"])
