@@ -36,6 +36,9 @@ from llm2clip_vlm.training.export import export_vision_tower
 
 logger = logging.getLogger(__name__)
 
+FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
+"""Of a tower's config: what its weights do not tell."""
+
 
 def convert(
     path: str | Path,
@@ -161,7 +164,8 @@ def _encoder(
     weights = canonical(weights)
     name, layout = recognise(set(weights), str(source))
     prefix = adaptor_prefix(weights)
-    left_out = [key for key in weights if LEFT_OUT.fullmatch(key)]
+    alone = ("logit_scale", "logit_bias") if prefix is None else ()
+    left_out = [key for key in weights if LEFT_OUT.fullmatch(key) or key in alone]
     kept = {key: tensor for key, tensor in weights.items() if key not in set(left_out)}
     table = layout.table
     sizes = {}
@@ -235,21 +239,24 @@ def _encoder(
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers', open_clip's or timm's config says of a tower beyond its shapes."""
     if "model_cfg" in config:
+        found = {"hidden_act": "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"}
         vision = config["model_cfg"]["vision_cfg"]
-        quick = config["model_cfg"].get("quick_gelu", False)
-        found = {"hidden_act": "quick_gelu" if quick else "gelu"}
-        heads = {"num_attention_heads": vision["width"] // vision["head_width"]}
-        return found | (heads if vision.keys() >= {"width", "head_width"} else {})
+        if "head_width" in vision:
+            found["num_attention_heads"] = vision["width"] // vision["head_width"]
+        return found
     if "architecture" in config:
-        quick = "quickgelu" in config["architecture"]
         given = config.get("model_args") or {}
-        heads = {"num_attention_heads": given["num_heads"]} if "num_heads" in given else {}
-        return {"hidden_act": "quick_gelu" if quick else "gelu"} | heads
+        quick = "quickgelu" in config["architecture"]
+        found = {"hidden_act": "quick_gelu" if quick else "gelu"}
+        if given.get("act_layer") == "gelu_tanh":
+            found["hidden_act"] = "gelu_pytorch_tanh"
+        if "num_heads" in given:
+            found["num_attention_heads"] = given["num_heads"]
+        return found
     vision = config.get("vision_config", config)
-    fields = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
-    found = {field: vision[field] for field in fields if field in vision}
-    clip = str(vision.get("model_type", config.get("model_type", ""))).startswith("clip")
-    return ({"hidden_act": "quick_gelu"} if clip else {}) | found
+    kind = str(vision.get("model_type", config.get("model_type", "")))
+    defaults = {"hidden_act": "quick_gelu"} if kind.startswith("clip") else {}
+    return defaults | {field: vision[field] for field in FIELDS if field in vision}
 
 
 @torch.no_grad()

@@ -144,7 +144,7 @@ def _transformers(given: Checkpoint, folder: Path) -> dict[str, Any]:
 
 
 def _needs(config: Any, kind: str = "tower") -> str:
-    own = kind == "llm2clip" or config.model_type not in transformers.CONFIG_MAPPING
+    own = kind == "llm2clip" or not type(config).__module__.startswith("transformers.")
     return "llm2clip_vlm.register() first" if own else "transformers alone"
 
 
@@ -262,16 +262,20 @@ def _checked(
     given: Checkpoint, folder: Path, library: str, weights: dict[str, torch.Tensor]
 ) -> dict[str, Any]:
     """Compare with the library; where it is not installed, with what `convert` makes of it."""
-    from llm2clip_vlm.interop.convert import convert
+    from llm2clip_vlm.interop.convert import FIELDS, convert
 
     tower = vision_tower_of(given.model)
     pixels = fixed_pixels(tower.config.image_size)
     expected = {"image_features": features_of(given.model, pixels)["image_features"]}
+    more = {}
+    if library == "open_clip" and getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh":
+        more = {"lost": "open_clip builds this tower with exact GELU; it was trained with tanh's"}
     opened = library_features(library, weights, tower.config, pixels)
     if opened is None:
         expected = features_of(tower, pixels)
         with tempfile.TemporaryDirectory() as place:
-            convert(folder, Path(place) / "back")
+            named = {k: getattr(tower.config, k) for k in FIELDS if hasattr(tower.config, k)}
+            convert(folder, Path(place) / "back", settings=named)
             again = load_vision_tower(Path(place) / "back", dtype=torch.float32).model
         opened = f"`convert`: {library} is not installed", again(pixels).pooler_output.detach()
     return certify(
@@ -281,6 +285,7 @@ def _checked(
         expected=expected,
         got={"image_features": opened[1]},
         opened_with=opened[0],
+        more=more,
     )
 
 

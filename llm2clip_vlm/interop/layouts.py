@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +101,16 @@ def tower_config(
     """
     kind = layout.config.model_type
     patch, positions, hidden = _SIZES[kind]
-    tower = {name.removeprefix("vision_tower."): tensor for name, tensor in weights.items()}
+    start = "vision_tower."
+    tower = {name[len(start) :]: t for name, t in weights.items() if name.startswith(start)}
     width, channels, side, _ = tower[patch].shape
-    inner = [
-        tensor
-        for name, tensor in tower.items()
-        if name.endswith(hidden) and not name.startswith("head.")
-    ]
+    inner = next(tensor for name, tensor in tower.items() if name.endswith(hidden))
+    numbers = (re.search(r"(?:layers|blocks)\.(\d+)\.", name) for name in tower)
     grid = math.isqrt(tower[positions].shape[-2])
     values: dict[str, Any] = {
         "hidden_size": width,
-        "intermediate_size": len(inner[0]),
-        "num_hidden_layers": len(inner),
+        "intermediate_size": len(inner),
+        "num_hidden_layers": 1 + max(int(number[1]) for number in numbers if number),
         # Published heads are 64 wide, but for So400m's 16 of 72.
         "num_attention_heads": 16 if width == 1152 else max(width // 64, 1),
         "image_size": grid * side,

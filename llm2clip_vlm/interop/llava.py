@@ -117,7 +117,7 @@ def _decoder(
         )
     known = AutoConfig.for_model(kind)
     plain = {name: value for name, value in config.items() if hasattr(known, name)}
-    text_config = AutoConfig.for_model(kind, **plain | {"model_type": kind})
+    text_config = AutoConfig.for_model(**plain | {"model_type": kind})
     llm = load_complete(
         MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)],
         folder,

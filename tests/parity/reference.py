@@ -71,13 +71,13 @@ def openai_states(weights: Weights, images: Tensor) -> list[Tensor]:
     w = {name: tensor.double() for name, tensor in weights.items()}
     x = _patches(images, w["conv1.weight"], None)
     x = torch.cat([w["class_embedding"].expand(len(x), 1, -1), x], 1) + w["positional_embedding"]
-    states = [_norm(x, w, "ln_pre", 1e-5)]
+    states = [norm(x, w, "ln_pre", 1e-5)]
     for n in range(DEPTH):
         at, x = f"transformer.resblocks.{n}.", states[-1]
-        y = _norm(x, w, at + "ln_1", 1e-5)
+        y = norm(x, w, at + "ln_1", 1e-5)
         y = _attention(y, y, w[at + "attn.in_proj_weight"], w[at + "attn.in_proj_bias"])
         x = x + _apply(y, w, at + "attn.out_proj")
-        y = _apply(_norm(x, w, at + "ln_2", 1e-5), w, at + "mlp.c_fc")
+        y = _apply(norm(x, w, at + "ln_2", 1e-5), w, at + "mlp.c_fc")
         states.append(x + _apply(y * torch.sigmoid(1.702 * y), w, at + "mlp.c_proj"))
     return states
 
@@ -85,7 +85,7 @@ def openai_states(weights: Weights, images: Tensor) -> list[Tensor]:
 def openai_features(weights: Weights, images: Tensor) -> Tensor:
     w = {name: tensor.double() for name, tensor in weights.items()}
     cls = openai_states(weights, images)[-1][:, 0]
-    return _norm(cls, w, "ln_post", 1e-5) @ w["proj"]
+    return norm(cls, w, "ln_post", 1e-5) @ w["proj"]
 
 
 def siglip(side: int = 28) -> Weights:
@@ -116,17 +116,17 @@ def siglip_features(weights: Weights, images: Tensor) -> Tensor:
     x = _patches(images, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"]) + w["pos_embed"]
     for n in range(DEPTH):
         at = f"blocks.{n}."
-        y = _norm(x, w, at + "norm1", 1e-6)
+        y = norm(x, w, at + "norm1", 1e-6)
         y = _attention(y, y, w[at + "attn.qkv.weight"], w[at + "attn.qkv.bias"])
         x = x + _apply(y, w, at + "attn.proj")
-        x = x + _gelu_mlp(_norm(x, w, at + "norm2", 1e-6), w, at)
-    x = _norm(x, w, "norm", 1e-6)
+        x = x + _gelu_mlp(norm(x, w, at + "norm2", 1e-6), w, at)
+    x = norm(x, w, "norm", 1e-6)
     qkv = [
         torch.cat([w[f"attn_pool.{part}.{p}"] for part in ("q", "kv")]) for p in ("weight", "bias")
     ]
     pooled = _attention(w["attn_pool.latent"].expand(len(x), 1, -1), x, *qkv)
     pooled = _apply(pooled, w, "attn_pool.proj")
-    pooled = pooled + _gelu_mlp(_norm(pooled, w, "attn_pool.norm", 1e-6), w, "attn_pool.")
+    pooled = pooled + _gelu_mlp(norm(pooled, w, "attn_pool.norm", 1e-6), w, "attn_pool.")
     return pooled[:, 0]
 
 
@@ -182,9 +182,9 @@ def adaptor_features(weights: Weights, prefix: str, x: Tensor, blocks: int = 4) 
     w = {k.removeprefix(prefix): t.double() for k, t in weights.items() if k.startswith(prefix)}
     x = x.double() / x.double().norm(dim=-1, keepdim=True)
     for n in range(blocks):
-        y = _apply(_norm(x, w, f"{n}.ln", 1e-5), w, f"{n}.fn.0")
+        y = _apply(norm(x, w, f"{n}.ln", 1e-5), w, f"{n}.fn.0")
         x = x + _apply(0.5 * y * (1 + torch.erf(y / math.sqrt(2))), w, f"{n}.fn.3")
-    x = _apply(_norm(x, w, f"{blocks}", 1e-5), w, f"{blocks + 1}")
+    x = _apply(norm(x, w, f"{blocks}", 1e-5), w, f"{blocks + 1}")
     return x / x.norm(dim=-1, keepdim=True)
 
 
@@ -194,7 +194,7 @@ def _patches(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return out if bias is None else out + bias
 
 
-def _norm(x: Tensor, w: Weights, name: str, eps: float) -> Tensor:
+def norm(x: Tensor, w: Weights, name: str, eps: float) -> Tensor:
     mean, variance = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
     return (x - mean) / torch.sqrt(variance + eps) * w[f"{name}.weight"] + w[f"{name}.bias"]
 
