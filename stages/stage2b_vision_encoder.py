@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.tower_training == "frozen":
         del lrs["vision_tower"]
     if loop and recipe.text_in_loop:
-        model.text_encoder = loop.encoder
+        loop.attach(model)
         lrs["text_encoder"] = recipe.text_in_loop.learning_rate
     apply_trainable(model, lrs)
 

@@ -107,7 +107,7 @@ class Throughput(TrainerCallback):
         seconds = max(now - self._since, 1e-9)
         logs[f"{self.unit}_per_s"] = round(self._units * args.world_size / seconds, 1)
         if self._flops:
-            logs["tflops"] = round(self._flops / seconds / 1e12, 4)
+            logs["tflops"] = float(f"{self._flops / seconds / 1e12:.4g}")
             if peak := peak_flops():
                 logs["mfu"] = round(self._flops / seconds / peak, 4)
         logs["data_wait"] = round(self._waited / seconds, 4)

@@ -178,8 +178,7 @@ class TextInLoop:
 
     def __init__(self, section: TextInLoopSection, device: Any) -> None:
         self.encoder, path = load_caption_encoder(section.text_encoder, device)
-        """To set as the model's `text_encoder`."""
-        self._tuner: Any = add_lora(self.encoder.backbone, section.lora)
+        self._lora = section.lora
         self.dim, self.parents = self.encoder.hidden_size, {"text_encoder": path}
 
     @property
@@ -202,6 +201,15 @@ class TextInLoop:
     def callbacks(self) -> list[TrainerCallback]:
         """None."""
         return []
+
+    def attach(self, model: LLM2CLIPModel) -> None:
+        """Put the encoder into a model as `text_encoder`, with a new adapter.
+
+        Args:
+            model: Made before, so that it starts as it would without.
+        """
+        self._tuner: Any = add_lora(self.encoder.backbone, self._lora)
+        model.text_encoder = self.encoder
 
     def merge(self, model: LLM2CLIPModel, directory: str | Path) -> None:
         """Take the encoder out of the model, without its adapter, and write it on the main rank.

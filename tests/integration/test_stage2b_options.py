@@ -1,0 +1,197 @@
+"""What stage 2b may do beside training on a cache: measure, prompts, an LLM in the loop."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModel
+
+from llm2clip_vlm.data import image_text
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.handoff import HandoffError, read_manifest
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.training.callbacks import read_metrics
+from tests.integration.test_stage2b import encode, run, same, weights
+from tests.tiny import WORDS, write_image
+
+PAIRS = 24
+CLASSES = ["dog", "cat", "star"]
+Recipe = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = []
+    for i in range(PAIRS):
+        write_image(folder / "images" / f"{i}.png", seed=i)
+        captions = {"short": [" ".join(WORDS[i : i + 3])], "long": [" ".join(WORDS[i : i + 12])]}
+        row = {"id": str(i), "image": f"images/{i}.png", "captions": captions}
+        rows.append(row | {"label": CLASSES[i % len(CLASSES)]})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [text for row in rows for kind in row["captions"].values() for text in kind]  # type: ignore[attr-defined]
+    texts += [f"the {name}" for name in CLASSES]
+    encoders = {"": encode, "what colour": lambda part: encode([f"colour {t}" for t in part])}
+    EmbeddingCache.build(folder / "cache", texts, encoders, {"model": "hash"})
+    return folder / "pairs.jsonl"
+
+
+@pytest.fixture
+def recipe(pairs: Path, tiny_clip: Path, tmp_path: Path) -> Recipe:
+    def write(name: str, **changes: Any) -> Path:
+        trainer = {
+            "per_device_train_batch_size": 8,
+            "max_steps": 4,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "disable_tqdm": True,
+            **changes.pop("trainer", {}),
+        }
+        values: dict[str, Any] = {
+            "stage": "stage2b_vision_encoder",
+            "output_dir": str(tmp_path / name),
+            "global_batch_size": 8,
+            "vision_tower": str(tiny_clip),
+            "embedding_cache": str(pairs.parent / "cache"),
+            "projection_dim": 16,
+            "learning_rates": dict.fromkeys(
+                ("vision_tower", "visual_projection", "text_adaptor"), 1e-3
+            ),
+            "train": [{"path": str(pairs)}],
+            "trainer": trainer,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(values | changes))
+        return path
+
+    return write
+
+
+def losses(out: Path) -> list[float]:
+    return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+
+
+def test_measures_on_a_schedule_and_changes_nothing(recipe: Recipe, pairs: Path) -> None:
+    plain = run(recipe("plain"))
+    labelled = {"path": str(pairs), "templates": ["the {}"]}
+    held_out = {"evaluation": [{"path": str(pairs), "limit": 10}], "zero_shot": [labelled]}
+    out = run(recipe("measured", evaluation_steps=2, **held_out))
+    assert same(weights(plain / "model"), weights(out / "model"))
+    rows = {row["step"]: row for row in read_metrics(out / "metrics.jsonl") if "eval" in str(row)}
+    assert list(rows) == [2, 4]
+    found = json.loads((out / "results.json").read_text())
+    accuracy = found["zero_shot"]["label"]
+    assert (accuracy["images"], accuracy["classes"]) == (PAIRS, len(CLASSES))
+    for kind in ("short", "long"):
+        for way in ("i2t", "t2i"):
+            assert rows[4][f"eval_{kind}_{way}_r1"] == found["retrieval"][kind][way]["r1"]
+    assert rows[4]["eval_label_zero_shot"] == accuracy["top1"]
+    trained = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+    assert all(row["images_per_s"] > 0 and row["tflops"] > 0 for row in trained)
+    assert all(0 <= row["data_wait"] <= 1 for row in trained)
+
+
+def test_prompts_of_classes_that_the_cache_lacks_are_named(recipe: Recipe, pairs: Path) -> None:
+    with pytest.raises(HandoffError, match=r"for example .a photo of a cat\.."):
+        run(recipe("lacking", zero_shot=[{"path": str(pairs)}]))
+
+
+def test_a_held_out_image_that_turns_out_broken_is_left_out(
+    recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text, "CACHE_LIMIT_BYTES", 0)  # as a set too large for memory
+    folder = tmp_path / "held-out"
+    shutil.copytree(pairs.parent / "images", folder / "images")
+    shutil.copy(pairs, folder)
+    (folder / "images" / "3.png").write_bytes(b"<html>gone</html>")
+    held_out = [{"path": str(folder / pairs.name), "limit": 10}]
+    out = run(recipe("broken", evaluation=held_out, max_bad_records=1, evaluation_steps=2))
+    found = json.loads((out / "results.json").read_text())["retrieval"]["short"]
+    assert (found["i2t"]["queries"], found["t2i"]["gallery"]) == (9, 9)
+    (dropped,) = (out / "dropped.jsonl").read_text().splitlines()
+    assert "pairs.jsonl:3" in dropped
+    manifest = read_manifest(out)
+    assert manifest is not None and manifest["extra"]["bad_records"] == 1
+
+
+def test_embeddings_of_prompts_are_further_positives(recipe: Recipe) -> None:
+    plain = losses(run(recipe("plain")))
+    asked = losses(run(recipe("asked", caption_prompts=["what colour"])))
+    assert len(asked) == len(plain) and asked[0] > plain[0]  # twice as many texts to tell apart
+    with pytest.raises(HandoffError, match=r"in the cache .* with the prompt 'what shape'"):
+        run(recipe("lacking", caption_prompts=["what shape"]))
+
+
+def loop_of(llm: Path, **lora: Any) -> dict[str, Any]:
+    section = {"text_encoder": {"language_model": str(llm)}, "learning_rate": 1e-2}
+    return {"embedding_cache": None, "text_in_loop": section | {"lora": {"r": 2, **lora}}}
+
+
+def test_the_llm_trains_in_the_loop(recipe: Recipe, pairs: Path, tiny_llm: Path) -> None:
+    measured = {"evaluation": [{"path": str(pairs), "limit": 10}], "evaluation_steps": 2}
+    path = recipe("loop", **loop_of(tiny_llm, dropout=0.1), **measured)
+    out = run(path)
+    encoder = TextEncoder.from_pretrained(out / "text_encoder")
+    base = AutoModel.from_pretrained(tiny_llm).state_dict()
+    tuned = encoder.backbone.state_dict()
+    assert set(tuned) == set(base)
+    changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+    assert changed and all(name.endswith("_proj.weight") for name in changed)
+    LLM2CLIPModel.from_pretrained(out / "model")
+    exported = weights(out / "model")
+    assert not any("text_encoder" in name for name in exported)
+    manifest = read_manifest(out)
+    assert manifest is not None and set(manifest["parents"]) == {"vision_tower", "text_encoder"}
+    hashes = {f"text_encoder.{name}": value for name, value in encoder.fingerprint.items()}
+    assert hashes.items() <= manifest["fingerprints"].items()
+    rows = [row for row in read_metrics(out / "metrics.jsonl") if "eval_long_t2i_r1" in row]
+    found = json.loads((out / "results.json").read_text())["retrieval"]["long"]
+    assert rows[-1]["eval_long_t2i_r1"] == pytest.approx(found["t2i"]["r1"])
+    # resumed in the middle it ends with the same weights
+    final = load_file(out / "text_encoder" / "model.safetensors")
+    for name in ("model", "text_encoder", "checkpoints/checkpoint-4"):
+        shutil.rmtree(out / name)
+    (out / "manifest.json").unlink()
+    run(path)
+    assert same(exported, weights(out / "model"))
+    assert same(final, load_file(out / "text_encoder" / "model.safetensors"))
+
+
+def test_an_llm_in_the_loop_that_does_not_learn_equals_the_cache(
+    recipe: Recipe, pairs: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    rows = map(json.loads, pairs.read_text().splitlines())
+    texts = [text for row in rows for kind in row["captions"].values() for text in kind]
+    encoder = TextEncoder.from_pretrained(tiny_llm)
+    EmbeddingCache.build(tmp_path / "cache", texts, encoder.encode, encoder.fingerprint)
+    free = {"trainer": {"max_grad_norm": 0.0}}  # the adapter's gradient would count in the norm
+    cached = run(recipe("cached", embedding_cache=str(tmp_path / "cache"), **free))
+    loop = loop_of(tiny_llm, dropout=0.0)
+    loop["text_in_loop"]["learning_rate"] = 1e-12
+    whole = run(recipe("still", **loop, **free))
+    assert losses(whole) == pytest.approx(losses(cached), abs=5e-3)  # float16 in the cache
+    micro = run(recipe("micro", micro_batch_size=3, **loop, **free))
+    assert losses(micro) == pytest.approx(losses(whole), abs=1e-5)
+    with pytest.raises(ValueError, match="either embedding_cache or text_in_loop"):
+        run(recipe("both", **(loop | {"embedding_cache": str(tmp_path / "cache")})))
+
+
+@pytest.mark.slow
+def test_torch_compile_of_the_trainer(recipe: Recipe) -> None:
+    from torch._dynamo.utils import counters
+
+    plain = losses(run(recipe("plain", trainer={"max_steps": 2})))
+    counters.clear()
+    compiled = {"max_steps": 2, "torch_compile": True, "torch_compile_backend": "aot_eager"}
+    got = losses(run(recipe("compiled", trainer=compiled)))
+    assert counters["stats"]["unique_graphs"] > 0
+    assert got == pytest.approx(plain, abs=1e-4)
