@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from llm2clip_vlm.config import AugmentationSection, ImageTextSource
 from llm2clip_vlm.data.caption_draw import (
@@ -35,17 +36,15 @@ __all__ = [
     "ImageTextRecords",
     "TextInputs",
     "caption_galleries",
-    "caption_id",
     "collate",
-    "draw",
     "read_image_text",
     "read_sources",
 ]
 
 logger = logging.getLogger(__name__)
 
-CACHE_LIMIT_BYTES = 256 * 2**20
-"""Processed images of a whole set are kept in memory below this size (`cache_in_memory=None`)."""
+PRELOAD_LIMIT_BYTES = 256 * 2**20
+"""Sets whose images take less than this, as 8-bit pixels, are decoded once and kept in memory."""
 
 _CHUNK = 256
 
@@ -92,15 +91,14 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         seed: Of the draws.
         text_inputs: Captions to the model's text arguments; none = batches hold captions only.
         bad: Takes images that cannot be used.
-        cache_in_memory: None = where all images take less than `CACHE_LIMIT_BYTES` and nothing is
-            done to them at random.
+        preload_limit_bytes: Below this size, and where nothing is done to them at random, images
+            are held in memory; none = `PRELOAD_LIMIT_BYTES`.
         captions_per_image: Captions of an image that a batch holds one after the other; different
             ones where it has so many.
         augmentation: Random crop and mirroring, of training alone.
         fast: Decode and resize by :class:`TrainingPixels` what is not held in memory; otherwise
             as the image processor does, to the bit.
         as_uint8: Batches hold 8-bit pixels, a quarter of the bytes, for :meth:`to_float`.
-        show_progress: A progress bar while images are decoded up front.
 
     Raises:
         ValueError: No record, a weighted kind that no record has, too many bad images, or an
@@ -116,12 +114,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         text_inputs: TextInputs | None = None,
         *,
         bad: BadRecords | None = None,
-        cache_in_memory: bool | None = None,
+        preload_limit_bytes: int | None = None,
         captions_per_image: int = 1,
         augmentation: AugmentationSection | None = None,
         fast: bool = False,
         as_uint8: bool = False,
-        show_progress: bool = False,
     ) -> None:
         self.bad = BadRecords() if bad is None else bad
         self.caption_weights = dict(caption_weights or {})
@@ -135,14 +132,25 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
         self._pixels: Tensor | None = None
-        self._to_float: PixelTable | None = None
+        self._to_float = PixelTable.of(image_processor)
         self._training: TrainingPixels | None = None
         augmentation = augmentation or AugmentationSection()
         augments = augmentation != AugmentationSection()
-        if cache_in_memory is not False and not augments:
-            self._decode_all(forced=cache_in_memory is True, show_progress=show_progress)
+        limit = PRELOAD_LIMIT_BYTES if preload_limit_bytes is None else preload_limit_bytes
+        if limit and not augments:
+            self._preload(limit)
         if self._pixels is None and (fast or augments):
-            self._training = self._fast_decoder(augmentation, scaled=fast)
+            geometry = Geometry.of(image_processor)
+            name = type(image_processor).__name__
+            if geometry is not None and self._to_float is not None:
+                self._training = TrainingPixels(geometry, augmentation, seed, scaled=fast)
+            elif augments:
+                raise ValueError(
+                    f"augmentation: {name} does more than resize and crop, so where a random crop "
+                    "belongs is not known; leave `augmentation` out, or use another processor"
+                )
+            else:
+                logger.info("%s does more than resize and crop: exact decoding", name)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -214,16 +222,17 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             gives; `captions`, a list of strings, where there is none.
         """
         indices = list(indices)
-        if self._pixels is None:
-            records, loaded = [], []
-            for place, index in enumerate(indices):
-                indices[place], record, image = self._load_or_next(index)
-                records.append(record)
-                loaded.append(image)
-            pixels = self._processed(loaded)
-        else:
+        if self._pixels is not None:
             records = [self.records[index] for index in indices]
             pixels = self._pixels[torch.as_tensor(indices)]
+        else:
+            found = [self._load_or_next(index) for index in indices]
+            indices, records = [index for index, _, _ in found], [record for _, record, _ in found]
+            loaded = [image for _, _, image in found]
+            if self._training is None:
+                pixels = process_images(self.image_processor, loaded, None)
+            else:
+                pixels = torch.stack(loaded)
         texts = [
             text
             for record, index in zip(records, indices, strict=True)
@@ -264,38 +273,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
                 self.bad.add(record.where, str(error))
         raise RecordError("no image of the set can be read")
 
-    def _processed(self, images: list[Any]) -> Tensor:
-        if self._training is not None:
-            return torch.stack(images)
-        return process_images(self.image_processor, images, None)
-
-    def _fast_decoder(
-        self, augmentation: AugmentationSection, *, scaled: bool
-    ) -> TrainingPixels | None:
-        geometry, table = Geometry.of(self.image_processor), PixelTable.of(self.image_processor)
-        if geometry is not None and table is not None:
-            self._to_float = table
-            return TrainingPixels(geometry, augmentation, self.seed, scaled=scaled)
-        name = type(self.image_processor).__name__
-        if augmentation != AugmentationSection():
-            raise ValueError(
-                f"augmentation: {name} does more than resize and crop, so where a random crop "
-                "belongs is not known; leave `augmentation` out, or use another image processor"
-            )
-        logger.info("%s does more than resize and crop: pictures are decoded exactly", name)
-        return None
-
-    def _decode_all(self, *, forced: bool, show_progress: bool) -> None:
-        from tqdm import tqdm
-
-        if not forced and not self._fits_in_memory():
-            return
-        to_float = PixelTable.of(self.image_processor)
+    def _preload(self, limit_bytes: int) -> None:
+        """Decode all images, unless the first that can be read show that they do not fit."""
         kept: list[int] = []
         chunks: list[Tensor] = []
-        with tqdm(
-            total=len(self.records), desc="decode images", unit="img", disable=not show_progress
-        ) as bar:
+        with tqdm(total=len(self.records), desc="decode images", unit="img", disable=None) as bar:
             for start in range(0, len(self.records), _CHUNK):
                 images: list[Image.Image] = []
                 for index in range(start, min(start + _CHUNK, len(self.records))):
@@ -304,52 +286,25 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
                         images.append(record.open())
                     except ImageError as error:
                         self.bad.add(record.where, str(error))
-                        continue
-                    kept.append(index)
+                    else:
+                        kept.append(index)
                 bar.update(min(_CHUNK, len(self.records) - start))
                 if not images:
                     continue
-                if not chunks and to_float and not to_float.is_exact(images):
-                    to_float = None
-                chunks.append(process_images(self.image_processor, images, to_float))
+                if self._to_float is None or not (chunks or self._to_float.is_exact(images)):
+                    return
+                chunks.append(process_images(self.image_processor, images, self._to_float))
+                if chunks[-1][0].nbytes * len(self.records) >= limit_bytes:
+                    logger.info("%d images are decoded as needed", len(self.records))
+                    return
         if not kept:
             raise RecordError(f"none of the {len(self.records)} images can be read")
-        self.records = self.records.take(kept)
-        self._pixels, self._to_float = torch.cat(chunks), to_float
-
-    def _fits_in_memory(self) -> bool:
-        """Whether all processed images do, judged by the first that can be read."""
-        for record in self.records:
-            try:
-                image = process_images(
-                    self.image_processor, [record.open()], PixelTable.of(self.image_processor)
-                )
-            except ImageError:  # counted when it is its turn
-                continue
-            fits = image.numel() * image.element_size() * len(self.records) < CACHE_LIMIT_BYTES
-            if not fits:
-                logger.info("%d images are decoded as needed", len(self.records))
-            return fits
-        raise RecordError(f"none of the {len(self.records)} images can be read")
+        self.records, self._pixels = self.records.take(kept), torch.cat(chunks)
 
 
-def collate(samples: Any) -> dict[str, Any]:
-    """Collator of :class:`ImageTextDataset`: batches pass through, lists of samples are stacked.
-
-    Args:
-        samples: A batch from `__getitems__`, or samples from `__getitem__`.
-
-    Returns:
-        The batch.
-    """
-    if isinstance(samples, dict):
-        return samples
-    return {
-        name: torch.stack([s[name] for s in samples])
-        if isinstance(samples[0][name], Tensor)
-        else [s[name] for s in samples]
-        for name in samples[0]
-    }
+def collate(batch: dict[str, Any]) -> dict[str, Any]:
+    """Collator of :class:`ImageTextDataset`, which makes whole batches."""
+    return batch
 
 
 def caption_galleries(

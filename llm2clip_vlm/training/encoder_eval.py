@@ -25,7 +25,7 @@ from llm2clip_vlm.data.image_text import (
     read_sources,
 )
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.distributed import is_main, shared_out
+from llm2clip_vlm.distributed import shared_out
 
 Encode = Callable[[Any], Tensor]
 """`pixel_values`, or a list of captions, to unit-norm embeddings."""
@@ -64,7 +64,6 @@ def training_images(
         augmentation=recipe.augmentation,
         fast=recipe.image_decoding == "fast",
         as_uint8=True,
-        show_progress=is_main(),
     )
 
 

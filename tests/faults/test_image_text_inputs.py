@@ -236,7 +236,7 @@ def test_each_broken_image_counts_once_and_is_never_trained_on(
     for run in range(2):
         bad = BadRecords.beside(tmp_path / "out", 0, 0.9, resumes=run == 1)
         data = ImageTextDataset(
-            read_image_text(source, bad), processor(), bad=bad, cache_in_memory=False, fast=True
+            read_image_text(source, bad), processor(), bad=bad, preload_limit_bytes=0, fast=True
         )
         loader = DataLoader(data, batch_size=5, num_workers=workers, collate_fn=collate)
         for epoch in range(2):
@@ -277,7 +277,7 @@ def test_too_many_broken_images_stop_a_worker_loudly(tmp_path: Path) -> None:
     source = write_folder(tmp_path / "a.jsonl", MIXED)
     bad = BadRecords.beside(tmp_path / "out", 2, 0, resumes=False)
     records = read_image_text(source, bad)
-    data = ImageTextDataset(records, processor(), bad=bad, cache_in_memory=False)
+    data = ImageTextDataset(records, processor(), bad=bad, preload_limit_bytes=0)
     with pytest.raises(RecordError, match=r"3 bad record\(s\), 2 allowed"):
         list(DataLoader(data, batch_size=4, num_workers=1, collate_fn=collate))
 

@@ -116,7 +116,7 @@ def test_sources_are_joined_and_take_no_weight(tmp_path: Path) -> None:
 
 def test_memory_and_disk_give_the_same_batches_to_the_bit(records: list[ImageTextRecord]) -> None:
     memory = ImageTextDataset(records, processor(), seed=3)
-    disk = ImageTextDataset(records, processor(), seed=3, cache_in_memory=False)
+    disk = ImageTextDataset(records, processor(), seed=3, preload_limit_bytes=0)
     assert memory._pixels is not None and memory._pixels.dtype == torch.uint8
     assert disk._pixels is None
     order = [5, 0, 19, 7]
@@ -131,14 +131,13 @@ def test_memory_and_disk_give_the_same_batches_to_the_bit(records: list[ImageTex
 def test_a_set_above_the_limit_stays_on_disk(
     records: list[ImageTextRecord], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip_vlm.data.image_text.CACHE_LIMIT_BYTES", 20 * 3 * 32 * 32)
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32)
     assert ImageTextDataset(records, processor())._pixels is None
-    assert ImageTextDataset(records, processor(), cache_in_memory=True)._pixels is not None
-    monkeypatch.setattr("llm2clip_vlm.data.image_text.CACHE_LIMIT_BYTES", 20 * 3 * 32 * 32 + 1)
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32 + 1)
     assert ImageTextDataset(records, processor())._pixels is not None
 
 
-def test_a_processor_that_the_table_cannot_mimic_is_kept_as_floats(
+def test_a_processor_that_the_table_cannot_mimic_is_asked_each_time(
     records: list[ImageTextRecord],
 ) -> None:
     class Odd(CLIPImageProcessorPil):  # adds what no table of pixel values holds
@@ -152,7 +151,7 @@ def test_a_processor_that_the_table_cannot_mimic_is_kept_as_floats(
 
     odd = Odd(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     dataset = ImageTextDataset(records, odd)
-    assert dataset._pixels is not None and dataset._pixels.dtype == torch.float32
+    assert dataset._pixels is None
     want = odd(images=[records[4].open()], return_tensors="pt")["pixel_values"]
     assert torch.equal(dataset.pixel_values([4]), want)
 
@@ -201,22 +200,22 @@ def test_unknown_kind_and_record_without_a_weighted_kind(records: list[ImageText
     assert bad.count == 1
 
 
-@pytest.mark.parametrize("cache_in_memory", [True, False])
+@pytest.mark.parametrize("limit_bytes", [2**20, 0])
 def test_images_that_do_not_decode_are_counted(
-    records: list[ImageTextRecord], cache_in_memory: bool
+    records: list[ImageTextRecord], limit_bytes: int
 ) -> None:
     records[2].image.write_bytes(b"<html>not found</html>")
     with pytest.raises(RecordError, match="does not decode"):
-        ImageTextDataset(records, processor(), cache_in_memory=cache_in_memory).__getitems__([2])
+        ImageTextDataset(records, processor(), preload_limit_bytes=limit_bytes).__getitems__([2])
     bad = BadRecords(limit=1)
-    dataset = ImageTextDataset(records, processor(), bad=bad, cache_in_memory=cache_in_memory)
+    dataset = ImageTextDataset(records, processor(), bad=bad, preload_limit_bytes=limit_bytes)
     want = processor()(images=[records[3].open()], return_tensors="pt")["pixel_values"][0]
     for _ in range(2):  # counted once, and the next image stands in with its own caption
         sample = dataset[2]
         assert torch.equal(sample["pixel_values"], want)
         assert sample["captions"][1] == "3"
     assert bad.count == 1
-    assert len(dataset) == (19 if cache_in_memory else 20)
+    assert len(dataset) == (19 if limit_bytes else 20)
 
 
 def test_an_image_outside_its_root_is_refused(tmp_path: Path) -> None:
@@ -242,15 +241,6 @@ def test_loader_workers_see_the_epoch(records: list[ImageTextRecord]) -> None:
         dataset.set_epoch(epoch)
         got = torch.cat([batch["caption_ids"] for batch in loader])
         assert got.tolist() == [caption_id(dataset.caption(i)) for i in range(20)]
-
-
-def test_collate_stacks_samples_as_the_batch(records: list[ImageTextRecord]) -> None:
-    dataset = ImageTextDataset(records, processor())
-    stacked = collate([dataset[i] for i in (1, 4)])
-    batch = collate(dataset.__getitems__([1, 4]))
-    assert torch.equal(stacked["pixel_values"], batch["pixel_values"])
-    assert torch.equal(stacked["caption_ids"], batch["caption_ids"])
-    assert stacked["captions"] == batch["captions"]
 
 
 def test_galleries_keep_kinds_apart(records: list[ImageTextRecord]) -> None:

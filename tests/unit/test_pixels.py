@@ -135,7 +135,7 @@ def test_augmentation_depends_on_seed_epoch_and_key_alone(
     assert torch.equal(first, batches(data(order=-1)).flip(0))
     assert not torch.equal(first, batches(data(), epoch=1))
     assert not torch.equal(first, batches(data(seed=1)))
-    plain = ImageTextDataset(rows, CLIP, fast=True, cache_in_memory=False)
+    plain = ImageTextDataset(rows, CLIP, fast=True, preload_limit_bytes=0)
     assert not torch.equal(first, batches(plain))
     assert torch.equal(batches(plain), batches(plain, epoch=1))
 
@@ -144,7 +144,7 @@ def test_half_of_the_pictures_are_mirrored(tmp_path: Path) -> None:
     rows = records(tmp_path)
     flip = AugmentationSection(horizontal_flip=True)
     flipped = ImageTextDataset(rows, CLIP, augmentation=flip, as_uint8=True)
-    plain = ImageTextDataset(rows, CLIP, cache_in_memory=False, fast=True, as_uint8=True)
+    plain = ImageTextDataset(rows, CLIP, preload_limit_bytes=0, fast=True, as_uint8=True)
     want = batches(plain)
     mirrored = 0
     for epoch in range(20):
@@ -168,13 +168,13 @@ def test_augmentation_needs_a_processor_that_is_understood(tmp_path: Path) -> No
     crop = AugmentationSection(crop_scale_min=0.9)
     with pytest.raises(ValueError, match="leave `augmentation` out"):
         ImageTextDataset(records(tmp_path), odd, augmentation=crop)
-    ImageTextDataset(records(tmp_path), odd, fast=True, cache_in_memory=False)[0]
+    ImageTextDataset(records(tmp_path), odd, fast=True, preload_limit_bytes=0)[0]
 
 
 @pytest.mark.parametrize("in_memory", [True, False])
 def test_8_bit_batches_become_the_same_floats(tmp_path: Path, in_memory: bool) -> None:
     rows = records(tmp_path)
-    kwargs = {"fast": True, "cache_in_memory": in_memory}
+    kwargs = {"fast": True, "preload_limit_bytes": 2**20 if in_memory else 0}
     eight = ImageTextDataset(rows, CLIP, as_uint8=True, **kwargs)
     floats = ImageTextDataset(rows, CLIP, **kwargs)
     got = batches(eight)
