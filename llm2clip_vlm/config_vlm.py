@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from llm2clip_vlm.config import LoraSection, RunRecipe, Section
 
@@ -116,3 +116,12 @@ class Stage4Recipe(VlmRecipe):
     """Stage 3's `model/`, or any `LlavaForConditionalGeneration` directory."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """Change the image processor for this stage; none keeps stage 3's."""
+    load_in_4bit: bool = False
+    """QLoRA: the LLM's own weights stay frozen as NF4, its adapter is merged into those of
+    `checkpoint`. Needs bitsandbytes and `language_model_lora`; not with ZeRO-3."""
+
+    @model_validator(mode="after")
+    def _four_bits_have_an_adapter(self) -> Self:
+        if self.load_in_4bit and self.language_model_lora is None:
+            raise ValueError("load_in_4bit: expected language_model_lora beside it, got none")
+        return self

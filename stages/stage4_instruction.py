@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     recipe = run.recipe
     parent = run.parent("checkpoint", recipe.checkpoint, "stage3_projector", run.stage)
-    run.arguments()
+    args = run.arguments()
 
-    model, processor = load_vlm(recipe.checkpoint)
+    bits = {"load_in_4bit": True, "device": args.device} if recipe.load_in_4bit else {}
+    model, processor = load_vlm(recipe.checkpoint, **bits)
     if recipe.image_aspect_ratio is not None:
         set_image_aspect_ratio(processor, recipe.image_aspect_ratio)
     made_of = dict(parent["fingerprints"]) if parent else {}

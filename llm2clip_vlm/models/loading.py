@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
 
@@ -51,6 +54,47 @@ def load_complete(
             "complete, and of this architecture?"
         )
     return model
+
+
+def read_config(path: str, error: type[ValueError] = ValueError) -> Any:
+    """The config of a model directory or a hub id.
+
+    Raises:
+        ValueError: (or `error`) There is none that transformers or this package knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(path)
+    except (OSError, ValueError, KeyError, ImportError) as failure:
+        raise error(
+            f"{path}: no readable config.json ({failure}); expected a model directory or a hub id"
+        ) from failure
+
+
+def four_bits(
+    device: Any = None, error: type[ValueError] = ValueError, *, skip: list[str] | None = None
+) -> dict[str, Any]:
+    """Arguments of `from_pretrained` for NF4 weights, as QLoRA has them (arXiv 2305.14314).
+
+    Args:
+        device: Where to; none = the CPU.
+        error: What is raised.
+        skip: Modules that keep their precision, by name; none = the head.
+
+    Raises:
+        ValueError: (or `error`) bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise error(
+            "load_in_4bit is true, but bitsandbytes is not installed; pip install bitsandbytes, or "
+            "leave load_in_4bit out"
+        )
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=skip,
+    )
+    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
 @contextmanager

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +35,7 @@ from transformers import (
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
 from llm2clip_vlm.models.embedder import read_embedder
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import four_bits, load_complete
 from llm2clip_vlm.models.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
@@ -164,7 +163,7 @@ class TextEncoder(nn.Module):
             config=config,
             dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
             attn_implementation=attn_implementation,
-            **(_four_bits(device) if load_in_4bit else {}),
+            **(four_bits(device, TextEncoderError) if load_in_4bit else {}),
         )
         if not settings.embedder:
             # Flash attention builds no mask and asks the layer instead of the config.
@@ -373,21 +372,6 @@ def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterabl
         batch.append(row)
     if batch:
         yield batch
-
-
-def _four_bits(device: str | torch.device | None) -> dict[str, Any]:
-    """Arguments of `from_pretrained` for NF4 weights, as QLoRA has them (arXiv 2305.14314)."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise TextEncoderError(
-            "load_in_4bit is true, but bitsandbytes is not installed; pip install bitsandbytes, or "
-            "leave load_in_4bit out"
-        )
-    from transformers import BitsAndBytesConfig
-
-    config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
-    )
-    return {"quantization_config": config, "device_map": {"": device or "cpu"}}
 
 
 def _hash_state(state: Mapping[str, Tensor]) -> str:

@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,6 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
-    AutoConfig,
     AutoImageProcessor,
     AutoModel,
     CLIPVisionModel,
@@ -33,7 +33,7 @@ from transformers.utils import cached_file, is_torchvision_available
 
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel, eva02_weights
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, read_config
 from llm2clip_vlm.models.resolution import (
     processed_size_px,
     resize_positions,
@@ -92,12 +92,20 @@ _SIGLIP_SIZES = (
 )
 
 
-def _clip(path: str, dtype: Any) -> PreTrainedModel:
-    return _complete(CLIPVisionModel, path, dtype)
-
-
-def _siglip(path: str, dtype: Any) -> PreTrainedModel:
-    return _complete(SiglipVisionModel, path, dtype)
+def _complete(
+    model_class: Any,
+    path: str,
+    dtype: Any,
+    *,
+    config: Any = None,
+    state_dict: dict[str, Tensor] | None = None,
+) -> PreTrainedModel:
+    """The weights at `path`, or with `state_dict` those given; all of them, or an error."""
+    given = {} if state_dict is None else {"config": config, "state_dict": state_dict}
+    model: PreTrainedModel = load_complete(
+        model_class, path, error=TowerError, dtype=dtype, **given
+    )
+    return model
 
 
 def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
@@ -131,23 +139,19 @@ def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
     return tower
 
 
-def _plain(path: str, dtype: Any) -> PreTrainedModel:
-    return _complete(AutoModel, path, dtype)
-
-
 LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
-    "clip": _clip,
-    "clip_vision_model": _clip,
-    "siglip": _siglip,
-    "siglip_vision_model": _siglip,
+    "clip": partial(_complete, CLIPVisionModel),
+    "clip_vision_model": partial(_complete, CLIPVisionModel),
+    "siglip": partial(_complete, SiglipVisionModel),
+    "siglip_vision_model": partial(_complete, SiglipVisionModel),
     "siglip2": _siglip2,
     "siglip2_vision_model": _siglip2,
-    "dinov2": _plain,
-    "dinov2_with_registers": _plain,
-    "dinov3_vit": _plain,
+    "dinov2": partial(_complete, AutoModel),
+    "dinov2_with_registers": partial(_complete, AutoModel),
+    "dinov3_vit": partial(_complete, AutoModel),
     Eva02VisionConfig.model_type: _eva02,
     "timm_wrapper": from_timm_checkpoint,
-    TimmVisionConfig.model_type: _plain,
+    TimmVisionConfig.model_type: partial(_complete, AutoModel),
     "llm2clip": _llm2clip,
 }
 """`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
@@ -185,7 +189,7 @@ def load_vision_tower(
     """
     path = str(path_or_id)
     loaders = LOADERS | register()
-    config = _read_config(path)
+    config = read_config(path, TowerError)
     if config.model_type not in loaders:
         near = difflib.get_close_matches(config.model_type, loaders, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -207,15 +211,12 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     made = processed_size_px(processor)
     size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)
     patch = _side(config.patch_size)
-    if made is not None and made != size:
+    flexible = config.model_type in _ANY_SIZE
+    if made is not None and (made % patch if flexible else made != size):
+        wanted = f"a multiple of its {patch} px patches" if flexible else f"{size} px"
         raise TowerError(
-            f"{path}: its image processor makes {made} px images, the tower expects {size} px. "
+            f"{path}: its image processor makes {made} px images, the tower expects {wanted}. "
             "Correct `size`/`crop_size` in preprocessor_config.json."
-        )
-    if size % patch and config.model_type in _ANY_SIZE:
-        raise TowerError(
-            f"{path}: its image processor makes {size} px images, no multiple of the {patch} px "
-            "patches. Correct `size`/`crop_size` in preprocessor_config.json."
         )
     states = _hidden_states(path, model, size)
     tokens, width = states[-1].shape[1:]
@@ -294,16 +295,6 @@ def _side(value: Any) -> int:
     return int(sides.pop())
 
 
-def _read_config(path: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise TowerError(
-            f"{path}: no readable config.json, so it is no vision tower ({error}). Expected a "
-            "model directory or a hub id."
-        ) from error
-
-
 def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
     """The checkpoint's image processor; where it makes no square pictures, one that does."""
     if config.model_type == "timm_wrapper":
@@ -323,19 +314,3 @@ def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
         kept = {k: getattr(processor, k) for k in ("resample", "image_mean", "image_std")}
         return getattr(transformers, backend)(size=side, **kept)
     return processor
-
-
-def _complete(
-    model_class: Any,
-    path: str,
-    dtype: Any,
-    *,
-    config: Any = None,
-    state_dict: dict[str, Tensor] | None = None,
-) -> PreTrainedModel:
-    """The weights at `path`, or with `state_dict` those given; all of them, or an error."""
-    given = {} if state_dict is None else {"config": config, "state_dict": state_dict}
-    model: PreTrainedModel = load_complete(
-        model_class, path, error=TowerError, dtype=dtype, **given
-    )
-    return model

@@ -19,7 +19,6 @@ import transformers
 from tokenizers import AddedToken
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
@@ -27,7 +26,6 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -45,7 +43,7 @@ from llm2clip_vlm.models.lineage import (
     write_lineage,
 )
 from llm2clip_vlm.models.llm2clip import register
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import four_bits, load_complete, read_config
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
@@ -149,13 +147,15 @@ def build_vlm(
 
 
 def load_vlm(
-    path_or_id: str | Path, *, dtype: Any = "auto"
+    path_or_id: str | Path, *, dtype: Any = "auto", load_in_4bit: bool = False, device: Any = None
 ) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
     """Loads a `LlavaForConditionalGeneration` checkpoint completely, or says why not.
 
     Args:
         path_or_id: Directory or hub id.
         dtype: Of all weights; `"auto"` = the checkpoint's.
+        load_in_4bit: Quantise the language model's linear weights to NF4 (needs bitsandbytes).
+        device: Where to with `load_in_4bit`; else the CPU.
 
     Returns:
         The model in evaluation mode with the text-only guard, and its processor.
@@ -167,14 +167,18 @@ def load_vlm(
     """
     path = str(path_or_id)
     register()  # the tower's `model_type` may be known to us alone
-    config = _read_config(path)
+    config = read_config(path, VlmError)
     if config.model_type != "llava":
         raise VlmError(
             f"{path}: model_type {config.model_type!r}, expected 'llava'; a VLM checkpoint is "
             "stage 3's or stage 4's `model/`, or any LlavaForConditionalGeneration directory"
         )
     refuse_bidirectional(config.text_config, path)
-    model: Any = _complete(LlavaForConditionalGeneration, path, config, dtype)
+    kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    bits = four_bits(device, VlmError, skip=kept) if load_in_4bit else {}
+    model: Any = load_complete(
+        LlavaForConditionalGeneration, path, error=VlmError, config=config, dtype=dtype, **bits
+    )
     try:
         processor: Any = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -231,29 +235,15 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
     values = old.to_dict()
     arguments = {name: values[name] for name in _KEPT if values.get(name) is not None}
     arguments.setdefault("do_center_crop", False)
+    arguments.setdefault("crop_size", arguments["size"])  # LLaVA's own default is 224
     processor.image_processor = getattr(transformers, backend)(**arguments, do_pad=True)
 
 
-def _read_config(path: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError, KeyError) as error:
-        raise VlmError(
-            f"{path}: no readable config.json ({error}); expected a model directory or a hub id"
-        ) from error
-
-
-def _complete(model_class: Any, path: str, config: Any, dtype: Any) -> PreTrainedModel:
-    model: PreTrainedModel = load_complete(
-        model_class, path, error=VlmError, config=config, dtype=dtype
-    )
-    return model
-
-
 def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    config = _read_config(path)
+    config = read_config(path, VlmError)
     refuse_bidirectional(config, path)
-    llm: Any = _complete(AutoModelForCausalLM, path, config, "auto" if dtype is None else dtype)
+    dtype = "auto" if dtype is None else dtype
+    llm = load_complete(AutoModelForCausalLM, path, error=VlmError, config=config, dtype=dtype)
     head = llm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise VlmError(f"{path}: LLaVA needs a language model with an lm_head without bias")

@@ -57,6 +57,27 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     return merged
 
 
+def unquantized_state(
+    model: nn.Module, state: Mapping[str, Tensor], whole: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The weights of a model with adapters on four-bit weights, with what those were before.
+
+    Args:
+        model: With adapters.
+        state: Its weights by name.
+        whole: Those of the checkpoint that it was loaded from.
+
+    Returns:
+        As :func:`merged_state` takes them.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: tensor for name, tensor in state.items() if ".lora_" in name}
+    for name, tensor in whole.items():
+        adapted = name.removesuffix(".weight") + ".base_layer.weight"
+        found[adapted if adapted in state else name] = state[name] if name in trained else tensor
+    return found
+
+
 def save_adapter(
     model: nn.Module, state: Mapping[str, Tensor], directory: str | Path, base: str
 ) -> None:

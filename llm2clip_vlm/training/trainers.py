@@ -19,12 +19,18 @@ from transformers.trainer_utils import TrainOutput
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.data.packing import PackedBatches
-from llm2clip_vlm.handoff import RESOLVED_NAME
+from llm2clip_vlm.handoff import RESOLVED_NAME, fingerprint_dir
 from llm2clip_vlm.models.lineage import write_lineage
-from llm2clip_vlm.models.vlm import save_vlm
+from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 from llm2clip_vlm.models.vlm_loss import install_supervised_loss
-from llm2clip_vlm.training.adapters import is_adapted, load_adapter, merged_state, save_adapter
+from llm2clip_vlm.training.adapters import (
+    is_adapted,
+    load_adapter,
+    merged_state,
+    save_adapter,
+    unquantized_state,
+)
 from llm2clip_vlm.training.callbacks import Throughput
 from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.param_groups import build_param_groups
@@ -51,7 +57,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         processor: Saved with each checkpoint.
         batches: The plan of packed micro-batches; none = samples as they are sampled.
         parts: What trains, and how.
-        base: Fingerprint of the checkpoint that the model was loaded from (adapters keep it).
+        checkpoint: Directory or hub id that the model was loaded from; adapters keep its
+            fingerprint.
         hang_timeout_s: As in the recipe.
         report: Takes the table of the first step's gradients.
         callbacks: More callbacks.
@@ -67,14 +74,18 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         *,
         batches: PackedBatches | None = None,
         parts: Mapping[str, PartTraining],
-        base: str = "",
+        checkpoint: str | Path = "",
         hang_timeout_s: float | None = None,
         report: Callable[[str], None] = logger.info,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         install_text_only_guard(model)
         install_supervised_loss(model)
-        self.parts, self.base, self.processor = dict(parts), base, processor
+        if getattr(model, "is_quantized", False):
+            model._hf_peft_config_loaded = True  # transformers' mark: there are adapters on it
+        self.parts, self.processor, self.checkpoint = dict(parts), processor, checkpoint
+        hashed = is_adapted(model) and Path(checkpoint).is_dir()
+        self.base = fingerprint_dir(checkpoint) if hashed else str(checkpoint)
         self.batches = batches
         self.throughput = Throughput("tokens")
         self.flops = VlmFlops(model)
@@ -235,13 +246,22 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         state = self.model.state_dict() if state_dict is None else state_dict
         if is_adapted(self.model):
             save_adapter(self.model, state, folder, self.base)
-            save_vlm(self.model, self.processor, folder, state_dict=merged_state(self.model, state))
+            self._save_merged(folder, state)
         else:
             super()._save(output_dir, state_dict)
             write_lineage(folder, self.model, self.processor, state)
         recipe = Path(str(self.args.output_dir)).parent / RESOLVED_NAME
         if recipe.is_file():
             shutil.copy(recipe, folder)
+
+    def _save_merged(self, directory: str | Path, state: Mapping[str, Tensor]) -> None:
+        """Adapters go into the weights; those that train in four bits into what they were."""
+        model = self.model
+        if getattr(model, "is_quantized", False):
+            model = load_vlm(self.checkpoint, dtype=model.lm_head.weight.dtype)[0]
+            state = unquantized_state(self.model, state, model.state_dict())
+        merged = merged_state(self.model, state)
+        save_vlm(model, self.processor, directory, state_dict=merged)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_adapted(self.model):
@@ -257,8 +277,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         """
         state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         if distributed.is_main():
-            merged = merged_state(self.model, state)
-            save_vlm(self.model, self.processor, directory, state_dict=merged)
+            self._save_merged(directory, state)
             if is_adapted(self.model):
                 save_adapter(self.model, state, Path(directory).parent / "adapter", self.base)
         distributed.barrier()

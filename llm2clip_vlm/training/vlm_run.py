@@ -25,11 +25,9 @@ from llm2clip_vlm.data.instruction import (
 from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.files import written_whole
-from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
-from llm2clip_vlm.training.adapters import is_adapted
 from llm2clip_vlm.training.export import add_lora
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.trainers import VlmTrainer
@@ -69,7 +67,6 @@ def train_vlm(
         print(f"{len(samples)} samples{rows}; {run.bad.summary()}; the first:")
         print(samples.preview(processor.tokenizer))
 
-    adapted = is_adapted(model) and Path(base).is_dir()
     trainer = VlmTrainer(
         model,
         run.args,
@@ -78,7 +75,7 @@ def train_vlm(
         processor,
         batches=batches,
         parts=parts,
-        base=fingerprint_dir(base) if adapted else str(base),
+        checkpoint=base,
         hang_timeout_s=recipe.hang_timeout_s,
         report=print if distributed.is_main() else lambda table: None,
         callbacks=[run.metrics],

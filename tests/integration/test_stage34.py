@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -275,6 +276,58 @@ def test_packing_refuses_another_sampling(stage3: tuple[Path, Path, str], work: 
         work, "sampled", packing=True, trainer={"train_sampling_strategy": "group_by_length"}
     )
     with pytest.raises(ValueError, match="has no meaning with packing"):
+        run_here("stage4_instruction", recipe)
+
+
+LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
+BOTH = {**PROJECTOR, "language_model": 1e-2}
+
+
+def test_a_checkpoint_with_adapters_opens_as_it_lies(
+    stage3: tuple[Path, Path, str], work: Path
+) -> None:
+    """T32: merged, with everything beside it; the adapters are apart, with their base's name."""
+    from safetensors import safe_open
+
+    from llm2clip_vlm.handoff import fingerprint_dir
+    from llm2clip_vlm.models.vlm import load_vlm
+
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    recipe, out = stage4_recipe(
+        work, "adapted", trainable=BOTH, language_model_lora=LORA, trainer=saving
+    )
+    run_here("stage4_instruction", recipe)
+    folder = out / "checkpoints" / "checkpoint-4"
+    opened, final = (load_vlm(f)[0].state_dict() for f in (folder, out / "model"))
+    assert all(torch.equal(opened[name], tensor) for name, tensor in final.items())
+    names = {file.name for file in folder.iterdir()}
+    assert {"lineage.json", "recipe.resolved.yaml", "chat_template.jinja", "files.json"} <= names
+    for path in (folder, out / "adapter"):
+        with safe_open(str(path / "adapter.safetensors"), "pt") as file:
+            assert file.metadata()["base"] == fingerprint_dir(work / "three" / "model")
+            assert all("lora_" in n or "projector" in n for n in file.keys())  # noqa: SIM118
+
+
+def test_four_bits_train_and_come_back_whole(stage3: tuple[Path, Path, str], work: Path) -> None:
+    from llm2clip_vlm.models.vlm import load_vlm
+
+    changes = {"trainable": BOTH, "language_model_lora": LORA, "load_in_4bit": True}
+    recipe, out = stage4_recipe(work, "four-bits", **changes)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        with pytest.raises(ValueError, match="bitsandbytes is not installed"):
+            run_here("stage4_instruction", recipe)
+        return
+    run_here("stage4_instruction", recipe)
+    before, after = (load_vlm(f / "model")[0].state_dict() for f in (work / "three", out))
+    for name, tensor in before.items():
+        same = torch.equal(after[name], tensor)
+        assert same == (not re.search(r"projector|_proj\.", name) or "vision" in name), name
+        assert after[name].dtype == tensor.dtype
+
+
+def test_four_bits_need_an_adapter(stage3: tuple[Path, Path, str], work: Path) -> None:
+    recipe, _ = stage4_recipe(work, "four-bits-alone", load_in_4bit=True)
+    with pytest.raises(ValueError, match="expected language_model_lora beside it"):
         run_here("stage4_instruction", recipe)
 
 

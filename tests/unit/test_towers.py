@@ -235,7 +235,7 @@ def test_dino_takes_the_size_of_its_processor(tmp_path: Path) -> None:
     tower = load_vision_tower(tmp_path)
     assert (tower.image_size_px, tower.num_patches) == (24, 9)
     path.write_text(json.dumps(values | {"crop_size": {"height": 28, "width": 28}}))
-    with pytest.raises(TowerError, match="28 px images, no multiple of the 8 px"):
+    with pytest.raises(TowerError, match="28 px images, the tower expects a multiple of its 8 px"):
         load_vision_tower(tmp_path)
 
 
