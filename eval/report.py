@@ -19,12 +19,12 @@ from typing import Any
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.config_eval import ReportRecipe
+from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text import read_image_text
-from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
-from llm2clip_vlm.evaluation.examples import Example, answered_questions, retrieved_captions
+from llm2clip_vlm.evaluation.examples import answered_questions, retrieved_captions
 from llm2clip_vlm.evaluation.pages import render
 from llm2clip_vlm.evaluation.report import Facts, charts, retrieval_verdict
 from llm2clip_vlm.evaluation.report_inputs import (
@@ -36,6 +36,7 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_seconds,
 )
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
 
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(__doc__)
     recipe = load_recipe(words[0], ReportRecipe, words[1:])
     facts = collect(recipe)
+    if recipe.world is not None and recipe.examples:
+        add_examples(facts, world_dir(recipe.world))
     out = Path(recipe.output_dir)
     write_atomically(out / "report.html", render("report.html", facts=facts, charts=charts(facts)))
     whole = json.dumps(as_json(facts), indent=2, ensure_ascii=False)
@@ -64,77 +67,62 @@ def collect(recipe: ReportRecipe) -> Facts:
     Raises:
         ReportError: One is missing, or does not fit the others.
     """
-    for field, names in (("headline", recipe.headline), ("tower_models", recipe.tower_models)):
-        lost = [name for name in names if name not in recipe.towers]
-        if lost:
-            raise ReportError(f"{field}: {lost}: expected names of towers {list(recipe.towers)}")
-    retrieval = read_retrieval(recipe.towers)
-    kinds = next(iter(retrieval.values()))
-    if "long" not in kinds:
+    if lost := {*recipe.headline, *recipe.tower_models} - {*recipe.towers}:
         raise ReportError(
-            f"towers: expected results for captions of the kind long, got {list(kinds)}"
+            f"headline, tower_models: {sorted(lost)}: expected towers of {list(recipe.towers)}"
         )
-    scores = {}
-    if recipe.evaluation is not None and recipe.vlms:
-        names = [f"{tower}-s{seed}" for tower, seeds in recipe.vlms.items() for seed in seeds]
-        scores = read_scores(recipe.evaluation, names)
-        if recipe.headline_task not in scores:
-            raise ReportError(
-                f"headline_task: {recipe.headline_task}: expected one of {list(scores)}"
-            )
-        scores = {recipe.headline_task: scores[recipe.headline_task], **scores}
+    retrieval = read_retrieval(recipe.towers)
+    if "long" not in (kinds := retrieval[recipe.headline[0]]):
+        raise ReportError(f"towers: expected captions of the kind long, got {list(kinds)}")
+    vlms = {
+        f"{t}-s{seed}": path for t, found in recipe.vlms.items() for seed, path in found.items()
+    }
+    scores = read_scores(recipe.evaluation, list(vlms)) if recipe.evaluation and vlms else {}
+    if scores:
+        if (task := recipe.headline_task) not in scores:
+            raise ReportError(f"headline_task: {task}: expected one of {list(scores)}")
+        scores = {task: scores[task], **scores}
     stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
-    stages |= {f"stage2-{name}": folder for name, folder in recipe.towers.items()}
-    stages |= {f"stage3-{name}": folder for name, folder in recipe.stage3.items()}
-    for tower, seeds in recipe.vlms.items():
-        stages |= {f"stage4-{tower}-s{seed}": folder for seed, folder in seeds.items()}
-    facts = Facts(
+    for stage, folders in ("stage2", recipe.towers), ("stage3", recipe.stage3), ("stage4", vlms):
+        stages |= {f"{stage}-{name}": folder for name, folder in folders.items()}
+    manifests = {name: read_manifest(folder) for name, folder in recipe.towers.items()}
+    return Facts(
         recipe,
         retrieval=retrieval,
         verdict=retrieval_verdict(retrieval, recipe.headline),
         cra=read_cra(recipe.stage1) if recipe.stage1 else None,
         scores=scores,
         seconds=read_seconds(recipe.seconds, stages),
+        manifests={name: manifest for name, manifest in manifests.items() if manifest},
         ladder=read_optional(recipe.ladder),
         ab=read_optional(recipe.ab),
+        curves=curves(recipe),
     )
-    facts.curves = curves(facts)
-    if recipe.world is not None and recipe.examples:
-        facts.retrieved = retrieved(facts, world_dir(recipe.world))
-        facts.answers = answers(facts) if scores else []
-    return facts
 
 
-def retrieved(facts: Facts, world: Path) -> list[Example]:
-    """What the towers retrieve for the first pictures of the world's test set."""
-    recipe = facts.recipe
-    shown, own = facts.order()[:3], recipe.tower_models
-    return retrieved_captions(
+def add_examples(facts: Facts, world: Path) -> None:
+    """What three towers retrieve for the first test pictures, and what their first VLMs answer."""
+    recipe, task, own = facts.recipe, facts.recipe.headline_task, facts.recipe.tower_models
+    shown = recipe.order()[:3]
+    facts.retrieved = retrieved_captions(
         {name: Path(own.get(name, f"{recipe.towers[name]}/model")) for name in shown},
         read_image_text(ImageTextSource(path=str(world / "pairs_test.jsonl")), BadRecords(0)),
         "long",
         recipe.examples,
         EmbeddingCache.open(recipe.cache) if recipe.cache else None,
     )
+    if facts.scores:
+        first = {name: next(iter(recipe.vlms[name])) for name in shown if name in recipe.vlms}
+        samples = {
+            name: Path(str(recipe.evaluation), f"{name}-s{seed}", f"{task}.samples.jsonl")
+            for name, seed in first.items()
+        }
+        data = next(iter(facts.scores[task].values()))["data"]["path"]
+        facts.answers = answered_questions(samples, Path(data), recipe.examples)
 
 
-def answers(facts: Facts) -> list[Example]:
-    """What the VLMs of the first seed answered."""
-    recipe, task = facts.recipe, facts.recipe.headline_task
-    data = next(iter(facts.scores[task].values()))["data"]["path"]
-    first = {
-        name: next(iter(recipe.vlms[name])) for name in facts.order()[:3] if name in recipe.vlms
-    }
-    samples = {
-        tower: Path(str(recipe.evaluation), f"{tower}-s{seed}", f"{task}.samples.jsonl")
-        for tower, seed in first.items()
-    }
-    return answered_questions(samples, Path(data), recipe.examples)
-
-
-def curves(facts: Facts) -> dict[str, list[Line]]:
+def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:
     """Training loss of each stage that left a `metrics.jsonl`."""
-    recipe = facts.recipe
     panels: dict[str, list[tuple[str, str]]] = {
         "Stage 1: text encoder": [("", recipe.stage1)] if recipe.stage1 else [],
         "Stage 2: vision towers": list(recipe.towers.items()),
@@ -150,36 +138,35 @@ def curves(facts: Facts) -> dict[str, list[Line]]:
             points = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
             if points:
                 steps, losses = zip(*points, strict=True)
-                colour = facts.colour(tower) if tower else 0
-                found.setdefault(panel, []).append(Line(tower, steps, losses, colour))
+                line = Line(tower, steps, losses, recipe.colour(tower))
+                found.setdefault(panel, []).append(line)
     return found
 
 
 def as_json(facts: Facts) -> dict[str, Any]:
     """What programs read: absent results are null or empty."""
+    recipe = facts.recipe
+    by_type = {
+        (tower, task): [
+            {kind: entry["score"] for kind, entry in result["by_type"].items()}
+            for result in facts.results(task, tower)
+        ]
+        for tower in recipe.vlms
+        for task in facts.scores
+    }
     return {
         "schema": 1,
         "finding": facts.verdict.sentence,
         "verdict": facts.verdict.state,
-        "headline": facts.recipe.headline,
-        "world": facts.recipe.world.model_dump() if facts.recipe.world else None,
+        "headline": recipe.headline,
+        "world": recipe.world.model_dump() if recipe.world else None,
         "cra": facts.cra,
         "retrieval": facts.retrieval,
-        "vlm": {
-            tower: {task: facts.accuracies(task)[tower] for task in facts.scores}
-            for tower in facts.recipe.vlms
-        },
+        "vlm": {t: {task: facts.accuracies(task)[t] for task in facts.scores} for t in recipe.vlms},
         "vlm_by_type": {
-            tower: {
-                task: [
-                    {kind: entry["score"] for kind, entry in result["by_type"].items()}
-                    for result in facts.results(task, tower)
-                ]
-                for task in facts.scores
-            }
-            for tower in facts.recipe.vlms
+            tower: {task: by_type[tower, task] for task in facts.scores} for tower in recipe.vlms
         },
-        "seeds": {tower: list(seeds) for tower, seeds in facts.recipe.vlms.items()},
+        "seeds": {tower: list(seeds) for tower, seeds in recipe.vlms.items()},
         "seconds": facts.seconds,
         "ladder": facts.ladder,
         "ab": facts.ab,

@@ -126,6 +126,8 @@ class ReportRecipe(Section):
     towers: dict[str, str] = Field(min_length=1)
     """Tower's name to the output directory of stage 2b or `clip_baseline` (`results.json`), in the
     order in which they are shown."""
+    tower_notes: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to what it is, for readers."""
     tower_models: dict[str, str] = Field(default_factory=dict)
     """Tower's name to its model, where that is not `<towers.NAME>/model`."""
     headline: list[str] = Field(
@@ -150,6 +152,15 @@ class ReportRecipe(Section):
     """Pictures shown with retrieved captions, and questions shown with answers."""
     not_shown: list[str] = Field(default_factory=list)
     """Sentences for the section *What was not shown*, beside those that follow from the numbers."""
+
+    def order(self) -> list[str]:
+        """Towers by rank: the headline's two, then the others."""
+        return list(dict.fromkeys([*self.headline, *self.towers]))
+
+    def colour(self, tower: str) -> int:
+        """A tower's series in charts."""
+        order = self.order()
+        return order.index(tower) % 6 if tower in order else 0
 
 
 class AbRecipe(Section):

@@ -212,9 +212,10 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     for run, found in ((a, first), (b, second)):
         if lost := [seed for seed in seeds if seed not in found and None not in found]:
             raise ReportError(f"{task}: {run.name} has no seed {lost}: compare equal sets of seeds")
+    units: list[int | None] = [*seeds] or [None]
     measured = [
-        (seed, *(found[seed if seed in found else None] for found in (first, second)))
-        for seed in seeds or [None]
+        (seed, first[seed if seed in first else None], second[seed if seed in second else None])
+        for seed in units
     ]
     deltas = [one.value - two.value for _, one, two in measured]
     row: dict[str, Any] = {"delta": float(np.mean(deltas)), "ci": None, "p": None}
@@ -232,15 +233,15 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
         except ValueError as error:
             raise ReportError(f"{task}: {one.folder} and {two.folder}: {error}") from None
         scores = paired.correct_a, paired.correct_b
-        found = paired_bootstrap(*scores, paired.image_ids, resamples)
+        within = paired_bootstrap(*scores, paired.image_ids, resamples)
         p = mcnemar_exact(*scores) if is_binary(*scores) else None
-        row.setdefault("within_seed", []).append({"seed": seed, **found, "mcnemar_p": p})
+        row.setdefault("within_seed", []).append({"seed": seed, **within, "mcnemar_p": p})
         if ":" not in task and (differs := _differences(one.result, two.result)):
             row["differs"] = differs
         if len(deltas) == 1:
             flips = sign_flip_test(cluster_sums(scores[0] - scores[1], paired.image_ids))
-            test = f"paired sign-flip test over {found['images']} images"
-            row |= {"ci": found["ci"], "p": flips, "test": test}
+            test = f"paired sign-flip test over {within['images']} images"
+            row |= {"ci": within["ci"], "p": flips, "test": test}
     return row
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
+from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
@@ -46,6 +48,11 @@ def clock(seconds: float) -> str:
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def rows(table: Mapping[str, Mapping[str, Any]], *keys: str) -> list[list[Any]]:
+    """Rows of a table: each name with the values of some of its keys."""
+    return [[name, *(found[key] for key in keys)] for name, found in table.items()]
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
@@ -55,6 +62,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clock": clock, "data_uri": data_uri}
+    environment.filters |= {"clock": clock, "data_uri": data_uri, "mean": fmean, "rows": rows}
     environment.globals["colours"] = chart_css()
     return environment

@@ -13,18 +13,6 @@ from llm2clip_vlm.evaluation.charts import Line, Mark, bar_chart, dot_chart, lin
 from llm2clip_vlm.evaluation.comparison import difference_chart
 from llm2clip_vlm.evaluation.examples import Example
 from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS
-from llm2clip_vlm.handoff import read_manifest
-
-TOWER_NOTES = {
-    "base": "CLIP as it is shipped, trained on short captions only",
-    "llm2clip": "base, trained further against the tuned LLM's caption embeddings",
-    "control": "base, trained further on the same pictures, captions and steps with its own text "
-    "encoder; long captions are cut at its window",
-    "control_long": "as control, but with a text window that holds the whole caption: base, the "
-    "same pictures, captions and steps, its own text encoder",
-    "no_stage1": "as llm2clip, with the embeddings of the LLM before stage 1",
-}
-"""What the demo's towers are."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +88,8 @@ class Facts:
     """Task to checkpoint to result, the headline's task first; empty = no VLM."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step to wall time."""
+    manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tower to its manifest."""
     ladder: dict[str, Any] | None = None
     """Rungs; None = not run."""
     ab: dict[str, Any] | None = None
@@ -110,14 +100,6 @@ class Facts:
     """Captions retrieved."""
     answers: list[Example] = field(default_factory=list)
     """Questions answered."""
-
-    def order(self) -> list[str]:
-        """Towers by rank: the headline's two stand out."""
-        return list(dict.fromkeys([*self.recipe.headline, *self.recipe.towers]))
-
-    def colour(self, tower: str) -> int:
-        """The series of a tower."""
-        return self.order().index(tower)
 
     def results(self, task: str, tower: str) -> list[dict[str, Any]]:
         """Results of a task, seed by seed."""
@@ -137,58 +119,9 @@ class Facts:
         cut = f" (first {result['limit']} only)" if result.get("limit") else ""
         return f"{result.get('title', task)}{cut}"
 
-    def tower_notes(self) -> list[list[str]]:
-        """Rows: tower, what it is."""
-        return [[name, TOWER_NOTES.get(name, "")] for name in self.recipe.towers]
-
-    def counts(self) -> list[list[Any]]:
-        """Rows: checkpoint, task, questions, empty, unparsable."""
-        return [
-            [name, self.title(task), result["n"], result["n_empty"], result["n_unparsable"]]
-            for task, results in self.scores.items()
-            for name, result in results.items()
-        ]
-
-    def key_figures(self) -> list[tuple[str, str, str]]:
-        """What it is, its value, and what it is to be compared with."""
-        (a, b), found = self.recipe.headline, []
-        if self.cra:
-            before, after = self.cra["before"], self.cra["after"]
-            found.append(("Captions told apart (R@1)", after, f"{before:.1f} % before stage 1"))
-        for direction, arrow in DIRECTIONS.items():
-            one, two = (self.retrieval[tower]["long"][direction]["r1"] for tower in (a, b))
-            found.append((f"Long captions, {arrow}", one, f"{b} {two:.1f} %"))
-        task = self.recipe.headline_task
-        accuracies = self.accuracies(task)
-        if a in accuracies and b in accuracies:
-            one, two = (np.mean(accuracies[tower]) for tower in (a, b))
-            found.append((f"{self.title(task)}, VLM", one, f"{b} {two:.1f} %"))
-        return [(name, f"{value:.1f} %", other) for name, value, other in found]
-
-    def vlm_sentence(self) -> str:
-        """What is known of the towers as the eyes of a VLM; only the A/B may carry a claim."""
-        (a, b), task = self.recipe.headline, self.recipe.headline_task
-        accuracies, here = self.accuracies(task), ""
-        if accuracies:
-            count = max(len(v) for v in accuracies.values())
-            means = ", ".join(f"{name} {np.mean(v):.1f} %" for name, v in accuracies.items())
-            settled = "one training each, which settles nothing"
-            times = settled if count == 1 else f"{count} trainings each"
-            here = f"As the eyes of a VLM: {self.title(task)} {means} ({times}). "
-        effect = (self.ab or {}).get("ab", {}).get(task, {}).get(f"{a}-{b}")
-        if effect is None:
-            return f"{here}The A/B over training seeds was not run."
-        low, high = effect["ci"]
-        return (
-            f"{here}The committed A/B over {effect['n_seeds']} seeds: {a} minus {b} = "
-            f"{effect['delta']:+.1f} points [{low:+.1f}, {high:+.1f}], p = {effect['p']:.2g} "
-            "(exact sign-flip test, the seed as the unit)."
-        )
-
     def not_shown(self) -> list[str]:
         """What a reader might take from this page, and must not."""
         seeds = [len(found) for found in self.recipe.vlms.values()]
-        lost = [name for name in TOWER_NOTES if name not in self.recipe.towers]
         sentences = {
             "The intervals of retrieval resample test pictures; no tower was trained twice "
             "here.": True,
@@ -200,18 +133,8 @@ class Facts:
             "The ladder of validity was not run.": self.ladder is None,
             "Pictures and texts are procedural and small, and so are the models: nothing here says "
             "how large the effect is with real weights on photographs.": self.recipe.world,
-            f"Towers that are not part of this run: {', '.join(lost)}.": lost,
         }
         return [text for text, holds in sentences.items() if holds] + self.recipe.not_shown
-
-    def made_with(self) -> list[list[str]]:
-        """Rows: tower, recipe, versions."""
-        manifests = {name: read_manifest(place) for name, place in self.recipe.towers.items()}
-        return [
-            [name, found["recipe_hash"][:12], ", ".join(map(" ".join, found["versions"].items()))]
-            for name, found in manifests.items()
-            if found is not None
-        ]
 
 
 def charts(facts: Facts) -> dict[str, Any]:
@@ -228,7 +151,9 @@ def charts(facts: Facts) -> dict[str, Any]:
     drawn["retrieval"] = bar_chart(
         {
             f"{kind.replace('_', ' ')} captions, {arrow}": [
-                Mark(tower, kinds[kind][way]["r1"], kinds[kind][way].get("ci"), facts.colour(tower))
+                Mark(
+                    tower, kinds[kind][way]["r1"], kinds[kind][way].get("ci"), recipe.colour(tower)
+                )
                 for tower, kinds in facts.retrieval.items()
             ]
             for kind in facts.retrieval[recipe.headline[0]]
@@ -244,10 +169,11 @@ def charts(facts: Facts) -> dict[str, Any]:
         drawn["scores"] = bar_chart(groups, "Score of each VLM", 100)
         kinds = list(next(iter(facts.scores[task].values()))["by_type"])
         if len(kinds) > 1:
-            rows = {
-                kind.replace("_", " "): [_score(facts, task, tower, kind) for tower in recipe.vlms]
-                for kind in kinds
-            }
+            names = [kind.replace("_", " ") for kind in kinds]
+            rows = [
+                Line(tower, names, [_by_type(facts, tower, k) for k in kinds], recipe.colour(tower))
+                for tower in recipe.vlms
+            ]
             drawn["types"] = dot_chart(rows, "By type of question")
     if facts.ab is not None:
         drawn["ab"] = difference_chart(facts.ab, recipe.headline)
@@ -257,11 +183,13 @@ def charts(facts: Facts) -> dict[str, Any]:
     return drawn
 
 
-def _score(facts: Facts, task: str, tower: str, kind: str | None = None) -> Mark:
-    results, colour = facts.results(task, tower), facts.colour(tower)
-    if kind is not None:
-        mean = np.mean([result["by_type"][kind]["score"] for result in results])
-        return Mark(tower, float(mean), colour=colour)
+def _by_type(facts: Facts, tower: str, kind: str) -> float:
+    results = facts.results(facts.recipe.headline_task, tower)
+    return float(np.mean([result["by_type"][kind]["score"] for result in results]))
+
+
+def _score(facts: Facts, task: str, tower: str) -> Mark:
+    results, colour = facts.results(task, tower), facts.recipe.colour(tower)
     values = [float(result["score"]) for result in results]
     if len(values) == 1:
         return Mark(tower, values[0], results[0]["score_ci"], colour)

@@ -250,8 +250,8 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert long == pytest.approx(2 * short, abs=0.2)
     assert "<title>x: 20.0 [10.0, 30.0]</title>" in svg and svg.count("<title>") == 2
     assert {"g<1>", "x", "y", "20.0", "40.0"} <= set(texts(svg))
-    dots = charts.dot_chart({"r": [Mark("x", 20.0, colour=0), Mark("y", 20.0, colour=1)]}, "t")
-    assert "r · x: 20.0" in dots and {"r", "x", "y"} <= set(texts(dots))
+    dots = charts.dot_chart([Line("x", ["r"], [20.0]), Line("y", ["r"], [20.0], 1)], "t")
+    assert "<title>y: 20.0</title>" in dots and {"r", "x", "y"} <= set(texts(dots))
     lines = charts.line_chart([Line("l", [1, 2, 3], [3.0, 2.0, 1.0])], "t", x_label="steps")
     assert "l: 3.000 → 1.000" in lines and {"l", "steps"} <= set(texts(lines))
     assert charts.line_chart([Line("one", [5], [2.0])], "t")
