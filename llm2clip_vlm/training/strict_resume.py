@@ -69,6 +69,11 @@ class StrictResumeMixin:
         if self.args.should_save:
             seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{step}")
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # transformers 5.23 takes one step more when it resumes from the checkpoint of the last one
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)  # type: ignore[misc]
+
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:

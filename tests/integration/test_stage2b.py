@@ -149,6 +149,11 @@ def test_a_resumed_run_equals_the_uninterrupted_one(recipe: Recipe) -> None:
         (row["step"], row["loss"]) for row in read_metrics(out / "metrics.jsonl") if "loss" in row
     ]
     assert again == losses
+    # killed between its last checkpoint and the hand-off it takes no further step
+    (out / "manifest.json").unlink()
+    run(path)
+    assert same(final, weights(out / "model"))
+    assert len([row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]) == 8
 
 
 def test_a_finished_stage_is_not_run_again(
