@@ -5,19 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
     AutoBackbone,
     AutoConfig,
+    AutoModel,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     PreTrainedConfig,
@@ -31,11 +30,14 @@ from transformers.modeling_outputs import BackboneOutput
 
 from llm2clip_vlm.config_encoder import BoxSource, DetectionTask, EncoderEvalRecipe
 from llm2clip_vlm.data.images import open_image, read_image
-from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.encoders import Encoder, tower_pixels
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 
 MAX_BOXES = 100
 """Boxes of an image that are judged, as COCO does."""
+
+MAX_DRAWS = 100
+"""Resamples for the interval of AP; each takes seconds on all of COCO."""
 
 
 class TowerBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
@@ -70,8 +72,6 @@ class TowerBackbone(BackboneMixin, PreTrainedModel):
         super().__init__(config)
         values = dict(config.vision_config or {})
         vision = AutoConfig.for_model(values.pop("model_type"), **values)
-        from transformers import AutoModel
-
         self.vision_tower = AutoModel.from_config(vision)
         self.num_features = [vision.hidden_size]
         self.post_init()
@@ -118,37 +118,31 @@ class CocoBoxes(Dataset[dict[str, Any]]):
     """Pictures of a COCO file, squeezed into the tower's square, with their boxes."""
 
     def __init__(self, source: BoxSource, tower: VisionTower) -> None:
-        document = json.loads(Path(source.annotations).read_text(encoding="utf-8"))
-        self.images: list[dict[str, Any]] = document["images"]
-        self.categories: list[dict[str, Any]] = sorted(
-            document["categories"], key=lambda category: int(category["id"])
-        )
+        from pycocotools.coco import COCO
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+            self.coco: Any = COCO(source.annotations)
         self.root, self.tower = Path(source.images), tower
-        self._class = {c["id"]: number for number, c in enumerate(self.categories)}
-        self._boxes: dict[Any, list[dict[str, Any]]] = {}
-        for box in document["annotations"]:
-            if not box.get("iscrowd"):
-                self._boxes.setdefault(box["image_id"], []).append(box)
+        self.images: list[dict[str, Any]] = self.coco.loadImgs(sorted(self.coco.getImgIds()))
+        self.categories: list[int] = sorted(self.coco.getCatIds())
+        self.names = [kind["name"] for kind in self.coco.loadCats(self.categories)]
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """`pixel_values` and `labels` as Deformable DETR takes them."""
-        image = open_image(self.root, self.images[index]["file_name"])
-        side = self.tower.image_size_px
-        pixels = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), np.float32)
-        mean, std = np.array(self.tower.image_mean), np.array(self.tower.image_std)
-        normal = torch.from_numpy(((pixels / 255.0 - mean) / std).astype(np.float32))
-        found = self._boxes.get(self.images[index]["id"], [])
+        image, side = self.images[index], self.tower.image_size_px
+        found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[image["id"]], iscrowd=False))
         boxes = torch.tensor([box["bbox"] for box in found], dtype=torch.float32).reshape(-1, 4)
         boxes[:, :2] += boxes[:, 2:] / 2
-        boxes /= torch.tensor([*image.size, *image.size])
-        labels = torch.tensor([self._class[box["category_id"]] for box in found], dtype=torch.int64)
-        return {
-            "pixel_values": normal.permute(2, 0, 1),
-            "labels": {"class_labels": labels, "boxes": boxes},
+        kinds = [self.categories.index(box["category_id"]) for box in found]
+        labels = {
+            "class_labels": torch.tensor(kinds, dtype=torch.int64),
+            "boxes": boxes / torch.tensor([image["width"], image["height"]] * 2),
         }
+        picture = open_image(self.root, image["file_name"])
+        return {"pixel_values": tower_pixels(self.tower, picture, (side, side)), "labels": labels}
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -165,30 +159,27 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     """
     tower = load_vision_tower(recipe.model, torch.float32, image_size_px=task.image_size_px)
     train, test = CocoBoxes(task.train, tower), CocoBoxes(task.test, tower)
-    if train.categories != test.categories:
+    if (train.categories, train.names) != (test.categories, test.names):
         raise ValueError("detection: train and test annotations have different categories")
     set_seed(recipe.seed)
-    model = build_detector(tower, [c["name"] for c in train.categories], task.detector)
+    model = build_detector(tower, train.names, task.detector)
     if task.freeze_tower:
         model.model.freeze_backbone()
-    folder = Path(recipe.output_dir) / f"{task.name or 'detection'}-detector"
+    folder = str(Path(recipe.output_dir) / f"{task.name or 'detection'}-detector")
     options = {"report_to": "none", "save_strategy": "no", "seed": recipe.seed} | task.trainer
-    arguments = TrainingArguments(output_dir=str(folder), remove_unused_columns=False, **options)
+    arguments = TrainingArguments(folder, remove_unused_columns=False, **options)
     trainer = Trainer(model, arguments, collate, train)
     trainer.train()
-    trainer.save_model(str(folder))
-    digest = hashlib.sha256()
+    trainer.save_model(folder)
+    digest = hashlib.sha256(Path(task.test.annotations).read_bytes())
     for image in test.images:
         digest.update(read_image(test.root, image["file_name"]))
     return {
         "protocol": f"Deformable DETR, single map of the tower at {tower.image_size_px} px "
-        f"(squeezed), {int(trainer.state.global_step)} steps, tower "
+        f"(squeezed), {trainer.state.global_step} steps, tower "
         f"{'frozen' if task.freeze_tower else 'trained'}; COCO box AP (pycocotools)",
-        "data_hash": data_hash(
-            hashlib.sha256(Path(task.test.annotations).read_bytes()).hexdigest(),
-            digest.hexdigest(),
-        ),
-        **coco_ap(task.test.annotations, predict(model, test, encoder.batch_size), recipe),
+        "data_hash": digest.hexdigest(),
+        **coco_ap(test.coco, predict(model, test, encoder.batch_size), recipe),
         "images": {"train": len(train), "test": len(test)},
     }
 
@@ -200,47 +191,50 @@ def predict(
     """Boxes in COCO's format for results, the `MAX_BOXES` of the highest scores an image."""
     model.eval()
     found = []
-    for start in range(0, len(data), batch_size):
-        rows = range(start, min(start + batch_size, len(data)))
-        pixels = torch.stack([data[row]["pixel_values"] for row in rows]).to(model.device)
-        out = model(pixel_values=pixels)
-        best = out.logits.sigmoid().flatten(1).float().cpu()
-        scores, places = best.topk(min(MAX_BOXES, best.shape[1]), dim=1)
-        classes = out.logits.shape[-1]
+    for images in torch.arange(len(data)).split(batch_size):
+        pixels = torch.stack([data[int(row)]["pixel_values"] for row in images])
+        out = model(pixel_values=pixels.to(model.device))
+        scores = out.logits.sigmoid().flatten(1).float().cpu()
+        scores, places = scores.topk(min(MAX_BOXES, scores.shape[1]), dim=1)
         for row, score, place, boxes in zip(
-            rows, scores, places, out.pred_boxes.float().cpu(), strict=True
+            images, scores.tolist(), places, out.pred_boxes.float().cpu(), strict=True
         ):
-            image = data.images[row]
-            scale = torch.tensor([image["width"], image["height"]] * 2)
-            chosen = boxes[place // classes] * scale
+            image = data.images[int(row)]
+            chosen = boxes[place // len(data.names)]
+            chosen = chosen * torch.tensor([image["width"], image["height"]] * 2)
             chosen[:, :2] -= chosen[:, 2:] / 2
+            kinds = [data.categories[kind] for kind in (place % len(data.names)).tolist()]
             found += [
-                {
-                    "image_id": image["id"],
-                    "category_id": data.categories[int(number)]["id"],
-                    "bbox": box.tolist(),
-                    "score": float(value),
-                }
-                for number, box, value in zip(place % classes, chosen, score, strict=True)
+                {"image_id": image["id"], "category_id": kind, "bbox": box, "score": value}
+                for kind, box, value in zip(kinds, chosen.tolist(), score, strict=True)
             ]
     return found
 
 
-def coco_ap(
-    annotations: str, found: list[dict[str, Any]], recipe: EncoderEvalRecipe
-) -> dict[str, Any]:
-    """Box AP, in per cent, as COCO defines it."""
-    from pycocotools.coco import COCO
+def coco_ap(truth: Any, found: list[dict[str, Any]], recipe: EncoderEvalRecipe) -> dict[str, Any]:
+    """Box AP in per cent, as COCO defines it, with an interval over images."""
     from pycocotools.cocoeval import COCOeval
 
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-        truth = COCO(annotations)
+    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+    with contextlib.redirect_stdout(io.StringIO()):
         judge = COCOeval(truth, truth.loadRes(found), "bbox")
         judge.evaluate()
-        judge.accumulate()
-        judge.summarize()
-    names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
+
+        def figures(matches: np.ndarray) -> list[float]:
+            judge.evalImgs = matches.ravel().tolist()
+            judge.accumulate()
+            judge.summarize()
+            return [100.0 * float(value) for value in judge.stats]
+
+        images = len(judge.params.imgIds)
+        matches = np.array(judge.evalImgs, dtype=object).reshape(-1, images)
+        values = dict(zip(names, figures(matches), strict=False))
+        rng = np.random.default_rng(recipe.seed)
+        draws = [
+            figures(matches[:, rng.integers(images, size=images)])[0]
+            for _ in range(min(recipe.bootstrap, MAX_DRAWS))
+        ]
     return {
-        name: None if value < 0 else 100.0 * float(value)
-        for name, value in zip(names, judge.stats, strict=False)
+        **{name: None if value < 0 else value for name, value in values.items()},
+        "ci": np.percentile(draws, [2.5, 97.5]).tolist() if draws else None,
     }

@@ -240,8 +240,9 @@ def plain_image(root: Path, name: str) -> ImageTextRecord:
 def read_classes(path: str) -> dict[str, str]:
     """Class to name, in order: lines, a JSON list, or a JSON mapping."""
     text = Path(path).read_text(encoding="utf-8")
-    names = json.loads(text) if path.endswith(".json") else text.strip().split("\n")
-    classes = names if isinstance(names, dict) else {name.strip(): name.strip() for name in names}
+    lines = [line.strip() for line in text.strip().split("\n")]
+    names = json.loads(text) if path.endswith(".json") else lines
+    classes = names if isinstance(names, dict) else {name: name for name in names}
     if not classes or not all(isinstance(name, str) and name for name in classes.values()):
         raise ValueError(f"{path}: expected names of classes, one a line or as JSON")
     return classes

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -22,7 +23,7 @@ from llm2clip_vlm.data.image_text import ImageTextRecord
 from llm2clip_vlm.data.pixels import process_images
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_dir
 from llm2clip_vlm.handoff import read_manifest
-from llm2clip_vlm.models.clip import ClipTokens, load_clip
+from llm2clip_vlm.models.clip import check_tokenizer
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
@@ -46,7 +47,7 @@ class Encoder:
     texts: Texts | None = None
     """To the joint space."""
     captions: Texts | None = None
-    """By the text encoder alone, where that is something else."""
+    """By the text encoder alone (without text adaptor)."""
     num_cut: Callable[[], int] = lambda: 0
     """Texts so far that were too long for the text side, and cut."""
 
@@ -128,30 +129,25 @@ def load_encoder(
     """
     tower = load_vision_tower(path, dtype)
     tower.model.to(device)  # type: ignore[arg-type]
+    hashes = {"model": fingerprint_dir(path) if Path(path).is_dir() else path}
+    fields: dict[str, Any] = {"project": nn.Identity()}
     kind = AutoConfig.from_pretrained(path).model_type
-    state = fingerprint_dir(path) if Path(path).is_dir() else path
-    fields: dict[str, Any] = {"project": nn.Identity(), "fingerprints": {"model": state}}
-    if kind == "llm2clip":
-        model: Any = LLM2CLIPModel.from_pretrained(path, dtype=dtype).eval().to(device)
-        fields["project"] = model.visual_projection
-        if text_encoder is not None:
-            fields |= _llm_side(path, model, text_encoder)
-    elif kind == "clip":
-        clip, tokenizer, _ = load_clip(path)
-        fields["project"] = clip.visual_projection.to(device, dtype)
-        fields |= _own_side(clip.to(device, dtype).eval(), ClipTokens(tokenizer))  # type: ignore[arg-type]
-    elif kind in ("siglip", "siglip2"):
-        whole = AutoModel.from_pretrained(path, dtype=dtype).eval().to(device)
-        fields |= _own_side(whole, _FixedTokens(path, whole.config.text_config))
-    return Encoder(tower=tower, batch_size=batch_size, **fields)
+    if kind in ("llm2clip", "clip", "siglip", "siglip2"):
+        model = AutoModel.from_pretrained(path, dtype=dtype).eval().to(device)
+        fields["project"] = getattr(model, "visual_projection", fields["project"])
+        if kind != "llm2clip":
+            fields |= _own_side(path, model)
+        elif text_encoder is not None:
+            encoder = _caption_encoder(path, text_encoder, device)
+            hashes["text_encoder"] = data_hash(encoder.fingerprint)
+            fields |= _llm_side(model, encoder)
+    return Encoder(tower=tower, fingerprints=hashes, batch_size=batch_size, **fields)
 
 
-def _llm_side(
-    path: str, model: LLM2CLIPModel, text_encoder: str | TextEncoderSection
-) -> dict[str, Any]:
-    named = isinstance(text_encoder, TextEncoderSection)
-    load: Any = TextEncoder.from_section if named else TextEncoder.from_pretrained
-    encoder = load(text_encoder, device=model.device)
+def _caption_encoder(path: str, text_encoder: str | TextEncoderSection, device: str) -> TextEncoder:
+    named = isinstance(text_encoder, str)
+    load: Any = TextEncoder.from_pretrained if named else TextEncoder.from_section
+    encoder: TextEncoder = load(text_encoder, device=device)
     manifest = read_manifest(Path(path).parent) or {"fingerprints": {}}
     for name, value in encoder.fingerprint.items():
         recorded = manifest["fingerprints"].get(f"text_encoder.{name}", value)
@@ -160,56 +156,55 @@ def _llm_side(
                 f"text_encoder: {name}: {path} was trained against {recorded}, this one has "
                 f"{value}; name the text encoder that its captions were cached with"
             )
+    return encoder
+
+
+def _llm_side(model: LLM2CLIPModel, encoder: TextEncoder) -> dict[str, Any]:
+    @torch.no_grad()
+    def texts(items: Sequence[str]) -> Tensor:
+        features = encoder.encode(items).to(model.device, model.dtype).split(4096)
+        return torch.cat([model.get_text_features(part).float().cpu() for part in features])
+
+    cut = encoder.tokens
+    return {"texts": texts, "captions": encoder.encode, "num_cut": lambda: cut.num_truncated}
+
+
+def _own_side(path: str, model: Any) -> dict[str, Any]:
+    """The text tower of a CLIP, or of a SigLIP, whose texts are padded as it was trained."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    window = int(model.config.text_config.max_position_embeddings)
+    if model.config.model_type == "clip":
+        check_tokenizer(model, tokenizer)
+    padding = "longest" if model.config.model_type == "clip" else "max_length"
+    cut = 0
 
     @torch.no_grad()
     def texts(items: Sequence[str]) -> Tensor:
-        features = encoder.encode(items).to(model.device, model.dtype)
-        return torch.cat(
-            [model.get_text_features(part).float().cpu() for part in features.split(4096)]
-        )
-
-    return {
-        "texts": texts,
-        "captions": encoder.encode,
-        "num_cut": lambda: encoder.tokens.num_truncated,
-        "fingerprints": {
-            "model": fingerprint_dir(path) if Path(path).is_dir() else path,
-            "text_encoder": data_hash(encoder.fingerprint),
-        },
-    }
-
-
-def _own_side(model: Any, tokens: Any) -> dict[str, Any]:
-    """The text tower of a CLIP or SigLIP."""
-
-    @torch.no_grad()
-    def texts(items: Sequence[str]) -> Tensor:
+        nonlocal cut
         parts = []
         for start in range(0, len(items), 256):
-            inputs = {k: v.to(model.device) for k, v in tokens(items[start : start + 256]).items()}
-            features = model.get_text_features(**inputs).pooler_output
-            parts.append(F.normalize(features.float(), dim=-1).cpu())
+            part = list(items[start : start + 256])
+            cut += sum(len(ids) > window for ids in tokenizer(part)["input_ids"])
+            options = {"padding": padding, "max_length": window, "truncation": True}
+            tokens = tokenizer(part, return_tensors="pt", **options).to(model.device)
+            names = ("input_ids", "attention_mask")[: 1 + (padding == "longest")]
+            features = model.get_text_features(**{name: tokens[name] for name in names})
+            parts.append(F.normalize(features.pooler_output.float(), dim=-1).cpu())
         return torch.cat(parts)
 
-    return {"texts": texts, "num_cut": lambda: tokens.num_cut}
+    return {"texts": texts, "num_cut": lambda: cut}
 
 
-class _FixedTokens:
-    """SigLIP's texts: padded to the window, as it was trained."""
+def tower_pixels(
+    tower: VisionTower, image: Image.Image, size: tuple[int, int]
+) -> Float[Tensor, "3 h w"]:
+    """An image as the tower's processor would normalise it, but of any size.
 
-    def __init__(self, path: str, config: Any) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(path)
-        self.window_tokens, self.num_cut = int(config.max_position_embeddings), 0
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        whole = self.tokenizer(list(texts))["input_ids"]
-        self.num_cut += sum(len(ids) > self.window_tokens for ids in whole)
-        return {
-            "input_ids": self.tokenizer(
-                list(texts),
-                padding="max_length",
-                max_length=self.window_tokens,
-                truncation=True,
-                return_tensors="pt",
-            )["input_ids"]
-        }
+    Args:
+        tower: Its mean and standard deviation.
+        image: RGB.
+        size: Width and height.
+    """
+    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255.0
+    normal = (pixels - np.float32(tower.image_mean)) / np.float32(tower.image_std)
+    return torch.from_numpy(normal).permute(2, 0, 1)

@@ -12,19 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
 from llm2clip_vlm.config_encoder import (
     EncoderEvalRecipe,
-    SegmentationSource,
     SegmentationTask,
     ZeroShotSegmentationTask,
 )
 from llm2clip_vlm.data.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder_benchmarks import plain_image, read_classes
-from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.encoders import Encoder, data_hash, tower_pixels
 from llm2clip_vlm.evaluation.zero_shot import class_embeds
 
 UNJUDGED = 255
@@ -41,22 +40,20 @@ def zero_shot_segmentation(
 
     Paper: MaskCLIP (2112.01071) section 3.2; LLM2CLIP v6 table 4.
     """
-    classes = read_classes(task.classes)
-    names = list(classes.values())
+    names = list(read_classes(task.classes).values())
     texts = class_embeds(encoder, names, task.templates).to(encoder.tower.model.device)
-    values = task.last_attention == "value"
 
     def scores(windows: Tensor) -> Tensor:
-        patches = patch_grid(encoder, windows, last_values=values)
+        patches = patch_grid(encoder, windows, last_values=task.last_attention == "value")
         pooled = _pool_each(encoder.tower.model, patches.flatten(0, 2))
         embeds = F.normalize(encoder.project(pooled).float(), dim=-1)
         return (embeds @ texts.T).unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
 
-    return {
-        "protocol": f"patches against {len(names)} class texts, last attention: "
-        f"{task.last_attention}; {_protocol(task, encoder)}",
+    found = _judge(Masks(task, task.split, encoder), scores, names, recipe)
+    kind = f"patches against {len(names)} texts, last attention: {task.last_attention}; "
+    return found | {
+        "protocol": kind + found["protocol"],
         "list_hash": data_hash(names, task.templates),
-        **_judge(task, task.split, scores, classes, encoder, recipe),
     }
 
 
@@ -65,39 +62,33 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
 
     Paper: DINOv2 (2304.07193) section 7.4 (linear head).
     """
-    classes = read_classes(task.classes)
+    names = list(read_classes(task.classes).values())
     device, width = encoder.tower.model.device, encoder.tower.hidden_size
-    pairs = read_masks(task, task.train_split)
+    masks = Masks(task, task.train_split, encoder)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, len(classes), 1)).to(device)
+    head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, len(names), 1)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=task.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
-    head.train()
 
     def scores(windows: Tensor) -> Tensor:
-        patches = patch_grid(encoder, windows).float()
-        found: Tensor = head(patches.permute(0, 3, 1, 2))
+        found: Tensor = head(patch_grid(encoder, windows).float().permute(0, 3, 1, 2))
         return found
 
     for _ in range(task.steps):
-        chosen = [pairs[row] for row in rng.integers(len(pairs), size=task.batch_size)]
-        windows, masks = zip(*(_random_window(p, task, encoder, rng) for p in chosen), strict=True)
-        logits = F.interpolate(
-            scores(torch.stack(windows).to(device)), size=masks[0].shape, mode="bilinear"
-        )
-        target = torch.stack(masks).to(device)
-        if (target != UNJUDGED).any():
-            optimizer.zero_grad()
-            F.cross_entropy(logits, target, ignore_index=UNJUDGED).backward()
-            optimizer.step()
+        rows = rng.integers(len(masks.items), size=task.batch_size)
+        drawn = [masks.random_window(row, rng) for row in rows]
+        windows, labels = (torch.stack(part).to(device) for part in zip(*drawn, strict=True))
+        logits = F.interpolate(scores(windows), size=labels.shape[1:], mode="bilinear")
+        loss = F.cross_entropy(logits, labels, ignore_index=UNJUDGED, reduction="sum")
+        optimizer.zero_grad()
+        (loss / (labels != UNJUDGED).sum().clamp(min=1)).backward()
+        optimizer.step()
         schedule.step()
     head.eval()
-    return {
-        "protocol": f"batch norm and linear head on frozen patches, {task.steps} steps of "
-        f"{task.batch_size} windows of {task.train_split}; {_protocol(task, encoder)}",
-        **_judge(task, task.split, scores, classes, encoder, recipe),
-    }
+    found = _judge(Masks(task, task.split, encoder), scores, names, recipe)
+    kind = f"batch norm and linear head on frozen patches, {task.steps} steps of {task.batch_size} "
+    return found | {"protocol": f"{kind}windows of {task.train_split}; {found['protocol']}"}
 
 
 @torch.no_grad()
@@ -150,59 +141,55 @@ def _pool_each(model: Any, patches: Float[Tensor, "n d"]) -> Float[Tensor, "n d"
     return norm(patches) if model.config.model_type == "clip_vision_model" else patches
 
 
-def read_masks(source: SegmentationSource, split: str) -> list[tuple[Path, str, str]]:
-    """Root, picture and mask of each item of a split.
+class Masks:
+    """Pictures with masks, resized and normalised for a tower.
 
     Raises:
         ValueError: There is no such split.
     """
-    root = Path(source.data)
-    if source.layout == "voc":
-        listing = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-        stems = listing.read_text(encoding="utf-8").split() if listing.is_file() else []
-        pictures, masks = "JPEGImages", "SegmentationClass"
-    else:
-        pictures, masks = f"images/{split}", f"annotations/{split}"
-        stems = sorted(file.stem for file in (root / masks).glob("*.png"))
-    if not stems:
-        raise ValueError(f"{root}: no split {split!r} in the layout `{source.layout}`")
-    return [
-        (root, plain_image(root, f"{pictures}/{stem}").key, f"{masks}/{stem}.png") for stem in stems
-    ]
 
+    def __init__(
+        self, source: SegmentationTask | ZeroShotSegmentationTask, split: str, encoder: Encoder
+    ) -> None:
+        self.encoder, self.skip_zero, self.root = encoder, source.skip_zero, Path(source.data)
+        self.side = encoder.tower.image_size_px
+        self.step = max(1, round(source.stride * self.side))
+        self.short_side = max(source.short_side_px or 2 * self.side, self.side)
+        folders = ("JPEGImages", "SegmentationClass")
+        if source.layout == "voc":
+            listing = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+            stems = listing.read_text(encoding="utf-8").split() if listing.is_file() else []
+        else:
+            folders = (f"images/{split}", f"annotations/{split}")
+            stems = sorted(file.stem for file in (self.root / folders[1]).glob("*.png"))
+        if not stems:
+            raise ValueError(f"{self.root}: no split {split!r} in the layout `{source.layout}`")
+        self.items = [
+            (plain_image(self.root, f"{folders[0]}/{stem}").key, f"{folders[1]}/{stem}.png")
+            for stem in stems
+        ]
 
-def _load(
-    item: tuple[Path, str, str], source: SegmentationSource, encoder: Encoder
-) -> tuple[Float[Tensor, "3 h w"], Tensor]:
-    """Normalised picture, resized, and mask in its own size with 0 as the first class."""
-    root, picture, mask = item
-    image = open_image(root, picture)
-    side = encoder.tower.image_size_px
-    scale = max(source.short_side_px or 2 * side, side) / min(image.size)
-    size = [max(side, round(length * scale)) for length in image.size]
-    pixels = np.asarray(image.resize((size[0], size[1]), Image.Resampling.BICUBIC), np.float32)
-    mean, std = np.array(encoder.tower.image_mean), np.array(encoder.tower.image_std)
-    normal = torch.from_numpy(((pixels / 255.0 - mean) / std).astype(np.float32))
-    labels = np.asarray(Image.open(resolve_image(root, mask)), dtype=np.int64)
-    if labels.ndim != 2:
-        raise ValueError(f"{mask}: expected one channel of class numbers, got {labels.shape}")
-    if source.skip_zero:
-        labels = np.where(labels == 0, UNJUDGED, np.where(labels == UNJUDGED, labels, labels - 1))
-    return normal.permute(2, 0, 1), torch.from_numpy(labels)
+    def __getitem__(self, row: int) -> tuple[Float[Tensor, "3 h w"], Int[Tensor, "y x"]]:
+        """A picture, and its mask in its own size with 0 as the first class."""
+        picture, mask = self.items[row]
+        image = open_image(self.root, picture)
+        scale = self.short_side / min(image.size)
+        width, height = (max(self.side, round(length * scale)) for length in image.size)
+        labels = np.asarray(Image.open(resolve_image(self.root, mask)), dtype=np.int64)
+        if labels.ndim != 2:
+            raise ValueError(f"{mask}: expected one channel of class numbers, got {labels.shape}")
+        if self.skip_zero:
+            labels = np.where((labels == 0) | (labels == UNJUDGED), UNJUDGED, labels - 1)
+        pixels = tower_pixels(self.encoder.tower, image, (width, height))
+        return pixels, torch.from_numpy(labels)
 
-
-def _random_window(
-    item: tuple[Path, str, str],
-    task: SegmentationTask,
-    encoder: Encoder,
-    rng: np.random.Generator,
-) -> tuple[Tensor, Tensor]:
-    pixels, labels = _load(item, task, encoder)
-    side = encoder.tower.image_size_px
-    near = F.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")
-    top, left = (int(rng.integers(length - side + 1)) for length in pixels.shape[1:])
-    window = (..., slice(top, top + side), slice(left, left + side))
-    return pixels[window], near[0, 0][window].long()
+    def random_window(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A window of the tower's size anywhere in a picture, and its mask."""
+        pixels, labels = self[row]
+        near = F.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")
+        top, left = (int(rng.integers(length - self.side + 1)) for length in pixels.shape[1:])
+        window = (..., slice(top, top + self.side), slice(left, left + self.side))
+        return pixels[window], near[0, 0][window].long()
 
 
 @torch.no_grad()
@@ -250,50 +237,30 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
 
 
 def _judge(
-    source: SegmentationSource,
-    split: str,
-    scores: Scores,
-    classes: dict[str, str],
-    encoder: Encoder,
-    recipe: EncoderEvalRecipe,
+    masks: Masks, scores: Scores, names: list[str], recipe: EncoderEvalRecipe
 ) -> dict[str, Any]:
-    side = encoder.tower.image_size_px
-    digest, counts = hashlib.sha256(), []
-    items = read_masks(source, split)
-    for item in items:
-        for name in item[1:]:
-            digest.update(resolve_image(item[0], name).read_bytes())
-        pixels, labels = _load(item, source, encoder)
-        found = slide(pixels, scores, side, _step(source, side), encoder.batch_size)
+    digest, counts, images = hashlib.sha256(), [], len(masks.items)
+    for row, item in enumerate(masks.items):
+        for name in item:
+            digest.update(resolve_image(masks.root, name).read_bytes())
+        pixels, labels = masks[row]
+        found = slide(pixels, scores, masks.side, masks.step, masks.encoder.batch_size)
         best = F.interpolate(found[None], size=labels.shape, mode="bilinear")[0].argmax(0)
-        counts.append(overlaps(best.numpy(), labels.numpy(), len(classes)))
-    total = np.sum(counts, axis=0)
-    ious, ci = class_iou(total), None
+        counts.append(overlaps(best.numpy(), labels.numpy(), len(names)))
+    total, ci = np.sum(counts, axis=0), None
+    ious = class_iou(total).tolist()
     if recipe.bootstrap:
         rng = np.random.default_rng(recipe.seed)
-        draws = rng.multinomial(len(items), [1 / len(items)] * len(items), recipe.bootstrap)
-        drawn = np.tensordot(draws, np.stack(counts), axes=1)
-        ci = np.percentile(np.nanmean(class_iou(drawn), axis=1), [2.5, 97.5]).tolist()
+        draws = rng.multinomial(images, np.full(images, 1 / images), recipe.bootstrap)
+        drawn = class_iou(np.tensordot(draws, np.stack(counts), axes=1))
+        ci = np.percentile(np.nanmean(drawn, axis=1), [2.5, 97.5]).tolist()
     return {
-        "data_hash": data_hash([item[1:] for item in items], digest.hexdigest()),
+        "protocol": f"short side {masks.short_side} px, windows of {masks.side} px every "
+        f"{masks.step} px, judged in the mask's own size",
+        "data_hash": data_hash(masks.items, digest.hexdigest()),
         "miou": float(np.nanmean(ious)),
         "ci": ci,
         "pixel_accuracy": 100.0 * float(total[0].sum() / max(1, total[2].sum())),
-        "iou": {
-            name: None if np.isnan(value) else float(value)
-            for name, value in zip(classes, ious, strict=True)
-        },
-        "images": len(items),
+        "iou": {n: None if np.isnan(iou) else iou for n, iou in zip(names, ious, strict=True)},
+        "images": images,
     }
-
-
-def _step(source: SegmentationSource, side: int) -> int:
-    return max(1, round(source.stride * side))
-
-
-def _protocol(source: SegmentationSource, encoder: Encoder) -> str:
-    side = encoder.tower.image_size_px
-    return (
-        f"short side {source.short_side_px or 2 * side} px, windows of {side} px every "
-        f"{_step(source, side)} px, judged in the mask's own size"
-    )

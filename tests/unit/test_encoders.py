@@ -1,0 +1,144 @@
+"""What an encoder under judgement gives is what its own model gives."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModel, SiglipConfig, SiglipModel
+
+from llm2clip_vlm.config import TextEncoderSection
+from llm2clip_vlm.data.image_text import ImageTextRecord
+from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.evaluation.encoders import load_encoder, tower_pixels
+from llm2clip_vlm.fingerprint import HandoffError
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.towers import load_vision_tower
+from tests.tiny import word_tokenizer, write_image
+from tests.tiny_towers import build_tower
+
+TEXTS = ["a red circle", "a large blue square below a dog", "cat"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> list[ImageTextRecord]:
+    folder = tmp_path_factory.mktemp("images")
+    return [
+        ImageTextRecord(str(i), write_image(folder / f"{i}.png", seed=i, size_px=40), {}, folder)
+        for i in range(5)
+    ]
+
+
+@pytest.fixture(scope="module")
+def llm2clip(tiny_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage2b") / "model"
+    tower = load_vision_tower(tiny_clip)
+    torch.manual_seed(0)
+    LLM2CLIPModel.from_vision_tower(
+        tower.model, text_embed_dim=32, projection_dim=24
+    ).save_pretrained(folder)
+    tower.image_processor.save_pretrained(folder)
+    return folder
+
+
+def pixels_of(path: Path, images: list[ImageTextRecord]) -> Any:
+    processor = load_vision_tower(path).image_processor
+    return processor(images=[r.open() for r in images], return_tensors="pt")["pixel_values"]
+
+
+@torch.no_grad()
+def test_a_clip(tiny_clip: Path, images: list[ImageTextRecord]) -> None:
+    encoder = load_encoder(str(tiny_clip), batch_size=2)
+    model = AutoModel.from_pretrained(tiny_clip).eval()
+    pixels = pixels_of(tiny_clip, images)
+    want = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    got, digest = encoder.embed_images(images)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    tokens = word_tokenizer(model_max_length_tokens=16)(TEXTS, padding=True, return_tensors="pt")
+    tokens.pop("token_type_ids", None)
+    texts = F.normalize(model.get_text_features(**tokens).pooler_output, dim=-1)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), texts, atol=1e-6, rtol=0)
+    assert encoder.num_cut() == 0
+    encoder.embed_texts(["a dog " * 20])
+    assert encoder.num_cut() == 1
+    whole = load_encoder(str(tiny_clip), batch_size=64)
+    assert whole.embed_images(images)[1] == digest != whole.embed_images(images[1:])[1]
+    torch.testing.assert_close(whole.pool(images)[0], encoder.pool(images)[0], atol=1e-5, rtol=0)
+    half = load_encoder(str(tiny_clip), dtype=torch.bfloat16)
+    assert half.tower.model.dtype == torch.bfloat16 and half.embed_texts(TEXTS).dtype == torch.float
+
+
+@torch.no_grad()
+def test_an_llm2clip_with_its_text_encoder(
+    llm2clip: Path, tiny_llm: Path, images: list[ImageTextRecord]
+) -> None:
+    encoder = load_encoder(str(llm2clip), str(tiny_llm))
+    model = LLM2CLIPModel.from_pretrained(llm2clip).eval()
+    want = model.get_image_features(pixels_of(llm2clip, images))
+    torch.testing.assert_close(encoder.embed_images(images)[0], want, atol=1e-6, rtol=0)
+    captions = TextEncoder.from_pretrained(tiny_llm).encode(TEXTS)
+    assert encoder.captions is not None
+    torch.testing.assert_close(encoder.captions(TEXTS), captions, atol=1e-6, rtol=0)
+    want = model.get_text_features(captions)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), want, atol=1e-5, rtol=0)
+    assert set(encoder.fingerprints) == {"model", "text_encoder"}
+    section = TextEncoderSection(language_model=str(tiny_llm), pooling="last", max_length_tokens=4)
+    other = load_encoder(str(llm2clip), section)
+    assert (other.embed_texts(TEXTS) - want).abs().max() > 1e-3
+    assert other.num_cut() > 0 and other.fingerprints != encoder.fingerprints
+
+
+def test_another_text_encoder_than_in_training_is_refused(
+    llm2clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model").symlink_to(llm2clip)
+    manifest = {"schema": 1, "fingerprints": {"text_encoder.pooling": "last"}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(HandoffError, match=r"pooling: .* was trained against last, this one has m"):
+        load_encoder(str(tmp_path / "model"), str(tiny_llm))
+
+
+@torch.no_grad()
+def test_a_siglip(tmp_path: Path, images: list[ImageTextRecord]) -> None:
+    build_tower("siglip", tmp_path)
+    tokenizer = word_tokenizer(model_max_length_tokens=16)
+    tokenizer.save_pretrained(tmp_path)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "num_hidden_layers": 2}
+    vision = {"image_size": 32, "patch_size": 8, "num_hidden_layers": 3}
+    model = SiglipModel(SiglipConfig(text_config=shape | text, vision_config=shape | vision)).eval()
+    model.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path))
+    pixels = pixels_of(tmp_path, images)
+    want = F.normalize(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+    torch.testing.assert_close(encoder.embed_images(images)[0], want, atol=1e-6, rtol=0)
+    ids = tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
+    want = F.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
+    torch.testing.assert_close(encoder.embed_texts(TEXTS), want, atol=1e-6, rtol=0)
+
+
+def test_a_tower_alone_has_no_texts(tmp_path: Path, images: list[ImageTextRecord]) -> None:
+    encoder = load_encoder(str(build_tower("dinov2", tmp_path)))
+    assert encoder.pool(images)[0].shape == (5, 32)
+    with pytest.raises(ValueError, match="no text side"):
+        encoder.embed_texts(TEXTS)
+
+
+def test_nothing_is_left_out(tiny_clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ImageError):
+        load_encoder(str(tiny_clip)).pool([ImageTextRecord("a", tmp_path / "a.png", {}, tmp_path)])
+
+
+def test_pixels_of_the_towers_own_size_are_the_processors(
+    tiny_clip: Path, images: list[ImageTextRecord]
+) -> None:
+    tower = load_vision_tower(tiny_clip)
+    got = torch.stack([tower_pixels(tower, r.open(), (32, 32)) for r in images])
+    torch.testing.assert_close(got, pixels_of(tiny_clip, images), atol=1e-5, rtol=0)
+    assert tower_pixels(tower, images[0].open(), (48, 24)).shape == (3, 24, 48)
