@@ -265,3 +265,25 @@ def test_a_killed_cold_run_resumes_to_the_same_weights(
     assert losses[0] == losses[1]
     assert files(tmp_path / "whole-cache") == files(tmp_path / "killed-cache")
     shutil.rmtree(out)
+
+
+@pytest.mark.slow
+def test_two_ranks_fill_one_cache(recipe_2b: Recipe, tmp_path: Path, repo_root: Path) -> None:
+    """Cold and warm runs end alike, so each rank found what it, and the other one, had encoded."""
+    stage = str(repo_root / "stages" / "stage2b_vision_encoder.py")
+    env = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    cache = tmp_path / "cold-cache"
+    sealed = {}
+    for name in ("cold", "warm"):
+        per_device = {"per_device_train_batch_size": 4}
+        path = recipe_2b(name, embedding_cache=str(cache), trainer=per_device)
+        command = [sys.executable, *launcher, stage, str(path)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        sealed[name] = {file.name: file.read_bytes() for file in cache.iterdir()}
+    assert sealed["cold"] == sealed["warm"]
+    assert all(file == "header.json" or file.startswith("shard-") for file in sealed["cold"])
+    EmbeddingCache.open(cache).verify()
+    assert len(EmbeddingCache.open(cache)) > PAIRS
+    assert same(weights(tmp_path / "cold" / "model"), weights(tmp_path / "warm" / "model"))
