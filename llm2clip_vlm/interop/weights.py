@@ -133,8 +133,8 @@ def _open(file: Path) -> tuple[Path, Any]:
         raise WeightsError(f"{file}: damaged or cut off ({error}); fetch it again") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise WeightsError(
-            f"{file}: damaged, or more than tensors ({str(error).splitlines()[0]}); nothing of it "
-            "was run. Save its state dict as safetensors where you trust it"
+            f"{file}: damaged, or more than tensors ({' '.join(str(error).split())[:80]}); nothing "
+            "of it was run. Save its state dict as safetensors where you trust it"
         ) from error
     while isinstance(found, Mapping):
         inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
