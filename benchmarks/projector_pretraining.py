@@ -150,7 +150,7 @@ def main() -> None:
     """Print samples per CPU-second of both arms and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=16)
-    parser.add_argument("--samples-a-row", type=int, default=2)
+    parser.add_argument("--samples-a-row", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="8 samples, 3 repeats")
     args = parser.parse_args()

@@ -14,8 +14,8 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from llm2clip_vlm.constants import IGNORE_INDEX
 
-SMALL_LOGITS = 2**24
-"""Positions times vocabulary up to which transformers' own loss over all positions is taken."""
+SMALL_VOCABULARY = 1024
+"""Words up to which transformers' own loss stays: logits are no wider than other states then."""
 
 CHUNK_LOGITS = 2**25
 """Logits that exist at once (128 MiB in fp32)."""
@@ -29,10 +29,12 @@ def install_supervised_loss(model: Any) -> None:
     transformers' loss up to rounding. A training call returns the loss and no logits.
 
     Args:
-        model: A LLaVA; a second call changes nothing.
+        model: A LLaVA; left alone if its vocabulary is small. A second call changes nothing.
 
     Paper: Chunks with recomputation as in Cut Your Losses (2411.09009), without its kernel.
     """
+    if model.lm_head.out_features <= SMALL_VOCABULARY:
+        return
     model.lm_head.forward = MethodType(_head_forward, model.lm_head)
     model.forward = MethodType(_forward, model)
 
@@ -44,12 +46,10 @@ def _forward(
     num_items_in_batch: Tensor | int | None = None,
     **inputs: Any,
 ) -> Any:
-    small = labels is None or labels.numel() * self.lm_head.out_features <= SMALL_LOGITS
-    if small or not self.training:
+    if labels is None or not self.training:
         return type(self).forward(
             self, labels=labels, num_items_in_batch=num_items_in_batch, **inputs
         )
-    assert labels is not None
     hidden = self.model(**inputs).last_hidden_state
     trained = labels[:, 1:] != IGNORE_INDEX
     total = self.lm_head(hidden[:, :-1][trained], labels[:, 1:][trained])

@@ -45,9 +45,10 @@ def test_it_is_transformers_loss(
     values = batch(model) | {"num_items_in_batch": items}
     want, grads = loss_and_grads(model, values)
     install_supervised_loss(model)
-    assert loss_and_grads(model, values)[0] == want  # small: the very same computation
-    monkeypatch.setattr(vlm_loss, "SMALL_LOGITS", 0)
+    assert loss_and_grads(model, values)[0] == want  # a small vocabulary: the same computation
+    monkeypatch.setattr(vlm_loss, "SMALL_VOCABULARY", 0)
     monkeypatch.setattr(vlm_loss, "CHUNK_LOGITS", chunk)
+    install_supervised_loss(model)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _, args, out: rows.append(len(args[0])))
     got, ours = loss_and_grads(model, values)
@@ -62,8 +63,8 @@ def test_nothing_trained_is_zero_with_gradients(
     tiny_clip: Path, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model: Any = build_vlm(tiny_clip, tiny_llm)[0]
+    monkeypatch.setattr(vlm_loss, "SMALL_VOCABULARY", 0)
     install_supervised_loss(model)
-    monkeypatch.setattr(vlm_loss, "SMALL_LOGITS", 0)
     values = batch(model)
     loss, grads = loss_and_grads(model, values | {"labels": values["labels"].fill_(IGNORE_INDEX)})
     assert loss == 0
@@ -71,7 +72,10 @@ def test_nothing_trained_is_zero_with_gradients(
     assert not any(grad.any() for grad in grads.values())
 
 
-def test_evaluation_has_all_logits(tiny_clip: Path, tiny_llm: Path) -> None:
+def test_evaluation_has_all_logits(
+    tiny_clip: Path, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vlm_loss, "SMALL_VOCABULARY", 0)
     model: Any = build_vlm(tiny_clip, tiny_llm)[0]
     values = batch(model)
     with torch.no_grad():

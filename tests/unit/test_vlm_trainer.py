@@ -98,7 +98,7 @@ def test_the_same_batch_in_any_pieces_is_the_same_step(
 ) -> None:
     """T70: 1 x 8 = 8 x 1 = 4 x 2, padded or packed (2 processes: integration/test_zero.py)."""
     if sliced:
-        monkeypatch.setattr(vlm_loss, "SMALL_LOGITS", 0)
+        monkeypatch.setattr(vlm_loss, "SMALL_VOCABULARY", 0)
         monkeypatch.setattr(vlm_loss, "CHUNK_LOGITS", 2**10)
     states, losses = [], []
     for size, accumulation, packed in ((8, 1, False), (1, 8, False), (2, 4, False), (4, 2, True)):
@@ -230,7 +230,7 @@ def test_flops_are_those_that_torch_counts(
     model: Any, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Matrix products alone; attention is counted in full by torch, by half (causal) here."""
-    monkeypatch.setattr(vlm_loss, "SMALL_LOGITS", 0)
+    monkeypatch.setattr(vlm_loss, "SMALL_VOCABULARY", 0)
     vlm_loss.install_supervised_loss(model)
     apply_trainable(model, parts)
     freeze_unused_vision(model)
