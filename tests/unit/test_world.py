@@ -152,7 +152,7 @@ def test_files_of_different_splits_share_no_scene(road: Path) -> None:
     }
     for name, found in drawn.items():
         for other, theirs in drawn.items():
-            if world_files._SPLIT_OF_FILE[name] != world_files._SPLIT_OF_FILE[other]:
+            if world_files._FILES[name][0] != world_files._FILES[other][0]:
                 assert not found & theirs, f"{name} and {other}"
 
 
@@ -425,15 +425,29 @@ def test_a_finished_folder_is_left_alone_and_another_size_refused(road: Path) ->
         ensure_world(config, sizes=SIZES | {"text": 13})
 
 
-def test_what_another_process_wrote_first_stays(tmp_path: Path) -> None:
+def test_what_another_process_wrote_first_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = WorldConfig(seed=0, dir=str(tmp_path))
     target = world_dir(config)
-    target.mkdir(parents=True)
-    (target / "first").touch()
-    tiny = dict.fromkeys(world_files.SIZES, 1)
-    assert ensure_world(config, sizes=tiny) == target
+
+    def write(root: Path, *_: Any) -> None:
+        target.mkdir(parents=True)
+        (target / "world.json").touch()
+
+    monkeypatch.setattr(world_files, "_write", write)
+    assert ensure_world(config) == target
     assert [p.name for p in tmp_path.iterdir()] == ["seed-0"]
-    assert (target / "first").exists()
+    assert [p.name for p in target.iterdir()] == ["world.json"]
+
+
+def test_what_is_no_world_is_not_taken_for_one(tmp_path: Path) -> None:
+    config = WorldConfig(seed=0, dir=str(tmp_path))
+    world_dir(config).mkdir(parents=True)
+    (world_dir(config) / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="delete what lies there"):
+        ensure_world(config, sizes=dict.fromkeys(world_files.SIZES, 1))
+    assert [p.name for p in tmp_path.rglob("*")] == ["seed-0", "thesis.tex"]
 
 
 def test_the_base_part_holds_short_captions_alone(tmp_path: Path) -> None:
