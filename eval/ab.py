@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomically(output.with_suffix(".svg"), chart)
     kept = {key: value for key, value in found.items() if key not in ("runs", "wins")}
     write_atomically(output, json.dumps(rounded(kept), indent=1, ensure_ascii=False) + "\n")
-    if recipe.pages is not None:
-        for name, text in comparison_pages(runs, found).items():
-            write_atomically(Path(recipe.pages, name), text)
-    print_table(found)
+    pages = comparison_pages(runs, found)
+    for name, text in pages.items():
+        write_atomically(Path(recipe.pages, name), text)
+    print(pages["compare.md"])
     print(f"{output} and {output.with_suffix('.svg')}")
     return 0
 
@@ -126,24 +126,10 @@ def git_state(output: Path) -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changes)}
 
 
-def print_table(found: Mapping[str, Any]) -> None:
-    """One row a task and pair."""
-    seeds = found["seeds"]
-    print(f"{len(seeds)} seeds; difference in points, 95 % t interval, exact sign-flip test")
-    for task, pairs in found["ab"].items():
-        for pair, row in pairs.items():
-            low, high = row["ci"]
-            print(
-                f"{task:<34} {pair:<24} {row['delta']:+6.2f} [{low:+.2f}, {high:+.2f}]  "
-                f"p {row['p']:.4f}"
-            )
-    print(f"(with {len(seeds)} seeds p cannot be below {found['smallest_p']:.4f})")
-
-
 def _origin(run: Run, seed: int) -> dict[str, Any]:
     """Weights, recipe and task specifications behind a checkpoint's numbers."""
-    measured = {task: seeds[seed] for task, seeds in run.scores.items() if seed in seeds}
-    results = {task: m.result for task, m in measured.items() if m.result and ":" not in task}
+    found = {task: seeds[seed].result for task, seeds in run.scores.items() if seed in seeds}
+    results = {task: result for task, result in found.items() if result and ":" not in task}
     checkpoint = next(iter(results.values()))["checkpoint"]
     manifest = read_manifest(Path(checkpoint["path"]).parent)
     return {

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.world_text_qa import text_qa_accuracy
+from llm2clip_vlm.evaluation.report_inputs import read_json, read_optional
 from llm2clip_vlm.files import write_atomically
 
 TASK = "l2c_world_vqa"
@@ -40,35 +41,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
     text_qa = text_qa_accuracy(model, tokenizer)
     oracle, supervised, base = (
-        score(arguments.run / "eval" / name / f"{TASK}.json")
+        read_json(
+            arguments.run / "eval" / name / f"{TASK}.json", "recipes/demo/ladder/pipeline.yaml"
+        )
         for name in ("oracle", "supervised", "base")
     )
+    over_base = "world VQA, supervised tower over base tower (points, intervals apart)"
     rungs: dict[str, dict[str, Any]] = {
         "1": rung("text-only QA of the language model (%)", text_qa["all"]["accuracy"], 90.0),
         "2": rung("world VQA with oracle features (%)", oracle["score"], 90.0),
         "3": {
-            **rung(
-                "world VQA, supervised tower over base tower (points, intervals apart)",
-                supervised["score"] - base["score"],
-                0.0,
-            ),
+            **rung(over_base, supervised["score"] - base["score"], 0.0),
             "passed": supervised["score_ci"][0] > base["score_ci"][1],
             "supervised": {"value": supervised["score"], "ci": supervised["score_ci"]},
             "base": {"value": base["score"], "ci": base["score_ci"]},
         },
     }
-    if arguments.ab.is_file():
-        found = json.loads(arguments.ab.read_text(encoding="utf-8"))["ab"][TASK]
-        headline = found["llm2clip-control_long"]
-        rungs["4"] = {
-            **rung(
-                "world VQA, llm2clip over control_long (points, p < 0.01)", headline["delta"], 0.0
-            ),
-            "passed": headline["delta"] > 0 and headline["p"] < 0.01,
-            "ci": headline["ci"],
-            "p": headline["p"],
+    if found := read_optional(str(arguments.ab)):
+        row = found["ab"][TASK]["llm2clip-control_long"]
+        title = "world VQA, llm2clip over control_long (points, p < 0.01)"
+        passed = row["delta"] > 0 and row["p"] < 0.01
+        rungs["4"] = rung(title, row["delta"], 0.0) | {
+            "passed": passed,
+            "ci": row["ci"],
+            "p": row["p"],
         }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output, json.dumps(rungs, indent=2) + "\n")
     for name, result in rungs.items():
         mark = "passed" if result["passed"] else "NOT passed"
@@ -78,18 +75,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 def rung(title: str, value: float, goal: float) -> dict[str, Any]:
     """A rung that is passed from `goal` on."""
     return {"title": title, "value": round(value, 2), "goal": goal, "passed": value >= goal}
-
-
-def score(path: Path) -> dict[str, Any]:
-    """A result of `eval/run_lmms.py`.
-
-    Raises:
-        ValueError: It is not there.
-    """
-    if not path.is_file():
-        raise ValueError(f"{path} is missing; run recipes/demo/ladder/pipeline.yaml first")
-    result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return result
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,25 +22,17 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    set_seed,
-)
+from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, Trainer
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_eval import LadderTowerRecipe
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.world import COLOURS, PATTERNS, SHAPES, Scene
-from llm2clip_vlm.data.world_files import ensure_world, file_scenes, world_dir
-from llm2clip_vlm.handoff import claim_output_dir, fingerprint_dir, is_complete, write_manifest
+from llm2clip_vlm.data.world_files import file_scenes, world_dir
+from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.recipe import load_recipe
-from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
-from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.export import export_vision_tower
-from llm2clip_vlm.training.strict_resume import StrictTrainer
+from llm2clip_vlm.training.stage_run import StageRun
 
 ATTRIBUTES = {"colour": list(COLOURS), "shape": list(SHAPES), "pattern": list(PATTERNS)}
 SLOTS = [(kind, value) for kind, values in ATTRIBUTES.items() for value in values]
@@ -50,39 +41,32 @@ CELL_PX, BLOCK_PX = 16, 4
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program: RECIPE [key=value ...]."""
-    started = time.monotonic()
-    path, *overrides = sys.argv[1:] if argv is None else argv
-    recipe = load_recipe(path, LadderTowerRecipe, overrides)
-    out = Path(recipe.output_dir)
-    if is_complete(out, recipe):
-        print(f"ladder_tower: {out} is finished, nothing to do")
+    run = StageRun(argv, LadderTowerRecipe, __doc__)
+    if run.finished():
         return
-    ensure_world(recipe.world)
-    if recipe.kind == "oracle":
-        claim_output_dir(recipe)
-        make_oracle(recipe, out)
+    run.parent("vision_tower", run.recipe.vision_tower)
+    run.arguments(label_names=["labels"])
+    if run.recipe.kind == "oracle":
+        make_oracle(run.recipe, run.out)
     else:
-        train_supervised(recipe, out)
-    write_manifest(
-        out,
-        stage=recipe.stage,
-        recipe=recipe,
-        parents={"vision_tower": recipe.vision_tower},
-        fingerprints={"vision_tower": fingerprint_dir(out / "vision_tower")},
-        seconds=time.monotonic() - started,
-    )
-    print(f"ladder_tower: wrote {out / 'vision_tower'}")
+        train_supervised(run)
+    run.finish({"vision_tower": fingerprint_dir(run.out / "vision_tower")})
+
+
+def block_of(slot: int) -> tuple[int, int, int]:
+    """Channel, row and column (in pixels of the cell) that spell an attribute."""
+    per_row = CELL_PX // BLOCK_PX
+    channel, block = divmod(slot, per_row * per_row)
+    return channel, block // per_row * BLOCK_PX, block % per_row * BLOCK_PX
 
 
 def spell(scene: Scene) -> Image.Image:
     """A picture with a lit block for each attribute of the object in each cell."""
     canvas = np.zeros((2 * CELL_PX, 2 * CELL_PX, 3), np.uint8)
-    per_row = CELL_PX // BLOCK_PX
     for thing in scene.things:
         top, left = (part * CELL_PX for part in divmod(thing.cell, 2))
         for kind in ATTRIBUTES:
-            channel, block = divmod(SLOTS.index((kind, getattr(thing, kind))), per_row * per_row)
-            row, column = (part * BLOCK_PX for part in divmod(block, per_row))
+            channel, row, column = block_of(SLOTS.index((kind, getattr(thing, kind))))
             y, x = top + row, left + column
             canvas[y : y + BLOCK_PX, x : x + BLOCK_PX, channel] = 255
     return Image.fromarray(canvas)
@@ -92,43 +76,35 @@ def make_oracle(recipe: LadderTowerRecipe, out: Path) -> None:
     """Write the spelled pictures, the files that name them, and the tower that copies them."""
     data = out / "data"
     shutil.rmtree(data, ignore_errors=True)
-    source = world_dir(recipe.world)
     for name in ("instruct", "vqa_test"):
         (data / "images" / name).mkdir(parents=True)
         for index, scene in enumerate(file_scenes(recipe.world, name)):
             spell(scene).save(data / "images" / name / f"{index:05d}.png", compress_level=1)
     for file in ("llava_pretrain.json", "llava_instruct.json", "vqa_test.jsonl"):
-        shutil.copy(source / file, data / file)
-    config = CLIPVisionConfig(
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        image_size=2 * CELL_PX,
-        patch_size=CELL_PX,
-    )
-    model = CLIPVisionModel(config)
+        shutil.copy(world_dir(recipe.world) / file, data / file)
+    sizes: dict[str, Any] = dict.fromkeys(("num_hidden_layers", "num_attention_heads"), 1)
+    sizes |= dict.fromkeys(("hidden_size", "intermediate_size"), 64)
+    sizes |= {"image_size": 2 * CELL_PX, "patch_size": CELL_PX}
+    model = CLIPVisionModel(CLIPVisionConfig(**sizes))
     parts = dict(model.named_parameters())
-    patch = next(p for n, p in parts.items() if n.endswith("patch_embedding.weight"))
-    position = next(p for n, p in parts.items() if n.endswith("position_embedding.weight"))
-    cls = next(p for n, p in parts.items() if n.endswith("class_embedding"))
+    patch, position = (
+        next(p for n, p in parts.items() if n.endswith(f"{kind}_embedding.weight"))
+        for kind in ("patch", "position")
+    )
     with torch.no_grad():
-        for parameter in (patch, position, cls):
-            parameter.zero_()
         for name, parameter in parts.items():
-            if ".out_proj." in name or ".fc2." in name:
-                parameter.zero_()  # the block adds nothing: hidden state 1 is the embedding
-        per_row = CELL_PX // BLOCK_PX
+            # The block adds nothing: hidden state 1 is the embedding.
+            if "embeddings." in name or ".out_proj." in name or ".fc2." in name:
+                parameter.zero_()
         for slot in range(len(SLOTS)):
-            channel, block = divmod(slot, per_row * per_row)
-            row, column = (part * BLOCK_PX for part in divmod(block, per_row))
+            channel, row, column = block_of(slot)
             patch[slot, channel, row : row + BLOCK_PX, column : column + BLOCK_PX] = BLOCK_PX**-2.0
         for index in range(5):
             position[index, len(SLOTS) + index] = 1.0
-    size = {"height": 2 * CELL_PX, "width": 2 * CELL_PX}
+    side = 2 * CELL_PX
     processor = CLIPImageProcessor(
-        size={"shortest_edge": 2 * CELL_PX},
-        crop_size=size,
+        size={"shortest_edge": side},
+        crop_size={"height": side, "width": side},
         image_mean=[0.0, 0.0, 0.0],
         image_std=[1.0, 1.0, 1.0],
     )
@@ -160,10 +136,9 @@ class AttributeReader(nn.Module):
         return {"loss": torch.stack(losses).sum()}
 
 
-def train_supervised(recipe: LadderTowerRecipe, out: Path) -> None:
+def train_supervised(run: StageRun[LadderTowerRecipe]) -> None:
     """Train the base tower on the attributes of stage 2's pictures."""
-    arguments = build_training_arguments(recipe, label_names=["labels"])
-    set_seed(recipe.seed)
+    recipe = run.recipe
     tower = load_vision_tower(recipe.vision_tower)
     root = world_dir(recipe.world)
     rows = []
@@ -176,14 +151,9 @@ def train_supervised(recipe: LadderTowerRecipe, out: Path) -> None:
         pixels = tower.image_processor(images=image, return_tensors="pt")["pixel_values"][0]
         rows.append({"pixel_values": pixels, "labels": labels})
     model = AttributeReader(tower.model, recipe.vision_feature_layer)
-    trainer = StrictTrainer(
-        model,
-        arguments,
-        train_dataset=rows,
-        callbacks=[MetricsJsonl(out / "metrics.jsonl")],
-    )
-    trainer.train(resume_from_checkpoint=last_checkpoint(arguments))
-    export_vision_tower(model, tower.image_processor, out / "vision_tower")
+    trainer = Trainer(model, run.args, train_dataset=rows, callbacks=[run.metrics])
+    trainer.train(resume_from_checkpoint=run.checkpoint)
+    export_vision_tower(model, tower.image_processor, run.out / "vision_tower")
 
 
 if __name__ == "__main__":

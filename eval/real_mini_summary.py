@@ -177,18 +177,16 @@ def questions(real: list[dict[str, Any]], shuffled: list[dict[str, Any]]) -> dic
 
 def print_table(found: Mapping[str, Any]) -> None:
     """What a reader wants first."""
-    for way, row in found["retrieval"].items():
-        for k, end in ((1, ""), (10, "_r10")):
-            (low, high), (least, most) = row[f"ci{end}"], row[f"chance_ci{end}"]
-            print(
-                f"held-out photographs, {way} R@{k} {row[f'r{k}']:.2f} [{low:.2f}, {high:.2f}], "
-                f"chance {row[f'chance_r{k}']:.2f} [{least:.2f}, {most:.2f}]"
-            )
+    rows = {
+        f"held-out photographs, {way} R@{k}": (row[f"r{k}"], row[f"ci{end}"])
+        for way, row in found["retrieval"].items()
+        for k, end in ((1, ""), (10, "_r10"))
+    }
     for task in TASKS:
         for name in ("real", "shuffled", "majority", "best_blind"):
-            row = found[task][name]
-            low, high = row["ci"]
-            print(f"{task:<14} {name:<10} {row['accuracy']:5.1f} [{low:.1f}, {high:.1f}]")
+            rows[f"{task}, {name}"] = (found[task][name]["accuracy"], found[task][name]["ci"])
+    for name, (value, (low, high)) in rows.items():
+        print(f"{name:<34} {value:6.2f} [{low:.2f}, {high:.2f}]")
     print(", ".join(f"{goal}: {'yes' if met else 'NO'}" for goal, met in found["goals"].items()))
 
 

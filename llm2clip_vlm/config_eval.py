@@ -194,8 +194,8 @@ class AbRecipe(Section):
     """Bootstrap draws of the comparison within a seed."""
     output: str = "docs/results/ab.json"
     """Where the result goes; the chart lies beside it, as `.svg`."""
-    pages: str | None = None
-    """Folder of the comparison for people (`compare.html`, `compare.md`); none = not written."""
+    pages: str
+    """Folder of the comparison for people and papers (`compare.html`, `compare.md`)."""
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:

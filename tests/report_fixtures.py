@@ -216,4 +216,5 @@ def ab_recipe(root: Path, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
         },
         "resamples": 200,
         "output": str(root / "ab.json"),
+        "pages": str(root / "compared"),
     }

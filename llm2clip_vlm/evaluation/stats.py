@@ -169,28 +169,22 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def mean_interval(
-    deltas: Sequence[float] | np.ndarray, confidence: float = 0.95
-) -> tuple[float, float]:
-    """Student-t interval of the mean across training seeds.
+def mean_interval(deltas: Sequence[float] | np.ndarray) -> tuple[float, float]:
+    """95 % Student-t interval of the mean across training seeds.
 
     Args:
         deltas: At least two differences.
-        confidence: Coverage, between 0 and 1.
 
     Returns:
         `(low, high)` in the unit of `deltas`.
 
     Raises:
-        ValueError: Fewer than two differences, or `confidence` outside (0, 1).
+        ValueError: Fewer than two differences, or one that is not finite.
     """
-    values = _finite(deltas, at_least=2)
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence: expected a value between 0 and 1, got {confidence}")
     from scipy import stats
 
-    half = stats.t.ppf(0.5 + confidence / 2, len(values) - 1)
-    half *= values.std(ddof=1) / math.sqrt(len(values))
+    values = _finite(deltas, at_least=2)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
     return float(values.mean() - half), float(values.mean() + half)
 
 
