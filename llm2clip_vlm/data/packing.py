@@ -130,16 +130,17 @@ def balanced_packs(
 class PackedBatches(Sampler[list[int]]):
     """Micro-batches of one process, for :class:`PackedCollator`; the same plan on all of them.
 
-    An epoch's samples are shuffled and dealt to optimizer steps, those with images and those
-    without to different ones (as LLaVA's `group_by_modality_length` does), so that in each
-    micro-step either every process has an image or none. A step's samples become rows of similar
-    length, as many to each process. The order depends on the seed and the epoch alone, and a step's
-    plan on its samples: resuming is a cursor, whatever came before.
+    An epoch's samples are shuffled and dealt to optimizer steps. Of a step, the samples with images
+    and those without become rows apart, of similar length and a multiple of the processes of each,
+    so that in each micro-step either every process has an image or none: skipping the tower cannot
+    hang the others. To that end both kinds are shuffled by themselves and dealt a few at a time.
+    The order depends on the seed and the epoch alone, and a step's plan on its samples: resuming is
+    a cursor, whatever came before.
 
     Args:
         lengths: Tokens of each sample.
         images: Images of each sample.
-        global_batch_size: Samples of an optimizer step.
+        global_batch_size: Samples of an optimizer step, a multiple of `world_size`.
         max_tokens: Tokens of a micro-batch.
         max_images: Images of a micro-batch; none = no limit.
         seed: Of the order.
@@ -149,8 +150,6 @@ class PackedBatches(Sampler[list[int]]):
 
     Raises:
         ValueError: A sample does not fit into a micro-batch.
-
-    Paper: LLaVA `llava/train/llava_trainer.py`, `get_modality_length_grouped_indices`.
     """
 
     def __init__(
@@ -168,18 +167,21 @@ class PackedBatches(Sampler[list[int]]):
     ) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._images = np.asarray(images, dtype=np.int64)
-        self._global_batch_size = global_batch_size
         self.max_tokens = max_tokens
         """Tokens of a micro-batch at most."""
         self._max_images = max_images
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._epoch, self._resumed, self._done = 0, 0, 0
-        rows = max(
-            len(plan_packs(*self._sizes(step)))
+        sizes = range(min(32, global_batch_size), global_batch_size + 1)
+        self._dealt = next(n for n in sizes if global_batch_size % n == 0 and n % world_size == 0)
+        self._deals = global_batch_size // self._dealt
+        needed = [
+            sum(self._micro_steps(part) for part in self._kinds(step))
             for epoch in range(max(epochs, 1))
             for step in self.steps(epoch)
-        )
-        self.accumulation = -(-rows // world_size)
+        ]
+        self._num_steps = len(needed) // max(epochs, 1)
+        self.accumulation = max(needed)
         """Micro-batches of a process in an optimizer step."""
 
     def set_epoch(self, epoch: int) -> None:
@@ -190,39 +192,66 @@ class PackedBatches(Sampler[list[int]]):
         """Sets the cursor: of this epoch, the first `done` micro-batches have been trained on."""
         self._resumed, self._done = epoch, done
 
-    def steps(self, epoch: int) -> list[npt.NDArray[np.int64]]:
-        """Samples of each optimizer step of an epoch, in order."""
-        draw = np.random.default_rng([self._seed, epoch])
-        steps = []
-        for kind in (self._images > 0, self._images == 0):
-            order = draw.permutation(np.flatnonzero(kind))
-            steps += np.split(
-                order, range(self._global_batch_size, len(order), self._global_batch_size)
-            )
-        steps = [step for step in steps if len(step)]
-        return [steps[n] for n in draw.permutation(len(steps))]
+    def steps(self, epoch: int, first: int = 0) -> Iterator[npt.NDArray[np.int64]]:
+        """Samples of each optimizer step of an epoch, in order, from the step `first` on.
+
+        The last few of each kind are completed to a multiple of the processes by the first.
+        """
+        draw, orders, deals, end = np.random.default_rng([self._seed, epoch]), [], [], 0
+        for kind in self._kinds(np.arange(len(self._lengths))):
+            size = -(-len(kind) // self._world_size) * self._world_size
+            orders.append(np.resize(draw.permutation(kind), size))
+            starts = np.arange(0, size, self._dealt)
+            deals.append(end + np.stack([starts, np.minimum(starts + self._dealt, size)], axis=1))
+            end += size
+        order, dealt = np.concatenate(orders), draw.permutation(np.concatenate(deals))
+        for start in range(first * self._deals, len(dealt), self._deals):
+            yield np.concatenate([order[a:b] for a, b in dealt[start : start + self._deals]])
 
     def rows(self, step: npt.NDArray[np.int64]) -> list[list[int]]:
         """Samples of each micro-batch of a step: of all processes, then of the next micro-step."""
-        number = self.accumulation * self._world_size
-        if len(step) < number:  # an epoch's last samples: some twice, so that each process has one
-            step = np.resize(step, number)
-        lengths, tokens, images, most = self._sizes(step)
-        packs = balanced_packs(lengths, number, tokens, images, most)
-        return [[int(step[i]) for i in pack] for pack in packs]
+        wanted, world = self.accumulation, self._world_size
+        step = np.tile(step, -(-wanted * world // len(step)))  # once, but for an epoch's last few
+        kinds = self._kinds(step)
+        shares = [wanted]
+        if len(kinds) > 1:
+            least = [self._micro_steps(kind) for kind in kinds]
+            most = [len(kind) // world for kind in kinds]
+            tokens = [self._lengths[kind].sum() for kind in kinds]
+            low, high = max(least[0], wanted - most[1]), min(most[0], wanted - least[1])
+            first = min(max(round(wanted * tokens[0] / sum(tokens)), low), high)
+            shares = [first, wanted - first]
+        return [
+            [int(kind[i]) for i in pack]
+            for kind, share in zip(kinds, shares, strict=True)
+            for pack in balanced_packs(
+                self._lengths[kind].tolist(),
+                share * world,
+                self.max_tokens,
+                self._images[kind].tolist(),
+                self._max_images,
+            )
+        ]
 
-    def _sizes(self, step: npt.NDArray[np.int64]) -> tuple[list[int], int, list[int], int | None]:
-        lengths, images = self._lengths[step].tolist(), self._images[step].tolist()
-        return lengths, self.max_tokens, images, self._max_images
+    def _kinds(self, samples: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
+        """Those with images and those without, as far as there are any."""
+        parts = (samples[self._images[samples] > 0], samples[self._images[samples] == 0])
+        return [part for part in parts if len(part)]
+
+    def _micro_steps(self, samples: npt.NDArray[np.int64]) -> int:
+        """How many are needed for samples of one kind."""
+        lengths, images = self._lengths[samples].tolist(), self._images[samples].tolist()
+        packs = plan_packs(lengths, self.max_tokens, images, self._max_images)
+        return -(-len(packs) // self._world_size)
 
     def __len__(self) -> int:
-        return len(self.steps(0)) * self.accumulation
+        return self._num_steps * self.accumulation
 
     def __iter__(self) -> Iterator[list[int]]:
         done = self._done if self._epoch == self._resumed else 0
         yield from repeat([], done)  # dropped unread by the Trainer, which counts on them
         first, done = divmod(done, self.accumulation)
-        for step in self.steps(self._epoch)[first:]:
+        for step in self.steps(self._epoch, first):
             yield from self.rows(step)[self._rank :: self._world_size][done:]
             done = 0
 

@@ -165,12 +165,14 @@ def test_a_killed_run_resumes_exactly(work: Path, config: str | None) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_packing_and_lora_work_under_zero(work: Path, zero: int) -> None:
+    """T50, T70: 1 x 8 = 2 x 4 with packing; steps with images, and one without."""
     recipe, one = stage4(
         work,
         f"packed-{zero}",
+        text_only=(1, 5, 7, 11, 13, 2, 4, 9),
         max_length_tokens=64,
         packing=True,
-        global_batch_size=2,
+        global_batch_size=8,
         language_model_lora={"r": 4, "alpha": 8, "dropout": 0.0},
         trainable={"multi_modal_projector": 1e-2, "language_model": 1e-2},
         trainer={"per_device_train_batch_size": 1},

@@ -180,7 +180,7 @@ def plan(count: int = 203, *, text: float = 0.3, **values: Any) -> tuple[PackedB
     draw = random.Random(1)
     lengths = [draw.randint(4, 32) for _ in range(count)]
     images = [0 if draw.random() < text else draw.randint(1, 2) for _ in range(count)]
-    arguments = {"global_batch_size": 16, "max_tokens": 64, "seed": 5, "epochs": 2, **values}
+    arguments = {"global_batch_size": 24, "max_tokens": 64, "seed": 5, "epochs": 2, **values}
     return PackedBatches(lengths, images, **arguments), images
 
 
@@ -205,13 +205,16 @@ def test_t50_t52_each_micro_step_has_images_on_all_processes_or_none(
 
 
 def test_a_step_has_the_same_samples_on_any_number_of_processes() -> None:
-    one, two = plan(160, text=0.0)[0], plan(160, text=0.0, world_size=2)[0]
+    one, two = plan(168, text=0.0)[0], plan(168, text=0.0, world_size=2)[0]
     steps = [sorted(map(int, step)) for step in one.steps(1)]
     assert steps == [sorted(map(int, step)) for step in two.steps(1)]
-    assert all(len(step) == 16 for step in steps)
+    assert all(len(step) == 24 for step in steps)
+    assert sorted(i for step in steps for i in step) == list(range(168))
     assert [sorted(i for row in two.rows(step) for i in row) for step in two.steps(1)] == steps
-    assert one.steps(0)[0].tolist() != one.steps(1)[0].tolist()
-    assert one.steps(0)[0].tolist() != plan(160, text=0.0, seed=6)[0].steps(0)[0].tolist()
+    assert [sorted(map(int, step)) for step in one.steps(1, first=3)] == steps[3:]
+    first = next(one.steps(0)).tolist()
+    assert first != next(one.steps(1)).tolist()
+    assert first != next(plan(168, text=0.0, seed=6)[0].steps(0)).tolist()
 
 
 @pytest.mark.parametrize("done", [0, 1, 5, 17])
@@ -233,6 +236,6 @@ def test_t41_resuming_goes_on_with_the_same_samples(done: int) -> None:
 def test_the_budget_sets_the_number_of_micro_batches() -> None:
     small, large = plan(max_tokens=40)[0], plan(max_tokens=160)[0]
     assert small.accumulation > large.accumulation
-    assert plan(max_tokens=600, max_images=3)[0].accumulation >= 16 // 3
+    assert plan(max_tokens=600, max_images=3)[0].accumulation >= 24 // 3
     with pytest.raises(ValueError, match="at most 1"):
         plan(max_images=1)
