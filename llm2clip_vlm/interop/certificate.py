@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +13,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.handoff import versions
+from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
 
 TOLERANCE = 1e-5
 """Largest difference that is let through, as a share of the largest value (at least of 1)."""
 
 
-class ParityError(ValueError):
-    """What was written does not compute what it should."""
+@dataclass(frozen=True)
+class Evidence:
+    """What a certificate is made of."""
+
+    opened_with: str
+    """The program that gave `got`, or that `expected` was taken from."""
+    expected: Mapping[str, Tensor]
+    """Name to values of the model that it was made from, on fixed inputs."""
+    got: Mapping[str, Tensor]
+    """The same of what lies in the folder."""
+    more: Mapping[str, Any] = field(default_factory=dict)
+    """Anything else worth keeping."""
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder that is there at the end, or nothing if anything was raised.
+
+    Args:
+        out: Where; must not exist.
+
+    Yields:
+        The folder to write into, which exists.
+    """
+    if Path(out).exists():
+        raise InteropError(f"{out} exists already; name a new folder, or delete it")
+    with written_whole(out) as folder:
+        folder.mkdir()
+        yield folder
 
 
 def fixed_pixels(image_size_px: int, count: int = 2) -> Tensor:
@@ -68,58 +98,44 @@ def logits_of(model: Any) -> dict[str, Tensor]:
     return {"logits": out.logits.float()}
 
 
-def certify(
-    folder: Path,
-    *,
-    made: str,
-    source: Path,
-    expected: Mapping[str, Tensor],
-    got: Mapping[str, Tensor],
-    opened_with: str,
-    more: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
+def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[str, Any]:
     """Compare, and write `parity.json` beside what was compared.
 
     Args:
         folder: What was exported or converted.
         made: How, such as `export --to open_clip`.
-        source: Where it was made from; its files' hashes are kept, never its place.
-        expected: Name to values of the model that it was made from, on fixed inputs.
-        got: The same of what lies in the folder.
-        opened_with: Which program gave `got`.
-        more: Anything else worth keeping.
+        source: What it was made from; its files' hashes are kept, never its place.
+        evidence: What to compare.
 
     Returns:
         The certificate.
 
     Raises:
-        ParityError: A difference is larger than the tolerance, or a value is not finite.
+        InteropError: A difference is larger than the tolerance, or a value is not finite.
     """
     checks = {}
-    for name, want in expected.items():
-        have = got[name]
-        if have.shape != want.shape:
-            raise ParityError(f"{name}: shape {list(have.shape)}, expected {list(want.shape)}")
+    for name, want in evidence.expected.items():
         largest = float(want.double().abs().max())
-        difference = float((have.double() - want.double()).abs().max())
+        difference = float((evidence.got[name].double() - want.double()).abs().max())
         checks[name] = {"max_difference": difference, "largest_value": largest}
         if not difference <= TOLERANCE * max(largest, 1.0):
-            raise ParityError(
-                f"{made}: {name} opened with {opened_with} differ by {difference:.3g} (largest "
-                f"value {largest:.3g}, tolerance {TOLERANCE:g} of it): nothing was left behind"
+            raise InteropError(
+                f"{made}: {name} opened with {evidence.opened_with} differ by {difference:.3g} "
+                f"(largest value {largest:.3g}, tolerance {TOLERANCE:g} of it): nothing was left "
+                "behind"
             )
     files = sorted(file for file in folder.rglob("*") if file.is_file())
     sources = [source] if source.is_file() else sorted(f for f in source.iterdir() if f.is_file())
     certificate = {
         "made": made,
-        "opened_with": opened_with,
+        "opened_with": evidence.opened_with,
         "inputs": "normal noise, torch seeds 0 (images) and 1 (caption embeddings)",
         "tolerance": TOLERANCE,
         "checks": checks,
         "versions": versions("timm", "open_clip_torch", "sentence-transformers"),
         "source": {file.name: fingerprint_file(file) for file in sources},
         "files": {file.relative_to(folder).as_posix(): fingerprint_file(file) for file in files},
-        **(more or {}),
+        **evidence.more,
     }
     write_atomically(folder / CERTIFICATE_NAME, json.dumps(certificate, indent=2) + "\n")
     return certificate

@@ -67,7 +67,7 @@ def main(command: str, words: Sequence[str]) -> int:
             sha256=arguments.sha256,
             trust_remote_code=arguments.trust_remote_code,
         )
-        print(f"format {certificate.get('format', 'text encoder')}: {certificate.get('keys', {})}")
+        print(f"format {certificate['format']}: {certificate.get('keys', {})}")
     for name, check in certificate["checks"].items():
         print(f"{name}: max difference {check['max_difference']:.3g}, {certificate['opened_with']}")
     print(f"{arguments.out} written, with parity.json")

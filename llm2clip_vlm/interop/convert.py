@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel
 
-from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.fingerprint import fingerprint_file
-from llm2clip_vlm.interop.certificate import certify, features_of, fixed_pixels, logits_of
-from llm2clip_vlm.interop.keys import KeyMapError, KeyReport, load_translated, translate
+from llm2clip_vlm.interop.certificate import (
+    Evidence,
+    certify,
+    features_of,
+    fixed_pixels,
+    logits_of,
+    new_folder,
+)
+from llm2clip_vlm.interop.export import save_encoder
+from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.libraries import library_features, open_clip_weights
 from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.official import (
     LEFT_OUT,
+    LEFT_OUT_OF_A_TOWER,
     adaptor_prefix,
     adaptor_sizes,
     adaptor_table,
@@ -30,11 +37,7 @@ from llm2clip_vlm.interop.official import (
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
-from llm2clip_vlm.training.export import export_vision_tower
-
-logger = logging.getLogger(__name__)
 
 FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
 """Of a tower's config: what its weights do not tell."""
@@ -77,27 +80,29 @@ def convert(
     """
     source = Path(path)
     if not source.exists():
-        raise KeyMapError(
+        raise InteropError(
             f"{source}: no such file or folder; give a local one (nothing is fetched)"
         )
     if source.name.endswith(".tar"):
-        raise KeyMapError(
+        raise InteropError(
             f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
         )
     verify_hashes(source, sha256)
     config = _config(source if source.is_dir() else source.parent)
-    with written_whole(out) as folder:
+    with new_folder(out) as folder:
         if source.is_dir() and _is_text_encoder(config):
-            return _text_encoder(source, folder)
-        weights = read_weights(source)
-        if any("multi_modal_projector." in name for name in weights):
-            model, processor = load_vlm(source)
-            return _vlm(source, folder, model, processor, KeyReport(len(weights)))
-        if any("mm_projector." in name for name in weights):
-            made = convert_llava(source, weights, vision_tower, language_model, partial)
-            return _vlm(source, folder, *made)
-        given = dict(settings or {})
-        return _encoder(source, folder, weights, config, given, partial, trust_remote_code)
+            evidence = _text_encoder(source, folder)
+        else:
+            weights = read_weights(source)
+            if any("multi_modal_projector." in name for name in weights):
+                evidence = _vlm(folder, *load_vlm(source), KeyReport(len(weights)))
+            elif any("mm_projector." in name for name in weights):
+                made = convert_llava(source, weights, vision_tower, language_model, partial)
+                evidence = _vlm(folder, *made)
+            else:
+                given, remote = dict(settings or {}), trust_remote_code
+                evidence = _encoder(source, folder, weights, config, given, partial, remote)
+        return certify(folder, "convert", source, evidence)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -115,39 +120,25 @@ def _is_text_encoder(config: Mapping[str, Any]) -> bool:
     return "vocab_size" in config and "mm_vision_tower" not in config and not named.endswith(heads)
 
 
-def _text_encoder(source: Path, folder: Path) -> dict[str, Any]:
+def _text_encoder(source: Path, folder: Path) -> Evidence:
     """A caption-contrastive Llama; LLM2CLIP's were trained in a user turn, averaged, 512 tokens."""
     encoder = TextEncoder.from_pretrained(
         source, pooling="mean", max_length_tokens=512, chat=True, bidirectional=True
     )
     encoder.save_pretrained(folder)
     texts = ["A photo of two dogs.", "Rain on a window."]
-    again = TextEncoder.from_pretrained(folder)
-    return certify(
-        folder,
-        made="convert",
-        source=source,
-        expected={"text_embeds": encoder.encode(texts)},
-        got={"text_embeds": again.encode(texts)},
-        opened_with="TextEncoder.from_pretrained",
-    )
+    again = TextEncoder.from_pretrained(folder).encode(texts)
+    expected, got = {"text_embeds": encoder.encode(texts)}, {"text_embeds": again}
+    return Evidence("TextEncoder.from_pretrained", expected, got, {"format": "text encoder"})
 
 
-def _vlm(
-    source: Path, folder: Path, model: Any, processor: Any, report: KeyReport
-) -> dict[str, Any]:
+def _vlm(folder: Path, model: Any, processor: Any, report: KeyReport) -> Evidence:
     save_vlm(model, processor, folder)
     expected = logits_of(model)
     del model
-    return certify(
-        folder,
-        made="convert",
-        source=source,
-        expected=expected,
-        got=logits_of(load_vlm(folder)[0]),
-        opened_with="LlavaForConditionalGeneration.from_pretrained",
-        more={"format": "llava", "keys": report.to_dict()},
-    )
+    opened = "LlavaForConditionalGeneration of transformers"
+    more = {"format": "llava", "keys": report.to_dict()}
+    return Evidence(opened, expected, logits_of(load_vlm(folder)[0]), more)
 
 
 def _encoder(
@@ -158,41 +149,26 @@ def _encoder(
     given: dict[str, Any],
     partial: bool,
     trust_remote_code: bool,
-) -> dict[str, Any]:
+) -> Evidence:
     """A tower, with an adaptor beside it or not."""
     register()
     weights = canonical(weights)
     name, layout = recognise(set(weights), str(source))
     prefix = adaptor_prefix(weights)
-    alone = ("logit_scale", "logit_bias") if prefix is None else ()
-    left_out = [key for key in weights if LEFT_OUT.fullmatch(key) or key in alone]
-    kept = {key: tensor for key, tensor in weights.items() if key not in set(left_out)}
-    table = layout.table
-    sizes = {}
+    table, sizes = layout.table, {}
     if prefix is not None:
         sizes = adaptor_sizes(weights, prefix)
         table = (*adaptor_table(prefix, sizes["adaptor_num_blocks"]), *table)
-    found, unexpected = translate(kept, table)
-    if name == "openai_clip" and prefix is not None:
-        given = {"hidden_act": "quick_gelu"} | given
-    given = {
-        field: value
-        for field, value in _from_config(config).items()
-        if hasattr(layout.config(), field)
-    } | given
-    vision_config = tower_config(layout, found, given, str(source))
+    found, unexpected = translate(weights, table)
+    quick = {"hidden_act": "quick_gelu"} if name == "openai_clip" and prefix is not None else {}
+    known = {k: v for k, v in _from_config(config).items() if hasattr(layout.config(), k)}
+    vision_config = tower_config(layout, found, quick | known | given, str(source))
     if prefix is None:
-        extra = [key for key in found if not key.startswith("vision_tower.")]
-        left_out += extra
-        found = {
-            key.removeprefix("vision_tower."): tensor
-            for key, tensor in found.items()
-            if key not in extra
-        }
-        model: Any = AutoModel.from_config(vision_config)
+        holder: Any = nn.Module()
+        holder.vision_tower = model = AutoModel.from_config(vision_config)
     else:
         found.setdefault("visual_projection.weight", torch.eye(sizes["projection_dim"]))
-        model = LLM2CLIPModel(
+        holder = model = LLM2CLIPModel(
             LLM2CLIPConfig(
                 vision_config=vision_config.to_dict(),
                 projection_bias="visual_projection.bias" in found,
@@ -200,40 +176,24 @@ def _encoder(
                 **sizes,
             )
         )
-    report = load_translated(model, found, unexpected, left_out, where=str(source), partial=partial)
-    logger.info("%s: %s, %s", source, name, report.to_dict())
-    processor = image_processor(vision_config, source if source.is_dir() else source.parent)
-    whole = {tensor.dtype for tensor in found.values()}
-    model.eval()
+    left_out = LEFT_OUT_OF_A_TOWER if prefix is None else LEFT_OUT
+    report = load_translated(
+        holder, found, unexpected, left_out=left_out, where=source, partial=partial
+    )
     pixels = fixed_pixels(vision_config.image_size)
-    expected = features_of(model, pixels)
+    expected = features_of(model.eval(), pixels)
     opened = "llm2clip_vlm itself: the library it comes from is not installed"
-    tower = model if prefix is None else model.vision_tower
-    head = None if prefix is None else model.visual_projection
-    reference = library_features("open_clip", open_clip_weights(tower, head), vision_config, pixels)
-    if reference:
+    visual = open_clip_weights(holder.vision_tower, getattr(model, "visual_projection", None))
+    if reference := library_features("open_clip", visual, vision_config, pixels):
         opened, expected["image_features"] = reference
     if trust_remote_code:
         opened, expected["image_embeds"] = _remote_embeds(source, pixels)
-    if len(whole) == 1:
-        model.to(whole.pop())
-    if prefix is None:
-        export_vision_tower(model, processor, folder)
-        again: Any = load_vision_tower(folder, dtype=torch.float32).model
-    else:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        export_vision_tower(model, processor, folder / "vision_tower")
-        again = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return certify(
-        folder,
-        made="convert",
-        source=source,
-        expected=expected,
-        got=features_of(again, pixels),
-        opened_with=opened,
-        more={"format": name, "keys": report.to_dict()},
-    )
+    dtypes = {tensor.dtype for tensor in found.values()}
+    model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    processor = image_processor(vision_config, source if source.is_dir() else source.parent)
+    again = save_encoder(model, processor, folder)
+    more = {"format": name, "keys": report.to_dict()}
+    return Evidence(opened, expected, features_of(again, pixels), more)
 
 
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:

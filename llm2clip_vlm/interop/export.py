@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import AutoModel, LlavaForConditionalGeneration
 
-from llm2clip_vlm.files import written_whole
-from llm2clip_vlm.interop.certificate import certify, features_of, fixed_pixels, logits_of
-from llm2clip_vlm.interop.keys import KeyMapError
+from llm2clip_vlm.interop.certificate import (
+    Evidence,
+    certify,
+    features_of,
+    fixed_pixels,
+    logits_of,
+    new_folder,
+)
+from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.libraries import (
     library_features,
     open_clip_config,
@@ -43,26 +49,7 @@ from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
 _SERVED = ("clip_vision_model", "siglip_vision_model", "pixtral")
 """Towers that vLLM's and SGLang's LLaVA build (`vllm/model_executor/models/llava.py`)."""
 
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What is exported."""
-
-    path: Path
-    """Its folder."""
-    model: Any
-    """A tower, an `LLM2CLIPModel`, a `LlavaForConditionalGeneration` or a `TextEncoder`, fp32 but
-    for the LLaVA, which keeps its dtype."""
-    processor: Any = None
-    """Its image processor, or a LLaVA's processor."""
-
-    @property
-    def kind(self) -> str:
-        """`llava`, `llm2clip`, `text_encoder` or `tower`."""
-        if isinstance(self.model, TextEncoder):
-            return "text_encoder"
-        name: str = self.model.config.model_type
-        return name if name in ("llava", "llm2clip") else "tower"
+_SERVED_NAMES = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.")
 
 
 def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
@@ -81,248 +68,218 @@ def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
             message says what would be lost), or what was written does not compute the same.
     """
     if to not in FORMATS:
-        raise KeyMapError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
-    source = _folder(Path(checkpoint))
-    verify_hashes(source)
-    with written_whole(out) as folder:
-        folder.mkdir()
-        return FORMATS[to](_load(source), folder)
-
-
-def _folder(path: Path) -> Path:
+        raise InteropError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
+    write, kinds = FORMATS[to]
+    path = Path(checkpoint)
     places = [path, path / "model", path / "text_encoder"]
-    found = next((place for place in places if (place / "config.json").is_file()), None)
-    if found is None:
-        raise KeyMapError(f"{path}: no config.json there or in model/; expected a checkpoint")
-    return found
+    source = next((place for place in places if (place / "config.json").is_file()), None)
+    if source is None:
+        raise InteropError(f"{path}: no config.json there or in model/; expected a checkpoint")
+    verify_hashes(source)
+    kind, model, processor = _load(source)
+    if kind not in kinds:
+        raise InteropError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
+    with new_folder(out) as folder:
+        evidence = write(source, model, processor, folder)
+        return certify(folder, f"export --to {to}", source, evidence)
 
 
-def _load(path: Path) -> Checkpoint:
+def _load(path: Path) -> tuple[str, Any, Any]:
+    """Kind, model (in fp32 but for a VLM) and processor."""
     register()
     if (path / SETTINGS_NAME).is_file():
-        return Checkpoint(path, TextEncoder.from_pretrained(path))
+        return "text encoder", TextEncoder.from_pretrained(path), None
     kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
     if kind == "llava":
-        return Checkpoint(path, *load_vlm(path))
+        return "VLM", *load_vlm(path)
     tower = load_vision_tower(path, dtype=torch.float32)
-    model = AutoModel.from_pretrained(path, dtype=torch.float32) if kind == "llm2clip" else None
-    return Checkpoint(path, tower.model if model is None else model.eval(), tower.image_processor)
+    if kind != "llm2clip":
+        return "tower", tower.model, tower.image_processor
+    model: Any = AutoModel.from_pretrained(path, dtype=torch.float32)
+    return "stage 2b model", model.eval(), tower.image_processor
 
 
-def _image_side(given: Checkpoint, to: str) -> tuple[Any, Any]:
-    """The tower, and the head where there is one."""
-    if given.kind not in ("tower", "llm2clip"):
-        raise KeyMapError(f"{given.path}: `--to {to}` takes a tower or stage 2b's model/")
-    return vision_tower_of(given.model), getattr(given.model, "visual_projection", None)
-
-
-def _transformers(given: Checkpoint, folder: Path) -> dict[str, Any]:
+def _transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory for `from_pretrained`."""
-    if given.kind == "text_encoder":
-        raise KeyMapError(f"{given.path}: use `--to sentence-transformers` for a text encoder")
-    if given.kind == "llava":
-        return _llava_hf(given, folder, "transformers")
-    pixels = fixed_pixels(given.model.config.image_size if given.kind == "tower"
-                          else given.model.config.vision_config.image_size)  # fmt: skip
-    expected = features_of(given.model, pixels)
-    if given.kind == "llm2clip":
-        given.model.save_pretrained(folder)
-        given.processor.save_pretrained(folder)
-        export_vision_tower(given.model, given.processor, folder / "vision_tower")
+    if hasattr(model, "lm_head"):
+        return _llava_hf(source, model, processor, folder)
+    pixels = fixed_pixels(vision_tower_of(model).config.image_size)
+    again = save_encoder(model, processor, folder)
+    opened = f"AutoModel ({type(again).__name__}) of transformers"
+    expected, got = features_of(model, pixels), features_of(again, pixels)
+    return Evidence(opened, expected, got, {"needs": _needs(model)})
+
+
+def save_encoder(model: Any, processor: Any, folder: Path) -> Any:
+    """Write a tower, or an `LLM2CLIPModel` with the plain tower in `vision_tower/`.
+
+    Args:
+        model: Either.
+        processor: Its image processor.
+        folder: Where to.
+
+    Returns:
+        The same, read back in fp32.
+    """
+    if vision_tower_of(model) is model:
+        export_vision_tower(model, processor, folder)
     else:
-        export_vision_tower(given.model, given.processor, folder)
-    again = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    return certify(
-        folder,
-        made="export --to transformers",
-        source=given.path,
-        expected=expected,
-        got=features_of(again, pixels),
-        opened_with=f"AutoModel ({type(again).__name__}) of transformers",
-        more={"needs": _needs(vision_tower_of(given.model).config, given.kind)},
-    )
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        export_vision_tower(model, processor, folder / "vision_tower")
+    again: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    return again.eval()
 
 
-def _needs(config: Any, kind: str = "tower") -> str:
-    own = kind == "llm2clip" or not type(config).__module__.startswith("transformers.")
+def _needs(model: Any) -> str:
+    config = getattr(model.config, "vision_config", model.config)
+    own = {type(part).__module__.split(".")[0] for part in (config, model)} != {"transformers"}
     return "llm2clip_vlm.register() first" if own else "transformers alone"
 
 
-def _llava_hf(given: Checkpoint, folder: Path, to: str) -> dict[str, Any]:
-    save_vlm(given.model, given.processor, folder)
-    expected = logits_of(given.model)
-    again = LlavaForConditionalGeneration.from_pretrained(folder, dtype=given.model.dtype)
-    return certify(
-        folder,
-        made=f"export --to {to}",
-        source=given.path,
-        expected=expected,
-        got=logits_of(again),
-        opened_with="LlavaForConditionalGeneration of transformers",
-        more={"needs": _needs(given.model.config.vision_config)},
-    )
+def _llava_hf(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
+    save_vlm(model, processor, folder)
+    again = LlavaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype)
+    opened = "LlavaForConditionalGeneration of transformers"
+    return Evidence(opened, logits_of(model), logits_of(again), {"needs": _needs(model)})
 
 
-def _vllm(given: Checkpoint, folder: Path) -> dict[str, Any]:
+def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A LLaVA under the names that vLLM and SGLang map; refused where they have no such tower."""
-    if given.kind != "llava":
-        raise KeyMapError(f"{given.path}: `--to vllm` takes stage 3's or 4's model/")
-    kind = given.model.config.vision_config.model_type
+    kind = model.config.vision_config.model_type
     if kind not in _SERVED:
-        raise KeyMapError(
-            f"{given.path}: vLLM and SGLang build a LLaVA's tower from {', '.join(_SERVED)} alone; "
+        raise InteropError(
+            f"{source}: vLLM and SGLang build a LLaVA's tower from {', '.join(_SERVED)} alone; "
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
         )
-    certificate = _llava_hf(given, folder, "vllm")
-    prefixes = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.")
-    if foreign := [name for name in read_weights(folder) if not name.startswith(prefixes)]:
-        raise KeyMapError(f"{foreign[0]} is no name that vLLM maps: expected {prefixes}")
-    return certificate
+    evidence = _llava_hf(source, model, processor, folder)
+    if foreign := [name for name in read_weights(folder) if not name.startswith(_SERVED_NAMES)]:
+        raise InteropError(f"{foreign[0]} is no name that vLLM maps: expected {_SERVED_NAMES}")
+    return evidence
 
 
-def _llava(given: Checkpoint, folder: Path) -> dict[str, Any]:
+def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """For unmodified LLaVA: a CLIP directory, and a VLM's decoder and projector beside it."""
-    if given.kind == "text_encoder":
-        raise KeyMapError(f"{given.path}: `--to llava` takes a tower, stage 2b's model/ or a VLM")
-    tower = vision_tower_of(given.model)
+    tower = vision_tower_of(model)
     if tower.config.model_type != "clip_vision_model":
-        raise KeyMapError(
-            f"{given.path}: LLaVA makes every tower a CLIPVisionModel, so a "
+        raise InteropError(
+            f"{source}: LLaVA makes every tower a CLIPVisionModel, so a "
             f"{tower.config.model_type} would be random there; `--to transformers` keeps it"
         )
-    if given.kind != "llava":
+    if not hasattr(model, "lm_head"):
         pixels = fixed_pixels(tower.config.image_size)
-        export_vision_tower(tower, given.processor, folder)
-        again = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32).eval()
-        return certify(
-            folder,
-            made="export --to llava",
-            source=given.path,
-            expected=features_of(tower, pixels),
-            got=features_of(again, pixels),
-            opened_with="CLIPVisionModel of transformers, as LLaVA does",
-        )
-    export_vision_tower(tower, given.processor.image_processor, folder / "vision_tower")
-    torch.save(llava_projector(given.model), folder / PROJECTOR)
-    config = llava_config(given.model, given.processor, "vision_tower")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    weights = {name: tensor.contiguous() for name, tensor in llava_weights(given.model).items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    given.processor.tokenizer.save_pretrained(folder)
+        export_vision_tower(tower, processor, folder)
+        again: Any = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+        opened = "CLIPVisionModel of transformers, as LLaVA does"
+        return Evidence(opened, features_of(tower, pixels), features_of(again.eval(), pixels))
+    export_vision_tower(tower, processor.image_processor, folder / "vision_tower")
+    torch.save(llava_projector(model), folder / PROJECTOR)
+    weights = llava_weights(model)
+    _write(folder, "config.json", llava_config(model, processor, "vision_tower"), weights)
+    processor.tokenizer.save_pretrained(folder)
     again, _, _ = convert_llava(folder, weights, None, None, partial=False)
-    return certify(
-        folder,
-        made="export --to llava",
-        source=given.path,
-        expected=logits_of(given.model),
-        got=logits_of(again),
-        opened_with="`convert`, which reads LLaVA's format back",
-    )
+    opened = "`convert`, which reads LLaVA's format back"
+    return Evidence(opened, logits_of(model), logits_of(again))
 
 
-def _open_clip(given: Checkpoint, folder: Path) -> dict[str, Any]:
+def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """`model.visual` of open_clip: weights that load strictly, and its config."""
-    tower, head = _image_side(given, "open_clip")
+    tower, head = vision_tower_of(model), getattr(model, "visual_projection", None)
     weights = open_clip_weights(tower, head)
-    config = {"model_cfg": open_clip_config(tower, head), "preprocess_cfg": _preprocess(given)}
-    (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    config = {"model_cfg": open_clip_config(tower, head), "preprocess_cfg": _pixels(processor)}
     named = {f"visual.{name}": tensor for name, tensor in weights.items()}
-    save_file(named, folder / "open_clip_model.safetensors", metadata={"format": "pt"})
-    return _checked(given, folder, "open_clip", weights)
+    _write(folder, "open_clip_config.json", config, named, "open_clip_model.safetensors")
+    more = {}
+    if getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh":
+        more = {"lost": "open_clip builds this tower with exact GELU; it was trained with tanh's"}
+    return _checked("open_clip", model, weights, folder, more)
 
 
-def _timm(given: Checkpoint, folder: Path) -> dict[str, Any]:
+def _timm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory in timm's hub layout, without classifier or projection."""
-    tower, _ = _image_side(given, "timm")
+    tower = vision_tower_of(model)
     weights = timm_weights(tower)
     architecture, values = timm_arguments(tower.config)
     side = tower.config.image_size
-    pretrained = {"input_size": [3, side, side], **_preprocess(given), "num_classes": 0}
-    pretrained |= {"crop_pct": 1.0, "crop_mode": "center"}
+    shown = {"input_size": [3, side, side], "num_classes": 0, "crop_pct": 1.0}
     config = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": tower.config.hidden_size,
         "model_args": values,
-        "pretrained_cfg": pretrained,
+        "pretrained_cfg": shown | {"crop_mode": "center"} | _pixels(processor),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return _checked(Checkpoint(given.path, tower, given.processor), folder, "timm", weights)
+    _write(folder, "config.json", config, weights)
+    return _checked("timm", tower, weights, folder)
 
 
-def _preprocess(given: Checkpoint) -> dict[str, Any]:
-    processor = given.processor
+def _pixels(processor: Any) -> dict[str, Any]:
     mean, std = list(processor.image_mean), list(processor.image_std)
     return {"mean": mean, "std": std, "interpolation": "bicubic"}
 
 
+def _write(
+    folder: Path,
+    name: str,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    file: str = "model.safetensors",
+) -> None:
+    (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    whole = {name: tensor.contiguous() for name, tensor in weights.items()}
+    save_file(whole, folder / file, metadata={"format": "pt"})
+
+
 def _checked(
-    given: Checkpoint, folder: Path, library: str, weights: dict[str, torch.Tensor]
-) -> dict[str, Any]:
+    library: str,
+    model: nn.Module,
+    weights: dict[str, Tensor],
+    folder: Path,
+    more: Mapping[str, Any] | None = None,
+) -> Evidence:
     """Compare with the library; where it is not installed, with what `convert` makes of it."""
     from llm2clip_vlm.interop.convert import FIELDS, convert
 
-    tower = vision_tower_of(given.model)
+    tower = vision_tower_of(model)
     pixels = fixed_pixels(tower.config.image_size)
-    expected = {"image_features": features_of(given.model, pixels)["image_features"]}
-    more = {}
-    if library == "open_clip" and getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh":
-        more = {"lost": "open_clip builds this tower with exact GELU; it was trained with tanh's"}
     opened = library_features(library, weights, tower.config, pixels)
     if opened is None:
-        expected = features_of(tower, pixels)
+        model = tower
         with tempfile.TemporaryDirectory() as place:
             named = {k: getattr(tower.config, k) for k in FIELDS if hasattr(tower.config, k)}
             convert(folder, Path(place) / "back", settings=named)
             again = load_vision_tower(Path(place) / "back", dtype=torch.float32).model
-        opened = f"`convert`: {library} is not installed", again(pixels).pooler_output.detach()
-    return certify(
-        folder,
-        made=f"export --to {library}",
-        source=given.path,
-        expected=expected,
-        got={"image_features": opened[1]},
-        opened_with=opened[0],
-        more=more,
-    )
+            got = features_of(again, pixels)["image_features"]
+        opened = f"`convert`: {library} is not installed", got
+    expected = {"image_features": features_of(model, pixels)["image_features"]}
+    return Evidence(opened[0], expected, {"image_features": opened[1]}, more or {})
 
 
-def _sentence_transformers(given: Checkpoint, folder: Path) -> dict[str, Any]:
+def _sentence_transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory for `SentenceTransformer(...)`."""
-    if given.kind != "text_encoder":
-        raise KeyMapError(
-            f"{given.path}: `--to sentence-transformers` takes stage 1's text_encoder/"
-        )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise KeyMapError(
+        raise InteropError(
             "pip install sentence-transformers: the export is opened with it"
         ) from error
-    if export_sentence_transformers(given.model, given.path, folder) is None:
-        raise KeyMapError(
-            f"{given.path}: sentence-transformers cannot make its vectors (see above)"
-        )
+    if export_sentence_transformers(model, source, folder) is None:
+        raise InteropError(f"{source}: sentence-transformers cannot make its vectors (see above)")
     texts = ["A photo of two dogs.", "Rain on a window, seen from inside."]
     again = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
-    return certify(
-        folder,
-        made="export --to sentence-transformers",
-        source=given.path,
-        expected={"text_embeds": given.model.encode(texts)},
-        got={"text_embeds": again.float()},
-        opened_with="SentenceTransformer of sentence-transformers",
-    )
+    expected, got = {"text_embeds": model.encode(texts)}, {"text_embeds": again.float()}
+    return Evidence("SentenceTransformer of sentence-transformers", expected, got)
 
 
-FORMATS: dict[str, Callable[[Checkpoint, Path], dict[str, Any]]] = {
-    "transformers": _transformers,
-    "llava": _llava,
-    "open_clip": _open_clip,
-    "timm": _timm,
-    "sentence-transformers": _sentence_transformers,
-    "vllm": _vllm,
+_IMAGES = ("tower", "stage 2b model")
+_Writer = Callable[[Path, Any, Any, Path], Evidence]
+FORMATS: dict[str, tuple[_Writer, tuple[str, ...]]] = {
+    "transformers": (_transformers, (*_IMAGES, "VLM")),
+    "llava": (_llava, (*_IMAGES, "VLM")),
+    "open_clip": (_open_clip, _IMAGES),
+    "timm": (_timm, _IMAGES),
+    "sentence-transformers": (_sentence_transformers, ("text encoder",)),
+    "vllm": (_vllm, ("VLM",)),
 }
-"""What `--to` takes."""
+"""What `--to` takes: who writes it, and from what."""

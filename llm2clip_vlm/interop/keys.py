@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,8 +32,8 @@ _OUT = {
 }
 
 
-class KeyMapError(ValueError):
-    """Weights that do not fit a table or the model they are meant for."""
+class InteropError(ValueError):
+    """A checkpoint that cannot come in or go out as asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,9 @@ def load_translated(
     model: torch.nn.Module,
     weights: Mapping[str, Tensor],
     unexpected: Iterable[str],
-    left_out: Iterable[str],
     *,
-    where: str,
+    left_out: str,
+    where: str | Path,
     partial: bool = False,
 ) -> KeyReport:
     """Put translated weights into a model.
@@ -141,31 +142,31 @@ def load_translated(
         model: Takes the weights, in its own dtype.
         weights: Under the model's names.
         unexpected: Names in the file that the table does not know.
-        left_out: Names in the file that have no place here by design.
+        left_out: Pattern of names, on either side, that have no place here by design.
         where: The file, for messages.
         partial: Let missing and unexpected weights pass; they are in the report.
 
     Raises:
-        KeyMapError: Weights are missing, unexpected or of another shape.
+        InteropError: Weights are missing, unexpected or of another shape.
     """
     expected = model.state_dict()
     missing = [name for name in expected if name not in weights]
-    fitting = {}
-    for name, tensor in weights.items():
-        if name in expected and expected[name].shape == tensor.shape:
-            fitting[name] = tensor
-        elif name in expected:
-            shapes = f"{list(tensor.shape)}, expected {list(expected[name].shape)}"
-            missing.append(f"{name} (got {shapes})")
-    foreign = [*unexpected, *sorted(set(weights) - set(expected))]
-    report = KeyReport(len(fitting), sorted(missing), sorted(foreign), sorted(left_out))
+    for name in weights.keys() & expected.keys():
+        got, want = list(weights[name].shape), list(expected[name].shape)
+        missing += [f"{name} (got {got}, expected {want})"] if got != want else []
+    fits = {name: t for name, t in weights.items() if name in expected}
+    fits = {name: t for name, t in fits.items() if t.shape == expected[name].shape}
+    foreign = sorted({*unexpected, *weights} - set(expected))
+    left = [name for name in foreign if re.fullmatch(left_out, name)]
+    foreign = [name for name in foreign if name not in left]
+    report = KeyReport(len(fits), sorted(missing), foreign, left)
     if (missing or foreign) and not partial:
-        raise KeyMapError(
+        raise InteropError(
             f"{where}: {report.matched} weights fit {type(model).__name__}; missing "
             f"{_few(report.missing)}; unexpected {_few(report.unexpected)}. Is it complete, and of "
             "this architecture? `--partial` loads what fits and leaves the rest as initialised"
         )
-    model.load_state_dict(fitting, strict=False)
+    model.load_state_dict(fits, strict=False)
     return report
 
 

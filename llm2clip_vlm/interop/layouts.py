@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, CLIPVisionConfig, PreTrainedConfig,
 from transformers.utils import is_torchvision_available
 
 from llm2clip_vlm.interop.eva02 import EVA02
-from llm2clip_vlm.interop.keys import KeyMapError, Row, row
+from llm2clip_vlm.interop.keys import InteropError, Row, row
 from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
 from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig
@@ -73,12 +73,12 @@ def recognise(names: set[str], where: str) -> tuple[str, Layout]:
         where: For the message.
 
     Raises:
-        KeyMapError: None of the layouts.
+        InteropError: None of the layouts.
     """
     for name, layout in LAYOUTS.items():
         if all("visual." + mark in names for mark in layout.marks):
             return name, layout
-    raise KeyMapError(
+    raise InteropError(
         f"{where}: no layout of a vision tower or a VLM that is known here; expected the weights "
         f"of one of {', '.join(LAYOUTS)}, LLaVA or llava-hf, got {len(names)} names such as "
         f"{sorted(names)[:3]}"
@@ -97,7 +97,7 @@ def tower_config(
         where: For messages.
 
     Raises:
-        KeyMapError: A given field does not exist, or the activation is known to nobody.
+        InteropError: A given field does not exist, or the activation is known to nobody.
     """
     kind = layout.config.model_type
     patch, positions, hidden = _SIZES[kind]
@@ -120,10 +120,10 @@ def tower_config(
     if layout.activation is not None:
         values["hidden_act"] = layout.activation
     if unknown := [name for name in given if not hasattr(layout.config(), name)]:
-        raise KeyMapError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
+        raise InteropError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
     values |= given
     if layout.config is CLIPVisionConfig and "hidden_act" not in values:
-        raise KeyMapError(
+        raise InteropError(
             f"{where}: the file does not say which activation its tower was trained with; add "
             "`--set hidden_act=quick_gelu` (OpenAI, LLM2CLIP, DFN, MetaCLIP) or `hidden_act=gelu` "
             "(LAION, DataComp)"

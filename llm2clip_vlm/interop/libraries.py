@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip_vlm.interop.eva02 import EVA02_TIMM
-from llm2clip_vlm.interop.keys import KeyMapError, Row, translate
+from llm2clip_vlm.interop.keys import InteropError, Row, translate
 from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
 from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
 
@@ -35,10 +35,10 @@ def timm_table(config: Any) -> tuple[Row, ...]:
         config: Of the tower.
 
     Raises:
-        KeyMapError: timm has no such tower, or it is not known here under which names.
+        InteropError: timm has no such tower, or it is not known here under which names.
     """
     if config.model_type not in _TIMM:
-        raise KeyMapError(
+        raise InteropError(
             f"model_type {config.model_type!r} has no names in open_clip and timm here; expected "
             f"one of {', '.join(_TIMM)}. `--to transformers` takes any tower"
         )
@@ -92,14 +92,14 @@ def open_clip_weights(tower: nn.Module, head: nn.Linear | None) -> dict[str, Ten
     config: Any = tower.config
     if config.model_type == "clip_vision_model":
         return _back(tower, head or _identity(config.hidden_size), OPENAI_CLIP)
-    weights = _back(tower, head, timm_table(config))
+    weights = _back(tower, _projecting(head), timm_table(config))
     found = {f"trunk.{name}": weight for name, weight in weights.items()}
-    weight = found.pop("trunk.head.weight", None)
-    if weight is None or head is None or _is_identity(head):
-        return {name: t for name, t in found.items() if not name.startswith("trunk.head.")}
+    if (weight := found.get("trunk.head.weight")) is None:
+        return found
     if config.model_type == "siglip_vision_model":
+        del found["trunk.head.weight"]
         return found | {"head.proj.weight": weight}
-    return {"trunk.head.bias": torch.zeros(len(weight))} | found | {"trunk.head.weight": weight}
+    return {"trunk.head.bias": torch.zeros(len(weight))} | found
 
 
 def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]
         }
     else:
         siglip = config.model_type == "siglip_vision_model"
-        plain = head is None or _is_identity(head)
+        plain = _projecting(head) is None
         vision |= {
             "timm_model_name": timm_arguments(config)[0],
             "timm_model_pretrained": False,
@@ -203,7 +203,9 @@ def _identity(width: int) -> nn.Linear:
     return head
 
 
-def _is_identity(head: nn.Linear) -> bool:
+def _projecting(head: nn.Linear | None) -> nn.Linear | None:
+    """The head, but none where it changes nothing (SigLIP2's in LLM2CLIP)."""
+    if head is None or head.bias is not None or head.in_features != head.out_features:
+        return head
     weight = head.weight.detach().float()
-    square = weight.shape[0] == weight.shape[1]
-    return square and head.bias is None and torch.equal(weight, torch.eye(len(weight)))
+    return None if torch.equal(weight, torch.eye(len(weight))) else head

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from llm2clip_vlm.interop.keys import KeyMapError, KeyReport, load_translated, row, translate
+from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, row, translate
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.vlm import build_vlm
 
@@ -53,7 +53,7 @@ def convert_llava(
         Model, processor and key report.
 
     Raises:
-        KeyMapError: The tower or the LLM is not given, or weights do not fit.
+        InteropError: The tower or the LLM is not given, or weights do not fit.
     """
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
@@ -65,7 +65,7 @@ def convert_llava(
     whole = "model.embed_tokens.weight" in weights
     if vision_tower is None or not (whole or language_model):
         lacking = "--vision-tower" if vision_tower is None else "--language-model"
-        raise KeyMapError(
+        raise InteropError(
             f"{path}: give {lacking}: it is no part of this checkpoint (mm_vision_tower {named!r})"
         )
     with tempfile.TemporaryDirectory() as place:
@@ -79,19 +79,12 @@ def convert_llava(
         )
     found, unexpected = translate(weights, LLAVA)
     state = model.state_dict()
-    strange = [name for name in found if name not in state]
-    left_out = [name for name in strange if name.endswith("rotary_emb.inv_freq")]
     # The decoder has its weights, and rows for new tokens besides; the tower's may come with it.
     own = {name: t for name, t in state.items() if ".multi_modal_projector." not in name}
     own |= {name: t for name, t in found.items() if name.startswith(_NOT_THE_DECODER)}
-    report = load_translated(
-        model,
-        own,
-        [*unexpected, *sorted(set(strange) - set(left_out))],
-        left_out,
-        where=str(path),
-        partial=partial,
-    )
+    unexpected += [name for name in found if name not in state]
+    left_out = r".*rotary_emb\.inv_freq"
+    report = load_translated(model, own, unexpected, left_out=left_out, where=path, partial=partial)
     report.matched = len(set(found) & set(state))
     return model, processor, report
 
@@ -111,7 +104,7 @@ def _decoder(
     kind = kinds.get(config.get("model_type", ""))
     aspect = str(config.get("image_aspect_ratio"))
     if kind is None or aspect.startswith("anyres"):
-        raise KeyMapError(
+        raise InteropError(
             f"{folder}: model_type {config.get('model_type')!r}, image_aspect_ratio {aspect!r} in "
             f"config.json; expected LLaVA-1.5: one of {', '.join(kinds)}, and no anyres"
         )
@@ -124,7 +117,7 @@ def _decoder(
         config=text_config,
         state_dict={name: t for name, t in weights.items() if "mm_projector" not in name},
         dtype=weights["model.embed_tokens.weight"].dtype,
-        error=KeyMapError,
+        error=InteropError,
     )
     llm.save_pretrained(place)
     AutoTokenizer.from_pretrained(folder).save_pretrained(place)
@@ -141,7 +134,7 @@ def llava_projector(model: Any) -> dict[str, Tensor]:
     ours = {f"model.multi_modal_projector.{name}": tensor.detach() for name, tensor in named}
     found, unknown = translate(ours, LLAVA, back=True)
     if unknown:
-        raise KeyMapError(f"LLaVA's mlp2x_gelu has no {unknown[0]}")
+        raise InteropError(f"LLaVA's mlp2x_gelu has no {unknown[0]}")
     return found
 
 
@@ -154,14 +147,14 @@ def llava_config(model: Any, processor: Any, tower: str) -> dict[str, Any]:
         tower: Where LLaVA shall look for the vision tower.
 
     Raises:
-        KeyMapError: LLaVA has no class for this decoder or this choice of features.
+        InteropError: LLaVA has no class for this decoder or this choice of features.
     """
     config = model.config
     text = config.text_config.to_dict()
     kind = _DECODERS.get(text["model_type"])
     layer = config.vision_feature_layer
     if kind is None or not isinstance(layer, int):
-        raise KeyMapError(
+        raise InteropError(
             f"LLaVA has no class for a {text['model_type']} decoder with vision_feature_layer "
             f"{layer}; expected one of {', '.join(_DECODERS)}, and one layer"
         )

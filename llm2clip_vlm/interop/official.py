@@ -16,12 +16,15 @@ from llm2clip_vlm.interop.keys import Row, row
 
 _FIRST_BLOCK = re.compile(r"((?:.+\.)?text_adapt[eo]r\..*?)0\.fn\.0\.weight")
 
-LEFT_OUT = re.compile(
-    # CLIP's own text tower under three namings, what is computed, and text towers' own heads
-    r"(transformer|token_embedding|positional_embedding|text_projection|ln_final|attn_mask|"
-    r"text\.(?!.*text_adapt)|text_model\.|.*\brope\.|.*\.position_ids$|.*\.k_bias$).*"
+LEFT_OUT = (
+    # CLIP's own text tower under three namings, and what is computed
+    r"(transformer|token_embedding|positional_embedding|text_projection|ln_final|attn_mask"
+    r"|text\.(?!.*text_adapt)|text_model\.|.*\.rope\.|.*\.position_ids$|.*\.k_bias$).*"
 )
-"""Weights of a CLIP that have no place in a tower or an `LLM2CLIPModel`."""
+"""Weights of a CLIP that have no place in an `LLM2CLIPModel`."""
+
+LEFT_OUT_OF_A_TOWER = LEFT_OUT + r"|visual_projection\..*|logit_(scale|bias)"
+"""And those that have none in a tower alone."""
 
 
 def adaptor_prefix(names: Iterable[str]) -> str | None:

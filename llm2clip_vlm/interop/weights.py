@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
 from llm2clip_vlm.handoff import verify_parent
+from llm2clip_vlm.interop.keys import InteropError
 
 CERTIFICATE_NAME = "parity.json"
 """The certificate in a folder that this package exported or converted."""
@@ -28,10 +29,6 @@ _NAMES = (
 _WRAPPERS = ("state_dict", "model", "module")
 
 
-class WeightsError(ValueError):
-    """A file of weights that is unsafe, damaged or not there."""
-
-
 def weight_files(path: Path) -> list[Path]:
     """The files that hold the weights of a checkpoint.
 
@@ -39,7 +36,7 @@ def weight_files(path: Path) -> list[Path]:
         path: A file, or a folder with one under its usual name, whole or in shards.
 
     Raises:
-        WeightsError: There is none, an index names something outside of the folder, or a shard is
+        InteropError: There is none, an index names something outside of the folder, or a shard is
             not there.
     """
     if path.is_file():
@@ -50,7 +47,7 @@ def weight_files(path: Path) -> list[Path]:
             shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
             for shard in shards:
                 if Path(shard).name != shard or not (path / shard).is_file():
-                    raise WeightsError(f"{index}: there is no file {shard!r} beside it")
+                    raise InteropError(f"{index}: there is no file {shard!r} beside it")
             return sorted(path / shard for shard in shards)
         if (path / name).is_file():
             return [path / name]
@@ -58,7 +55,7 @@ def weight_files(path: Path) -> list[Path]:
         file for kind in ("safetensors", "pt", "bin") for file in path.glob(f"*.{kind}")
     )
     if len(others) != 1:
-        raise WeightsError(
+        raise InteropError(
             f"{path}: expected a file of weights, or a folder with one of {', '.join(_NAMES)}, "
             f"got {[file.name for file in others] or 'none'}; name the file itself"
         )
@@ -106,7 +103,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path: See :func:`weight_files`.
 
     Raises:
-        WeightsError: A file is damaged, or holds anything but tensors.
+        InteropError: A file is damaged, or holds anything but tensors.
     """
     weights: dict[str, Tensor] = {}
     parts = [_open(file) for file in weight_files(path)]
@@ -117,7 +114,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             else {key: part.get_tensor(key) for key in part.keys()}  # noqa: SIM118
         )
         if twice := weights.keys() & tensors.keys():
-            raise WeightsError(f"{file}: {sorted(twice)[0]!r} is in two shards")
+            raise InteropError(f"{file}: {sorted(twice)[0]!r} is in two shards")
         weights |= tensors
     return weights
 
@@ -130,9 +127,9 @@ def _open(file: Path) -> tuple[Path, Any]:
             return file, safe_open(file, framework="pt")
         found = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise WeightsError(f"{file}: damaged or cut off ({error}); fetch it again") from error
+        raise InteropError(f"{file}: damaged or cut off ({error}); fetch it again") from error
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise WeightsError(
+        raise InteropError(
             f"{file}: damaged, or more than tensors ({' '.join(str(error).split())[:80]}); nothing "
             "of it was run. Save its state dict as safetensors where you trust it"
         ) from error
@@ -147,5 +144,5 @@ def _open(file: Path) -> tuple[Path, Any]:
         if isinstance(tensor, Tensor)
     }
     if not tensors:
-        raise WeightsError(f"{file}: expected names and tensors, got {type(found).__name__}")
+        raise InteropError(f"{file}: expected names and tensors, got {type(found).__name__}")
     return file, tensors

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModel
 
 from llm2clip_vlm.interop.convert import convert
-from llm2clip_vlm.interop.keys import KeyMapError
+from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.towers import load_vision_tower
 from tests.parity import reference
 
@@ -144,7 +144,7 @@ def test_release_in_hugging_face_layout_without_its_code(tmp_path: Path) -> None
     weights = hf_release(tmp_path / "release")
     certificate = convert(tmp_path / "release", tmp_path / "out")
     assert not (tmp_path / "release" / "ran").exists()
-    assert certificate["keys"]["left_out"] == {"visual.embeddings": 1}
+    assert certificate["keys"]["left_out"] == {"vision_tower.embeddings": 1}
     model = AutoModel.from_pretrained(tmp_path / "out").eval()
     plain = CLIPVisionModel(model.vision_tower.config).eval()
     plain.load_state_dict(
@@ -232,13 +232,13 @@ def test_clip_tower_hidden_states_are_the_definitions(tmp_path: Path) -> None:
 
 def test_an_activation_that_nobody_names_is_asked_for(tmp_path: Path) -> None:
     save_file(reference.openai(), tmp_path / "tower.safetensors")
-    with pytest.raises(KeyMapError, match="--set hidden_act=quick_gelu"):
+    with pytest.raises(InteropError, match="--set hidden_act=quick_gelu"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out")
-    with pytest.raises(KeyMapError, match="has no field 'hidden_atc'"):
+    with pytest.raises(InteropError, match="has no field 'hidden_atc'"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out", settings={"hidden_atc": "gelu"})
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").touch()
-    with pytest.raises((KeyMapError, OSError)):
+    with pytest.raises((InteropError, OSError)):
         convert(tmp_path / "tower.safetensors", tmp_path / "here", settings={"hidden_act": "gelu"})
 
 
@@ -248,23 +248,23 @@ def test_a_partial_load_is_an_error_unless_asked_for(tmp_path: Path) -> None:
     weights["visual.blocks.0.gamma_1"] = torch.ones(2)
     weights["visual.norm.weight"] = torch.ones(3)
     torch.save(weights, tmp_path / "w.pt")
-    with pytest.raises(KeyMapError, match=r"missing 2 \(first: vision_tower.blocks.1.mlp.w1"):
+    with pytest.raises(InteropError, match=r"missing 2 \(first: vision_tower.blocks.1.mlp.w1"):
         convert(tmp_path / "w.pt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     keys = convert(tmp_path / "w.pt", tmp_path / "out", partial=True)["keys"]
     assert keys["missing"][1] == "vision_tower.norm.weight (got [3], expected [128])"
     assert keys["unexpected"] == ["vision_tower.blocks.0.gamma_1"]
-    assert keys["left_out"] == {"visual.rope": 1}
+    assert keys["left_out"] == {"vision_tower.rope": 1}
 
 
 def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "openai_clip.pt")
-    with pytest.raises(KeyMapError, match="no layout of a vision tower"):
+    with pytest.raises(InteropError, match="no layout of a vision tower"):
         convert(tmp_path / "openai_clip.pt", tmp_path / "out")
-    with pytest.raises(KeyMapError, match="no such file"):
+    with pytest.raises(InteropError, match="no such file"):
         convert(tmp_path / "openai/clip", tmp_path / "out")
     (tmp_path / "0_text_embeddings.tar").touch()
-    with pytest.raises(KeyMapError, match="embed import"):
+    with pytest.raises(InteropError, match="embed import"):
         convert(tmp_path / "0_text_embeddings.tar", tmp_path / "out")
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModel, CLIPVisionModel
 
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import FORMATS, export
-from llm2clip_vlm.interop.keys import KeyMapError
+from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.libraries import (
     open_clip_config,
     open_clip_weights,
@@ -180,19 +180,19 @@ def test_llava_takes_a_clip_tower_as_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "eva02"])
 def test_llava_would_make_another_tower_random(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(KeyMapError, match="makes every tower a CLIPVisionModel"):
+    with pytest.raises(InteropError, match="makes every tower a CLIPVisionModel"):
         export(stage_2b(kind, tmp_path), "llava", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tower_without_names_there_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     folder = build_tower("dinov2", tmp_path / "dino")
-    with pytest.raises(KeyMapError, match="'dinov2' has no names in open_clip and timm"):
+    with pytest.raises(InteropError, match="'dinov2' has no names in open_clip and timm"):
         export(folder, "timm", tmp_path / "out")
     export(folder, "transformers", tmp_path / "hf")
-    with pytest.raises(KeyMapError, match="expected one of transformers, llava"):
+    with pytest.raises(InteropError, match="expected one of transformers, llava"):
         export(folder, "gguf", tmp_path / "out")
-    with pytest.raises(KeyMapError, match=r"no config\.json"):
+    with pytest.raises(InteropError, match=r"no config\.json"):
         export(tmp_path, "timm", tmp_path / "out")
 
 
@@ -248,7 +248,7 @@ def test_sentence_transformers_in_a_fresh_process(tmp_path: Path, tiny_llm: Path
     want = encoder.encode(["a red dog .", "two blue circles on the left"])
     got = torch.load(tmp_path / "e.pt", weights_only=True)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # measured: at most 1e-7
-    with pytest.raises(KeyMapError, match="takes a tower"):
+    with pytest.raises(InteropError, match="this is a text encoder"):
         export(tmp_path / "run", "timm", tmp_path / "no")
 
 

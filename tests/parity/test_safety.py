@@ -18,7 +18,7 @@ from llm2clip_vlm import cli
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.interop.weights import WeightsError, read_weights
+from llm2clip_vlm.interop.weights import InteropError, read_weights
 from tests.parity import reference
 from tests.tiny_towers import build_tower
 
@@ -37,10 +37,10 @@ class Evil:
 def test_a_pickle_is_never_run(legacy: bool, tmp_path: Path) -> None:
     content = {"visual.conv1.weight": torch.ones(2), "args": Evil(tmp_path)}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(WeightsError, match="nothing of it was run"):
+    with pytest.raises(InteropError, match="nothing of it was run"):
         convert(tmp_path / "w.pt", tmp_path / "out")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil(tmp_path)))
-    with pytest.raises(WeightsError, match="nothing of it was run"):
+    with pytest.raises(InteropError, match="nothing of it was run"):
         convert(tmp_path / "bare.pt", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
@@ -85,7 +85,7 @@ def test_a_truncated_shard_is_refused_before_a_tensor_is_read(
             opened.append(name)
 
     monkeypatch.setattr(weights, "safe_open", Watched)
-    with pytest.raises(WeightsError, match=r"b\.safetensors: damaged or cut off"):
+    with pytest.raises(InteropError, match=r"b\.safetensors: damaged or cut off"):
         read_weights(folder)
     assert not opened
 
@@ -94,10 +94,10 @@ def test_a_truncated_pytorch_file_is_refused(tmp_path: Path) -> None:
     torch.save(reference.openai(), tmp_path / "w.bin")
     whole = (tmp_path / "w.bin").read_bytes()
     (tmp_path / "w.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(WeightsError, match="damaged"):
+    with pytest.raises(InteropError, match="damaged"):
         read_weights(tmp_path / "w.bin")
     (tmp_path / "w.bin").write_bytes(b"")
-    with pytest.raises(WeightsError, match="damaged"):
+    with pytest.raises(InteropError, match="damaged"):
         read_weights(tmp_path / "w.bin")
 
 
@@ -108,7 +108,7 @@ def test_an_index_names_files_of_its_own_folder(name: str, tmp_path: Path) -> No
     text = (folder / "model.safetensors.index.json").read_text()
     text = text.replace('"b.safetensors"', json.dumps(name))
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(WeightsError, match="no file"):
+    with pytest.raises(InteropError, match="no file"):
         read_weights(folder)
 
 
@@ -158,7 +158,7 @@ def test_an_archive_writes_nothing_outside(kind: str, tmp_path: Path) -> None:
         before = set(tmp_path.rglob("*"))
         try:
             convert(place / "w.pt", place / "out")
-        except WeightsError:
+        except InteropError:
             assert not (place / "out").exists()
     else:
         caption = json.dumps({"shortSV_captions": "a cat"}).encode()
