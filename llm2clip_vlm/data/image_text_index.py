@@ -265,6 +265,8 @@ def read_image_text(source: ImageTextSource, bad: BadRecords) -> ImageTextRecord
         index = _indexed(source, files)
     refused = index.header["bad"]
     bad.take(len(index) + len(refused), refused)
+    if not len(index):
+        raise RecordError(f"{source.path}: all of its {len(refused)} records are bad")
     return ImageTextRecords([index])
 
 

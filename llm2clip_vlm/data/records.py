@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals, Refused
 from llm2clip_vlm.data.shards import PackedImage, table_rows, tar_rows
 
 Row = dict[str, Any]
@@ -102,7 +102,7 @@ def get_column(row: Mapping[str, Any], name: str) -> Any:
 
 
 def iter_records(
-    source: CaptionSource, bad: Refusals, *, columns: Sequence[str] = ()
+    source: CaptionSource, refused: Refused, *, columns: Sequence[str] = ()
 ) -> Iterator[RowGroup]:
     """Reads a source's rows through its filters.
 
@@ -112,7 +112,7 @@ def iter_records(
 
     Args:
         source: The file with its filters.
-        bad: Takes lines that cannot be read and rows without the `group_by` column.
+        refused: Takes lines that cannot be read and rows without the `group_by` column.
         columns: Columns beside `source.fields` that must exist somewhere in the file.
 
     Yields:
@@ -120,14 +120,15 @@ def iter_records(
 
     Raises:
         RecordError: The file cannot be read, a named column is in none of its rows (a typing
-            error would otherwise let test data through a filter), or no row is left.
+            error would otherwise let test data through a filter), or no row is left, and none was
+            refused.
     """
     path = source.path
     named = {*source.where, *source.drop_where, *source.fields, *columns}
     unseen = named | ({source.group_by} if source.group_by else set())
     known: dict[str, None] = {}
     found = 0
-    for group in _groups(_kept(source, bad, unseen, known), source.group_by, bad):
+    for group in _groups(_kept(source, refused, unseen, known), source.group_by, refused):
         if source.limit is None or found < source.limit:
             yield group
             found += 1
@@ -138,7 +139,7 @@ def iter_records(
             f"{path}: no row has a column {', '.join(sorted(unseen))!r}; the columns are "
             f"{', '.join(known)}. Correct the source's fields or filters"
         )
-    if not found:
+    if not (found or refused.rows):
         raise RecordError(
             f"{path}: no record left (where={source.where}, drop_where={source.drop_where}). "
             "Loosen the filters or check the path"
@@ -184,7 +185,7 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
 
 def _unusable(text: str) -> str:
     """Why a text is no caption; empty where it is one."""
-    if not text:
+    if not any(map(str.isprintable, text)):  # zero-width characters alone are none either
         return "an empty caption"
     if len(text) > MAX_CAPTION_CHARS:
         return f"a caption of {len(text)} characters, at most {MAX_CAPTION_CHARS} are taken,"

@@ -101,13 +101,13 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
                     break
                 folder, slash, name = member.name.removeprefix("./").rpartition("/")
                 stem, dot, suffix = name.rpartition(".")
-                if not (stem and dot and suffix) or stem.startswith("._"):  # macOS's doubles
-                    continue
                 key = f"{folder}{slash}{stem}"
-                if member.offset_data + member.size > size:
+                if not 0 <= member.size <= size - member.offset_data:
                     end = f"inside {member.name}"
                     samples.pop(key, None)
                     break
+                if not (stem and dot and suffix) or stem.startswith("._"):  # macOS's doubles
+                    continue
                 try:
                     _take(samples.setdefault(key, {}), suffix.lower(), member, handle, path)
                 except ValueError as error:
@@ -157,7 +157,7 @@ def _missing_end(handle: IO[bytes], offset: int) -> str:
     handle.seek(offset)
     block = handle.read(tarfile.BLOCKSIZE)
     if block == bytes(tarfile.BLOCKSIZE):
-        return ""
+        return f"data behind its end at byte {offset}" if any(handle.read(2**16)) else ""
     return f"{'a damaged header' if block else 'no end marker'} at byte {offset}"
 
 

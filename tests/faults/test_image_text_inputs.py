@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from llm2clip_vlm.data.image_text import ImageTextDataset, collate
 from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.records import BadRecords, RecordError
 from llm2clip_vlm.data.shards import PackedImage
-from tests.image_corpus import BROKEN, GOOD, jpeg, photo
+from tests.image_corpus import BROKEN, GOOD, HTML, jpeg, photo
 from tests.image_text_files import FORMATS, add, write_folder, write_parquet, write_tar
 from tests.unit.test_image_text import processor
 
@@ -31,6 +32,7 @@ MIXED = [
 CAPTIONS: dict[str, tuple[object, str]] = {
     "empty": ("", "empty caption"),
     "blank": (" \t\u3000", "empty caption"),
+    "of no width": ("\u200b\u200d", "empty caption"),
     "null": (None, "no caption"),
     "an empty list": ([], "no caption"),
     "NaN": (float("nan"), "is float"),
@@ -340,3 +342,51 @@ def test_texts_in_columns_of_bytes_and_damaged_text_columns(tmp_path: Path) -> N
         records = read_image_text(ImageTextSource(path=str(tmp_path / "a.parquet")), bad)
         assert [r.captions["captions"] for r in records] == [["a dog"], ["une fée"]]
         assert bad.count == 1 and "a.parquet:2" in reasons(bad) and "UTF-8" in reasons(bad)
+
+
+def damaged(source: ImageTextSource, how: str) -> None:
+    """A shard whose second sample's text has an impossible size, or another shard behind it."""
+    path = Path(source.path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"good1.txt")
+    if how == "concatenated":
+        path.write_bytes(data + data)
+        return
+    data[at + 124 : at + 136] = b"\xff" * 12 if how == "negative size" else b"77777777777\0"
+    header = data[at : at + 148] + b" " * 8 + data[at + 156 : at + 512]
+    data[at + 148 : at + 156] = b"%06o\0 " % sum(header)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("how", "keys", "reason"),
+    [
+        ("negative size", ["good0"], "inside good1.txt"),
+        ("huge size", ["good0"], "inside good1.txt"),
+        ("concatenated", ["good0", "good1", "good2"], "data behind its end"),
+    ],
+)
+def test_what_tarfile_takes_without_a_word(
+    tmp_path: Path, how: str, keys: list[str], reason: str
+) -> None:
+    source = write_tar(tmp_path / "a.tar", GOOD_ROWS)
+    damaged(source, how)
+    bad = BadRecords(limit=1)
+    assert [r.key for r in read_image_text(source, bad)] == keys
+    assert bad.count == 1 and reason in reasons(bad)
+
+
+def test_a_member_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "a.tar", [("caf\udce9", jpeg(), "a dog"), *GOOD_ROWS])
+    records = read_image_text(source, BadRecords())
+    assert [r.key for r in records] == ["caf\udce9", "good0", "good1", "good2"]
+    assert len(ImageTextDataset(records, processor())) == 4
+
+
+@pytest.mark.parametrize("content", [gzip.compress(b"{}\n" * 9), "{}\n".encode("utf-16"), HTML])
+def test_a_file_of_bad_lines_alone_is_told_as_such(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    bad = BadRecords.beside(tmp_path, 0, 0.01, resumes=False)
+    with pytest.raises(RecordError, match=r"bad record\(s\), 0 allowed.*a.jsonl:"):
+        read_image_text(ImageTextSource(path=str(tmp_path / "a.jsonl")), bad)
+    assert (tmp_path / "dropped.jsonl").is_file()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.data.bad_records import Refused
 from llm2clip_vlm.data.records import (
     BadRecords,
     RecordError,
@@ -46,8 +47,8 @@ def write(path: Path, rows: list[dict[str, Any]] = ROWS) -> Path:
     return path
 
 
-def ids(source: CaptionSource, bad: BadRecords | None = None) -> list[list[int]]:
-    groups = iter_records(source, bad or BadRecords())
+def ids(source: CaptionSource, refused: Refused | None = None) -> list[list[int]]:
+    groups = iter_records(source, refused or Refused())
     return [[int(row["id"]) for row in group.rows] for group in groups]
 
 
@@ -129,10 +130,10 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 
 def test_group_without_value_is_bad(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl")
-    bad = BadRecords(limit=1)
+    refused = Refused()
     source = CaptionSource(path=str(path), fields=["caption"], group_by="split")
-    assert ids(source, bad) == [[1, 3], [2]]
-    assert bad.count == 1
+    ids(source, refused)
+    assert [where for where, _ in refused.rows] == [f"{path}:4"]
 
 
 @pytest.mark.parametrize(
