@@ -20,6 +20,7 @@ from llm2clip_vlm import distributed
 from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.data.packing import PackedBatches
 from llm2clip_vlm.handoff import RESOLVED_NAME, fingerprint_dir
+from llm2clip_vlm.models.document_attention import install_document_attention
 from llm2clip_vlm.models.lineage import write_lineage
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
@@ -81,6 +82,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     ) -> None:
         install_text_only_guard(model)
         install_supervised_loss(model)
+        if batches is not None:
+            install_document_attention(model)
         if getattr(model, "is_quantized", False):
             model._hf_peft_config_loaded = True  # transformers' mark: there are adapters on it
         self.parts, self.processor, self.checkpoint = dict(parts), processor, checkpoint
