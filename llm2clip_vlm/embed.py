@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm2clip_vlm.programs import find_program, load_program
 
@@ -37,40 +38,24 @@ def _parser() -> argparse.ArgumentParser:
         prog="llm2clip-vlm embed", description="Caches of caption embeddings."
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    build = commands.add_parser(
-        "build",
-        help="encode what a cache lacks (stage 2a)",
-        description="Encode what a cache lacks; `slice=i/n` writes a part beside other processes.",
-    )
-    build.add_argument("recipe", metavar="RECIPE", help="a recipe of stage 2a")
-    build.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="as in `train`")
-    build.set_defaults(command=_build)
 
-    verify = commands.add_parser("verify", help="read every byte and compare the checksums")
-    verify.add_argument("cache", metavar="DIR", type=Path)
-    verify.set_defaults(command=_verify)
+    def command(run: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+        made = commands.add_parser(run.__name__[1:], help=text.partition(":")[0], description=text)
+        made.set_defaults(command=run)
+        if run is not _build:
+            made.add_argument("cache", metavar="DIR", type=Path)
+        return made
 
-    merge = commands.add_parser(
-        "merge",
-        help="join caches of one encoder",
-        description="Join caches of one encoder: slices of a build, other data sets, or (with DIR "
-        "itself as the only source) what killed runs of stage 2b have left in journals.",
-    )
-    merge.add_argument("cache", metavar="DIR", type=Path, help="where the result lies or will lie")
+    build = command(_build, "encode what a cache lacks: stage 2a; `slice=i/n` writes a part of it")
+    build.add_argument("words", metavar="RECIPE [KEY=VALUE]", nargs="+", help="as in `train`")
+    command(_verify, "read every byte and compare the checksums")
+    text = "join caches of one encoder: slices of a build, other data sets, or (with DIR itself as "
+    merge = command(_merge, text + "the only source) what killed runs of stage 2b left in journals")
     merge.add_argument("sources", metavar="SOURCE", type=Path, nargs="+")
-    merge.set_defaults(command=_merge)
-
-    report = commands.add_parser("report", help="rows, dedup ratio, bytes, cost, encoder")
-    report.add_argument("cache", metavar="DIR", type=Path)
-    report.set_defaults(command=_report)
-
-    official = commands.add_parser(
-        "import",
-        help="take over *_text_embeddings.tar of LLM2CLIP's released code",
-        description="Take over embeddings of LLM2CLIP's released code, each joined to its caption "
-        "by key; the image shard X.tar lies beside X_text_embeddings.tar.",
-    )
-    official.add_argument("cache", metavar="DIR", type=Path)
+    command(_report, "rows, dedup ratio, bytes, cost, encoder")
+    text = "take over *_text_embeddings.tar of LLM2CLIP's released code: each is joined to its "
+    text += "caption by key; the image shard X.tar lies beside X_text_embeddings.tar"
+    official = command(_import, text)
     official.add_argument("tars", metavar="TAR", type=Path, nargs="+")
     official.add_argument(
         "--fingerprint",
@@ -80,20 +65,14 @@ def _parser() -> argparse.ArgumentParser:
         help="what made them, such as text_weights=Llama-3-8B-Instruct-CC pooling=mean; the files "
         "do not say it. Repeat for each field",
     )
-    official.add_argument(
-        "--max-bad-records",
-        metavar="N",
-        type=int,
-        default=0,
-        help="skipped and counted (default 0)",
-    )
-    official.set_defaults(command=_import)
+    skipped = "skipped and counted (default 0)"
+    official.add_argument("--max-bad-records", metavar="N", type=int, default=0, help=skipped)
     return parser
 
 
 def _build(arguments: argparse.Namespace) -> int | None:
     stage = load_program(find_program("stage2a_cache_text"))
-    result: int | None = stage.main([arguments.recipe, *arguments.overrides])
+    result: int | None = stage.main(arguments.words)
     return result
 
 
@@ -130,21 +109,18 @@ def _report(arguments: argparse.Namespace) -> None:
         print(
             f"bytes          {size} ({each:.0f} a row, {each / official:.3f} of the released code)"
         )
-    manifest = read_manifest(arguments.cache)
-    if manifest is None:
-        print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
+    extra = (read_manifest(arguments.cache) or {"extra": {}})["extra"]
+    if different := extra.get("different_texts"):
+        texts = extra["texts"]
+        print(f"dedup ratio    {texts / different:.3f} ({texts} texts, {different} different)")
     else:
-        texts, different = (manifest["extra"].get(k, 0) for k in ("texts", "different_texts"))
-        if different:
-            print(f"dedup ratio    {texts / different:.3f} ({texts} texts, {different} different)")
+        print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
     costs = arguments.cache / COST_NAME
-    lines = costs.read_text().splitlines() if costs.is_file() else []
-    if lines:
-        parts = [json.loads(line) for line in lines]
+    if costs.is_file() and (parts := [json.loads(row) for row in costs.read_text().splitlines()]):
         texts, seconds = (sum(part[k] for part in parts) for k in ("texts", "seconds"))
+        speed = texts / max(seconds, 1e-9)
         print(
-            f"cost           {texts} texts in {seconds:.1f} s of the encoder "
-            f"({texts / max(seconds, 1e-9):.1f} texts/s)"
+            f"cost           {texts} texts in {seconds:.1f} s of the encoder ({speed:.1f} texts/s)"
         )
     for field, value in sorted(cache.fingerprint.items()):
         print(f"encoder        {field} = {value}")

@@ -1,4 +1,4 @@
-"""Contrastive losses as pure functions.
+"""Contrastive and distillation losses as pure functions.
 
 All of them work on fp32 logits whatever the model's dtype (bf16 logits at scale 100 put 1 % of
 noise on the gradient), and count an equal text that is not the pair's own as *no* negative.
@@ -196,21 +196,60 @@ def sigmoid_loss(
 def cosine_loss(embeds: Float[Tensor, "b d"], target: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
     """One minus the mean cosine of each row with its target (distillation).
 
-    No negatives, nothing gathered; computed in fp32. The gradient reaches both arguments: detach
-    the teacher.
+    No negatives, nothing gathered: the mean over ranks is the global value. Computed in fp32.
 
     Args:
         embeds: Embeddings of any norm.
-        target: What each row should point at, of any norm.
+        target: What each row should point at, of any norm; no gradient flows into it.
 
     Returns:
         The scalar loss, 0 to 2.
 
     Raises:
         ValueError: The shapes differ or the batch is empty.
+
+    Paper: half the mean squared error of unit vectors, as ProCLIP (2510.18795) uses it.
     """
     _check_pair("embeds", embeds, "target", target)
-    return 1 - F.cosine_similarity(embeds.float(), target.float(), dim=-1).mean()
+    return 1 - F.cosine_similarity(embeds.float(), target.detach().float(), dim=-1).mean()
+
+
+def relational_distillation(
+    student: Float[Tensor, "b d"], teacher: Float[Tensor, "b t"], *, gather: bool = False
+) -> Float[Tensor, ""]:
+    """Mean squared difference of all pairs' cosines: the embeddings may turn as a whole.
+
+    Negatives: none. Gathered: with `gather` both sides of all ranks, with gradient for the student;
+    each rank computes its own rows, so that the mean over ranks is the global value.
+
+    Args:
+        student: Any norm.
+        teacher: Any norm and width, row i the same input as the student's; no gradient flows in.
+        gather: Also pairs across ranks; all ranks need equal shapes.
+
+    Returns:
+        A scalar, 0 where the student keeps every angle; the pairs of a row with itself left out.
+
+    Raises:
+        ValueError: Different numbers of rows, or fewer than two.
+
+    Paper: ProCLIP (2510.18795), pairwise distances; Park et al. 2019 (1904.05068), equation 1.
+    """
+    if len(student) != len(teacher) or len(student) < 2 - gather:
+        raise ValueError(
+            f"expected as many rows on both sides, at least two, got {len(student)}, {len(teacher)}"
+        )
+    first = rank() * len(student) if gather else 0
+    differences = []
+    for embeds, sign in ((student, 1.0), (teacher.detach(), -1.0)):
+        with torch.autocast(embeds.device.type, enabled=False):
+            unit = F.normalize(embeds.float(), dim=-1)
+            differences.append(sign * (unit @ (gather_with_grad(unit) if gather else unit).T))
+    difference = torch.add(*differences)
+    own = torch.arange(len(difference), device=difference.device)
+    mask = torch.ones_like(difference)
+    mask[own, first + own] = 0.0
+    return (difference.square() * mask).sum() / mask.sum()
 
 
 def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor, several: bool = False) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
 
+from llm2clip_vlm.models.caption_tokens import pad_tokens
 from llm2clip_vlm.models.loading import load_complete
 
 _SPECIAL = ("pad", "bos", "eos")
@@ -117,7 +118,7 @@ def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
         raise ValueError(
             f"the text tower pools at eos_token_id {config.eos_token_id} (2 means the highest id), "
             f"but the tokenizer's end token is {end} and 'a' becomes {ids}; set "
-            "text_config.eos_token_id to the tokenizer's, or use the checkpoint's own tokenizer"
+            "text_config.eos_token_id, or use the checkpoint's own tokenizer"
         )
     if len(tokenizer) > config.vocab_size:
         raise ValueError(
@@ -183,15 +184,10 @@ class ClipTokens:
             `input_ids` and `attention_mask`, `[n, longest]` int64, padded on the right.
         """
         self.prepare(texts)
-        rows = [self._ids[text] for text in texts]
-        shape = (len(rows), max(map(len, rows)))
         pad = self.tokenizer.pad_token_id
-        input_ids = torch.full(shape, self.tokenizer.eos_token_id if pad is None else pad)
-        attention_mask = torch.zeros(shape, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            input_ids[i, : len(row)] = torch.tensor(row)
-            attention_mask[i, : len(row)] = 1
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        pad = self.tokenizer.eos_token_id if pad is None else pad
+        padded = pad_tokens([self._ids[text] for text in texts], pad, 0)
+        return {name: padded[name] for name in ("input_ids", "attention_mask")}
 
 
 def clip_encoders(

@@ -89,8 +89,8 @@ class LLM2CLIPModel(PreTrainedModel):
     """Vision tower with a linear head, against the text adaptor on cached caption embeddings.
 
     The image side pools as the tower does (CLIP: CLS after `post_layernorm`; SigLIP: its attention
-    pooling head) and projects, without bias unless the config says so. The text encoder itself is not
-    part of the model: its embeddings are the input.
+    pooling head) and projects, without bias unless the config says so. The text encoder itself is
+    not part of the model: its embeddings are the input.
 
     Args:
         config: Sizes and the tower's config.
@@ -138,38 +138,22 @@ class LLM2CLIPModel(PreTrainedModel):
         tower: PreTrainedModel,
         *,
         text_embed_dim: int,
-        projection_dim: int = 1280,
-        adaptor_num_blocks: int = 4,
-        adaptor_expansion: int = 2,
-        logit_scale_init_value: float = 2.6592,
-        logit_bias_init_value: float | None = None,
+        **config: Any,
     ) -> LLM2CLIPModel:
         """A model around a pretrained tower, with a new image head and a new adaptor.
 
         Args:
             tower: Copied, not shared.
-            text_embed_dim: As in :class:`LLM2CLIPConfig`, like the arguments that follow.
-            projection_dim: Width of the joint space.
-            adaptor_num_blocks: Residual blocks.
-            adaptor_expansion: Hidden width of a block over its input's.
-            logit_scale_init_value: Stored logarithm.
-            logit_bias_init_value: For the sigmoid loss; none = softmax.
+            text_embed_dim: Width of the text encoder's embeddings.
+            **config: Other fields of :class:`LLM2CLIPConfig`.
 
         Returns:
             The model, in the tower's dtype.
         """
         vision_config = copy.deepcopy(tower.config)
         vision_config._name_or_path = ""  # a path on this machine, which the config would keep
-        config = LLM2CLIPConfig(
-            vision_config=vision_config,
-            text_embed_dim=text_embed_dim,
-            projection_dim=projection_dim,
-            adaptor_num_blocks=adaptor_num_blocks,
-            adaptor_expansion=adaptor_expansion,
-            logit_scale_init_value=logit_scale_init_value,
-            logit_bias_init_value=logit_bias_init_value,
-        )
-        model: Any = cls(config)
+        sizes = {"vision_config": vision_config, "text_embed_dim": text_embed_dim}
+        model: Any = cls(LLM2CLIPConfig(**sizes, **config))
         model.vision_tower.load_state_dict(tower.state_dict())
         made: LLM2CLIPModel = model.to(tower.dtype)
         return made

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -45,8 +45,6 @@ from llm2clip_vlm.models.text_encoder_settings import (
 )
 
 logger = logging.getLogger(__name__)
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pool(
@@ -104,44 +102,29 @@ class TextEncoder(nn.Module):
         cls,
         path: str | Path,
         *,
-        pooling: Pooling | None = None,
-        max_length_tokens: int | None = None,
-        instruction: str | None = None,
-        chat: bool | None = None,
-        bidirectional: bool | None = None,
         dtype: str | torch.dtype = "auto",
         device: str | torch.device | None = None,
         attn_implementation: str | None = None,
         load_in_4bit: bool = False,
+        **chosen: Any,
     ) -> Self:
         """Loads a raw LLM, what :meth:`save_pretrained` wrote, or a sentence-transformers embedder.
 
         Args:
             path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
                 prompt and attention.
-            pooling: `mean` (default), `last` or `eos`.
-            max_length_tokens: Default 512, or the model's positions where they are fewer.
-            instruction: Text before every caption; default none.
-            chat: Wrap texts in a user turn of the tokenizer's chat template; default false.
-            bidirectional: Default true.
             dtype: Of the weights; `auto` keeps the checkpoint's.
             device: Where the weights go; none = CPU.
             attn_implementation: As in transformers; none = its default.
             load_in_4bit: Quantise linear weights to NF4 (needs bitsandbytes).
+            **chosen: Fields of :class:`TextEncoderSettings`; none = their defaults.
 
         Raises:
             TextEncoderError: A saved encoder has another value than the one given here; the model
                 has no single hidden size, too few positions or missing weights; its attention is
                 not what `bidirectional` says; or bitsandbytes is absent.
         """
-        given = {
-            "pooling": pooling,
-            "max_length_tokens": max_length_tokens,
-            "instruction": instruction,
-            "chat": chat,
-            "bidirectional": bidirectional,
-        }
-        chosen = {name: value for name, value in given.items() if value is not None}
+        chosen = {name: value for name, value in chosen.items() if value is not None}
         embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
         source = embedder.model_dir if embedder else path
         # A copy, because transformers may hand out one config object twice.
@@ -161,7 +144,7 @@ class TextEncoder(nn.Module):
             optional="pooler.",  # of BERT, which no vector is made of
             error=TextEncoderError,
             config=config,
-            dtype=_DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype,
+            dtype=dtype,
             attn_implementation=attn_implementation,
             **(four_bits(device, TextEncoderError) if load_in_4bit else {}),
         )
@@ -174,7 +157,9 @@ class TextEncoder(nn.Module):
         if device is not None and not load_in_4bit:
             backbone.to(device)
         encoder = cls(backbone.eval(), tokenizer, settings)
-        if embedder and bidirectional is None:  # its attention is what its own config makes it
+        if (
+            embedder and "bidirectional" not in chosen
+        ):  # its attention is what its own config makes it
             encoder.settings = replace(settings, bidirectional=encoder.sees_behind())
         encoder.check_attention()
         if tokenizer_hash is not None:
@@ -189,21 +174,9 @@ class TextEncoder(nn.Module):
         load_in_4bit: bool = False,
     ) -> Self:
         """Loads what a recipe's `text_encoder` names; what it leaves out has its default."""
-        named = section.model_fields_set & {
-            "pooling",
-            "max_length_tokens",
-            "instruction",
-            "chat",
-            "bidirectional",
-        }
-        return cls.from_pretrained(
-            section.language_model,
-            dtype=section.dtype,
-            device=device,
-            attn_implementation=section.attn_implementation,
-            load_in_4bit=load_in_4bit,
-            **{name: getattr(section, name) for name in named},
-        )
+        given = {name: getattr(section, name) for name in section.model_fields_set}
+        path = given.pop("language_model")
+        return cls.from_pretrained(path, device=device, load_in_4bit=load_in_4bit, **given)
 
     @property
     def hidden_size(self) -> int:

@@ -66,38 +66,35 @@ def export_sentence_transformers(
     settings, tokens = encoder.settings, encoder.tokens
     excluded = tokens.leaves_out_front
     prompt = " " if excluded else settings.instruction if settings.embedder else ""
-    _write(target / "config.json", _model_config(source, settings.bidirectional))
     _standalone_tokenizer(tokens, settings.max_length_tokens).save_pretrained(target)
     folders = ("", "1_Pooling", "2_Normalize")
-    _write(
-        target / MODULES_NAME,
-        [
+    kinds = zip(_MODULES, folders, strict=True)
+    files: dict[str, Any] = {
+        "config.json": _model_config(source, settings.bidirectional),
+        MODULES_NAME: [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (kind, path) in enumerate(zip(_MODULES, folders, strict=True))
+            for i, (kind, path) in enumerate(kinds)
         ],
-    )
-    _write(
-        target / "sentence_bert_config.json",
-        {"max_seq_length": settings.max_length_tokens, "do_lower_case": False},
-    )
-    modes = {flag: flag == _POOLING_FLAGS[settings.pooling] for flag in _POOLING_FLAGS.values()}
-    _write(
-        target / folders[1] / "config.json",
-        {
+        "sentence_bert_config.json": {
+            "max_seq_length": settings.max_length_tokens,
+            "do_lower_case": False,
+        },
+        f"{folders[1]}/config.json": {
             "word_embedding_dimension": encoder.hidden_size,
-            **modes,
+            **dict.fromkeys(_POOLING_FLAGS.values(), False),
+            _POOLING_FLAGS[settings.pooling]: True,
             "include_prompt": not excluded,
         },
-    )
-    (target / folders[2]).mkdir()
-    _write(
-        target / "config_sentence_transformers.json",
-        {
+        "config_sentence_transformers.json": {
             "prompts": dict.fromkeys(("caption", "query", "document"), prompt),
             "default_prompt_name": "caption",
             "similarity_fn_name": "cosine",
         },
-    )
+    }
+    for folder in folders:
+        (target / folder).mkdir(exist_ok=True)
+    for name, content in files.items():
+        (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if why := _difference(tokens, target, prompt):
         shutil.rmtree(target)
         logger.warning("not exported for sentence-transformers: %s", why)
@@ -122,14 +119,12 @@ def _standalone_tokenizer(
     """The tokenizer with front and footer in its own post-processing."""
     tokenizer = tokens.tokenizer
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    parts = {"front": tokens.front, "behind": tokens.behind}
     pieces = [
         {"id": name, "ids": ids, "tokens": tokenizer.convert_ids_to_tokens(ids)}
-        for name, ids in parts.items()
+        for name, ids in (("front", tokens.front), ("behind", tokens.behind))
         if ids
     ]
-    names = [piece["id"] for piece in pieces]
-    single = [name for name in ("front", "$A", "behind") if name in (*names, "$A")]
+    single = ["front"] * bool(tokens.front) + ["$A"] + ["behind"] * bool(tokens.behind)
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
     if tokens.leaves_out_front:
         steps = [normalizers.Strip(left=True, right=False), backend.normalizer]
@@ -176,8 +171,3 @@ def _difference(tokens: CaptionTokenizer, directory: Path, prompt: str) -> str |
             f"{tokens.num_front_tokens} out of the mean only if at most one does"
         )
     return None
-
-
-def _write(path: Path, content: Any) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

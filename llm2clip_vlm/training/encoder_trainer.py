@@ -336,31 +336,28 @@ def check_contrastive_arguments(args: TrainingArguments, *, grad_cache: bool = F
     Raises:
         ValueError: Names the argument and what to do.
     """
-    steps = args.gradient_accumulation_steps
+    steps, batch = args.gradient_accumulation_steps, args.per_device_train_batch_size
     if steps > 1:
         raise ValueError(
-            f"gradient accumulation over {steps} steps would give every pair only the negatives of "
-            "its own small batch: it adds none. Raise trainer.per_device_train_batch_size to "
-            f"{args.per_device_train_batch_size * steps} and bound the memory by micro_batch_size "
-            "(stage 1: micro_batch_tokens), which keeps the gradient of the whole batch; or lower "
-            f"global_batch_size to {args.per_device_train_batch_size * world_size()}."
+            f"gradient accumulation over {steps} steps adds no negatives: every pair would have "
+            f"those of its own small batch. Raise trainer.per_device_train_batch_size to "
+            f"{batch * steps} and bound the memory by micro_batch_size (stage 1: "
+            f"micro_batch_tokens), or lower global_batch_size to {batch * world_size()}"
         )
     if grad_cache and args.gradient_checkpointing:
         raise ValueError(
-            "trainer.gradient_checkpointing is true beside micro-batches: these already compute "
-            "every activation twice, both together three times and more. Set it to false and "
-            "lower micro_batch_size (stage 1: micro_batch_tokens) until a micro-batch fits"
+            "trainer.gradient_checkpointing is true beside micro-batches, which already compute "
+            "every activation twice; set it to false and lower micro_batch_size (stage 1: "
+            "micro_batch_tokens) until a micro-batch fits"
         )
     if not args.dataloader_drop_last:
         raise ValueError(
-            "dataloader_drop_last is false, so the last batch of an epoch would have fewer "
-            "negatives, and a different number on each process; expected true"
+            "dataloader_drop_last: expected true, got false: an epoch's last batch would have "
+            "fewer negatives, and another number of them on each process"
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError(
-            "contrastive training of the towers runs under plain data parallelism or DeepSpeed "
-            "ZeRO-1/2, not ZeRO-3 (a tower and its optimizer fit on one GPU); choose "
-            "recipes/accelerate's ZeRO-2 file"
+            "contrastive training takes plain data parallelism or ZeRO-1/2, not ZeRO-3"
         )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoConfig, CLIPModel, TrainerCallback
 
 from llm2clip_vlm.config import InheritanceSection, Stage2bRecipe
-from llm2clip_vlm.distillation import cosine_distillation, relational_distillation
+from llm2clip_vlm.losses import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.patch_dropout import PatchDropout
@@ -31,30 +31,20 @@ from llm2clip_vlm.training.export import merge_lora
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
 class TowerTeacher:
-    """What the tower's image embeddings should stay close to.
+    """What the tower's image embeddings should stay close to."""
 
-    Args:
-        model: The teacher; not trained, not saved. A copy of the model before training, or its
-            running average.
-        loss: `cosine` holds each embedding, `relational` the angles between them.
-        weight: Of the penalty beside the contrastive loss.
-    """
-
-    def __init__(
-        self, model: LLM2CLIPModel, loss: Literal["cosine", "relational"], weight: float
-    ) -> None:
-        self.model = model.eval()
-        self.loss = loss
-        self.weight = weight
+    model: LLM2CLIPModel
+    """Not trained, not saved: a copy of the model before training, or its running average."""
+    loss: Literal["cosine", "relational"]
+    """`cosine` holds each embedding, `relational` the angles between them."""
+    weight: float
+    """Of the penalty beside the contrastive loss."""
 
     @torch.no_grad()
     def __call__(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        """The teacher's image embeddings.
-
-        Args:
-            pixel_values: On the device that the teacher is moved to.
-        """
+        """The teacher's image embeddings, on the device of the pixels."""
         return self.model.to(pixel_values.device).get_image_features(pixel_values)
 
     def penalty(
@@ -68,7 +58,7 @@ class TowerTeacher:
             gather: Whether other processes have further images of the batch.
         """
         if self.loss == "cosine":
-            return self.weight * cosine_distillation(image_embeds, targets)
+            return self.weight * cosine_loss(image_embeds, targets)
         return self.weight * relational_distillation(image_embeds, targets, gather=gather)
 
 
@@ -127,21 +117,14 @@ def prepare_keeping(
         path = recipe.inherit_text.clip or recipe.vision_tower
         if (kind := AutoConfig.from_pretrained(path).model_type) != "clip":
             raise ValueError(
-                f"inherit_text: {path} is a {kind!r} model, expected a CLIPModel with text tower "
-                "and tokenizer; name one in inherit_text.clip"
+                f"inherit_text: {path} is a {kind!r} model, expected a CLIPModel; set `clip`"
             )
         clip, tokenizer, _ = load_clip(path)
         inherit_space(model, clip)
         if not resumes:
+            tokens, options = ClipTokens(tokenizer), {"seed": recipe.seed, "device": device}
             inherit_text_tower(
-                model,
-                clip,
-                ClipTokens(tokenizer),
-                captions(),
-                lookup,
-                recipe.inherit_text,
-                seed=recipe.seed,
-                device=device,
+                model, clip, tokens, captions(), lookup, recipe.inherit_text, **options
             )
     callbacks: list[TrainerCallback] = []
     average = None
@@ -155,7 +138,7 @@ def prepare_keeping(
         else:
             teacher_model = copy.deepcopy(model)
             del teacher_model.text_adaptor
-        teacher = TowerTeacher(teacher_model, chosen.loss, chosen.weight)
+        teacher = TowerTeacher(teacher_model.eval(), chosen.loss, chosen.weight)
     if recipe.patch_dropout:
         dropout = PatchDropout(model.vision_tower, recipe.patch_dropout, num_prefix_tokens)
         callbacks.append(PatchDropoutTail(dropout, recipe.patch_dropout_tail))
@@ -178,8 +161,7 @@ def inherit_space(model: LLM2CLIPModel, clip: CLIPModel) -> None:
     if theirs.shape != ours.shape:
         raise ValueError(
             f"inherit_text: the CLIP projects {theirs.shape[1]} to {theirs.shape[0]} dimensions, "
-            f"the model {ours.shape[1]} to {ours.shape[0]}; set projection_dim to "
-            f"{theirs.shape[0]}, and `clip` to the model that the tower comes from"
+            f"the model {ours.shape[1]} to {ours.shape[0]}; set projection_dim and `clip` to fit"
         )
     ours.copy_(theirs)
     if model.logit_bias is None:
@@ -238,7 +220,7 @@ def inherit_text_tower(
         with torch.no_grad():
             targets = encode_texts(texts)
         embeds = model.get_text_features(lookup(texts).to(device))
-        distance = cosine_distillation(embeds, targets)
+        distance = cosine_loss(embeds, targets)
         angles = relational_distillation(embeds, targets) if len(texts) > 1 else 0.0
         optimizer.zero_grad(set_to_none=True)
         (distance + angles).backward()
