@@ -22,22 +22,27 @@ from llm2clip_vlm.evaluation.comparison_pages import comparison_pages
 from llm2clip_vlm.files import write_atomically
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the program."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = argparse.ArgumentParser(
         prog="llm2clip-vlm compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
+    options.add_argument(
         "runs", nargs="+", metavar="[NAME=]FOLDER", help="results; `{seed}` in it stands for any "
         "number; folders of one NAME are one run"
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="folder to write to; default: print only")
-    parser.add_argument("--task", action="append", help="repeatable; default: all benchmarks")
-    parser.add_argument("--samples", type=int, default=6, help="flipped samples shown a run")
-    parser.add_argument("--resamples", type=int, default=10_000, help="bootstrap draws")
-    arguments = parser.parse_args(argv)
+    options.add_argument("--out", type=Path, help="folder to write to; default: print only")
+    options.add_argument("--task", action="append", help="repeatable; default: all benchmarks")
+    options.add_argument("--samples", type=int, default=6, help="flipped samples shown a run")
+    options.add_argument("--resamples", type=int, default=10_000, help="bootstrap draws")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program."""
+    arguments = parser().parse_args(argv)
     places: dict[str, dict[str, list[str] | None]] = {}
     for given in arguments.runs:
         name, equals, place = given.rpartition("=")

@@ -344,6 +344,7 @@ def difference_chart(found: Mapping[str, Any], pair: Sequence[str]) -> str:
         points = row["deltas_by_seed"] if row["n_seeds"] > 1 else ()
         mark = Mark(label, row["delta"], row["ci"], points=points, note=note, strong=not kind)
         panels[heads[task.startswith("retrieval_")]].append(mark)
-    title = f"{pair[0]} minus {pair[1]}" + (f", {seeds} training seeds" if seeds > 1 else "")
-    drawn = {head: rows for head, rows in panels.items() if rows}
-    return forest_chart(drawn, title, (f"{pair[1]} better", f"{pair[0]} better")) if drawn else ""
+    times = f", {seeds} training seeds" if seeds > 1 else ""
+    drawn = {f"{head}{times}": rows for head, rows in panels.items() if rows}
+    title, labels = f"{pair[0]} minus {pair[1]}{times}", (f"{pair[1]} better", f"{pair[0]} better")
+    return forest_chart(drawn, title, labels) if drawn else ""

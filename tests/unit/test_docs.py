@@ -15,6 +15,7 @@ from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe
 from llm2clip_vlm.interop import command
 from llm2clip_vlm.pipeline import RECIPES
+from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import check_trainer_keys
 
@@ -89,7 +90,8 @@ def check_cli(words: list[str]) -> None:
         check_eval(words[1:])
         return
     if words[0] == "compare":
-        assert len(words) == 3
+        compare = load_program(find_program("compare"))
+        assert len(compare.parser().parse_args(words[1:]).runs) > 1
         return
     if words[0] in ("export", "convert"):
         command.parser(words[0]).parse_args(words[1:])
