@@ -248,7 +248,7 @@ def _count_rivals(
     own = torch.cat(
         [
             (queries[r] * gallery[c]).sum(1)
-            for r, c in zip(rows.split(2**14), columns.split(2**14), strict=True)
+            for r, c in zip(rows.split(2**11), columns.split(2**11), strict=True)
         ]
     )
     sides = [_Side(queries, gallery, own, rows, axis=1)]

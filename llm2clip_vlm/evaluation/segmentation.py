@@ -120,7 +120,7 @@ def _last_values(model: nn.Module) -> Iterator[None]:
 
     def own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
         value = layer.v_proj(args[0] if args else kwargs["hidden_states"])
-        for name in ("inner_attn_ln", "out_proj", "proj"):
+        for name in ("inner_attn_ln", "out_proj", "o_proj", "proj"):
             value = getattr(layer, name, nn.Identity())(value)
         return (value, *output[1:]) if isinstance(output, tuple) else value
 

@@ -1,0 +1,105 @@
+"""Logistic regression against scikit-learn, the choice of its strength, few-shot draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from llm2clip_vlm.config_encoder import EncoderEvalRecipe
+from llm2clip_vlm.evaluation.probes import choose_l2, fit_logistic, linear_probe
+
+
+def blobs(per_class: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    rng = np.random.default_rng(seed)
+    labels = np.repeat(np.arange(3), per_class)
+    centres = np.random.default_rng(9).normal(size=(3, 6))
+    points = centres[labels] + spread * rng.normal(size=(len(labels), 6))
+    return torch.from_numpy(points).float(), torch.from_numpy(labels)
+
+
+@pytest.mark.parametrize("l2", [1e-2, 1.0, 30.0])
+def test_logistic_regression_is_scikit_learns(l2: float) -> None:
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    x, y = blobs(40, 1.0)
+    weights = fit_logistic(x, y, 3, l2)
+    other = linear_model.LogisticRegression(C=1 / l2, max_iter=5000, tol=1e-9).fit(x, y)
+    theirs = torch.from_numpy(np.c_[other.coef_, other.intercept_]).float()
+
+    def objective(w: torch.Tensor) -> float:
+        loss = F.cross_entropy(x @ w[:, :-1].T + w[:, -1], y, reduction="sum")
+        return float(loss + l2 / 2 * w[:, :-1].square().sum())
+
+    assert objective(weights) == pytest.approx(objective(theirs), rel=1e-3)
+    assert objective(weights) < objective(torch.zeros(3, 7))
+    again = fit_logistic(x, y, 3, l2, weights)
+    assert objective(again) <= objective(weights) * (1 + 1e-5)
+
+
+def test_the_strength_is_found_to_an_eighth_of_a_decade() -> None:
+    asked = []
+
+    def accuracy(l2: float) -> float:
+        asked.append(l2)
+        return -abs(np.log10(l2) - 1.37)
+
+    assert choose_l2(accuracy) == pytest.approx(10**1.375)
+    assert min(asked) == pytest.approx(1e-6) and max(asked) == pytest.approx(1e6)
+    assert len(asked) == len(set(asked)) <= 16
+
+
+def probe(tmp_path: Path, **more: Any) -> Any:
+    x, y = blobs(12, 1.2)
+    features = {}
+    for part, seed in (("train", 0), ("test", 1)):
+        x, y = blobs(12, 1.2, seed)
+        rows = [{"image": f"{part}-{i}.png", "label": f"class {c}"} for i, c in enumerate(y)]
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        features |= {Path(r["image"]).stem: v for r, v in zip(rows, x, strict=True)}
+
+    def pool(records: Any) -> Any:
+        return torch.stack([features[Path(r.image).stem] for r in records]), "images"
+
+    seed = more.pop("seed", 0)
+    task = {"task": "linear_probe"} | more
+    task |= {part: {"data": str(tmp_path / f"{part}.jsonl")} for part in ("train", "test")}
+    recipe = EncoderEvalRecipe.model_validate(
+        {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [task], "seed": seed}
+    )
+    tower = SimpleNamespace(model=SimpleNamespace(device="cpu"))
+    encoder: Any = SimpleNamespace(pool=pool, tower=tower)
+    return linear_probe(recipe.tasks[0], encoder, recipe)  # type: ignore[arg-type]
+
+
+def test_a_probe_with_all_and_with_few_images(tmp_path: Path) -> None:
+    found = probe(tmp_path, shots=[1, 8], draws=2)
+    low, high = found["top1"]["ci"]
+    assert 40 < low < found["top1"]["score"] < high <= 100 and found["chance_top1"] < 34
+    assert found["images"] == {"train": 36, "test": 36}
+    few = found["shots"]
+    assert len(few["1"]["draws"]) == 2 and few["1"]["top1"] < few["8"]["top1"]
+    assert "CLIP A.3" in found["protocol"] and len(found["data_hash"]) == 64
+    other = probe(tmp_path, shots=[1], draws=1, seed=3, validation=0.5)
+    assert other["shots"]["1"]["draws"] != few["1"]["draws"][:1] and "50%" in other["protocol"]
+    with pytest.raises(ValueError, match="'class 0' has 12"):
+        probe(tmp_path, shots=[12])
+
+
+def test_the_share_for_validation_is_what_the_strength_is_chosen_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+
+    def fit(features: Any, *rest: Any) -> Any:
+        sizes.append(len(features))
+        return fit_logistic(features, *rest)
+
+    monkeypatch.setattr("llm2clip_vlm.evaluation.probes.fit_logistic", fit)
+    probe(tmp_path, validation=0.5)
+    assert set(sizes[:-1]) == {18} and sizes[-1] == 36

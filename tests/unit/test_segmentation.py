@@ -1,0 +1,219 @@
+"""Masks, windows, IoU, and what the last attention is replaced by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.nn import Linear
+
+from llm2clip_vlm.config_encoder import EncoderEvalRecipe
+from llm2clip_vlm.evaluation.encoders import Encoder, load_encoder
+from llm2clip_vlm.evaluation.segmentation import (
+    Masks,
+    _last_values,
+    _pool_each,
+    class_iou,
+    linear_segmentation,
+    overlaps,
+    patch_grid,
+    slide,
+    zero_shot_segmentation,
+)
+from tests.tiny_towers import build_tower
+
+COLOURS = ((140, 90, 90), (90, 90, 140), (90, 140, 90))
+
+
+@pytest.fixture(scope="module")
+def clip(tiny_clip: Path) -> Encoder:
+    return load_encoder(str(tiny_clip), batch_size=4)
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures whose halves have a colour each; mask values 1 to 3, 255 between the halves."""
+    root, rng = tmp_path_factory.mktemp("voc"), np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    names: dict[str, list[str]] = {"train": [], "val": []}
+    for number in range(16):
+        split, name = ("train" if number < 10 else "val"), f"2007_{number:06d}"
+        names[split].append(name)
+        classes = np.zeros((32, 48), np.uint8)
+        left, right = rng.permutation(3)[:2]
+        classes[:, :24], classes[:, 24:] = left + 1, right + 1
+        pixels = np.array([(0, 0, 0), *COLOURS])[classes] + rng.normal(0, 25, (32, 48, 3))
+        pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+        classes[:, 23:25] = 255
+        classes[:2] = 0
+        Image.fromarray(pixels).save(root / f"JPEGImages/{name}.jpg", quality=95)
+        mask = Image.fromarray(classes)
+        mask.putpalette([v for i in range(256) for v in (i, 255 - i, i)])  # as VOC's are
+        mask.save(root / f"SegmentationClass/{name}.png")
+    for split, listed in names.items():
+        (root / f"ImageSets/Segmentation/{split}.txt").write_text("\n".join(listed) + "\n")
+    (root / "names.txt").write_text("red\nblue\ngreen")
+    return root
+
+
+def run(function: Any, encoder: Encoder, voc: Path, task: str, **more: Any) -> Any:
+    seed, bootstrap = more.pop("seed", 0), more.pop("bootstrap", 20)
+    values = {"task": task, "data": str(voc), "split": "val", "classes": str(voc / "names.txt")}
+    recipe = EncoderEvalRecipe.model_validate(
+        {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [values | more]}
+        | {"seed": seed, "bootstrap": bootstrap}
+    )
+    return function(recipe.tasks[0], encoder, recipe)
+
+
+def masks(encoder: Encoder, root: Path, **more: Any) -> Masks:
+    values = {"task": "zero_shot_segmentation", "data": str(root), "classes": "x", "split": "x"}
+    recipe = EncoderEvalRecipe.model_validate(
+        {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [values | more]}
+    )
+    return Masks(recipe.tasks[0], more.pop("split", "val"), encoder)  # type: ignore[arg-type]
+
+
+def test_vocs_layout_palette_and_sizes(clip: Encoder, voc: Path) -> None:
+    found = masks(clip, voc)
+    assert len(found.items) == 6 and found.items[0][0] == "JPEGImages/2007_000010.jpg"
+    pixels, labels = found[0]
+    assert pixels.shape == (3, 64, 96) and labels.shape == (32, 48)
+    assert set(labels.unique().tolist()) <= {0, 1, 2, 255} and (labels[:2] == 255).all()
+    assert masks(clip, voc, skip_zero=False)[0][1][0, 0] == 0
+    assert masks(clip, voc, short_side_px=40)[0][0].shape == (3, 40, 60)
+    assert masks(clip, voc, short_side_px=8)[0][0].shape == (3, 32, 48)  # a window has to fit
+    assert (masks(clip, voc).step, masks(clip, voc, stride=1.0).step) == (16, 32)
+    with pytest.raises(ValueError, match="no split 'test'"):
+        masks(clip, voc, split="test")
+
+
+def test_ade20ks_layout(clip: Encoder, tmp_path: Path) -> None:
+    for folder in ("images/validation", "annotations/validation"):
+        (tmp_path / folder).mkdir(parents=True)
+    Image.new("RGB", (40, 32)).save(tmp_path / "images/validation/ADE_val_00000001.jpg")
+    mask = np.zeros((32, 40), np.uint8)
+    mask[:, 20:] = 150
+    Image.fromarray(mask).save(tmp_path / "annotations/validation/ADE_val_00000001.png")
+    found = masks(clip, tmp_path, layout="ade20k", split="validation")
+    assert found[0][1].unique().tolist() == [149, 255]
+    Image.new("RGB", (40, 32)).save(tmp_path / "annotations/validation/ADE_val_00000001.png")
+    with pytest.raises(ValueError, match="one channel"):
+        found[0]
+
+
+def test_windows_cover_the_picture_and_overlaps_are_averaged() -> None:
+    seen = []
+
+    def scores(windows: torch.Tensor) -> torch.Tensor:
+        seen.append(len(windows))
+        return windows.mean(1, keepdim=True)
+
+    pixels = torch.arange(40 * 70.0).reshape(1, 40, 70).expand(3, 40, 70)
+    found = slide(pixels, scores, side=32, step=16, batch_size=5)
+    torch.testing.assert_close(found, pixels[:1])
+    assert seen == [5, 3]  # 2 x 4 windows
+
+
+def test_iou_counts_judged_pixels_alone() -> None:
+    labels = np.array([[0, 0, 1, 1], [1, 1, 255, 255]])
+    found = np.array([[0, 1, 1, 1], [1, 0, 0, 1]])
+    counts = overlaps(found, labels, 3)
+    assert counts.tolist() == [[1, 3, 0], [2, 4, 0], [2, 4, 0]]
+    ious = class_iou(counts)
+    assert ious[0] == pytest.approx(100 / 3) and ious[1] == pytest.approx(60) and np.isnan(ious[2])
+    with pytest.raises(ValueError, match="class 1, but there are 1 names"):
+        overlaps(found, labels, 1)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip", "eva02"])
+@torch.no_grad()
+def test_a_token_keeps_its_own_value(kind: str, tmp_path: Path) -> None:
+    encoder = load_encoder(str(build_tower(kind, tmp_path)))
+    model: Any = encoder.tower.model
+    pixels = torch.randn(2, 3, 32, 32)
+    got = patch_grid(encoder, pixels, last_values=True)
+    full = patch_grid(encoder, pixels)
+    states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
+    if kind == "eva02":
+        block = model.blocks[-1]
+        value = block.attn.proj(
+            block.attn.inner_attn_ln(block.attn.v_proj(block.norm1(states[-2])))
+        )
+        x = states[-2] + value
+        want = model.norm(x + block.mlp(block.norm2(x)))
+    else:
+        layer = model.encoder.layers[-1]
+        value = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(states[-2])))
+        x = states[-2] + value
+        want = x + layer.mlp(layer.layer_norm2(x))
+        want = want if kind == "clip" else model.post_layernorm(want)
+    want = want[:, encoder.tower.num_prefix_tokens :].unflatten(1, (4, 4))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+    assert (got - full).abs().max() > 1e-3
+    torch.testing.assert_close(patch_grid(encoder, pixels), full)  # the hook is gone
+
+
+@torch.no_grad()
+def test_pooling_a_patch_alone_is_the_towers_own_pooling(tmp_path: Path) -> None:
+    for kind, wanted in (("siglip", "head"), ("clip", "post_layernorm")):
+        model: Any = load_encoder(str(build_tower(kind, tmp_path / kind))).tower.model
+        patches = torch.randn(5, 32)
+        want = getattr(model, wanted)(patches[:, None])
+        torch.testing.assert_close(_pool_each(model, patches), want.reshape(5, 32))
+    model = load_encoder(str(build_tower("dinov2", tmp_path / "d"))).tower.model
+    assert _pool_each(model, patches) is patches
+
+
+def test_a_tower_without_v_proj_says_so() -> None:
+    with pytest.raises(ValueError, match="Linear has not; use `full`"), _last_values(Linear(1, 1)):
+        pass
+
+
+def test_zero_shot_by_texts_that_are_the_patches_own(clip: Encoder, voc: Path) -> None:
+    """Class texts made of the tower's own patches of a colour find that colour."""
+    from dataclasses import replace
+
+    def own(texts: Any) -> torch.Tensor:
+        names = ("red", "blue", "green")
+        colours = [COLOURS[next(i for i, n in enumerate(names) if n in t)] for t in texts]
+        plain = torch.tensor(colours).float()[:, :, None, None].expand(-1, 3, 32, 32) / 255
+        mean, std = (
+            torch.tensor(v).reshape(1, 3, 1, 1) for v in (tower.image_mean, tower.image_std)
+        )
+        patches = patch_grid(clip, (plain - mean) / std, last_values=True)
+        with torch.no_grad():
+            pooled = clip.project(_pool_each(tower.model, patches.flatten(1, 2).mean(1)))
+        return F.normalize(pooled, dim=-1)
+
+    tower = clip.tower
+    encoder = replace(clip, texts=own)
+    found = run(zero_shot_segmentation, encoder, voc, "zero_shot_segmentation")
+    assert found["miou"] > 80 and set(found["iou"]) == {"red", "blue", "green"}
+    low, high = found["ci"]
+    assert low <= found["miou"] <= high and found["images"] == 6
+    assert "windows of 32 px every 16 px" in found["protocol"] and len(found["list_hash"]) == 64
+    full = run(
+        zero_shot_segmentation, encoder, voc, "zero_shot_segmentation", last_attention="full"
+    )
+    assert full["miou"] != found["miou"] and "full" in full["protocol"]
+    other = run(zero_shot_segmentation, encoder, voc, "zero_shot_segmentation",
+                templates=["the {} thing"], bootstrap=0)  # fmt: skip
+    assert other["list_hash"] != found["list_hash"] and other["ci"] is None
+
+
+def test_a_linear_head_learns_and_its_flags_do_something(clip: Encoder, voc: Path) -> None:
+    options = {"train_split": "train", "steps": 8, "batch_size": 4, "learning_rate": 0.01}
+    found = run(linear_segmentation, clip, voc, "segmentation", **options)
+    assert found["miou"] > 60 and found["pixel_accuracy"] > 70
+    assert run(linear_segmentation, clip, voc, "segmentation", **options) == found
+    for change in ({"steps": 1}, {"learning_rate": 1e-6}, {"batch_size": 1}, {"seed": 1},
+                   {"train_split": "val"}):  # fmt: skip
+        other = run(linear_segmentation, clip, voc, "segmentation", **options | change)
+        assert other["miou"] != found["miou"], change
