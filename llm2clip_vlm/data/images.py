@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import os
 import re
-import struct
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -36,20 +34,14 @@ MIN_SIDE_PX = 8
 MAX_ASPECT_RATIO = 20
 """Stage 2 refuses longer strips: a square crop would show less than a twentieth of them."""
 
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
+_T = Image.Transpose
+_TURNS = (_T.TRANSPOSE, _T.ROTATE_270, _T.TRANSVERSE, _T.ROTATE_90)
+_UPRIGHT = dict(
+    enumerate((_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, *_TURNS), start=2)
+)
 """EXIF orientation to the transposition that undoes it."""
 
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO TGA".split()
-
-_ON_THE_SIDE = frozenset(_UPRIGHT[orientation] for orientation in (5, 6, 7, 8))
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|data:|file:|pipe:", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
@@ -123,7 +115,7 @@ def read_image(root: Path, name: str) -> bytes:
         return path.read_bytes()
 
 
-def open_image(root: Path, name: str) -> Image.Image:
+def open_image(root: Path, name: str, *, strict: bool = False) -> Image.Image:
     """Open, decode and convert one image to RGB.
 
     The EXIF orientation is applied, transparency is laid on white, and of an animated file the
@@ -132,6 +124,7 @@ def open_image(root: Path, name: str) -> Image.Image:
     Args:
         root: Folder that holds the images; no path may leave it.
         name: Path relative to `root`.
+        strict: For training; as :meth:`EncodedImage.rgb`.
 
     Returns:
         A loaded image in mode `RGB`; no file stays open.
@@ -140,7 +133,7 @@ def open_image(root: Path, name: str) -> Image.Image:
         ImageError: As :func:`resolve_image`, or the file does not decode, is truncated, or has
             more than `MAX_IMAGE_PIXELS` pixels.
     """
-    return EncodedImage(read_image(root, name), f"{name!r} below {root}").rgb()
+    return EncodedImage(read_image(root, name), f"{name!r} below {root}").rgb(strict=strict)
 
 
 class EncodedImage:
@@ -169,7 +162,7 @@ class EncodedImage:
                 self._opened.load()
             self._turn = _UPRIGHT.get(self._opened.getexif().get(ExifTags.Base.Orientation, 1))
             width, height = self._opened.size
-        self.size = (height, width) if self._turn in _ON_THE_SIDE else (width, height)
+        self.size = (height, width) if self._turn in _TURNS else (width, height)
         """Width and height, upright."""
 
     def require_picture(self) -> None:
@@ -219,15 +212,8 @@ class EncodedImage:
         Raises:
             ImageError: It does not decode.
         """
-        part = 1
-        while (
-            least
-            and part < 8
-            and all(
-                side >= 2 * part * wanted for side, wanted in zip(self.size, least, strict=True)
-            )
-        ):
-            part *= 2
+        spare = min(s / w for s, w in zip(self.size, least, strict=True)) if least else 1
+        part = max(part for part in (1, 2, 4, 8) if part == 1 or part <= spare)
         with _as_image_error(self.name):
             pixels = self._jpeg(part, "RGB")
             if pixels is None:
@@ -244,13 +230,9 @@ class EncodedImage:
         decoder = _simplejpeg()
         if decoder is None or self._opened.format != "JPEG" or self._opened.mode == "CMYK":
             return None
-        width, height = self._opened.size
+        width, height = (-(-side // part) for side in self._opened.size)
         result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
-            self.data,
-            colorspace,
-            min_height=-(-height // part),
-            min_width=-(-width // part),
-            strict=True,
+            self.data, colorspace, min_height=height, min_width=width, strict=True
         )
         return result
 
@@ -283,22 +265,7 @@ def _as_image_error(name: str) -> Iterator[None]:
         yield
     except ImageError:
         raise
-    # The decoders raise these on damaged files; each names its own defect.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        KeyError,
-        IndexError,
-        TypeError,
-        EOFError,
-        OverflowError,
-        NotImplementedError,
-        MemoryError,
-        struct.error,
-        zlib.error,
-        Image.DecompressionBombError,
-    ) as error:
+    except Exception as error:  # the one boundary around decoders, which raise what they like
         raise ImageError(
             f"image {name} does not decode: {type(error).__name__}: {error}"
         ) from error

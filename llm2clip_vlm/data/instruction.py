@@ -215,11 +215,11 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     def _read(self, place: Place) -> Tensor:
         root, image = place
         if isinstance(image, str):
-            picture = open_image(root, image)
+            picture = open_image(root, image, strict=True)
         else:
             name = f"in {image.path.name}"
             try:
-                picture = EncodedImage(image.read(), name).rgb()
+                picture = EncodedImage(image.read(), name).rgb(strict=True)
             except OSError as error:
                 raise ImageError(f"image {name} cannot be read: {error}") from error
         pixels = self._image_processor(picture, return_tensors="pt")["pixel_values"][0]
