@@ -3,8 +3,9 @@
 The model is a LLaVA whose head has the share of the language model's weights that Qwen2.5-0.5B's
 has (28 %); tower and language model are frozen. Lengths are in LLaVA-558k's proportion: as many
 visual tokens for each sample (here 144), captions of a log-normal length, 8 % of all tokens
-trained. The baseline is `transformers.Trainer` on the same model and samples: a padded
-batch, logits of all positions. Both train the same global batch; the losses must agree.
+trained. The baseline is `transformers.Trainer` on the same model and samples: a padded batch of 32
+(as LLaVA's `pretrain.sh`), logits of all positions. Both train the same global batch; the losses
+must agree.
 
     python benchmarks/projector_pretraining.py [--quick]
 """
@@ -63,7 +64,7 @@ class Samples(list[dict[str, Any]]):
 
     def __init__(self, count: int) -> None:
         draw = np.random.default_rng(0)
-        texts = np.clip(np.round(draw.lognormal(np.log(11), 0.5, count)), 4, 60).astype(int)
+        texts = np.clip(np.round(draw.lognormal(np.log(12), 0.5, count)), 4, 60).astype(int)
         generator = torch.Generator().manual_seed(0)
         for number, text in enumerate(texts):
             words = torch.randint(10, TEXT["vocab_size"], (int(text),), generator=generator)
@@ -149,7 +150,7 @@ def make_arms(samples: Samples, samples_a_row: int) -> dict[str, Callable[[], fl
 def main() -> None:
     """Print samples per CPU-second of both arms and their ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--samples-a-row", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="8 samples, 3 repeats")

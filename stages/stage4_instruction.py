@@ -31,8 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parent = run.parent("checkpoint", recipe.checkpoint, "stage3_projector", run.stage)
     args = run.arguments()
 
-    bits = {"load_in_4bit": True, "device": args.device} if recipe.load_in_4bit else {}
-    model, processor = load_vlm(recipe.checkpoint, **bits)
+    model, processor = load_vlm(
+        recipe.checkpoint, load_in_4bit=recipe.load_in_4bit, device=args.device
+    )
     if recipe.image_aspect_ratio is not None:
         set_image_aspect_ratio(processor, recipe.image_aspect_ratio)
     made_of = dict(parent["fingerprints"]) if parent else {}

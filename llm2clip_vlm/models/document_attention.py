@@ -48,7 +48,7 @@ def _attend(
         return whole
     pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     kwargs["is_causal"] = True
-    found = [sdpa_attention_forward(module, *piece, None, **kwargs)[0] for piece in pieces]
+    found = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in pieces]
     return torch.cat(found, dim=1), None
 
 

@@ -75,5 +75,5 @@ def _head_forward(
     if len(hidden) <= size:
         return loss(hidden, targets)
     pieces = zip(hidden.split(size), targets.split(size), strict=True)
-    saving = {"use_reentrant": False, "preserve_rng_state": False}
+    saving: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     return torch.stack([checkpoint(loss, *piece, **saving) for piece in pieces]).sum()

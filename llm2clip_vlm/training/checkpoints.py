@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from llm2clip_vlm.distributed import world_size
 from llm2clip_vlm.files import write_atomically
-from llm2clip_vlm.fingerprint import fingerprint_file
+from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
 
 logger = logging.getLogger(__name__)
 
 SEAL_NAME = "files.json"
-"""Name to sha256 of all files of a checkpoint; without it the checkpoint is unfinished."""
+"""Processes that wrote a checkpoint, and sha256 of each file; without it, it is unfinished."""
 
 
 def seal_checkpoint(folder: str | Path) -> None:
@@ -26,7 +27,8 @@ def seal_checkpoint(folder: str | Path) -> None:
         folder: The checkpoint.
     """
     root = Path(folder)
-    write_atomically(root / SEAL_NAME, json.dumps(_hashes(root), indent=1))
+    seal = {"world_size": world_size(), "files": _hashes(root)}
+    write_atomically(root / SEAL_NAME, json.dumps(seal, indent=1))
 
 
 def damage(folder: str | Path) -> str | None:
@@ -38,7 +40,7 @@ def damage(folder: str | Path) -> str | None:
     root = Path(folder)
     if not (root / SEAL_NAME).is_file():
         return "it was not finished"
-    wanted, found = json.loads((root / SEAL_NAME).read_text()), _hashes(root)
+    wanted, found = json.loads((root / SEAL_NAME).read_text())["files"], _hashes(root)
     changed = [name for name in wanted if found.get(name) != wanted[name]]
     return f"{changed[0]} is missing, cut or changed" if changed else None
 
@@ -67,11 +69,22 @@ def newest_whole(directory: str | Path) -> str | None:
 
     Args:
         directory: Where the checkpoints are, if there are any.
+
+    Raises:
+        HandoffError: Another number of processes wrote it: optimizer shards, random states and the
+            order of the samples are theirs.
     """
     for _, folder in sorted(_checkpoints(Path(directory)), reverse=True):
-        if (problem := damage(folder)) is None:
-            return str(folder)
-        logger.warning("%s is passed over: %s", folder, problem)
+        if (problem := damage(folder)) is not None:
+            logger.warning("%s is passed over: %s", folder, problem)
+            continue
+        written = json.loads((folder / SEAL_NAME).read_text())["world_size"]
+        if written != world_size():
+            raise HandoffError(
+                f"{folder}: world_size: it was written by {written} processes, here are "
+                f"{world_size()}; start {written}, or delete the checkpoints and begin anew"
+            )
+        return str(folder)
     return None
 
 

@@ -211,8 +211,9 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         if self.batches is None:
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
+        dataset: Any = self.train_dataset
         loader = DataLoader(
-            self.train_dataset,
+            dataset,
             batch_sampler=self.batches,
             collate_fn=self.data_collator,
             num_workers=workers,

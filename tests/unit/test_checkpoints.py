@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.training.checkpoints import (
     SEAL_NAME,
     damage,
@@ -29,8 +30,9 @@ def checkpoint(directory: Path, step: int, *, sealed: bool = True) -> Path:
 
 def test_the_seal_lists_every_file(tmp_path: Path) -> None:
     folder = checkpoint(tmp_path, 3)
-    names = json.loads((folder / SEAL_NAME).read_text())
-    assert set(names) == {"model.safetensors", "global_step/optim.pt"}
+    seal = json.loads((folder / SEAL_NAME).read_text())
+    assert seal["world_size"] == 1
+    assert set(seal["files"]) == {"model.safetensors", "global_step/optim.pt"}
     assert damage(folder) is None
 
 
@@ -51,6 +53,16 @@ def test_the_one_before_is_taken(
         assert newest_whole(tmp_path) == str(good)
     reason = "not finished" if how == "unfinished" else "global_step/optim.pt is missing, cut or"
     assert f"{bad} is passed over" in caplog.text and reason in caplog.text
+
+
+def test_another_number_of_processes_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T44."""
+    checkpoint(tmp_path, 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(HandoffError, match="written by 1 processes, here are 2; start 1"):
+        newest_whole(tmp_path)
 
 
 def test_nothing_to_resume_from(tmp_path: Path) -> None:
