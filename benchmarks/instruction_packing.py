@@ -15,10 +15,10 @@ trained. The model is a Llama whose head has 5 % of its weights. The tower is le
 same pictures in each arm.
 
 FLOPs are counted, over all steps, for what an arm computes: padding included, attention by the
-square of what a row is padded to, or of each sample where it is packed (a CPU computes all of a
-packed row's pairs and masks them; its time includes that). Time is CPU time of the forward and
-backward passes, in one process, process by process; `time_ratio_grouped` takes of each micro-step
-the slowest process, for which the others wait.
+square of what a row is padded to, or of each sample where it is packed. Time is CPU time of the
+forward and backward passes, in one process, process by process; `time_ratio_grouped` takes of each
+micro-step the slowest process, for which the others wait. `fill` is the share of the processes'
+room in a micro-step (the longest row, for each) that holds tokens.
 
     python benchmarks/instruction_packing.py [--quick]
 """
@@ -29,7 +29,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -159,9 +158,10 @@ def make_model(sliced: bool) -> Any:
         vision_feature_layer=-1,
     )
     model: Any = LlavaForConditionalGeneration(config).train()
-    vlm_loss.SMALL_VOCABULARY = 0  # the model is small all over, its head in proportion
-    vlm_loss.install_supervised_loss(model)
-    install_document_attention(model)  # packed rows alone
+    install_document_attention(model)  # of packed rows alone
+    if sliced:
+        vlm_loss.SMALL_VOCABULARY = 0  # the model is small all over, its head in proportion
+        vlm_loss.install_supervised_loss(model)
     return model
 
 
@@ -188,7 +188,7 @@ class Arm:
             for batch in ranks:
                 batch.pop("sample_ids")
                 start = time.process_time()
-                part = self.forward(**batch, use_cache=False, num_items_in_batch=trained).loss
+                part = self.model(**batch, use_cache=False, num_items_in_batch=trained).loss
                 part.backward()
                 spent.append(time.process_time() - start)
                 loss += float(part.detach())
@@ -203,7 +203,7 @@ def main() -> None:
     """Print FLOPs and time per trained token of all arms."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=12_800, help="of which FLOPs are counted")
-    parser.add_argument("--rows", type=int, default=1, help="micro-batch, in rows of 2,048 tokens")
+    parser.add_argument("--rows", type=int, default=4, help="micro-batch, in rows of 2,048 tokens")
     parser.add_argument("--repeats", type=int, default=5, help="steps that are timed")
     parser.add_argument("--quick", action="store_true", help="1,280 samples, 1 step")
     args = parser.parse_args()
