@@ -19,8 +19,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,11 +94,9 @@ class ImageTextRecord:
             ImageError: It cannot be read, lies outside `root`, or can be no picture.
         """
         if isinstance(self.image, PackedImage):
-            name = f"of {self.where} in {self.image.path.name}"
-            if self.image.column is None and self.image.size > MAX_IMAGE_BYTES:
-                raise ImageError(
-                    f"image {name}: {self.image.size} bytes, expected at most {MAX_IMAGE_BYTES}"
-                )
+            name = f"of {self.where}"
+            if self.image.column is None and (size := self.image.size) > MAX_IMAGE_BYTES:
+                raise ImageError(f"image {name}: {size} bytes, expected at most {MAX_IMAGE_BYTES}")
             try:
                 data = self.image.read()
             except OSError as error:
@@ -120,60 +119,41 @@ class ImageTextRecord:
         return self.encoded().rgb(strict=True)
 
 
-class IndexFile(Sequence[ImageTextRecord]):
+class IndexFile:
     """The table of one source: a line of JSON a record, and where each begins.
 
     Args:
-        path: A file that :func:`write_table` wrote, or the bytes of one.
+        table: A file that :func:`write_table` wrote, or the bytes of one.
         source: What it was made from.
 
     Raises:
         ValueError: This is no complete table.
     """
 
-    def __init__(self, path: Path | bytes, source: ImageTextSource) -> None:
-        self._path = path
-        self._source = source
-        self._open()
-
-    def _open(self) -> None:
+    def __init__(self, table: Path | bytes, source: ImageTextSource) -> None:
+        self._made_of = (table, source)
         self._buffer: bytes | mmap.mmap
-        if isinstance(self._path, bytes):
-            self._buffer = self._path
+        if isinstance(table, bytes):
+            self._buffer = table
         else:
-            with self._path.open("rb") as handle:
+            with table.open("rb") as handle:
                 self._buffer = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         length = int.from_bytes(self._buffer[-_FOOTER:], "little")
         self.header: dict[str, Any] = json.loads(self._buffer[-_FOOTER - length : -_FOOTER])
         count, at = self.header["count"], self.header["arrays_at"]
         self._starts = np.frombuffer(self._buffer, np.int64, count, at)
         self.kind_bits = np.frombuffer(self._buffer, np.int64, count, at + 8 * count)
-        self.kinds: list[str] = self.header["kinds"]
         self._files = [Path(name) for name, _, _ in self.header["files"]]
-        self._root = _image_root(self._source)
+        self._root = _image_root(source)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_path": self._path, "_source": self._source}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def __reduce__(self) -> Any:
+        return IndexFile, self._made_of
 
     def __len__(self) -> int:
         return len(self.kind_bits)
 
-    @overload
-    def __getitem__(self, index: int) -> ImageTextRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ImageTextRecord]: ...
-    def __getitem__(self, index: int | slice) -> ImageTextRecord | list[ImageTextRecord]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        if index < 0:
-            index += len(self)
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        start = int(self._starts[index])
+    def __getitem__(self, row: int) -> ImageTextRecord:
+        start = int(self._starts[row])
         line = self._buffer[start : self._buffer.find(b"\n", start)]
         key, number, place, image, captions = json.loads(line)
         file = self._files[number]
@@ -191,27 +171,22 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
 
     def __init__(
         self,
-        parts: Sequence[Sequence[ImageTextRecord]],
+        parts: Sequence[IndexFile | Sequence[ImageTextRecord]],
         positions: npt.NDArray[np.int64] | None = None,
     ) -> None:
         self._parts = parts
-        self._ends = np.cumsum([len(part) for part in parts])
-        total = int(self._ends[-1]) if parts else 0
-        self._positions = np.arange(total) if positions is None else positions
+        self._starts = np.cumsum([0, *map(len, parts)])
+        self._positions = np.arange(self._starts[-1]) if positions is None else positions
 
     def __len__(self) -> int:
         return len(self._positions)
 
-    @overload
-    def __getitem__(self, index: int) -> ImageTextRecord: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[ImageTextRecord]: ...
-    def __getitem__(self, index: int | slice) -> ImageTextRecord | list[ImageTextRecord]:
+    def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
-        position = int(self._positions[index])
-        part = int(np.searchsorted(self._ends, position, side="right"))
-        return self._parts[part][position - int(self._ends[part])]
+        position = self._positions[index]
+        part = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self._parts[part][int(position - self._starts[part])]
 
     def take(self, chosen: Sequence[int] | npt.NDArray[Any]) -> ImageTextRecords:
         """A selection, by positions or as a mask.
@@ -225,22 +200,24 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
         """Which records have a caption of one of these kinds."""
         names = set(wanted)
         found = [
-            part.kind_bits & sum(1 << i for i, kind in enumerate(part.kinds) if kind in names) != 0
+            part.kind_bits & sum(1 << i for i, k in enumerate(part.header["kinds"]) if k in names)
             if isinstance(part, IndexFile)
-            else np.array([not names.isdisjoint(record.captions) for record in part], dtype=bool)
+            else [not names.isdisjoint(record.captions) for record in part]
             for part in self._parts
         ]
-        return np.concatenate(found)[self._positions]
+        return np.concatenate(found)[self._positions].astype(bool)
 
     def kinds(self) -> set[str]:
         """All kinds of captions."""
-        found: set[str] = set()
-        for part in self._parts:
-            if isinstance(part, IndexFile):
-                found.update(part.kinds)
-            else:
-                found.update(kind for record in part for kind in record.captions)
-        return found
+        return {
+            kind
+            for part in self._parts
+            for kind in (
+                part.header["kinds"]
+                if isinstance(part, IndexFile)
+                else chain.from_iterable(record.captions for record in part)
+            )
+        }
 
 
 def read_image_text(source: ImageTextSource, bad: BadRecords) -> ImageTextRecords:
@@ -338,8 +315,7 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
         position += handle.write(line.encode(errors="surrogatepass") + b"\n")
         if len(kinds) > _MAX_KINDS:
             raise RecordError(
-                f"{source.path}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)}); "
-                "a mapping-valued column's keys are kinds, such as `short` and `long`"
+                f"{source.path}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)})"
             )
 
     def record(row: int) -> list[Any]:
@@ -385,9 +361,7 @@ def _records(
                 check_image_name(root, image)
             elif not isinstance(image, PackedImage):
                 raise RecordError(
-                    f"column {source.image_field!r} holds {image!r}, expected a path"
-                    if image is not None
-                    else f"no image in {source.image_field!r}, expected a path or bytes"
+                    f"no image in {source.image_field!r}: {image!r}, expected a path or bytes"
                 )
             captions = collect_captions(group, source.fields)
         except (RecordError, ImageError) as error:

@@ -107,15 +107,11 @@ class Geometry:
         """
         resample = getattr(image_processor, "resample", None)
         mode = {2: "bilinear", 3: "bicubic"}.get(-1 if resample is None else int(resample))
-        crops = getattr(image_processor, "do_center_crop", None)
-        if (
-            mode is None
-            or not image_processor.do_resize
-            or getattr(image_processor, "do_pad", None)
-        ):
+        pads = getattr(image_processor, "do_pad", None)
+        if mode is None or pads or not image_processor.do_resize:
             return None
+        crop = image_processor.crop_size if getattr(image_processor, "do_center_crop", 0) else None
         size = {name: value for name, value in dict(image_processor.size).items() if value}
-        crop = image_processor.crop_size if crops else None
         edge = size.get("shortest_edge")
         if set(size) == {"shortest_edge"} and crop and edge >= max(crop["height"], crop["width"]):
             found = cls(edge, (crop["width"], crop["height"]), mode)
@@ -213,14 +209,12 @@ class TrainingPixels:
         rng = np.random.default_rng([self.seed, epoch, key])
         flip = self.augmentation.horizontal_flip and rng.random() < 0.5
         width, height = image.size
+        box, whole = None, self.geometry.resized(image.size)
         if self.augmentation.crop_scale_min < 1:
             box = random_crop(image.size, self.augmentation.crop_scale_min, rng)
-            goal = (self.geometry.size[0] / box[2], self.geometry.size[1] / box[3])
-        else:
-            box = None
-            whole = self.geometry.resized(image.size)
-            goal = (whole[0] / width, whole[1] / height)
-        least = (SPARE_PIXELS * goal[0] * width, SPARE_PIXELS * goal[1] * height)
+            side = self.geometry.size
+            whole = (side[0] * width / box[2], side[1] * height / box[3])
+        least = (SPARE_PIXELS * whole[0], SPARE_PIXELS * whole[1])
         pixels = image.pixels(least if self.scaled else None)
         if box is None:
             result = self.geometry.apply(pixels, image.size)
