@@ -9,6 +9,7 @@ Paper: LLaVA-1.5 (2310.03744) section 3; module names as transformers 5 has them
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 import transformers
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -118,6 +119,7 @@ def build_vlm(
         vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
     template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
     image_token_id = _add_image_token(tokenizer, llm)
+    _no_second_bos(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
     num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
     config = LlavaConfig(
@@ -207,6 +209,7 @@ def save_vlm(
         directory: Where to; made if absent.
         state_dict: Weights by their names in memory, where the model's own are sharded.
     """
+    _no_second_bos(processor.tokenizer, processor.chat_template)
     processor.save_pretrained(str(directory))
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     state = dict(model.state_dict() if state_dict is None else state_dict)
@@ -292,6 +295,26 @@ def _add_image_token(tokenizer: Any, llm: Any) -> int:
                 weight = embedding.weight
                 weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
+
+
+def _no_second_bos(tokenizer: Any, template: str) -> None:
+    """Where the template writes bos, makes the tokenizer add nothing by itself.
+
+    Everything here asks for no special tokens then; other programs, such as lmms-eval's
+    `llava_hf`, do not ask and would give the model a second bos.
+    """
+    message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    text = tokenizer.apply_chat_template([message], chat_template=template, tokenize=False)
+    if not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)):
+        return
+    backend = tokenizer.backend_tokenizer
+    whole = json.loads(backend.to_str())
+    steps = whole["post_processor"] or {"type": "Sequence", "processors": []}
+    steps = steps["processors"] if steps["type"] == "Sequence" else [steps]
+    kept = [step for step in steps if step["type"] == "ByteLevel"]  # trims the offsets
+    whole["post_processor"] = {"type": "Sequence", "processors": kept}
+    backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
+    tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
 
 
 def _assemble(config: LlavaConfig, tower: Any, llm: Any, seed: int) -> Any:

@@ -314,3 +314,38 @@ def test_lora_trains_the_adapter_alone_and_merges_exactly(
         prepare_trainable(
             model, recipe.model_copy(update={"trainable": {"multi_modal_projector": 1.0}})
         )
+
+
+@pytest.mark.parametrize("kind", ["words", "llama", "bytes"])
+def test_the_tokenizer_adds_no_bos_that_the_template_has_written(kind: str, tmp_path: Path) -> None:
+    """As other programs ask for tokens, here and read back; what it does else stays."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+    from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
+
+    from llm2clip_vlm.models.vlm import _no_second_bos
+    from tests.tiny import CHAT_TEMPLATE, llm_tokenizer
+
+    if kind == "words":
+        tokenizer: Any = llm_tokenizer()
+    elif kind == "llama":
+        letters = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", *"▁aredog"])}
+        tokenizer = LlamaTokenizer(vocab=letters, merges=[], add_bos_token=True)
+    else:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"])
+        backend.train_from_iterator(["a red dog"], trainer)
+        bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+        backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), bos])
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+        )
+    asked = {"text": "<s>a red dog", "return_offsets_mapping": True}
+    want = dict(tokenizer(**asked, add_special_tokens=False))
+    assert tokenizer(**asked)["input_ids"] != want["input_ids"]
+    _no_second_bos(tokenizer, CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
+    assert tokenizer(**asked)["input_ids"] != want["input_ids"]
+    _no_second_bos(tokenizer, CHAT_TEMPLATE)
+    tokenizer.save_pretrained(tmp_path)
+    for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        assert dict(found(**asked)) == want
