@@ -11,6 +11,7 @@ import yaml
 from pydantic import BaseModel
 
 from llm2clip_vlm.config import RunRecipe, Section
+from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.config_eval import (
     AbRecipe,
     LadderTowerRecipe,
@@ -37,6 +38,7 @@ MODELS: dict[str, type[BaseModel]] = {
     "ladder_tower": LadderTowerRecipe,
     "pipeline": PipelineRecipe,
     "report": ReportRecipe,
+    "run_encoder": EncoderEvalRecipe,
     "run_lmms": SuiteRecipe,
 }
 PROGRAM = re.compile(r"\b(?:stages|eval)/(\w+)\.py")
@@ -193,17 +195,65 @@ def test_paper_and_released_code_differ_where_they_do() -> None:
     assert (first.global_batch_size, second.global_batch_size) == (2048, 512)
 
 
-@pytest.mark.parametrize("folder", ["paper_v6", "released_code"])
-def test_stages_of_a_folder_fit_together(folder: str) -> None:
-    stage1 = load(f"recipes/{folder}/stage1.yaml", "stage1_text_encoder")
-    stage2a = load(f"recipes/{folder}/stage2a.yaml", "stage2a_cache_text")
-    stage2b = load(f"recipes/{folder}/stage2b.yaml", "stage2b_vision_encoder")
-    assert stage2a.text_encoder == f"{stage1.output_dir}/text_encoder"
-    assert stage2b.embedding_cache == stage2a.output_dir
-    cached = {(s.path, field) for s in stage2a.sources for field in s.fields}
-    asked = {(s.path, field) for s in (*stage2b.train, *stage2b.evaluation) for field in s.fields}
-    assert asked <= cached
-    assert all(recipe.deviations for recipe in (stage1, stage2a, stage2b))
+STAGE2B = sorted(
+    path
+    for folder in ("paper_v6", "released_code")
+    for path in (ROOT / "recipes" / folder).glob("stage2b*")
+)
+
+
+@pytest.mark.parametrize("path", STAGE2B, ids=name)
+def test_stages_of_a_folder_fit_together(path: Path) -> None:
+    """A stage 2b finds every text in the cache of a stage 2a, which reads a stage 1's encoder."""
+    stages = {
+        kind: [check(other, program, []) for other in sorted(path.parent.glob(f"{kind}*.yaml"))]
+        for kind, program in (
+            ("stage0", "stage0_mntp"),
+            ("stage1", "stage1_text_encoder"),
+            ("stage2a", "stage2a_cache_text"),
+        )
+    }
+    stage2b = load(name(path), "stage2b_vision_encoder")
+    if stage2b.text_in_loop is None:
+        (stage2a,) = (r for r in stages["stage2a"] if r.output_dir == stage2b.embedding_cache)
+        cached = {(s.path, field) for s in stage2a.sources for field in s.fields}
+        sources = (*stage2b.train, *stage2b.evaluation)
+        assert {(s.path, field) for s in sources for field in s.fields} <= cached
+        encoder = stage2a.text_encoder
+        assert stage2a.deviations
+    else:
+        encoder = stage2b.text_in_loop.text_encoder
+    (stage1,) = (r for r in stages["stage1"] if f"{r.output_dir}/text_encoder" == encoder)
+    model = stage1.text_encoder.language_model
+    assert not model.startswith("runs/") or model in {
+        f"{stage0.output_dir}/language_model" for stage0 in stages["stage0"]
+    }
+    assert stage1.deviations
+    assert stage2b.deviations
+
+
+def test_the_variants_are_there() -> None:
+    """Three scales of data, five towers, two LLMs."""
+    towers = {load(name(path), "stage2b_vision_encoder").vision_tower for path in STAGE2B}
+    assert towers == {
+        "openai/clip-vit-base-patch16",
+        "openai/clip-vit-large-patch14",
+        "openai/clip-vit-large-patch14-336",
+        "models/eva02-clip-l14-336",
+        "google/siglip2-so400m-patch14-224",
+    }
+    stems = {path.stem for path in STAGE2B if path.parent.name == "paper_v6"}
+    assert {"stage2b_3m", "stage2b", "stage2b_60m", "stage2b_llama32_1b"} <= stems
+
+
+def test_every_stage4_of_llava15_starts_from_a_stage3() -> None:
+    folder = ROOT / "recipes" / "llava15"
+    made = {
+        f"{load(name(path), 'stage3_projector').output_dir}/model"
+        for path in folder.glob("stage3*.yaml")
+    }
+    for path in folder.glob("stage4*.yaml"):
+        assert load(name(path), "stage4_instruction").checkpoint in made, path
 
 
 def test_a_typing_error_is_refused() -> None:
