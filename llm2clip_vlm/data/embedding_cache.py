@@ -122,8 +122,7 @@ class EmbeddingCache:
         header = read_header(directory)
         if header is None:
             raise CacheError(
-                f"{directory}: no text embedding cache ({HEADER_NAME} is absent); run "
-                "stages/stage2a_cache_text.py with this output_dir first"
+                f"{directory}: no text embedding cache ({HEADER_NAME} is absent); run stage 2a"
             )
         if fingerprint is not None:
             header.require(directory, fingerprint)
@@ -171,19 +170,22 @@ class EmbeddingCache:
             for prompt in encoders
             for text in (unique if known is None else known.missing(unique, prompt))
         ]
-        written = 0
-        for number, part in _planned(todo, shard_rows, [] if known is None else known.segments):
-            if number % writer[1] != writer[0]:
-                continue
+        # Shards that exist have taken whole shards out of the list, and their numbers: what is left
+        # keeps its number, whichever of them a killed writer or a faster one has finished.
+        taken = set() if known is None else {segment.number for segment in known.segments}
+        numbers = (number for number in count() if number not in taken)
+        parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
+        mine = [
+            (n, part) for n, part in zip(numbers, parts, strict=False) if n % writer[1] == writer[0]
+        ]
+        # Without a shard a writer still says what the cache is.
+        for number, part in mine or ([] if header else [(None, todo[:1])]):
             keys, rows = _encoded(part, encoders, None if header is None else header.dim)
-            header = header or Header(rows.shape[1], fingerprint)
+            header = header or Header(dim=rows.shape[1], fingerprint=dict(fingerprint))
             write_header(directory, header)
-            write_shard(directory, number, header, keys, rows)
-            written += len(rows)
-        if header is None:  # no shard falls to this writer, but it can say what the cache is
-            _, rows = _encoded(todo[:1], encoders, None)
-            write_header(directory, Header(rows.shape[1], fingerprint))
-        logger.info("%s: %d rows written, %d were lacking", directory, written, len(todo))
+            if number is not None:
+                write_shard(directory, number, header, keys, rows)
+        logger.info("%s: %d shards written, %d rows were lacking", directory, len(mine), len(todo))
         return cls.open(directory)
 
     def __len__(self) -> int:
@@ -211,12 +213,11 @@ class EmbeddingCache:
         """
         found = self.find(texts, prompt)
         if (found < 0).any():
-            lost = list(dict.fromkeys(texts[int(i)] for i in np.flatnonzero(found < 0)))
+            lost = self.missing(texts, prompt)
             raise MissingTextError(
                 f"{len(lost)} text(s) are not among the {len(self)} of {self.directory}"
-                f"{f' with the prompt {prompt!r}' if prompt else ''}, such as "
-                f"{lost[0][:200]!r}; add their file to the sources of stage 2a's recipe and run "
-                "it again (it encodes only what is missing)"
+                f"{f' with the prompt {prompt!r}' if prompt else ''}, such as {lost[0][:200]!r}; "
+                "add their file to stage 2a's sources and run it again (it encodes only these)"
             )
         return require_unit(self.read(found).float(), texts, self.directory)
 
@@ -281,21 +282,6 @@ class EmbeddingCache:
         # As fast with a thousand files as with one; indexing arrays file by file copies twice.
         joined = bytearray().join([files[file][at : at + size] for file, at in places])
         return np.frombuffer(joined, dtype).reshape(-1, width)
-
-
-def _planned(
-    todo: Sequence[tuple[str, str]], shard_rows: int, segments: Sequence[Segment]
-) -> Iterable[tuple[int, Sequence[tuple[str, str]]]]:
-    """What is lacking, cut into the shards whose numbers are free.
-
-    Shards are filled to the brim in the order of the texts. Those that exist have taken whole
-    shards out of the list, and their numbers: what is left keeps its number, whichever of them a
-    killed writer or a faster one has finished.
-    """
-    taken = {segment.number for segment in segments}
-    free = (number for number in count() if number not in taken)
-    for start, number in zip(range(0, len(todo), shard_rows), free, strict=False):
-        yield number, todo[start : start + shard_rows]
 
 
 def _encoded(

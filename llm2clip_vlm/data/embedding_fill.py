@@ -77,7 +77,7 @@ class FillingCache:
         """Seconds that it took for them."""
         self._encode = encode
         self._rank = rank
-        self._header = Header(dim, fingerprint)
+        self._header = Header(dim=dim, fingerprint=dict(fingerprint))
         write_header(self.directory, self._header)
         self._journal: Journal | None = None
         self.set_epoch(0)

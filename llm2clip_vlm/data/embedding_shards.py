@@ -1,6 +1,6 @@
 """The files of an embedding cache, and what must hold of them before a row is believed.
 
-    header.json                one for ever: schema, dtype, dim, and the fingerprint of the encoder
+    header.json                one for ever: version, dtype, dim, fingerprint of the encoder
     shard-00007.safetensors    `embeds` float16 [rows, dim], unit norm; `keys` uint8 [rows, 32];
                                metadata: the same header again and the SHA-256 of both tensors
     journal-00002-00005        what rank 5 of a training run added in its epoch 2: such files one
@@ -21,15 +21,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import BaseModel, Field, ValidationError
 from safetensors.numpy import save
 from torch import Tensor, float32, isfinite
 
-SCHEMA = 3
-"""Version of the layout."""
 HEADER_NAME = "header.json"
 """File that makes a directory a cache."""
 DIGEST_BYTES = 32
@@ -51,19 +50,40 @@ class CacheError(ValueError):
     """A cache directory cannot be used, or does not hold what was asked for."""
 
 
-@dataclass(frozen=True)
-class Header:
+class Header(BaseModel, frozen=True, strict=True, extra="forbid"):
     """What all embeddings of a cache have in common."""
 
-    dim: int
+    version: Literal[3] = 3
+    """Of the layout."""
+    dtype: Literal["float16"] = "float16"
+    """Of the rows."""
+    dim: int = Field(ge=1)
     """Width of an embedding."""
-    fingerprint: Mapping[str, str]
+    fingerprint: dict[str, str]
     """What made them: weights, tokenizer, instruction, pooling, maximal length, ..."""
+    sha256: str = Field(default="", exclude=True)
+    """Of a shard's rows and keys; empty = the cache's own header."""
 
-    def to_plain(self) -> dict[str, Any]:
-        """As it is written, the same for equal headers."""
-        fields = dict(sorted(self.fingerprint.items()))
-        return {"schema": SCHEMA, "dtype": "float16", "dim": self.dim, "fingerprint": fields}
+    @classmethod
+    def parse(cls, path: Path, content: str | bytes) -> Self:
+        """Reads what a file says of itself.
+
+        Raises:
+            CacheError: It is damaged, or of another version; names the field.
+        """
+        try:
+            return cls.model_validate_json(content)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(map(str, first["loc"])) or "no header of an embedding cache"
+            raise CacheError(
+                f"{path}: {field}: {first['msg']}, got {first['input']!r:.80}; delete the "
+                "directory and build again"
+            ) from error
+
+    def written(self, **more: str) -> str:
+        """As JSON, the same for equal headers."""
+        return json.dumps(self.model_dump() | more, indent=2, sort_keys=True)
 
     def require(self, where: Path, fingerprint: Mapping[str, str], dim: int | None = None) -> None:
         """Refuses embeddings of another encoder, or of another width.
@@ -190,7 +210,7 @@ def read_header(directory: Path) -> Header | None:
         CacheError: It is damaged, or of another version.
     """
     path = directory / HEADER_NAME
-    return _parse_header(path, path.read_bytes())[0] if path.is_file() else None
+    return Header.parse(path, path.read_bytes()) if path.is_file() else None
 
 
 def write_header(directory: Path, header: Header) -> None:
@@ -203,7 +223,7 @@ def write_header(directory: Path, header: Header) -> None:
             fcntl.flock(handle, fcntl.LOCK_EX)  # several writers start at once: one writes
             existing = read_header(directory)
             if existing is None:
-                _fill(handle, (json.dumps(header.to_plain(), indent=2) + "\n").encode())
+                _fill(handle, (header.written() + "\n").encode())
                 temporary.replace(directory / HEADER_NAME)
         temporary.unlink(missing_ok=True)
     (existing or header).require(directory, header.fingerprint, header.dim)
@@ -323,9 +343,8 @@ def lock(handle: IO[bytes], path: Path) -> None:
 
 
 def _content(header: Header, keys: Digests, rows: Rows) -> bytes:
-    stated = json.dumps({**header.to_plain(), "sha256": _checksum(keys, rows)}, sort_keys=True)
-    tensors = {"embeds": rows, "keys": np.ascontiguousarray(keys)}
-    return save(tensors, metadata={_METADATA: stated})
+    stated = {_METADATA: header.written(sha256=_checksum(keys, rows))}
+    return save({"embeds": rows, "keys": np.ascontiguousarray(keys)}, metadata=stated)
 
 
 def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
@@ -348,7 +367,7 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
             raise CacheError(
                 f"{path}: no header of an embedding cache ({error!r}); delete it, build again"
             ) from error
-        own, plain = _parse_header(path, stated)
+        own = Header.parse(path, stated)
         own.require(path, header.fingerprint, header.dim)
         middle = start + 2 * rows * header.dim
         end = middle + rows * DIGEST_BYTES
@@ -364,31 +383,9 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
             break
         keys = raw[middle:end].reshape(rows, DIGEST_BYTES)
         embeds = raw[start:middle].view(np.float16).reshape(rows, header.dim)
-        segments.append(Segment(path, keys, embeds, number, str(plain.get("sha256")), end))
+        segments.append(Segment(path, keys, embeds, number, own.sha256, end))
         at = end
     return segments
-
-
-def _parse_header(path: Path, content: bytes | str) -> tuple[Header, dict[str, Any]]:
-    try:
-        plain = json.loads(content)
-    except (ValueError, TypeError) as error:
-        raise CacheError(
-            f"{path}: no header of an embedding cache ({error}); delete the directory, build again"
-        ) from error
-    for field, wanted in (("schema", SCHEMA), ("dtype", "float16")):
-        got = plain.get(field) if isinstance(plain, dict) else type(plain).__name__
-        if got != wanted:
-            raise CacheError(
-                f"{path}: {field} is {got!r}, expected {wanted!r}; delete the directory and run "
-                "stage 2a again"
-            )
-    dim, fields = plain.get("dim"), plain.get("fingerprint")
-    if type(dim) is not int or dim < 1:
-        raise CacheError(f"{path}: dim is {dim!r}, expected a number; delete the directory")
-    if not isinstance(fields, dict) or not all(isinstance(v, str) for v in fields.values()):
-        raise CacheError(f"{path}: fingerprint is {fields!r}, expected texts; delete the directory")
-    return Header(dim, fields), plain
 
 
 def _checksum(keys: Digests, rows: Rows) -> str:

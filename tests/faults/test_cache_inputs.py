@@ -68,7 +68,7 @@ def flip(folder: Path, place: int) -> None:
 def own_rows(folder: Path, rows: np.ndarray) -> None:
     """A shard with a right checksum whose rows are what they are."""
     keys = digests_of(TEXTS[4:8])
-    write_shard(folder, 1, Header(4, FINGERPRINT), keys, rows.astype(np.float16))
+    write_shard(folder, 1, Header(dim=4, fingerprint=FINGERPRINT), keys, rows.astype(np.float16))
 
 
 def stranger(folder: Path, **changes: Any) -> None:
@@ -81,19 +81,26 @@ def stranger(folder: Path, **changes: Any) -> None:
 OPENING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "header absent": (lambda f: (f / HEADER_NAME).unlink(), "no text embedding cache"),
     "header empty": (lambda f: write(f, b"", HEADER_NAME), "no header of an embedding cache"),
-    "header cut": (lambda f: write(f, b'{"schema": 2,', HEADER_NAME), "no header of an embedding"),
+    "header cut": (lambda f: write(f, b'{"version": 3,', HEADER_NAME), "no header of an embedding"),
     "header not UTF-8": (lambda f: write(f, b"\xff\xfe{", HEADER_NAME), "no header"),
-    "header a list": (lambda f: write(f, b"[2]", HEADER_NAME), "schema is 'list', expected 3"),
-    "the version before": (lambda f: header(f, schema=2), "schema is 2, expected 3"),
-    "other numbers": (lambda f: header(f, dtype="float32"), "dtype is 'float32', expected 'float"),
-    "width a text": (lambda f: header(f, dim="4"), "dim is '4', expected a number"),
-    "width zero": (lambda f: header(f, dim=0), "dim is 0, expected a number"),
-    "width true": (lambda f: header(f, dim=True), "dim is True, expected a number"),
+    "header a list": (
+        lambda f: write(f, b"[2]", HEADER_NAME),
+        "no header of an embedding cache: Input should be an object",
+    ),
+    "the version before": (lambda f: header(f, version=2), "version: Input should be 3, got 2"),
+    "what came before versions": (lambda f: header(f, schema=2), "schema: Extra inputs"),
+    "other numbers": (
+        lambda f: header(f, dtype="float32"),
+        "dtype: Input should be 'float16', got 'float32'",
+    ),
+    "width a text": (lambda f: header(f, dim="4"), "dim: Input should be a valid integer"),
+    "width zero": (lambda f: header(f, dim=0), "dim: Input should be greater than"),
+    "width true": (lambda f: header(f, dim=True), "dim: Input should be a valid integer"),
     "width another": (lambda f: header(f, dim=8), "dim is 4, expected 8"),
-    "fingerprint a list": (lambda f: header(f, fingerprint=[]), r"fingerprint is \[\], expected"),
+    "fingerprint a list": (lambda f: header(f, fingerprint=[]), "fingerprint: Input should be"),
     "fingerprint of numbers": (
         lambda f: header(f, fingerprint={"a": 1}),
-        "fingerprint is {'a': 1}",
+        r"fingerprint\.a: Input should be a valid string",
     ),
     "shard empty": (lambda f: write(f, b""), f"{SHARD}: cannot be read"),
     "shard HTML": (lambda f: write(f, b"<!DOCTYPE html>" * 99), f"{SHARD}: cannot be read"),

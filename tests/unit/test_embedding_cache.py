@@ -83,7 +83,7 @@ def test_looks_up_by_text_in_any_order(tmp_path: Path) -> None:
 def test_layout_on_disk(tmp_path: Path) -> None:
     build(tmp_path)
     header = json.loads((tmp_path / HEADER_NAME).read_text())
-    assert header == {"schema": 3, "dtype": "float16", "dim": 4, "fingerprint": FINGERPRINT}
+    assert header == {"version": 3, "dtype": "float16", "dim": 4, "fingerprint": FINGERPRINT}
     names = [f"shard-0000{i}.safetensors" for i in range(4)]
     assert sorted(path.name for path in tmp_path.iterdir()) == [HEADER_NAME, *names]
     shards = [load_file(tmp_path / name) for name in names]
