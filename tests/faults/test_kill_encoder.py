@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from stages import stage1_text_encoder, stage2a_cache_text, stage2b_vision_encoder
 from tests.killing import MOMENTS, Main, run_apart
 from tests.tiny import WORDS, write_image
@@ -45,9 +46,25 @@ class Reference(NamedTuple):
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """Of all weights and cache shards, and the losses."""
+    """Of all weights, stage 2a's shards and the rows of a cache that fills itself; the losses.
+
+    Such a cache ends with the same rows, in more shards if a run was killed before a checkpoint.
+    """
     files = [p for p in sorted(folder.rglob("*.safetensors")) if "checkpoints" not in p.parts]
-    found = {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+    found = {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in files
+        if "cache" not in path.parts
+    }
+    if (folder / "cache").is_dir():
+        assert not list((folder / "cache").glob("journal-*"))
+        segments = EmbeddingCache.open(folder / "cache").segments
+        rows = [
+            (k.tobytes(), e.tobytes())
+            for s in segments
+            for k, e in zip(s.keys, s.embeds, strict=True)
+        ]
+        found["cache"] = hashlib.sha256(repr(sorted(rows)).encode()).hexdigest()
     for log in folder.rglob("metrics.jsonl"):
         rows = map(json.loads, log.read_text().splitlines())
         found["losses"] = str([(row["step"], row["loss"]) for row in rows if "loss" in row])
