@@ -3,7 +3,8 @@
 Purpose: differences with intervals, the exact test over training seeds where there are several and
     a paired test over images otherwise, Holm's correction over benchmarks, wins and losses, the
     samples that flipped with their pictures, and what each run cost.
-Needs: results of `eval/run_lmms.py` (`<output>/<name>`), or output directories of stage 2.
+Needs: results of `eval/run_lmms.py` (`<output>/<name>`) or `eval/run_encoder.py`, or output
+    directories of stage 2.
 Writes: `<out>/compare.html`, `compare.md` (for papers), `compare.json`; prints the Markdown.
 Launch: python eval/compare.py 'llm2clip=runs/ab/eval/llm2clip-s{seed}' \
         'control_long=runs/ab/eval/control_long-s{seed}' --out runs/ab/comparison

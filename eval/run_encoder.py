@@ -5,13 +5,15 @@ Purpose: every task of a recipe on one checkpoint; each result names its protoco
     is not run again.
 Needs: an `LLM2CLIPModel` with its text encoder, a CLIP or SigLIP, or (without texts) any vision
     tower; benchmarks in their published formats.
-Writes: `<output_dir>/<name>.json` for each task and `results.json`.
+Writes: `<output_dir>/<name>.json` for each task, `<name>*.samples.jsonl` where a score is a mean
+    over items (for `llm2clip-vlm compare`), and `results.json`.
 Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model [key=value ...]
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -77,13 +79,27 @@ def main(argv: Sequence[str] | None = None) -> None:
         if found.get("key") != key:
             started, cut = time.monotonic(), encoder.num_cut()
             found = {"task": task.task, **TASKS[task.task](task, encoder, recipe)}
+            for label, hits in found.pop("samples", {}).items():
+                place = re.sub(r"[^\w.-]", "-", f"{name}{label}")
+                write_atomically(out / f"{place}.samples.jsonl", sample_lines(*hits))
             found["texts_cut"] = encoder.num_cut() - cut
             found |= {"seconds": round(time.monotonic() - started, 1), "key": key}
+            found["checkpoint"] = {"path": recipe.model}
             write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         results[name] = found
         print(f"{name:<24} {', '.join(figures(found))}", flush=True)
     whole = {"model": recipe.model, "fingerprints": encoder.fingerprints, "results": results}
     write_atomically(out / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+
+
+def sample_lines(images: Sequence[Any], right: Sequence[Any]) -> str:
+    """One JSON line an item, as `llm2clip-vlm compare` reads them: image, right or wrong."""
+    rest = {"id": None, "question": "", "type": "", "target": "", "answer": ""}
+    rows = (
+        {"doc_id": number, "image_id": str(image), "correct": float(hit), **rest}
+        for number, (image, hit) in enumerate(zip(images, right, strict=True))
+    )
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def states_of(value: Any) -> list[str]:

@@ -38,6 +38,9 @@ ALPHA = 0.05
 """A difference counts as won or lost where its p value, corrected by Holm, is below this."""
 
 _SAMPLES = ".samples.jsonl"
+_NO_MEANS = {"miou", "ap"}
+"""Scores of encoders that are no means over items."""
+_IDENTITY = ("spec_hash", "protocol", "data_hash")
 _SETTINGS = ("data", "settings", "generation_kwargs", "prompt_example", "versions")
 
 
@@ -81,8 +84,8 @@ def read_run(
 
     Args:
         name: Of the run.
-        places: Folder with `<task>.json` and `<task>.samples.jsonl` of `eval/run_lmms.py`, or with
-            stage 2's `results.json`, to the benchmarks that it must have (None = what is there).
+        places: Folder with what `eval/run_lmms.py` or `eval/run_encoder.py` wrote, or with stage
+            2's `results.json`, to the benchmarks that it must have (None = what is there).
             `{seed}` in it stands for any number.
         seeds: Which ones; none = all that are there.
 
@@ -122,7 +125,10 @@ def _folders(place: str, seeds: Sequence[int] | None) -> Iterator[tuple[int | No
 def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
     for file in sorted(folder.glob(f"*{_SAMPLES}")):
         task = file.name.removesuffix(_SAMPLES)
-        result = read_json(folder / f"{task}.json", "eval/run_lmms.py")
+        # An encoder's task may have several of these: `<task>.<kind>.i2t`.
+        names = [task.rsplit(".", cut)[0] for cut in range(task.count(".") + 1)]
+        files = [folder / f"{name}.json" for name in names]
+        result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
         samples = load_samples(file)
         by_type: dict[str, list[dict[str, Any]]] = {}
         for sample in samples:
@@ -130,15 +136,19 @@ def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
         parts = {
             f"{task}:{kind}": (kind.replace("_", " "), by_type[kind]) for kind in sorted(by_type)
         }
-        parts = {task: (result["title"], samples)} | (parts if len(parts) > 1 else {})
+        parts = {task: (result.get("title", task), samples)} | (parts if len(parts) > 1 else {})
         for name, (title, rows) in parts.items():
             value = 100 * float(np.mean([row["correct"] for row in rows]))
             yield name, Measured(title, value, folder, rows, result)
     if (folder / "results.json").is_file():
-        retrieval = read_json(folder / "results.json", "stage 2").get("retrieval") or {}
+        whole = read_json(folder / "results.json", "the stage or the evaluation")
+        retrieval = whole.get("retrieval") or {}
         for kind, way, arrow in ((k, *item) for k in retrieval for item in DIRECTIONS.items()):
             title = f"{kind.replace('_', ' ')}, {arrow}"
             yield f"retrieval_{kind}_{way}", Measured(title, retrieval[kind][way]["r1"], folder)
+        for name, found in (whole.get("results") or {}).items():
+            for metric in _NO_MEANS & found.keys():
+                yield name, Measured(f"{name}, {metric}", found[metric], folder, (), found)
 
 
 def compare(
@@ -247,10 +257,8 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
 
 def _differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
     """Which settings of two results differ, where their specifications do."""
-    if one.get("spec_hash") == two.get("spec_hash"):
-        return []
-    found = ["spec_hash"]
-    for key in _SETTINGS:
+    found = [key for key in _IDENTITY if one.get(key) != two.get(key)]
+    for key in _SETTINGS if found else ():
         x, y = (v if isinstance(v, Mapping) else {"": v} for v in (one.get(key), two.get(key)))
         found += [f"{key}.{k}".strip(".") for k in {**x, **y} if x.get(k) != y.get(k)]
     return found
@@ -276,7 +284,8 @@ def run_seconds(run: Run) -> dict[str, float]:
     for manifest in manifests.values():
         stage = str(manifest.get("stage"))
         seconds[stage] = seconds.get(stage, 0.0) + float(manifest["seconds"])
-    evaluation = sum(float(m.result.get("seconds", 0)) for m in found)
+    spent = {(m.folder, m.result.get("task")): m.result.get("seconds", 0.0) for m in found}
+    evaluation = float(sum(spent.values()))
     return dict(sorted(seconds.items())) | ({"evaluation": evaluation} if evaluation else {})
 
 

@@ -110,6 +110,7 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
         "top1": score(right.numpy(), list(range(len(test))), recipe),
         "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
         "l2": l2,
+        "samples": {"": (list(range(len(test))), right.numpy())},
         "shots": few,
         "chance_top1": 100.0 / len(classes),
         "images": {"train": len(train), "test": len(test)},

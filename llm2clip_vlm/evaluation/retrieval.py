@@ -120,6 +120,7 @@ def retrieval_report(
     text_image_index: Mapping[str, Sequence[int]],
     bootstrap: int = 1000,
     seed: int = 0,
+    hits: dict[str, tuple[Sequence[int], np.ndarray]] | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Retrieval in both directions for each kind of caption.
 
@@ -129,6 +130,7 @@ def retrieval_report(
         text_image_index: Kind of caption -> row of `image_embeds` that each text describes.
         bootstrap: Resamples by image for the intervals.
         seed: Seed of the resampling.
+        hits: Takes, for `.<kind>.<direction>`, each query's image and whether R@1 counts it.
 
     Returns:
         `{kind: {"i2t": {...}, "t2i": {...}}}`, each with `r1`, `r5`, `r10` (per cent), `ci` and
@@ -164,6 +166,9 @@ def retrieval_report(
         ks, draws = (1, 5, 10), (bootstrap, seed)
         i2t = _result(of_asked, rows, len(texts), ks, asked.tolist(), *draws)
         t2i = _result(of_texts, np.arange(len(texts)), len(images), ks, owners, *draws)
+        if hits is not None:
+            hits[f".{kind}.i2t"] = (asked.tolist(), i2t.hits[1])
+            hits[f".{kind}.t2i"] = (owners, t2i.hits[1])
         report[kind] = {
             "i2t": _summary(i2t, len(asked), len(texts)),
             "t2i": _summary(t2i, len(texts), len(images)),

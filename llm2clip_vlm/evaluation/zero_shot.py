@@ -57,7 +57,8 @@ def retrieval(task: RetrievalTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     galleries = caption_galleries(records)
     texts = {kind: encoder.embed_texts(items) for kind, (items, _) in galleries.items()}
     owners = {kind: rows for kind, (_, rows) in galleries.items()}
-    found = retrieval_report(images, texts, owners, recipe.bootstrap, recipe.seed)
+    hits: dict[str, Any] = {}
+    found = retrieval_report(images, texts, owners, recipe.bootstrap, recipe.seed, hits)
     return {
         "protocol": protocol,
         "standard_set": standard,
@@ -67,6 +68,10 @@ def retrieval(task: RetrievalTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
             for way in ("i2t", "t2i")
         },
         "kinds": found,
+        "samples": {
+            name: ([records[row].key for row in rows], right)
+            for name, (rows, right) in hits.items()
+        },
     }
 
 
@@ -94,6 +99,7 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: EncoderEvalRecipe)
         "standard_set": standard,
         "data_hash": data_hash([[r.key, r.captions] for r in several]),
         "cra": found.recall[1],
+        "samples": {"": ([record.key for record in several], found.hits[1])},
         "ci": found.ci.get(1),
         "tie_rate": found.tie_rate,
         "queries": len(queries),
@@ -144,6 +150,7 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: EncoderEval
         "all": {way: score(values, groups, recipe) for way, values in right.items()},
         "mean": {way: float(np.mean([k[way] for k in by_kind.values()])) for way in right},
         "categories": by_kind,
+        "samples": {f".{way}": (groups, values) for way, values in right.items()},
         "chance": chance,
         "tie_rate": float(np.mean(tied)),
         "items": len(items),
@@ -167,6 +174,7 @@ def classification(task: ZeroShotTask, encoder: Encoder, recipe: EncoderEvalReci
         **{f"top{k}": found.recall[k] for k in ks},
         **{f"ci_top{k}": found.ci.get(k) for k in ks},
         "mean_per_class": mean_per_class(found.hits[1], np.array(wanted)),
+        "samples": {"": ([record.key for record in records], found.hits[1])},
         "chance_top1": found.chance[1],
         "tie_rate": found.tie_rate,
         "images": len(records),

@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm import cli
+from llm2clip_vlm.config import WorldConfig
+from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.comparison import compare, flip_examples, flipped, read_run
 from llm2clip_vlm.evaluation.stats import holm, mcnemar_exact
-from tests.report_fixtures import write_json, write_lines, write_run
+from tests.report_fixtures import load_program, write_json, write_lines, write_run
+from tests.tiny import build_clip
 
 TASK = "l2c_world_vqa"
 
@@ -153,6 +156,36 @@ def test_what_was_not_evaluated_alike_is_said(run: Path, tmp_path: Path) -> None
     found = command(tmp_path / "out", str(tmp_path / "a"), str(tmp_path / "b"))
     assert found["ab"][TASK]["a-b"]["differs"] == ["spec_hash", "versions.torch"]
     assert "differ: spec_hash, versions.torch" in (tmp_path / "out/compare.html").read_text()
+
+
+def test_two_encoders_are_compared_item_by_item(
+    tmp_path: Path, tiny_clip: Path, repo_root: Path
+) -> None:
+    config = WorldConfig(seed=0, dir=str(tmp_path), part="dense")
+    world = ensure_world(config, sizes={"dense_train": 12, "dense_test": 6})
+    data = {"data": str(world / "labels.jsonl"), "where": {"split": "test"}}
+    masks = {"data": str(world), "classes": str(world / "shapes.txt"), "short_side_px": 32}
+    tasks = [
+        {"task": "zero_shot", "classes": str(world / "objects.txt"), "name": "objects", **data},
+        {"task": "retrieval", "benchmark": "records", "fields": ["label"], "name": "pairs", **data},
+        {"task": "zero_shot_segmentation", "split": "test", **masks},
+    ]
+    models = {"a": tiny_clip, "b": build_clip(tmp_path / "model", seed=1)}
+    for name, model in models.items():
+        values = {"stage": "run_encoder", "output_dir": str(tmp_path / name), "model": str(model)}
+        recipe = write_json(tmp_path / f"{name}.yaml", {**values, "bootstrap": 5, "tasks": tasks})
+        load_program(repo_root, "run_encoder").main([str(recipe)])
+    found = command(tmp_path / "out", str(tmp_path / "a"), str(tmp_path / "b"))
+    rows = {task: pairs["a-b"] for task, pairs in found["ab"].items()}
+    assert {*rows} == {"objects", "pairs.label.i2t", "pairs.label.t2i", "zero_shot_segmentation"}
+    for name in models:
+        top1 = json.loads((tmp_path / name / "objects.json").read_text())["top1"]
+        pairs = json.loads((tmp_path / name / "pairs.json").read_text())["kinds"]["label"]
+        assert found["accuracies"][name]["objects"] == pytest.approx([top1])
+        assert found["accuracies"][name]["pairs.label.i2t"] == pytest.approx([pairs["i2t"]["r1"]])
+        assert found["runs"][name]["seconds"].keys() == {"evaluation"}
+    assert rows["objects"]["test"] == "paired sign-flip test over 6 images"
+    assert rows["zero_shot_segmentation"]["p"] is None and "differs" not in rows["objects"]
 
 
 @pytest.mark.parametrize(
