@@ -91,8 +91,8 @@ def logits_of(model: Any) -> dict[str, Tensor]:
         model: A `LlavaForConditionalGeneration`, in its own dtype.
     """
     config = model.config
-    ids = [config.image_token_id] * config.image_seq_length + list(range(8))
-    ids = torch.tensor([ids[:-8] + [i for i in ids[-8:] if i != config.image_token_id]])
+    words = [token for token in range(8) if token != config.image_token_id]
+    ids = torch.tensor([[config.image_token_id] * config.image_seq_length + words])
     pixels = fixed_pixels(config.vision_config.image_size, 1).to(model.dtype)
     out = model.eval()(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
     return {"logits": out.logits.float()}

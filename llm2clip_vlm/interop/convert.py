@@ -13,27 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from llm2clip_vlm.fingerprint import fingerprint_file
-from llm2clip_vlm.interop.certificate import (
-    Evidence,
-    certify,
-    features_of,
-    fixed_pixels,
-    logits_of,
-    new_folder,
-)
+from llm2clip_vlm.interop import certificate, libraries, official
+from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.export import save_encoder
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
-from llm2clip_vlm.interop.libraries import library_features, open_clip_weights
 from llm2clip_vlm.interop.llava import convert_llava
-from llm2clip_vlm.interop.official import (
-    LEFT_OUT,
-    LEFT_OUT_OF_A_TOWER,
-    adaptor_prefix,
-    adaptor_sizes,
-    adaptor_table,
-    canonical,
-)
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -89,7 +74,7 @@ def convert(
         )
     verify_hashes(source, sha256)
     config = _config(source if source.is_dir() else source.parent)
-    with new_folder(out) as folder:
+    with certificate.new_folder(out) as folder:
         if source.is_dir() and _is_text_encoder(config):
             evidence = _text_encoder(source, folder)
         else:
@@ -102,7 +87,7 @@ def convert(
             else:
                 given, remote = dict(settings or {}), trust_remote_code
                 evidence = _encoder(source, folder, weights, config, given, partial, remote)
-        return certify(folder, "convert", source, evidence)
+        return certificate.certify(folder, "convert", source, evidence)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -152,13 +137,13 @@ def _encoder(
 ) -> Evidence:
     """A tower, with an adaptor beside it or not."""
     register()
-    weights = canonical(weights)
+    weights = official.canonical(weights)
     name, layout = recognise(set(weights), str(source))
-    prefix = adaptor_prefix(weights)
+    prefix = official.adaptor_prefix(weights)
     table, sizes = layout.table, {}
     if prefix is not None:
-        sizes = adaptor_sizes(weights, prefix)
-        table = (*adaptor_table(prefix, sizes["adaptor_num_blocks"]), *table)
+        sizes = official.adaptor_sizes(weights, prefix)
+        table = (*official.adaptor_table(prefix, sizes["adaptor_num_blocks"]), *table)
     found, unexpected = translate(weights, table)
     quick = {"hidden_act": "quick_gelu"} if name == "openai_clip" and prefix is not None else {}
     known = {k: v for k, v in _from_config(config).items() if hasattr(layout.config(), k)}
@@ -176,15 +161,17 @@ def _encoder(
                 **sizes,
             )
         )
-    left_out = LEFT_OUT_OF_A_TOWER if prefix is None else LEFT_OUT
+    left_out = official.LEFT_OUT_OF_A_TOWER if prefix is None else official.LEFT_OUT
     report = load_translated(
         holder, found, unexpected, left_out=left_out, where=source, partial=partial
     )
     pixels = fixed_pixels(vision_config.image_size)
     expected = features_of(model.eval(), pixels)
     opened = "llm2clip_vlm itself: the library it comes from is not installed"
-    visual = open_clip_weights(holder.vision_tower, getattr(model, "visual_projection", None))
-    if reference := library_features("open_clip", visual, vision_config, pixels):
+    visual = libraries.open_clip_weights(
+        holder.vision_tower, getattr(model, "visual_projection", None)
+    )
+    if reference := libraries.library_features("open_clip", visual, vision_config, pixels):
         opened, expected["image_features"] = reference
     if trust_remote_code:
         opened, expected["image_embeds"] = _remote_embeds(source, pixels)

@@ -14,29 +14,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel, LlavaForConditionalGeneration
 
-from llm2clip_vlm.interop.certificate import (
-    Evidence,
-    certify,
-    features_of,
-    fixed_pixels,
-    logits_of,
-    new_folder,
-)
+from llm2clip_vlm.interop import certificate, libraries, llava
+from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.interop.libraries import (
-    library_features,
-    open_clip_config,
-    open_clip_weights,
-    timm_arguments,
-    timm_weights,
-)
-from llm2clip_vlm.interop.llava import (
-    PROJECTOR,
-    convert_llava,
-    llava_config,
-    llava_projector,
-    llava_weights,
-)
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -79,9 +59,9 @@ def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
     kind, model, processor = _load(source)
     if kind not in kinds:
         raise InteropError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
-    with new_folder(out) as folder:
+    with certificate.new_folder(out) as folder:
         evidence = write(source, model, processor, folder)
-        return certify(folder, f"export --to {to}", source, evidence)
+        return certificate.certify(folder, f"export --to {to}", source, evidence)
 
 
 def _load(path: Path) -> tuple[str, Any, Any]:
@@ -174,11 +154,11 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
         opened = "CLIPVisionModel of transformers, as LLaVA does"
         return Evidence(opened, features_of(tower, pixels), features_of(again.eval(), pixels))
     export_vision_tower(tower, processor.image_processor, folder / "vision_tower")
-    torch.save(llava_projector(model), folder / PROJECTOR)
-    weights = llava_weights(model)
-    _write(folder, "config.json", llava_config(model, processor, "vision_tower"), weights)
+    torch.save(llava.llava_projector(model), folder / llava.PROJECTOR)
+    weights = llava.llava_weights(model)
+    _write(folder, "config.json", llava.llava_config(model, processor, "vision_tower"), weights)
     processor.tokenizer.save_pretrained(folder)
-    again, _, _ = convert_llava(folder, weights, None, None, partial=False)
+    again, _, _ = llava.convert_llava(folder, weights, None, None, partial=False)
     opened = "`convert`, which reads LLaVA's format back"
     return Evidence(opened, logits_of(model), logits_of(again))
 
@@ -186,8 +166,11 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
 def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """`model.visual` of open_clip: weights that load strictly, and its config."""
     tower, head = vision_tower_of(model), getattr(model, "visual_projection", None)
-    weights = open_clip_weights(tower, head)
-    config = {"model_cfg": open_clip_config(tower, head), "preprocess_cfg": _pixels(processor)}
+    weights = libraries.open_clip_weights(tower, head)
+    config = {
+        "model_cfg": libraries.open_clip_config(tower, head),
+        "preprocess_cfg": _pixels(processor),
+    }
     named = {f"visual.{name}": tensor for name, tensor in weights.items()}
     _write(folder, "open_clip_config.json", config, named, "open_clip_model.safetensors")
     more = {}
@@ -199,8 +182,8 @@ def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Eviden
 def _timm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory in timm's hub layout, without classifier or projection."""
     tower = vision_tower_of(model)
-    weights = timm_weights(tower)
-    architecture, values = timm_arguments(tower.config)
+    weights = libraries.timm_weights(tower)
+    architecture, values = libraries.timm_arguments(tower.config)
     side = tower.config.image_size
     shown = {"input_size": [3, side, side], "num_classes": 0, "crop_pct": 1.0}
     config = {
@@ -243,7 +226,7 @@ def _checked(
 
     tower = vision_tower_of(model)
     pixels = fixed_pixels(tower.config.image_size)
-    opened = library_features(library, weights, tower.config, pixels)
+    opened = libraries.library_features(library, weights, tower.config, pixels)
     if opened is None:
         model = tower
         with tempfile.TemporaryDirectory() as place:

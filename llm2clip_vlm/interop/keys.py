@@ -7,7 +7,8 @@ is read both ways.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,18 +19,13 @@ from torch import Tensor
 Change = Literal["same", "transpose", "batch", "batch2"]
 
 _FIELDS = {"n": r"\d+", "n2": r"\d+", "p": "weight|bias", "any": ".+"}
-_IN = {
-    "same": lambda tensor: tensor,
-    "transpose": lambda tensor: tensor.T.contiguous(),
-    "batch": lambda tensor: tensor[0],
-    "batch2": lambda tensor: tensor[0, 0],
+_CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "same": (lambda tensor: tensor, lambda tensor: tensor),
+    "transpose": (lambda tensor: tensor.T.contiguous(), lambda tensor: tensor.T.contiguous()),
+    "batch": (lambda tensor: tensor[0], lambda tensor: tensor[None]),
+    "batch2": (lambda tensor: tensor[0, 0], lambda tensor: tensor[None, None]),
 }
-_OUT = {
-    "same": lambda tensor: tensor,
-    "transpose": lambda tensor: tensor.T.contiguous(),
-    "batch": lambda tensor: tensor[None],
-    "batch2": lambda tensor: tensor[None, None],
-}
+"""What makes ours of theirs, and theirs of ours."""
 
 
 class InteropError(ValueError):
@@ -73,16 +69,8 @@ class KeyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """As a certificate keeps it; what was left out is counted by its first part."""
-        kinds: dict[str, int] = {}
-        for name in self.left_out:
-            kind = ".".join(name.split(".")[:2])
-            kinds[kind] = kinds.get(kind, 0) + 1
-        return {
-            "matched": self.matched,
-            "missing": self.missing,
-            "unexpected": self.unexpected,
-            "left_out": kinds,
-        }
+        left = Counter(".".join(name.split(".")[:2]) for name in self.left_out)
+        return vars(self) | {"left_out": dict(left)}
 
 
 def translate(
@@ -112,7 +100,7 @@ def translate(
             used.update(names)
             tensors = [weights[source] for source in names]
             tensor = tensors[0] if len(tensors) == 1 else torch.cat(tensors)
-            tensor = (_OUT if back else _IN)[entry.change](tensor)
+            tensor = _CHANGES[entry.change][back](tensor)
             unit = len(tensor) // sum(parts) if len(targets) > 1 else 0
             pieces = tensor.split([unit * part for part in parts]) if unit else (tensor,)
             for target, piece in zip(targets, pieces, strict=True):

@@ -205,7 +205,6 @@ def _identity(width: int) -> nn.Linear:
 
 def _projecting(head: nn.Linear | None) -> nn.Linear | None:
     """The head, but none where it changes nothing (SigLIP2's in LLM2CLIP)."""
-    if head is None or head.bias is not None or head.in_features != head.out_features:
+    if head is None or "bias" in head.state_dict() or head.in_features != head.out_features:
         return head
-    weight = head.weight.detach().float()
-    return None if torch.equal(weight, torch.eye(len(weight))) else head
+    return None if torch.equal(head.weight.float(), torch.eye(head.in_features)) else head

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -54,7 +55,7 @@ def adaptor_table(prefix: str, num_blocks: int) -> tuple[Row, ...]:
     )
 
 
-def adaptor_sizes(weights: Mapping[str, Tensor], prefix: str) -> dict[str, int]:
+def adaptor_sizes(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
     """`LLM2CLIPConfig`'s fields as the adaptor's weights have them."""
     num_blocks = sum(name.startswith(prefix) and name.endswith(".fn.0.weight") for name in weights)
     hidden, width = weights[prefix + "0.fn.0.weight"].shape

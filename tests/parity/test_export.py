@@ -199,10 +199,10 @@ def test_a_tower_without_names_there_and_an_unknown_format_are_refused(tmp_path:
 def test_an_export_that_computes_something_else_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llm2clip_vlm.interop import export as module
+    from llm2clip_vlm.interop import libraries
 
     monkeypatch.setattr(
-        module, "timm_weights", lambda t: {k: v * 1.001 for k, v in timm_weights(t).items()}
+        libraries, "timm_weights", lambda t: {k: v * 1.001 for k, v in timm_weights(t).items()}
     )
     with pytest.raises(ValueError, match="differ by"):
         export(stage_2b("clip", tmp_path), "timm", tmp_path / "out")
