@@ -7,34 +7,39 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import llm2clip_vlm.data
 from llm2clip_vlm.config_vlm import InstructionSource
+from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import InstructionDataset
+from tests.image_corpus import BROKEN, GOOD
 from tests.tiny import write_image
+from tests.vlm_fixtures import write_llava
 
 TURNS = [{"from": "human", "value": "<image>\nwhat ?"}, {"from": "gpt", "value": "red"}]
-GOOD = {"id": "good", "image": "a.png", "conversations": TURNS}
+GOOD_RECORD = {"id": "good", "image": "a.png", "conversations": TURNS}
 BAD_RECORDS: dict[str, tuple[Any, str]] = {
-    "two images, one placeholder": ({**GOOD, "image": ["a.png", "a.png"]}, "2 image"),
+    "two images, one placeholder": ({**GOOD_RECORD, "image": ["a.png", "a.png"]}, "2 image"),
     "placeholder without image": ({"id": "x", "conversations": TURNS}, "1 <image>"),
     "image without placeholder": (
-        {**GOOD, "conversations": [{"from": "human", "value": "what ?"}, TURNS[1]]},
+        {**GOOD_RECORD, "conversations": [{"from": "human", "value": "what ?"}, TURNS[1]]},
         "0 <image>",
     ),
-    "missing image": ({**GOOD, "image": "b.png"}, "no such file"),
-    "path leaves the root": ({**GOOD, "image": "../a.png"}, "leave the image root"),
-    "absolute path": ({**GOOD, "image": "/etc/hostname"}, "absolute"),
-    "URL": ({**GOOD, "image": "https://host/a.png"}, "URL"),
-    "image is a number": ({**GOOD, "image": 3}, "neither a name nor a list"),
+    "missing image": ({**GOOD_RECORD, "image": "b.png"}, "no such file"),
+    "path leaves the root": ({**GOOD_RECORD, "image": "../a.png"}, "leave the image root"),
+    "absolute path": ({**GOOD_RECORD, "image": "/etc/hostname"}, "absolute"),
+    "URL": ({**GOOD_RECORD, "image": "https://host/a.png"}, "URL"),
+    "image is a number": ({**GOOD_RECORD, "image": 3}, "neither a name nor a list"),
     "no conversation": ({"id": "x", "image": "a.png"}, "no `conversations`"),
     "empty answer": (
-        {**GOOD, "conversations": [TURNS[0], {"from": "gpt", "value": ""}]},
+        {**GOOD_RECORD, "conversations": [TURNS[0], {"from": "gpt", "value": ""}]},
         "answer is empty",
     ),
     "a part of another kind": (
         {
-            **GOOD,
+            **GOOD_RECORD,
             "conversations": [
                 {"role": "user", "content": [{"type": "image"}, {"type": "audio"}]},
                 {"role": "assistant", "content": "red"},
@@ -53,7 +58,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
     ),
     "<image> inside a part": (
         {
-            **GOOD,
+            **GOOD_RECORD,
             "conversations": [
                 {
                     "role": "user",
@@ -65,7 +70,7 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
         "2 <image> tokens after tokenisation, expected 1",
     ),
     "unknown role": (
-        {**GOOD, "conversations": [{"from": "robot", "value": "a"}, TURNS[1]]},
+        {**GOOD_RECORD, "conversations": [{"from": "robot", "value": "a"}, TURNS[1]]},
         "role 'robot'",
     ),
 }
@@ -84,8 +89,10 @@ def processor(tiny_clip: Path, tiny_llm: Path) -> Any:
     return build_vlm(tiny_clip, tiny_llm)[1]
 
 
-def dataset(source: InstructionSource, processor: Any, bad: BadRecords) -> InstructionDataset:
-    return InstructionDataset([source], processor, max_length_tokens=64, bad=bad)
+def dataset(
+    source: InstructionSource, processor: Any, bad: BadRecords, **values: Any
+) -> InstructionDataset:
+    return InstructionDataset([source], processor, max_length_tokens=64, bad=bad, **values)
 
 
 @pytest.mark.parametrize("name", list(BAD_RECORDS))
@@ -93,7 +100,7 @@ def test_t60_t62_a_bad_record_is_named_or_counted(
     tmp_path: Path, processor: Any, name: str
 ) -> None:
     record, reason = BAD_RECORDS[name]
-    source = write(tmp_path, GOOD, {**record, "id": "faulty"}, GOOD)
+    source = write(tmp_path, GOOD_RECORD, {**record, "id": "faulty"}, GOOD_RECORD)
     with pytest.raises(ValueError, match=f"a.json:faulty.*{reason}"):
         dataset(source, processor, BadRecords(0))
     bad = BadRecords(1)
@@ -103,11 +110,78 @@ def test_t60_t62_a_bad_record_is_named_or_counted(
 
 def test_t60_an_unreadable_image_is_named_or_counted(tmp_path: Path, processor: Any) -> None:
     (tmp_path / "b.png").write_bytes(b"no image")
-    source = write(tmp_path, GOOD, {**GOOD, "id": "faulty", "image": "b.png"})
+    source = write(tmp_path, GOOD_RECORD, {**GOOD_RECORD, "id": "faulty", "image": "b.png"})
     bad = BadRecords(1)
     assert (len(dataset(source, processor, bad)), bad.count) == (1, 1)
     with pytest.raises(ValueError, match=r"faulty: image 'b.png' .* does not decode"):
         dataset(source, processor, BadRecords(0))
+
+
+@pytest.mark.parametrize("kind", [*GOOD, "one pixel", "1 x N strip", "strip of 50 : 1"])
+def test_t64_odd_pictures_are_taken(tmp_path: Path, processor: Any, kind: str) -> None:
+    source = write(tmp_path, GOOD_RECORD)
+    (tmp_path / "a.png").write_bytes((GOOD.get(kind) or BROKEN[kind][0])())
+    for preload in (0, 2**20):
+        data = dataset(source, processor, BadRecords(0), preload_limit_bytes=preload)
+        assert data[0]["pixel_values"].shape == (1, 3, 32, 32)
+        assert data[0]["labels"].max() > 0
+
+
+@pytest.mark.parametrize("kind", BROKEN.keys() - {"one pixel", "1 x N strip", "strip of 50 : 1"})
+def test_t64_t60_what_is_no_picture_is_counted(tmp_path: Path, processor: Any, kind: str) -> None:
+    if "JPEG" in kind:
+        pytest.importorskip("simplejpeg")  # Pillow alone shows damage as grey areas
+    source = write(tmp_path, GOOD_RECORD, {**GOOD_RECORD, "id": "faulty", "image": "b.png"})
+    make, reason = BROKEN[kind]
+    (tmp_path / "b.png").write_bytes(make())
+    bad = BadRecords(1)
+    assert (len(dataset(source, processor, bad)), bad.count) == (1, 1)
+    assert reason in bad.examples[0]
+    with pytest.raises(ValueError, match=r"a\.json:faulty"):
+        dataset(source, processor, BadRecords(0))
+
+
+@pytest.mark.parametrize("text_only", [(), range(8)], ids=["images", "text"])
+def test_t52_t07_one_modality_and_nothing_trained(
+    tmp_path: Path, tiny_clip: Path, tiny_llm: Path, text_only: Any
+) -> None:
+    """Packed batches of one modality; where all labels are ignored, loss and gradient are 0."""
+    from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
+    from llm2clip_vlm.models.vlm import build_vlm
+
+    model, processor = build_vlm(tiny_clip, tiny_llm)
+    source = InstructionSource(path=str(write_llava(tmp_path, 8, text_only=text_only)))
+    data = dataset(source, processor, BadRecords())
+    batches = PackedBatches(
+        data.lengths, data.image_counts, global_batch_size=4, max_tokens=64, world_size=2
+    )
+    batch = PackedCollator()([data[i] for i in next(iter(batches))])
+    assert ("pixel_values" in batch) == (not text_only)
+    batch.pop("sample_ids")
+    assert model.train()(**batch, use_cache=False).loss.item() > 0
+    batch["labels"][:] = IGNORE_INDEX
+    loss = model(**batch, use_cache=False, num_items_in_batch=torch.tensor(1)).loss
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad.abs().sum() == 0 for p in model.parameters() if p.grad is not None)
+
+
+def test_t04_the_loss_of_five_tokens_by_hand(tiny_clip: Path, tiny_llm: Path) -> None:
+    """Labels are shifted once: token t is predicted from those before it."""
+    from llm2clip_vlm.models.vlm import build_vlm
+
+    model, _ = build_vlm(tiny_clip, tiny_llm)
+    ids = torch.tensor([[2, 9, 11, 13, 3]])
+    labels = torch.tensor([[IGNORE_INDEX, IGNORE_INDEX, 11, 13, 3]])
+    out = model(input_ids=ids, labels=labels, use_cache=False)
+    log_probs = out.logits.log_softmax(-1)[0]
+    by_hand = -(log_probs[1, 11] + log_probs[2, 13] + log_probs[3, 3]) / 3
+    torch.testing.assert_close(out.loss, by_hand)
+
+
+def test_t54_nothing_sleeps_in_the_data_path() -> None:
+    for path in Path(llm2clip_vlm.data.__file__).parent.glob("*.py"):
+        assert "sleep(" not in path.read_text(), path
 
 
 def test_a_language_model_is_no_tower(tiny_llm: Path) -> None:

@@ -176,7 +176,7 @@ def test_samplings_and_weights() -> None:
     assert len(rows("first:4", weight=0.5)) == 2
 
 
-def test_a_large_source_is_tokenised_once(
+def test_t65_a_large_source_is_tokenised_once(
     tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = write_formats(tmp_path)
@@ -186,7 +186,7 @@ def test_a_large_source_is_tokenised_once(
     original = token_table.tokenise
     monkeypatch.setattr(token_table, "tokenise", lambda *a: runs.append(a[0].path) or original(*a))
     for name, wanted in small.items():
-        for _ in range(2):
+        for _ in range(2):  # the second maps the first one's table into memory
             assert same(dataset(found[name], processor, index_dir=str(tmp_path / "i")), wanted)
     assert runs == [str(found["json"]), str(found["parquet"])]
     dataset(found["json"], processor)  # beside the data where no folder is named
@@ -205,7 +205,7 @@ def test_a_large_source_is_tokenised_once(
 
 
 @pytest.mark.parametrize("preload_limit_bytes", [2**20, 0])
-def test_images_stand_in_the_order_of_their_placeholders(
+def test_t63_images_stand_in_the_order_of_their_placeholders(
     tmp_path: Path, processor: Any, preload_limit_bytes: int
 ) -> None:
     for seed in range(2):
