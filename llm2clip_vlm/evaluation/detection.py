@@ -152,7 +152,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
-    """Train the detector and judge it.
+    """Train the detector and judge it; it is not kept.
 
     Raises:
         ValueError: Train and test name other categories.
@@ -165,12 +165,10 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     model = build_detector(tower, train.names, task.detector)
     if task.freeze_tower:
         model.model.freeze_backbone()
-    folder = str(Path(recipe.output_dir) / f"{task.name or 'detection'}-detector")
     options = {"report_to": "none", "save_strategy": "no", "seed": recipe.seed} | task.trainer
-    arguments = TrainingArguments(folder, remove_unused_columns=False, **options)
+    arguments = TrainingArguments(recipe.output_dir, remove_unused_columns=False, **options)
     trainer = Trainer(model, arguments, collate, train)
     trainer.train()
-    trainer.save_model(folder)
     digest = hashlib.sha256(Path(task.test.annotations).read_bytes())
     for image in test.images:
         digest.update(read_image(test.root, image["file_name"]))

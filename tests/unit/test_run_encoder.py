@@ -1,0 +1,125 @@
+"""`llm2clip-vlm eval RECIPE` from end to end on a tiny CLIP and the world's dense part."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from llm2clip_vlm import cli
+from llm2clip_vlm.config import WorldConfig
+from llm2clip_vlm.data.world import SHAPES
+from llm2clip_vlm.data.world_files import ensure_world
+from tests.tiny import build_clip
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = WorldConfig(seed=0, dir=str(tmp_path_factory.mktemp("world")), part="dense")
+    return ensure_world(config, sizes={"dense_train": 12, "dense_test": 6})
+
+
+def evaluate(path: Path, tasks: list[dict[str, Any]], *overrides: str, **more: Any) -> int:
+    values = {"stage": "run_encoder", "output_dir": str(path / "out"), "bootstrap": 5}
+    (path / "recipe.yaml").write_text(yaml.safe_dump(values | more | {"tasks": tasks}))
+    return cli.main(["eval", str(path / "recipe.yaml"), *overrides])
+
+
+def test_the_worlds_dense_part_is_consistent(world: Path) -> None:
+    document = json.loads((world / "instances_test.json").read_text())
+    assert [kind["name"] for kind in document["categories"]] == list(SHAPES)
+    for image in document["images"]:
+        mask = np.asarray(Image.open(world / "SegmentationClass" / image["file_name"]))
+        picture = Image.open(world / "JPEGImages" / image["file_name"])
+        assert picture.size == (image["width"], image["height"]) == mask.shape[::-1]
+        boxes = [box for box in document["annotations"] if box["image_id"] == image["id"]]
+        assert {box["category_id"] for box in boxes} == set(mask[mask > 0].tolist())
+        for box in boxes:
+            y, x = np.nonzero(mask == box["category_id"])
+            left, top, width, height = box["bbox"]
+            assert (x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1) == (left, top, width, height)
+            assert box["area"] == len(x) > 20
+    rows = [json.loads(line) for line in (world / "labels.jsonl").read_text().split("\n") if line]
+    assert len(rows) == 18 and {row["split"] for row in rows} == {"train", "test"}
+    names = (world / "objects.txt").read_text().split("\n")
+    assert len(names) == 36 and {row["label"] for row in rows} <= set(names)
+
+
+def test_every_task_of_a_recipe(
+    tmp_path: Path, tiny_clip: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = {"data": str(world / "labels.jsonl"), "where": {"split": "test"}}
+    masks = {"data": str(world), "classes": str(world / "shapes.txt"), "short_side_px": 32}
+    tasks = [
+        {"task": "zero_shot", "classes": str(world / "objects.txt"), **labels},
+        {"task": "zero_shot_segmentation", "split": "test", **masks},
+        {"task": "segmentation", "train_split": "train", "split": "test", "steps": 2, **masks},
+    ]
+    assert evaluate(tmp_path, tasks, model=str(tiny_clip)) == 0
+    out = capsys.readouterr().out
+    assert "zero_shot " in out and "top1" in out and "miou" in out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["model"] == str(tiny_clip) and set(results["fingerprints"]) == {"model"}
+    for name, result in results["results"].items():
+        assert result == json.loads((tmp_path / "out" / f"{name}.json").read_text())
+        assert result["protocol"] and len(result["data_hash"]) == 64
+        assert {"texts_cut", "seconds", "key", "task"} <= set(result)
+
+
+def test_only_what_changed_is_run_again(tmp_path: Path, tiny_clip: Path, world: Path) -> None:
+    rows = (world / "labels.jsonl").read_text()
+    data = tmp_path / "labels.jsonl"
+    data.write_text(rows)
+    task = {"task": "zero_shot", "data": str(data), "images": str(world), "name": "objects"}
+    task["classes"] = str(world / "objects.txt")
+
+    def key(*overrides: str, model: Path = tiny_clip) -> tuple[str, float]:
+        assert evaluate(tmp_path, [task], *overrides, model=str(model)) == 0
+        file = tmp_path / "out" / "objects.json"
+        return json.loads(file.read_text())["key"], file.stat().st_mtime_ns
+
+    first = key()
+    assert key() == first and key("batch_size=3", "device=cpu") == first
+    found = {first[0]}
+    for override in ("bootstrap=6", "seed=1", "dtype=bfloat16", "tasks.0.templates=['the {}']"):
+        found.add(key(override)[0])
+    found.add(key(model=build_clip(tmp_path / "other", seed=1))[0])
+    data.write_text(rows.replace('"split": "train"', '"split": "other"'))
+    found.add(key()[0])
+    assert len(found) == 7
+
+
+def test_errors_are_one_message(
+    tmp_path: Path, tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"task": "cra", "benchmark": "coco", "data": "nowhere.json"}
+    assert evaluate(tmp_path, [task, task], model=str(tiny_clip)) == 2
+    assert "two are called 'coco'" in capsys.readouterr().err
+    assert evaluate(tmp_path, [task], model=str(tiny_clip)) == 2
+    assert "nowhere.json" in capsys.readouterr().err
+    assert evaluate(tmp_path, [task | {"task": "cre"}], model=str(tiny_clip)) == 2
+    assert "tasks" in capsys.readouterr().err
+
+
+def test_the_recipe_decides_which_program_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[tuple[str, ...]] = []
+    monkeypatch.setattr(cli, "_program", lambda *words: ran.append(words))
+    (tmp_path / "a.yaml").write_text("notes: x\nstage: run_encoder\n")
+    (tmp_path / "b.yaml").write_text("tasks: []\n")
+    cli.main(["eval", str(tmp_path / "a.yaml"), "seed=1"])
+    cli.main(["eval", str(tmp_path / "b.yaml")])
+    cli.main(["eval", "--suite", "x"])
+    cli.main(["eval"])
+    assert ran == [
+        ("run_encoder", str(tmp_path / "a.yaml"), "seed=1"),
+        ("run_lmms", str(tmp_path / "b.yaml")),
+        ("run_lmms", "--suite", "x"),
+        ("run_lmms",),
+    ]
