@@ -179,11 +179,11 @@ class EmbeddingCache:
             (n, part) for n, part in zip(numbers, parts, strict=False) if n % writer[1] == writer[0]
         ]
         # Without a shard a writer still says what the cache is.
-        for number, part in mine or ([] if header else [(None, todo[:1])]):
+        for number, part in mine or ([] if header else [(-1, todo[:1])]):
             keys, rows = _encoded(part, encoders, None if header is None else header.dim)
             header = header or Header(dim=rows.shape[1], fingerprint=dict(fingerprint))
             write_header(directory, header)
-            if number is not None:
+            if number >= 0:
                 write_shard(directory, number, header, keys, rows)
         logger.info("%s: %d shards written, %d rows were lacking", directory, len(mine), len(todo))
         return cls.open(directory)

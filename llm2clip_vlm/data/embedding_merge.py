@@ -56,9 +56,10 @@ def merge_caches(
             here = np.arange(first, first + len(segment.keys))
             first += len(here)
             new = here[everything.find_digests(segment.keys) == here]
-            if segment.number not in {None, *taken} and len(new) == len(here):
-                write_shard(directory, segment.number, header, segment.keys, segment.embeds)
-                taken.add(segment.number)
+            number = segment.number
+            if number is not None and number not in taken and len(new) == len(here):
+                write_shard(directory, number, header, segment.keys, segment.embeds)
+                taken.add(number)
             else:
                 rest.append(new)
         numbers = np.concatenate([np.empty(0, np.int64), *rest])

@@ -209,7 +209,8 @@ class TrainingPixels:
         rng = np.random.default_rng([self.seed, epoch, key])
         flip = self.augmentation.horizontal_flip and rng.random() < 0.5
         width, height = image.size
-        box, whole = None, self.geometry.resized(image.size)
+        box = None
+        whole: tuple[float, float] = self.geometry.resized(image.size)
         if self.augmentation.crop_scale_min < 1:
             box = random_crop(image.size, self.augmentation.crop_scale_min, rng)
             side = self.geometry.size

@@ -123,20 +123,6 @@ def test_weights_mix_sources() -> None:
     assert len(heavier) == 18
 
 
-@pytest.mark.parametrize(
-    ("sources", "weights"),
-    [([], []), ([[]], [1.0]), ([records(2)], [0.0]), ([records(2)], [1.0, 1.0])],
-)
-def test_refuses_sources_that_do_not_fit(sources: Any, weights: list[float]) -> None:
-    with pytest.raises(ValueError, match="source"):
-        CaptionPairs(sources, weights, seed=0)
-
-
-def test_refuses_a_record_with_one_caption() -> None:
-    with pytest.raises(ValueError, match="'r0' has 1 different"):
-        CaptionPairs([records(1, captions=1)], [1.0], seed=0)
-
-
 def test_retrieval_task_is_first_against_all_others() -> None:
     found = [
         CaptionRecord("k", {"short": ["a", "a"], "long": ["b", "c"]}),
