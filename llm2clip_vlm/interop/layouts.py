@@ -139,7 +139,7 @@ def image_processor(config: Any, folder: Path) -> Any:
         folder: Where the weights lie.
     """
     if (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(folder)
+        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     backend = "" if is_torchvision_available() else "Pil"
     square = {"height": config.image_size, "width": config.image_size}
     if config.model_type == "siglip_vision_model":

@@ -75,7 +75,9 @@ def convert_llava(
             vision_feature_layer=config.get("mm_vision_select_layer", -2),
             vision_feature_select_strategy=_SELECT[config.get("mm_vision_select_feature", "patch")],  # type: ignore[arg-type]
             image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
-            chat_template=None if _has_template(folder) else "vicuna_v1",
+            chat_template=None
+            if _has_template(folder if whole else language_model)
+            else "vicuna_v1",
         )
     found, unexpected = translate(weights, LLAVA)
     state = model.state_dict()
@@ -89,9 +91,11 @@ def convert_llava(
     return model, processor, report
 
 
-def _has_template(folder: Path) -> bool:
+def _has_template(folder: Any) -> bool:
     try:
-        return AutoTokenizer.from_pretrained(folder).chat_template is not None
+        return (
+            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template is not None
+        )
     except (OSError, ValueError):
         return False
 
@@ -120,7 +124,7 @@ def _decoder(
         error=InteropError,
     )
     llm.save_pretrained(place)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(place)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(place)
     return place
 
 

@@ -73,7 +73,9 @@ def verify_hashes(path: Path, sha256: str | None = None) -> None:
         HandoffError: A hash differs.
     """
     if sha256 is not None:
-        (file,) = weight_files(path)
+        file, *more = weight_files(path)
+        if more:
+            raise InteropError(f"--sha256 is of one file; {path} has {1 + len(more)}")
         if (found := fingerprint_file(file)) != sha256.lower():
             raise HandoffError(f"{file}: sha256: expected {sha256}, got {found}; fetch it again")
     folder = path if path.is_dir() else path.parent

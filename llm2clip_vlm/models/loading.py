@@ -63,7 +63,7 @@ def read_config(path: str, error: type[ValueError] = ValueError) -> Any:
         ValueError: (or `error`) There is none that transformers or this package knows.
     """
     try:
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as failure:
         raise error(
             f"{path}: no readable config.json ({failure}); expected a model directory or a hub id"

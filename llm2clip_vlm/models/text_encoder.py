@@ -128,8 +128,8 @@ class TextEncoder(nn.Module):
         embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
         source = embedder.model_dir if embedder else path
         # A copy, because transformers may hand out one config object twice.
-        config = copy.deepcopy(AutoConfig.from_pretrained(source))
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        config = copy.deepcopy(AutoConfig.from_pretrained(source, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         if embedder and embedder.lower_case:
             steps = [Lowercase(), tokenizer.backend_tokenizer.normalizer]
             tokenizer.backend_tokenizer.normalizer = NormalizerSequence(

@@ -300,7 +300,7 @@ def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
     if config.model_type == "timm_wrapper":
         return timm_image_processor(config)
     try:
-        processor = AutoImageProcessor.from_pretrained(path)
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise TowerError(
             f"{path}: no image processor ({error}). Copy the preprocessor_config.json of the "

@@ -182,7 +182,7 @@ def load_vlm(
         LlavaForConditionalGeneration, path, error=VlmError, config=config, dtype=dtype, **bits
     )
     try:
-        processor: Any = AutoProcessor.from_pretrained(path)
+        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise VlmError(f"{path}: no processor beside the weights ({error})") from error
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
@@ -251,7 +251,7 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     if head is None or getattr(head, "bias", None) is not None:
         raise VlmError(f"{path}: LLaVA needs a language model with an lm_head without bias")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise VlmError(f"{path}: no tokenizer beside the weights ({error})") from error
     if tokenizer.pad_token is None:
