@@ -193,3 +193,32 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "format openai_clip: {'matched': 39" in out and "parity.json" in out
     assert cli.main([*words, "--set", "hidden_act=quick_gelu"]) == 2  # OUT is there
+
+
+@pytest.mark.parametrize("loader", ["tower", "text encoder", "vlm", "export", "convert"])
+def test_remote_code_is_refused_without_a_question(
+    loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would ask on the terminal; nobody is asked, and nothing runs."""
+    from llm2clip_vlm.models.text_encoder import TextEncoder
+    from llm2clip_vlm.models.towers import load_vision_tower
+    from llm2clip_vlm.models.vlm import load_vlm
+
+    monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked"))
+    folder = tmp_path / "release"
+    folder.mkdir()
+    (folder / "evil.py").write_text("import os\nos.mkdir('ran')\nclass Config: pass\n")
+    maps = {"AutoConfig": "evil.Config", "AutoModel": "evil.Config"}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": maps}))
+    save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
+    monkeypatch.chdir(tmp_path)
+    load = {
+        "tower": load_vision_tower,
+        "text encoder": TextEncoder.from_pretrained,
+        "vlm": load_vlm,
+        "export": lambda path: export(path, "transformers", tmp_path / "out"),
+        "convert": lambda path: convert(path, tmp_path / "out"),
+    }[loader]
+    with pytest.raises(ValueError, match=r"custom code|remote code|no layout"):
+        load(folder)
+    assert not (tmp_path / "ran").exists()
