@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scale=recipe.scale,
         symmetric=recipe.symmetric,
         micro_batch_tokens=recipe.micro_batch_tokens,
-        measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra").get("cra", 0.0)},
+        measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra")["cra"]},
         callbacks=[run.metrics],
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)

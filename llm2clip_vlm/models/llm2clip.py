@@ -152,8 +152,8 @@ class LLM2CLIPModel(PreTrainedModel):
         """
         vision_config = copy.deepcopy(tower.config)
         vision_config._name_or_path = ""  # a path on this machine, which the config would keep
-        sizes = {"vision_config": vision_config, "text_embed_dim": text_embed_dim}
-        model: Any = cls(LLM2CLIPConfig(**sizes, **config))
+        config |= {"vision_config": vision_config, "text_embed_dim": text_embed_dim}
+        model: Any = cls(LLM2CLIPConfig(**config))
         model.vision_tower.load_state_dict(tower.state_dict())
         made: LLM2CLIPModel = model.to(tower.dtype)
         return made
@@ -213,7 +213,8 @@ class LLM2CLIPModel(PreTrainedModel):
         """
         image_embeds = self.get_image_features(pixel_values)
         if text_features is None:
-            text_features = self.text_encoder.by_length(**tokens)
+            text_encoder: Any = self.text_encoder
+            text_features = text_encoder.by_length(**tokens)
         text_embeds = self.get_text_features(text_features)
         logit_scale = self.logit_scale.exp()
         embeds = (image_embeds, text_embeds, logit_scale)

@@ -20,7 +20,7 @@ from llm2clip_vlm.models.caption_tokens import pad_tokens
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.callbacks import EachEpoch
-from llm2clip_vlm.training.export import add_lora, merge_lora
+from llm2clip_vlm.training.export import add_lora
 
 logger = logging.getLogger(__name__)
 
@@ -219,7 +219,7 @@ class TextInLoop:
             directory: Such as `<output_dir>/text_encoder`.
         """
         del model.text_encoder
-        self.encoder.backbone = merge_lora(self._tuner)
+        self.encoder.backbone = self._tuner.merge_and_unload()
         if is_main():
             self.encoder.save_pretrained(directory)
 

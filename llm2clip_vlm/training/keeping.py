@@ -45,7 +45,9 @@ class TowerTeacher:
     @torch.no_grad()
     def __call__(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """The teacher's image embeddings, on the device of the pixels."""
-        return self.model.to(pixel_values.device).get_image_features(pixel_values)
+        model: Any = self.model
+        embeds: Tensor = model.to(pixel_values.device).get_image_features(pixel_values)
+        return embeds
 
     def penalty(
         self, image_embeds: Float[Tensor, "b d"], targets: Float[Tensor, "b d"], *, gather: bool

@@ -87,7 +87,11 @@ class StageRun(Generic[R]):
         Args:
             **forced: Trainer arguments that the stage fixes.
         """
-        if steps := getattr(self.recipe, "evaluation_steps", None):
+        steps, *held_out = (
+            getattr(self.recipe, name, None)
+            for name in ("evaluation_steps", "evaluation", "zero_shot")
+        )
+        if steps and any(held_out):
             forced |= {"eval_strategy": "steps", "eval_steps": steps}
         self.args = build_training_arguments(self.recipe, **forced)
         if self.recipe.world is not None:
