@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import (
     set_hf_deepspeed_config,
@@ -125,7 +126,9 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
                 f"{name}_lora.use_dora: expected false, got true; stages 3 and 4 merge plain LoRA "
                 "only, a DoRA magnitude would be lost in the export"
             )
-        add_lora(getattr(model.model, name), lora)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)  # loading draws more or less, as ZeRO-3 has it
+            add_lora(getattr(model.model, name), lora)
     apply_trainable(model, parts)
     freeze_unused_vision(model)
     for name, part in parts.items():
