@@ -14,7 +14,7 @@ import logging
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from torch import Tensor
 from llm2clip_vlm.chat_template import ConversationError, Message
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
-from llm2clip_vlm.data.bad_records import Refusals
+from llm2clip_vlm.data.bad_records import Refusals, Refused
 from llm2clip_vlm.data.conversation import (
     build_labels,
     build_plain_labels,
@@ -66,17 +66,6 @@ class InstructionRecord:
     """Normalised by :func:`~llm2clip_vlm.data.conversation.to_messages`."""
 
 
-@dataclass
-class Refused:
-    """Collects bad records; whether there are too many is decided when all are known."""
-
-    rows: list[tuple[str, str]] = field(default_factory=list)
-
-    def add(self, where: str, why: str) -> None:
-        """Keep one."""
-        self.rows.append((where, why))
-
-
 def image_root(source: InstructionSource) -> Path:
     """Folder that a source's image names are relative to."""
     return Path(source.image_root) if source.image_root else Path(source.path).parent
@@ -96,10 +85,14 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
     """
     path, root = Path(source.path), image_root(source)
     known: set[str] = set()
+    named: set[str] = set()
     for number, row in enumerate(iter_rows(path, bad), start=1):
         if source.limit is not None and number > source.limit:
             break
         where = f"{path.name}:{row.get('id', number)}"
+        if where in named:  # ids repeat in LLaVA's files: each record counts once, not each id
+            where += f":{number}"
+        named.add(where)
         try:
             record = _to_record(row, where)
             for name in {image for image in record.images if isinstance(image, str)} - known:
@@ -177,12 +170,8 @@ class TokenTable:
         key, images = json.loads(self._columns["text"][start:end].numpy().tobytes())
         return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
 
-    def _packed(
-        self, file: int, start: int, size: int, column: str | None, item: list[int] | None
-    ) -> PackedImage:
-        return PackedImage(
-            self._files[file], start, size, column, None if item is None else (item[0], item[1])
-        )
+    def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
+        return PackedImage(self._files[file], start, size, column, item and tuple(item))
 
 
 def read_table(
@@ -255,8 +244,8 @@ def tokenise(
     files = {str(file): number for number, file in enumerate(source_files(source.path))}
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     num_visual = visual_tokens_per_image(processor)
-    ids, trained, text = array("i"), bytearray(), bytearray()
-    starts, text_starts, lengths, counts, cut = [0], [0], [], [], 0
+    ids, trained, text, cut = array("i"), bytearray(), bytearray(), 0
+    starts, text_starts, lengths, counts = array("q", [0]), array("q", [0]), array("q"), array("q")
     for record in read_instructions(source, bad):
         try:
             own, labels = _label(record, processor, plain)
@@ -281,20 +270,19 @@ def tokenise(
         lengths.append(kept + images * (num_visual - 1))
         counts.append(images)
     columns = {
-        "ids": torch.from_numpy(np.frombuffer(ids, np.int32).copy()),
-        "trained": torch.from_numpy(np.frombuffer(trained, np.bool_).copy()),
-        "text": torch.from_numpy(np.frombuffer(text, np.uint8).copy()),
-        **{
-            name: torch.tensor(values, dtype=torch.int64)
-            for name, values in (
-                ("starts", starts),
-                ("text_starts", text_starts),
-                ("lengths", lengths),
-                ("images", counts),
-            )
-        },
+        "ids": _column(ids, torch.int32),
+        "trained": _column(trained, torch.bool),
+        "text": _column(text, torch.uint8),
+        "starts": _column(starts, torch.int64),
+        "text_starts": _column(text_starts, torch.int64),
+        "lengths": _column(lengths, torch.int64),
+        "images": _column(counts, torch.int64),
     }
     return columns, {"refused": bad.rows, "cut": cut, "files": list(files)}
+
+
+def _column(values: array[int] | bytearray, dtype: torch.dtype) -> Tensor:
+    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list[int], list[int]]:
