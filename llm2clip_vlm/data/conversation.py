@@ -73,15 +73,20 @@ def count_images(messages: Sequence[Message]) -> int:
     )
 
 
+def visual_size_px(image_processor: Any) -> tuple[int, int]:
+    """Height and width in pixels of what an image processor returns."""
+    size: dict[str, Any] = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
+    edge = size.get("shortest_edge", 0)
+    return int(size.get("height", edge)), int(size.get("width", edge))
+
+
 def visual_tokens_per_image(processor: Any) -> int:
     """Tokens that the processor puts in place of one `<image>`; 1 for a bare tokenizer."""
     image_processor = getattr(processor, "image_processor", None)
     if image_processor is None:
         return 1
-    size = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
-    if "height" not in size:
-        size = {"height": size["shortest_edge"], "width": size["shortest_edge"]}
-    patches = (size["height"] // processor.patch_size) * (size["width"] // processor.patch_size)
+    height, width = visual_size_px(image_processor)
+    patches = (height // processor.patch_size) * (width // processor.patch_size)
     dropped = processor.vision_feature_select_strategy == "default"
     return int(patches + processor.num_additional_image_tokens - dropped)
 
@@ -211,10 +216,9 @@ def _expand_images(
             f"{found} {IMAGE_TOKEN} tokens after tokenisation, expected {expected}; is "
             f"{IMAGE_TOKEN} a special token of this tokenizer?"
         )
-    out_ids: list[int] = []
-    out_labels: list[int] = []
-    for token, target in zip(ids, labels, strict=True):
-        repeat = count if token == image_id else 1
-        out_ids += [token] * repeat
-        out_labels += [IGNORE_INDEX if token == image_id else target] * repeat
-    return out_ids, out_labels
+    pairs = [
+        (token, IGNORE_INDEX if token == image_id else target)
+        for token, target in zip(ids, labels, strict=True)
+        for _ in range(count if token == image_id else 1)
+    ]
+    return [token for token, _ in pairs], [target for _, target in pairs]

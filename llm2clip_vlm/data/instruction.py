@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,18 @@ import numpy.typing as npt
 import torch
 import yaml
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.conversation import decoded_preview, visual_tokens_per_image
+from llm2clip_vlm.data.conversation import (
+    decoded_preview,
+    visual_size_px,
+    visual_tokens_per_image,
+)
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.token_table import ImageRef, TokenTable, image_root, read_table
 
@@ -283,18 +289,13 @@ class InstructionCollator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes a batch of samples."""
-        length = max(len(item["input_ids"]) for item in items)
-        shape = (len(items), length)
-        batch: dict[str, Any] = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORE_INDEX),
+        ids, labels = ([item[name] for item in items] for name in ("input_ids", "labels"))
+        pad = partial(pad_sequence, batch_first=True)
+        batch = {
+            "input_ids": pad(ids, padding_value=self.pad_token_id),
+            "attention_mask": pad([torch.ones_like(own) for own in ids]),
+            "labels": pad(labels, padding_value=IGNORE_INDEX),
         }
-        for row, item in enumerate(items):
-            size = len(item["input_ids"])
-            batch["input_ids"][row, :size] = item["input_ids"]
-            batch["attention_mask"][row, :size] = 1
-            batch["labels"][row, :size] = item["labels"]
         return batch | joined_images(items)
 
 
@@ -303,10 +304,3 @@ def joined_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     batch: dict[str, Any] = {"sample_ids": [item["sample_id"] for item in items]}
     pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
     return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
-
-
-def visual_size_px(image_processor: Any) -> tuple[int, int]:
-    """Height and width in pixels of what an image processor returns."""
-    size: dict[str, Any] = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
-    edge = size.get("shortest_edge", 0)
-    return int(size.get("height", edge)), int(size.get("width", edge))
