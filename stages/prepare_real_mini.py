@@ -39,7 +39,6 @@ from llm2clip_vlm.recipe import load_recipe, to_plain
 
 HELD_OUT = ("val", "test")
 FOLDERS = ("coco_mini", "easy_vqa", "flickr8k_1k", "llava_pretrain_2k", "stories260k", "text")
-MAX_MEMBER_BYTES = 2**20
 
 
 class PrepareRecipe(Section):
@@ -108,13 +107,8 @@ def write_photos(data: Path, out: Path) -> dict[str, int]:
         for row in iter_rows(data / name / "index.jsonl"):
             part = "held_out" if row["split"] in HELD_OUT else row["split"]
             if part in parts and row["captions"]:
-                parts[part].append(
-                    {
-                        "id": f"{name}/{row['id']}",
-                        "image": f"{name}/{row['image']}",
-                        "captions": row["captions"],
-                    }
-                )
+                placed = {key: f"{name}/{row[key]}" for key in ("id", "image")}
+                parts[part].append(placed | {"captions": row["captions"]})
     for part, rows in parts.items():
         write_jsonl(out / f"photos_{part}.jsonl", rows)
     return {f"photos_{part}": len(rows) for part, rows in parts.items()}
@@ -128,11 +122,8 @@ def write_easy_vqa(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, 
     images = list(dict.fromkeys(row["image"] for row in rows["test"]))
     kept = set(images[: recipe.easy_vqa_test_images])
     test = [row for row in rows["test"] if row["image"] in kept]
-    extract(
-        source / "images.tar.gz",
-        out / "easy_vqa",
-        {row["image"].removeprefix("easy_vqa/") for row in [*rows["train"], *test]},
-    )
+    names = {row["image"].removeprefix("easy_vqa/") for row in [*rows["train"], *test]}
+    extract(source / "images.tar.gz", out / "easy_vqa", names)
     conversations = to_conversations(rows["train"], recipe)
     write_json(out / "easy_vqa_train.json", conversations)
     write_jsonl(out / "easy_vqa_test.jsonl", test)
@@ -175,40 +166,31 @@ def to_conversations(rows: Iterable[Row], recipe: PrepareRecipe) -> list[Row]:
     for image, asked in by_image.items():
         order.shuffle(asked)
         for start in range(0, len(asked), size):
-            turns = []
-            for number, row in enumerate(asked[start : start + size]):
-                question = row["question"] if number else f"<image>\n{row['question']}"
-                turns += [
-                    {"from": "human", "value": question},
-                    {"from": "gpt", "value": str(row["answer"])},
-                ]
+            turns = [
+                {"from": who, "value": str(row[key])}
+                for row in asked[start : start + size]
+                for who, key in (("human", "question"), ("gpt", "answer"))
+            ]
+            turns[0]["value"] = f"<image>\n{turns[0]['value']}"
             records.append({"id": f"{image}:{start}", "image": image, "conversations": turns})
     return records
 
 
 def extract(archive: Path, folder: Path, names: set[str]) -> None:
-    """Unpack the named regular files of a tar archive, and nothing else.
+    """Unpack the named regular files of a tar archive that stay in the folder, and nothing else.
 
     Raises:
-        ValueError: A name that leaves the folder, a member that is too large, or one that is not
-            there.
+        ValueError: One of them is not there.
     """
-    if bad := sorted(n for n in names if n.startswith("/") or ".." in Path(n).parts):
-        raise ValueError(f"{archive}: {bad[0]!r} leaves the folder; expected relative paths")
     left = set(names)
     with tarfile.open(archive) as tar:
         for member in tar:
-            if member.name not in left or not member.isfile():
-                continue
-            handle = tar.extractfile(member)
-            if handle is None or member.size > MAX_MEMBER_BYTES:
-                raise ValueError(
-                    f"{archive}: {member.name} has {member.size} bytes; is it damaged?"
-                )
-            target = folder / member.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(handle.read())
-            left.discard(member.name)
+            target = (folder / member.name).resolve()
+            handle = tar.extractfile(member) if member.isfile() and member.name in left else None
+            if handle is not None and target.is_relative_to(folder.resolve()):
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(handle.read())
+                left.discard(member.name)
     if left:
         raise ValueError(f"{archive}: {len(left)} pictures are missing, such as {min(left)}")
 
@@ -219,9 +201,8 @@ def write_tower(recipe: PrepareRecipe, folder: Path) -> None:
     config = CLIPVisionConfig(**recipe.vision_tower)
     CLIPVisionModel(config).save_pretrained(str(folder))
     side = int(recipe.vision_tower["image_size"])
-    CLIPImageProcessorPil(
-        size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-    ).save_pretrained(str(folder))
+    crop = {"height": side, "width": side}
+    CLIPImageProcessorPil(size={"shortest_edge": side}, crop_size=crop).save_pretrained(folder)
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -173,14 +173,12 @@ def test_only_named_files_leave_the_archive(tmp_path: Path) -> None:
     assert not (tmp_path / "outside.png").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [("../outside.png", "leaves the folder"), ("train/9.png", "1 pictures are missing")],
-)
-def test_an_archive_that_does_not_fit_is_refused(tmp_path: Path, name: str, message: str) -> None:
+@pytest.mark.parametrize("name", ["../outside.png", "train/9.png"])
+def test_an_archive_that_does_not_fit_is_refused(tmp_path: Path, name: str) -> None:
     archive = tar_with(tmp_path / "a.tar.gz", **{"../outside.png": b"y"})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=f"1 pictures are missing, such as {name}"):
         program().extract(archive, tmp_path / "out", {name})
+    assert not (tmp_path / "outside.png").exists()
 
 
 def test_a_link_in_the_archive_is_not_followed(tmp_path: Path) -> None:
