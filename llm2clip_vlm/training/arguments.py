@@ -26,15 +26,6 @@ _OWNED = {
     "seed": "`seed` of the recipe",
     "gradient_accumulation_steps": "`global_batch_size` of the recipe (accumulation follows)",
 }
-_RENAMED = {
-    "evaluation_strategy": "`eval_strategy`",
-    "group_by_length": "`train_sampling_strategy: group_by_length`",
-    "logging_dir": "nothing (TENSORBOARD_LOGGING_DIR in the environment)",
-    "no_cuda": "`use_cpu`",
-    "overwrite_output_dir": "nothing (delete the folder, or choose another output_dir)",
-    "save_safetensors": "nothing (always so)",
-    "warmup_ratio": "`warmup_steps` with a number below 1",
-}
 _PLAIN = (bool, int, float, str, dict, list, type(None))
 
 
@@ -57,8 +48,6 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
         key = f"trainer.{name}"
         if name in _OWNED:
             problems.append(f"{key}: set {_OWNED[name]} instead")
-        elif name in _RENAMED and name not in fields:
-            problems.append(f"{key}: unknown key; this version takes {_RENAMED[name]}")
         elif name not in fields:
             hint = did_you_mean(name, fields) or "; see transformers.TrainingArguments"
             problems.append(f"{key}: unknown key{hint}")

@@ -36,8 +36,7 @@ def make_recipe(folder: Path, **changes: Any) -> RunRecipe:
     [
         ("learning_rat", 1e-3, "unknown key; did you mean `learning_rate`?"),
         ("qqq", 1, "unknown key; see transformers.TrainingArguments"),
-        ("group_by_length", True, "train_sampling_strategy: group_by_length"),
-        ("warmup_ratio", 0.1, "`warmup_steps` with a number below 1"),
+        ("warmup_ratio", 0.1, "unknown key"),
         ("output_dir", "x", "set `output_dir` of the recipe instead"),
         ("gradient_accumulation_steps", 2, "`global_batch_size`"),
         ("max_steps", "ten", "expected int, got 'ten'"),

@@ -18,6 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm2clip_vlm.training.checkpoints import newest_whole
 from llm2clip_vlm.training.strict_resume import StrictTrainer, in_memory_names
 
 
@@ -123,3 +124,21 @@ def test_names_are_restored_afterwards(tmp_path: Path) -> None:
     assert model.save_pretrained == original
     assert "model.language_model.norm.weight" in load_file(tmp_path / "a" / "model.safetensors")
     assert "language_model.model.norm.weight" in load_file(tmp_path / "b" / "model.safetensors")
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """T43."""
+    save = torch.save
+
+    def full(thing: Any, path: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-6" in str(path):
+            raise OSError(28, "No space left on device")
+        save(thing, path, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(StrictTrainer, tmp_path, False)
+    assert (tmp_path / "checkpoint-6").is_dir()
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-3")
