@@ -7,7 +7,6 @@ disk, no member's name is ever used as a path, and links inside a tar are not fo
 from __future__ import annotations
 
 import json
-import logging
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,14 +16,11 @@ from typing import IO, Any
 
 from llm2clip_vlm.data.bad_records import RecordError, Refusals
 
-logger = logging.getLogger(__name__)
-
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif heic jp2 jxl ppm".split())
 TEXT_SUFFIXES = frozenset(("txt", "caption", "text"))
 MAX_TEXT_BYTES = 4 * 2**20
 """A longer text or JSON member is refused unread."""
 
-_ROWS_WORTH_A_WARNING = 2048
 _ROW_GROUPS_KEPT = 4
 
 
@@ -190,17 +186,9 @@ def table_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, dict[str, Any]]
             packed = _packed_columns(table.schema_arrow)
             plain = [name for name in table.schema_arrow.names if name not in packed]
             for group in range(table.num_row_groups):
-                size = table.metadata.row_group(group).num_rows
-                if packed and group == 0 and size > _ROWS_WORTH_A_WARNING:
-                    logger.warning(
-                        "%s has row groups of %d images, each of which is read for every image "
-                        "that a shuffle takes from it; write it with row_group_size=100",
-                        path,
-                        size,
-                    )
                 rows = table.read_row_group(group, columns=plain)
                 yield from _rows(path, group, rows, packed, bad, first)
-                first += size
+                first += rows.num_rows
     except pyarrow.ArrowException as error:
         raise RecordError(
             f"{path}: cannot be read as {path.suffix[1:].capitalize()} ({error})"
