@@ -41,6 +41,8 @@ TEXTS = (
     "a purple ring next to a black cross",
     "one man with a brown dog is running",
 )
+SOURCES = 5
+"""Files of records: the most that a recipe reads."""
 DREAMLIP = [f"{size}{kind}_captions" for kind in ("IB", "SV", "LLA") for size in ("short", "long")]
 COLUMNS = ["raw_caption", *DREAMLIP, "long_caption", "query", "positive", "negative"]
 
@@ -72,7 +74,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Callable
     from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
     folder = tmp_path_factory.mktemp("parts")
-    for source in range(4):
+    for source in range(SOURCES):
         lines = "".join(json.dumps(row) + "\n" for row in rows(source))
         (folder / f"{source}.jsonl").write_text(lines)
     for i in range(8):
@@ -107,8 +109,12 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Callable
             if kind in ("llama", "qwen"):
                 language_model(kind)
             elif kind == "cache":
-                texts = [v for n in range(4) for r in rows(n) for k, v in r.items() if k in COLUMNS]
-                texts += [text for n in range(4) for row in rows(n) for text in row["captions"]]
+                texts = [
+                    v for n in range(SOURCES) for r in rows(n) for k, v in r.items() if k in COLUMNS
+                ]
+                texts += [
+                    text for n in range(SOURCES) for row in rows(n) for text in row["captions"]
+                ]
                 EmbeddingCache.build(folder / kind, texts, encode, {"model": "random"})
             elif kind.startswith("vlm:"):
                 vlm(kind)
