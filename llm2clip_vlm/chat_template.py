@@ -55,7 +55,7 @@ def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
         return name
     path = _FOLDER / f"{name}.jinja" if name in known else Path(name)
     if path.is_file():
-        return path.read_text(encoding="utf-8").rstrip("\n")
+        return path.read_text(encoding="utf-8")
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConversationError(
