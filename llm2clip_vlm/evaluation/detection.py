@@ -53,10 +53,7 @@ class TowerBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.stage_names = ["patches"]
-        self.set_output_features_output_indices(
-            out_features=kwargs.pop("out_features", None),
-            out_indices=kwargs.pop("out_indices", None),
-        )
+        self.set_output_features_output_indices(out_features=None, out_indices=None)
         super().__post_init__(**kwargs)
 
 

@@ -77,9 +77,8 @@ class Encoder:
         """As :meth:`pool`, in the joint space and of unit norm."""
         pooled, digest = self.pool(images)
         model = self.tower.model
-        return F.normalize(
-            self.project(pooled.to(model.device, model.dtype)).float(), dim=-1
-        ).cpu(), digest
+        embeds = self.project(pooled.to(model.device, model.dtype)).float()
+        return F.normalize(embeds, dim=-1).cpu(), digest
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Texts in the joint space.

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -95,40 +94,38 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
 def patch_grid(
     encoder: Encoder, windows: Float[Tensor, "b 3 s s"], *, last_values: bool = False
 ) -> Float[Tensor, "b g g d"]:
-    """The tower's last patch features; with `last_values` its last attention is left out.
+    """The tower's last patch features.
+
+    With `last_values` the last self-attention gives each token its own value, through the output
+    projection.
 
     Raises:
         ValueError: `last_values`, and the tower has no attention with `v_proj`.
     """
     tower = encoder.tower
-    with _last_values(tower.model) if last_values else nullcontext():
-        out: Any = tower.model(pixel_values=windows.to(tower.model.device, tower.model.dtype))
+    model: Any = tower.model
+    layers = [m for m in model.modules() if hasattr(m, "v_proj")] if last_values else []
+    if last_values and not layers:
+        raise ValueError(
+            f"last_attention: `value` needs attention with a v_proj, which {type(model).__name__} "
+            "has not; use `full`"
+        )
+    hooks = [layer.register_forward_hook(_own_value, with_kwargs=True) for layer in layers[-1:]]
+    try:
+        out = model(pixel_values=windows.to(model.device, model.dtype))
+    finally:
+        for hook in hooks:
+            hook.remove()
     patches = out.last_hidden_state[:, tower.num_prefix_tokens :]
     found: Tensor = patches.unflatten(1, (tower.grid, tower.grid))
     return found
 
 
-@contextmanager
-def _last_values(model: nn.Module) -> Iterator[None]:
-    """The last self-attention gives each token its own value, through the output projection."""
-    layers: list[Any] = [m for m in model.modules() if hasattr(m, "v_proj")]
-    if not layers:
-        raise ValueError(
-            f"last_attention: `value` needs attention with a v_proj, which {type(model).__name__} "
-            "has not; use `full`"
-        )
-
-    def own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
-        value = layer.v_proj(args[0] if args else kwargs["hidden_states"])
-        for name in ("inner_attn_ln", "out_proj", "o_proj", "proj"):
-            value = getattr(layer, name, nn.Identity())(value)
-        return (value, *output[1:]) if isinstance(output, tuple) else value
-
-    hook = layers[-1].register_forward_hook(own_value, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
+def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    value = layer.v_proj(args[0] if args else kwargs["hidden_states"])
+    for name in ("inner_attn_ln", "out_proj", "o_proj", "proj"):
+        value = getattr(layer, name, nn.Identity())(value)
+    return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 @torch.no_grad()

@@ -16,28 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.config_encoder import (
-    CompositionalTask,
-    CraTask,
-    EncoderEvalRecipe,
-    RetrievalTask,
-    ZeroShotTask,
-)
+from llm2clip_vlm.config_encoder import CompositionalTask, CraTask, RetrievalTask, ZeroShotTask
+from llm2clip_vlm.config_encoder import EncoderEvalRecipe as Recipe
 from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import (
-    CRA_PROTOCOL,
-    CaptionRecord,
-    read_captions,
-    retrieval_task,
-)
+from llm2clip_vlm.data.captions import CRA_PROTOCOL, CaptionRecord, read_captions, retrieval_task
 from llm2clip_vlm.data.image_text import caption_galleries
-from llm2clip_vlm.evaluation.encoder_benchmarks import (
-    plain_image,
-    read_classes,
-    read_classified,
-    read_compositional,
-    read_retrieval,
-)
+from llm2clip_vlm.evaluation import encoder_benchmarks as published
 from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
 from llm2clip_vlm.evaluation.retrieval import (
     TIE_TOLERANCE,
@@ -50,9 +34,9 @@ from llm2clip_vlm.evaluation.retrieval import (
 Result = dict[str, Any]
 
 
-def retrieval(task: RetrievalTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+def retrieval(task: RetrievalTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Image to text and text to image, each kind of caption (or language) for itself."""
-    records, protocol, standard = read_retrieval(task)
+    records, protocol, standard = published.read_retrieval(task)
     images, image_hash = encoder.embed_images(records)
     galleries = caption_galleries(records)
     texts = {kind: encoder.embed_texts(items) for kind, (items, _) in galleries.items()}
@@ -68,23 +52,21 @@ def retrieval(task: RetrievalTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
             for way in ("i2t", "t2i")
         },
         "kinds": found,
-        "samples": {
-            name: ([records[row].key for row in rows], right)
-            for name, (rows, right) in hits.items()
-        },
+        "samples": {k: ([records[row].key for row in rows], v) for k, (rows, v) in hits.items()},
     }
 
 
 _KS = ("r1", "r5", "r10", "tie_rate")
 
 
-def caption_accuracy(task: CraTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Caption retrieval accuracy of the text encoder alone; no image is opened."""
     if task.benchmark == "records":  # which need no images
         source = CaptionSource(path=task.data, fields=task.fields, where=task.where)
-        several, protocol, standard = read_captions(source, BadRecords()), task.data, False
+        several = read_captions(source, BadRecords())
+        protocol, standard = Path(task.data).name, False
     else:
-        records, protocol, standard = read_retrieval(task)
+        records, protocol, standard = published.read_retrieval(task)
         several = [CaptionRecord(r.key, r.captions) for r in records]
     several = [record for record in several if len(record.texts) > 1]
     if not several:
@@ -107,26 +89,23 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: EncoderEvalRecipe)
     }
 
 
-def compositional(task: CompositionalTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> Result:
     """The right caption of an image, or the right pairing of two, against hard negatives."""
-    items = read_compositional(task)
+    items = published.read_compositional(task)
     if not items:
         raise ValueError(f"{task.data}: holds no item of {task.benchmark}")
     names = {name: row for row, name in enumerate(dict.fromkeys(n for i in items for n in i[1]))}
     texts = {text: row for row, text in enumerate(dict.fromkeys(t for i in items for t in i[2]))}
-    image_embeds, image_hash = encoder.embed_images(
-        [plain_image(Path(task.images), name) for name in names]
-    )
+    pictures = [published.plain_image(Path(task.images), name) for name in names]
+    image_embeds, image_hash = encoder.embed_images(pictures)
     text_embeds = encoder.embed_texts(list(texts))
     right: dict[str, list[bool]] = {}
     tied = []
-    for _, pictures, captions in items:
-        scores = (
-            image_embeds[[names[name] for name in pictures]]
-            @ text_embeds[[texts[text] for text in captions]].T
-        )
+    for _, shown, said in items:
+        ours = image_embeds[[names[name] for name in shown]]
+        scores = ours @ text_embeds[[texts[text] for text in said]].T
         gaps = {"text": scores.diagonal()[:, None] - scores}
-        if len(pictures) > 1:
+        if len(shown) > 1:
             gaps["image"] = scores.diagonal()[None] - scores
         good = {}
         for way, gap in gaps.items():
@@ -138,7 +117,7 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: EncoderEval
         for way, value in good.items():
             right.setdefault(way, []).append(value)
     kinds = np.array([kind for kind, _, _ in items])
-    groups = [pictures[0] for _, pictures, _ in items]
+    groups = [shown[0] for _, shown, _ in items]
     chance = {"text": 50.0} if len(right) == 1 else {"text": 25.0, "image": 25.0, "group": 100 / 6}
     by_kind = {
         kind: {way: 100.0 * float(np.mean(np.array(v)[kinds == kind])) for way, v in right.items()}
@@ -157,10 +136,10 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: EncoderEval
     }
 
 
-def classification(task: ZeroShotTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Result:
+def classification(task: ZeroShotTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Images against the texts of the classes' names."""
-    classes = read_classes(task.classes)
-    records, labels = read_classified(task)
+    classes = published.read_classes(task.classes)
+    records, labels = published.read_classified(task)
     wanted = label_rows(labels, classes, task.classes)
     weights = class_embeds(encoder, list(classes.values()), task.templates)
     images, image_hash = encoder.embed_images(records)
@@ -215,9 +194,7 @@ def mean_per_class(right: np.ndarray, labels: np.ndarray) -> float:
     return 100.0 * float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
 
 
-def score(
-    right: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], recipe: EncoderEvalRecipe
-) -> Result:
+def score(right: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], recipe: Recipe) -> Result:
     """Per cent right with its interval, whole groups (images) resampled."""
     values = 100.0 * np.asarray(right, dtype=np.float64)
     found: Result = {"score": float(values.mean()), "ci": None}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,6 @@ from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.evaluation.encoders import Encoder, load_encoder
 from llm2clip_vlm.evaluation.segmentation import (
     Masks,
-    _last_values,
     _pool_each,
     class_iou,
     linear_segmentation,
@@ -171,14 +172,14 @@ def test_pooling_a_patch_alone_is_the_towers_own_pooling(tmp_path: Path) -> None
     assert _pool_each(model, patches) is patches
 
 
-def test_a_tower_without_v_proj_says_so() -> None:
-    with pytest.raises(ValueError, match="Linear has not; use `full`"), _last_values(Linear(1, 1)):
-        pass
+def test_a_tower_without_v_proj_says_so(clip: Encoder) -> None:
+    encoder: Any = SimpleNamespace(tower=replace(clip.tower, model=Linear(1, 1)))
+    with pytest.raises(ValueError, match="Linear has not; use `full`"):
+        patch_grid(encoder, torch.zeros(1, 3, 32, 32), last_values=True)
 
 
 def test_zero_shot_by_texts_that_are_the_patches_own(clip: Encoder, voc: Path) -> None:
     """Class texts made of the tower's own patches of a colour find that colour."""
-    from dataclasses import replace
 
     def own(texts: Any) -> torch.Tensor:
         names = ("red", "blue", "green")
