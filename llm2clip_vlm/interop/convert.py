@@ -167,7 +167,7 @@ def _encoder(
     )
     pixels = fixed_pixels(vision_config.image_size)
     expected = features_of(model.eval(), pixels)
-    opened = "llm2clip_vlm itself: the library it comes from is not installed"
+    opened = "llm2clip_vlm itself: the library it comes from cannot be imported"
     visual = libraries.open_clip_weights(
         holder.vision_tower, getattr(model, "visual_projection", None)
     )

@@ -234,7 +234,7 @@ def _checked(
             convert(folder, Path(place) / "back", settings=named)
             again = load_vision_tower(Path(place) / "back", dtype=torch.float32).model
             got = features_of(again, pixels)["image_features"]
-        opened = f"`convert`: {library} is not installed", got
+        opened = f"`convert`: {library} cannot be imported", got
     expected = {"image_features": features_of(model, pixels)["image_features"]}
     return Evidence(opened[0], expected, {"image_features": opened[1]}, more or {})
 

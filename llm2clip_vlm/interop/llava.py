@@ -191,6 +191,8 @@ def llava_weights(model: Any) -> dict[str, Tensor]:
         for name, tensor in model.state_dict().items()
         if not name.startswith("model.vision_tower.")
     }
+    if model.config.text_config.tie_word_embeddings:
+        del ours["lm_head.weight"]  # it is the embeddings', as the config says
     found, unknown = translate(ours, LLAVA, back=True)
     assert not unknown, f"the table has no {unknown[0]}"
     return found

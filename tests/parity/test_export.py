@@ -114,7 +114,7 @@ def test_without_the_library_our_own_reader_is_the_proof(
     for name in ("open_clip", "timm"):
         monkeypatch.setitem(sys.modules, name, None)
     certificate = export(stage_2b(kind, tmp_path), library, tmp_path / "out")
-    assert certificate["opened_with"] == f"`convert`: {library} is not installed"
+    assert certificate["opened_with"] == f"`convert`: {library} cannot be imported"
     check_certificate(tmp_path / "out", certificate)
 
 

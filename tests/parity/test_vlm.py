@@ -23,7 +23,7 @@ from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import read_weights
 from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
-from tests.tiny import write_image
+from tests.tiny import llama_config, llm_tokenizer, write_image
 from tests.tiny_towers import build_tower
 
 QUESTION = [
@@ -170,6 +170,19 @@ def test_a_tuned_tower_inside_a_llava_checkpoint_is_used(
     certificate = convert(folder, tmp_path / "back", vision_tower=str(tiny_clip))
     assert certificate["keys"]["left_out"] == {"model.language_model": 1}
     assert torch.equal(logits(tmp_path / "back"), logits(vlm))
+
+
+def test_tied_embeddings_go_out_and_come_back(tiny_clip: Path, tmp_path: Path) -> None:
+    tokenizer = llm_tokenizer()
+    config = llama_config(len(tokenizer))
+    config.tie_word_embeddings = True
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "llm")
+    folder = make(tiny_clip, tmp_path / "llm", tmp_path / "vlm")
+    export(folder, "llava", tmp_path / "llava")
+    assert "lm_head.weight" not in read_weights(tmp_path / "llava")
+    convert(tmp_path / "llava", tmp_path / "back")
+    assert torch.equal(logits(tmp_path / "back"), logits(folder))
 
 
 def test_llava_hf_comes_in_as_it_lies(vlm: Path, tmp_path: Path) -> None:
