@@ -5,21 +5,29 @@ Purpose: every task of a suite on every checkpoint, in one subprocess; a second 
     prompts and scorers and are never their scores.
 Needs: vision-language checkpoints (stage 4's `model/`), a suite (`eval/suites/*.yaml`).
 Writes: `<output>/<name>/<task>.json` and `<task>.samples.jsonl`.
+    With `--expected FILE:ROW` also `<output>/<name>/score_gate.json`.
 Launch: python eval/run_lmms.py --suite eval/suites/world.yaml \
         --checkpoint base=runs/demo/base/stage4/model --output runs/demo/eval [key=value ...]
+    `--prefetch` prints which data sets the suite reads, for a machine that goes offline.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import sys
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config_eval import SuiteRecipe
+from llm2clip_vlm.config_eval import ExpectedScores, SuiteRecipe
+from llm2clip_vlm.evaluation.lmms_job import left_out
 from llm2clip_vlm.evaluation.lmms_runner import run_suite
+from llm2clip_vlm.evaluation.score_gate import gate, gate_table
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.recipe import load_recipe
+
+TASKS = Path(__file__).resolve().parent / "tasks"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,34 +40,67 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--suite", required=True, type=Path, help="YAML file of tasks")
+    parser.add_argument("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
+    parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument(
-        "--checkpoint", required=True, action="append", metavar="NAME=PATH", help="repeatable"
+        "--expected", metavar="FILE:ROW", help="published row to hold the results against"
     )
-    parser.add_argument("--output", required=True, type=Path, help="folder of the results")
+    parser.add_argument(
+        "--prefetch", action="store_true", help="print what must be downloaded, and stop"
+    )
     parser.add_argument("--limit", type=int, help="first documents of each task only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's values")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoints: dict[str, str] = {}
-    for given in arguments.checkpoint:
+    if not arguments.prefetch and not (arguments.checkpoint and arguments.output):
+        parser.error("expected --checkpoint NAME=PATH and --output FOLDER, or --prefetch")
+    for given in arguments.checkpoint or []:
         name, equals, path = given.partition("=")
         if not equals or not path or name in checkpoints:
             parser.error(f"--checkpoint {given}: expected NAME=PATH, each name once")
         checkpoints[name] = path
     try:
         suite = load_recipe(arguments.suite, SuiteRecipe, arguments.overrides)
-        results = run_suite(
-            suite,
-            checkpoints,
-            arguments.output,
-            arguments.limit,
-            tasks_dir=Path(__file__).resolve().parent / "tasks",
-        )
+        if arguments.prefetch:
+            print_prefetch(suite)
+            return 0
+        file, _, row = (arguments.expected or "").rpartition(":")
+        expected = load_recipe(file, ExpectedScores) if file else None
+        if arguments.expected and (expected is None or row not in expected.rows):
+            rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
+            raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")
+        output, limit = arguments.output, arguments.limit
+        results = run_suite(suite, checkpoints, output, limit, tasks_dir=TASKS)
+        print_table(results)
+        if names := left_out(suite):
+            print(f"not run, for want of a judge: {', '.join(names)}")
+        for name, found in results.items() if expected is not None else ():
+            rows = gate(expected, row, found)
+            write_atomically(output / name / "score_gate.json", json.dumps(rows, indent=2))
+            print(f"\n{name}: {gate_table(rows, f'{row}, {expected.source}')}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print_table(results)
     return 0
+
+
+def print_prefetch(suite: SuiteRecipe) -> None:
+    """What `hf download` must fetch before `HF_HUB_OFFLINE=1`, and which local files are read."""
+    from llm2clip_vlm.evaluation.lmms_job import task_yaml
+    from llm2clip_vlm.evaluation.lmms_tasks import load_config
+
+    skipped = left_out(suite)
+    for task in suite.tasks:
+        config = load_config(task_yaml(task.task, TASKS))
+        name = config.get("dataset_name") or "all of it"
+        if (task.name or task.task) in skipped:
+            print(f"# {task.task}: needs a judge")
+        elif task.data_files:
+            print(f"# {task.task}: reads {task.data_files}")
+        else:
+            path = config["dataset_path"]
+            print(f"hf download --repo-type dataset {path}  # {task.task}: {name}")
 
 
 def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:

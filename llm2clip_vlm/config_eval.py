@@ -14,6 +14,10 @@ class LmmsTask(Section):
 
     task: str
     """Name of a built-in task, or of one under `eval/tasks/`."""
+    name: str | None = None
+    """Name of its result; none = the task's. One task twice in a suite needs two names."""
+    judge: bool = False
+    """Its score comes from another model; see the suite's `judge`."""
     data_files: str | None = None
     """Local file (parquet, json, jsonl) that replaces the task's own data set."""
     limit: int | None = Field(default=None, ge=1)
@@ -53,8 +57,54 @@ class SuiteRecipe(Section):
     """Where to run; none = `cuda` if there is one, else `cpu`."""
     max_empty: float = Field(default=0.2, ge=0, le=1)
     """A task with a larger share of empty answers is refused: something is broken."""
+    judge: Literal["none", "environment"] = "none"
+    """`none`: tasks that need a judge are left out, by name. `environment`: they ask the one that
+    lmms-eval finds in `OPENAI_API_KEY`, `OPENAI_API_URL` and `MODEL_VERSION`."""
     tasks: list[LmmsTask] = Field(min_length=1)
     """In the order in which they are run."""
+
+
+class ExpectedColumn(Section):
+    """One column of a published table, and what of ours it is."""
+
+    results: list[str] = Field(min_length=1)
+    """Names of the suite's results; their mean is compared."""
+    metric: str = "exact_match"
+    """lmms-eval's metric."""
+    metric_full: float = 1.0
+    """Its value for an answer sheet without an error."""
+    value_full: float = 100.0
+    """The published value for such a sheet."""
+    n: int = Field(ge=1)
+    """Questions: of them the noise of two runs follows."""
+    prompt_has: list[str] = Field(default_factory=list)
+    """Text that the published protocol puts into every prompt."""
+    prompt_lacks: list[str] = Field(default_factory=list)
+    """Text that it does not."""
+
+
+class ExpectedScores(Section):
+    """A published table (`eval/expected/*.yaml`), to be compared with results of ours."""
+
+    base: str | None = None
+    """One parent file whose values this file overrides."""
+    source: str
+    """Where the numbers are printed."""
+    notes: str = ""
+    """What a reader must know before comparing."""
+    image_processor: str | None = None
+    """Class (its first letters) that the published protocol corresponds to."""
+    columns: dict[str, ExpectedColumn]
+    """By the name that the table gives."""
+    rows: dict[str, dict[str, float]]
+    """By model: column to value. A column may be missing."""
+
+    @model_validator(mode="after")
+    def _columns_are_known(self) -> Self:
+        for row, values in self.rows.items():
+            if unknown := sorted(set(values) - set(self.columns)):
+                raise ValueError(f"rows.{row}: {unknown} are no columns of {list(self.columns)}")
+        return self
 
 
 class PipelineStep(Section):
@@ -134,6 +184,8 @@ class ReportRecipe(Section):
         default_factory=lambda: ["llm2clip", "control_long"], min_length=2, max_length=2
     )
     """The two towers of the answer: the first is asked to beat the second."""
+    encoders: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to what `eval/run_encoder.py` wrote; what is not there is not shown."""
     stage3: dict[str, str] = Field(default_factory=dict)
     """Any label to a stage 3 output directory, for its training curve."""
     vlms: dict[str, dict[str, str]] = Field(default_factory=dict)

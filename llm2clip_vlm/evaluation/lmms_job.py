@@ -12,6 +12,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -64,7 +65,7 @@ class Job:
     task_index: int
     """Place of the task in the suite."""
     task: str
-    """Name of the task."""
+    """Name of the result: the task's, unless the suite gives another."""
     spec_hash: str
     """Hash of everything but the checkpoint that decides the score."""
 
@@ -130,17 +131,27 @@ def plan(
         limit: First documents of each task only; overrides the tasks' own.
 
     Returns:
-        A job for each checkpoint and task.
+        A job for each checkpoint and task; without the tasks that :func:`left_out` names.
 
     Raises:
         EvaluationError: A checkpoint, task, data file or image that is not there, a name that is no
-            file name, or two tasks of one name.
+            file name, two tasks of one name, or a judge asked for that has no key.
     """
-    names = [task.task for task in suite.tasks]
+    names = [task.name or task.task for task in suite.tasks]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
-        raise EvaluationError(f"tasks: {sorted(twice)} given twice; use two suites")
-    specs = [spec_hash(suite, task, tasks_dir, limit) for task in suite.tasks]
+        raise EvaluationError(f"tasks: {sorted(twice)} given twice; give each a `name`")
+    if suite.judge == "environment" and not os.environ.get("OPENAI_API_KEY"):
+        raise EvaluationError(
+            "judge: environment: expected OPENAI_API_KEY (and OPENAI_API_URL, MODEL_VERSION), got "
+            "none; without it lmms-eval writes 0 or 100; set it, or leave `judge: none`"
+        )
+    skipped = left_out(suite)
+    specs = {
+        index: spec_hash(suite, task, tasks_dir, limit)
+        for index, task in enumerate(suite.tasks)
+        if names[index] not in skipped
+    }
     jobs = []
     for name, path in checkpoints.items():
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
@@ -152,9 +163,15 @@ def plan(
                 "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"
             )
         digest = fingerprint_dir(folder)
-        for index, task in enumerate(suite.tasks):
-            jobs.append(Job(name, str(folder), digest, index, task.task, specs[index]))
+        for index, spec in specs.items():
+            jobs.append(Job(name, str(folder), digest, index, names[index], spec))
     return jobs
+
+
+def left_out(suite: SuiteRecipe) -> list[str]:
+    """Results that a suite without a judge does not make."""
+    asked = suite.judge == "environment"
+    return [task.name or task.task for task in suite.tasks if task.judge and not asked]
 
 
 def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | None) -> str:
@@ -170,7 +187,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         )
     folder = task_yaml(task.task, tasks_dir).parent
     parts = {
-        "task": task.model_dump(mode="json", exclude={"data_files", "title", "max_empty"}),
+        "task": task.model_dump(mode="json", exclude={"data_files", "title", "name", "max_empty"}),
         "limit": limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),

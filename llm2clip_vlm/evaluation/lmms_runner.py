@@ -17,7 +17,7 @@ from typing import Any
 import llm2clip_vlm
 from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.data.world_files import ensure_world
-from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, plan, write_jobs
+from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, left_out, plan, write_jobs
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ def run_suite(
     jobs = plan(suite, checkpoints, tasks, limit)
     pending = [job for job in jobs if job.result(out) is None]
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
+    if names := left_out(suite):
+        logger.warning("not run, for want of a judge (suite's `judge`): %s", ", ".join(names))
     failed: list[tuple[Job, int]] = []
     while pending:
         code = _spawn(suite, pending, out, tasks, limit)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import argparse
+import contextlib
+import inspect
+import io
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,12 +37,18 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
-def samples_of(logged: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def samples_of(
+    logged: Sequence[Mapping[str, Any]],
+    metrics: Sequence[str],
+    aggregations: Mapping[str, Callable[..., Any]] | None = None,
+) -> list[dict[str, Any]]:
     """One record a document, in document order.
 
     Args:
         logged: `simple_evaluate`'s `samples[task]`.
         metrics: Names of the task's metrics, in the order of its YAML.
+        aggregations: The task's own, by metric: they mark a document whose values do not say
+            themselves whether it was answered right.
 
     Returns:
         `{doc_id, id, image_id, question, type, answer, target, correct, unparsable}`; `correct` is
@@ -61,7 +72,7 @@ def samples_of(logged: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> l
                 "type": str(item.get("type") or doc.get("type") or doc.get("category") or ""),
                 "answer": item["filtered_resps"][0],
                 "target": target,
-                "correct": _score(item, metrics),
+                "correct": _score(item, metrics, aggregations or {}),
                 "unparsable": item.get("unparsable"),
             }
         )
@@ -80,13 +91,32 @@ def _question(item: Mapping[str, Any]) -> str:
     return next((value for value in item["arguments"] if isinstance(value, str)), "")
 
 
-def _score(item: Mapping[str, Any], metrics: Sequence[str]) -> float:
+def _score(
+    item: Mapping[str, Any],
+    metrics: Sequence[str],
+    aggregations: Mapping[str, Callable[..., Any]],
+) -> float:
     for name in metrics:
         value = item.get(name)
-        value = value.get("score") if isinstance(value, Mapping) else value
+        if isinstance(value, Mapping):
+            found = value.get("score", value.get("is_correct"))
+            value = _alone(value, aggregations.get(name)) if found is None else found
         if isinstance(value, int | float):
             return float(value)
     raise EvaluationError(f"document {item['doc_id']}: no value of {', '.join(metrics)}")
+
+
+def _alone(value: Mapping[str, Any], aggregation: Callable[..., Any] | None) -> float | None:
+    """What a task's metric is for one document alone, between 0 and 1."""
+    if aggregation is None:
+        return None
+    # MMBench takes an index above a million for another turn of a question; it writes files, too.
+    alone = [{**value, "index": 0} if "index" in value else value]
+    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+        wants_args = "args" in inspect.signature(aggregation).parameters
+        given = [argparse.Namespace(output_path=scratch)] if wants_args else []
+        found = float(aggregation(alone, *given))
+    return found / 100 if found > 1 else found
 
 
 def summarise(samples: Sequence[Mapping[str, Any]], resamples: int = 1000) -> dict[str, Any]:

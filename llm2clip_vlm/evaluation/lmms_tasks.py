@@ -30,7 +30,7 @@ JUDGE_MARKS = ("OPENAI_API", "AZURE_", "llm_judge", "get_chat_response")
 """Text in a scorer's folder that means: another model is asked. Without its key lmms-eval prints
 nonsense (0.0 or even 100.0), so such tasks are refused."""
 
-STATIC_DESPITE_MARKS = frozenset({"mmbench_en_dev_static"})
+STATIC_DESPITE_MARKS = frozenset({"mmbench_en_dev_static", "l2c_mmbench_cn_dev_static"})
 """Tasks whose scorer shares a file with a judge and never calls it."""
 
 
@@ -63,8 +63,8 @@ def refuse_judge(name: str, config: Mapping[str, Any]) -> None:
         marks = [mark for mark in JUDGE_MARKS if mark in file.read_text(encoding="utf-8")]
         if marks:
             raise EvaluationError(
-                f"task {name}: its scorer asks a judge model ({marks[0]} in {file.name}); judge "
-                "tasks are not run here"
+                f"task {name}: its scorer asks a judge model ({marks[0]} in {file.name}); mark it "
+                "`judge: true` and give the suite `judge: environment`"
             )
 
 
@@ -116,7 +116,14 @@ def merge(config: dict[str, Any], overrides: Mapping[str, Any], where: str = "")
             config[key] = value
 
 
-def build_task(spec: LmmsTask, yaml: Path, data: Path | None, cache_dir: Path | None = None) -> Any:
+def build_task(
+    spec: LmmsTask,
+    yaml: Path,
+    data: Path | None,
+    cache_dir: Path | None = None,
+    *,
+    judge: bool = False,
+) -> Any:
     """The lmms-eval task object of a suite's entry, for the chat adapter.
 
     Args:
@@ -124,6 +131,7 @@ def build_task(spec: LmmsTask, yaml: Path, data: Path | None, cache_dir: Path | 
         yaml: The task's file, from :func:`~.lmms_job.task_yaml`.
         data: Local file to read instead (already converted), or None for the task's own data.
         cache_dir: As for :func:`redirect`.
+        judge: There is a judge, so tasks marked as needing one may be built.
 
     Returns:
         A `ConfigurableMessagesTask`.
@@ -136,7 +144,8 @@ def build_task(spec: LmmsTask, yaml: Path, data: Path | None, cache_dir: Path | 
     from tenacity import RetryError
 
     config = load_config(yaml)
-    refuse_judge(spec.task, config)
+    if not (judge and spec.judge):
+        refuse_judge(spec.task, config)
     merge(config, spec.overrides)
     if data is not None:
         redirect(config, data, cache_dir)

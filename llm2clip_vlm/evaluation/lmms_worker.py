@@ -97,7 +97,8 @@ def prepare(suite: SuiteRecipe, job: Job, tasks_dir: Path, scratch: Path) -> Any
 
         source, data = data, scratch / f"{job.task}.parquet"
         write_parquet(source, spec.convert, data)
-    return build_task(spec, task_yaml(job.task, tasks_dir), data, scratch / "datasets")
+    yaml = task_yaml(spec.task, tasks_dir)
+    return build_task(spec, yaml, data, scratch / "datasets", judge=suite.judge == "environment")
 
 
 def score(
@@ -150,11 +151,12 @@ def score(
         raise root_cause(error) from error
     seconds = time.perf_counter() - started
     names = [metric["metric"] for metric in task.config.metric_list]
-    samples = samples_of(found["samples"][job.task], names)
+    samples = samples_of(found["samples"][spec.task], names, task.aggregation())
     documents = len(task.eval_docs)
     counts = summarise(samples)
     counts["n_errors"] = min(limit or documents, documents) - counts["n"]
     _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
+    metrics = metrics_of(found["results"][spec.task])
     split = task.config.test_split or task.config.validation_split
     result = {
         "schema": RESULT_SCHEMA,
@@ -162,8 +164,8 @@ def score(
         "title": spec.title or job.task,
         "limit": limit,
         "documents": documents,
-        "metrics": metrics_of(found["results"][job.task]),
-        "primary_metric": names[0],
+        "metrics": metrics,
+        "primary_metric": next((name for name in names if name in metrics), names[0]),
         **counts,
         "checkpoint": {"name": job.checkpoint, "path": job.path, "sha256": job.sha256},
         "spec_hash": job.spec_hash,

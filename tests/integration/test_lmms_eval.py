@@ -231,3 +231,20 @@ def test_trap_hub_token_judges_and_hidden_causes(probe: dict[str, Any]) -> None:
     assert "doc_to_txt" in probe["override"]
     assert probe["override_prompt"].endswith(" please")
     assert probe["missing_data"].startswith("FileNotFoundError")
+
+
+def test_the_score_gate_of_a_finished_run(
+    first_run: Any, world: Path, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    output, _ = first_run
+    table = tmp_path / "table.yaml"
+    column = "{results: [l2c_world_exist], metric: accuracy, n: 16, prompt_has: [zebra]}"
+    table.write_text(f"source: a paper\ncolumns: {{X: {column}}}\nrows: {{m: {{X: 50.0}}}}\n")
+    given = ["--suite=eval/suites/world.yaml", f"--checkpoint=a={checkpoints['a']}"]
+    done = run_lmms(output, world, *given, f"--expected={table}:m")
+    assert done.returncode == 0 and "score gate against m, a paper" in done.stdout, done.stderr
+    (row,) = json.loads((output / "a" / "score_gate.json").read_text())
+    ours = result(output, "a", "l2c_world_exist")["metrics"]["accuracy"]
+    assert row["ours"] == pytest.approx(100 * ours) and "prompt lacks 'zebra'" in row["differs"]
+    wrong = run_lmms(output, world, *given, f"--expected={table}:n")
+    assert wrong.returncode == 1 and "expected FILE:ROW, one of m" in wrong.stderr

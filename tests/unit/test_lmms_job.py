@@ -12,7 +12,14 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, plan, spec_hash, task_yaml
+from llm2clip_vlm.evaluation.lmms_job import (
+    EvaluationError,
+    Job,
+    left_out,
+    plan,
+    spec_hash,
+    task_yaml,
+)
 from llm2clip_vlm.evaluation.lmms_rows import to_mme_rows, to_pope_rows
 from llm2clip_vlm.evaluation.lmms_runner import run_suite, worker_environment
 from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
@@ -53,6 +60,34 @@ def model_dir(tmp_path: Path) -> Path:
     (folder / "config.json").write_text("{}")
     (folder / "model.safetensors").write_bytes(b"weights")
     return folder
+
+
+def test_a_task_twice_needs_two_names(data: Path, model_dir: Path) -> None:
+    task = {"task": "l2c_world_exist", "data_files": str(data)}
+    with pytest.raises(EvaluationError, match="give each a `name`"):
+        plan(suite(data, tasks=[task, task]), {"a": model_dir}, TASKS, None)
+    other = {**task, "name": "again"}
+    jobs = plan(suite(data, tasks=[task, other]), {"a": model_dir}, TASKS, None)
+    assert [job.task for job in jobs] == ["l2c_world_exist", "again"]
+    assert jobs[1].result_path(Path("out")) == Path("out/a/again.json")
+    assert jobs[0].spec_hash == jobs[1].spec_hash  # the name says nothing about the score
+
+
+def test_without_a_judge_its_tasks_are_left_out_by_name(
+    data: Path, model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    task = {"task": "l2c_world_exist", "data_files": str(data)}
+    tasks = [task, {"task": "mmvet", "judge": True}]
+    quiet = suite(data, tasks=tasks)
+    assert left_out(quiet) == ["mmvet"]
+    assert [job.task for job in plan(quiet, {"a": model_dir}, TASKS, None)] == ["l2c_world_exist"]
+    asked = suite(data, tasks=tasks, judge="environment")
+    with pytest.raises(EvaluationError, match="OPENAI_API_KEY"):
+        plan(asked, {"a": model_dir}, TASKS, None)
+    monkeypatch.setenv("OPENAI_API_KEY", "key")
+    assert left_out(asked) == []
+    assert len(plan(asked, {"a": model_dir}, TASKS, None)) == 2
 
 
 def suite(data: Path, **values: Any) -> SuiteRecipe:

@@ -1,0 +1,98 @@
+"""The score gate: is a result within noise of the published one, and if not, what differs?
+
+A published row was measured with another model and often another harness. The gate says which of
+our numbers two equally good models could have given, and lists what about the run is not the
+published protocol. It is no proof of equality, and no comparison of towers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from llm2clip_vlm.config_eval import ExpectedColumn, ExpectedScores
+
+Z_95 = 1.96
+
+
+def gate(
+    expected: ExpectedScores, row: str, results: Mapping[str, Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Compares one checkpoint's results with a published row, column by column.
+
+    Args:
+        expected: The published table.
+        row: Which of its models.
+        results: Name -> result, as :func:`~.lmms_runner.run_suite` returns them.
+
+    Returns:
+        For each column of the row `{column, ours, published, noise, verdict, differs}`: numbers on
+        the published scale, `noise` the 95 % half-width of the difference of two independent runs
+        with our accuracy (binomial, so generous to a difference), `verdict` one of `within noise`,
+        `above`, `below`, `not run`, and what differs from the published protocol.
+
+    Raises:
+        ValueError: No such row, or a result without the column's metric.
+    """
+    if row not in expected.rows:
+        raise ValueError(f"row {row!r}: expected one of {', '.join(expected.rows)}")
+    found = []
+    for name, published in expected.rows[row].items():
+        column = expected.columns[name]
+        entry: dict[str, Any] = {"column": name, "published": published, "ours": None}
+        if missing := [result for result in column.results if result not in results]:
+            entry |= {"noise": None, "verdict": "not run", "differs": [f"no {', '.join(missing)}"]}
+            found.append(entry)
+            continue
+        ours = [results[result] for result in column.results]
+        share = sum(_share(result, column) for result in ours) / len(ours)
+        spread = math.sqrt(2 * min(max(share * (1 - share), 1e-4), 0.25) / column.n)
+        noise = Z_95 * spread * column.value_full
+        delta = share * column.value_full - published
+        sides = {True: "within noise", False: "above" if delta > 0 else "below"}
+        differs = [text for result in ours for text in _differs(result, column, expected)]
+        entry |= {
+            "ours": share * column.value_full,
+            "noise": noise,
+            "verdict": sides[abs(delta) <= noise],
+            "differs": list(dict.fromkeys(differs)),
+        }
+        found.append(entry)
+    return found
+
+
+def _share(result: Mapping[str, Any], column: ExpectedColumn) -> float:
+    metrics = result["metrics"]
+    if column.metric not in metrics:
+        raise ValueError(
+            f"result {result['task']}: expected the metric {column.metric}, got {sorted(metrics)}"
+        )
+    return float(metrics[column.metric]) / column.metric_full
+
+
+def _differs(
+    result: Mapping[str, Any], column: ExpectedColumn, expected: ExpectedScores
+) -> list[str]:
+    """What about a result is not the published protocol."""
+    prompt, used = result["prompt_example"], result["settings"]["image_processor"]
+    texts = [f"prompt lacks {text!r}" for text in column.prompt_has if text not in prompt]
+    texts += [f"prompt has {text!r}" for text in column.prompt_lacks if text in prompt]
+    if expected.image_processor and not used.startswith(expected.image_processor):
+        texts.append(f"image processor {used}, not {expected.image_processor}")
+    asked = column.n // len(column.results)
+    if result["n"] != asked:
+        texts.append(f"{result['n']} questions, not {asked}")
+    return texts
+
+
+def gate_table(rows: list[dict[str, Any]], source: str) -> str:
+    """The comparison as lines of text."""
+    lines = [f"score gate against {source}"]
+    for row in rows:
+        ours = "" if row["ours"] is None else f"{row['ours']:8.1f} +- {row['noise']:.1f}"
+        differs = f"  ({'; '.join(row['differs'])})" if row["differs"] else ""
+        lines.append(
+            f"{row['column']:<16} {row['published']:8.1f} {ours:>16}  {row['verdict']}{differs}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,82 @@
+"""Run by test_lmms_tasks.py in a process of its own: importing lmms-eval changes global state.
+
+`python lmms_tasks_probe.py CHECKPOINT FOLDER` prints one JSON object: for each task the score of a
+perfect model, of one that is always wrong, and the result of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
+from llm2clip_vlm.evaluation.generation import Answer
+from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
+from llm2clip_vlm.evaluation.lmms_job import Job, task_yaml
+from llm2clip_vlm.evaluation.lmms_tasks import build_task, load_config
+from llm2clip_vlm.evaluation.lmms_worker import quiet, score
+from llm2clip_vlm.recipe import load_recipe
+from tests.lmms_rows import PERFECT, ROWS, WRONG, write_rows
+
+ROOT = Path(__file__).resolve().parents[2]
+TASKS = ROOT / "eval" / "tasks"
+SUITES = ("llava15", "vision_centric")
+
+
+def entries() -> dict[str, LmmsTask]:
+    """Entries of both suites, overrides included; a plain one for tasks that are in none."""
+    found = {name: LmmsTask(task=name) for name in ROWS}
+    for suite in SUITES:
+        for task in load_recipe(ROOT / "eval" / "suites" / f"{suite}.yaml", SuiteRecipe).tasks:
+            found[task.name or task.task] = task
+    return found
+
+
+class Scripted:
+    """A generator that renders prompts and answers what it was told."""
+
+    def __init__(self, generator: Any, answers: list[str]) -> None:
+        self._generator, self._answers = generator, answers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._generator, name)
+
+    def generate(self, prompts: Any, options: Any, progress: Any) -> list[Answer]:
+        return [Answer(text, 1) for text in self._answers]
+
+
+def main() -> None:
+    checkpoint, folder = sys.argv[1], Path(sys.argv[2])
+    quiet()
+    model, processor = load_checkpoint(checkpoint, device="cpu")
+    found: dict[str, Any] = {"configs": {}, "scores": {}}
+    for name, entry in entries().items():
+        config = load_config(task_yaml(entry.task, TASKS))
+        found["configs"][name] = [entry.judge, config["dataset_path"], config.get("dataset_name")]
+        if entry.task not in ROWS:
+            continue
+        data = write_rows(folder, entry.task)
+        spec = entry.model_copy(update={"max_empty": 1.0, "data_files": str(data)})
+        task = build_task(spec, task_yaml(spec.task, TASKS), data, folder / "cache")
+        suite = SuiteRecipe(tasks=[spec], max_new_tokens=4)
+        adapter = Llm2ClipVlmChat(model=model, processor=processor, max_new_tokens=4)
+        answers = {
+            "perfect": PERFECT.get(spec.task, ["A", "B"]),
+            "wrong": WRONG.get(spec.task, ["B", "A"]),
+        }
+        results = {}
+        for kind in ("perfect", "wrong", "model"):
+            if kind == "model":
+                adapter = Llm2ClipVlmChat(model=model, processor=processor, max_new_tokens=4)
+            else:
+                adapter.generator = Scripted(adapter.generator, answers[kind])
+            job = Job(kind, checkpoint, "sha", 0, name, "spec")
+            results[kind] = score(job, suite, task, adapter, output=folder, limit=None)
+        found["scores"][name] = results
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
