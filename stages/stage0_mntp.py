@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm.cli import guard
@@ -28,12 +28,8 @@ from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.training.stage_run import StageRun
-from llm2clip_vlm.training.strict_resume import StrictResumeMixin
+from llm2clip_vlm.training.strict_resume import StrictTrainer
 from llm2clip_vlm.training.text_trainer import add_adapter
-
-
-class MntpTrainer(StrictResumeMixin, Trainer):
-    """The causal-LM loss predicts each token from the place before it, which is MNTP's."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -70,7 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(trainable_table(model))
         print(f"{len(rows)} rows of {recipe.max_length_tokens} tokens")
 
-    trainer = MntpTrainer(model, args, train_dataset=rows, callbacks=[run.metrics])
+    # the causal-LM loss predicts each token from the place before it, which is MNTP's
+    trainer = StrictTrainer(model, args, train_dataset=rows, callbacks=[run.metrics])
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     if is_main():

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
 from llm2clip_vlm.models.embedder import Embedder
 
@@ -61,9 +62,7 @@ class TextEncoderSettings:
 def save_settings(directory: Path, settings: TextEncoderSettings, tokenizer_hash: str) -> None:
     """Writes :data:`SETTINGS_NAME`."""
     content = {"schema": _SCHEMA, **settings.to_dict(), "text_tokenizer": tokenizer_hash}
-    temporary = directory / f".{SETTINGS_NAME}.tmp"
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    temporary.replace(directory / SETTINGS_NAME)
+    write_atomically(directory / SETTINGS_NAME, json.dumps(content, indent=2) + "\n")
 
 
 def resolve_settings(
