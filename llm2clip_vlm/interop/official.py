@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llm2clip_vlm.interop.keys import Row, row
 
-_FIRST_BLOCK = re.compile(r"((?:.+\.)?text_adapt[eo]r\..*?)0\.fn\.0\.weight")
+_FIRST_BLOCK = re.compile(r"((?:.+\.)?text_adapt[eo]r\.(?:.+\.)?)0\.fn\.0\.weight")
 
 LEFT_OUT = (
     # CLIP's own text tower under three namings, and what is computed

@@ -123,8 +123,8 @@ def test_without_the_library_our_own_reader_is_the_proof(
     [
         ("ViT-L-14-336-quickgelu", "clip"),
         ("EVA02-B-16", "eva02-b"),
-        ("EVA02-L-14-336", "eva02"),
-        ("ViT-SO400M-14-SigLIP2", "siglip"),
+        pytest.param("EVA02-L-14-336", "eva02", marks=pytest.mark.slow),
+        pytest.param("ViT-SO400M-14-SigLIP2", "siglip", marks=pytest.mark.slow),
     ],
 )
 def test_published_sizes_have_the_names_and_shapes_of_the_libraries(
@@ -209,6 +209,7 @@ def test_an_export_that_computes_something_else_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_round_trip_through_every_layout_is_bit_equal(tmp_path: Path) -> None:
     for kind in KINDS:
@@ -235,6 +236,7 @@ torch.save(model.encode(texts, convert_to_tensor=True), sys.argv[2])
 """
 
 
+@pytest.mark.slow
 def test_sentence_transformers_in_a_fresh_process(tmp_path: Path, tiny_llm: Path) -> None:
     pytest.importorskip("sentence_transformers")
     from llm2clip_vlm.models.text_encoder import TextEncoder

@@ -42,7 +42,7 @@ if world > 1:
 """
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_value_and_gradients_are_open_clips(processes: int, tmp_path: Path) -> None:
     spec = importlib.util.find_spec("open_clip")
     if spec is None or spec.origin is None:
