@@ -26,7 +26,8 @@ class VlmSection(Section):
     image_aspect_ratio: Literal["square", "pad"] = "square"
     """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops."""
     chat_template: str | None = None
-    """Jinja file that replaces the LLM tokenizer's template; none = the tokenizer's own."""
+    """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
+    tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the composed weights."""
     projector: str | None = None

@@ -113,6 +113,7 @@ def balanced_packs(
     scheduling".
     """
     packs = plan_packs(lengths, max_tokens, images, max_images)
+    assert len(packs) <= num_packs <= len(lengths), (len(packs), num_packs, len(lengths))
     low, high = max(*lengths, -(-sum(lengths) // num_packs)), max_tokens
     while high - low > low // 64:
         middle = (low + high) // 2
