@@ -24,6 +24,7 @@ from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text import read_image_text
 from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
+from llm2clip_vlm.evaluation.comparison import read_run
 from llm2clip_vlm.evaluation.examples import answered_questions, retrieved_captions
 from llm2clip_vlm.evaluation.pages import render
 from llm2clip_vlm.evaluation.report import Facts, charts, retrieval_verdict
@@ -92,6 +93,11 @@ def collect(recipe: ReportRecipe) -> Facts:
         verdict=retrieval_verdict(retrieval, recipe.headline),
         cra=read_cra(recipe.stage1) if recipe.stage1 else None,
         scores=scores,
+        encoders={
+            name: read_run(name, {folder: None})
+            for name, folder in recipe.encoders.items()
+            if Path(folder, "results.json").is_file()
+        },
         seconds=read_seconds(recipe.seconds, stages),
         manifests={name: manifest for name, manifest in manifests.items() if manifest},
         ladder=read_optional(recipe.ladder),
@@ -162,6 +168,10 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "world": recipe.world.model_dump() if recipe.world else None,
         "cra": facts.cra,
         "retrieval": facts.retrieval,
+        "encoders": {
+            name: {task: run.values(task)[0] for task in run.scores}
+            for name, run in facts.encoders.items()
+        },
         "vlm": {t: {task: facts.accuracies(task)[t] for task in facts.scores} for t in recipe.vlms},
         "vlm_by_type": {
             tower: {task: by_type[tower, task] for task in facts.scores} for tower in recipe.vlms

@@ -10,7 +10,7 @@ import numpy as np
 
 from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.evaluation.charts import Line, Mark, bar_chart, dot_chart, line_chart
-from llm2clip_vlm.evaluation.comparison import difference_chart
+from llm2clip_vlm.evaluation.comparison import Run, difference_chart
 from llm2clip_vlm.evaluation.examples import Example
 from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS
 
@@ -88,6 +88,8 @@ class Facts:
     """Task to checkpoint to result, the headline's task first; empty = no VLM."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step to wall time."""
+    encoders: dict[str, Run] = field(default_factory=dict)
+    """Tower to results of its other tasks."""
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tower to its manifest."""
     ladder: dict[str, Any] | None = None
@@ -140,7 +142,7 @@ class Facts:
 def charts(facts: Facts) -> dict[str, Any]:
     """Charts of the report: `cra`, `retrieval`, `scores`, `types`, `ab`, and `curves` by panel."""
     recipe, task = facts.recipe, facts.recipe.headline_task
-    drawn: dict[str, Any] = {"types": "", "ab": ""}
+    drawn: dict[str, Any] = {"types": "", "ab": "", "encoders": ""}
     if cra := facts.cra:
         bars = [
             Mark(f"{when} stage 1", cra[when], cra.get(f"{when}_ci"), colour)
@@ -161,6 +163,19 @@ def charts(facts: Facts) -> dict[str, Any]:
         },
         "Retrieval R@1 of each tower",
     )
+    tasks = {
+        task: seeds[None].title for r in facts.encoders.values() for task, seeds in r.scores.items()
+    }
+    if tasks:
+        groups = {
+            title: [
+                Mark(tower, run.values(task)[0], colour=recipe.colour(tower))
+                for tower, run in facts.encoders.items()
+                if task in run.scores
+            ]
+            for task, title in tasks.items()
+        }
+        drawn["encoders"] = bar_chart(groups, "Other tasks of the encoders", 100)
     if facts.scores:
         groups = {
             facts.title(name): [_score(facts, name, tower) for tower in recipe.vlms]

@@ -128,6 +128,23 @@ def test_the_committed_ab_is_labelled(program: ModuleType, run: Path, tmp_path: 
     assert "+9.0 [+7.0, +11.0]" in html
 
 
+def test_other_tasks_of_encoders_are_shown_where_they_were_run(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "encoder"
+    whole = {"results": {"parts": {"miou": 41.5}, "names": {"top1": 75.0}}}
+    write_json(folder / "results.json", whole)
+    write_json(folder / "names.json", whole["results"]["names"])
+    samples = [{"doc_id": n, "type": "", "correct": float(n > 0)} for n in range(4)]
+    write_lines(folder / "names.samples.jsonl", samples)
+    encoders = {"llm2clip": str(folder), "base": str(tmp_path / "nowhere")}
+    found, html = make(program, run, tmp_path, encoders=encoders)
+    assert found["encoders"] == {"llm2clip": {"names": 75.0, "parts": 41.5}}
+    assert "llm2clip: 75.0" in html and "parts, miou" in html
+    _, html = make(program, run, tmp_path)
+    assert "Other tasks" not in html
+
+
 def test_each_choice_changes_the_report(program: ModuleType, run: Path, tmp_path: Path) -> None:
     found, html = make(program, run, tmp_path)
     assert found["verdict"] == "above" and next(iter(found["vlm"]["base"])) == "l2c_world_vqa"
