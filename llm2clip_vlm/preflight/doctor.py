@@ -43,11 +43,17 @@ class Finding:
 def examine() -> Iterator[Finding]:
     """Yield the findings, cheap ones first. Imports torch, and torchvision if there is one."""
     yield Finding("python", "ok", platform.python_version())
-    yield from _versions()
+    for name, purpose in {**dict.fromkeys(_REQUIRED, ""), **_OPTIONAL}.items():
+        version = _version(name)
+        absent = f"absent; needed for {purpose}" if purpose else f"absent; pip install {name}"
+        state: State = "ok" if version else "note" if purpose else "broken"
+        yield Finding(name, state, version or absent)
     yield torch_state()
     yield torchvision_state()
     yield entry_point_state()
-    yield _compiler()
+    missing = " and ".join(tool for tool in ("g++", "ninja") if shutil.which(tool) is None)
+    detail = f"{missing} not on PATH; needed only by DeepSpeed's own optimizers and offload"
+    yield Finding("compiler", "note", detail) if missing else Finding("compiler", "ok", "on PATH")
     yield hub_folder_state()
 
 
@@ -56,16 +62,6 @@ def _version(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _versions() -> Iterator[Finding]:
-    for name in _REQUIRED:
-        version = _version(name)
-        missing = f"not installed; pip install {name}"
-        yield Finding(name, "ok" if version else "broken", version or missing)
-    for name, purpose in _OPTIONAL.items():
-        version = _version(name)
-        yield Finding(name, "ok" if version else "note", version or f"absent; needed for {purpose}")
 
 
 def _import_failure(name: str, load: Callable[[str], object]) -> str | None:
@@ -122,15 +118,6 @@ def entry_point_state() -> Finding:
     if failure is not None:
         return Finding(name, "broken", f"{entry.value} does not load: {failure}")
     return Finding(name, "ok", entry.value)
-
-
-def _compiler() -> Finding:
-    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
-    if missing:
-        absent = " and ".join(missing)
-        detail = f"{absent} not on PATH; needed only by DeepSpeed's own optimizers and offload"
-        return Finding("compiler", "note", detail)
-    return Finding("compiler", "ok", "g++ and ninja on PATH")
 
 
 def hub_folder_state() -> Finding:
