@@ -42,7 +42,9 @@ _PACKAGES = (
     "lmms_eval llm2clip-vlm"
 )
 # Keys that change where a run writes or what it says, never what it computes.
-_NEUTRAL_KEYS = frozenset({"base", "output_dir", "notes", "deviations", "hang_timeout_s"})
+_NEUTRAL_KEYS = frozenset(
+    "base output_dir notes deviations hang_timeout_s max_bad_records max_bad_fraction".split()
+)
 _NEUTRAL_TRAINER_KEYS = frozenset(
     "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
     "logging_nan_inf_filter logging_steps logging_strategy report_to run_name save_on_each_node "

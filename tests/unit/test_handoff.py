@@ -240,6 +240,8 @@ def test_an_output_dir_belongs_to_one_recipe(tmp_path: Path) -> None:
         return Stage1Recipe.model_validate(values)
 
     assert claim_output_dir(recipe()) == tmp_path / "o"
+    # a run that stopped at too many bad records goes on with a larger budget
+    assert claim_output_dir(recipe(max_bad_records=5)) == tmp_path / "o"
     assert claim_output_dir(recipe(notes="again")) == tmp_path / "o"
     assert "again" in (tmp_path / "o" / RESOLVED_NAME).read_text()
     with pytest.raises(
