@@ -73,7 +73,7 @@ class TowerBackbone(BackboneMixin, PreTrainedModel):
         self.num_features = [vision.hidden_size]
         self.post_init()
 
-    def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput:
+    def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BackboneOutput:
         """Args: `[b, 3, s, s]`. Returns: one feature map `[b, d, g, g]`."""
         out = self.vision_tower(pixel_values=pixel_values)
         patches = out.last_hidden_state[:, self.config.num_prefix_tokens :]
@@ -162,7 +162,11 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     model = build_detector(tower, train.names, task.detector)
     if task.freeze_tower:
         model.model.freeze_backbone()
-    options = {"report_to": "none", "save_strategy": "no", "seed": recipe.seed} | task.trainer
+    options: dict[str, Any] = {
+        "report_to": "none",
+        "save_strategy": "no",
+        "seed": recipe.seed,
+    } | task.trainer
     arguments = TrainingArguments(recipe.output_dir, remove_unused_columns=False, **options)
     trainer = Trainer(model, arguments, collate, train)
     trainer.train()

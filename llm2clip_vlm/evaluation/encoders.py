@@ -205,5 +205,5 @@ def tower_pixels(
         size: Width and height.
     """
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255.0
-    normal = (pixels - np.float32(tower.image_mean)) / np.float32(tower.image_std)
-    return torch.from_numpy(normal).permute(2, 0, 1)
+    mean, std = (np.array(v, np.float32) for v in (tower.image_mean, tower.image_std))
+    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)

@@ -51,7 +51,7 @@ def fit_logistic(
         value.backward()
         return value
 
-    optimizer.step(loss)  # type: ignore[no-untyped-call]
+    optimizer.step(loss)
     return weights.detach()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
@@ -109,7 +110,7 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
             gaps["image"] = scores.diagonal()[None] - scores
         good = {}
         for way, gap in gaps.items():
-            wrong = gap[~np.eye(*gap.shape, dtype=bool)]
+            wrong = gap[torch.eye(*gap.shape) == 0]
             good[way] = bool((wrong > TIE_TOLERANCE).all())
             tied.append(bool((wrong.abs() <= TIE_TOLERANCE).any()))
         if len(good) > 1:
