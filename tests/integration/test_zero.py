@@ -29,11 +29,18 @@ FIRST_PROCESS = [i for i in range(16) if i % 4 < 2]
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, tiny_llm: Path) -> Path:
-    """A composed VLM and data beside it."""
+    """A composed VLM; with 1,100 words its logits are those of trained tokens alone."""
+    from transformers import AutoModelForCausalLM
+
     from llm2clip_vlm.models.vlm import build_vlm, save_vlm
 
     folder = tmp_path_factory.mktemp("zero")
-    save_vlm(*build_vlm(tiny_clip, tiny_llm), folder / "vlm")
+    shutil.copytree(tiny_llm, folder / "llm")
+    llm = AutoModelForCausalLM.from_pretrained(tiny_llm)
+    torch.manual_seed(0)
+    llm.resize_token_embeddings(1100, mean_resizing=False)
+    llm.save_pretrained(folder / "llm")
+    save_vlm(*build_vlm(tiny_clip, folder / "llm"), folder / "vlm")
     return folder
 
 
