@@ -198,7 +198,7 @@ def main() -> None:
         first = torch.from_numpy(np.stack(list(stream(tars[:1]))))  # one of each sample's two
         rows = cache.lookup(texts[: 2 * len(first)]).unflatten(0, (-1, 2))
         cosine = float(torch.cosine_similarity(rows, first[:, None], dim=-1).max(1).values.min())
-        bytes_ours = sum(segment.path.stat().st_size for segment in cache.segments) / len(cache)
+        bytes_ours = sum(path.stat().st_size for path in cache.files) / len(cache)
         bytes_theirs = sum(path.stat().st_size for path in tars) / len(texts)
         survived = survives(folder, kills)
 
@@ -231,7 +231,7 @@ def main() -> None:
             "unit": "rows per CPU second, page cache warm",
             "dim": DIM,
             "rows": 2 * samples,
-            "shards": len(cache.segments),
+            "shards": len(cache.files),
             "batch": BATCH,
             "kills": kills,
             "repeats": repeats,

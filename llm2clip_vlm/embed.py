@@ -81,7 +81,7 @@ def _verify(arguments: argparse.Namespace) -> None:
 
     cache = EmbeddingCache.open(arguments.cache)
     cache.verify()
-    print(f"{arguments.cache}: {len(cache)} rows in {len(cache.segments)} files are as written")
+    print(f"{arguments.cache}: {len(cache)} rows in {len(cache.files)} files are as written")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
@@ -100,10 +100,10 @@ def _report(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.handoff import read_manifest
 
     cache = EmbeddingCache.open(arguments.cache)
-    journals = sum(segment.number is None for segment in cache.segments)
+    journals = sum(path.name.startswith("journal") for path in cache.files)
     print(f"rows           {len(cache)} of {cache.dim} numbers (float16)")
-    print(f"files          {len(cache.segments) - journals} shards, {journals} journals")
-    if size := sum(segment.path.stat().st_size for segment in cache.segments):
+    print(f"files          {len(cache.files) - journals} shards, {journals} journals")
+    if size := sum(path.stat().st_size for path in cache.files):
         each = size / len(cache)
         official = _TAR_HEADER_BYTES + 4 * cache.dim
         print(

@@ -90,7 +90,9 @@ class EmbeddingCache:
         self.header = header
         """Both of them."""
         self.segments = list(segments)
-        """The files with rows; of two rows for one text the first counts."""
+        """What was written together; of two rows for one text the first counts."""
+        self.files = list(dict.fromkeys(segment.path for segment in segments))
+        """The files with rows."""
         self._first_rows = np.cumsum([0, *(len(segment.keys) for segment in segments)])
         prefixes = [_prefixes(segment.keys) for segment in segments]
         flat = np.concatenate([np.empty(0, np.uint64), *prefixes])

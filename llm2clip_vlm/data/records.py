@@ -213,12 +213,6 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _equals(value: Any, wanted: str | bool | int) -> bool:
-    if type(value) is type(wanted):
-        return bool(value == wanted)
-    return _as_text(value) == _as_text(wanted)
-
-
 def _kept(
     source: CaptionSource, bad: Refusals, unseen: set[str], known: dict[str, None]
 ) -> Iterator[RowGroup]:
@@ -228,9 +222,9 @@ def _kept(
         known.update(dict.fromkeys(row))
         if unseen:
             unseen -= {c for c in unseen if c in row or get_column(row, c) is not None}
-        if all(
-            _equals(get_column(row, c), wanted) for c, wanted in source.where.items()
-        ) and not any(_as_text(get_column(row, c)) in out for c, out in source.drop_where.items()):
+        kept = all(_as_text(get_column(row, c)) == _as_text(w) for c, w in source.where.items())
+        out = any(_as_text(get_column(row, c)) in values for c, values in source.drop_where.items())
+        if kept and not out:
             yield RowGroup(file, str(place), [row])
 
 

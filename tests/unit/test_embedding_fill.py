@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from llm2clip_vlm import embed
 from llm2clip_vlm.data.embedding_cache import CacheError, EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache, seal
 from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder
@@ -164,3 +165,17 @@ def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
     with pytest.raises(CacheError, match="sha256 is"):
         EmbeddingCache.open(tmp_path).verify()
     assert EmbeddingCache.open(tmp_path).read(np.arange(1, 10)).isfinite().all()
+
+
+def test_the_command_counts_files_not_frames(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = opened(tmp_path, Encoder())
+    for text in TEXTS[:4]:
+        cache.lookup([text])
+    size = journal_path(tmp_path, 0, 0).stat().st_size
+    assert embed.main(["report", str(tmp_path)]) is None
+    assert embed.main(["verify", str(tmp_path)]) is None
+    said = capsys.readouterr().out
+    assert "0 shards, 1 journals" in said and f"bytes          {size} " in said
+    assert "4 rows in 1 files" in said
