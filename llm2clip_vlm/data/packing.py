@@ -173,7 +173,7 @@ class PackedBatches(Sampler[list[int]]):
         self._max_images = max_images
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._epoch, self._resumed, self._done = 0, 0, 0
-        sizes = range(min(32, global_batch_size), global_batch_size + 1)
+        sizes = range(min(max(8, global_batch_size // 4), global_batch_size), global_batch_size + 1)
         self._dealt = next(n for n in sizes if global_batch_size % n == 0 and n % world_size == 0)
         self._deals = global_batch_size // self._dealt
         needed = [
