@@ -21,8 +21,8 @@ differ in the last bit, depending on where they stand."""
 
 _CHUNK_ELEMENTS = 2**23
 
-Rivals = tuple[np.ndarray, np.ndarray, np.ndarray]
-"""For each query: wrong items above its best positive, wrong ones and positives that tie."""
+Rivals = tuple[np.ndarray, np.ndarray]
+"""For each query: wrong items above its best positive, and wrong ones that tie with it."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,6 @@ class RecallResult:
     """k -> 95 % percentile bootstrap interval in per cent; empty when `bootstrap=0`."""
     hits: dict[int, np.ndarray]
     """k -> bool[n], one value a query."""
-    expected: dict[int, float]
-    """k -> per cent expected when ties are broken at random."""
     tie_rate: float
     """Share of queries whose best positive ties with a wrong item."""
     chance: dict[int, float] = field(default_factory=dict)
@@ -109,9 +107,9 @@ def chance_recall(
     Returns:
         Mean over queries of `1 - C(gallery - positives, k) / C(gallery, k)`, in per cent.
     """
-    counts = np.asarray(num_positives)
-    nothing = np.zeros(len(counts), dtype=np.int64)
-    return 100.0 * float(_hit_chance(nothing, gallery_size - counts, counts, k).mean())
+    wrong, places = gallery_size - np.asarray(num_positives), np.arange(min(k, gallery_size))
+    miss = np.clip(wrong - places[:, None], 0, None) / (gallery_size - places[:, None])
+    return 100.0 * float(1.0 - miss.prod(axis=0).mean())
 
 
 def retrieval_report(
@@ -162,7 +160,7 @@ def retrieval_report(
             )
         pairs = np.stack([asked[rows], order])
         of_images, of_texts = _count_rivals(images, texts, pairs, both=True)
-        of_asked = (of_images[0][asked], of_images[1][asked], of_images[2][asked])
+        of_asked = (of_images[0][asked], of_images[1][asked])
         ks, draws = (1, 5, 10), (bootstrap, seed)
         i2t = _result(of_asked, rows, len(texts), ks, asked.tolist(), *draws)
         t2i = _result(of_texts, np.arange(len(texts)), len(images), ks, owners, *draws)
@@ -186,14 +184,13 @@ def _result(
     seed: int,
 ) -> RecallResult:
     """`owners` has the query of each positive."""
-    better, ties, equals = rivals
+    better, ties = rivals
     hits = {k: (better + ties) < k for k in cutoffs}
     sizes = np.bincount(owners, minlength=len(better))
     return RecallResult(
         recall={k: 100.0 * float(hit.mean()) for k, hit in hits.items()},
         ci=_intervals(hits, groups, bootstrap, seed) if bootstrap else {},
         hits=hits,
-        expected={k: 100.0 * float(_hit_chance(better, ties, equals, k).mean()) for k in cutoffs},
         tie_rate=float((ties > 0).mean()),
         chance={k: chance_recall(gallery_size, sizes, k) for k in cutoffs},
     )
@@ -298,10 +295,9 @@ class _Side:
             self.equals[number] += torch.bincount(mine, minlength=len(bound)).cpu()
 
     def rivals(self) -> Rivals:
-        """Wrong items above, wrong items that tie, positives that tie."""
+        """Wrong items above, wrong items that tie."""
         above = self.above - self.equals
-        tied = self.equals[1] - self.equals[0]
-        return above[0].numpy(), (above[1] - above[0]).numpy(), tied.numpy()
+        return above[0].numpy(), (above[1] - above[0]).numpy()
 
 
 def _count(found: Tensor, axis: int) -> Tensor:
@@ -309,20 +305,6 @@ def _count(found: Tensor, axis: int) -> Tensor:
     if found.is_cuda:
         return found.sum(axis).cpu()
     return torch.from_numpy(np.count_nonzero(found.numpy(), axis=axis))
-
-
-def _hit_chance(better: np.ndarray, ties: np.ndarray, equals: np.ndarray, k: int) -> np.ndarray:
-    """Probability that a right item stands among the first k.
-
-    `better` wrong items stand before; then come `ties` wrong and `equals` right ones, shuffled.
-    """
-    miss = np.ones(len(better))
-    free = k - better
-    for place in range(int(max(0, free.max(initial=0)))):
-        left = ties + equals - place
-        draw = (place < free) & (left > 0)
-        miss = np.where(draw, miss * np.clip(ties - place, 0, None) / np.maximum(left, 1), miss)
-    return 1.0 - miss
 
 
 def _intervals(
