@@ -8,7 +8,8 @@ time is asked for), 1,000 yes/no questions of the drawn world, four tokens an an
   lmms-eval, loading, pictures, prompts, generation, scoring, samples and results on disk.
 - `evaluation`: the part of it from the call of `simple_evaluate` on.
 - `builtin`: lmms-eval's `llava_hf` (chat) in a process of its own, at the only batch size that it
-  takes (1), on the first documents, from the call of `simple_evaluate` on. `decord`, which it imports for videos, is replaced by an empty module.
+  takes (1), on the first documents, from the call of `simple_evaluate` on. `decord`, which it
+  imports for videos, is replaced by an empty module.
 
 `ours` is runner ÷ generation in wall time; `ratio` the questions per second of `evaluation` ÷ those
 of `builtin`. The first shrinks with the size of the model, whose generation is all that grows.
