@@ -39,24 +39,14 @@ CELLS = ("northwest", "northeast", "southwest", "southeast")
 BACKGROUNDS = {"black": 25, "grey": 95, "silver": 165, "white": 235}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 
-SYNONYMS = {
-    "red": "crimson",
-    "green": "emerald",
-    "blue": "azure",
-    "yellow": "golden",
-    "purple": "violet",
-    "orange": "amber",
-    "square": "box",
-    "circle": "disc",
-    "triangle": "wedge",
-    "cross": "plus",
-    "ring": "hoop",
-    "diamond": "rhombus",
-    "plain": "solid",
-    "striped": "banded",
-    "barred": "ribbed",
-    "checked": "chequered",
-}
+SYNONYMS = dict(
+    zip(
+        (*COLOURS, *SHAPES, *PATTERNS),
+        "crimson emerald azure golden violet amber box disc wedge plus hoop rhombus solid banded "
+        "ribbed chequered".split(),
+        strict=True,
+    )
+)
 """Second word of each value; :data:`UNSEEN_IN_PAIRS` never stand beside a training picture."""
 
 UNSEEN_IN_PAIRS = frozenset(
@@ -178,14 +168,8 @@ def long_caption(scene: Scene, rng: np.random.Generator, wording: Wording) -> st
 
 def scene_list(scene: Scene) -> str:
     """The scene as a bare list in reading order, a cell at a time (the LM's first text)."""
-    by_cell = {t.cell: t for t in scene.things}
-    cells = []
-    for index, name in enumerate(CELLS):
-        thing = by_cell.get(index)
-        cells.append(
-            f"{name} {thing.pattern} {thing.colour} {thing.shape}" if thing else f"{name} none"
-        )
-    return " , ".join(cells) + " ."
+    told = {t.cell: f"{t.pattern} {t.colour} {t.shape}" for t in scene.things}
+    return " , ".join(f"{name} {told.get(i, 'none')}" for i, name in enumerate(CELLS)) + " ."
 
 
 @dataclass(frozen=True)
@@ -235,10 +219,8 @@ def existence(
     if category == "adversarial":
         pairs = [(t.pattern, t.shape) for t in scene.things]
         wrong = [(p, s) for p in {p for p, _ in pairs} for s in shapes if (p, s) not in pairs]
-        if wrong or present:
-            pattern, shape = sorted(pairs if present else wrong)[
-                rng.integers(len(pairs if present else wrong))
-            ]
+        if asked := sorted(pairs if present else wrong):
+            pattern, shape = asked[rng.integers(len(asked))]
             text = f"is there a {pattern} {shape} ?"
             return Question("exist", text, "yes" if present else "no", category)
         category = "random"

@@ -51,12 +51,9 @@ _VALUE: dict[str, Callable[[Thing], str]] = {
     "where": lambda t: CELLS[t.cell],
 }
 _KEYS = ("shape", "color", "where")
-_FIXED = (("pattern", "color", "shape", "where"),)
-_FREE = (
-    *_FIXED,
-    ("where", "pattern", "color", "shape"),
-    ("where", "color", "shape", "pattern"),
-)
+_FIXED = ("pattern color shape where",)
+_FREE = (*_FIXED, "where pattern color shape", "where color shape pattern")
+"""Orders of an object's values."""
 
 
 def _shuffled(scene: Scene, rng: np.random.Generator) -> list[Thing]:
@@ -67,11 +64,15 @@ def _pick(scene: Scene, rng: np.random.Generator) -> Thing:
     return scene.things[rng.integers(len(scene.things))]
 
 
-def _pairs(scene: Scene, rng: np.random.Generator) -> Segments:
-    """`ring purple cross red ? cross red`: one key, one value, nothing between."""
+def _key_and_value(rng: np.random.Generator) -> tuple[str, str]:
     key = _KEYS[rng.integers(len(_KEYS))]
     others = [name for name in _VALUE if name != key]
-    value = others[rng.integers(len(others))]
+    return key, others[rng.integers(len(others))]
+
+
+def _pairs(scene: Scene, rng: np.random.Generator) -> Segments:
+    """`ring purple cross red ? cross red`: one key, one value, nothing between."""
+    key, value = _key_and_value(rng)
     facts = [f"{_VALUE[key](t)} {_VALUE[value](t)}" for t in _shuffled(scene, rng)]
     segments: Segments = [("<s> " + " ".join(facts), False)]
     for _ in range(8):
@@ -81,19 +82,17 @@ def _pairs(scene: Scene, rng: np.random.Generator) -> Segments:
 
 
 def _tuples(
-    scene: Scene, rng: np.random.Generator, orders: tuple[tuple[str, ...], ...], chat: bool
+    scene: Scene, rng: np.random.Generator, orders: tuple[str, ...], chat: bool
 ) -> Segments:
     """`striped red cross northwest , ... color cross red`: which value is asked, by name."""
     facts = [
-        " ".join(_VALUE[name](t) for name in orders[rng.integers(len(orders))])
+        " ".join(_VALUE[name](t) for name in orders[rng.integers(len(orders))].split())
         for t in _shuffled(scene, rng)
     ]
     segments: Segments = [("<s> " + " , ".join(facts) + " ,", False)]
     for _ in range(8):
         thing = _pick(scene, rng)
-        key = _KEYS[rng.integers(len(_KEYS))]
-        others = [name for name in _VALUE if name != key]
-        value = others[rng.integers(len(others))]
+        key, value = _key_and_value(rng)
         ask = f"{value} {_VALUE[key](thing)}" + (" ? <|assistant|>" if chat else "")
         segments += [(ask, False), (_VALUE[value](thing), True)]
     return segments
@@ -108,12 +107,9 @@ def _asked(scene: Scene, rng: np.random.Generator, context: str) -> Segments:
     """A description, then one question of each kind in the chat template."""
     segments: Segments = [("<s>", False)]
     for turn, question in enumerate(questions(scene, rng)):
-        asked = as_asked(question.question, rng)
-        text = f"{context} {asked}" if turn == 0 else asked
-        segments += [
-            (f"<|user|> {text} <|assistant|>", False),
-            (f"{question.answer} <|end|>", True),
-        ]
+        text = f"{context} " * (turn == 0) + as_asked(question.question, rng)
+        segments.append((f"<|user|> {text} <|assistant|>", False))
+        segments.append((f"{question.answer} <|end|>", True))
     return segments
 
 
@@ -220,6 +216,5 @@ def write_clip_preprocessing(directory: str, window_tokens: int = 16, size_px: i
     specials = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>"}
     build_tokenizer(specials, window_tokens).save_pretrained(directory)
     size = {"height": size_px, "width": size_px}
-    CLIPImageProcessorPil(size={"shortest_edge": size_px}, crop_size=size).save_pretrained(
-        directory
-    )
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size_px}, crop_size=size)
+    processor.save_pretrained(directory)
