@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def convert(
         raise InteropError(
             f"{source}: no such file or folder; give a local one (nothing is fetched)"
         )
-    if source.name.endswith(".tar"):
+    if source.is_file() and tarfile.is_tarfile(source):
         raise InteropError(
             f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -263,9 +264,10 @@ def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "openai_clip.pt", tmp_path / "out")
     with pytest.raises(InteropError, match="no such file"):
         convert(tmp_path / "openai/clip", tmp_path / "out")
-    (tmp_path / "0_text_embeddings.tar").touch()
+    with tarfile.open(tmp_path / "embeddings", "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.longSV_captions"))
     with pytest.raises(InteropError, match="embed import"):
-        convert(tmp_path / "0_text_embeddings.tar", tmp_path / "out")
+        convert(tmp_path / "embeddings", tmp_path / "out")
 
 
 @torch.no_grad()
