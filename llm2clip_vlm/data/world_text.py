@@ -201,20 +201,3 @@ def build_tokenizer(
         padding_side="right",
         **named,
     )
-
-
-def write_clip_preprocessing(directory: str, window_tokens: int = 16, size_px: int = 32) -> None:
-    """Save the base CLIP's tokenizer and image processor (what `clip_baseline` starts from).
-
-    Args:
-        directory: Where to.
-        window_tokens: Positions of the text tower.
-        size_px: Side of the picture that the tower takes.
-    """
-    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-    specials = {"pad": "<pad>", "unk": "<unk>", "bos": "<s>", "eos": "</s>"}
-    build_tokenizer(specials, window_tokens).save_pretrained(directory)
-    size = {"height": size_px, "width": size_px}
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size_px}, crop_size=size)
-    processor.save_pretrained(directory)
