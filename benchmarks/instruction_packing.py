@@ -231,11 +231,9 @@ def main() -> None:
     ]
     for number in range(repeats + 1):
         for arm in arms.values():
-            if number == 0:
-                arm.cpu.clear(), arm.slowest.clear()
             arm.run(number)
-    for arm in arms.values():  # the first was the warm-up
-        del arm.cpu[0], arm.slowest[0]
+    for arm in arms.values():  # without the comparison and the warm-up
+        arm.cpu, arm.slowest = arm.cpu[-repeats:], arm.slowest[-repeats:]
 
     counted = {
         name: flops(arm.steps, lengths, padded=arm.collator is padding, sliced=name == "sliced")
