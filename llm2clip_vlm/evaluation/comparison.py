@@ -136,7 +136,8 @@ def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
         parts = {
             f"{task}:{kind}": (kind.replace("_", " "), by_type[kind]) for kind in sorted(by_type)
         }
-        parts = {task: (result.get("title", task), samples)} | (parts if len(parts) > 1 else {})
+        title = result.get("title", task.replace("_", " "))
+        parts = {task: (title, samples)} | (parts if len(parts) > 1 else {})
         for name, (title, rows) in parts.items():
             value = 100 * float(np.mean([row["correct"] for row in rows]))
             yield name, Measured(title, value, folder, rows, result)
@@ -148,7 +149,8 @@ def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
             yield f"retrieval_{kind}_{way}", Measured(title, retrieval[kind][way]["r1"], folder)
         for name, found in (whole.get("results") or {}).items():
             for metric in _NO_MEANS & found.keys():
-                yield name, Measured(f"{name}, {metric}", found[metric], folder, (), found)
+                title = f"{name.replace('_', ' ')}, {metric}"
+                yield name, Measured(title, found[metric], folder, (), found)
 
 
 def compare(
