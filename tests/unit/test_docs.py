@@ -12,6 +12,7 @@ import pytest
 
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.config import RunRecipe
+from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe
 from llm2clip_vlm.interop import command
 from llm2clip_vlm.pipeline import RECIPES
@@ -99,7 +100,7 @@ def check_cli(words: list[str]) -> None:
     if words[0] == "embed":
         parsed = embed._parser().parse_args(words[1:])
         if words[1] == "build":
-            check_recipe("stage2a_cache_text", [parsed.recipe, *parsed.overrides])
+            check_recipe("stage2a_cache_text", parsed.words)
         return
     arguments = cli._parser().parse_args(words)
     if words[0] == "train":
@@ -107,7 +108,10 @@ def check_cli(words: list[str]) -> None:
 
 
 def check_eval(words: list[str]) -> None:
-    """The runner takes the line up to where it would start."""
+    """A recipe of an encoder's evaluation loads; the runner takes its line up to where it starts."""
+    if not words[0].startswith("--"):
+        load_recipe(words[0], EncoderEvalRecipe, words[1:])
+        return
     from llm2clip_vlm.evaluation import lmms_runner
 
     asked: list[Any] = []
