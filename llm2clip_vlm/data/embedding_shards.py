@@ -183,12 +183,9 @@ def require_unit(rows: Tensor, texts: Sequence[str], where: Path) -> Tensor:
     """Refuses rows that no encoder of ours has written, before anything learns from them.
 
     Args:
-        rows: float32 `[n, dim]`.
+        rows: float32 `[n, dim]`, and returned.
         texts: What they belong to.
         where: The cache.
-
-    Returns:
-        The same rows.
 
     Raises:
         CacheError: A row is not finite or no unit vector; the text is named.
@@ -230,11 +227,7 @@ def write_header(directory: Path, header: Header) -> None:
 
 
 def write_shard(directory: Path, number: int, header: Header, keys: Digests, rows: Rows) -> None:
-    """Writes a shard: all of it, or nothing.
-
-    Raises:
-        CacheError: Another process is at it.
-    """
+    """Writes a shard: all of it, or nothing, and an error where another process is at it."""
     path = directory / f"shard-{number:05d}.safetensors"
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("ab") as handle:
