@@ -116,22 +116,28 @@ class ZeroShotSource(ImageTextSource):
         return [template.replace("{}", name) for template in self.templates]
 
 
-class RunRecipe(Section):
-    """What all stages share."""
+class RecipeFile(Section):
+    """What every recipe may say."""
 
     base: str | None = None
     """One parent recipe (path relative to this file) whose values this file overrides."""
     notes: str = ""
-    """What this recipe reproduces, on which hardware, in how many hours, with which numbers."""
+    """What this recipe shows or reproduces, on which hardware, in how many hours, with which
+    numbers, and what these may be compared with."""
+    world: WorldConfig | None = None
+    """Set when the data is the embedded world: `${world.dir}/seed-${world.seed}` is then written
+    where it is missing (a pipeline passes it on to its steps)."""
+
+
+class RunRecipe(RecipeFile):
+    """What all stages share."""
+
     deviations: dict[str, str] = Field(default_factory=dict)
     """Where and why this recipe differs from what it reproduces."""
     output_dir: str
     """Where checkpoints, the manifest and the results of this stage go."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
-    world: WorldConfig | None = None
-    """Set when the data is the embedded world; `${world.dir}/seed-${world.seed}` is then written
-    before the stage starts if it is not there."""
     global_batch_size: int = Field(default=256, ge=1)
     """Samples per optimizer step over all processes; accumulation follows from
     `trainer.per_device_train_batch_size` and the number of processes."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llm2clip_vlm.config import Section, TextEncoderSection, WorldConfig
+from llm2clip_vlm.config import RecipeFile, Section, TextEncoderSection
 
 
 class EncoderTask(Section):
@@ -171,23 +171,17 @@ class DetectionTask(EncoderTask):
     """Passed to `transformers.TrainingArguments`."""
 
 
-class EncoderEvalRecipe(Section):
+class EncoderEvalRecipe(RecipeFile):
     """What `eval/run_encoder.py` judges, and how."""
 
     stage: Literal["run_encoder"]
     """Which program reads this file (`llm2clip-vlm eval RECIPE` looks at it)."""
-    base: str | None = None
-    """One parent recipe whose values this file overrides."""
-    notes: str = ""
-    """What the numbers may be compared with."""
     output_dir: str
     """Where `<name>.json` of each task and `results.json` go."""
     model: str
     """Path or hub id: an `LLM2CLIPModel`, CLIP or SigLIP; for tasks without text any tower."""
     text_encoder: str | TextEncoderSection | None = None
     """For an `LLM2CLIPModel`: stage 1's `text_encoder/`, or a raw LLM."""
-    world: WorldConfig | None = None
-    """Set when the data is the embedded world; it is written where it is missing."""
     device: str | None = None
     """None = `cuda` if there is one, else `cpu`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm2clip_vlm.config import RunRecipe, Section, WorldConfig
+from llm2clip_vlm.config import RecipeFile, RunRecipe, Section, WorldConfig
 
 
 class LmmsTask(Section):
@@ -34,17 +34,11 @@ class LmmsTask(Section):
     """Share of empty answers above which no score is written; none = the suite's."""
 
 
-class SuiteRecipe(Section):
+class SuiteRecipe(RecipeFile):
     """Which lmms-eval tasks are run, on which data, and how (`eval/suites/*.yaml`)."""
 
-    base: str | None = None
-    """One parent suite (path relative to this file) whose values this file overrides."""
-    notes: str = ""
-    """What this suite reproduces, and what its numbers may be compared with."""
     deviations: dict[str, str] = Field(default_factory=dict)
     """Where and why a task here differs from the paper's."""
-    world: WorldConfig | None = None
-    """Set when the data is the embedded world; it is written where it is missing."""
     data_dir: str = "."
     """Folder that `data_files` may name as `${data_dir}`."""
     batch_size: int = Field(default=64, ge=1)
@@ -135,17 +129,11 @@ class PipelineStep(Section):
     is run each time."""
 
 
-class PipelineRecipe(Section):
+class PipelineRecipe(RecipeFile):
     """Programs in the order of their needs, each skipped where it is finished."""
 
-    base: str | None = None
-    """One parent recipe whose values this file overrides."""
-    notes: str = ""
-    """What this pipeline shows, on which hardware, in how many hours."""
     output_dir: str
     """Where logs and the state go."""
-    world: WorldConfig | None = None
-    """Passed on to every step that has a recipe, as `world.seed=` and `world.dir=`."""
     jobs: int = Field(default=2, ge=1)
     """Steps at a time; each gets its share of the cores."""
     steps: list[PipelineStep]
@@ -156,19 +144,13 @@ class PipelineRecipe(Section):
     """Files that must be these: path to SHA-256. Another file is refused before anything runs."""
 
 
-class ReportRecipe(Section):
+class ReportRecipe(RecipeFile):
     """What `eval/report.py` reads, and what it says about it. What is not given is `not run`."""
 
-    base: str | None = None
-    """One parent recipe whose values this file overrides."""
-    notes: str = ""
-    """What the report shows."""
     output_dir: str
     """Where `report.html` and `report.json` go."""
     title: str = "Does an LLM's caption embedding make a better vision tower?"
     """Heading: the question."""
-    world: WorldConfig | None = None
-    """The embedded world that the results are of; without it no pictures are shown."""
     stage1: str | None = None
     """Stage 1's output directory."""
     cache: str | None = None
@@ -215,15 +197,9 @@ class ReportRecipe(Section):
         return order.index(tower) % 6 if tower in order else 0
 
 
-class AbRecipe(Section):
+class AbRecipe(RecipeFile):
     """What `eval/ab.py` compares: towers over training seeds, the seed as the unit."""
 
-    base: str | None = None
-    """One parent recipe whose values this file overrides."""
-    notes: str = ""
-    """How the runs were made."""
-    world: WorldConfig | None = None
-    """The embedded world that the results are of."""
     towers: list[str] = Field(min_length=2)
     """Names, in the order in which they are shown."""
     seeds: list[int] = Field(min_length=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from pathlib import Path
 from typing import Any
 
@@ -326,39 +325,3 @@ def test_help_shows_key_type_limit_default_and_docstring() -> None:
     assert len(set(lines)) > 0.5 * len(lines)
     keys = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     assert len(keys) == len(set(keys))
-
-
-def shipped() -> list[Path]:
-    return sorted((Path(__file__).resolve().parents[2] / "recipes").rglob("*.yaml"))
-
-
-STAGE_MODELS = {
-    model.model_fields["stage"].default: model
-    for model in recipe_models()
-    if "stage" in model.model_fields and typing.get_args(model.model_fields["stage"].annotation)
-}
-
-
-def stage_named_in(path: Path) -> str | None:
-    """The stage that a file or its parents name, read without checking anything else."""
-    import yaml
-
-    while True:
-        data = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if not isinstance(data, dict) or "stage" in data or "base" not in data:
-            return data.get("stage") if isinstance(data, dict) else None
-        path = path.parent / data["base"]
-
-
-@pytest.mark.parametrize("path", shipped(), ids=lambda path: "/".join(path.parts[-3:]))
-def test_every_shipped_recipe_loads(path: Path) -> None:
-    stage = stage_named_in(path)
-    if stage is None:
-        pytest.skip("names no stage: a parent, or the configuration of another tool")
-    assert stage in STAGE_MODELS, f"{path}: stage: {stage} is read by no model in config*.py"
-    recipe = load_recipe(path, STAGE_MODELS[stage])
-    trainer = getattr(recipe, "trainer", {})
-    if trainer:
-        from llm2clip_vlm.training.arguments import check_trainer_keys
-
-        check_trainer_keys(trainer)
