@@ -77,7 +77,7 @@ def test_open_clip(kind: str, what: str, tmp_path: Path, open_clip: Any) -> None
     source = run if what == "model" else tmp_path / "tower"
     certificate = export(source, "open_clip", tmp_path / "out")
     check_certificate(tmp_path / "out", certificate)
-    # Opened and loaded strictly by open_clip; measured: at most 3e-6 of values up to 3.
+    # Opened and loaded strictly by open_clip; measured: at most 4.8e-7 of values up to 2.5.
     assert certificate["opened_with"] == f"open_clip {open_clip.__version__}"
     config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())["model_cfg"]
     if kind == "clip":
@@ -249,7 +249,7 @@ def test_sentence_transformers_in_a_fresh_process(tmp_path: Path, tiny_llm: Path
     subprocess.run(command, check=True, cwd=tmp_path, timeout=300)
     want = encoder.encode(["a red dog .", "two blue circles on the left"])
     got = torch.load(tmp_path / "e.pt", weights_only=True)
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # measured: at most 1e-7
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # measured: 0
     with pytest.raises(InteropError, match="this is a text encoder"):
         export(tmp_path / "run", "timm", tmp_path / "no")
 

@@ -60,5 +60,5 @@ def test_value_and_gradients_are_open_clips(processes: int, tmp_path: Path) -> N
     assert len(lines) == processes
     for line in lines:
         assert line["largest"] > 0.01
-        # Measured: at most 2.4e-7 in the value (2.9) and 6e-8 in the gradients.
+        # Measured, 1 and 2 processes: 0 in the value, at most 4.8e-7 in gradients of up to 4.4.
         assert max(line["differences"]) < 1e-6
