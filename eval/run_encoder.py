@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 place = re.sub(r"[^\w.-]", "-", f"{name}{label}")
                 write_atomically(out / f"{place}.samples.jsonl", sample_lines(*hits))
             found["texts_cut"] = encoder.num_cut() - cut
-            found |= {"seconds": round(time.monotonic() - started, 1), "key": key}
+            found |= {"seconds": round(time.monotonic() - started, 3), "key": key}
             found["checkpoint"] = {"path": recipe.model}
             write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         results[name] = found

@@ -108,7 +108,7 @@ def test_prompts_of_classes_that_the_cache_lacks_are_named(recipe: Recipe, pairs
 def test_a_held_out_image_that_turns_out_broken_is_left_out(
     recipe: Recipe, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_text, "CACHE_LIMIT_BYTES", 0)  # as a set too large for memory
+    monkeypatch.setattr(image_text, "PRELOAD_LIMIT_BYTES", 0)  # as a set too large for memory
     folder = tmp_path / "held-out"
     shutil.copytree(pairs.parent / "images", folder / "images")
     shutil.copy(pairs, folder)
