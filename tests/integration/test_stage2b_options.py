@@ -118,7 +118,7 @@ def test_a_held_out_image_that_turns_out_broken_is_left_out(
     found = json.loads((out / "results.json").read_text())["retrieval"]["short"]
     assert (found["i2t"]["queries"], found["t2i"]["gallery"]) == (9, 9)
     (dropped,) = (out / "dropped.jsonl").read_text().splitlines()
-    assert "pairs.jsonl:3" in dropped
+    assert "pairs.jsonl:4:3" in dropped  # line, then id
     manifest = read_manifest(out)
     assert manifest is not None and manifest["extra"]["bad_records"] == 1
 

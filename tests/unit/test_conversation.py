@@ -122,7 +122,9 @@ FAMILIES = ("llama2_legacy", "mistral", "llama3", "qwen", "gemma")
 
 @pytest.mark.parametrize("template", OWN)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_t01_t02_t03_t05_trained_text_is_the_answers_byte_for_byte(family: str, template: str) -> None:
+def test_t01_t02_t03_t05_trained_text_is_the_answers_byte_for_byte(
+    family: str, template: str
+) -> None:
     """Every template with every family, and words no tokenizer has seen."""
     tokenizer = family_tokenizer(family, template)
     answers = ["red and green", "yes .\n\nÄrger: 1 < 2 \U0001f600"]

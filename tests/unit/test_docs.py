@@ -108,7 +108,7 @@ def check_cli(words: list[str]) -> None:
 
 
 def check_eval(words: list[str]) -> None:
-    """A recipe of an encoder's evaluation loads; the runner takes its line up to where it starts."""
+    """An encoder's recipe loads; the runner takes its line up to where it would start."""
     if not words[0].startswith("--"):
         load_recipe(words[0], EncoderEvalRecipe, words[1:])
         return

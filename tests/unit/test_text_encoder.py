@@ -404,7 +404,9 @@ def test_incomplete_weights_are_refused(llm: Path, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "model.safetensors")
     del weights["model.norm.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TextEncoderError, match=r"1 weights of LlamaModel are missing.*norm\.weight"):
+    with pytest.raises(
+        TextEncoderError, match=r"1 weights of LlamaModel are missing.*norm\.weight"
+    ):
         TextEncoder.from_pretrained(tmp_path)
 
 
