@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from llm2clip_vlm.evaluation.generation import Answer, Generator, Prompt
+from llm2clip_vlm.models.loading import load_complete
 
 _BATCHES_AT_ONCE = 8
 
@@ -52,17 +53,7 @@ def load_checkpoint(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    # The pair that output_loading_info adds is not in the return type.
-    loaded: Any = AutoModelForImageTextToText.from_pretrained(
-        pretrained, dtype=dtype, output_loading_info=True
-    )
-    model, report = loaded
-    if report["missing_keys"] or report["mismatched_keys"]:
-        wrong = sorted(report["missing_keys"]) + [str(k) for k in report["mismatched_keys"]]
-        raise ValueError(
-            f"{pretrained}: {len(wrong)} parameters are missing or of another shape "
-            f"({', '.join(wrong[:3])} ...); its config.json is of another model"
-        )
+    model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
     return model.to(chosen).eval(), AutoProcessor.from_pretrained(pretrained)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -25,12 +24,10 @@ from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import fingerprint_dir, fingerprint_file
+from llm2clip_vlm.handoff import versions
 
 RESULT_SCHEMA = 1
 """Version of the result files."""
-
-VERSIONED = ("lmms_eval", "transformers", "torch", "tokenizers", "datasets", "pillow")
-"""Packages whose versions are recorded; the first two are part of the specification's hash."""
 
 SCORING_CODE = (
     "chat_template.py",
@@ -193,7 +190,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),
         "data": data_hash(Path(task.data_files)) if task.data_files else None,
         "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype],
-        "versions": {name: _version(name) for name in VERSIONED[:2]},
+        "versions": [versions().get(name) for name in ("lmms_eval", "transformers")],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
@@ -221,18 +218,6 @@ def _files_hash(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def versions() -> dict[str, str | None]:
-    """Versions of the packages that a score depends on."""
-    return {name: _version(name) for name in VERSIONED}
 
 
 def write_jobs(

@@ -23,11 +23,11 @@ from llm2clip_vlm.evaluation.lmms_job import (
     Job,
     data_hash,
     task_yaml,
-    versions,
 )
 from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.lmms_tasks import build_task, root_cause
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.handoff import versions
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -181,7 +181,7 @@ def test_a_checkpoint_with_missing_weights_is_refused(checkpoint: Path, tmp_path
     weights = load_file(broken / "model.safetensors")
     weights.pop(next(name for name in weights if "multi_modal_projector" in name))
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="1 parameters are missing"):
+    with pytest.raises(ValueError, match="1 weights of LlavaForConditionalGeneration are missing"):
         load_checkpoint(str(broken), device="cpu")
 
 
