@@ -189,6 +189,7 @@ def report_recipe(root: Path, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
         "output_dir": str(root / "out"),
         "stage1": str(root / "stage1"),
         "towers": {tower: str(root / tower) for tower in RATES},
+        "tower_notes": {tower: f"what {tower} is" for tower in RATES},
         "stage3": {tower: str(root / f"stage3/{tower}") for tower in RATES},
         "vlms": {
             tower: {str(seed): str(root / f"stage4/{tower}-s{seed}") for seed in seeds}

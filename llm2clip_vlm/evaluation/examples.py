@@ -19,7 +19,7 @@ from llm2clip_vlm.data.shards import PackedImage
 from llm2clip_vlm.evaluation.report_inputs import ReportError
 from llm2clip_vlm.evaluation.stats import load_samples
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
-from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
+from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 
 _BATCH = 256
 
@@ -61,6 +61,7 @@ def retrieved_captions(
     Raises:
         ReportError: A model that needs the cache, and there is none.
     """
+    register()
     texts, owners = caption_galleries(records)[kind]
     pictures = [record.open() for record in records[:count]]
     best: dict[str, list[int]] = {}
