@@ -75,10 +75,12 @@ def main(argv: list[str] | None = None) -> int:
         print_table(results)
         if names := left_out(suite):
             print(f"not run, for want of a judge: {', '.join(names)}")
-        for name, found in results.items() if expected is not None else ():
-            rows = gate(expected, row, found)
-            write_atomically(output / name / "score_gate.json", json.dumps(rows, indent=2))
-            print(f"\n{name}: {gate_table(rows, f'{row}, {expected.source}')}")
+        if expected is not None:
+            for name, found in results.items():
+                columns = gate(expected, row, found)
+                text = json.dumps(columns, indent=2)
+                write_atomically(output / name / "score_gate.json", text)
+                print(f"\n{name}: {gate_table(columns, f'{row}, {expected.source}')}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

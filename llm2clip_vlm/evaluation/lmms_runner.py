@@ -65,8 +65,8 @@ def run_suite(
     jobs = plan(suite, checkpoints, tasks, limit)
     pending = [job for job in jobs if job.result(out) is None]
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
-    if names := left_out(suite):
-        logger.warning("not run, for want of a judge (suite's `judge`): %s", ", ".join(names))
+    if skipped := left_out(suite):
+        logger.warning("not run, for want of a judge (suite's `judge`): %s", ", ".join(skipped))
     failed: list[tuple[Job, int]] = []
     while pending:
         code = _spawn(suite, pending, out, tasks, limit)
