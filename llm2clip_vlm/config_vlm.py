@@ -23,8 +23,12 @@ class VlmSection(Section):
     """`default` drops the CLS token where the tower has one, `full` keeps it."""
     image_size_px: int | None = Field(default=None, ge=1)
     """Another resolution than the tower's: its positions are interpolated (LLaVA-1.5: 336)."""
-    image_aspect_ratio: Literal["square", "pad"] = "square"
-    """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops."""
+    image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
+    """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops, `anyres`
+    shows the whole picture and then crops of it (LLaVA-NeXT)."""
+    image_grid_pinpoints: list[tuple[int, int]] | None = None
+    """Sizes `[height, width]` in pixels that `anyres` scales a picture to, multiples of the tower's
+    image size; none = LLaVA-NeXT's 1x2, 2x1, 2x2, 3x1 and 1x3 crops."""
     chat_template: str | None = None
     """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
     tokenizer."""
@@ -33,6 +37,15 @@ class VlmSection(Section):
     projector: str | None = None
     """Start from the projector of this VLM (`model/` of stage 3) instead of a new one; refused
     where it was trained beside another tower, LLM, template, layer or image mode."""
+
+    @model_validator(mode="after")
+    def _grids_belong_to_anyres(self) -> Self:
+        if self.image_grid_pinpoints is not None and self.image_aspect_ratio != "anyres":
+            raise ValueError(
+                "image_grid_pinpoints: expected image_aspect_ratio: anyres beside it, got "
+                f"{self.image_aspect_ratio}"
+            )
+        return self
 
 
 class InstructionSource(Section):
@@ -83,7 +96,8 @@ class VlmRecipe(RunRecipe):
     then holds `trainer.per_device_train_batch_size` x `max_length_tokens` tokens at most, and as
     many samples as fit; a step has the same samples as without, and accumulation follows."""
     packing_max_images: int | None = Field(default=None, ge=1)
-    """Images of a packed micro-batch at most (bounds the tower's memory); none = no limit."""
+    """Images (with AnyRes: crops) of a packed micro-batch at most, which bounds the tower's memory;
+    none = no limit."""
     trainable: dict[Part, float | PartTraining] = Field(min_length=1)
     """Learning rate of each part that trains, or `{lr, weight_decay, last_blocks}`; a part that is
     not named is frozen."""
@@ -114,9 +128,9 @@ class Stage4Recipe(VlmRecipe):
     stage: Literal["stage4_instruction"] = "stage4_instruction"
     """Which program reads this file."""
     checkpoint: str
-    """Stage 3's `model/`, or any `LlavaForConditionalGeneration` directory."""
+    """Stage 3's `model/`, or any LLaVA or LLaVA-NeXT directory of transformers."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
-    """Change the image processor for this stage; none keeps stage 3's."""
+    """Change the image processor for this stage; none keeps stage 3's. Not from or to AnyRes."""
     load_in_4bit: bool = False
     """QLoRA: the LLM's own weights stay frozen as NF4, its adapter is merged into those of
     `checkpoint`. Needs bitsandbytes and `language_model_lora`; not with ZeRO-3."""

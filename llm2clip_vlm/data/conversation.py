@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat_template import ConversationError, Message, label, template_of
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.data.visual_tokens import VisualTokens
 
 _ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"} | {
     "system": "system"
@@ -73,24 +74,6 @@ def count_images(messages: Sequence[Message]) -> int:
     )
 
 
-def visual_size_px(image_processor: Any) -> tuple[int, int]:
-    """Height and width in pixels of what an image processor returns."""
-    size: dict[str, Any] = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
-    edge = size.get("shortest_edge", 0)
-    return int(size.get("height", edge)), int(size.get("width", edge))
-
-
-def visual_tokens_per_image(processor: Any) -> int:
-    """Tokens that the processor puts in place of one `<image>`; 1 for a bare tokenizer."""
-    image_processor = getattr(processor, "image_processor", None)
-    if image_processor is None:
-        return 1
-    height, width = visual_size_px(image_processor)
-    patches = (height // processor.patch_size) * (width // processor.patch_size)
-    dropped = processor.vision_feature_select_strategy == "default"
-    return int(patches + processor.num_additional_image_tokens - dropped)
-
-
 def build_labels(
     processor_or_tokenizer: Any,
     messages: Sequence[Mapping[str, Any]],
@@ -105,7 +88,8 @@ def build_labels(
     Args:
         processor_or_tokenizer: A `LlavaProcessor`, or a fast tokenizer with a chat template.
         messages: LLaVA turns or chat messages, see :func:`to_messages`.
-        num_visual_tokens: Tokens in place of one `<image>`; none = as the processor has it.
+        num_visual_tokens: Tokens in place of one `<image>`; none = as the processor has it, which
+            with AnyRes depends on the picture.
 
     Returns:
         `(input_ids, labels)`, lists of the same length; labels are not shifted.
@@ -121,7 +105,7 @@ def build_labels(
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
     turns = to_messages(messages)
     ids, labels = label(turns, template_of(processor_or_tokenizer), tokenizer)
-    count = num_visual_tokens or visual_tokens_per_image(processor_or_tokenizer)
+    count = num_visual_tokens or _fixed_count(processor_or_tokenizer)
     return _expand_images(ids, labels, _image_token_id(tokenizer), count, count_images(turns))
 
 
@@ -158,7 +142,7 @@ def build_plain_labels(
     words = tokenizer(caption.strip(), add_special_tokens=False)["input_ids"]
     labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
     ids = [*ids, *words, tokenizer.eos_token_id]
-    count = num_visual_tokens or visual_tokens_per_image(processor)
+    count = num_visual_tokens or _fixed_count(processor)
     return _expand_images(ids, labels, _image_token_id(tokenizer), count, num_images)
 
 
@@ -179,6 +163,15 @@ def decoded_preview(
         pieces.append(f"«{text}»" if trained else text)
         start = end
     return " ".join(pieces)
+
+
+def _fixed_count(processor_or_tokenizer: Any) -> int:
+    tokens = VisualTokens(processor_or_tokenizer)
+    if tokens.grids is not None:
+        raise ConversationError(
+            "num_visual_tokens: expected a number, as AnyRes gives each picture its own, got none"
+        )
+    return tokens.fixed
 
 
 def _to_parts(value: Any, number: int) -> list[Message]:

@@ -151,18 +151,7 @@ class EncodedImage:
         self.data = data
         self.name = name
         with _as_image_error(name):
-            self._opened = Image.open(BytesIO(data), formats=_formats())
-            width, height = self._opened.size
-            if width * height > MAX_IMAGE_PIXELS:
-                raise ImageError(
-                    f"image {name}: {width}x{height} px, expected at most {MAX_IMAGE_PIXELS} "
-                    "pixels; scale it down"
-                )
-            if self._opened.format != "JPEG":  # a TIFF turns itself while loading
-                self._opened.load()
-            self._turn = _UPRIGHT.get(self._opened.getexif().get(ExifTags.Base.Orientation, 1))
-            width, height = self._opened.size
-        self.size = (height, width) if self._turn in _TURNS else (width, height)
+            self._opened, self._turn, self.size = _header(BytesIO(data), name)
         """Width and height, upright."""
 
     def require_picture(self) -> None:
@@ -239,6 +228,38 @@ class EncodedImage:
     def _upright_rgb(self, image: Image.Image) -> Image.Image:
         image.load()
         return _to_rgb(image if self._turn is None else image.transpose(self._turn))
+
+
+def upright_size(source: Path | bytes, name: str) -> tuple[int, int]:
+    """Width and height of a picture in pixels; of a JPEG the header alone is read.
+
+    Args:
+        source: The file, or its bytes.
+        name: What the image is called in messages.
+
+    Raises:
+        ImageError: As :class:`EncodedImage`.
+    """
+    with _as_image_error(name):
+        opened, _, size = _header(BytesIO(source) if isinstance(source, bytes) else source, name)
+        opened.close()
+    return size
+
+
+def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[int, int]]:
+    """An image, opened; what turns it upright; its upright width and height."""
+    opened = Image.open(source, formats=_formats())
+    width, height = opened.size
+    if width * height > MAX_IMAGE_PIXELS:
+        raise ImageError(
+            f"image {name}: {width}x{height} px, expected at most {MAX_IMAGE_PIXELS} "
+            "pixels; scale it down"
+        )
+    if opened.format != "JPEG":  # a TIFF turns itself while loading
+        opened.load()
+    turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    width, height = opened.size
+    return opened, turn, (height, width) if turn in _TURNS else (width, height)
 
 
 @cache

@@ -26,13 +26,10 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.conversation import (
-    decoded_preview,
-    visual_size_px,
-    visual_tokens_per_image,
-)
+from llm2clip_vlm.data.conversation import decoded_preview
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.token_table import ImageRef, TokenTable, image_root, read_table
+from llm2clip_vlm.data.visual_tokens import VisualTokens
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +99,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
     by the model; larger ones are opened when asked for.
 
     An item is `{"input_ids": int64 [t], "labels": int64 [t], "pixel_values": float32 [n, 3, h, w],
-    "sample_id": str}` with `n` images, and no `pixel_values` for text alone. An image that turns
-    out unreadable only while training is counted in `bad`; below its limit the sample is served
-    grey with all labels ignored, so that it teaches nothing and moves no other sample.
+    "sample_id": str}` with `n` images, and no `pixel_values` for text alone. With AnyRes `n` counts
+    crops, and `image_sizes` int64 [images, 2] has heights and widths. An image that turns out
+    unreadable only while training is counted in `bad`; below its limit the sample is served grey
+    with all labels ignored, so that it teaches nothing and moves no other sample.
     """
 
     def __init__(
@@ -122,7 +120,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
         Args:
             sources: A recipe's `data`.
-            processor: The `LlavaProcessor` of the model.
+            processor: The model's `LlavaProcessor` or `LlavaNextProcessor`.
             max_length_tokens: A longer conversation ends with its last answer that fits.
             bad: Takes what cannot be used.
             plain: LLaVA's `plain` style: image and first answer only.
@@ -131,17 +129,23 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
         Raises:
             RecordError: A file cannot be read, or more records are bad than `bad` allows.
-            ValueError: No record is left, or `shuffle_images` with fewer than two images.
+            ValueError: No record is left, or `shuffle_images` with fewer than two images or with
+                AnyRes.
         """
         self._bad = bad
         self._image_processor = processor.image_processor
         self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self._num_visual = visual_tokens_per_image(processor)
+        self._visual = VisualTokens(processor)
         self._tables: list[TokenTable] = []
         self._roots: list[Path] = []
         self._shuffled: list[dict[ImageRef, ImageRef]] = []
         rows, end = [], 0
         for source in expand_mixtures(sources):
+            if source.shuffle_images and self._visual.grids is not None:
+                raise ValueError(
+                    f"{source.path}: shuffle_images: expected images of one token count, got "
+                    "AnyRes; compose the VLM with image_aspect_ratio: pad or square"
+                )
             table = read_table(source, processor, max_length_tokens=max_length_tokens, plain=plain)
             bad.take(len(table) + len(table.refused), table.refused)
             if table.cut:
@@ -168,7 +172,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
     @property
     def image_counts(self) -> list[int]:
-        """Images of each sample."""
+        """What the tower sees of each sample: its images, with AnyRes their crops."""
         counts = np.concatenate([table.image_counts for table in self._tables])
         return [int(count) for count in counts[self._rows]]
 
@@ -189,12 +193,17 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         if self._pixels is not None:
             item["pixel_values"] = self._pixels[[self._kept[place] for place in places]]
             return item
+        sizes = self._image_sizes(index)
+        if len(sizes):
+            item["image_sizes"] = sizes
         try:
-            item["pixel_values"] = torch.stack([self._read(place) for place in places])
+            item["pixel_values"] = torch.cat(
+                [self._read(place, *sizes[i : i + 1]) for i, place in enumerate(places)]
+            )
         except ImageError as error:
             self._bad.add(key, str(error))
-            size = visual_size_px(self._image_processor)
-            item["pixel_values"] = torch.zeros(len(places), 3, *size)
+            crops = sum(self._visual.of(*size)[1] for size in sizes.tolist()) or len(places)
+            item["pixel_values"] = torch.zeros(crops, 3, *self._visual.size_px)
             item["labels"] = torch.full_like(labels, IGNORE_INDEX)
         return item
 
@@ -208,8 +217,17 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         table, row = self._row(index)
         ids, trained = self._tables[table].tokens(row)
         labels = torch.where(trained, ids, IGNORE_INDEX)
-        repeats = torch.where(ids == self._image_id, self._num_visual, 1)
+        repeats = torch.where(ids == self._image_id, self._visual.fixed, 1)
+        sizes = self._image_sizes(index).tolist()
+        if sizes:
+            counts = [self._visual.of(*size)[0] for size in sizes]
+            repeats[ids == self._image_id] = torch.tensor(counts)
         return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)
+
+    def _image_sizes(self, index: int) -> Tensor:
+        """Height and width of a sample's images, int64 `[n, 2]`; empty but for AnyRes."""
+        table, row = self._row(index)
+        return self._tables[table].image_sizes(row)
 
     def _place(self, index: int) -> tuple[str, list[Place]]:
         """Key and images of a sample."""
@@ -218,7 +236,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         successors = self._shuffled[table]
         return key, [(self._roots[table], successors.get(image, image)) for image in images]
 
-    def _read(self, place: Place) -> Tensor:
+    def _read(self, place: Place, size: Tensor | None = None) -> Tensor:
+        """An image's crops, `[n, 3, h, w]`; `size` is what it was when its tokens were counted."""
         root, image = place
         if isinstance(image, str):
             picture = open_image(root, image, strict=True)
@@ -228,12 +247,19 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 picture = EncodedImage(image.read(), name).rgb(strict=True)
             except OSError as error:
                 raise ImageError(f"image {name} cannot be read: {error}") from error
+        if size is not None and size.tolist() != [picture.height, picture.width]:
+            raise ImageError(
+                f"image {image!r}: {picture.width}x{picture.height} px, expected "
+                f"{int(size[1])}x{int(size[0])} as when it was indexed; was it replaced?"
+            )
         pixels = self._image_processor(picture, return_tensors="pt")["pixel_values"][0]
-        return torch.as_tensor(pixels, dtype=torch.float32)
+        return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, *pixels.shape[-3:])
 
     def _preload(self, limit_bytes: int) -> None:
         """Decodes each distinct image once if all fit, and leaves out samples with a bad one."""
-        height, width = visual_size_px(self._image_processor)
+        if self._visual.grids is not None:
+            return
+        height, width = self._visual.size_px
         room = limit_bytes // (3 * height * width * 4)
         samples: list[tuple[str, list[Place]]] = []
         distinct: dict[Place, None] = {}
@@ -248,7 +274,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         pixels = torch.empty(len(distinct), 3, height, width)
         for place in distinct:
             try:
-                pixels[len(self._kept)] = self._read(place)
+                pixels[len(self._kept)] = self._read(place)[0]
                 self._kept[place] = len(self._kept)
             except ImageError as error:
                 unreadable[place] = str(error)
@@ -300,7 +326,12 @@ class InstructionCollator:
 
 
 def joined_images(items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """`sample_ids` of a batch, and `pixel_values` `[n, 3, h, w]` if any sample has images."""
+    """`sample_ids` of a batch, and `pixel_values` `[n, 3, h, w]` if any sample has images.
+
+    With AnyRes also `image_sizes` `[images, 2]`; `n` are all crops of all images.
+    """
     batch: dict[str, Any] = {"sample_ids": [item["sample_id"] for item in items]}
-    pixels = [item["pixel_values"] for item in items if "pixel_values" in item]
-    return batch | ({"pixel_values": torch.cat(pixels)} if pixels else {})
+    for name in ("pixel_values", "image_sizes"):
+        if parts := [item[name] for item in items if name in item]:
+            batch[name] = torch.cat(parts)
+    return batch

@@ -34,17 +34,17 @@ from llm2clip_vlm.data.conversation import (
     build_plain_labels,
     count_images,
     to_messages,
-    visual_tokens_per_image,
 )
-from llm2clip_vlm.data.images import ImageError, resolve_image
+from llm2clip_vlm.data.images import ImageError, resolve_image, upright_size
 from llm2clip_vlm.data.records import iter_rows, source_files
 from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.data.visual_tokens import VisualTokens
 from llm2clip_vlm.distributed import barrier, is_main
 from llm2clip_vlm.files import written_whole
 
 logger = logging.getLogger(__name__)
 
-VERSION = 1
+VERSION = 2
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
 
 TABLE_FILE_FROM_BYTES = 64 * 2**20
@@ -154,7 +154,7 @@ class TokenTable:
         self.lengths: npt.NDArray[np.int64] = columns["lengths"].numpy()
         """Tokens of each, visual ones included."""
         self.image_counts: npt.NDArray[np.int64] = columns["images"].numpy()
-        """Images of each."""
+        """What the tower sees of each: its images, with AnyRes their crops."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -163,6 +163,11 @@ class TokenTable:
         """Ids, int64 `[t]`, each `<image>` one token, and which are trained, bool `[t]`."""
         start, end = (int(n) for n in self._columns["starts"][row : row + 2])
         return self._columns["ids"][start:end].long(), self._columns["trained"][start:end]
+
+    def image_sizes(self, row: int) -> Tensor:
+        """Height and width of a record's images, int64 `[n, 2]`; empty where they do not matter."""
+        start, end = (int(n) for n in self._columns["size_starts"][row : row + 2])
+        return self._columns["sizes"][start:end].view(-1, 2).long()
 
     def place(self, row: int) -> tuple[str, list[ImageRef]]:
         """A record's key and its images."""
@@ -198,7 +203,7 @@ def read_table(
         VERSION,
         source.model_dump(exclude=chosen),
         [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files],
-        [max_length_tokens, plain, visual_tokens_per_image(processor), processor.chat_template],
+        [max_length_tokens, plain, *_visual_settings(processor), processor.chat_template],
         [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
     ]
     digest = hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
@@ -238,19 +243,27 @@ def tokenise(
 
     Returns:
         The columns of a `TokenTable`: `ids` int32 and `trained` bool `[tokens]`, `starts`,
-        `lengths`, `images` int64, `text` uint8 and `text_starts`; and its facts.
+        `lengths`, `images` int64, `text` uint8 and `text_starts`, `sizes` int32 and `size_starts`;
+        and its facts.
     """
     bad = Refused()
     files = {str(file): number for number, file in enumerate(source_files(source.path))}
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    num_visual = visual_tokens_per_image(processor)
-    ids, trained, text, cut = array("i"), bytearray(), bytearray(), 0
-    starts, text_starts, lengths, counts = array("q", [0]), array("q", [0]), array("q"), array("q")
+    visual, root = VisualTokens(processor), image_root(source)
+    ids, trained, text, sizes, cut = array("i"), bytearray(), bytearray(), array("i"), 0
+    starts, text_starts, size_starts = array("q", [0]), array("q", [0]), array("q", [0])
+    lengths, counts = array("q"), array("q")
     for record in read_instructions(source, bad):
         try:
             own, labels = _label(record, processor, plain)
-            kept = _fitting(own, labels, image_id, num_visual, max_length_tokens)
-        except ConversationError as error:
+            shapes = [visual.size_px] * len(record.images)
+            if visual.grids is not None:
+                shapes = [_size_px(root, image) for image in record.images]
+            tokens, crops = (
+                zip(*(visual.of(*s) for s in shapes), strict=True) if shapes else ((), ())
+            )
+            kept = _fitting(own, labels, image_id, tokens, max_length_tokens)
+        except (ConversationError, ImageError) as error:
             bad.add(record.key, str(error))
             continue
         cut += kept < len(own)
@@ -267,18 +280,43 @@ def tokenise(
         text.extend(json.dumps([record.key, places]).encode())
         starts.append(len(ids))
         text_starts.append(len(text))
-        lengths.append(kept + images * (num_visual - 1))
-        counts.append(images)
+        if visual.grids is not None:
+            sizes.extend(side for shape in shapes[:images] for side in shape)
+        size_starts.append(len(sizes))
+        lengths.append(kept + sum(tokens[:images]) - images)
+        counts.append(sum(crops[:images]))
     columns = {
         "ids": _column(ids, torch.int32),
         "trained": _column(trained, torch.bool),
         "text": _column(text, torch.uint8),
+        "sizes": _column(sizes, torch.int32),
+        "size_starts": _column(size_starts, torch.int64),
         "starts": _column(starts, torch.int64),
         "text_starts": _column(text_starts, torch.int64),
         "lengths": _column(lengths, torch.int64),
         "images": _column(counts, torch.int64),
     }
     return columns, {"refused": bad.rows, "cut": cut, "files": list(files)}
+
+
+def _visual_settings(processor: Any) -> list[Any]:
+    """What the number of visual tokens depends on, beside a picture's size."""
+    visual = VisualTokens(processor)
+    select = getattr(processor, "vision_feature_select_strategy", None)
+    return [visual.fixed, visual.grids, visual.size_px, getattr(processor, "patch_size", 0), select]
+
+
+def _size_px(root: Path, image: ImageRef) -> tuple[int, int]:
+    """Height and width, upright."""
+    if isinstance(image, str):
+        width, height = upright_size(resolve_image(root, image), f"{image!r} below {root}")
+        return height, width
+    name = f"in {image.path.name}"
+    try:
+        width, height = upright_size(image.read(), name)
+    except OSError as error:
+        raise ImageError(f"image {name} cannot be read: {error}") from error
+    return height, width
 
 
 def _column(values: array[int] | bytearray, dtype: torch.dtype) -> Tensor:
@@ -296,15 +334,19 @@ def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list
 
 
 def _fitting(
-    ids: Sequence[int], labels: Sequence[int], image_id: int, num_visual: int, max_tokens: int
+    ids: Sequence[int], labels: Sequence[int], image_id: int, visual: Sequence[int], max_tokens: int
 ) -> int:
-    """How many tokens stay: all, or those up to the end of the last answer that fits."""
-    total = len(ids) + (num_visual - 1) * ids.count(image_id)
+    """How many tokens stay: all, or those up to the end of the last answer that fits.
+
+    `visual` has the tokens of each image in order.
+    """
+    total = len(ids) + sum(visual) - len(visual)
     if total <= max_tokens:
         return len(ids)
     length = kept = 0
+    counts = iter(visual)
     for place, token in enumerate(ids):
-        length += num_visual if token == image_id else 1
+        length += next(counts) if token == image_id else 1
         if length > max_tokens:
             break
         if labels[place] != IGNORE_INDEX and labels[place + 1] == IGNORE_INDEX:
@@ -312,6 +354,6 @@ def _fitting(
     if not kept:
         raise ConversationError(
             f"the first answer ends beyond max_length_tokens = {max_tokens}; the conversation has "
-            f"{total} tokens, {num_visual} of them for each image"
+            f"{total} tokens, {sum(visual)} of them visual"
         )
     return kept

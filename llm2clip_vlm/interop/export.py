@@ -12,7 +12,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel, LlavaForConditionalGeneration
+from transformers import AutoModel
 
 from llm2clip_vlm.interop import certificate, libraries, llava
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
@@ -70,8 +70,8 @@ def _load(path: Path) -> tuple[str, Any, Any]:
     if (path / SETTINGS_NAME).is_file():
         return "text encoder", TextEncoder.from_pretrained(path), None
     kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
-    if kind == "llava":
-        return "VLM", *load_vlm(path)
+    if kind in ("llava", "llava_next"):
+        return "VLM" if kind == "llava" else "AnyRes VLM", *load_vlm(path)
     tower = load_vision_tower(path, dtype=torch.float32)
     if kind != "llm2clip":
         return "tower", tower.model, tower.image_processor
@@ -119,8 +119,8 @@ def _needs(model: Any) -> str:
 
 def _llava_hf(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     save_vlm(model, processor, folder)
-    again = LlavaForConditionalGeneration.from_pretrained(folder, dtype=model.dtype)
-    opened = "LlavaForConditionalGeneration of transformers"
+    again = type(model).from_pretrained(folder, dtype=model.dtype)
+    opened = f"{type(model).__name__} of transformers"
     return Evidence(opened, logits_of(model), logits_of(again), {"needs": _needs(model)})
 
 
@@ -258,7 +258,7 @@ def _sentence_transformers(source: Path, model: Any, processor: Any, folder: Pat
 _IMAGES = ("tower", "stage 2b model")
 _Writer = Callable[[Path, Any, Any, Path], Evidence]
 FORMATS: dict[str, tuple[_Writer, tuple[str, ...]]] = {
-    "transformers": (_transformers, (*_IMAGES, "VLM")),
+    "transformers": (_transformers, (*_IMAGES, "VLM", "AnyRes VLM")),
     "llava": (_llava, (*_IMAGES, "VLM")),
     "open_clip": (_open_clip, _IMAGES),
     "timm": (_timm, _IMAGES),

@@ -36,13 +36,15 @@ def settings_of(model: Any, processor: Any) -> dict[str, str]:
         processor: Its processor.
 
     Returns:
-        Hash of the template; feature layer and strategy; image mode (`pad` or `square`, size, mean
-        and standard deviation).
+        Hash of the template; feature layer and strategy; image mode (`pad`, `square` or `anyres`
+        with its grids, size, mean and standard deviation).
     """
     images = processor.image_processor
     size = getattr(images, "crop_size", None) or images.size
     sides = [size[name] for name in ("height", "width", "shortest_edge") if size.get(name)]
     mode = "pad" if getattr(images, "do_pad", False) else "square"
+    if grids := getattr(images, "image_grid_pinpoints", None):
+        mode = f"anyres {[list(grid) for grid in grids]}"
     template = str(processor.chat_template or "").encode()
     strategy = model.config.vision_feature_select_strategy
     values = (

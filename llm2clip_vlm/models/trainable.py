@@ -17,6 +17,8 @@ _WRAPPERS = ("module.", "base_model.model.", "model.")
 def part_name(name: str) -> str:
     """A parameter's name as recipes know it: without wrappers, `lm_head` inside the LLM.
 
+    AnyRes' `image_newline` belongs to the projector, with which it is trained.
+
     Args:
         name: As in `named_parameters()`, such as `model.vision_tower.embeddings.class_embedding`.
 
@@ -26,6 +28,8 @@ def part_name(name: str) -> str:
     """
     for wrapper in _WRAPPERS:
         name = name.removeprefix(wrapper)
+    if name == "image_newline":
+        return f"multi_modal_projector.{name}"
     return f"language_model.{name}" if name.startswith("lm_head.") else name
 
 

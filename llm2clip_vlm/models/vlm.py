@@ -1,7 +1,8 @@
 """Vision tower, projector and language model as one Hugging Face LLaVA, from step 0.
 
-Everything trains inside `transformers.LlavaForConditionalGeneration`, so every checkpoint is the
-export: there is no format of our own to convert.
+Everything trains inside `transformers.LlavaForConditionalGeneration` (with AnyRes
+`LlavaNextForConditionalGeneration`), so every checkpoint is the export: there is no format of our
+own to convert.
 
 Paper: LLaVA-1.5 (2310.03744) section 3; module names as transformers 5 has them.
 """
@@ -11,12 +12,11 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
 from tokenizers import AddedToken, Tokenizer
 from torch import Tensor, nn
 from transformers import (
@@ -26,15 +26,22 @@ from transformers import (
     GenerationConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerBase,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.utils import is_torchvision_available
 
 from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.handoff import refuse_bidirectional
+from llm2clip_vlm.models.image_mode import (
+    AspectRatio,
+    anyres_image_processor,
+    set_image_aspect_ratio,
+)
 from llm2clip_vlm.models.lineage import (
     PROJECTOR,
     read_lineage,
@@ -50,14 +57,11 @@ from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
 logger = logging.getLogger(__name__)
 
-AspectRatio = Literal["square", "pad"]
-
-
-_KEPT = (
-    *("size", "crop_size", "do_center_crop", "do_resize", "resample", "do_rescale"),
-    *("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
-)
-"""What a padding image processor takes over from the one it replaces."""
+_CLASSES: dict[str, Any] = {
+    "llava": LlavaForConditionalGeneration,
+    "llava_next": LlavaNextForConditionalGeneration,
+}
+"""By the config's `model_type`."""
 
 
 class VlmError(ValueError):
@@ -71,12 +75,13 @@ def build_vlm(
     vision_feature_layer: int | list[int] = -2,
     vision_feature_select_strategy: Literal["default", "full"] = "default",
     image_size_px: int | None = None,
-    image_aspect_ratio: AspectRatio = "square",
+    image_aspect_ratio: AspectRatio | Literal["anyres"] = "square",
+    image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
     chat_template: str | None = None,
     dtype: Any = None,
     projector: str | Path | None = None,
     seed: int = 0,
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+) -> tuple[Any, Any]:
     """Composes a LLaVA from a vision tower and a causal language model.
 
     The projector is new (`Linear-GELU-Linear`, torch's default initialisation, as in LLaVA's
@@ -91,7 +96,11 @@ def build_vlm(
         vision_feature_select_strategy: `default` drops the CLS token where the tower has one,
             `full` keeps all. Registers (DINO) are kept by both.
         image_size_px: As `load_vision_tower` takes it.
-        image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour.
+        image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour,
+            `anyres` also in crops (LLaVA-NeXT; the model is a `LlavaNextForConditionalGeneration`,
+            whose `image_newline` is new).
+        image_grid_pinpoints: As :func:`~llm2clip_vlm.models.image_mode.anyres_image_processor`
+            takes it; only with `anyres`.
         chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
         dtype: Of all weights; none or `"auto"` = the language model's.
         projector: VLM checkpoint whose projector is taken; none = a new one.
@@ -101,13 +110,14 @@ def build_vlm(
         The model in evaluation mode, the text-only guard installed, and its processor.
 
     Raises:
-        VlmError: The language model is none or is incomplete, or the layer does not exist.
-        TowerError: As `load_vision_tower`.
+        VlmError: The language model is none or is incomplete, the layer does not exist, or AnyRes
+            is asked to keep the CLS token.
+        TowerError: As `load_vision_tower` and `anyres_image_processor`.
         HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
             projector was trained beside another tower, LLM, template, layer or image mode.
         ConversationError: There is no chat template.
 
-    Paper: LLaVA-1.5 section 3.2 (MLP projector).
+    Paper: LLaVA-1.5 section 3.2 (MLP projector); LLaVA-NeXT (AnyRes).
 
     Example:
         >>> model, processor = build_vlm("runs/stage2b/vision_tower", "base/llm")  # doctest: +SKIP
@@ -122,18 +132,27 @@ def build_vlm(
     _no_second_bos(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
     num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
-    config = LlavaConfig(
+    anyres = image_aspect_ratio == "anyres"
+    if anyres and tower.has_cls_token and not dropped:
+        raise VlmError(
+            f"vision_feature_select_strategy: anyres puts crops side by side and cannot keep their "
+            f"CLS tokens; expected default, got {vision_feature_select_strategy}"
+        )
+    grids = anyres_image_processor(tower, image_grid_pinpoints) if anyres else None
+    config_class: Any = LlavaNextConfig if anyres else LlavaConfig
+    config = config_class(
         vision_config=tower.model.config,
         text_config=llm.config,
         image_token_index=image_token_id,
         image_seq_length=num_visual,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
+        **({} if grids is None else {"image_grid_pinpoints": grids.image_grid_pinpoints}),
     )
     model = _assemble(config, tower.model, llm, seed)
     model.generation_config = _generation_config(llm, tokenizer, template)
-    processor = LlavaProcessor(
-        image_processor=tower.image_processor,
+    processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
+        image_processor=grids or tower.image_processor,
         tokenizer=tokenizer,
         patch_size=tower.patch_size_px,
         vision_feature_select_strategy=vision_feature_select_strategy,
@@ -150,11 +169,12 @@ def build_vlm(
 
 def load_vlm(
     path_or_id: str | Path, *, dtype: Any = "auto", load_in_4bit: bool = False, device: Any = None
-) -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Loads a `LlavaForConditionalGeneration` checkpoint completely, or says why not.
+) -> tuple[Any, Any]:
+    """Loads a LLaVA checkpoint completely, or says why not.
 
     Args:
-        path_or_id: Directory or hub id.
+        path_or_id: Directory or hub id of a `LlavaForConditionalGeneration` or a
+            `LlavaNextForConditionalGeneration`.
         dtype: Of all weights; `"auto"` = the checkpoint's.
         load_in_4bit: Quantise the language model's linear weights to NF4 (needs bitsandbytes).
         device: Where to with `load_in_4bit`; else the CPU.
@@ -170,16 +190,16 @@ def load_vlm(
     path = str(path_or_id)
     register()  # the tower's `model_type` may be known to us alone
     config = read_config(path, VlmError)
-    if config.model_type != "llava":
+    if config.model_type not in _CLASSES:
         raise VlmError(
-            f"{path}: model_type {config.model_type!r}, expected 'llava'; a VLM checkpoint is "
-            "stage 3's or stage 4's `model/`, or any LlavaForConditionalGeneration directory"
+            f"{path}: model_type {config.model_type!r}, expected {' or '.join(_CLASSES)}; a VLM "
+            "checkpoint is stage 3's or stage 4's `model/`, or any LLaVA directory of transformers"
         )
     refuse_bidirectional(config.text_config, path)
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     bits = four_bits(device, VlmError, skip=kept) if load_in_4bit else {}
     model: Any = load_complete(
-        LlavaForConditionalGeneration, path, error=VlmError, config=config, dtype=dtype, **bits
+        _CLASSES[config.model_type], path, error=VlmError, config=config, dtype=dtype, **bits
     )
     try:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
@@ -215,31 +235,6 @@ def save_vlm(
     state = dict(model.state_dict() if state_dict is None else state_dict)
     model.save_pretrained(str(directory), state_dict=None if state_dict is None else state)
     write_lineage(directory, model, processor, state)
-
-
-def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
-    """Makes the processor pad images to a square, or crop them.
-
-    The choice is part of what is saved (`do_pad`), so that nobody evaluates with the other one.
-
-    Args:
-        processor: A `LlavaProcessor`; its image processor is replaced where it cannot pad.
-        aspect_ratio: `pad` fills with the mean colour, `square` crops the centre.
-
-    Paper: LLaVA-1.5 (`image_aspect_ratio pad` in stage 2, unset in stage 1).
-    """
-    old = processor.image_processor
-    if hasattr(old, "pad_to_square"):
-        old.do_pad = aspect_ratio == "pad"
-        return
-    if aspect_ratio == "square":
-        return
-    backend = "LlavaImageProcessor" if is_torchvision_available() else "LlavaImageProcessorPil"
-    values = old.to_dict()
-    arguments = {name: values[name] for name in _KEPT if values.get(name) is not None}
-    arguments.setdefault("do_center_crop", False)
-    arguments.setdefault("crop_size", arguments["size"])  # LLaVA's own default is 224
-    processor.image_processor = getattr(transformers, backend)(**arguments, do_pad=True)
 
 
 def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -278,8 +273,10 @@ def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
     here = weights_of(model.state_dict()) | settings_of(model, processor)
     here.pop(PROJECTOR)
     refuse_other(path, recorded, here)
-    given = load_vlm(path, dtype=model.dtype)[0].model.multi_modal_projector
-    model.model.multi_modal_projector.load_state_dict(given.state_dict())
+    given = load_vlm(path, dtype=model.dtype)[0].model
+    model.model.multi_modal_projector.load_state_dict(given.multi_modal_projector.state_dict())
+    if hasattr(model.model, "image_newline"):
+        model.model.image_newline.data.copy_(given.image_newline)
 
 
 def _add_image_token(tokenizer: Any, llm: Any) -> int:
@@ -317,10 +314,10 @@ def _no_second_bos(tokenizer: Any, template: str) -> None:
     tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
 
 
-def _assemble(config: LlavaConfig, tower: Any, llm: Any, seed: int) -> Any:
+def _assemble(config: Any, tower: Any, llm: Any, seed: int) -> Any:
     """Puts the loaded parts into a LLaVA without weights; only the projector is new."""
     with torch.device("meta"):
-        model: Any = LlavaForConditionalGeneration(config)
+        model: Any = _CLASSES[config.model_type](config)
     llava = model.model
     for name, part in (("vision_tower", tower), ("language_model", llm.base_model)):
         expected = type(getattr(llava, name))
@@ -336,6 +333,9 @@ def _assemble(config: LlavaConfig, tower: Any, llm: Any, seed: int) -> Any:
         for module in projector.modules():
             if isinstance(module, nn.Linear):
                 module.reset_parameters()
+        if hasattr(llava, "image_newline"):  # as in LLaVA-NeXT
+            width = projector.linear_2.out_features
+            llava.image_newline = nn.Parameter((torch.randn(width) * width**-0.5).to(llm.dtype))
     model.tie_weights()
     return model
 

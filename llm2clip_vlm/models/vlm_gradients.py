@@ -59,7 +59,7 @@ def install_text_only_guard(model: Any) -> None:
     whose processes must fetch the same modules in the same order).
 
     Args:
-        model: A `LlavaForConditionalGeneration`; a second call changes nothing.
+        model: A LLaVA; a second call changes nothing.
     """
     if getattr(model, "_text_only_guard", False):
         return
@@ -89,14 +89,19 @@ def _blank_features(llava: Any) -> Tensor | None:
     """Visual tokens of a blank image through as much as trains, or None if nothing does."""
     parameter = next(llava.multi_modal_projector.parameters())
     config = llava.config.vision_config
+    like: Any = {"device": parameter.device, "dtype": parameter.dtype}
+    newline = getattr(llava, "image_newline", None)
     tower_trains = any(p.requires_grad for p in llava.vision_tower.parameters())
     if tower_trains or is_deepspeed_zero3_enabled():
-        size = (1, 3, config.image_size, config.image_size)
-        blank = torch.zeros(size, device=parameter.device, dtype=parameter.dtype)
-        return torch.cat(list(llava.get_image_features(blank).pooler_output))
+        side, sizes, crops = config.image_size, {}, 1
+        if newline is not None:
+            grid = llava.config.image_grid_pinpoints[0]
+            crops += (grid[0] // side) * (grid[1] // side)
+            sizes["image_sizes"] = torch.tensor([grid])
+        blank = torch.zeros((crops, 3, side, side), **like)
+        return torch.cat(list(llava.get_image_features(blank, **sizes).pooler_output))
     if any(p.requires_grad for p in llava.multi_modal_projector.parameters()):
-        width = llava.multi_modal_projector.linear_1.in_features
-        blank = torch.zeros(1, 1, width, device=parameter.device, dtype=parameter.dtype)
+        blank = torch.zeros(1, 1, llava.multi_modal_projector.linear_1.in_features, **like)
         features: Tensor = llava.multi_modal_projector(blank)
-        return features
+        return features if newline is None else features + newline
     return None

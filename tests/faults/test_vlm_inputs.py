@@ -237,7 +237,7 @@ def test_a_layer_that_does_not_exist(tiny_clip: Path, tiny_llm: Path, layer: int
 def test_only_a_llava_is_a_vlm_checkpoint(tmp_path: Path, tiny_clip: Path) -> None:
     from llm2clip_vlm.models.vlm import load_vlm
 
-    with pytest.raises(ValueError, match="model_type 'clip', expected 'llava'"):
+    with pytest.raises(ValueError, match="model_type 'clip', expected llava or llava_next"):
         load_vlm(tiny_clip)
     with pytest.raises(ValueError, match=r"no readable config\.json"):
         load_vlm(tmp_path)

@@ -10,12 +10,8 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.models.vlm import (
-    build_vlm,
-    load_vlm,
-    save_vlm,
-    set_image_aspect_ratio,
-)
+from llm2clip_vlm.models.image_mode import set_image_aspect_ratio
+from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision, install_text_only_guard
 from tests.tiny import CHAT_TEMPLATE, build_clip, llama_config, word_tokenizer
 
