@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llm2clip_vlm.config import EncoderRecipe, RunRecipe, Section
+from llm2clip_vlm.config import RunRecipe, Section
+from llm2clip_vlm.config_stage2 import EncoderRecipe
 
 
 class ClipBaselineRecipe(EncoderRecipe):

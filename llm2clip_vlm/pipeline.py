@@ -26,9 +26,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm2clip_vlm.config import MntpRecipe, RunRecipe, Stage1Recipe, Stage2aRecipe, Stage2bRecipe
+from llm2clip_vlm.config import MntpRecipe, RunRecipe, Stage1Recipe, Stage2aRecipe
 from llm2clip_vlm.config_base import ClipBaselineRecipe, LanguageModelRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
+from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import fingerprint_file
@@ -64,6 +65,7 @@ class Job:
     recipe: list[str]
     """Recipe and overrides; empty for a program that takes options only."""
     arguments: list[str]
+    outputs: list[str]
     needs: list[str]
     order: tuple[int, ...]
     process: subprocess.Popen[bytes] | None = None
@@ -99,8 +101,9 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
             name, path, *needs = _filled([step.name, step.recipe or "", *step.needs], fill)
             overrides = _filled([f"{key}={value}" for key, value in step.overrides.items()], fill)
             words = [path, *overrides, *common] if path else overrides
-            arguments = _filled(step.arguments, fill)
-            jobs.append(Job(name, step, words, arguments, needs, (ranks[0], index, *ranks[1:])))
+            arguments, outputs = (_filled(w, fill) for w in (step.arguments, step.outputs))
+            order = (ranks[0], index, *ranks[1:])
+            jobs.append(Job(name, step, words, arguments, outputs, needs, order))
     names = [job.name for job in jobs]
     for job in jobs:
         if names.count(job.name) > 1:
@@ -130,7 +133,7 @@ def finished(job: Job) -> bool:
     if model is not None and job.step.recipe:
         recipe = load_recipe(job.recipe[0], model, job.recipe[1:])
         return is_complete(recipe.output_dir, recipe)
-    return bool(job.step.outputs) and all(Path(path).exists() for path in job.step.outputs)
+    return bool(job.outputs) and all(Path(path).exists() for path in job.outputs)
 
 
 def progress_of(log: Path, start: int = 0) -> int | None:

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import Stage2bRecipe
+from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from llm2clip_vlm.config import Stage2bRecipe, TextEncoderSection, TextInLoopSection
+from llm2clip_vlm.config import TextEncoderSection
+from llm2clip_vlm.config_stage2 import Stage2bRecipe, TextInLoopSection
 from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache, seal
 from llm2clip_vlm.distributed import barrier, is_main, rank

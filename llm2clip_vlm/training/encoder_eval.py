@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm.config import EncoderRecipe, ImageTextSource, ZeroShotSource
+from llm2clip_vlm.config import ImageTextSource, ZeroShotSource
+from llm2clip_vlm.config_stage2 import EncoderRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.image_text import (
     ImageTextDataset,

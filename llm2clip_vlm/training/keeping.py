@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig, CLIPModel, TrainerCallback
 
-from llm2clip_vlm.config import InheritanceSection, Stage2bRecipe
+from llm2clip_vlm.config_stage2 import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.losses import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel

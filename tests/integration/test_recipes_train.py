@@ -30,6 +30,7 @@ QUICK = {
     "paper_v6/stage1_llama32_1b",
     "paper_v6/stage2b_siglip2_so400m",
     "llava15/stage4_lora",
+    "llava_next/stage4",
 }
 """Those that are run with the quick tests; the rest is `slow`."""
 
@@ -98,9 +99,10 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Callable
     def vlm(kind: str) -> None:
         from llm2clip_vlm.models.vlm import build_vlm, save_vlm
 
-        tower, llm = kind.removeprefix("vlm:").split("+")
+        tower, llm, shape = kind.removeprefix("vlm:").split("+")
         strategy = "full" if tower == "siglip" else "default"
-        options = {"chat_template": None if llm == "qwen" else "vicuna_v1"}
+        template = None if llm == "qwen" else "vicuna_v1"
+        options: Any = {"chat_template": template, "image_aspect_ratio": shape}
         made = build_vlm(give(tower), give(llm), vision_feature_select_strategy=strategy, **options)
         save_vlm(*made, folder / kind)
 
@@ -189,7 +191,8 @@ def overrides(recipe: Any, give: Callable[[str], str], out: Path) -> list[str]:
             words += [f"vlm.language_model={give(llm_kind(recipe.vlm.language_model))}"]
         else:
             first: Any = load_recipe(stage3_of(recipe.checkpoint), RECIPES["stage3_projector"])
-            kinds = tower_kind(first.vlm.vision_tower), llm_kind(first.vlm.language_model)
+            kinds = [tower_kind(first.vlm.vision_tower), llm_kind(first.vlm.language_model)]
+            kinds += [first.vlm.image_aspect_ratio]
             words += [f"checkpoint={give('vlm:' + '+'.join(kinds))}"]
     return words
 

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPVisionModel
 
-from llm2clip_vlm.config import Stage2bRecipe
+from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.handoff import HandoffError, read_manifest, write_manifest
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import CLIPModel, TrainerControl, TrainerState
 
-from llm2clip_vlm.config import InheritanceSection, Stage2bRecipe
+from llm2clip_vlm.config_stage2 import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.models.clip import ClipTokens, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.patch_dropout import PatchDropout

@@ -335,3 +335,8 @@ def test_steps_that_need_each_other_are_refused() -> None:
     recipe = PipelineRecipe.model_validate({"output_dir": "out", "steps": steps})
     with pytest.raises(PipelineError, match="in a circle"):
         expand(recipe)
+
+
+def test_outputs_are_filled_in_for_each_value(root: Path) -> None:
+    many = step("{x}", outputs=["{x}.out"], for_each={"x": ["a", "b"]})
+    assert [job.outputs for job in expand(pipeline(many))] == [["a.out"], ["b.out"]]

@@ -9,7 +9,8 @@ import pytest
 from pydantic import BaseModel
 
 from llm2clip_vlm import config, config_base, config_vlm
-from llm2clip_vlm.config import ImageTextSource, Section, Stage1Recipe, Stage2aRecipe, Stage2bRecipe
+from llm2clip_vlm.config import ImageTextSource, Section, Stage1Recipe, Stage2aRecipe
+from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.recipe import RecipeError, load_recipe, recipe_help, save_resolved, to_plain
 
 

@@ -1,0 +1,186 @@
+"""Recipes of stage 2: text adaptor and vision tower."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm2clip_vlm.config import (
+    AugmentationSection,
+    ImageTextSource,
+    LoraSection,
+    RunRecipe,
+    Section,
+    TextEncoderSection,
+    ZeroShotSource,
+)
+
+
+class TextAdaptorSection(Section):
+    """The adaptor on cached text embeddings (paper v6 table 8; released code model.py:217-253)."""
+
+    num_blocks: int = Field(default=4, ge=0)
+    """Residual inverted-bottleneck blocks. Paper v6: 4."""
+    expansion: int = Field(default=2, ge=1)
+    """Width of a block's hidden layer over its input's (released code: 2)."""
+
+
+class LearningRates(Section):
+    """Learning rate of each group; the released code gives 1e-5 to all three."""
+
+    vision_tower: float = Field(default=1e-5, ge=0)
+    """Ignored where the tower is frozen."""
+    visual_projection: float = Field(default=1e-5, ge=0)
+    """Image head."""
+    text_adaptor: float = Field(default=1e-5, ge=0)
+    """Adaptor, text head and `logit_scale`."""
+
+
+class InheritanceSection(Section):
+    """The text adaptor first learns to give CLIP's own text embeddings (ProCLIP, 2510.18795)."""
+
+    clip: str | None = None
+    """`CLIPModel` with its tokenizer, the one that the tower comes from; none = `vision_tower`.
+    Training starts in its joint space (image projection, scale), so `projection_dim` is its."""
+    steps: int = Field(default=500, ge=1)
+    """Optimizer steps on captions alone; those that CLIP's window would cut are left out."""
+    batch_size: int = Field(default=512, ge=2)
+    """Captions a step, on every process the same."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of AdamW, falling to 0 along a cosine."""
+
+
+class SelfDistillationSection(Section):
+    """A penalty on image embeddings that leave the teacher's (ProCLIP, 2510.18795)."""
+
+    teacher: Literal["frozen", "average"] = "frozen"
+    """`frozen`: the model before training; `average`: its running average (`weight_average`)."""
+    loss: Literal["cosine", "relational"] = "cosine"
+    """`cosine` holds each embedding, `relational` the angles between those of a batch."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the penalty beside the contrastive loss."""
+
+
+class WeightAverageSection(Section):
+    """Exponential moving average (EMA) of all weights that train."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Of a late step; early ones decay faster."""
+    export: bool = True
+    """The averages are what is evaluated and saved; false keeps them for `self_distillation`."""
+
+
+class EncoderRecipe(RunRecipe):
+    """What stage 2b and its controls train on and are measured by."""
+
+    train: list[ImageTextSource]
+    """Images with captions; one caption is drawn per image and epoch."""
+    caption_weights: dict[str, float] = Field(default_factory=dict)
+    """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
+    empty = uniform over all captions."""
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    """Random crop and mirroring; off by default. Pictures are then decoded each time."""
+    image_decoding: Literal["fast", "exact"] = "fast"
+    """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
+    quarter of their size (about 50 dB from `exact`), `exact` is the image processor to the bit."""
+    evaluation: list[ImageTextSource] = Field(default_factory=list)
+    """Held-out images for retrieval, each caption key apart."""
+    evaluation_steps: int | None = Field(default=None, ge=1)
+    """Measure every this many steps too (`eval_*` in the log); none = after training only."""
+    zero_shot: list[ZeroShotSource] = Field(default_factory=list)
+    """Labelled images for zero-shot classification, measured whenever retrieval is."""
+
+
+class TextInLoopSection(Section):
+    """The LLM trains inside stage 2b: what the paper compares the cache with."""
+
+    text_encoder: str | TextEncoderSection
+    """Stage 1's `text_encoder/`, or a raw LLM with its pooling."""
+    lora: LoraSection = Field(default_factory=LoraSection)
+    """Its adapter; merged at the end into `<output_dir>/text_encoder/`."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Of the adapter (paper v6 C.1: 2e-4 in stage 1)."""
+
+
+class Stage2bRecipe(EncoderRecipe):
+    """Stage 2b: the tower against the frozen LLM's cached embeddings (paper v6 section 3.2)."""
+
+    stage: Literal["stage2b_vision_encoder"] = "stage2b_vision_encoder"
+    """Which program reads this file."""
+    vision_tower: str
+    """Path or hub id of a CLIP model or a vision tower."""
+    tower_training: Literal["full", "frozen", "lora"] = "full"
+    """Paper v6: full."""
+    tower_lora: LoraSection | None = None
+    """Required with `tower_training: lora`; merged into the tower at the end."""
+    image_size_px: int | None = Field(default=None, ge=1)
+    """Another resolution than the tower's: its positions are interpolated."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the patches that the tower does not see while it trains (FLIP, 2212.00794)."""
+    patch_dropout_tail: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps, at the end, that see all patches again."""
+    inherit_text: InheritanceSection | None = None
+    """Representation inheritance, before the images come; none = a new joint space."""
+    self_distillation: SelfDistillationSection | None = None
+    """Keeps the tower near a teacher; none = only the contrastive loss."""
+    weight_average: WeightAverageSection | None = None
+    """None = the last weights are what is saved."""
+    embedding_cache: str | None = None
+    """Stage 2a's directory; with `write_through` it may lack captions, or not be there yet."""
+    caption_prompts: list[str] = Field(default_factory=list)
+    """Those of stage 2a's `prompts` whose embeddings of a caption are its further positives."""
+    text_in_loop: TextInLoopSection | None = None
+    """Instead of a cache: captions are encoded in every step, by an LLM that trains too."""
+    write_through: str | TextEncoderSection | None = None
+    """Stage 1's `text_encoder/`, or a raw LLM: a caption that the cache lacks is encoded when it is
+    first drawn, and kept there. None = the cache is complete before training starts."""
+    text_adaptor: TextAdaptorSection = Field(default_factory=TextAdaptorSection)
+    """Shape of the adaptor."""
+    projection_dim: int = Field(default=1280, ge=1)
+    """Width of the joint space. Paper v6: 1280."""
+    logit_scale_init: float = 2.6592
+    """Stored logarithm: ln(1/0.07), or ln(100) = 4.6052 where the pretrained one is kept."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Symmetric InfoNCE (paper v6), or SigLIP's loss with a bias (the authors' SigLIP2 towers)."""
+    logit_bias_init: float = -10.0
+    """Bias of the sigmoid loss at the start (SigLIP: -10, with `logit_scale_init` ln 10)."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Images per forward pass on each process; more go through GradCache, which bounds the memory
+    and keeps the gradient of the whole batch. None = all at once."""
+    learning_rates: LearningRates = Field(default_factory=LearningRates)
+    """One per group."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the tower's learning rate per layer from the top (released code: 0.85)."""
+    captions_per_image: int = Field(default=1, ge=1)
+    """Captions of an image in a batch, all of them its positives (DreamLIP's multi-positive loss);
+    with cached text each costs one pass of the adaptor. Paper v6: 1."""
+
+    @model_validator(mode="after")
+    def _text_has_one_source(self) -> Self:
+        if (self.embedding_cache is None) == (self.text_in_loop is None):
+            raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
+        if (self.write_through or self.text_in_loop) and self.caption_prompts:
+            raise ValueError("caption_prompts need stage 2a's complete cache")
+        return self
+
+    @model_validator(mode="after")
+    def _lora_has_its_section(self) -> Self:
+        if (self.tower_training == "lora") != (self.tower_lora is not None):
+            raise ValueError(
+                f"tower_training is {self.tower_training!r} and tower_lora is "
+                f"{'absent' if self.tower_lora is None else 'present'}; `lora` needs the section, "
+                "`full` and `frozen` take none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_serves(self) -> Self:
+        taught = self.self_distillation is not None and self.self_distillation.teacher == "average"
+        if taught and self.weight_average is None:
+            raise ValueError("self_distillation.teacher is 'average': add `weight_average`")
+        if self.weight_average is not None and not (self.weight_average.export or taught):
+            raise ValueError(
+                "weight_average.export is false and no self_distillation uses the averages"
+            )
+        return self
