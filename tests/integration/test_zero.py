@@ -188,3 +188,36 @@ def test_packing_and_lora_work_under_zero(work: Path, zero: int) -> None:
     two = one.with_name("two")
     run_stage("stage4_instruction", recipe, f"output_dir={two}", accelerate=f"zero{zero}_cpu.yaml")
     assert_same_training(one, two)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainable", [PROJECTOR, ALL], ids=["projector", "all"])
+@pytest.mark.parametrize("zero", [2, 3])
+def test_anyres_with_a_process_of_text_alone(
+    work: Path, tiny_clip: Path, zero: int, trainable: Any
+) -> None:
+    from PIL import Image
+
+    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+
+    checkpoint = work / "anyres"
+    if not checkpoint.is_dir():
+        save_vlm(
+            *build_vlm(tiny_clip, work / "llm", image_aspect_ratio="anyres", seed=1), checkpoint
+        )
+    recipe, one = stage4(
+        work,
+        f"anyres-{zero}-{len(trainable)}",
+        text_only=FIRST_PROCESS,
+        trainable=trainable,
+        checkpoint=str(checkpoint),
+        max_length_tokens=256,
+        trainer=SEQUENTIAL,
+    )
+    for number, path in enumerate(sorted(one.parent.glob("images/*.png"))):
+        Image.open(path).resize((30 * (1 + number % 3), 40)).save(path)
+    run_here("stage4_instruction", recipe)
+    two = one.with_name("two")
+    run_stage("stage4_instruction", recipe, f"output_dir={two}", accelerate=f"zero{zero}_cpu.yaml")
+    assert manifest(two)["world_size"] == 2
+    assert_same_training(one, two)
