@@ -91,7 +91,10 @@ def test_errors_name_what_there_is(expected: ExpectedScores) -> None:
 
 def test_the_shipped_table_loads_and_unknown_columns_are_refused(tmp_path: Path) -> None:
     shipped = load_recipe(ROOT / "eval/expected/llava15.yaml", ExpectedScores)
-    assert shipped.rows["llava15_7b"]["GQA"] == 62.0 and len(shipped.rows) == 8
+    assert shipped.rows["llava15_7b"]["GQA"] == 62.0 and len(shipped.rows) == 14
+    crops = load_recipe(ROOT / "eval/expected/llava_next.yaml", ExpectedScores)
+    assert crops.columns == shipped.columns and crops.image_processor == "LlavaNextImageProcessor"
+    assert crops.rows["open_llava_next_vicuna7b"]["TextVQA"] == 67.2
     wrong = tmp_path / "wrong.yaml"
     wrong.write_text("source: x\ncolumns: {A: {results: [a], n: 1}}\nrows: {m: {B: 1.0}}\n")
     with pytest.raises(RecipeError, match="are no columns"):
