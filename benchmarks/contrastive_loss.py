@@ -1,10 +1,10 @@
 """Memory and time of the contrastive loss, forward and backward: ours against the dense one.
 
 The dense loss is what CLIP's own code does, in fp32: one logit matrix, cross entropy of its rows
-and of its columns. Both get the same embeddings (width 768, pairs 0.15 of cosine above the others, as
-in a trained CLIP, whose pairs lie at 0.25 to 0.3 and its other captions at 0.1 to 0.15) and a
+and of its columns. Both get the same embeddings (width 768, pairs 0.15 of cosine above the others,
+as in a trained CLIP, whose pairs lie at 0.25 to 0.3 and other captions at 0.1 to 0.15) and a
 trained model's scale of 100. Gradients are compared with a dense computation in float64; beside it
-on pairs 0.3 above the others, where nearly nothing is left to learn and fp32 leaves few digits of
+on pairs 0.3 above the others, where nearly nothing is left to learn and fp32 keeps few digits of
 what is left, whoever computes it.
 
     python benchmarks/contrastive_loss.py [--quick]
