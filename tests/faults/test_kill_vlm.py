@@ -1,6 +1,6 @@
 """Stages 3 and 4 killed at any moment end with the weights of an undisturbed run, bit for bit.
 
-T40, T41, T43. The programs run in forks of this process, a checkpoint after each step.
+T40, T41, T43. The programs run in processes of their own, a checkpoint after each step.
 """
 
 from __future__ import annotations

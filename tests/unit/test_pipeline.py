@@ -292,11 +292,10 @@ def test_a_stopped_pipeline_stops_its_steps_and_goes_on(root: Path, repo_root: P
         stderr=subprocess.PIPE,
         text=True,
     )
-    deadline = time.monotonic() + 120
-    while not (root / "pid").exists() and time.monotonic() < deadline:
+    deadline, pid = time.monotonic() + 120, root / "pid"
+    while not (pid.exists() and pid.read_text()) and time.monotonic() < deadline:
         assert running.poll() is None, running.communicate()
         time.sleep(0.1)
-    time.sleep(0.2)  # until the number is written
     child = int((root / "pid").read_text())
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
