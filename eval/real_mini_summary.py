@@ -29,7 +29,7 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_scores,
     read_seconds,
 )
-from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
+from llm2clip_vlm.evaluation.retrieval import bootstrap_interval
 from llm2clip_vlm.evaluation.stats import (
     load_samples,
     pair_samples,
@@ -151,11 +151,10 @@ def questions(real: list[dict[str, Any]], shuffled: list[dict[str, Any]]) -> dic
     blind = np.equal(targets, guesses).astype(np.float64)
 
     def score(correct: np.ndarray) -> dict[str, Any]:
-        means = bootstrap_means(correct, cluster_codes(paired.image_ids), RESAMPLES, 0)
         kinds = np.array(paired.types)
         return {
             "accuracy": 100 * float(correct.mean()),
-            "ci": [float(end) for end in np.percentile(100 * means, [2.5, 97.5])],
+            "ci": list(bootstrap_interval(correct, paired.image_ids, RESAMPLES, 0)),
             "by_type": {k: 100 * float(correct[kinds == k].mean()) for k in sorted(set(kinds))},
         }
 

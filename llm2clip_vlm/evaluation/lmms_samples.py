@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError
-from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
+from llm2clip_vlm.evaluation.retrieval import bootstrap_interval
 from llm2clip_vlm.evaluation.task_helpers import normalise
 
 CLOSED_SET = 64
@@ -23,7 +23,9 @@ unparsable."""
 MEANINGLESS = frozenset({"pope_yes_ratio"})
 """Metrics that are not reported: this one is the share of yes among the *targets*."""
 
-_IMAGE_KEYS = ("image_id", "image_source", "image", "question_id", "id")
+_IMAGE_KEYS = "image_id imageId image_source image data_id docId question_id id".split()
+"""Columns that name a document's picture, the surest first; questions of one picture share it (GQA:
+imageId, SEED-Bench: data_id, DocVQA: docId)."""
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
@@ -130,9 +132,8 @@ def summarise(samples: Sequence[Mapping[str, Any]], resamples: int = 1000) -> di
         `{n, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; scores are the
         mean of `correct` in per cent.
     """
-    correct = np.array([sample["correct"] for sample in samples])
-    codes = cluster_codes([sample["image_id"] for sample in samples])
-    low, high = np.percentile(100 * bootstrap_means(correct, codes, resamples, 0), [2.5, 97.5])
+    correct = [sample["correct"] for sample in samples]
+    images = [sample["image_id"] for sample in samples]
     known = [sample["unparsable"] for sample in samples if sample["unparsable"] is not None]
     by_type: dict[str, list[float]] = {}
     for sample in samples:
@@ -141,8 +142,8 @@ def summarise(samples: Sequence[Mapping[str, Any]], resamples: int = 1000) -> di
         "n": len(samples),
         "n_empty": sum(not sample["answer"].strip() for sample in samples),
         "n_unparsable": int(sum(known)) if known else None,
-        "score": 100.0 * float(correct.mean()),
-        "score_ci": [float(low), float(high)],
+        "score": 100.0 * float(np.mean(correct)),
+        "score_ci": list(bootstrap_interval(correct, images, resamples, 0)),
         "by_type": {
             kind: {"score": 100.0 * float(np.mean(values)), "n": len(values)}
             for kind, values in sorted(by_type.items())

@@ -90,8 +90,13 @@ def recall_at_k(
     if not cutoffs or min(cutoffs) < 1:
         raise ValueError(f"ks: expected cut-offs of at least 1, got {ks!r}")
     pairs = _as_pairs(positives, len(queries), len(gallery))
+    units = range(len(queries)) if groups is None else groups
+    if len(units) != len(queries):
+        raise ValueError(
+            f"groups: expected one entry for each of {len(queries)} queries, got {len(units)}"
+        )
     rivals, _ = _count_rivals(queries, gallery, pairs, both=False)
-    return _result(rivals, pairs[0], len(gallery), cutoffs, groups, bootstrap, seed)
+    return _result(rivals, pairs[0], len(gallery), cutoffs, units, bootstrap, seed)
 
 
 def chance_recall(
@@ -179,17 +184,20 @@ def _result(
     owners: np.ndarray,
     gallery_size: int,
     cutoffs: Sequence[int],
-    groups: Sequence[Hashable] | None,
+    groups: Sequence[Hashable],
     bootstrap: int,
     seed: int,
 ) -> RecallResult:
     """`owners` has the query of each positive."""
     better, ties = rivals
     hits = {k: (better + ties) < k for k in cutoffs}
+    ci = {
+        k: bootstrap_interval(hit, groups, bootstrap, seed) for k, hit in hits.items() if bootstrap
+    }
     sizes = np.bincount(owners, minlength=len(better))
     return RecallResult(
         recall={k: 100.0 * float(hit.mean()) for k, hit in hits.items()},
-        ci=_intervals(hits, groups, bootstrap, seed) if bootstrap else {},
+        ci=ci,
         hits=hits,
         tie_rate=float((ties > 0).mean()),
         chance={k: chance_recall(gallery_size, sizes, k) for k in cutoffs},
@@ -311,24 +319,7 @@ def _count(found: Tensor, axis: int) -> Tensor:
     return torch.from_numpy(np.count_nonzero(found.numpy(), axis=axis))
 
 
-def _intervals(
-    hits: Mapping[int, np.ndarray], groups: Sequence[Hashable] | None, bootstrap: int, seed: int
-) -> dict[int, tuple[float, float]]:
-    queries = len(next(iter(hits.values())))
-    if groups is not None and len(groups) != queries:
-        raise ValueError(
-            f"groups: expected one entry for each of {queries} queries, got {len(groups)}"
-        )
-    codes = cluster_codes(groups if groups is not None else range(queries))
-    found = {}
-    for k, hit in hits.items():
-        means = bootstrap_means(hit.astype(np.float64), codes, bootstrap, seed)
-        low, high = np.percentile(100.0 * means, [2.5, 97.5])
-        found[k] = (float(low), float(high))
-    return found
-
-
-def cluster_codes(groups: Sequence[Hashable] | range) -> np.ndarray:
+def cluster_codes(groups: Sequence[Hashable]) -> np.ndarray:
     """Number the groups 0, 1, ... in order of appearance.
 
     Returns:
@@ -338,19 +329,25 @@ def cluster_codes(groups: Sequence[Hashable] | range) -> np.ndarray:
     return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
 
 
-def bootstrap_means(values: np.ndarray, codes: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Means of `values` when whole clusters are drawn with replacement.
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    groups: Sequence[Hashable],
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """95 % percentile interval of the mean when whole groups are drawn with replacement.
 
     Args:
-        values: float[n].
-        codes: int[n], each value's cluster, from :func:`cluster_codes`.
+        values: [n], 0..1 or differences of such.
+        groups: [n], each value's image: values of one image are not independent.
         resamples: How many draws.
-        seed: Seed of the draws; the same seed and clusters give the same draws.
+        seed: Seed of the draws; the same seed and groups give the same draws.
 
     Returns:
-        float[resamples].
+        `(low, high)` in per cent.
     """
-    sums = np.bincount(codes, weights=values)
+    codes = cluster_codes(groups)
+    sums = np.bincount(codes, weights=np.asarray(values, dtype=np.float64))
     counts = np.bincount(codes).astype(np.float64)
     rng = np.random.default_rng(seed)
     clusters = len(sums)
@@ -359,4 +356,5 @@ def bootstrap_means(values: np.ndarray, codes: np.ndarray, resamples: int, seed:
         size = min(500, resamples - start)
         weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
         means.append(weights @ sums / (weights @ counts))
-    return np.concatenate(means)
+    low, high = np.percentile(100.0 * np.concatenate(means), [2.5, 97.5])
+    return float(low), float(high)

@@ -7,7 +7,6 @@ differ on these questions. They say nothing about training again: for that the s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.retrieval import bootstrap_means, cluster_codes
+from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.evaluation.retrieval import bootstrap_interval, cluster_codes
 
 EXACT_FLIPS = 20
 """Up to this many differences all sign patterns are written out."""
@@ -63,14 +63,11 @@ def paired_bootstrap(
     first, second = _same_length(correct_a, correct_b)
     if len(image_ids) != len(first):
         raise ValueError(f"image_ids: expected {len(first)} entries, got {len(image_ids)}")
-    codes = cluster_codes(list(image_ids))
-    means = 100.0 * bootstrap_means(first - second, codes, n, seed)
-    low, high = np.percentile(means, [2.5, 97.5])
     return {
         "delta": 100.0 * float((first - second).mean()),
-        "ci": [float(low), float(high)],
+        "ci": list(bootstrap_interval(first - second, image_ids, n, seed)),
         "n": len(first),
-        "images": int(codes.max()) + 1,
+        "images": len(set(image_ids)),
     }
 
 
@@ -148,7 +145,7 @@ def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float
 
 def cluster_sums(values: np.ndarray, image_ids: Sequence[Hashable]) -> np.ndarray:
     """Sum of the values of each image: the units of a test over images."""
-    return np.bincount(cluster_codes(list(image_ids)), weights=values)
+    return np.bincount(cluster_codes(image_ids), weights=values)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -215,19 +212,15 @@ def rounded(value: Any, places: int = 6) -> Any:
 
 
 def load_samples(path: str | Path) -> list[dict[str, Any]]:
-    """Read a `<task>.samples.jsonl` of the lmms-eval runner.
+    """Read a `<task>.samples.jsonl` of `eval/run_lmms.py` or `eval/run_encoder.py`.
 
     Raises:
-        ValueError: The file is missing or holds no sample.
+        RecordError: The file is missing or damaged.
+        ValueError: It holds no sample.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"{file}: no such samples file; run eval/run_lmms.py first")
-    # Split at \n alone: an answer may hold U+2028, which str.splitlines would cut.
-    lines = file.read_text(encoding="utf-8").split("\n")
-    samples = [json.loads(line) for line in lines if line]
+    samples = list(iter_rows(path))
     if not samples:
-        raise ValueError(f"{file}: expected one sample a line, got an empty file")
+        raise ValueError(f"{path}: expected one sample a line, got an empty file")
     return samples
 
 

@@ -26,8 +26,7 @@ from llm2clip_vlm.evaluation import encoder_benchmarks as published
 from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
 from llm2clip_vlm.evaluation.retrieval import (
     TIE_TOLERANCE,
-    bootstrap_means,
-    cluster_codes,
+    bootstrap_interval,
     recall_at_k,
     retrieval_report,
 )
@@ -197,10 +196,7 @@ def mean_per_class(right: np.ndarray, labels: np.ndarray) -> float:
 
 def score(right: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], recipe: Recipe) -> Result:
     """Per cent right with its interval, whole groups (images) resampled."""
-    values = 100.0 * np.asarray(right, dtype=np.float64)
-    found: Result = {"score": float(values.mean()), "ci": None}
+    found: Result = {"score": 100.0 * float(np.mean(right)), "ci": None}
     if recipe.bootstrap:
-        codes = cluster_codes(groups)
-        means = bootstrap_means(values, codes, recipe.bootstrap, recipe.seed)
-        found["ci"] = np.percentile(means, [2.5, 97.5]).tolist()
+        found["ci"] = list(bootstrap_interval(right, groups, recipe.bootstrap, recipe.seed))
     return found

@@ -133,5 +133,5 @@ def test_samples_are_paired_by_document_not_by_line(tmp_path: Path) -> None:
         pair_samples(first, [sample(0, 1.0), sample(1, 0.0, "another")])
     with pytest.raises(ValueError, match="same documents"):
         pair_samples(first, first[:1])
-    with pytest.raises(ValueError, match="no such samples file"):
+    with pytest.raises(ValueError, match="no such file"):
         load_samples(tmp_path / "absent.jsonl")
