@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ import llm2clip_vlm
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import fingerprint_dir, fingerprint_file
 from llm2clip_vlm.handoff import versions
 
@@ -41,6 +40,9 @@ SCORING_CODE = (
     "evaluation/task_helpers.py",
 )
 """Files of this package whose change makes earlier results stale."""
+
+JUDGE = ("MODEL_VERSION", "OPENAI_API_URL", "API_TYPE")
+"""Environment variables by which lmms-eval knows which model judges, and where."""
 
 _TASK_LINE = re.compile(rb"^task\s*:\s*[\"']?([\w.\-]+)[\"']?\s*(?:#.*)?$", re.MULTILINE)
 
@@ -140,8 +142,8 @@ def plan(
         raise EvaluationError(f"tasks: {sorted(twice)} given twice; give each a `name`")
     if suite.judge == "environment" and not os.environ.get("OPENAI_API_KEY"):
         raise EvaluationError(
-            "judge: environment: expected OPENAI_API_KEY (and OPENAI_API_URL, MODEL_VERSION), got "
-            "none; without it lmms-eval writes 0 or 100; set it, or leave `judge: none`"
+            "judge: environment: expected OPENAI_API_KEY, got none; without it lmms-eval writes 0 "
+            "or 100; set it, or leave `judge: none`"
         )
     skipped = left_out(suite)
     specs = {
@@ -184,19 +186,20 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         )
     folder = task_yaml(task.task, tasks_dir).parent
     parts = {
-        "task": task.model_dump(mode="json", exclude={"data_files", "title", "name", "max_empty"}),
+        "task": task.model_dump(mode="json", exclude={"data_files", "title", "name"}),
         "limit": limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),
         "data": data_hash(Path(task.data_files)) if task.data_files else None,
-        "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype],
+        "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype, suite.max_empty],
+        "judge": [os.environ.get(name) for name in JUDGE] if task.judge else None,
         "versions": [versions().get(name) for name in ("lmms_eval", "transformers")],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def data_hash(file: Path) -> str:
-    """Hash of a data file and, for JSON lines, of every image that it names.
+    """Hash of a data file and, but for a table that holds them, of every image that it names.
 
     Raises:
         EvaluationError: The file or an image is missing.
@@ -206,7 +209,7 @@ def data_hash(file: Path) -> str:
             f"data file {file}: not there; set world.dir or data_dir, or write it"
         )
     digest = hashlib.sha256(fingerprint_file(file).encode())
-    if file.suffix in (".jsonl", ".json", ".gz"):
+    if file.suffix != ".parquet":
         images = {str(row["image"]): None for row in iter_rows(file) if row.get("image")}
         for name in images:
             digest.update(fingerprint_file(resolve_image(file.parent, name)).encode())
@@ -218,23 +221,3 @@ def _files_hash(files: Sequence[Path]) -> str:
     for file in files:
         digest.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
     return digest.hexdigest()
-
-
-def write_jobs(
-    path: Path,
-    suite: SuiteRecipe,
-    jobs: Sequence[Job],
-    *,
-    output: Path,
-    tasks_dir: Path,
-    limit: int | None,
-) -> None:
-    """Hand jobs to the subprocess."""
-    order = {
-        "suite": suite.model_dump(mode="json"),
-        "jobs": [asdict(job) for job in jobs],
-        "output": str(output),
-        "tasks_dir": str(tasks_dir),
-        "limit": limit,
-    }
-    write_atomically(path, json.dumps(order))

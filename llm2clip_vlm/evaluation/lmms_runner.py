@@ -6,18 +6,21 @@ Never call lmms-eval in a training process; call :func:`run_suite`, which spawns
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import llm2clip_vlm
 from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.data.world_files import ensure_world
-from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, left_out, plan, write_jobs
+from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, left_out, plan
+from llm2clip_vlm.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +115,14 @@ def _spawn(
     suite: SuiteRecipe, jobs: list[Job], output: Path, tasks: Path, limit: int | None
 ) -> int:
     order = output / f".jobs-{os.getpid()}.json"
-    write_jobs(order, suite, jobs, output=output, tasks_dir=tasks, limit=limit)
+    given = {
+        "suite": suite.model_dump(mode="json"),
+        "jobs": [asdict(job) for job in jobs],
+        "output": str(output),
+        "tasks_dir": str(tasks),
+        "limit": limit,
+    }
+    write_atomically(order, json.dumps(given))
     # -P: a folder `eval/` or `tasks/` beside the script must not become an importable package.
     command = [sys.executable, "-P", "-m", "llm2clip_vlm.evaluation.lmms_worker", str(order)]
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any
 
 from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.evaluation.lmms_job import (
+    JUDGE,
     RESULT_SCHEMA,
     EvaluationError,
     Job,
@@ -31,7 +33,7 @@ from llm2clip_vlm.handoff import versions
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the jobs of a file that :func:`~.lmms_job.write_jobs` wrote.
+    """Run the jobs of a file that :mod:`.lmms_runner` wrote.
 
     Returns:
         0; a failure leaves as its own exception.
@@ -40,8 +42,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("jobs", type=Path)
     order = json.loads(parser.parse_args(argv).jobs.read_text(encoding="utf-8"))
     quiet()
-    from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
-
     suite = SuiteRecipe.model_validate(order["suite"])
     tasks: dict[int, Any] = {}
     adapter, loaded = None, None
@@ -50,26 +50,24 @@ def main(argv: list[str] | None = None) -> int:
             if job.task_index not in tasks:
                 tasks[job.task_index] = prepare(suite, job, Path(order["tasks_dir"]), Path(scratch))
             if loaded != job.checkpoint:
-                model, processor = load_checkpoint(job.path, dtype=suite.dtype, device=suite.device)
-                loaded, adapter = (
-                    job.checkpoint,
-                    Llm2ClipVlmChat(
-                        model=model,
-                        processor=processor,
-                        batch_size=suite.batch_size,
-                        max_new_tokens=suite.max_new_tokens,
-                    ),
-                )
-            limit = order["limit"] or suite.tasks[job.task_index].limit
-            score(
-                job,
-                suite,
-                tasks[job.task_index],
-                adapter,
-                output=Path(order["output"]),
-                limit=limit,
-            )
+                adapter = None  # its model goes before the next one comes
+                loaded, adapter = job.checkpoint, load_adapter(job.path, suite)
+            task, limit = tasks[job.task_index], suite.tasks[job.task_index].limit
+            score(job, suite, task, adapter, Path(order["output"]), order["limit"] or limit)
     return 0
+
+
+def load_adapter(path: str, suite: SuiteRecipe) -> Any:
+    """A checkpoint behind lmms-eval's interface, which several tasks may use in turn."""
+    from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
+
+    model, processor = load_checkpoint(path, dtype=suite.dtype, device=suite.device)
+    return Llm2ClipVlmChat(
+        model=model,
+        processor=processor,
+        batch_size=suite.batch_size,
+        max_new_tokens=suite.max_new_tokens,
+    )
 
 
 def quiet() -> None:
@@ -102,7 +100,7 @@ def prepare(suite: SuiteRecipe, job: Job, tasks_dir: Path, scratch: Path) -> Any
 
 
 def score(
-    job: Job, suite: SuiteRecipe, task: Any, adapter: Any, *, output: Path, limit: int | None
+    job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path, limit: int | None
 ) -> dict[str, Any]:
     """Evaluate one task on one checkpoint and write its samples, then its result.
 
@@ -175,6 +173,7 @@ def score(
             "fingerprint": getattr(task.dataset[split], "_fingerprint", None),
         },
         "settings": _settings(adapter),
+        "judge": {name: os.environ.get(name) for name in JUDGE} if spec.judge else None,
         "generation_kwargs": _plain(task.config.generation_kwargs),
         "prompt_example": adapter.prompt_example,
         "versions": versions(),
