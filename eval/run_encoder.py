@@ -54,11 +54,15 @@ _DETAILS = frozenset({"kinds", "categories", "iou", "images", "chance", "items",
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program: RECIPE [key=value ...]."""
-    path, *overrides = sys.argv[1:] if argv is None else argv
-    recipe = load_recipe(path, EncoderEvalRecipe, overrides)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words:
+        raise SystemExit(__doc__)
+    recipe = load_recipe(words[0], EncoderEvalRecipe, words[1:])
     names = [task.name or getattr(task, "benchmark", task.task) for task in recipe.tasks]
     if again := [name for name in names if names.count(name) > 1]:
         raise ValueError(f"tasks: two are called {again[0]!r}; give them a `name`")
+    if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name)]:
+        raise ValueError(f"tasks: name {odd[0]!r}: expected letters, digits, _ and -")
     if recipe.world is not None:
         ensure_world(recipe.world)
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         file = out / f"{name}.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         if found.get("key") != key:
+            # What an earlier recipe left must not be taken for this one's: there may be less now.
+            for old in out.glob(f"{name}.*"):
+                old.unlink()
             started, cut = time.monotonic(), encoder.num_cut()
             found = {"task": task.task, **TASKS[task.task](task, encoder, recipe)}
             for label, hits in found.pop("samples", {}).items():

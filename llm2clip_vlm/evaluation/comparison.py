@@ -20,7 +20,7 @@ import numpy as np
 
 from llm2clip_vlm.evaluation.charts import Mark, forest_chart
 from llm2clip_vlm.evaluation.examples import Example, sample_pictures
-from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS, ReportError, read_json
+from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS, SAMPLES, ReportError, read_json
 from llm2clip_vlm.evaluation.stats import (
     cluster_sums,
     holm,
@@ -37,11 +37,10 @@ from llm2clip_vlm.handoff import read_manifest
 ALPHA = 0.05
 """A difference counts as won or lost where its p value, corrected by Holm, is below this."""
 
-_SAMPLES = ".samples.jsonl"
 _NO_MEANS = {"miou", "ap"}
 """Scores of encoders that are no means over items."""
 _IDENTITY = ("spec_hash", "protocol", "data_hash")
-_SETTINGS = ("data", "settings", "generation_kwargs", "prompt_example", "versions")
+_SETTINGS = ("data", "settings", "judge", "generation_kwargs", "prompt_example", "versions")
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def read_run(
                     raise ReportError(f"{name}: {task} is in {folder} and in another place")
                 run.scores[task][seed] = measured
     if not run.scores:
-        raise ReportError(f"{name}: no results in {run.places} (*{_SAMPLES}, results.json)")
+        raise ReportError(f"{name}: no results in {run.places} (*{SAMPLES}, results.json)")
     return run
 
 
@@ -123,8 +122,8 @@ def _folders(place: str, seeds: Sequence[int] | None) -> Iterator[tuple[int | No
 
 
 def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
-    for file in sorted(folder.glob(f"*{_SAMPLES}")):
-        task = file.name.removesuffix(_SAMPLES)
+    for file in sorted(folder.glob(f"*{SAMPLES}")):
+        task = file.name.removesuffix(SAMPLES)
         # An encoder's task may have several of these: `<task>.<kind>.i2t`.
         names = [task.rsplit(".", cut)[0] for cut in range(task.count(".") + 1)]
         files = [folder / f"{name}.json" for name in names]
@@ -188,11 +187,12 @@ def compare(
         for task, p in holm(tested).items():
             rows[task]["p_holm"] = p
         sure = [row["delta"] for row in main.values() if row.get("p_holm", 1) < ALPHA]
+        seeds = [row["n_seeds"] for row in main.values()]
         wins[f"{a}-{b}"] = {
             "a": a,
             "b": b,
             "benchmarks": len(main),
-            "n_seeds": max(row["n_seeds"] for row in main.values()),
+            "n_seeds": max(seeds) if min(seeds) > 1 else 1,
             "higher": sum(row["delta"] > 0 for row in main.values()),
             "lower": sum(row["delta"] < 0 for row in main.values()),
             "won": sum(delta > 0 for delta in sure),
@@ -286,7 +286,12 @@ def run_seconds(run: Run) -> dict[str, float]:
     for manifest in manifests.values():
         stage = str(manifest.get("stage"))
         seconds[stage] = seconds.get(stage, 0.0) + float(manifest["seconds"])
-    spent = {(m.folder, m.result.get("task")): m.result.get("seconds", 0.0) for m in found}
+    # Several benchmarks may come from one result, and several results from one kind of task.
+    spent = {
+        (m.folder, m.result.get("key", m.result["task"])): m.result["seconds"]
+        for m in found
+        if m.result
+    }
     evaluation = float(sum(spent.values()))
     return dict(sorted(seconds.items())) | ({"evaluation": evaluation} if evaluation else {})
 
@@ -329,7 +334,7 @@ def flip_examples(a: Run, b: Run, task: str, count: int) -> list[Example]:
             right = rate >= 0.5
             # An answer that stands for the majority of the seeds.
             answer = (max if right else min)(answers, key=lambda s: s["correct"])["answer"]
-            times = f"{rate * len(answers):g} of {len(answers)} seeds"
+            times = f"{sum(s['correct'] >= 0.5 for s in answers)} of {len(answers)} seeds"
             share = f" (right in {times})" if len(answers) > 1 else ""
             said[name] = (f"{answer}{share}", right)
         picture = pictures.get(row["doc_id"])

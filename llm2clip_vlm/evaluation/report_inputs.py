@@ -9,6 +9,9 @@ from typing import Any
 
 from llm2clip_vlm.handoff import read_manifest
 
+SAMPLES = ".samples.jsonl"
+"""Ending of a file with one answer a line; the task's result is beside it."""
+
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 """Directions of retrieval and how they are written."""
 
@@ -110,10 +113,10 @@ def read_scores(
     """
     root = Path(folder)
     if tasks is None:
-        found = {f.stem for name in checkpoints for f in (root / name).glob("*.json")}
-        if not found:
+        files = [f.name for name in checkpoints for f in (root / name).glob(f"*{SAMPLES}")]
+        if not files:
             raise ReportError(f"{root}: no result of {list(checkpoints)}; run eval/run_lmms.py")
-        tasks = sorted(found)
+        tasks = sorted({name.removesuffix(SAMPLES) for name in files})
     scores = {
         task: {
             name: read_json(root / name / f"{task}.json", "eval/run_lmms.py")
