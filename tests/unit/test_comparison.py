@@ -120,6 +120,9 @@ def test_flips_are_the_documents_that_differ_and_have_their_pictures(run: Path) 
     assert re.search(r"\(right in [23] of 3 seeds\)", example.found["llm2clip"][0])
     best = flipped(*seeds, TASK)[0]["rates"]
     assert abs(best[0] - best[1]) == 1.0
+    # Graded answers: seeds are counted, not their scores added up.
+    example = flip_examples(*seeds, "l2c_world_caption", 1)[0]
+    assert all(re.search(r"\(right in [0-3] of 3 seeds\)", t) for t, _ in example.found.values())
 
 
 def test_cost_is_that_of_every_stage_behind_the_checkpoints(run: Path, tmp_path: Path) -> None:
@@ -170,6 +173,7 @@ def test_two_encoders_are_compared_item_by_item(
         {"task": "retrieval", "benchmark": "records", "fields": ["label"], "name": "pairs", **data},
         {"task": "zero_shot_segmentation", "split": "test", **masks},
     ]
+    tasks.append({**tasks[0], "name": "again", "templates": ["the {}"]})
     models = {"a": tiny_clip, "b": build_clip(tmp_path / "model", seed=1)}
     for name, model in models.items():
         values = {"stage": "run_encoder", "output_dir": str(tmp_path / name), "model": str(model)}
@@ -177,13 +181,16 @@ def test_two_encoders_are_compared_item_by_item(
         load_program(repo_root, "run_encoder").main([str(recipe)])
     found = command(tmp_path / "out", str(tmp_path / "a"), str(tmp_path / "b"))
     rows = {task: pairs["a-b"] for task, pairs in found["ab"].items()}
-    assert {*rows} == {"objects", "pairs.label.i2t", "pairs.label.t2i", "zero_shot_segmentation"}
+    pairs = {"pairs.label.i2t", "pairs.label.t2i"}
+    assert {*rows} == {"objects", "again", "zero_shot_segmentation"} | pairs
     for name in models:
         top1 = json.loads((tmp_path / name / "objects.json").read_text())["top1"]
         pairs = json.loads((tmp_path / name / "pairs.json").read_text())["kinds"]["label"]
         assert found["accuracies"][name]["objects"] == pytest.approx([top1])
         assert found["accuracies"][name]["pairs.label.i2t"] == pytest.approx([pairs["i2t"]["r1"]])
-        assert found["runs"][name]["seconds"].keys() == {"evaluation"}
+        results = json.loads((tmp_path / name / "results.json").read_text())["results"]
+        spent = sum(result["seconds"] for result in results.values())
+        assert found["runs"][name]["seconds"] == pytest.approx({"evaluation": spent})
     assert rows["objects"]["test"] == "paired sign-flip test over 6 images"
     assert rows["zero_shot_segmentation"]["p"] is None and "differs" not in rows["objects"]
 

@@ -15,6 +15,7 @@ from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.evaluation.lmms_job import (
     EvaluationError,
     Job,
+    data_hash,
     left_out,
     plan,
     spec_hash,
@@ -136,15 +137,35 @@ def test_spec_hash_changes_with_all_that_decides_a_score(data: Path, tmp_path: P
     titled.tasks[0].title = "another name"
     assert digest(titled) == first
     changed = [digest(base, limit=2)]
-    for values in ({"batch_size": 8}, {"max_new_tokens": 9}, {"dtype": "bfloat16"}):
-        changed.append(digest(suite(data, **values)))
+    others = {"batch_size": 8, "max_new_tokens": 9, "dtype": "bfloat16", "max_empty": 1.0}
+    changed += [digest(suite(data, **{name: value})) for name, value in others.items()]
     task = LmmsTask(task="l2c_world_exist", data_files=str(data), overrides={"repeats": 1})
     changed.append(spec_hash(base, task, TASKS, None))
     write_image(data.parent / "images" / "1.png", seed=99)
     changed.append(digest(base))
     data.write_text(data.read_text().replace("is there", "can you see"))
     changed.append(digest(base))
-    assert len({first, *changed}) == 8
+    assert len({first, *changed}) == 9
+
+
+def test_another_judge_is_another_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    judged, plain = LmmsTask(task="mmvet", judge=True), LmmsTask(task="pope")
+    hashes: dict[str, set[str]] = {"mmvet": set(), "pope": set()}
+    for name in ("model-a", "model-b"):
+        monkeypatch.setenv("MODEL_VERSION", name)
+        for task in (judged, plain):
+            hashes[task.task].add(spec_hash(suite(data), task, TASKS, None))
+    assert len(hashes["mmvet"]) == 2 and len(hashes["pope"]) == 1
+
+
+def test_images_that_a_csv_names_are_part_of_the_data(tmp_path: Path) -> None:
+    file = tmp_path / "questions.csv"
+    file.write_text("image,question,answer\na.png,what ?,red\n")
+    hashes = set()
+    for seed in (0, 1):
+        write_image(tmp_path / "a.png", seed)
+        hashes.add(data_hash(file))
+    assert len(hashes) == 2
 
 
 def test_a_result_counts_only_for_its_content(data: Path, model_dir: Path, tmp_path: Path) -> None:
@@ -259,6 +280,15 @@ def test_samples_carry_what_statistics_need() -> None:
     assert found["score_ci"] == [50.0, 50.0]  # each image has one of both
     with pytest.raises(EvaluationError, match="no value of nothing"):
         samples_of(items, ["nothing"])
+
+
+@pytest.mark.parametrize("column", ["image_id", "imageId", "image_source", "data_id", "docId"])
+def test_questions_of_one_picture_are_one_cluster(column: str) -> None:
+    items = [logged(n, "yes", 1.0) for n in range(4)]
+    for number, item in enumerate(items):
+        item["doc"] = {"id": str(number), "question_id": number, column: f"picture {number // 2}"}
+    images = [sample["image_id"] for sample in samples_of(items, ["acc"])]
+    assert images == ["picture 0", "picture 0", "picture 1", "picture 1"]
 
 
 def test_open_answers_are_not_called_unparsable_unless_the_task_says_so() -> None:

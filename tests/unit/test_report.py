@@ -207,12 +207,15 @@ def test_what_is_missing_is_named(
 def test_results_of_other_data_are_refused(tmp_path: Path) -> None:
     for name, spec in (("a", "1"), ("b", "2")):
         write_json(tmp_path / name / "t.json", {"spec_hash": spec, "limit": None})
+        write_lines(tmp_path / name / "t.samples.jsonl", [])
+        write_json(tmp_path / name / "score_gate.json", [])  # no result of a task
     with pytest.raises(ReportError, match="spec_hash differs"):
         read_scores(tmp_path, ["a", "b"])
     write_json(tmp_path / "b/t.json", {"spec_hash": "1", "limit": 10})
     with pytest.raises(ReportError, match="limit differs"):
         read_scores(tmp_path, ["a", "b"])
     write_json(tmp_path / "b/u.json", {})
+    write_lines(tmp_path / "b/u.samples.jsonl", [])
     with pytest.raises(ReportError, match=r"a/u\.json"):
         read_scores(tmp_path, ["a", "b"])
 
@@ -354,7 +357,7 @@ def test_the_caption_ranked_first_is_shown(
     from llm2clip_vlm.config import ImageTextSource
     from llm2clip_vlm.data.embedding_cache import EmbeddingCache
     from llm2clip_vlm.data.image_text import read_image_text
-    from llm2clip_vlm.data.records import BadRecords
+    from llm2clip_vlm.data.bad_records import BadRecords
     from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
     from llm2clip_vlm.models.towers import load_vision_tower
 

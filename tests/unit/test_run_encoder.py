@@ -17,6 +17,8 @@ from llm2clip_vlm.data.world import SHAPES
 from llm2clip_vlm.data.world_files import ensure_world
 from tests.tiny import build_clip
 
+WAYS = ("i2t", "t2i")
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -94,6 +96,18 @@ def test_only_what_changed_is_run_again(tmp_path: Path, tiny_clip: Path, world: 
     assert len(found) == 7
 
 
+def test_samples_of_an_earlier_recipe_are_gone(
+    tmp_path: Path, tiny_clip: Path, world: Path
+) -> None:
+    task = {"task": "retrieval", "benchmark": "records", "data": str(world / "labels.jsonl")}
+    task |= {"name": "pairs", "where": {"split": "test"}}
+    out = tmp_path / "out"
+    for fields in (["label", "split"], ["label"]):
+        assert evaluate(tmp_path, [task | {"fields": fields}], model=str(tiny_clip)) == 0
+        left = {file.name for file in out.glob("*.samples.jsonl")}
+        assert left == {f"pairs.{kind}.{way}.samples.jsonl" for kind in fields for way in WAYS}
+
+
 def test_errors_are_one_message(
     tmp_path: Path, tiny_clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -104,6 +118,8 @@ def test_errors_are_one_message(
     assert "nowhere.json" in capsys.readouterr().err
     assert evaluate(tmp_path, [task | {"task": "cre"}], model=str(tiny_clip)) == 2
     assert "tasks" in capsys.readouterr().err
+    assert evaluate(tmp_path, [task | {"name": "../x"}], model=str(tiny_clip)) == 2
+    assert "name '../x'" in capsys.readouterr().err
 
 
 def test_the_recipe_decides_which_program_runs(
