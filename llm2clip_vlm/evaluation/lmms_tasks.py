@@ -95,7 +95,7 @@ def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None
         kwargs["default"]["image_root"] = str(data.resolve().parent)
 
 
-def merge(config: dict[str, Any], overrides: Mapping[str, Any], where: str = "") -> None:
+def merge(config: dict[str, Any], overrides: Mapping[str, Any], *, inside: bool = False) -> None:
     """Lay a suite's overrides over a task's configuration, in place.
 
     Raises:
@@ -103,7 +103,7 @@ def merge(config: dict[str, Any], overrides: Mapping[str, Any], where: str = "")
     """
     from lmms_eval.api.task import TaskConfig
 
-    if not where:
+    if not inside:
         known = {field.name for field in dataclasses.fields(TaskConfig)}
         if unknown := sorted(set(overrides) - known):
             raise EvaluationError(f"overrides: {unknown} are no keys of an lmms-eval task")
@@ -111,7 +111,7 @@ def merge(config: dict[str, Any], overrides: Mapping[str, Any], where: str = "")
         if value is None:
             config.pop(key, None)
         elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
-            merge(config[key], value, f"{where}{key}.")
+            merge(config[key], value, inside=True)
         else:
             config[key] = value
 
@@ -157,10 +157,4 @@ def build_task(
     try:
         return ConfigurableMessagesTask(config=config, model_name=MODEL_ID)
     except RetryError as error:
-        raise root_cause(error) from error
-
-
-def root_cause(error: Any) -> BaseException:
-    """What tenacity's `RetryError` hides."""
-    cause = error.last_attempt.exception()
-    return cause if cause is not None else error
+        error.reraise()

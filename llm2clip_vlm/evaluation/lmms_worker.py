@@ -27,7 +27,7 @@ from llm2clip_vlm.evaluation.lmms_job import (
     task_yaml,
 )
 from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
-from llm2clip_vlm.evaluation.lmms_tasks import build_task, root_cause
+from llm2clip_vlm.evaluation.lmms_tasks import build_task
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.handoff import versions
 
@@ -146,7 +146,7 @@ def score(
             ),
         )
     except RetryError as error:
-        raise root_cause(error) from error
+        error.reraise()
     seconds = time.perf_counter() - started
     names = [metric["metric"] for metric in task.config.metric_list]
     samples = samples_of(found["samples"][spec.task], names, task.aggregation())
