@@ -94,12 +94,10 @@ class Generator:
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.image_token: str = getattr(processor, "image_token", IMAGE_TOKEN)
         self.template = template_of(processor)
-        config = model.generation_config
-        eos = config.eos_token_id if config is not None else None
-        eos = self.tokenizer.eos_token_id if eos is None else eos
+        own: Any = model.generation_config
+        eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
         self.eos_ids: list[int] = [eos] if isinstance(eos, int) else list(eos or ())
-        pad = config.pad_token_id if config is not None else None
-        pad = self.tokenizer.pad_token_id if pad is None else pad
+        pad = self.tokenizer.pad_token_id if own.pad_token_id is None else own.pad_token_id
         self.pad_id: int = pad if pad is not None else (self.eos_ids or [0])[0]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.window: int | None = limit

@@ -1,8 +1,8 @@
 """The lmms-eval model classes: a thin skin over :class:`~.generation.Generator`.
 
-Importing this module imports lmms-eval (minutes of side effects are avoided by importing only its
-`api`); nothing else in the library does at import. `lmms-eval --model llm2clip_vlm --model_args
-pretrained=DIR` finds the classes by the entry point in :mod:`.lmms_manifest`.
+Importing this module imports lmms-eval's `api`, without the side effects of its evaluator; nothing
+else in the library does at import. `lmms-eval --model llm2clip_vlm --model_args pretrained=DIR`
+finds the classes by the entry point in :mod:`.lmms_manifest`.
 
 Where lmms-eval 0.7 and its documents disagree, the code below follows what runs:
 
