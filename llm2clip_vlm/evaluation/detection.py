@@ -162,17 +162,15 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     model = build_detector(tower, train.names, task.detector)
     if task.freeze_tower:
         model.model.freeze_backbone()
-    options: dict[str, Any] = {
-        "report_to": "none",
-        "save_strategy": "no",
-        "seed": recipe.seed,
-    } | task.trainer
-    arguments = TrainingArguments(recipe.output_dir, remove_unused_columns=False, **options)
-    trainer = Trainer(model, arguments, collate, train)
+    options: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "seed": recipe.seed}
+    options |= {"use_cpu": recipe.device == "cpu", "remove_unused_columns": False} | task.trainer
+    trainer = Trainer(model, TrainingArguments(recipe.output_dir, **options), collate, train)
     trainer.train()
-    digest = hashlib.sha256(Path(task.test.annotations).read_bytes())
-    for image in test.images:
-        digest.update(read_image(test.root, image["file_name"]))
+    digest = hashlib.sha256()
+    for data, source in ((train, task.train), (test, task.test)):
+        digest.update(Path(source.annotations).read_bytes())
+        for image in data.images:
+            digest.update(read_image(data.root, image["file_name"]))
     return {
         "protocol": f"Deformable DETR, single map of the tower at {tower.image_size_px} px "
         f"(squeezed), {trainer.state.global_step} steps, tower "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,10 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
     head.eval()
     found = _judge(Masks(task, task.split, encoder), scores, names, recipe)
     kind = f"batch norm and linear head on frozen patches, {task.steps} steps of {task.batch_size} "
-    return found | {"protocol": f"{kind}windows of {task.train_split}; {found['protocol']}"}
+    return found | {
+        "protocol": f"{kind}windows of {task.train_split}; {found['protocol']}",
+        "data_hash": data_hash(found["data_hash"], masks.fingerprint()),
+    }
 
 
 @torch.no_grad()
@@ -180,6 +183,13 @@ class Masks:
         pixels = tower_pixels(self.encoder.tower, image, (width, height))
         return pixels, torch.from_numpy(labels)
 
+    def fingerprint(self) -> str:
+        """Hash of all pictures and masks."""
+        digest = hashlib.sha256()
+        for name in chain.from_iterable(self.items):
+            digest.update(resolve_image(self.root, name).read_bytes())
+        return data_hash(self.items, digest.hexdigest())
+
     def random_window(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A window of the tower's size anywhere in a picture, and its mask."""
         pixels, labels = self[row]
@@ -236,10 +246,8 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
 def _judge(
     masks: Masks, scores: Scores, names: list[str], recipe: EncoderEvalRecipe
 ) -> dict[str, Any]:
-    digest, counts, images = hashlib.sha256(), [], len(masks.items)
-    for row, item in enumerate(masks.items):
-        for name in item:
-            digest.update(resolve_image(masks.root, name).read_bytes())
+    counts, images = [], len(masks.items)
+    for row in range(images):
         pixels, labels = masks[row]
         found = slide(pixels, scores, masks.side, masks.step, masks.encoder.batch_size)
         best = F.interpolate(found[None], size=labels.shape, mode="bilinear")[0].argmax(0)
@@ -254,7 +262,7 @@ def _judge(
     return {
         "protocol": f"short side {masks.short_side} px, windows of {masks.side} px every "
         f"{masks.step} px, judged in the mask's own size",
-        "data_hash": data_hash(masks.items, digest.hexdigest()),
+        "data_hash": masks.fingerprint(),
         "miou": float(np.nanmean(ious)),
         "ci": ci,
         "pixel_accuracy": 100.0 * float(total[0].sum() / max(1, total[2].sum())),

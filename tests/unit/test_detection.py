@@ -154,7 +154,12 @@ def test_training_and_its_flags(
     frozen = run(freeze_tower=True, seed=1)
     assert "tower frozen" in frozen["protocol"] and tower_is_the_same()
     assert not torch.equal(first, weights["class_embed.0.weight"])
-    larger = run(image_size_px=48, trainer=TRAINER | {"max_steps": 1}, bootstrap=0)
+    document = json.loads(Path(boxes.annotations).read_text())
+    document["annotations"].pop()
+    (tmp_path / "less.json").write_text(json.dumps(document))
+    less = {"annotations": str(tmp_path / "less.json"), "images": boxes.images}
+    larger = run(image_size_px=48, trainer=TRAINER | {"max_steps": 1}, bootstrap=0, train=less)
+    assert found["data_hash"] == frozen["data_hash"] != larger["data_hash"]
     assert "48 px" in larger["protocol"] and "1 steps" in larger["protocol"]
     assert larger["ci"] is None
 

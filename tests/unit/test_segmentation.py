@@ -218,3 +218,4 @@ def test_a_linear_head_learns_and_its_flags_do_something(clip: Encoder, voc: Pat
                    {"train_split": "val"}):  # fmt: skip
         other = run(linear_segmentation, clip, voc, "segmentation", **options | change)
         assert other["miou"] != found["miou"], change
+        assert (other["data_hash"] == found["data_hash"]) == ("train_split" not in change)
