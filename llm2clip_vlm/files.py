@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
-import uuid
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -14,8 +16,9 @@ from pathlib import Path
 def written_whole(path: str | Path) -> Iterator[Path]:
     """A place beside `path` to write a file or a folder to; at the end it becomes `path`.
 
-    A kill leaves a hidden leftover and `path` as it was; an error leaves only `path` as it was. A
-    file replaces an earlier one and is on disk when it appears; a folder replaces nothing.
+    An error leaves only `path` as it was; so does a kill, but for a hidden folder, which the next
+    process that writes `path` on this machine removes. A file replaces an earlier one and is on
+    disk when it appears; a folder replaces nothing.
 
     Args:
         path: Where it goes; the folders above are made.
@@ -28,17 +31,42 @@ def written_whole(path: str | Path) -> Iterator[Path]:
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    try:
+    with _hidden_folder(target) as folder:
+        partial = folder / target.name
         yield partial
         if partial.is_file():
             with partial.open("rb") as handle:
                 os.fsync(handle.fileno())
         partial.replace(target)
+
+
+@contextmanager
+def _hidden_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, locked while this process lives; those of killed ones go."""
+    # Locks may not reach other machines, so each looks after its own leftovers.
+    ours = f".{target.name}.{os.uname().nodename}."
+    for leftover in target.parent.glob(f"{glob.escape(ours)}*"):
+        with suppress(OSError), _opened(leftover) as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
+            shutil.rmtree(leftover)
+    unlocked = Path(tempfile.mkdtemp(prefix=".new.", dir=target.parent))
+    folder = target.with_name(f"{ours}{unlocked.name.removeprefix('.new.')}")
+    with _opened(unlocked) as handle:
+        with suppress(OSError):  # no locks on this file system: nobody removes anything
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            yield unlocked.rename(folder)
+        finally:
+            shutil.rmtree(folder)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
     finally:
-        if partial.is_dir():
-            shutil.rmtree(partial)
-        partial.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_atomically(path: str | Path, text: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -48,3 +50,25 @@ def test_a_folder_appears_with_all_its_files_and_replaces_none(tmp_path: Path) -
         write("two")
     assert (tmp_path / "world" / "a").read_text() == "one"
     assert [item.name for item in tmp_path.iterdir()] == ["world"]
+
+
+def test_what_a_killed_process_left_goes_at_the_next_write_and_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "model[1]"
+    if (child := os.fork()) == 0:
+        with written_whole(path) as partial:
+            partial.mkdir()
+            (partial / "half").write_text("x")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith(".model[1].") and (left / "model[1]" / "half").is_file()
+    write_atomically(tmp_path / "other", "of another path")
+    assert left.is_dir()
+    with written_whole(path) as first:
+        assert not left.exists()
+        first.mkdir()
+        with written_whole(path) as second:  # at the same time: both lie where they are
+            assert first.is_dir()
+            second.write_text("one")
+        path.unlink()
+    assert {item.name for item in tmp_path.iterdir()} == {"model[1]", "other"}
