@@ -35,6 +35,8 @@ __all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file"]
 
 RESOLVED_NAME = "recipe.resolved.yaml"
 """File with the recipe that an output directory was made with."""
+PARENTS_NAME = "parents.json"
+"""File with the content of what a run began with."""
 
 _SCHEMA = 1
 _PACKAGES = (
@@ -287,6 +289,40 @@ def claim_output_dir(recipe: BaseModel) -> Path:
             )
     save_resolved(recipe, path)
     return folder
+
+
+def claim_parents(
+    directory: str | Path, parents: Mapping[str, str | Path], *, resumes: bool
+) -> None:
+    """Note what a run begins with, or refuse to go on with what began with something else.
+
+    A checkpoint of other weights would be taken for a result of these. Call it in one process.
+
+    Args:
+        directory: The run's output directory.
+        parents: Name to path. Models are compared by their files, a stage's other output (a cache
+            may grow) by the fingerprints in its manifest, anything else not at all.
+        resumes: From a checkpoint.
+
+    Raises:
+        HandoffError: Names the parent.
+    """
+    path = Path(directory) / PARENTS_NAME
+    content: dict[str, Any] = {}
+    for name, parent in parents.items():
+        if manifest := read_manifest(parent):
+            content[name] = manifest["fingerprints"]
+        elif (Path(parent) / "config.json").is_file():
+            content[name] = fingerprint_dir(parent)
+    known = resumes and path.is_file()
+    earlier = json.loads(path.read_text(encoding="utf-8")) if known else {}
+    for name in earlier.keys() & content.keys():
+        if earlier[name] != content[name]:
+            raise HandoffError(
+                f"{directory} holds a run that began with another {name}: {parents[name]} was made "
+                "anew since; choose another output_dir, or delete the folder"
+            )
+    write_atomically(path, json.dumps(content, indent=1))
 
 
 def _difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:

@@ -17,7 +17,6 @@ from llm2clip_vlm import distributed
 from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.handoff import claim_output_dir
 from llm2clip_vlm.recipe import RecipeError, did_you_mean
-from llm2clip_vlm.training.checkpoints import newest_whole
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +24,10 @@ _OWNED = {
     "output_dir": "`output_dir` of the recipe",
     "seed": "`seed` of the recipe",
     "gradient_accumulation_steps": "`global_batch_size` of the recipe (accumulation follows)",
+}
+_FIXED = {
+    "save_only_model": False,  # a resumed run would go on with a fresh optimizer, in silence
+    "auto_find_batch_size": False,  # would train on another global batch
 }
 _PLAIN = (bool, int, float, str, dict, list, type(None))
 
@@ -91,6 +94,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         HandoffError: The output directory holds a run with another recipe.
     """
     check_trainer_keys(recipe.trainer)
+    forced = _FIXED | forced
     clashes = [
         f"trainer.{name}: this stage needs {value!r}, got {recipe.trainer[name]!r}"
         for name, value in forced.items()
@@ -102,7 +106,8 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     per_device = chosen.setdefault("per_device_train_batch_size", 8)
     cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
     folder = claim_output_dir(recipe)
-    if _uses_deepspeed(chosen):
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
+    if launched or chosen.get("deepspeed") is not None:
         distributed.prepare_cpu_deepspeed()
     values = {
         "report_to": [],
@@ -136,21 +141,3 @@ def _accumulation(global_batch_size: int, per_device: int) -> int:
         )
         raise RecipeError("batch size", f"global_batch_size: {message}")
     return global_batch_size // at_once
-
-
-def _uses_deepspeed(chosen: dict[str, Any]) -> bool:
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
-    return launched or chosen.get("deepspeed") is not None
-
-
-def last_checkpoint(arguments: TrainingArguments) -> str | None:
-    """The newest whole checkpoint to resume from; none for a fresh run.
-
-    Args:
-        arguments: As built by `build_training_arguments`, which made sure that checkpoints in
-            this directory belong to this recipe.
-
-    Returns:
-        What `Trainer.train(resume_from_checkpoint=...)` takes.
-    """
-    return newest_whole(str(arguments.output_dir))

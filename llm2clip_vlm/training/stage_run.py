@@ -16,10 +16,11 @@ from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main
-from llm2clip_vlm.handoff import is_complete, verify_parent, write_manifest
+from llm2clip_vlm.handoff import claim_parents, is_complete, verify_parent, write_manifest
 from llm2clip_vlm.recipe import load_recipe
-from llm2clip_vlm.training.arguments import build_training_arguments, last_checkpoint
+from llm2clip_vlm.training.arguments import build_training_arguments
 from llm2clip_vlm.training.callbacks import MetricsJsonl
+from llm2clip_vlm.training.checkpoints import newest_whole
 
 R = TypeVar("R", bound=RunRecipe)
 
@@ -86,6 +87,9 @@ class StageRun(Generic[R]):
 
         Args:
             **forced: Trainer arguments that the stage fixes.
+
+        Raises:
+            HandoffError: The directory holds a run with another recipe, or from other parents.
         """
         steps, *held_out = (
             getattr(self.recipe, name, None)
@@ -94,6 +98,8 @@ class StageRun(Generic[R]):
         if steps and any(held_out):
             forced |= {"eval_strategy": "steps", "eval_steps": steps}
         self.args = build_training_arguments(self.recipe, **forced)
+        if is_main():
+            claim_parents(self.out, self.parents, resumes=self.checkpoint is not None)
         if self.recipe.world is not None:
             with self.args.main_process_first(local=False, desc="writing the world"):
                 ensure_world(self.recipe.world)
@@ -103,7 +109,7 @@ class StageRun(Generic[R]):
     @cached_property
     def checkpoint(self) -> str | None:
         """What the trainer resumes from, as found at the start; none in a fresh run."""
-        return None if self.args is None else last_checkpoint(self.args)
+        return None if self.args is None else newest_whole(str(self.args.output_dir))
 
     @cached_property
     def bad(self) -> BadRecords:

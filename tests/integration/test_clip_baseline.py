@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
-from llm2clip_vlm.handoff import read_manifest
+from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.training.callbacks import read_metrics
 from stages import clip_baseline
@@ -92,6 +92,21 @@ def test_resume_equals_the_uninterrupted_run(recipe: Recipe) -> None:
     run(path)
     assert all(torch.equal(final[name], tensor) for name, tensor in weights(out / "model").items())
     assert len([r for r in read_metrics(out / "metrics.jsonl") if "loss" in r]) == 4
+
+
+def test_a_run_from_a_model_that_was_made_anew_is_refused(
+    recipe: Recipe, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """Its checkpoint is of the old one, and would be exported as a result of the new one."""
+    clip = tmp_path / "clip"
+    shutil.copytree(tiny_clip, clip)
+    path = recipe(clip=str(clip))
+    run(path)
+    values = weights(clip)
+    values["logit_scale"] += 1
+    save_file(values, clip / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(HandoffError, match=r"began with another clip: .* was made anew"):
+        run(path)
 
 
 def test_window_config_and_rates(recipe: Recipe, tiny_clip: Path) -> None:

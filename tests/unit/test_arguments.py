@@ -17,12 +17,9 @@ from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError
 from llm2clip_vlm.recipe import RecipeError
 from llm2clip_vlm.training import arguments as module
-from llm2clip_vlm.training.arguments import (
-    build_training_arguments,
-    check_trainer_keys,
-    last_checkpoint,
-)
+from llm2clip_vlm.training.arguments import build_training_arguments, check_trainer_keys
 from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics
+from llm2clip_vlm.training.checkpoints import newest_whole
 from llm2clip_vlm.training.strict_resume import StrictTrainer
 
 
@@ -98,6 +95,10 @@ def test_what_a_stage_fixes_is_not_overruled_in_silence(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, trainer={"eval_strategy": "steps"})
     with pytest.raises(RecipeError, match=r"trainer\.eval_strategy: this stage needs 'no'"):
         build_training_arguments(recipe, eval_strategy="no")
+    # its checkpoints would be resumed from with a fresh optimizer
+    recipe = make_recipe(tmp_path, trainer={"save_only_model": True})
+    with pytest.raises(RecipeError, match=r"trainer\.save_only_model: this stage needs False"):
+        build_training_arguments(recipe)
 
 
 def test_the_global_batch_is_kept_over_processes(
@@ -163,7 +164,7 @@ def train(recipe: RunRecipe, metrics: Path) -> int:
         train_dataset=[{"x": torch.ones(1)} for _ in range(32)],  # type: ignore[arg-type]
         callbacks=[MetricsJsonl(metrics)],
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(found))
+    trainer.train(resume_from_checkpoint=newest_whole(str(found.output_dir)))
     return trainer.state.global_step
 
 
@@ -180,7 +181,7 @@ def test_metrics_survive_a_resume_without_double_rows(tmp_path: Path) -> None:
     metrics = tmp_path / "out" / "metrics.jsonl"
     metrics.parent.mkdir(parents=True)
     metrics.write_text(json.dumps({"step": 1, "seconds": 5.0, "loss": 9.0}) + "\n")
-    assert last_checkpoint(build_training_arguments(recipe)) is None
+    assert newest_whole(str(build_training_arguments(recipe).output_dir)) is None
     train(recipe, metrics)
     first = read_metrics(metrics)
     assert [row["step"] for row in first if "loss" in row] == [1, 2, 3, 4]

@@ -15,6 +15,7 @@ from llm2clip_vlm.handoff import (
     RESOLVED_NAME,
     HandoffError,
     claim_output_dir,
+    claim_parents,
     fingerprint_dir,
     fingerprint_file,
     is_complete,
@@ -253,6 +254,24 @@ def test_an_output_dir_belongs_to_one_recipe(tmp_path: Path) -> None:
     (tmp_path / "o" / RESOLVED_NAME).write_text("of_old: 1")
     with pytest.raises(HandoffError, match="this version does not read"):
         claim_output_dir(recipe())
+
+
+def test_a_run_goes_on_from_its_own_parents_only(tmp_path: Path) -> None:
+    tower = make_model(tmp_path / "stage2b" / "tower")
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    finish(cache, fingerprints={"text_weights": "a"})
+    parents = {"tower": tower, "cache": cache, "llm": "a/b", "rows": tmp_path / "none.jsonl"}
+    claim_parents(out, parents, resumes=False)
+    finish(cache, fingerprints={"text_weights": "a"}, extra={"rows": 9})  # it has grown
+    finish(tower.parent, seconds=9.0)
+    claim_parents(out, parents, resumes=True)
+    make_model(tower, weights="other")
+    with pytest.raises(HandoffError, match=r"began with another tower: .*stage2b/tower was made"):
+        claim_parents(out, parents, resumes=True)
+    claim_parents(out, parents, resumes=False)  # nothing is there yet
+    finish(cache, fingerprints={"text_weights": "b"})
+    with pytest.raises(HandoffError, match="began with another cache"):
+        claim_parents(out, parents, resumes=True)
 
 
 def test_the_manifest_is_json_without_surprises(tmp_path: Path) -> None:
