@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from llm2clip_vlm.files import write_atomically, written_whole
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.models.patch_dropout import PatchDropout
 
 _PEAK_FLOPS = {
@@ -22,6 +22,7 @@ _PEAK_FLOPS = {
     **{"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12},
 }
 """Dense bf16 FLOP/s by a part of the device's name; makers' data sheets."""
+_AVERAGE_NAME = "average.safetensors"
 
 
 class MetricsJsonl(TrainerCallback):
@@ -154,8 +155,7 @@ class WeightAverage(TrainerCallback):
     """Keeps an exponential moving average (EMA) of what trains, in fp32, on every process.
 
     The decay starts low, `(1 + step) / (10 + step)`, so that the first weights are soon forgotten.
-    With each checkpoint `checkpoint-N` goes `average-N.safetensors` beside it, written first, so
-    that a run resumes with the same average or not at all.
+    Each checkpoint holds the average as `average.safetensors`; the trainer calls :meth:`save`.
 
     Paper: Polyak averaging, as in DINO (2104.14294) and ProCLIP (2510.18795).
     """
@@ -170,7 +170,7 @@ class WeightAverage(TrainerCallback):
         self.model.to(args.device)
         if state.global_step == 0:
             return
-        path = self._path(args, state.global_step)
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _AVERAGE_NAME
         if not path.is_file():
             raise ValueError(
                 f"{path} is missing: the checkpoint was written without this average. Resume with "
@@ -182,18 +182,21 @@ class WeightAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Average, and write the average where a checkpoint is about to be written."""
+        """Average."""
         step = state.global_step
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for _, average, value in self._pairs(kwargs["model"]):
             average.lerp_(value.to(average), weight)
-        if control.should_save:
-            self._save(args, state, kwargs["model"])
 
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """As :meth:`on_step_end`, for checkpoints after an epoch."""
-        if control.should_save:
-            self._save(args, state, kwargs["model"])
+    def save(self, checkpoint: Path, model: nn.Module) -> None:
+        """Write the average.
+
+        Args:
+            checkpoint: The folder that it goes into.
+            model: The one that trains.
+        """
+        averages = {name: average.contiguous() for name, average, _ in self._pairs(model)}
+        save_file(averages, checkpoint / _AVERAGE_NAME)
 
     @torch.no_grad()
     def copy_to(self, model: nn.Module) -> None:
@@ -208,21 +211,6 @@ class WeightAverage(TrainerCallback):
     def _pairs(self, model: nn.Module) -> list[tuple[str, Tensor, Tensor]]:
         averages = dict(self.model.named_parameters())
         return [(n, averages[n], p) for n, p in model.named_parameters() if p.requires_grad]
-
-    def _path(self, args: Any, step: int) -> Path:
-        return Path(str(args.output_dir)) / f"average-{step}.safetensors"
-
-    def _save(self, args: Any, state: Any, model: nn.Module) -> None:
-        if not state.is_world_process_zero:
-            return
-        path = self._path(args, state.global_step)
-        averages = {name: average.contiguous() for name, average, _ in self._pairs(model)}
-        with written_whole(path) as partial:
-            save_file(averages, partial)
-        for other in path.parent.glob("average-*.safetensors"):
-            step = other.stem.removeprefix("average-")
-            if other != path and not (path.parent / f"checkpoint-{step}").is_dir():
-                other.unlink()
 
 
 def _line(row: dict[str, Any]) -> str:

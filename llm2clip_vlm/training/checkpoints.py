@@ -40,7 +40,11 @@ def damage(folder: str | Path) -> str | None:
     root = Path(folder)
     if not (root / SEAL_NAME).is_file():
         return "it was not finished"
-    wanted, found = json.loads((root / SEAL_NAME).read_text())["files"], _hashes(root)
+    try:
+        wanted = json.loads((root / SEAL_NAME).read_bytes())["files"]
+    except ValueError:
+        return f"{SEAL_NAME} is cut or changed"
+    found = _hashes(root)
     changed = [name for name in wanted if found.get(name) != wanted[name]]
     return f"{changed[0]} is missing, cut or changed" if changed else None
 
@@ -53,14 +57,14 @@ def _hashes(root: Path) -> dict[str, str]:
 
 
 def remove_unfinished(directory: str | Path, step: int) -> None:
-    """Make room for the checkpoint of a step: leftovers of killed runs go.
+    """Make room for the checkpoint of a step: leftovers of killed runs go, and damaged ones.
 
     Args:
         directory: Where the checkpoints are.
-        step: The step that is written next.
+        step: The step that is written next; later ones were passed over when the run resumed.
     """
     for number, folder in _checkpoints(Path(directory)):
-        if number == step or not (folder / SEAL_NAME).is_file():
+        if number >= step or not (folder / SEAL_NAME).is_file():
             shutil.rmtree(folder)
 
 

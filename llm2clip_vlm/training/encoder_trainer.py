@@ -18,7 +18,7 @@ from llm2clip_vlm.data.image_text import ImageTextDataset, TextInputs, collate
 from llm2clip_vlm.distributed import barrier, is_initialized, is_main, world_size
 from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.trainable import freeze_unused
-from llm2clip_vlm.training.callbacks import EachEpoch, Throughput
+from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, WeightAverage
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 from llm2clip_vlm.training.keeping import TowerTeacher
 from llm2clip_vlm.training.param_groups import build_param_groups
@@ -36,27 +36,14 @@ class _ClampLogitScale(TrainerCallback):
     def __init__(self, parameter: nn.Parameter) -> None:
         self.parameter = parameter
 
+    @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        clamp_logit_scale(self.parameter)
+        self.parameter.clamp_(0.0, MAX_LOGIT_SCALE)
+        if hasattr(self.parameter, "_hp_mapping"):  # DeepSpeed's optimizer has a copy of its own
+            from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-
-@torch.no_grad()
-def clamp_logit_scale(parameter: nn.Parameter) -> None:
-    """Clamp a `logit_scale` in place; under DeepSpeed also the optimizer's own copy.
-
-    Args:
-        parameter: A scalar, the stored logarithm.
-    """
-    if not hasattr(parameter, "_hp_mapping") and not hasattr(parameter, "ds_id"):
-        parameter.clamp_(0.0, MAX_LOGIT_SCALE)
-        return
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-    master = safe_get_full_fp32_param(parameter)
-    if master is not None:
-        safe_set_full_fp32_param(parameter, master.clamp(0.0, MAX_LOGIT_SCALE))
-    if parameter.numel():
-        parameter.clamp_(0.0, MAX_LOGIT_SCALE)
+            master = safe_get_full_fp32_param(self.parameter).clamp(0.0, MAX_LOGIT_SCALE)
+            safe_set_full_fp32_param(self.parameter, master)
 
 
 class ContrastiveTrainer(StrictResumeMixin, Trainer):
@@ -193,6 +180,11 @@ class EncoderTrainer(ContrastiveTrainer):
             data_collator=collate,
         )
 
+    def _complete_checkpoint(self, folder: Path) -> None:
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, WeightAverage):
+                callback.save(folder, self.model)
+
     def export(self, directory: str | Path) -> None:
         """Write the model as `from_pretrained` reads it, and nothing that needs pickle to read.
 
@@ -301,9 +293,8 @@ class EncoderTrainer(ContrastiveTrainer):
             logs: What the Trainer logs.
             start_time: As in transformers.
         """
-        parameter = self.accelerator.unwrap_model(self.model).logit_scale
-        if "loss" in logs and parameter.numel():
-            logs["logit_scale"] = round(parameter.detach().float().item(), 5)
+        if "loss" in logs:
+            logs["logit_scale"] = round(self.model.logit_scale.item(), 5)
         super().log(logs, start_time)
 
 

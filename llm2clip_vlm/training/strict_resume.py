@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import rotate_checkpoints
 
 from llm2clip_vlm.distributed import barrier
 from llm2clip_vlm.training.checkpoints import remove_unfinished, seal_checkpoint
@@ -35,24 +36,20 @@ def in_memory_names(model: Any) -> Iterator[None]:
     if not isinstance(model, PreTrainedModel):
         yield
         return
-    had_own = "save_pretrained" in model.__dict__
-    before = model.save_pretrained
-    model.save_pretrained = functools.partial(before, save_original_format=False)  # type: ignore[method-assign]
+    own = functools.partial(model.save_pretrained, save_original_format=False)
+    model.save_pretrained = own  # type: ignore[method-assign]
     try:
         yield
     finally:
-        if had_own:
-            model.save_pretrained = before  # type: ignore[method-assign]
-        else:
-            del model.__dict__["save_pretrained"]
+        del model.save_pretrained
 
 
 class StrictResumeMixin:
     """Put before `transformers.Trainer` in the bases of every trainer of this package.
 
-    Checkpoints are written with in-memory names and sealed when all processes are done, and a
-    checkpoint whose keys do not match the model's is an error. Tied weights, which safetensors
-    stores once, may be missing.
+    Checkpoints are written with in-memory names and sealed when all processes are done, and older
+    ones removed only then. A checkpoint whose keys do not match the model's is an error. Tied
+    weights, which safetensors stores once, may be missing.
     """
 
     model: Any
@@ -60,14 +57,27 @@ class StrictResumeMixin:
     state: Any
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        step = self.state.global_step
-        if self.args.should_save:
-            remove_unfinished(self.args.output_dir, step)
+        args, folder = self.args, Path(self.args.output_dir)
+        step, limit = self.state.global_step, args.save_total_limit
+        if args.should_save:
+            remove_unfinished(folder, step)
         barrier()
+        args.save_total_limit = None
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
+        args.save_total_limit = limit
         barrier()
-        if self.args.should_save:
-            seal_checkpoint(Path(self.args.output_dir) / f"checkpoint-{step}")
+        if args.should_save:
+            self._complete_checkpoint(folder / f"checkpoint-{step}")
+            seal_checkpoint(folder / f"checkpoint-{step}")
+            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+
+    def _complete_checkpoint(self, folder: Path) -> None:
+        """Write what else belongs to a checkpoint."""
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        found: tuple[int, int] = super()._init_training_state(max_steps, *args)  # type: ignore[misc]
+        self.state.compute_steps(self.args, max_steps)  # the recipe's, not the checkpoint's
+        return found
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         # transformers 5.23 takes one step more when it resumes from the checkpoint of the last one

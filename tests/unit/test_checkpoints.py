@@ -36,7 +36,7 @@ def test_the_seal_lists_every_file(tmp_path: Path) -> None:
     assert damage(folder) is None
 
 
-@pytest.mark.parametrize("how", ["unfinished", "cut", "changed", "missing"])
+@pytest.mark.parametrize("how", ["unfinished", "cut", "changed", "missing", "half a seal"])
 def test_the_one_before_is_taken(
     tmp_path: Path, how: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -49,9 +49,12 @@ def test_the_one_before_is_taken(
         file.write_bytes(b"o" * 49 + b"x")
     elif how == "missing":
         file.unlink()
+    elif how == "half a seal":
+        (bad / SEAL_NAME).write_text((bad / SEAL_NAME).read_text()[:40])
     with caplog.at_level(logging.WARNING):
         assert newest_whole(tmp_path) == str(good)
-    reason = "not finished" if how == "unfinished" else "global_step/optim.pt is missing, cut or"
+    reasons = {"unfinished": "not finished", "half a seal": "files.json is cut or changed"}
+    reason = reasons.get(how, "global_step/optim.pt is missing, cut or")
     assert f"{bad} is passed over" in caplog.text and reason in caplog.text
 
 
@@ -76,5 +79,6 @@ def test_leftovers_make_room(tmp_path: Path) -> None:
     kept = checkpoint(tmp_path, 1)
     checkpoint(tmp_path, 2)
     checkpoint(tmp_path, 3, sealed=False)
+    (checkpoint(tmp_path, 4) / "model.safetensors").unlink()  # damaged: the run resumed from 1
     remove_unfinished(tmp_path, 2)
     assert list(tmp_path.iterdir()) == [kept]

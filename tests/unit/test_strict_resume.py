@@ -15,10 +15,12 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     Trainer,
+    TrainerState,
     TrainingArguments,
 )
 
-from llm2clip_vlm.training.checkpoints import newest_whole
+from llm2clip_vlm.training import strict_resume
+from llm2clip_vlm.training.checkpoints import newest_whole, seal_checkpoint
 from llm2clip_vlm.training.strict_resume import StrictTrainer, in_memory_names
 
 
@@ -61,11 +63,13 @@ def build(tied: bool) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config)
 
 
-def train(kind: type[Trainer], folder: Path, tied: bool, resume: bool = False) -> Trainer:
+def train(
+    kind: type[Trainer], folder: Path, tied: bool, resume: bool = False, **changes: Any
+) -> Trainer:
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=6,
-        save_steps=3,
+        **{"save_steps": 3, **changes},
         per_device_train_batch_size=2,
         learning_rate=1e-2,
         report_to=[],
@@ -124,6 +128,25 @@ def test_names_are_restored_afterwards(tmp_path: Path) -> None:
     assert model.save_pretrained == original
     assert "model.language_model.norm.weight" in load_file(tmp_path / "a" / "model.safetensors")
     assert "language_model.model.norm.weight" in load_file(tmp_path / "b" / "model.safetensors")
+
+
+def test_the_one_before_goes_when_the_next_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(folder: Path) -> None:
+        if folder.name == "checkpoint-6":
+            raise KeyboardInterrupt
+        seal_checkpoint(folder)
+
+    monkeypatch.setattr(strict_resume, "seal_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(StrictTrainer, tmp_path, False, save_total_limit=1)
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-3")
+    monkeypatch.undo()
+    # a recipe may save at other steps when it goes on
+    train(StrictTrainer, tmp_path, False, resume=True, save_total_limit=1, save_steps=5)
+    assert [folder.name for folder in tmp_path.glob("checkpoint-*")] == ["checkpoint-6"]
+    assert TrainerState.load_from_json(tmp_path / "checkpoint-6/trainer_state.json").save_steps == 5
 
 
 def test_a_full_disk_leaves_the_checkpoint_before(
