@@ -99,9 +99,8 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        total = grads[0].contiguous()
-        if total is grads[0]:
-            total = total.clone()  # all_reduce works in place; autograd may still hold this one
+        # all_reduce works in place, and autograd may still hold the gradient
+        total = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total)
         start = dist.get_rank() * ctx.rows
         return total[start : start + ctx.rows]

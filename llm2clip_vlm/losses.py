@@ -33,7 +33,6 @@ def contrastive_loss(
     caption_ids: Int[Tensor, " n"] | None = None,
     label_smoothing: float = 0.0,
     gather: bool = False,
-    chunk_rows: int | None = None,
 ) -> Float[Tensor, ""]:
     """Symmetric InfoNCE between images and texts: the mean of both directions' cross entropies.
 
@@ -54,8 +53,6 @@ def contrastive_loss(
         caption_ids: Equal numbers mean equal captions; none = all captions count as different.
         label_smoothing: Share of the target spread over the candidates (masked ones excluded).
         gather: Take the other ranks' embeddings as negatives; all ranks need equal shapes.
-        chunk_rows: Images per chunk of logits; none = at once up to `DENSE_LOGITS`, else as many
-            as fit into it.
 
     Returns:
         The scalar loss.
@@ -75,7 +72,6 @@ def contrastive_loss(
         ids=caption_ids,
         label_smoothing=label_smoothing,
         gather=gather,
-        chunk_rows=chunk_rows,
     )
 
 
@@ -90,7 +86,6 @@ def caption_contrastive_loss(
     negative_ids: Int[Tensor, " m"] | None = None,
     label_smoothing: float = 0.0,
     gather: bool = False,
-    chunk_rows: int | None = None,
 ) -> Float[Tensor, ""]:
     """InfoNCE between two captions of the same image (stage 1).
 
@@ -109,7 +104,6 @@ def caption_contrastive_loss(
             `NO_CANDIDATE`.
         label_smoothing: As in :func:`contrastive_loss`.
         gather: Take the other ranks' captions as negatives; all ranks need equal shapes.
-        chunk_rows: As in :func:`contrastive_loss`.
 
     Returns:
         The scalar loss.
@@ -130,7 +124,6 @@ def caption_contrastive_loss(
         negatives=None if negatives is None else F.normalize(negatives.float(), dim=-1),
         negative_ids=negative_ids,
         gather=gather,
-        chunk_rows=chunk_rows,
     )
 
 
@@ -142,7 +135,6 @@ def sigmoid_loss(
     *,
     caption_ids: Int[Tensor, " n"] | None = None,
     gather: bool = False,
-    chunk_rows: int | None = None,
 ) -> Float[Tensor, ""]:
     """SigLIP's loss: a yes or no for every image with every text, summed and divided by the images.
 
@@ -155,7 +147,6 @@ def sigmoid_loss(
         logit_bias: Added to the logits (SigLIP starts at -10: most pairs are negatives).
         caption_ids: Equal numbers mean equal captions, which are no negatives.
         gather: Take the other ranks' texts as negatives; all ranks need equal shapes.
-        chunk_rows: As in :func:`contrastive_loss`.
 
     Returns:
         The scalar loss.
@@ -179,17 +170,16 @@ def sigmoid_loss(
         mask = excluded(start, end)
         return (terms if mask is None else terms.masked_fill(mask, 0.0)).sum()
 
-    step = _chunk_rows(rows, keys, chunk_rows)
-    total = rows.new_zeros((), dtype=torch.float32)
+    step = _chunk_rows(rows, keys)
     with torch.autocast(rows.device.type, enabled=False):
+        if step == len(rows):
+            return chunk_loss(0, step) / step
+        total = rows.new_zeros((), dtype=torch.float32)
         for start in range(0, len(rows), step):
-            end = min(start + step, len(rows))
-            if step >= len(rows):
-                total = chunk_loss(start, end)
-            else:
-                total = total + checkpoint(
-                    chunk_loss, start, end, use_reentrant=False, preserve_rng_state=False
-                )
+            part = (start, min(start + step, len(rows)))
+            total = total + checkpoint(
+                chunk_loss, *part, use_reentrant=False, preserve_rng_state=False
+            )
     return total / len(rows)
 
 
@@ -287,9 +277,8 @@ def _exclusion(row_ids: Tensor | None, key_ids: Tensor | None, own: Tensor) -> E
     return excluded
 
 
-def _chunk_rows(rows: Tensor, keys: Tensor, chunk_rows: int | None) -> int:
-    if chunk_rows is not None:
-        return chunk_rows
+def _chunk_rows(rows: Tensor, keys: Tensor) -> int:
+    """Rows whose logits are held at once: all of them up to `DENSE_LOGITS`."""
     return len(rows) if len(rows) * len(keys) <= DENSE_LOGITS else max(1, DENSE_LOGITS // len(keys))
 
 
@@ -304,7 +293,6 @@ def _info_nce(
     negatives: Tensor | None = None,
     negative_ids: Tensor | None = None,
     gather: bool,
-    chunk_rows: int | None,
 ) -> Tensor:
     """Cross entropy of rows over keys and negatives, and (symmetric) of keys over rows.
 
@@ -327,9 +315,9 @@ def _info_nce(
                 negative_ids = all_ids.new_full((len(negatives),), -1)
             candidate_ids = torch.cat([all_ids, together(negative_ids)])
     excluded = _exclusion(row_ids, candidate_ids, own)
-    step = _chunk_rows(rows, candidates, chunk_rows)
+    step = _chunk_rows(rows, candidates)
     with torch.autocast(rows.device.type, enabled=False):
-        if chunk_rows is None and step == len(rows):
+        if step == len(rows):
             forward = _dense(rows, candidates, scale, own, excluded, label_smoothing)
             if not symmetric:
                 return forward

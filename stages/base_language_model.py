@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from operator import itemgetter
 
 import torch
 from torch.utils.data import Dataset
@@ -38,10 +39,6 @@ SPECIALS = {
 }
 
 
-def _only(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return items[0]
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program: RECIPE [key=value ...]; goes on from its last checkpoint."""
     run = StageRun(argv, LanguageModelRecipe, __doc__)
@@ -62,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ids, **recipe.config))
     dataset: Dataset[dict[str, torch.Tensor]] = TextBatches(recipe.phases, tokenizer, recipe.seed)
     trainer = StrictTrainer(
-        model, args, data_collator=_only, train_dataset=dataset, callbacks=[run.metrics]
+        model, args, data_collator=itemgetter(0), train_dataset=dataset, callbacks=[run.metrics]
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
 

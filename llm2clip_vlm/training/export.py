@@ -116,21 +116,8 @@ def add_lora(module: nn.Module, lora: LoraSection) -> Any:
         lora: Rank, scale, dropout, modules.
 
     Returns:
-        PEFT's tuner, to hand to :func:`merge_lora`.
+        PEFT's tuner, whose `merge_and_unload` makes the module a plain one again, in place.
     """
     from peft import LoraModel
 
     return LoraModel(module, lora_config(lora), "default")
-
-
-def merge_lora(tuner: Any) -> nn.Module:
-    """Add an adapter to the weights it adapts and take it out of the module, in place.
-
-    Args:
-        tuner: As :func:`add_lora` returned it.
-
-    Returns:
-        The module without adapter.
-    """
-    merged: nn.Module = tuner.merge_and_unload()
-    return merged

@@ -26,7 +26,6 @@ from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.patch_dropout import PatchDropout
 from llm2clip_vlm.training.callbacks import PatchDropoutTail, WeightAverage
-from llm2clip_vlm.training.export import merge_lora
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ class Keeping:
         if self.average is not None:
             self.average.copy_to(model)
         if lora is not None:
-            merge_lora(lora)
+            lora.merge_and_unload()
 
 
 def prepare_keeping(

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llm2clip_vlm import losses
 from llm2clip_vlm.losses import (
     caption_contrastive_loss,
     contrastive_loss,
@@ -135,12 +136,12 @@ def gradients(loss: Tensor, *inputs: Tensor) -> list[Tensor]:
     return list(torch.autograd.grad(loss, inputs))
 
 
-@pytest.mark.parametrize("chunk_rows", [1, 4, 6, 100])
+@pytest.mark.parametrize("chunk_rows", [1, 4, 5])
 @pytest.mark.parametrize("ids", [None, "ids", "all"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("k", [1, 2])
 def test_chunks_change_neither_value_nor_gradient(
-    chunk_rows: int, ids: str | None, smoothing: float, k: int
+    chunk_rows: int, ids: str | None, smoothing: float, k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image, text = embeds(0).requires_grad_(), embeds(1, 6 * k).requires_grad_()
     scale = torch.tensor(20.0, requires_grad=True)
@@ -149,25 +150,25 @@ def test_chunks_change_neither_value_nor_gradient(
         given = IDS if k == 1 else K_IDS
     options = {"caption_ids": given, "label_smoothing": smoothing}
     whole = contrastive_loss(image, text, scale, **options)  # type: ignore[arg-type]
-    parts = contrastive_loss(image, text, scale, chunk_rows=chunk_rows, **options)  # type: ignore[arg-type]
+    monkeypatch.setattr(losses, "DENSE_LOGITS", chunk_rows * len(text))
+    parts = contrastive_loss(image, text, scale, **options)  # type: ignore[arg-type]
     torch.testing.assert_close(parts, whole, atol=2e-6, rtol=1e-6)
     inputs = (image, text, scale)
     for got, want in zip(gradients(parts, *inputs), gradients(whole, *inputs), strict=True):
         torch.testing.assert_close(got, want, atol=5e-6, rtol=1e-5)
 
 
-def test_chunked_gradient_is_that_of_float64_at_scale_100() -> None:
+def test_chunked_gradient_is_that_of_float64_at_scale_100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "DENSE_LOGITS", 64 * 300)
     image, text = embeds(0, 300, 16).requires_grad_(), embeds(1, 300, 16).requires_grad_()
     logits = 100.0 * image @ text.T
     exact = (2 * logits.diagonal().neg() + logits.logsumexp(0) + logits.logsumexp(1)).mean() / 2
-    loss = contrastive_loss(image.float(), text.float(), 100.0, chunk_rows=64)
+    loss = contrastive_loss(image.float(), text.float(), 100.0)
     for got, want in zip(gradients(loss, image, text), gradients(exact, image, text), strict=True):
         assert ((got - want).norm() / want.norm()).item() < 5e-6
 
 
 def test_a_large_batch_is_chunked_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llm2clip_vlm import losses
-
     image, text = embeds(0, 40, 8), embeds(1, 40, 8)
     dense = contrastive_loss(image, text, 10.0)
     monkeypatch.setattr(losses, "_dense", None)  # calling it would fail
@@ -198,10 +199,11 @@ def test_several_texts_an_image_match_the_definition() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("dense_logits", [losses.DENSE_LOGITS, 4 * 9])
 def test_hard_negatives_join_the_queries_candidates(
-    symmetric: bool, chunk_rows: int | None
+    symmetric: bool, dense_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(losses, "DENSE_LOGITS", dense_logits)
     query, positive, negatives = embeds(0), embeds(1), embeds(2, 3)
     forward = 20.0 * query @ torch.cat([positive, negatives]).T
     # hard negative 1 is another caption of record 7 (rows 0 and 3)
@@ -219,16 +221,18 @@ def test_hard_negatives_join_the_queries_candidates(
         IDS,
         negatives=3 * negatives,
         negative_ids=torch.tensor([-1, 7, -1]),
-        chunk_rows=chunk_rows,
     )
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
-    free = caption_contrastive_loss(query, positive, 20.0, symmetric, IDS, chunk_rows=chunk_rows)
+    free = caption_contrastive_loss(query, positive, 20.0, symmetric, IDS)
     assert free < got
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 1, 4])
+@pytest.mark.parametrize("chunk_rows", [6, 1, 4])
 @pytest.mark.parametrize("k", [1, 2])
-def test_sigmoid_loss_matches_the_definition(chunk_rows: int | None, k: int) -> None:
+def test_sigmoid_loss_matches_the_definition(
+    chunk_rows: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "DENSE_LOGITS", chunk_rows * 6 * k)
     image, text = embeds(0).requires_grad_(), embeds(1, 6 * k).requires_grad_()
     scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor(-5.0, dtype=torch.float64, requires_grad=True)
@@ -237,12 +241,12 @@ def test_sigmoid_loss_matches_the_definition(chunk_rows: int | None, k: int) -> 
     signs[torch.arange(6).repeat_interleave(k), torch.arange(6 * k)] = 1
     same = (ids.view(6, k, 1) == ids).any(1) & (signs < 0)
     want = -F.logsigmoid(signs * (image @ text.T * scale + bias))[~same].sum() / 6
-    got = sigmoid_loss(image, text, scale, bias, caption_ids=ids, chunk_rows=chunk_rows)
+    got = sigmoid_loss(image, text, scale, bias, caption_ids=ids)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
     inputs = (image, text, scale, bias)
     for a, b in zip(gradients(got, *inputs), gradients(want, *inputs), strict=True):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
-    free = sigmoid_loss(image, text, scale, bias, chunk_rows=chunk_rows)
+    free = sigmoid_loss(image, text, scale, bias)
     assert free > got
 
 

@@ -18,7 +18,7 @@ from llm2clip_vlm.models.trainable import (
     part_name,
     trainable_table,
 )
-from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
+from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, build_tower
 
@@ -207,7 +207,7 @@ def test_lora_trains_alone_and_merges_into_a_plain_tower(
     adapted = model.eval().vision_tower(pixels).pooler_output
     with pytest.raises(ValueError, match="merge the LoRA adapter"):
         export_vision_tower(model, source.image_processor, tmp_path)
-    merge_lora(tuner)
+    tuner.merge_and_unload()
     assert not any("lora_" in name for name in model.state_dict())
     export_vision_tower(model, source.image_processor, tmp_path)
     exported = load_vision_tower(tmp_path).model(pixels).pooler_output

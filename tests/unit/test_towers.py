@@ -32,7 +32,7 @@ from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.resolution import resize_positions
 from llm2clip_vlm.models.towers import TowerError, load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused
-from llm2clip_vlm.training.export import add_lora, export_vision_tower, merge_lora
+from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
@@ -145,7 +145,7 @@ def test_every_kind_trains_fully_frozen_and_by_lora(
         optimizer.step()
     want = model.get_image_features(pixels)
     if tuner is not None:
-        merge_lora(tuner)
+        tuner.merge_and_unload()
     torch.testing.assert_close(model.get_image_features(pixels), want, atol=1e-5, rtol=1e-5)
     changed = [
         name
