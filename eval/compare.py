@@ -36,8 +36,6 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     options.add_argument("--out", type=Path, help="folder to write to; default: print only")
     options.add_argument("--task", action="append", help="repeatable; default: all benchmarks")
-    options.add_argument("--samples", type=int, default=6, help="flipped samples shown a run")
-    options.add_argument("--resamples", type=int, default=10_000, help="bootstrap draws")
     return options
 
 
@@ -53,8 +51,8 @@ def main(argv: list[str] | None = None) -> int:
     if len(places) < 2:
         raise ValueError(f"expected at least two runs of different names, got {list(places)}")
     runs = [read_run(name, folders) for name, folders in places.items()]
-    found = compare(runs, list(combinations(places, 2)), arguments.resamples)
-    pages = comparison_pages(runs, found, arguments.samples)
+    found = compare(runs, list(combinations(places, 2)))
+    pages = comparison_pages(runs, found)
     print(pages["compare.md"])
     if arguments.out is not None:
         for name, text in pages.items():

@@ -24,6 +24,8 @@ from llm2clip_vlm.evaluation.report_inputs import read_json, read_optional
 from llm2clip_vlm.files import write_atomically
 
 TASK = "l2c_world_vqa"
+LANGUAGE_MODEL = "recipes/demo/base/models/language_model"
+AB = "docs/results/ab.json"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,17 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("run", type=Path, help="the pipeline's output folder")
     parser.add_argument("output", type=Path, help="JSON file to write")
-    parser.add_argument("--language-model", default="recipes/demo/base/models/language_model")
-    parser.add_argument("--ab", type=Path, default=Path("docs/results/ab.json"))
     arguments = parser.parse_args(argv)
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.language_model).eval()
-    tokenizer = AutoTokenizer.from_pretrained(arguments.language_model)
+    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL).eval()
+    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
     text_qa = text_qa_accuracy(model, tokenizer)
+    pipeline = "recipes/demo/ladder/pipeline.yaml"
     oracle, supervised, base = (
-        read_json(
-            arguments.run / "eval" / name / f"{TASK}.json", "recipes/demo/ladder/pipeline.yaml"
-        )
+        read_json(arguments.run / "eval" / name / f"{TASK}.json", pipeline)
         for name in ("oracle", "supervised", "base")
     )
     over_base = "world VQA, supervised tower over base tower (points, intervals apart)"
@@ -57,15 +56,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             "base": {"value": base["score"], "ci": base["score_ci"]},
         },
     }
-    if found := read_optional(str(arguments.ab)):
+    if found := read_optional(AB):
         row = found["ab"][TASK]["llm2clip-control_long"]
         title = "world VQA, llm2clip over control_long (points, p < 0.01)"
         passed = row["delta"] > 0 and row["p"] < 0.01
-        rungs["4"] = rung(title, row["delta"], 0.0) | {
-            "passed": passed,
-            "ci": row["ci"],
-            "p": row["p"],
-        }
+        more = {"passed": passed, "ci": row["ci"], "p": row["p"]}
+        rungs["4"] = rung(title, row["delta"], 0.0) | more
     write_atomically(arguments.output, json.dumps(rungs, indent=2) + "\n")
     for name, result in rungs.items():
         mark = "passed" if result["passed"] else "NOT passed"

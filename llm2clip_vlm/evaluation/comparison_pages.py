@@ -6,25 +6,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm2clip_vlm.evaluation.comparison import (
-    ALPHA,
-    Run,
-    difference_chart,
-    flip_examples,
-    flipped,
-)
+from llm2clip_vlm.evaluation.comparison import ALPHA, Run, difference_chart, flip_examples, flipped
 from llm2clip_vlm.evaluation.pages import render
 
+FLIPS_SHOWN = 6
+"""Flipped samples on the page, of each run, benchmark and pair."""
 
-def comparison_pages(
-    runs: Sequence[Run], found: Mapping[str, Any], samples: int = 6
-) -> dict[str, str]:
+
+def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str, str]:
     """A comparison as files.
 
     Args:
         runs: What was compared.
         found: From :func:`~llm2clip_vlm.evaluation.comparison.compare`.
-        samples: Flipped samples shown of each run, benchmark and pair.
 
     Returns:
         `compare.html`, `compare.md` and `compare.json` to their texts.
@@ -37,7 +31,7 @@ def comparison_pages(
         for pair in rows if ":" not in task else ():
             a, b = (by_name[name] for name in pairs[pair])
             flips.setdefault(task, {})[pair] = flipped(a, b, task)
-            if examples := flip_examples(a, b, task, samples):
+            if examples := flip_examples(a, b, task, FLIPS_SHOWN):
                 shown[pair, found["titles"][task]] = examples
     sentences = {
         pair: f"{w['a']} is above {w['b']} on {w['won']} of {w['benchmarks']} benchmarks, "
@@ -48,7 +42,7 @@ def comparison_pages(
     facts = {
         "found": found,
         "alpha": ALPHA,
-        "count": samples,
+        "count": FLIPS_SHOWN,
         "pairs": pairs,
         "sentences": sentences,
         "states": {

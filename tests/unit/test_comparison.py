@@ -83,19 +83,12 @@ def test_with_seeds_the_seed_is_the_unit_and_holm_runs_over_benchmarks(
 def test_each_option_does_something(run: Path, tmp_path: Path, capsys: Any) -> None:
     places = [str(run / f"eval/{name}-s0") for name in ("llm2clip", "base", "control_long")]
     whole = command(tmp_path / "a", *places)
-    pair = "llm2clip-s0-base-s0"
-    assert [*whole["wins"]] == [pair, "llm2clip-s0-control_long-s0", "base-s0-control_long-s0"]
-    few = command(tmp_path / "b", *places[:2], "--samples", "1", "--task", TASK)
+    pairs = ["llm2clip-s0-base-s0", "llm2clip-s0-control_long-s0", "base-s0-control_long-s0"]
+    assert [*whole["wins"]] == pairs
+    few = command(tmp_path / "b", *places[:2], "--task", TASK)
     assert {task.partition(":")[0] for task in few["ab"]} == {TASK}
     assert {*few["ab"]} < {*whole["ab"]}
-    cards = [
-        (tmp_path / name / "compare.html").read_text().count('<article class="card">')
-        for name in ("a", "b")
-    ]
-    assert 1 <= cards[1] <= 2 < cards[0]
-    graded = "l2c_world_caption"
-    drawn = command(tmp_path / "c", *places[:2], "--resamples", "200", "--task", graded)
-    assert drawn["ab"][graded][pair]["ci"] != whole["ab"][graded][pair]["ci"]
+    assert '<article class="card">' in (tmp_path / "b/compare.html").read_text()
     capsys.readouterr()
     assert cli.main(["compare", *places[:2], "--task", TASK]) == 0
     assert "| World VQA | " in capsys.readouterr().out
