@@ -22,12 +22,10 @@ from typing import Any
 
 from llm2clip_vlm.config_eval import ExpectedScores, SuiteRecipe
 from llm2clip_vlm.evaluation.lmms_job import left_out
-from llm2clip_vlm.evaluation.lmms_runner import run_suite
+from llm2clip_vlm.evaluation.lmms_runner import assets_dir, run_suite
 from llm2clip_vlm.evaluation.score_gate import gate, gate_table
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.recipe import load_recipe
-
-TASKS = Path(__file__).resolve().parent / "tasks"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -71,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
             rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
             raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")
         output, limit = arguments.output, arguments.limit
-        results = run_suite(suite, checkpoints, output, limit, tasks_dir=TASKS)
+        results = run_suite(suite, checkpoints, output, limit)
         print_table(results)
         if names := left_out(suite):
             print(f"not run, for want of a judge: {', '.join(names)}")
@@ -94,7 +92,7 @@ def print_prefetch(suite: SuiteRecipe) -> None:
 
     skipped = left_out(suite)
     for task in suite.tasks:
-        config = load_config(task_yaml(task.task, TASKS))
+        config = load_config(task_yaml(task.task, assets_dir() / "tasks"))
         name = config.get("dataset_name") or "all of it"
         if (task.name or task.task) in skipped:
             print(f"# {task.task}: needs a judge")

@@ -21,6 +21,7 @@ _SHAPES = "osD^vP"
 _DASHES = ("-", "--", ":", "-.", (0, (4, 2, 1, 2, 1, 2)), (0, (1, 3)))
 _WIDTH = 760.0
 _ROW = 28.0
+_BELOW = 28.0
 _TEMPLATES = Path(__file__).parent / "templates"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'.replace('"', "'")
 
@@ -124,13 +125,12 @@ def dot_chart(series: Sequence[Line], title: str) -> str:
         return _svg(figure, title)
 
 
-def line_chart(lines: Sequence[Line], title: str, x_label: str = "step") -> str:
-    """Curves over a common axis, with a legend where they have names.
+def line_chart(lines: Sequence[Line], title: str) -> str:
+    """Curves over steps, with a legend where they have names.
 
     Args:
         lines: At least one point each.
         title: For readers who do not see the chart.
-        x_label: Below the axis.
 
     Returns:
         An `<svg>` element, about half as wide as the others.
@@ -141,7 +141,7 @@ def line_chart(lines: Sequence[Line], title: str, x_label: str = "step") -> str:
         figure = Figure(figsize=(380 / 72, 230 / 72))
         axes = figure.add_axes((0.12, 0.17, 0.85, 0.79))
         axes.grid(axis="x", visible=False)
-        axes.set_xlabel(x_label, loc="right", color=_colour("muted"), size=12)
+        axes.set_xlabel("step", loc="right", color=_colour("muted"), size=12)
         named: dict[str, Any] = {}
         for line in lines:
             look: Any = {"color": _colour(f"c{line.colour}"), "ls": _DASHES[line.colour], "lw": 2}
@@ -223,20 +223,18 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _rows(
-    *heights: float, left: float, right: float, top: float = 0, bottom: float = 28
-) -> tuple[Any, list[Any]]:
+def _rows(*heights: float, left: float, right: float, top: float = 0) -> tuple[Any, list[Any]]:
     """A figure of panels below each other, in which y is points from a panel's top."""
     from matplotlib.figure import Figure
 
-    whole = sum(heights) + (top + bottom) * len(heights)
+    whole = sum(heights) + (top + _BELOW) * len(heights)
     figure, panels, at = Figure(figsize=(_WIDTH / 72, whole / 72)), [], whole
     for height in heights:
         at -= top + height
         size = (_WIDTH - left - right) / _WIDTH, height / whole
         panels.append(figure.add_axes((left / _WIDTH, at / whole, *size), ylim=(height, 0)))
         panels[-1].yaxis.set_visible(False)
-        at -= bottom
+        at -= _BELOW
     return figure, panels
 
 

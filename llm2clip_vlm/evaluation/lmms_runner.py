@@ -40,7 +40,6 @@ def run_suite(
     checkpoints: Mapping[str, str | Path],
     output: str | Path,
     limit: int | None = None,
-    tasks_dir: str | Path | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Evaluate checkpoints; what is already there for the same content is not done again.
 
@@ -49,7 +48,6 @@ def run_suite(
         checkpoints: Name -> directory of a vision-language model.
         output: Gets `<name>/<task>.json` and `<name>/<task>.samples.jsonl`, each written at once.
         limit: First documents of each task only, recorded in the result.
-        tasks_dir: Folder of our own tasks; none = those that came with this package.
 
     Returns:
         `{checkpoint: {task: result}}`, every result as in its file.
@@ -60,8 +58,7 @@ def run_suite(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise EvaluationError(f"limit: expected a whole number of documents, got {limit!r}")
-    tasks = Path(tasks_dir) if tasks_dir is not None else assets_dir() / "tasks"
-    out = Path(output)
+    tasks, out = assets_dir() / "tasks", Path(output)
     files = [task.data_files for task in suite.tasks if task.data_files]
     if suite.world is not None and not all(Path(file).is_file() for file in files):
         ensure_world(suite.world)

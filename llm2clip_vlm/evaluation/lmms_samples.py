@@ -121,16 +121,15 @@ def _alone(value: Mapping[str, Any], aggregation: Callable[..., Any] | None) -> 
     return found / 100 if found > 1 else found
 
 
-def summarise(samples: Sequence[Mapping[str, Any]], resamples: int = 1000) -> dict[str, Any]:
+def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts and per-type scores of a task's samples.
 
     Args:
         samples: From :func:`samples_of`.
-        resamples: Bootstrap draws by image for the interval.
 
     Returns:
         `{n, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; scores are the
-        mean of `correct` in per cent.
+        mean of `correct` in per cent, the interval from 1,000 bootstrap draws by image.
     """
     correct = [sample["correct"] for sample in samples]
     images = [sample["image_id"] for sample in samples]
@@ -143,7 +142,7 @@ def summarise(samples: Sequence[Mapping[str, Any]], resamples: int = 1000) -> di
         "n_empty": sum(not sample["answer"].strip() for sample in samples),
         "n_unparsable": int(sum(known)) if known else None,
         "score": 100.0 * float(np.mean(correct)),
-        "score_ci": list(bootstrap_interval(correct, images, resamples, 0)),
+        "score_ci": list(bootstrap_interval(correct, images, 1000, seed=0)),
         "by_type": {
             kind: {"score": 100.0 * float(np.mean(values)), "n": len(values)}
             for kind, values in sorted(by_type.items())

@@ -30,14 +30,12 @@ class Verdict:
 def retrieval_verdict(
     retrieval: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]],
     headline: Sequence[str],
-    kind: str = "long",
 ) -> Verdict:
-    """Whether the first tower retrieves better than the second, with intervals apart.
+    """Whether the first tower retrieves better with long captions, with intervals apart.
 
     Args:
         retrieval: From :func:`~llm2clip_vlm.evaluation.report_inputs.read_retrieval`.
         headline: Two towers.
-        kind: Kind of caption.
 
     Returns:
         `above` only where the 95 % intervals of R@1 are apart in both directions; `below` likewise
@@ -47,7 +45,7 @@ def retrieval_verdict(
     signs: dict[str, int] = {}
     numbers = []
     for direction, arrow in DIRECTIONS.items():
-        first, second = (retrieval[name][kind][direction] for name in headline)
+        first, second = (retrieval[name]["long"][direction] for name in headline)
         numbers.append(f"{arrow} {first['r1']:.1f} % against {second['r1']:.1f} %")
         (low, high), (least, most) = (found.get("ci") or (0, 100) for found in (first, second))
         signs[arrow] = int(low > most) - int(high < least)
@@ -67,8 +65,8 @@ def retrieval_verdict(
             words = f"Partly: {a} and {b} differ in one direction of retrieval only"
             tail = f"apart in {next(arrow for arrow, sign in signs.items() if sign)}"
     figures = ", ".join(numbers)
-    what = f"R@1 with {kind} captions of unseen pictures: {figures}"
-    short = f"{kind}-caption R@1 of {a} against {b}: {figures} ({tail})"
+    what = f"R@1 with long captions of unseen pictures: {figures}"
+    short = f"long-caption R@1 of {a} against {b}: {figures} ({tail})"
     return Verdict(state, f"{words} ({what}; {tail}).", short)
 
 
@@ -153,10 +151,7 @@ def charts(facts: Facts) -> dict[str, Any]:
     drawn["retrieval"] = bar_chart(
         {
             f"{kind.replace('_', ' ')} captions, {arrow}": [
-                Mark(
-                    tower, kinds[kind][way]["r1"], kinds[kind][way].get("ci"), recipe.colour(tower)
-                )
-                for tower, kinds in facts.retrieval.items()
+                _recall(facts, tower, kind, way) for tower in facts.retrieval
             ]
             for kind in facts.retrieval[recipe.headline[0]]
             for way, arrow in DIRECTIONS.items()
@@ -198,6 +193,11 @@ def charts(facts: Facts) -> dict[str, Any]:
     return drawn
 
 
+def _recall(facts: Facts, tower: str, kind: str, way: str) -> Mark:
+    found = facts.retrieval[tower][kind][way]
+    return Mark(tower, found["r1"], found.get("ci"), facts.recipe.colour(tower))
+
+
 def _by_type(facts: Facts, tower: str, kind: str) -> float:
     results = facts.results(facts.recipe.headline_task, tower)
     return float(np.mean([result["by_type"][kind]["score"] for result in results]))
@@ -205,7 +205,7 @@ def _by_type(facts: Facts, tower: str, kind: str) -> float:
 
 def _score(facts: Facts, task: str, tower: str) -> Mark:
     results, colour = facts.results(task, tower), facts.recipe.colour(tower)
-    values = [float(result["score"]) for result in results]
-    if len(values) == 1:
-        return Mark(tower, values[0], results[0]["score_ci"], colour)
+    if len(results) == 1:
+        return Mark(tower, results[0]["score"], results[0]["score_ci"], colour)
+    values = facts.accuracies(task)[tower]
     return Mark(tower, float(np.mean(values)), None, colour, values)

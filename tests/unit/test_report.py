@@ -272,8 +272,8 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert {"g<1>", "x", "y", "20.0", "40.0"} <= set(texts(svg))
     dots = charts.dot_chart([Line("x", ["r"], [20.0]), Line("y", ["r"], [20.0], 1)], "t")
     assert "<title>y: 20.0</title>" in dots and {"r", "x", "y"} <= set(texts(dots))
-    lines = charts.line_chart([Line("l", [1, 2, 3], [3.0, 2.0, 1.0])], "t", x_label="steps")
-    assert "l: 3.000 → 1.000" in lines and {"l", "steps"} <= set(texts(lines))
+    lines = charts.line_chart([Line("l", [1, 2, 3], [3.0, 2.0, 1.0])], "t")
+    assert "l: 3.000 → 1.000" in lines and {"l", "step"} <= set(texts(lines))
     assert charts.line_chart([Line("one", [5], [2.0])], "t")
     seeds = [Line("same", [1, 2], [3.0, y]) for y in (1.0, 2.0)]
     assert texts(charts.line_chart(seeds, "t")).count("same") == 1  # one entry of the legend
@@ -355,9 +355,9 @@ def test_the_caption_ranked_first_is_shown(
     import torch
 
     from llm2clip_vlm.config import ImageTextSource
-    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-    from llm2clip_vlm.data.image_text import read_image_text
     from llm2clip_vlm.data.bad_records import BadRecords
+    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+    from llm2clip_vlm.data.image_text_index import read_image_text
     from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
     from llm2clip_vlm.models.towers import load_vision_tower
 
