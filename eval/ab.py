@@ -59,8 +59,7 @@ def read_tower(recipe: AbRecipe, tower: str) -> Run:
     """
     places: dict[str, list[str]] = {}
     if tower not in recipe.retrieval_only:
-        place = f"{recipe.evaluation}/{recipe.checkpoint.replace('{tower}', tower)}"
-        places[place] = recipe.tasks
+        places[f"{recipe.evaluation}/{tower}-s{{seed}}"] = recipe.tasks
     if tower in recipe.retrieval:
         places[recipe.retrieval[tower]] = [
             f"retrieval_{kind}_{way}" for kind in recipe.retrieval_kinds for way in DIRECTIONS

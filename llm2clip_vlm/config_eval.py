@@ -207,9 +207,7 @@ class AbRecipe(RecipeFile):
     pairs: list[list[str]] = Field(min_length=1)
     """Comparisons `[a, b]` (a minus b); the first is the headline."""
     evaluation: str
-    """Folder of `eval/run_lmms.py`."""
-    checkpoint: str = "{tower}-s{seed}"
-    """Name of a VLM in that folder."""
+    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each VLM."""
     tasks: list[str] = Field(min_length=1)
     """lmms-eval tasks; those with question types are also compared type by type."""
     retrieval: dict[str, str] = Field(default_factory=dict)

@@ -146,7 +146,6 @@ def test_each_choice_changes_the_comparison(program: ModuleType, run: Path, tmp_
     ("changes", "words"),
     [
         ({"seeds": [0, 9]}, "llm2clip-s9|base-s9"),
-        ({"checkpoint": "{tower}-seed{seed}"}, "base-seed0"),
         ({"tasks": ["pope"]}, "pope"),
         ({"evaluation": "nowhere"}, "nowhere"),
         ({"retrieval_kinds": ["middle"]}, "retrieval_middle_i2t"),
