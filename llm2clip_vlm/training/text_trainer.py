@@ -78,7 +78,7 @@ class PairCollator:
     ) -> None:
         self.table = table
         self.tokens = tokens
-        self.prompts = [tokens.ids(prompt) if prompt else [] for prompt in prompts]
+        self.prompts = [tokens.ids(prompt) for prompt in prompts]
         self.micro_batch_tokens = micro_batch_tokens
 
     def __call__(self, pairs: Sequence[CaptionPair]) -> dict[str, Any]:
@@ -138,16 +138,20 @@ def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[s
     """The same texts in the same order in more groups: the largest is halved, again and again.
 
     Processes whose texts have other lengths have other numbers of groups, but must run equally many
-    forward and backward passes.
+    forward and backward passes. Where every text is alone (another process has more of them), the
+    last one is repeated behind the others, where no loss asks for it.
 
     Args:
         groups: Arguments of the encoder, sorted from long to short.
-        count: How many groups, at most as many as texts.
+        count: How many groups.
     """
     parts = list(groups)
     while len(parts) < count:
         sizes = [part["input_ids"].shape for part in parts]
         at = max(range(len(parts)), key=lambda i: (sizes[i][0] > 1, sizes[i].numel()))
+        if sizes[at][0] == 1:
+            parts.append(parts[-1])
+            continue
         half = (len(parts[at]["input_ids"]) + 1) // 2
         longest = int(parts[at]["attention_mask"][half:].sum(1).max())
         parts[at : at + 1] = [

@@ -112,3 +112,7 @@ def test_groups_are_split_until_there_are_enough() -> None:
     assert [part["input_ids"].shape for part in parts] == [(1, n) for n in (9, 8, 5, 3, 2, 1)]
     assert [int(part["input_ids"][0, 0]) for part in parts] == [9, 8, 5, 3, 2, 1]
     assert all((part["attention_mask"] == 1).all() for part in parts)
+    # another process may have more texts than this one: what is repeated comes last
+    assert [int(part["input_ids"][0, 0]) for part in split_groups(groups, 8)] == [
+        *(9, 8, 5, 3, 2, 1, 1, 1)
+    ]
