@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe = load_recipe(path, PrepareRecipe, overrides)
     out = Path(recipe.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    data = link_source(find_data(recipe.data), out / "source")
+    data = out / "source"  # leads to the folder, so that recipes can name its files
+    data.unlink(missing_ok=True)
+    data.symlink_to(find_data(recipe.data).resolve(), target_is_directory=True)
 
     counts = write_photos(data, out)
     counts |= write_easy_vqa(data / "easy_vqa", out, recipe)
@@ -91,13 +93,6 @@ def find_data(given: str | None) -> Path:
             f"{', '.join(lost)}; set `data` or LLM2CLIP_SHARED_DATA to where they lie"
         )
     return folder
-
-
-def link_source(data: Path, link: Path) -> Path:
-    """Make `link` lead to the data folder, so that recipes can name its files."""
-    link.unlink(missing_ok=True)
-    link.symlink_to(data.resolve(), target_is_directory=True)
-    return link
 
 
 def write_photos(data: Path, out: Path) -> dict[str, int]:

@@ -111,19 +111,16 @@ class CaptionTokenizer:
         tokens: list[list[int]] = []
         for start in range(0, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
-            for text, ids in zip(block, self._bodies(block), strict=True):
+            # sentence-transformers is told of the front by a blank (training/embedder_export)
+            strip = self.leaves_out_front
+            whole = [text.lstrip() if strip else self._prefix + text for text in block]
+            encoded = self.tokenizer(whole, add_special_tokens=False, verbose=False)
+            for text, ids in zip(block, encoded["input_ids"], strict=True):
                 if not ids:
                     raise TextEncoderError(f"the text {text!r} has no token; leave it out")
                 self.num_truncated += len(ids) > self._room
                 tokens.append([*self.front, *ids[: self._room], *self.behind])
         return tokens
-
-    def _bodies(self, texts: list[str]) -> list[list[int]]:
-        # sentence-transformers is told of the front by a leading blank (training/embedder_export).
-        whole = [text.lstrip() if self.leaves_out_front else self._prefix + text for text in texts]
-        encoded = self.tokenizer(whole, add_special_tokens=False, verbose=False)
-        bodies: list[list[int]] = encoded["input_ids"]
-        return bodies
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a piece of text alone, without special tokens."""

@@ -30,6 +30,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    __version__,
 )
 
 from llm2clip_vlm.config import TextEncoderSection
@@ -157,9 +158,8 @@ class TextEncoder(nn.Module):
         if device is not None and not load_in_4bit:
             backbone.to(device)
         encoder = cls(backbone.eval(), tokenizer, settings)
-        if (
-            embedder and "bidirectional" not in chosen
-        ):  # its attention is what its own config makes it
+        if embedder and "bidirectional" not in chosen:
+            # its attention is what its own config makes it
             encoder.settings = replace(settings, bidirectional=encoder.sees_behind())
         encoder.check_attention()
         if tokenizer_hash is not None:
@@ -307,12 +307,10 @@ class TextEncoder(nn.Module):
         sees_behind = self.sees_behind()
         if sees_behind == self.settings.bidirectional:
             return
-        import transformers
-
         raise TextEncoderError(
             f"bidirectional is {self.settings.bidirectional}, but the attention of "
             f"{type(self.backbone).__name__} ({self.backbone.config._attn_implementation}) in "
-            f"transformers {transformers.__version__} is "
+            f"transformers {__version__} is "
             f"{'bidirectional' if sees_behind else 'causal'} whatever config.is_causal says; try "
             "attn_implementation: sdpa or eager, or transformers >= 5.2"
         )

@@ -104,6 +104,14 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         raise RecipeError("trainer section", *clashes)
     chosen = {**recipe.trainer, **forced}
     per_device = chosen.setdefault("per_device_train_batch_size", 8)
+    at_once = per_device * distributed.world_size()
+    if per_device < 1 or recipe.global_batch_size % at_once:
+        raise RecipeError(
+            "batch size",
+            "global_batch_size: expected a multiple of trainer.per_device_train_batch_size x "
+            f"processes = {per_device} x {distributed.world_size()}, got "
+            f"{recipe.global_batch_size}",
+        )
     cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
     folder = claim_output_dir(recipe)
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
@@ -121,7 +129,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "use_cpu": not cuda,
         "output_dir": str(folder / "checkpoints"),
         "seed": recipe.seed,
-        "gradient_accumulation_steps": _accumulation(recipe.global_batch_size, per_device),
+        "gradient_accumulation_steps": recipe.global_batch_size // at_once,
     }
     arguments = TrainingArguments(**values)
     if arguments.n_gpu > 1:
@@ -129,15 +137,3 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         logger.warning("using 1 of %d GPUs; start with `accelerate launch`", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
-
-
-def _accumulation(global_batch_size: int, per_device: int) -> int:
-    processes = distributed.world_size()
-    at_once = per_device * processes
-    if per_device < 1 or global_batch_size % at_once:
-        message = (
-            f"expected a multiple of trainer.per_device_train_batch_size x processes = "
-            f"{per_device} x {processes}, got {global_batch_size}"
-        )
-        raise RecipeError("batch size", f"global_batch_size: {message}")
-    return global_batch_size // at_once

@@ -34,12 +34,9 @@ class GradientAudit:
             report: Takes the table.
         """
         self._parts, self._report = parts, report
-        self._reached = {n: _NONE for n, p in model.named_parameters() if p.requires_grad}
-        self._hooks = [
-            parameter.register_hook(partial(self._note, name))
-            for name, parameter in model.named_parameters()
-            if parameter.requires_grad
-        ]
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._reached = dict.fromkeys(trained, _NONE)
+        self._hooks = [p.register_hook(partial(self._note, name)) for name, p in trained.items()]
         self._complete = [int(set(parts) == {"language_model"}), 0]
 
     def _note(self, name: str, gradient: Tensor) -> None:

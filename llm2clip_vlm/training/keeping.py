@@ -123,9 +123,15 @@ def prepare_keeping(
         clip, tokenizer, _ = load_clip(path)
         inherit_space(model, clip)
         if not resumes:
-            tokens, options = ClipTokens(tokenizer), {"seed": recipe.seed, "device": device}
             inherit_text_tower(
-                model, clip, tokens, captions(), lookup, recipe.inherit_text, **options
+                model,
+                clip,
+                ClipTokens(tokenizer),
+                captions(),
+                lookup,
+                recipe.inherit_text,
+                seed=recipe.seed,
+                device=device,
             )
     callbacks: list[TrainerCallback] = []
     average = None

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,27 +19,6 @@ from llm2clip_vlm.distributed import barrier
 from llm2clip_vlm.training.checkpoints import remove_unfinished, seal_checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-@contextmanager
-def in_memory_names(model: Any) -> Iterator[None]:
-    """Make `model.save_pretrained` write the names that the model has in memory.
-
-    Both kinds of names load with `from_pretrained`; only these load with `load_state_dict`.
-
-    Args:
-        model: Any model; nothing changes unless it is a `PreTrainedModel` (PEFT saves adapters
-            in its own way, which resumes correctly).
-    """
-    if not isinstance(model, PreTrainedModel):
-        yield
-        return
-    own = functools.partial(model.save_pretrained, save_original_format=False)
-    model.save_pretrained = own  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        del model.save_pretrained
 
 
 class StrictResumeMixin:
@@ -87,8 +64,15 @@ class StrictResumeMixin:
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        with in_memory_names(self.model):
+        """In-memory names load with `from_pretrained`, too; PEFT's adapters resume as they are."""
+        model = self.model
+        if isinstance(model, PreTrainedModel):
+            save = functools.partial(model.save_pretrained, save_original_format=False)
+            model.save_pretrained = save  # type: ignore[method-assign]
+        try:
             super()._save(output_dir, state_dict=state_dict)  # type: ignore[misc]
+        finally:
+            model.__dict__.pop("save_pretrained", None)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         """Refuse a checkpoint that did not load completely.
