@@ -24,8 +24,11 @@ from llm2clip_vlm.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
-_DISTRIBUTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
-_DISTRIBUTED_PREFIXES = ("MASTER_", "TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+_DISTRIBUTED = tuple(
+    "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK "
+    "MASTER_ TORCHELASTIC_ ACCELERATE_ FSDP_".split()
+)
+"""How the variables of a distributed launch begin."""
 
 
 def assets_dir() -> Path:
@@ -96,11 +99,7 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     The variables of a distributed launch are left out: a worker that found `WORLD_SIZE=8` would
     wait for seven others. The package's own folder is added, for a checkout without installation.
     """
-    kept = {
-        key: value
-        for key, value in environ.items()
-        if key not in _DISTRIBUTED and not key.startswith(_DISTRIBUTED_PREFIXES)
-    }
+    kept = {key: value for key, value in environ.items() if not key.startswith(_DISTRIBUTED)}
     root = str(Path(llm2clip_vlm.__file__).resolve().parent.parent)
     paths = [root, *kept.get("PYTHONPATH", "").split(os.pathsep)]
     kept["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
