@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import weakref
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.evaluation import lmms_worker
 from llm2clip_vlm.evaluation.lmms_job import (
     EvaluationError,
     Job,
@@ -230,6 +233,31 @@ def test_the_worker_does_not_inherit_a_distributed_launch() -> None:
     assert kept["HF_HUB_OFFLINE"] == "1" and kept["PATH"] == "/bin"
     assert kept["PYTHONPATH"].split(":") == [str(ROOT), "/elsewhere"]
     assert set(kept) == {"PATH", "HF_HUB_OFFLINE", "PYTHONPATH", "TOKENIZERS_PARALLELISM"}
+
+
+def test_the_worker_holds_one_model_at_a_time(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Adapter:
+        """Stands for a model."""
+
+    loaded: list[weakref.ref[Adapter]] = []
+
+    def load(path: str, suite: SuiteRecipe) -> Adapter:
+        assert not any(before() for before in loaded)
+        adapter = Adapter()
+        loaded.append(weakref.ref(adapter))
+        return adapter
+
+    monkeypatch.setattr(lmms_worker, "load_adapter", load)
+    for name in ("quiet", "prepare", "score"):
+        monkeypatch.setattr(lmms_worker, name, lambda *_: None)
+    jobs = plan(suite(data), {"a": model_dir, "b": model_dir}, TASKS, None)
+    order = {"suite": suite(data).model_dump(mode="json"), "limit": None}
+    order |= {"jobs": [asdict(job) for job in jobs], "output": "out", "tasks_dir": str(TASKS)}
+    file = tmp_path / "order.json"
+    file.write_text(json.dumps(order))
+    assert lmms_worker.main([str(file)]) == 0 and len(loaded) == 2
 
 
 def test_pope_and_mme_rows(data: Path) -> None:
