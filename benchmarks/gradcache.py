@@ -65,7 +65,7 @@ def main() -> None:
     """Print step times, their ratios and how far the gradients are apart."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--quick", action="store_true", help="batch 16, 3 repeats")
     args = parser.parse_args()
     size, repeats = (16, 3) if args.quick else (args.batch, args.repeats)

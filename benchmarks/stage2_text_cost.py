@@ -156,7 +156,7 @@ def main() -> None:
     """Print the three ratios of each proportion."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument(
         "--quick", action="store_true", help="batch 4, 3 repeats, the headline only"
     )
