@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from llm2clip_vlm.config_base import TextPhase
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.world import draw_scene, long_caption, questions
+from llm2clip_vlm.data.world import Question, draw_scene, long_caption, questions
 from llm2clip_vlm.data.world_text import Segments, document
 
+_SCENES_AT_ONCE = 50
 
-def _encode(segments: Segments, tokenizer: Any) -> tuple[list[int], list[int]]:
+
+def _encode(segments: Segments, tokenizer: Any) -> tuple[Tensor, Tensor]:
     ids: list[int] = []
     labels: list[int] = []
     for text, trained in segments:
         part = tokenizer(text, add_special_tokens=False)["input_ids"]
         ids += part
         labels += part if trained else [IGNORE_INDEX] * len(part)
-    return ids, labels
+    return torch.tensor(ids), torch.tensor(labels)
 
 
 class TextBatches(Dataset[dict[str, Tensor]]):
@@ -52,23 +57,17 @@ class TextBatches(Dataset[dict[str, Tensor]]):
         weights = np.array([phase.mixture[kind] for kind in kinds], float)
         drawn = rng.choice(len(kinds), phase.documents, p=weights / weights.sum())
         rows = [_encode(document(kinds[i], rng), self.tokenizer) for i in drawn]
-        longest = max(len(ids) for ids, _ in rows)
-        shape = (len(rows), longest)
-        batch = {
-            "input_ids": torch.full(shape, int(self.tokenizer.pad_token_id)),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORE_INDEX),
+        pad = partial(pad_sequence, batch_first=True)
+        return {
+            "input_ids": pad([ids for ids, _ in rows], padding_value=self.tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(ids) for ids, _ in rows]),
+            "labels": pad([labels for _, labels in rows], padding_value=IGNORE_INDEX),
         }
-        for row, (ids, labels) in enumerate(rows):
-            batch["input_ids"][row, : len(ids)] = torch.tensor(ids)
-            batch["attention_mask"][row, : len(ids)] = 1
-            batch["labels"][row, : len(labels)] = torch.tensor(labels)
-        return batch
 
 
 @torch.no_grad()
 def text_qa_accuracy(
-    model: Any, tokenizer: Any, *, scenes: int = 300, seed: int = 1, batch: int = 50
+    model: Any, tokenizer: Any, *, scenes: int = 300
 ) -> dict[str, dict[str, float]]:
     """Accuracy (%) on questions about the long captions of `test` scenes, each asked on its own.
 
@@ -79,28 +78,25 @@ def text_qa_accuracy(
         model: A causal language model in evaluation mode.
         tokenizer: Its tokenizer with a chat template.
         scenes: Number of scenes; ten questions each.
-        seed: Of scenes and wording.
-        batch: Scenes per forward pass.
 
     Returns:
         `{kind: {"accuracy", "n"}}` with `all` for all kinds together.
     """
-    hits: dict[str, list[float]] = {}
-    for start in range(0, scenes, batch):
-        prompts, answers, kinds = [], [], []
-        for index in range(start, min(start + batch, scenes)):
-            rng = np.random.default_rng([seed, index])
+    hits: dict[str, list[bool]] = defaultdict(list)
+    for start in range(0, scenes, _SCENES_AT_ONCE):
+        prompts: list[str] = []
+        asked: list[Question] = []
+        for index in range(start, min(start + _SCENES_AT_ONCE, scenes)):
+            rng = np.random.default_rng([1, index])
             scene = draw_scene(rng, "test")
             text = long_caption(scene, rng, "full")
             for question in questions(scene, rng):
                 message = {"role": "user", "content": f"{text} {question.question}"}
-                prompts.append(
-                    tokenizer.apply_chat_template(
-                        [message], tokenize=False, add_generation_prompt=True
-                    )
+                prompt = tokenizer.apply_chat_template(
+                    [message], tokenize=False, add_generation_prompt=True
                 )
-                answers.append(tokenizer.convert_tokens_to_ids(question.answer))
-                kinds.append(question.kind)
+                prompts.append(prompt)
+                asked.append(question)
         inputs = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt")
         inputs = inputs.to(model.device)
         logits = model(
@@ -108,9 +104,10 @@ def text_qa_accuracy(
         ).logits
         last = inputs["attention_mask"].sum(1) - 1
         said = logits[torch.arange(len(prompts)), last].argmax(-1).tolist()
-        for kind, got, answer in zip(kinds, said, answers, strict=True):
-            hits.setdefault(kind, []).append(float(got == answer))
-            hits.setdefault("all", []).append(float(got == answer))
+        for question, got in zip(asked, said, strict=True):
+            right = got == tokenizer.convert_tokens_to_ids(question.answer)
+            for kind in (question.kind, "all"):
+                hits[kind].append(right)
     return {
         kind: {"accuracy": 100 * float(np.mean(values)), "n": len(values)}
         for kind, values in sorted(hits.items())
