@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Protocol, Self
+from typing import IO, Any, Protocol, Self
 
 from llm2clip_vlm.distributed import barrier, is_main
 
@@ -118,20 +118,21 @@ class BadRecords:
             RecordError: As :meth:`add`.
         """
         self.total += records
-        new = False
         with self._shared() as handle:
-            for pair in refused:
-                # half characters would stop whoever prints or writes them
-                where, why = (text.encode(errors="backslashreplace").decode() for text in pair)
-                if where in self._reasons:
-                    continue
-                new = True
+            # half characters would stop whoever prints or writes them
+            clean = {_printable(where): _printable(why) for where, why in refused}
+            new = {where: why for where, why in clean.items() if where not in self._reasons}
+            for where, why in new.items():
                 self._reasons[where] = why
-                if handle is not None:
-                    handle.write(json.dumps({"where": where, "why": why}).encode() + b"\n")
                 if handle is None or len(self._reasons) <= _EXAMPLES_KEPT:
                     logger.warning("bad record %s: %s", where, why)
-        if new and len(self._reasons) > self.allowed:
+            too_many = bool(new) and len(self._reasons) > self.allowed
+            rows: list[dict[str, Any]] = [{"where": at, "why": why} for at, why in new.items()]
+            if too_many:
+                rows[-1]["stopped_the_run"] = True
+            if handle is not None:
+                handle.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        if too_many:
             of = f" of {self.total} records" if self.total else ""
             raise RecordError(
                 f"{len(self._reasons)} bad record(s), {self.allowed} allowed{of}; the last is "
@@ -179,8 +180,10 @@ class BadRecords:
         lines = handle.read()
         lines = lines[: lines.rfind(b"\n") + 1]  # another process may be at the last one
         self._read_to += len(lines)
-        rows = map(json.loads, lines.splitlines())
-        self._reasons.update((row["where"], row["why"]) for row in rows)
+        for row in map(json.loads, lines.splitlines()):
+            # a run that is started again stops at the same record, unless more are allowed now
+            if not row.get("stopped_the_run"):
+                self._reasons[row["where"]] = row["why"]
 
     def _by_reason(self) -> str:
         if len(self._reasons) <= _EXAMPLES_KEPT:
@@ -188,3 +191,7 @@ class BadRecords:
         kinds = Counter(_PARTICULARS.sub("*", why) for why in self._reasons.values())
         listed = "; ".join(f"{n} x {why}" for why, n in kinds.most_common(4))
         return f"By reason: {listed}. "
+
+
+def _printable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
