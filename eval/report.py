@@ -21,7 +21,7 @@ from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.image_text import read_image_text
+from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
 from llm2clip_vlm.evaluation.comparison import read_run

@@ -82,8 +82,6 @@ class AugmentationSection(Section):
     crop_scale_min: float = Field(default=1.0, gt=0, le=1)
     """Random crop of at least this share of the picture's area, sides 3:4 to 4:3, resized to the
     tower's square (released code: 0.9); 1 = no random crop."""
-    horizontal_flip: bool = False
-    """Mirror half of the pictures. Leave it off where captions speak of left and right."""
 
 
 class ImageTextSource(CaptionSource):

@@ -80,7 +80,7 @@ class EncoderRecipe(RunRecipe):
     """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
     empty = uniform over all captions."""
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
-    """Random crop and mirroring; off by default. Pictures are then decoded each time."""
+    """Random crop; off by default. Pictures are then decoded each time."""
     image_decoding: Literal["fast", "exact"] = "fast"
     """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
     quarter of their size (about 50 dB from `exact`), `exact` is the image processor to the bit."""

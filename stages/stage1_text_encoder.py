@@ -61,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # data
     sources = [read_captions(source, run.bad, min_captions=2) for source in recipe.train]
-    weights = [source.weight for source in recipe.train]
-    pairs = CaptionPairs(sources, weights, recipe.seed, rules=recipe.train)
+    pairs = CaptionPairs(sources, recipe.train, recipe.seed)
     held_out = list(
         chain.from_iterable(read_captions(s, run.bad, min_captions=2) for s in recipe.evaluation)
     )

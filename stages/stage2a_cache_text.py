@@ -31,8 +31,9 @@ from torch import Tensor
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2aRecipe
 from llm2clip_vlm.data.captions import read_captions
-from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
-from llm2clip_vlm.data.image_text import read_image_text
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.embedding_shards import HEADER_NAME
+from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME

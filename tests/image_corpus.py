@@ -94,6 +94,11 @@ def _damaged_scan() -> bytes:
     return _overwrite(jpeg(240, 160), 0.5, bytes(200))
 
 
+def _two_pictures() -> bytes:
+    """As telephones write them: a JPEG, and a second one behind it."""
+    return encode(photo(240, 160), "MPO", save_all=True, append_images=[photo(seed=1)])
+
+
 def _cut_and_closed() -> bytes:
     data = jpeg(240, 160)
     return data[: int(len(data) * 0.6)] + b"\xff\xd9"
@@ -114,6 +119,10 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
     ),
     "JPEG cut and closed by an end marker": (_cut_and_closed, "does not decode"),
     "JPEG with a damaged scan": (_damaged_scan, "does not decode"),
+    "JPEG of two pictures with a damaged scan": (
+        lambda: _overwrite(_two_pictures(), 0.3, bytes(200)),
+        "does not decode",
+    ),
     "JPEG header only": (lambda: jpeg()[:30], "does not decode"),
     "PNG cut at 50 %": (lambda: (d := encode(photo(), "PNG"))[: len(d) // 2], "does not decode"),
     "PNG with a wrong checksum": (
@@ -136,6 +145,7 @@ BROKEN: dict[str, tuple[Callable[[], bytes], str]] = {
 
 GOOD: dict[str, Callable[[], bytes]] = {
     "plain JPEG": jpeg,
+    "JPEG of two pictures": _two_pictures,
     "progressive JPEG": lambda: jpeg(progressive=True),
     "grey JPEG": lambda: encode(photo().convert("L")),
     "CMYK JPEG": lambda: encode(photo().convert("CMYK")),

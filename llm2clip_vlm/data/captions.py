@@ -141,9 +141,9 @@ class CaptionPairs(Dataset[CaptionPair]):
 
     Args:
         sources: Records of each source, each with at least two different captions.
-        weights: One weight above zero a source; only their ratios matter.
+        rules: Each source's weight, of which only the ratios matter, and how its pairs are directed
+            and prompted.
         seed: Seed of order and captions.
-        rules: How each source's pairs are directed and prompted; none = any two captions.
 
     Raises:
         ValueError: A prompt is for a kind of caption that there is not.
@@ -154,11 +154,9 @@ class CaptionPairs(Dataset[CaptionPair]):
     def __init__(
         self,
         sources: Sequence[Sequence[CaptionRecord]],
-        weights: Sequence[float],
+        rules: Sequence[CaptionPairSource],
         seed: int,
-        rules: Sequence[CaptionPairSource] = (),
     ) -> None:
-        assert all(sources) and len(sources) == len(weights) == len(rules or sources)
         position: dict[str, int] = {}
         kind_number: dict[str, int] = {}
         members: list[list[int]] = []
@@ -183,17 +181,17 @@ class CaptionPairs(Dataset[CaptionPair]):
         self._kinds = np.asarray(list(chain.from_iterable(kinds)), dtype=np.int32)
         self._starts = np.cumsum([0, *map(len, members)])
         self._sizes = [len(source) for source in sources]
-        self._counts = [
-            max(1, round(size * weight / max(weights)))
-            for size, weight in zip(self._sizes, weights, strict=True)
-        ]
         self._source_ends = np.cumsum(self._sizes)
-        self._roles: list[list[int] | None] = []
-        self._prompt_of: list[dict[tuple[int, int], int]] = []
-        for rule in rules:
-            roles = [kind_number.get(name, -1) for name in rule.fields]
-            self._roles.append(roles if rule.directed else None)
-            self._prompt_of.append(self._prompt_table(rule.prompts, kind_number))
+        largest = max(rule.weight for rule in rules)
+        self._counts = [
+            max(1, round(size * rule.weight / largest))
+            for size, rule in zip(self._sizes, rules, strict=True)
+        ]
+        self._roles = [
+            [kind_number.get(name, -1) for name in rule.fields] if rule.directed else None
+            for rule in rules
+        ]
+        self._prompt_of = [self._prompt_table(rule.prompts, kind_number) for rule in rules]
 
     def _prompt_table(
         self, prompts: Mapping[str, str], kind_number: Mapping[str, int]
@@ -240,7 +238,7 @@ class CaptionPairs(Dataset[CaptionPair]):
         span = slice(self._starts[record], self._starts[record + 1])
         texts, kinds = self._members[span], self._kinds[span]
         source = int(np.searchsorted(self._source_ends, record, side="right"))
-        roles = self._roles[source] if self._roles else None
+        roles, prompts = self._roles[source], self._prompt_of[source]
         rng = np.random.default_rng([self.seed, epoch, record])
         negative = -1
         if roles is None:
@@ -250,8 +248,7 @@ class CaptionPairs(Dataset[CaptionPair]):
             query, positive = (rng.choice(np.flatnonzero(kinds == role)) for role in roles[:2])
             if len(hard := np.flatnonzero(kinds == roles[-1])) and len(roles) == 3:
                 negative = int(texts[rng.choice(hard)])
-        table = self._prompt_of[source] if self._prompt_of else {}
-        prompt = table.get((int(kinds[query]), int(kinds[positive])), table.get((-1, -1), 0))
+        prompt = prompts.get((int(kinds[query]), int(kinds[positive])), prompts.get((-1, -1), 0))
         return CaptionPair(record, int(texts[query]), int(texts[positive]), prompt, negative)
 
 

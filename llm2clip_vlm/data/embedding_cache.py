@@ -41,20 +41,10 @@ from llm2clip_vlm.data.embedding_shards import (
     read_header,
     read_segments,
     require_unit,
-    text_digest,
     unit_rows,
     write_header,
     write_shard,
 )
-
-__all__ = [
-    "HEADER_NAME",
-    "CacheError",
-    "EmbeddingCache",
-    "Encode",
-    "MissingTextError",
-    "text_digest",
-]
 
 logger = logging.getLogger(__name__)
 

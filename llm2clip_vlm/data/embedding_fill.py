@@ -69,8 +69,6 @@ class FillingCache:
         """Where the cache lies."""
         self.dim = dim
         """Width of an embedding."""
-        self.fingerprint = dict(fingerprint)
-        """What fills it."""
         self.encoded = 0
         """Texts that this process has encoded."""
         self.seconds = 0.0
@@ -108,13 +106,12 @@ class FillingCache:
         found = self._known.find_digests(digests)
         known, added = np.flatnonzero(found >= 0), np.flatnonzero(found < 0)
         keys = [digests[place].tobytes() for place in added]
-        lacking = {
-            key: place
-            for key, place in zip(reversed(keys), added[::-1].tolist(), strict=True)
-            if key not in self._journal.places
-        }
+        lacking: dict[bytes, int] = {}
+        for key, place in zip(keys, added.tolist(), strict=True):
+            if key not in self._journal.places:
+                lacking.setdefault(key, place)
         if lacking:
-            places = sorted(lacking.values())
+            places = list(lacking.values())
             new = [texts[place] for place in places]
             started = time.monotonic()
             self._journal.append(digests[places], unit_rows(self._encode(new), new, self.dim))

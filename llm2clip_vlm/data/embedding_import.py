@@ -19,7 +19,7 @@ from torch import Tensor
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import CacheError, read_header
-from llm2clip_vlm.data.shards import tar_rows
+from llm2clip_vlm.data.shards import missing_end, tar_rows
 
 SUFFIX = "_text_embeddings.tar"
 """Ending of the released code's files."""
@@ -85,7 +85,7 @@ def _captioned(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, Tensor]]
     captions = dict(tar_rows(shard, bad))
     seen: set[str] = set()
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:") as tar, path.open("rb") as raw:
             for member in tar:
                 where = f"{path.name}:{member.name}"
                 key, _, column = member.name.rpartition(".")
@@ -100,10 +100,9 @@ def _captioned(path: Path, bad: BadRecords) -> Iterator[tuple[str, str, Tensor]]
                     seen.add(member.name)
                     handle = tar.extractfile(member)
                     assert handle is not None
-                    content = bytearray(handle.read())
-                    if len(content) != member.size:
-                        bad.add(where, f"the file ends after {len(content)} of {member.size} bytes")
-                    else:
-                        yield where, text.strip(), torch.frombuffer(content, dtype=torch.float32)
+                    vector = torch.frombuffer(bytearray(handle.read()), dtype=torch.float32)
+                    yield where, text.strip(), vector
+            if end := missing_end(raw, tar.offset):
+                raise tarfile.ReadError(end)
     except tarfile.ReadError as error:
         bad.add(path.name, f"the file is damaged from here on ({error})")

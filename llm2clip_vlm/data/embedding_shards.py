@@ -362,22 +362,20 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
             ) from error
         own = Header.parse(path, stated)
         own.require(path, header.fingerprint, header.dim)
-        middle = start + 2 * rows * header.dim
+        middle = 2 * rows * header.dim
         end = middle + rows * DIGEST_BYTES
-        spans = {"embeds": [0, middle - start], "keys": [middle - start, end - start]}
-        kinds = {"embeds": ("F16", header.dim), "keys": ("U8", DIGEST_BYTES)}
         expected = {
-            name: {"dtype": kind, "shape": [rows, width], "data_offsets": spans[name]}
-            for name, (kind, width) in kinds.items()
+            "embeds": {"dtype": "F16", "shape": [rows, header.dim], "data_offsets": [0, middle]},
+            "keys": {"dtype": "U8", "shape": [rows, DIGEST_BYTES], "data_offsets": [middle, end]},
         }
         if layout != expected or rows < 1:
             raise CacheError(f"{path}: holds {layout}, expected {expected}; delete it, build again")
-        if end > len(raw):
+        at = start + end
+        if at > len(raw):
             break
-        keys = raw[middle:end].reshape(rows, DIGEST_BYTES)
-        embeds = raw[start:middle].view(np.float16).reshape(rows, header.dim)
-        segments.append(Segment(path, keys, embeds, number, own.sha256, end))
-        at = end
+        keys = raw[start + middle : at].reshape(rows, DIGEST_BYTES)
+        embeds = raw[start : start + middle].view(np.float16).reshape(rows, header.dim)
+        segments.append(Segment(path, keys, embeds, number, own.sha256, at))
     return segments
 
 

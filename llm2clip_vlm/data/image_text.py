@@ -1,4 +1,4 @@
-"""Images with captions: sources as one set, a dataset that draws captions, retrieval galleries."""
+"""Images with captions: a dataset that draws captions, and retrieval galleries."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from llm2clip_vlm.config import AugmentationSection, ImageTextSource
+from llm2clip_vlm.config import AugmentationSection
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.caption_draw import (
     caption_id,
     draw,
@@ -21,25 +22,9 @@ from llm2clip_vlm.data.caption_draw import (
     draw_several,
     weighted_captions,
 )
-from llm2clip_vlm.data.image_text_index import (
-    ImageTextRecord,
-    ImageTextRecords,
-    read_image_text,
-)
+from llm2clip_vlm.data.image_text_index import ImageTextRecord, ImageTextRecords
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.data.pixels import Geometry, PixelTable, TrainingPixels, process_images
-from llm2clip_vlm.data.records import BadRecords, RecordError
-
-__all__ = [
-    "ImageTextDataset",
-    "ImageTextRecord",
-    "ImageTextRecords",
-    "TextInputs",
-    "caption_galleries",
-    "collate",
-    "read_image_text",
-    "read_sources",
-]
 
 logger = logging.getLogger(__name__)
 
@@ -52,27 +37,6 @@ TextInputs = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions of a batch to the model's text arguments (cached embeddings, or token ids)."""
 
 
-def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTextRecords:
-    """Read several sources, one after the other, as one set.
-
-    Args:
-        sources: A recipe's `train`.
-        bad: Takes unusable rows.
-
-    Returns:
-        All records; keys are unique within a source.
-
-    Raises:
-        ValueError: A source has a `weight`: every image is seen once an epoch.
-    """
-    if weighted := [source.path for source in sources if source.weight != 1.0]:
-        raise ValueError(
-            f"train: `weight` of {weighted}: image-text sources take none, every image is seen "
-            "once an epoch; leave it out, and shorten the larger source with `limit`"
-        )
-    return ImageTextRecords([read_image_text(source, bad) for source in sources])
-
-
 class ImageTextDataset(Dataset[dict[str, Any]]):
     """Images with captions, drawn anew every epoch.
 
@@ -83,7 +47,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
     found when it is met, and counted once, and the next record stands in for it.
 
     Args:
-        records: As :func:`read_sources` or :func:`read_image_text` returns them, or a list.
+        records: As `read_sources` or `read_image_text` returns them.
         image_processor: A transformers image processor.
         caption_weights: Probability weight of each kind of caption; a kind that is not named is
             not drawn, and within a kind all captions are equally likely. Empty = uniform over all
@@ -95,10 +59,9 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             are held in memory; none = `PRELOAD_LIMIT_BYTES`.
         captions_per_image: Captions of an image that a batch holds one after the other; different
             ones where it has so many.
-        augmentation: Random crop and mirroring, of training alone.
+        augmentation: Random crop, of training alone.
         fast: Decode and resize by :class:`TrainingPixels` what is not held in memory; otherwise
             as the image processor does, to the bit.
-        as_uint8: Batches hold 8-bit pixels, a quarter of the bytes, for :meth:`to_float`.
 
     Raises:
         ValueError: No record, a weighted kind that no record has, too many bad images, or an
@@ -107,7 +70,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        records: Sequence[ImageTextRecord],
+        records: ImageTextRecords,
         image_processor: Any,
         caption_weights: Mapping[str, float] | None = None,
         seed: int = 0,
@@ -118,7 +81,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         captions_per_image: int = 1,
         augmentation: AugmentationSection | None = None,
         fast: bool = False,
-        as_uint8: bool = False,
     ) -> None:
         self.bad = BadRecords() if bad is None else bad
         self.caption_weights = dict(caption_weights or {})
@@ -127,7 +89,6 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.seed = seed
         self.text_inputs = text_inputs
         self.captions_per_image = captions_per_image
-        self.as_uint8 = as_uint8
         # shared memory, so that workers which outlive an epoch see the next one's number
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
         self._unreadable = torch.zeros(len(self.records), dtype=torch.bool).share_memory_()
@@ -135,7 +96,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self._to_float = PixelTable.of(image_processor)
         self._training: TrainingPixels | None = None
         augmentation = augmentation or AugmentationSection()
-        augments = augmentation != AugmentationSection()
+        augments = augmentation.crop_scale_min < 1
         limit = PRELOAD_LIMIT_BYTES if preload_limit_bytes is None else preload_limit_bytes
         if limit and not augments:
             self._preload(limit)
@@ -170,7 +131,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def caption(self, index: int) -> str:
         """The (first) caption that image `index` has in the current epoch."""
-        return self._draw(self.records[index], index)[0]
+        return self._draw(index)[0]
 
     def captions(self) -> list[str]:
         """All captions that can be drawn, each once, in order of first appearance."""
@@ -203,7 +164,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """What the model takes, on the pixels' device: 8-bit pixels rescaled and normalised.
 
         Args:
-            pixels: `[n, 3, h, w]`; what is no uint8 is returned as it is.
+            pixels: A batch's `[n, 3, h, w]`; what is no uint8 is returned as it is.
         """
         if pixels.dtype != torch.uint8:
             return pixels
@@ -218,34 +179,29 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """A whole batch at once (torch's loader asks for it this way).
 
         Returns:
-            `pixel_values`, `caption_ids` `[n * captions_per_image]` int64 and what `text_inputs`
-            gives; `captions`, a list of strings, where there is none.
+            `pixel_values`, 8-bit wherever :meth:`to_float` can finish them (a quarter of the
+            bytes), `caption_ids` `[n * captions_per_image]` int64 and what `text_inputs` gives;
+            `captions`, a list of strings, where there is none.
         """
-        indices = list(indices)
         if self._pixels is not None:
-            records = [self.records[index] for index in indices]
             pixels = self._pixels[torch.as_tensor(indices)]
         else:
             found = [self._load_or_next(index) for index in indices]
-            indices, records = [index for index, _, _ in found], [record for _, record, _ in found]
-            loaded = [image for _, _, image in found]
+            indices, loaded = [index for index, _ in found], [image for _, image in found]
             if self._training is None:
                 pixels = process_images(self.image_processor, loaded, None)
             else:
                 pixels = torch.stack(loaded)
-        texts = [
-            text
-            for record, index in zip(records, indices, strict=True)
-            for text in self._draw(record, index)
-        ]
+        texts = [text for index in indices for text in self._draw(index)]
         batch: dict[str, Any] = {
-            "pixel_values": pixels if self.as_uint8 else self.to_float(pixels),
+            "pixel_values": pixels,
             "caption_ids": torch.tensor([caption_id(text) for text in texts]),
         }
         return batch | (dict(self.text_inputs(texts)) if self.text_inputs else {"captions": texts})
 
-    def _draw(self, record: ImageTextRecord, index: int) -> list[str]:
+    def _draw(self, index: int) -> list[str]:
         """An image's captions in the current epoch."""
+        record = self.records[index]
         texts, shares = weighted_captions(record.captions, self.caption_weights)
         if self.captions_per_image == 1:
             return [draw_one(texts, shares, draw(self.seed, self.epoch, index))]
@@ -253,8 +209,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             texts, shares, self.captions_per_image, self.seed ^ record.identity, self.epoch
         )
 
-    def _load_or_next(self, index: int) -> tuple[int, ImageTextRecord, Any]:
-        """`index`, its record and image, or where that does not decode the next one that does.
+    def _load_or_next(self, index: int) -> tuple[int, Any]:
+        """`index` and its image, or where that does not decode the next one that does.
 
         If both meet in one batch, their caption is equal, so they are no negatives.
         """
@@ -265,9 +221,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             record = self.records[candidate]
             try:
                 if self._training is None:
-                    return candidate, record, record.open()
-                pixels = self._training(record.encoded(), record.identity, self.epoch)
-                return candidate, record, pixels
+                    return candidate, record.open()
+                return candidate, self._training(record.encoded(), record.identity, self.epoch)
             except ImageError as error:
                 self._unreadable[candidate] = True
                 self.bad.add(record.where, str(error))
@@ -275,30 +230,36 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def _preload(self, limit_bytes: int) -> None:
         """Decode all images, unless the first that can be read show that they do not fit."""
+        table = self._to_float
+        if table is None:
+            return
         kept: list[int] = []
         chunks: list[Tensor] = []
-        with tqdm(total=len(self.records), desc="decode images", unit="img", disable=None) as bar:
-            for start in range(0, len(self.records), _CHUNK):
-                images: list[Image.Image] = []
-                for index in range(start, min(start + _CHUNK, len(self.records))):
-                    record = self.records[index]
-                    try:
-                        images.append(record.open())
-                    except ImageError as error:
-                        self.bad.add(record.where, str(error))
-                    else:
-                        kept.append(index)
-                bar.update(min(_CHUNK, len(self.records) - start))
-                if not images:
-                    continue
-                if self._to_float is None or not (chunks or self._to_float.is_exact(images)):
-                    return
-                chunks.append(process_images(self.image_processor, images, self._to_float))
-                if chunks[-1][0].nbytes * len(self.records) >= limit_bytes:
-                    logger.info("%d images are decoded as needed", len(self.records))
-                    return
+        rows = range(len(self.records))
+        starts = tqdm(rows[::_CHUNK], "decode images", unit="img", unit_scale=_CHUNK, disable=None)
+        for start in starts:
+            images: list[Image.Image] = []
+            for index in rows[start : start + _CHUNK]:
+                record = self.records[index]
+                try:
+                    images.append(record.open())
+                except ImageError as error:
+                    self.bad.add(record.where, str(error))
+                else:
+                    kept.append(index)
+            if not images:
+                continue
+            pixels = process_images(self.image_processor, images, table)
+            fits = pixels.dtype == torch.uint8 and pixels[0].nbytes * len(rows) < limit_bytes
+            if fits and not chunks:
+                exact = process_images(self.image_processor, images, None)
+                fits = torch.equal(table(pixels), exact)
+            if not fits:
+                logger.info("%d images are decoded as needed", len(rows))
+                return
+            chunks.append(pixels)
         if not kept:
-            raise RecordError(f"none of the {len(self.records)} images can be read")
+            raise RecordError(f"none of the {len(rows)} images can be read")
         self.records, self._pixels = self.records.take(kept), torch.cat(chunks)
 
 
@@ -328,21 +289,20 @@ def caption_galleries(
 
 
 def _with_weight(
-    records: Sequence[ImageTextRecord], weights: Mapping[str, float], bad: BadRecords
+    records: ImageTextRecords, weights: Mapping[str, float], bad: BadRecords
 ) -> ImageTextRecords:
     """The records with a caption that can be drawn."""
     if not records:
         raise RecordError("the image-text set is empty")
-    table = records if isinstance(records, ImageTextRecords) else ImageTextRecords([records])
     if not weights:
-        return table
-    if set(weights) - (kinds := table.kinds()):
+        return records
+    if unknown := set(weights) - (kinds := records.kinds()):
         raise ValueError(
-            f"caption_weights names {sorted(set(weights) - kinds)}, but the records' kinds of "
-            f"captions are {sorted(kinds)}"
+            f"caption_weights names {sorted(unknown)}, but the records' kinds of captions are "
+            f"{sorted(kinds)}"
         )
-    drawable = table.has_kinds(kind for kind, weight in weights.items() if weight > 0)
-    for index in np.flatnonzero(~drawable):
-        record = table[int(index)]
-        bad.add(record.where, f"no caption of a kind with weight (has {list(record.captions)})")
-    return table.take(drawable)
+    drawable = records.has_kinds([kind for kind, weight in weights.items() if weight > 0])
+    left_out = [records[int(index)] for index in np.flatnonzero(~drawable)]
+    why = "no caption of a kind with weight (has {})"
+    bad.take(0, [(record.where, why.format(list(record.captions))) for record in left_out])
+    return records.take(drawable)

@@ -2,22 +2,17 @@
 
 A source's files are read once, through its filters. What a record consists of (its key, where the
 image lies, its captions) goes into a compact table, in memory for small sources and in a file for
-larger ones. The table is never unpickled, shared by worker processes without a copy, and made anew
-when a file's size or date, the source's settings or :data:`VERSION` have changed.
+larger ones. The table is never unpickled, and shared by worker processes without a copy.
 """
 
 from __future__ import annotations
 
-import fcntl
-import hashlib
 import json
-import logging
 import mmap
-import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from itertools import chain
 from pathlib import Path
@@ -30,13 +25,7 @@ from PIL import Image
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.caption_draw import caption_id
-from llm2clip_vlm.data.images import (
-    MAX_IMAGE_BYTES,
-    EncodedImage,
-    ImageError,
-    check_image_name,
-    read_image,
-)
+from llm2clip_vlm.data.images import EncodedImage, ImageError, check_image_name, read_image
 from llm2clip_vlm.data.records import (
     RowGroup,
     collect_captions,
@@ -45,15 +34,10 @@ from llm2clip_vlm.data.records import (
     source_files,
 )
 from llm2clip_vlm.data.shards import PackedImage
-from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.data.table_files import file_states, is_large, kept_table
 
-logger = logging.getLogger(__name__)
-
-VERSION = 2
+VERSION = 3
 """Of the table's layout and of the rules by which records are taken or refused."""
-
-INDEX_FILE_FROM_BYTES = 64 * 2**20
-"""Sources of this size or more keep their table in a file; smaller ones are read at each start."""
 
 _MAX_KINDS = 63
 _FOOTER = 8
@@ -65,12 +49,12 @@ class ImageTextRecord:
 
     key: str
     """Unique within the source."""
-    image: Path | PackedImage
-    """The image file, below `root`; or where the bytes lie in a shard or table."""
+    image: str | PackedImage
+    """The image's path below `root`; or where the bytes lie in a shard or table."""
     captions: dict[str, list[str]]
     """Kind (`short`, `long`, or the column's name) to captions, no list empty."""
-    root: Path = field(default=Path())
-    """Folder that the image may not leave; the image's own folder where not given."""
+    root: Path
+    """Folder that the image may not leave."""
     source: str = ""
     """File that the record was read from."""
     place: str = ""
@@ -94,19 +78,10 @@ class ImageTextRecord:
             ImageError: It cannot be read, lies outside `root`, or can be no picture.
         """
         if isinstance(self.image, PackedImage):
-            name = f"of {self.where}"
-            if self.image.column is None and (size := self.image.size) > MAX_IMAGE_BYTES:
-                raise ImageError(f"image {name}: {size} bytes, expected at most {MAX_IMAGE_BYTES}")
-            try:
-                data = self.image.read()
-            except OSError as error:
-                raise ImageError(f"image {name} cannot be read: {error}") from error
+            image = EncodedImage(self.image.read(), f"of {self.where}")
         else:
-            root = self.image.parent if self.root == Path() else self.root
-            below = self.image.is_relative_to(root)
-            path = str(self.image.relative_to(root) if below else self.image)
-            name, data = f"{path!r} below {root}", read_image(root, path)
-        image = EncodedImage(data, name)
+            name = f"{self.image!r} below {self.root}"
+            image = EncodedImage(read_image(self.root, self.image), name)
         image.require_picture()
         return image
 
@@ -131,7 +106,7 @@ class IndexFile:
     """
 
     def __init__(self, table: Path | bytes, source: ImageTextSource) -> None:
-        self._made_of = (table, source)
+        self._arguments = (table, source)
         self._buffer: bytes | mmap.mmap
         if isinstance(table, bytes):
             self._buffer = table
@@ -139,15 +114,22 @@ class IndexFile:
             with table.open("rb") as handle:
                 self._buffer = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         length = int.from_bytes(self._buffer[-_FOOTER:], "little")
-        self.header: dict[str, Any] = json.loads(self._buffer[-_FOOTER - length : -_FOOTER])
-        count, at = self.header["count"], self.header["arrays_at"]
+        header = json.loads(self._buffer[-_FOOTER - length : -_FOOTER])
+        count, at = header["count"], header["arrays_at"]
         self._starts = np.frombuffer(self._buffer, np.int64, count, at)
         self.kind_bits = np.frombuffer(self._buffer, np.int64, count, at + 8 * count)
-        self._files = [Path(name) for name, _, _ in self.header["files"]]
+        """Of each record: bit `i` where it has a caption of kind `i`."""
+        self.kinds: list[str] = header["kinds"]
+        """All kinds of captions."""
+        self.refused: list[tuple[str, str]] = header["bad"]
+        """`(where, why)` of what could not be used."""
+        self.made_of: list[list[Any]] = header["files"]
+        """Name, size and date of each of the source's files."""
+        self._files = [Path(name) for name, _, _ in self.made_of]
         self._root = _image_root(source)
 
     def __reduce__(self) -> Any:
-        return IndexFile, self._made_of
+        return IndexFile, self._arguments
 
     def __len__(self) -> int:
         return len(self.kind_bits)
@@ -157,7 +139,7 @@ class IndexFile:
         line = self._buffer[start : self._buffer.find(b"\n", start)]
         key, number, place, image, captions = json.loads(line)
         file = self._files[number]
-        found = self._root / image if isinstance(image, str) else PackedImage(file, *image)
+        found = image if isinstance(image, str) else PackedImage(file, *image)
         return ImageTextRecord(key, found, captions, self._root, str(file), place or key)
 
 
@@ -165,17 +147,15 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
     """Records of several sources, or a selection of them, each read when it is asked for.
 
     Args:
-        parts: One after the other.
-        positions: Which of them, in which order; none = all.
+        tables: One after the other.
+        positions: Which of their records, in which order; none = all.
     """
 
     def __init__(
-        self,
-        parts: Sequence[IndexFile | Sequence[ImageTextRecord]],
-        positions: npt.NDArray[np.int64] | None = None,
+        self, tables: Sequence[IndexFile], positions: npt.NDArray[np.int64] | None = None
     ) -> None:
-        self._parts = parts
-        self._starts = np.cumsum([0, *map(len, parts)])
+        self._tables = tables
+        self._starts = np.cumsum([0, *map(len, tables)])
         self._positions = np.arange(self._starts[-1]) if positions is None else positions
 
     def __len__(self) -> int:
@@ -183,10 +163,10 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+            return ImageTextRecords(self._tables, self._positions[index])
         position = self._positions[index]
-        part = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return self._parts[part][int(position - self._starts[part])]
+        table = int(np.searchsorted(self._starts, position, side="right")) - 1
+        return self._tables[table][int(position - self._starts[table])]
 
     def take(self, chosen: Sequence[int] | npt.NDArray[Any]) -> ImageTextRecords:
         """A selection, by positions or as a mask.
@@ -194,30 +174,19 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
         Args:
             chosen: Positions, or one boolean a record.
         """
-        return ImageTextRecords(self._parts, self._positions[np.asarray(chosen)])
+        return ImageTextRecords(self._tables, self._positions[np.asarray(chosen)])
 
-    def has_kinds(self, wanted: Iterable[str]) -> npt.NDArray[np.bool_]:
+    def has_kinds(self, wanted: Collection[str]) -> npt.NDArray[np.bool_]:
         """Which records have a caption of one of these kinds."""
-        names = set(wanted)
         found = [
-            part.kind_bits & sum(1 << i for i, k in enumerate(part.header["kinds"]) if k in names)
-            if isinstance(part, IndexFile)
-            else [not names.isdisjoint(record.captions) for record in part]
-            for part in self._parts
+            table.kind_bits & sum(1 << i for i, kind in enumerate(table.kinds) if kind in wanted)
+            for table in self._tables
         ]
-        return np.concatenate(found)[self._positions].astype(bool)
+        return np.concatenate(found)[self._positions] != 0
 
     def kinds(self) -> set[str]:
         """All kinds of captions."""
-        return {
-            kind
-            for part in self._parts
-            for kind in (
-                part.header["kinds"]
-                if isinstance(part, IndexFile)
-                else chain.from_iterable(record.captions for record in part)
-            )
-        }
+        return set(chain.from_iterable(table.kinds for table in self._tables))
 
 
 def read_image_text(source: ImageTextSource, bad: BadRecords) -> ImageTextRecords:
@@ -233,56 +202,51 @@ def read_image_text(source: ImageTextSource, bad: BadRecords) -> ImageTextRecord
     Raises:
         RecordError: A file cannot be read, or too many records are bad.
     """
+    return ImageTextRecords([_table(source, bad)])
+
+
+def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTextRecords:
+    """Read several sources, one after the other, as one set.
+
+    Args:
+        sources: A recipe's `train`.
+        bad: Takes unusable rows.
+
+    Returns:
+        All records; keys are unique within a source.
+
+    Raises:
+        RecordError: As :func:`read_image_text`.
+        ValueError: A source has a `weight`: every image is seen once an epoch.
+    """
+    if weighted := [source.path for source in sources if source.weight != 1.0]:
+        raise ValueError(
+            f"train: `weight` of {weighted}: image-text sources take none, every image is seen "
+            "once an epoch; leave it out, and shorten the larger source with `limit`"
+        )
+    return ImageTextRecords([_table(source, bad) for source in sources])
+
+
+def _table(source: ImageTextSource, bad: BadRecords) -> IndexFile:
     files = source_files(source.path)
-    if sum(file.stat().st_size for file in files) < INDEX_FILE_FROM_BYTES:
+    if is_large(files):
+        settings = [VERSION, source.model_dump(exclude={"weight", "index_dir"})]
+        read = partial(IndexFile, source=source)
+        write = partial(_write_file, source, files)
+        table = kept_table(files, source.index_dir, ".index", settings, read, write)
+    else:
         handle = BytesIO()
         write_table(source, files, handle)
-        index = IndexFile(handle.getvalue(), source)
-    else:
-        index = _indexed(source, files)
-    refused = index.header["bad"]
-    bad.take(len(index) + len(refused), refused)
-    if not len(index):
-        raise RecordError(f"{source.path}: all of its {len(refused)} records are bad")
-    return ImageTextRecords([index])
+        table = IndexFile(handle.getvalue(), source)
+    bad.take(len(table) + len(table.refused), table.refused)
+    if not len(table):
+        raise RecordError(f"{source.path}: all of its {len(table.refused)} records are bad")
+    return table
 
 
-def _indexed(source: ImageTextSource, files: Sequence[Path]) -> IndexFile:
-    """The source's table from its file, written first where there is none, or an outdated one."""
-    settings = source.model_dump(exclude={"weight", "index_dir"}) | {"version": VERSION}
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    folder = Path(source.index_dir) if source.index_dir else files[0].parent / ".llm2clip-index"
-    path = folder / f"{files[0].stem}-{digest}.index"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with _alone(folder):  # of several processes one makes it
-            if path.is_file():
-                try:
-                    index = IndexFile(path, source)
-                    if index.header["files"] == _states(files):
-                        return index
-                    logger.info("%s: the data have changed; indexing them again", path)
-                except (ValueError, KeyError, TypeError):
-                    logger.warning("%s is damaged; indexing the data again", path)
-            with written_whole(path) as partial, partial.open("w+b") as handle:
-                write_table(source, files, handle)
-    except OSError as error:
-        raise RecordError(
-            f"the index of {source.path} cannot be written to {folder} ({error}); set `index_dir` "
-            "to a folder that can be"
-        ) from error
-    logger.info("indexed %s: %s", source.path, path)
-    return IndexFile(path, source)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+def _write_file(source: ImageTextSource, files: Sequence[Path], path: Path) -> None:
+    with path.open("w+b") as handle:
+        write_table(source, files, handle)
 
 
 def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes]) -> None:
@@ -296,7 +260,7 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
     Raises:
         RecordError: A file cannot be read, or none of its records can be used.
     """
-    states = _states(files)
+    states = file_states(files)
     numbers = {file: number for number, file in enumerate(files)}
     refused = Refused()
     kinds: dict[str, int] = {}
@@ -311,12 +275,13 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
         place = "" if group.place == key else group.place
         line = json.dumps([key, numbers[group.file], place, at, captions], ensure_ascii=False)
         starts.append(position)
-        bits.append(sum(1 << kinds.setdefault(kind, len(kinds)) for kind in captions))
         position += handle.write(line.encode(errors="surrogatepass") + b"\n")
+        own = [kinds.setdefault(kind, len(kinds)) for kind in captions]
         if len(kinds) > _MAX_KINDS:
             raise RecordError(
                 f"{source.path}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)})"
             )
+        bits.append(sum(1 << number for number in own))
 
     def record(row: int) -> list[Any]:
         handle.seek(starts[row])
@@ -337,7 +302,6 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
     for column in (starts, bits):
         handle.write(np.frombuffer(column, np.int64)[kept].tobytes())
     header = {
-        "version": VERSION,
         "files": states,
         "count": int(kept.sum()),
         "arrays_at": position + padding,
@@ -354,27 +318,22 @@ def _records(
     """Key (empty = none is given), place, image and captions of each record that can be used."""
     root = _image_root(source)
     for group in iter_records(source, refused, columns=[source.image_field]):
-        first = group.rows[0]
-        image, name = get_column(first, source.image_field), get_column(first, source.id_field)
+        image = get_column(group.rows[0], source.image_field)
         try:
             if isinstance(image, str) and image:
                 check_image_name(root, image)
             elif not isinstance(image, PackedImage):
                 raise RecordError(
-                    f"no image in {source.image_field!r}: {image!r}, expected a path or bytes"
+                    f"no image in {source.image_field!r}: {image!r:.80}, expected a path or bytes"
                 )
             captions = collect_captions(group, source.fields)
         except (RecordError, ImageError) as error:
             refused.add(group.where, str(error))
             continue
-        if group.value is not None:
-            name = group.value
+        name = group.value
+        if name is None:
+            name = get_column(group.rows[0], source.id_field)
         yield "" if name is None else str(name), group, image, captions
-
-
-def _states(files: Sequence[Path]) -> list[list[Any]]:
-    """Name, size and date of each file."""
-    return [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files]
 
 
 def _image_root(source: ImageTextSource) -> Path:

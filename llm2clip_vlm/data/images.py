@@ -26,7 +26,7 @@ MAX_IMAGE_PIXELS = 178_956_970
 """Refused above this many pixels, half a gibibyte as RGB; Pillow itself refuses from here on."""
 
 MAX_IMAGE_BYTES = 256 * 2**20
-"""A larger file is refused unread."""
+"""A larger file, or member of a shard, is refused unread."""
 
 MIN_SIDE_PX = 8
 """Stage 2 refuses pictures with a shorter side: counting pixels and placeholders."""
@@ -40,6 +40,9 @@ _UPRIGHT = dict(
     enumerate((_T.FLIP_LEFT_RIGHT, _T.ROTATE_180, _T.FLIP_TOP_BOTTOM, *_TURNS), start=2)
 )
 """EXIF orientation to the transposition that undoes it."""
+
+_JPEG = ("JPEG", "MPO")
+"""Telephones write MPO: a JPEG with further pictures behind it."""
 
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO TGA".split()
 
@@ -217,7 +220,7 @@ class EncodedImage:
     def _jpeg(self, part: int, colorspace: str) -> npt.NDArray[np.uint8] | None:
         """Decode by libjpeg-turbo, which tells of damage; None where it is not the one to do so."""
         decoder = _simplejpeg()
-        if decoder is None or self._opened.format != "JPEG" or self._opened.mode == "CMYK":
+        if decoder is None or self._opened.format not in _JPEG or self._opened.mode == "CMYK":
             return None
         width, height = (-(-side // part) for side in self._opened.size)
         result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
@@ -255,7 +258,7 @@ def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[
             f"image {name}: {width}x{height} px, expected at most {MAX_IMAGE_PIXELS} "
             "pixels; scale it down"
         )
-    if opened.format != "JPEG":  # a TIFF turns itself while loading
+    if opened.format not in _JPEG:  # a TIFF turns itself while loading
         opened.load()
     turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     width, height = opened.size

@@ -33,22 +33,22 @@ _CROPS_TRIED = 10
 class PixelTable:
     """The processor's rescaling and normalising as a table of 256 values for each channel."""
 
-    def __init__(self, table: Tensor, image_processor: Any) -> None:
+    def __init__(self, table: Tensor) -> None:
         self.table = table
-        self.image_processor = image_processor
+        """`[3, 256]`, fp32."""
 
     @classmethod
     def of(cls, image_processor: Any) -> PixelTable | None:
         """Ask the processor what it makes of every pixel value; None where it is no such thing."""
-        switches = ("do_rescale", "do_normalize", "do_resize", "do_center_crop")
-        if not all(hasattr(image_processor, name) for name in switches[:3]):
+        if not hasattr(image_processor, "do_rescale") or not hasattr(image_processor, "do_resize"):
             return None
         ramp = Image.fromarray(
             np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None], 3, axis=-1)
         )
-        off = {name: False for name in switches[2:] if hasattr(image_processor, name)}
+        geometry = ("do_resize", "do_center_crop")
+        off = {name: False for name in geometry if hasattr(image_processor, name)}
         table = image_processor(images=[ramp], return_tensors="pt", **off)["pixel_values"]
-        return None if table.shape != (1, 3, 16, 16) else cls(table[0].flatten(1), image_processor)
+        return cls(table[0].flatten(1)) if table.shape == (1, 3, 16, 16) else None
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Args: pixels: `[n, 3, h, w]` uint8. Returns: the same shape and device, fp32."""
@@ -59,12 +59,6 @@ class PixelTable:
             return result
         table = self.table.to(pixels.device)
         return torch.stack([table[c][pixels[:, c].long()] for c in range(3)], dim=1)
-
-    def is_exact(self, images: list[Image.Image]) -> bool:
-        """Whether 8-bit pixels and the table give the processor's own output, to the bit."""
-        expected = process_images(self.image_processor, images, None)
-        raw = process_images(self.image_processor, images, self)
-        return raw.dtype == torch.uint8 and torch.equal(self(raw), expected)
 
 
 def process_images(
@@ -105,10 +99,8 @@ class Geometry:
         Args:
             image_processor: A transformers image processor.
         """
-        resample = getattr(image_processor, "resample", None)
-        mode = {2: "bilinear", 3: "bicubic"}.get(-1 if resample is None else int(resample))
-        pads = getattr(image_processor, "do_pad", None)
-        if mode is None or pads or not image_processor.do_resize:
+        mode = {2: "bilinear", 3: "bicubic"}.get(getattr(image_processor, "resample", None))
+        if mode is None or not image_processor.do_resize:
             return None
         crop = image_processor.crop_size if getattr(image_processor, "do_center_crop", 0) else None
         size = {name: value for name, value in dict(image_processor.size).items() if value}
@@ -173,14 +165,14 @@ def resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], mode: str) -> T
 
 
 class TrainingPixels:
-    """Encoded training pictures to 8-bit pixels: fast decoding, random crop, mirroring.
+    """Encoded training pictures to 8-bit pixels: fast decoding, random crop.
 
     What an image goes through depends on `(seed, epoch, key)` alone.
 
     Args:
         geometry: The image processor's.
         augmentation: Without any, the processor's resize and centre crop.
-        seed: Of crops and mirroring.
+        seed: Of crops.
         scaled: Decode large JPEGs at a fraction of their size.
     """
 
@@ -207,7 +199,6 @@ class TrainingPixels:
             ImageError: It does not decode.
         """
         rng = np.random.default_rng([self.seed, epoch, key])
-        flip = self.augmentation.horizontal_flip and rng.random() < 0.5
         width, height = image.size
         box = None
         whole: tuple[float, float] = self.geometry.resized(image.size)
@@ -218,14 +209,12 @@ class TrainingPixels:
         least = (SPARE_PIXELS * whole[0], SPARE_PIXELS * whole[1])
         pixels = image.pixels(least if self.scaled else None)
         if box is None:
-            result = self.geometry.apply(pixels, image.size)
-        else:
-            across, down = pixels.shape[1] / width, pixels.shape[0] / height
-            left, right = round(box[0] * across), round((box[0] + box[2]) * across)
-            top, bottom = round(box[1] * down), round((box[1] + box[3]) * down)
-            cut = pixels[top:bottom, left:right]
-            result = resize(cut, self.geometry.size, self.geometry.mode)
-        return result.flip(-1) if flip else result.contiguous()
+            return self.geometry.apply(pixels, image.size)
+        across, down = pixels.shape[1] / width, pixels.shape[0] / height
+        left, right = round(box[0] * across), round((box[0] + box[2]) * across)
+        top, bottom = round(box[1] * down), round((box[1] + box[3]) * down)
+        cut = pixels[top:bottom, left:right]
+        return resize(cut, self.geometry.size, self.geometry.mode).contiguous()
 
 
 def random_crop(

@@ -24,18 +24,6 @@ from llm2clip_vlm.data.shards import PackedImage, table_rows, tar_rows
 
 Row = dict[str, Any]
 
-__all__ = [
-    "BadRecords",
-    "RecordError",
-    "Row",
-    "RowGroup",
-    "collect_captions",
-    "get_column",
-    "iter_records",
-    "iter_rows",
-    "source_files",
-]
-
 MAX_CAPTION_CHARS = 16_384
 """A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
@@ -202,7 +190,7 @@ def _text(value: Any, name: str) -> str:
     if isinstance(value, PackedImage):  # a column of bytes, as some writers store text
         try:
             value = value.read().decode()
-        except (OSError, UnicodeDecodeError) as error:
+        except ValueError as error:
             raise RecordError(f"a caption in {name!r} is no UTF-8 text ({error})") from error
     if not isinstance(value, str):
         raise RecordError(f"a caption in {name!r} is {type(value).__name__}, expected a string")
@@ -281,7 +269,8 @@ def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
             return
         # One byte that is no UTF-8 costs its row, not the file (a `.json` is all or nothing).
         errors = "strict" if name.endswith(".json") else "surrogateescape"
-        with _open_text(path, errors) as handle:
+        opener: Any = gzip.open if path.name.endswith(".gz") else open
+        with opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="") as handle:
             if name.endswith(".csv"):
                 yield from _csv_rows(path, handle, bad)
             elif name.endswith(".jsonl"):
@@ -292,15 +281,10 @@ def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
-def _open_text(path: Path, errors: str) -> IO[str]:
-    if path.name.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors=errors, newline="")
-    return path.open(encoding="utf-8-sig", errors=errors, newline="")
-
-
 def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(_MAX_CELL_CHARS)
-    for number, row in enumerate(csv.DictReader(handle), start=1):
+    # Not strict, it would take all that follows a quote without its partner for one cell.
+    for number, row in enumerate(csv.DictReader(handle, strict=True), start=1):
         if None in row or None in row.values():
             bad.add(f"{path}:{number}", "the row has not as many cells as the header")
         elif any(_UNDECODED.search(cell) for cell in row.values()):

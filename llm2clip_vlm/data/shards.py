@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from llm2clip_vlm.data.bad_records import RecordError, Refusals
+from llm2clip_vlm.data.images import MAX_IMAGE_BYTES, ImageError
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif heic jp2 jxl ppm".split())
 TEXT_SUFFIXES = frozenset(("txt", "caption", "text"))
@@ -42,24 +43,34 @@ class PackedImage:
         """The encoded image; workers may call it at the same time.
 
         Raises:
-            OSError: The file cannot be read, is shorter than it was, or the row holds no bytes.
+            ImageError: It is too large, the row holds no bytes, or the file cannot be read or is
+                shorter than it was.
         """
-        if self.column is None:
-            with self.path.open("rb") as handle:
-                handle.seek(self.start)
-                data = handle.read(self.size)
-            if len(data) != self.size:
-                raise OSError(f"{self.path} ends after {len(data)} of {self.size} bytes")
-            return data
-        value = _column(str(self.path), self.start, self.column)[self.size].as_py()
+        try:
+            return self._member() if self.column is None else self._cell(self.column)
+        except OSError as error:
+            raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
+
+    def _member(self) -> bytes:
+        if self.size > MAX_IMAGE_BYTES:
+            raise OSError(f"{self.size} bytes, expected at most {MAX_IMAGE_BYTES}")
+        with self.path.open("rb") as handle:
+            handle.seek(self.start)
+            data = handle.read(self.size)
+        if len(data) != self.size:
+            raise OSError(f"it ends after {len(data)} of {self.size} bytes")
+        return data
+
+    def _cell(self, column: str) -> bytes:
+        value = _column(str(self.path), self.start, column)[self.size].as_py()
         if self.item is not None:
             values = value if isinstance(value, list) else [value]
             if len(values) != self.item[1]:
-                raise OSError(f"{len(values)} image(s) in {self.column!r}, {self.item[1]} expected")
+                raise OSError(f"{len(values)} image(s) in {column!r}, {self.item[1]} expected")
             value = values[self.item[0]]
         cell = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(cell, bytes):
-            raise OSError(f"column {self.column!r} holds no bytes in row {self.size}")
+            raise OSError(f"column {column!r} holds no bytes in row {self.size}")
         return cell
 
 
@@ -89,11 +100,11 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
             while True:
                 try:
                     member = shard.next()
-                except tarfile.ReadError as error:
+                except (tarfile.ReadError, ValueError) as error:
                     end = str(error)
                     break
                 if member is None:
-                    end = _missing_end(handle, shard.offset)
+                    end = missing_end(handle, shard.offset)
                     break
                 folder, slash, name = member.name.removeprefix("./").rpartition("/")
                 stem, dot, suffix = name.rpartition(".")
@@ -148,8 +159,16 @@ def _take(
         raise RecordError(f"{type(parts[part]).__name__}, expected an object")
 
 
-def _missing_end(handle: IO[bytes], offset: int) -> str:
-    """What is wrong after the last member; `tarfile` takes any damage there for the end."""
+def missing_end(handle: IO[bytes], offset: int) -> str:
+    """What is wrong after a tar's last member; `tarfile` takes any damage there for the end.
+
+    Args:
+        handle: The file.
+        offset: Where the last member ends.
+
+    Returns:
+        Empty where nothing is.
+    """
     handle.seek(offset)
     block = handle.read(tarfile.BLOCKSIZE)
     if block == bytes(tarfile.BLOCKSIZE):

@@ -12,9 +12,10 @@ from typing import Any
 
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.config_encoder import ClassSource, CompositionalTask, RetrievalTask
-from llm2clip_vlm.data.image_text import ImageTextRecord, read_image_text
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text
 from llm2clip_vlm.data.images import ImageError, resolve_image
-from llm2clip_vlm.data.records import BadRecords, iter_rows
+from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.recipe import did_you_mean
 
 Captions = Iterator[tuple[str, str, str]]
@@ -176,7 +177,7 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
     if not count:
         raise ValueError(f"{data}: holds no caption of {task.benchmark}")
     records = [
-        ImageTextRecord(name, root / name, kinds, root, data.name)
+        ImageTextRecord(name, name, kinds, root, data.name)
         for name, kinds in captions.items()
     ]
     standard = len(records) == benchmark.images and benchmark.captions in (count, None)
@@ -234,7 +235,8 @@ def plain_image(root: Path, name: str) -> ImageTextRecord:
         if not found:
             raise ImageError(f"image {name!r}: none of {_IMAGES} below {root}")
         name = found[0]
-    return ImageTextRecord(name, resolve_image(root, name), {}, root.resolve())
+    resolve_image(root, name)
+    return ImageTextRecord(name, name, {}, root)
 
 
 def read_classes(path: str) -> dict[str, str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from llm2clip_vlm.config import TextEncoderSection
-from llm2clip_vlm.data.image_text import ImageTextRecord
+from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.data.pixels import process_images
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_dir
 from llm2clip_vlm.handoff import read_manifest

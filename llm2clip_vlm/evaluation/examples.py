@@ -12,7 +12,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.image_text import ImageTextRecord, caption_galleries
+from llm2clip_vlm.data.image_text import caption_galleries
+from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.data.images import EncodedImage, open_image
 from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.data.shards import PackedImage

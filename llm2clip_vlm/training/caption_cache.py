@@ -13,8 +13,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.config_stage2 import Stage2bRecipe, TextInLoopSection
-from llm2clip_vlm.data.embedding_cache import HEADER_NAME, EmbeddingCache
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache, seal
+from llm2clip_vlm.data.embedding_shards import HEADER_NAME
 from llm2clip_vlm.distributed import barrier, is_main, rank
 from llm2clip_vlm.handoff import HandoffError, verify_parent
 from llm2clip_vlm.models.caption_tokens import pad_tokens

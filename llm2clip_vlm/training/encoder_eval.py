@@ -17,14 +17,8 @@ from torch import Tensor
 from llm2clip_vlm.config import ImageTextSource, ZeroShotSource
 from llm2clip_vlm.config_stage2 import EncoderRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.image_text import (
-    ImageTextDataset,
-    ImageTextRecord,
-    TextInputs,
-    caption_galleries,
-    read_image_text,
-    read_sources,
-)
+from llm2clip_vlm.data.image_text import ImageTextDataset, TextInputs, caption_galleries
+from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text, read_sources
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.distributed import shared_out
 
@@ -64,7 +58,6 @@ def training_images(
         captions_per_image=captions_per_image,
         augmentation=recipe.augmentation,
         fast=recipe.image_decoding == "fast",
-        as_uint8=True,
     )
 
 

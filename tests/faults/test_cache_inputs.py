@@ -13,9 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llm2clip_vlm.data.embedding_cache import CacheError, EmbeddingCache
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_merge import merge_caches
-from llm2clip_vlm.data.embedding_shards import HEADER_NAME, Header, digests_of, write_shard
+from llm2clip_vlm.data.embedding_shards import (
+    HEADER_NAME,
+    CacheError,
+    Header,
+    digests_of,
+    write_shard,
+)
 from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder
 
 FIELDS = {

@@ -15,9 +15,10 @@ import torch
 from torch.utils.data import DataLoader
 
 from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.image_text import ImageTextDataset, collate
 from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.data.records import BadRecords, RecordError
+from llm2clip_vlm.data.images import MAX_IMAGE_BYTES, ImageError
 from llm2clip_vlm.data.shards import PackedImage
 from tests.image_corpus import BROKEN, GOOD, HTML, jpeg, photo
 from tests.image_text_files import FORMATS, add, write_folder, write_parquet, write_tar
@@ -206,8 +207,10 @@ def test_a_shard_that_shrinks_under_the_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").write_bytes((tmp_path / "a.tar").read_bytes()[:2000])
     image = records[2].image
     assert isinstance(image, PackedImage)
-    with pytest.raises(ValueError, match="ends after"):
+    with pytest.raises(ImageError, match="ends after"):
         records[2].open()
+    with pytest.raises(ImageError, match="expected at most"):
+        PackedImage(tmp_path / "a.tar", 0, MAX_IMAGE_BYTES + 1).read()
 
 
 def test_annotations_without_their_images_are_named(tmp_path: Path) -> None:
@@ -253,6 +256,19 @@ def test_each_broken_image_counts_once_and_is_never_trained_on(
     )
     for row in rows:
         assert BROKEN[list(BROKEN)[int(row["where"].split(":b")[1])]][1] in row["why"]
+
+
+def test_a_run_that_too_many_have_stopped_stops_again(tmp_path: Path) -> None:
+    for resumes in (False, True):
+        bad = BadRecords.beside(tmp_path, 1, 0, resumes=resumes)
+        bad.add("a:1", "broken")
+        with pytest.raises(RecordError, match=r"2 bad record\(s\), 1 allowed; the last is a:2"):
+            bad.add("a:2", "broken")
+    more = BadRecords.beside(tmp_path, 2, 0, resumes=True)
+    more.take(0, [("a:1", "broken"), ("a:2", "broken")])
+    assert more.count == 2
+    rows = [json.loads(line) for line in (tmp_path / "dropped.jsonl").open()]
+    assert {row["where"] for row in rows} == {"a:1", "a:2"}
 
 
 def test_a_fresh_run_begins_a_new_list(tmp_path: Path) -> None:

@@ -16,9 +16,9 @@ import yaml
 from safetensors.torch import load_file
 
 from llm2clip_vlm.config import Stage1Recipe
+from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.captions import CaptionPairs, read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
@@ -119,7 +119,7 @@ def test_processes_would_have_other_numbers_of_chunks(stage1: Path) -> None:
     recipe = load_recipe(stage1, Stage1Recipe)
     encoder = TextEncoder.from_section(recipe.text_encoder)
     records = [read_captions(source, BadRecords(), min_captions=2) for source in recipe.train]
-    pairs = CaptionPairs(records, [1.0], recipe.seed, rules=recipe.train)
+    pairs = CaptionPairs(records, recipe.train, recipe.seed)
     table = TokenTable(pairs.texts, encoder.tokens)
     collator = PairCollator(table, encoder.tokens, pairs.prompts, 128)
     order = pairs.order(0)

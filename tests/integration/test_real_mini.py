@@ -127,8 +127,8 @@ def test_nothing_that_is_measured_is_trained_on(run: Path, shared_data: Path) ->
 @pytest.mark.slow
 def test_stage_1_leaves_out_captions_of_held_out_photographs(run: Path) -> None:
     from llm2clip_vlm.config import Stage1Recipe
+    from llm2clip_vlm.data.bad_records import BadRecords
     from llm2clip_vlm.data.captions import read_captions
-    from llm2clip_vlm.data.records import BadRecords
     from llm2clip_vlm.recipe import load_recipe
 
     data = run / "run" / "data"

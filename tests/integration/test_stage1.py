@@ -16,9 +16,10 @@ import pytest
 import torch
 import yaml
 
-from llm2clip_vlm.config import LoraSection
+from llm2clip_vlm.config import CaptionPairSource, LoraSection
 from llm2clip_vlm.data.captions import CRA_PROTOCOL, CaptionPair, CaptionPairs, CaptionRecord
-from llm2clip_vlm.data.embedding_cache import CacheError, EmbeddingCache
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.embedding_shards import CacheError
 from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
@@ -320,7 +321,7 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     encoder = TextEncoder.from_pretrained(tiny_llm)
     texts = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(64)]
     records = [CaptionRecord(str(i), {"c": texts[2 * i : 2 * i + 2]}) for i in range(32)]
-    pairs = CaptionPairs([records], [1.0], seed=0)
+    pairs = CaptionPairs([records], [CaptionPairSource(path="x")], seed=0)
     table = TokenTable(pairs.texts, encoder.tokens)
     batch = PairCollator(table, encoder.tokens)([pairs[0, i] for i in range(32)])
     assert len(batch["groups"]) == 4

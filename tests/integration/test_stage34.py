@@ -183,7 +183,7 @@ def test_a_killed_run_resumes_exactly(stage3: tuple[Path, Path, str], work: Path
 
 def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: Path) -> None:
     from llm2clip_vlm.config_vlm import Stage4Recipe
-    from llm2clip_vlm.data.records import BadRecords
+    from llm2clip_vlm.data.bad_records import BadRecords
     from llm2clip_vlm.models.vlm import load_vlm
     from llm2clip_vlm.recipe import load_recipe
     from llm2clip_vlm.training.arguments import build_training_arguments

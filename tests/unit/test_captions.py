@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.config import CaptionPairSource, CaptionSource
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.captions import (
     CaptionPairs,
     CaptionRecord,
@@ -20,9 +21,9 @@ from llm2clip_vlm.data.captions import (
     read_captions,
     retrieval_task,
 )
-from llm2clip_vlm.data.records import BadRecords, RecordError
 
 LENGTHS = ("short", "long")
+ANY = CaptionPairSource(path="x")
 
 
 def source_of(path: Path, rows: list[dict[str, Any]], **keys: Any) -> CaptionSource:
@@ -85,7 +86,7 @@ def test_bad_captions_are_counted_up_to_the_limit(tmp_path: Path) -> None:
 
 
 def test_pairs_are_two_captions_of_one_record() -> None:
-    pairs = CaptionPairs([records(5)], [1.0], seed=0)
+    pairs = CaptionPairs([records(5)], [ANY], seed=0)
     assert len(pairs) == 5
     for item in EpochSampler(pairs):
         pair = pairs[item]
@@ -95,7 +96,7 @@ def test_pairs_are_two_captions_of_one_record() -> None:
 
 
 def test_every_ordered_pair_is_equally_likely() -> None:
-    pairs = CaptionPairs([records(1)], [1.0], seed=0)
+    pairs = CaptionPairs([records(1)], [ANY], seed=0)
     seen = Counter(pairs[epoch, 0][1:] for epoch in range(1200))
     assert len(seen) == 6
     assert min(seen.values()) > 140
@@ -103,7 +104,7 @@ def test_every_ordered_pair_is_equally_likely() -> None:
 
 def test_draws_depend_on_seed_epoch_and_record_alone() -> None:
     def drawn(seed: int, epoch: int) -> list[Any]:
-        pairs = CaptionPairs([records(20)], [1.0], seed=seed)
+        pairs = CaptionPairs([records(20)], [ANY], seed=seed)
         pairs.set_epoch(epoch)
         return [pairs[item] for item in EpochSampler(pairs)]
 
@@ -113,13 +114,14 @@ def test_draws_depend_on_seed_epoch_and_record_alone() -> None:
 
 
 def test_weights_mix_sources() -> None:
-    pairs = CaptionPairs([records(10), records(8, name="s")], [2.0, 1.0], seed=0)
+    heavy = CaptionPairSource(path="x", weight=2.0)
+    pairs = CaptionPairs([records(10), records(8, name="s")], [heavy, ANY], seed=0)
     assert len(pairs) == 14
     first = Counter(int(r) >= 10 for r in pairs.order(0))
     assert first == {False: 10, True: 4}
     assert set(pairs.order(0)) != set(pairs.order(1))  # another half of the lighter source
     assert len(set(pairs.order(0))) == 14
-    heavier = CaptionPairs([records(10), records(8, name="s")], [1.0, 1.0], seed=0)
+    heavier = CaptionPairs([records(10), records(8, name="s")], [ANY, ANY], seed=0)
     assert len(heavier) == 18
 
 
@@ -148,7 +150,7 @@ def test_directed_pairs_keep_anchor_positive_and_negative(tmp_path: Path) -> Non
         path=path, fields=["anchor", "positive", "negative"], directed=True, prompts={"*": "find "}
     )
     found = read_captions(rule, BadRecords(), min_captions=2)
-    pairs = CaptionPairs([found], [1.0], seed=0, rules=[rule])
+    pairs = CaptionPairs([found], [rule], seed=0)
     drawn = [pairs[epoch, record] for epoch in range(20) for record in range(2)]
     texts = {
         tuple(pairs.texts[row] if row >= 0 else "" for row in (p.query, p.positive, p.negative))
@@ -156,7 +158,7 @@ def test_directed_pairs_keep_anchor_positive_and_negative(tmp_path: Path) -> Non
     }
     assert texts == {("q0", "p0", "n0"), ("q1", "p1", ""), ("q1", "o1", "")}
     assert {pairs.prompts[p.prompt] for p in drawn} == {"find "}
-    loose = CaptionPairs([found], [1.0], seed=0)
+    loose = CaptionPairs([found], [ANY], seed=0)
     assert {loose.texts[loose[epoch, 0].query] for epoch in range(40)} == {"q0", "p0", "n0"}
 
 
@@ -164,7 +166,7 @@ def test_prompts_follow_the_direction() -> None:
     found = [CaptionRecord("r", {"short": ["a"], "long": ["b"], "raw": ["c"]})]
     prompts = {"short->long": "longer: ", "long -> short": "shorter: ", "*": "any: "}
     rule = CaptionPairSource(path="x", fields=["short", "long", "raw"], prompts=prompts)
-    pairs = CaptionPairs([found, records(1)], [1.0, 1.0], 0, [rule, CaptionPairSource(path="y")])
+    pairs = CaptionPairs([found, records(1)], [rule, ANY], 0)
     seen = {
         (pairs.texts[p.query], pairs.texts[p.positive], pairs.prompts[p.prompt])
         for p in (pairs[epoch, 0] for epoch in range(80))
@@ -174,12 +176,12 @@ def test_prompts_follow_the_direction() -> None:
     assert pairs[0, 1].prompt == 0  # the other source has none
     wrong = rule.model_copy(update={"prompts": {"long->raww": "x"}})
     with pytest.raises(ValueError, match="'long->raww': no caption is of kind 'raww'"):
-        CaptionPairs([found], [1.0], 0, [wrong])
+        CaptionPairs([found], [wrong], 0)
 
 
 def test_rules_do_not_change_what_is_drawn() -> None:
     rule = CaptionPairSource(path="x", prompts={"*": "p"})
-    plain, ruled = (CaptionPairs([records(9)], [1.0], 0, rules) for rules in ((), [rule]))
+    plain, ruled = (CaptionPairs([records(9)], [own], 0) for own in (ANY, rule))
     assert [plain[1, i][:3] for i in range(9)] == [ruled[1, i][:3] for i in range(9)]
 
 

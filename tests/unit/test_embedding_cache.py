@@ -20,14 +20,9 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from llm2clip_vlm.data import embedding_shards
-from llm2clip_vlm.data.embedding_cache import (
-    HEADER_NAME,
-    CacheError,
-    EmbeddingCache,
-    MissingTextError,
-    text_digest,
-)
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache, MissingTextError
 from llm2clip_vlm.data.embedding_merge import merge_caches
+from llm2clip_vlm.data.embedding_shards import HEADER_NAME, CacheError, text_digest
 
 FINGERPRINT = {"text_weights": "abc", "pooling": "mean"}
 TEXTS = [f"text {i}" for i in range(10)]

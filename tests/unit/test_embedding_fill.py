@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip_vlm import embed
-from llm2clip_vlm.data.embedding_cache import CacheError, EmbeddingCache
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache, seal
+from llm2clip_vlm.data.embedding_shards import CacheError
 from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder
 
 

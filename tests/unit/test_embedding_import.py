@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.embedding_cache import CacheError
 from llm2clip_vlm.data.embedding_import import import_official
+from llm2clip_vlm.data.embedding_shards import CacheError
 
 COLUMNS = ("shortSV_captions", "longSV_captions")
 FINGERPRINT = {"text_weights": "Llama-3-8B-Instruct-CC"}
@@ -109,6 +109,13 @@ def test_members_without_a_caption_and_damaged_files(tmp_path: Path) -> None:
     bad = BadRecords(1)
     assert len(import_official(tmp_path / "b", [tar], FINGERPRINT, bad)) == 1
     assert "damaged from here on" in bad.summary()
+    write(tmp_path, "00000", ["000000001", "000000002"])
+    damaged = bytearray(tar.read_bytes())
+    damaged[damaged.index(b"000000002.")] ^= 1  # a header: `tarfile` takes it for the end
+    tar.write_bytes(damaged)
+    bad = BadRecords(1)
+    assert len(import_official(tmp_path / "d", [tar], FINGERPRINT, bad)) == 2
+    assert "damaged from here on (a damaged header" in bad.summary()
     with pytest.raises(RecordError, match=r"no embeddings at .*absent_text_embeddings\.tar"):
         import_official(tmp_path / "c", [tmp_path / "absent_text_embeddings.tar"], {}, bad)
     (tmp_path / "00000.tar").unlink()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
 from llm2clip_vlm.config import TextEncoderSection
-from llm2clip_vlm.data.image_text import ImageTextRecord
+from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.evaluation.encoders import load_encoder, tower_pixels
 from llm2clip_vlm.fingerprint import HandoffError
@@ -28,10 +28,9 @@ TEXTS = ["a red circle", "a large blue square below a dog", "cat"]
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> list[ImageTextRecord]:
     folder = tmp_path_factory.mktemp("images")
-    return [
-        ImageTextRecord(str(i), write_image(folder / f"{i}.png", seed=i, size_px=40), {}, folder)
-        for i in range(5)
-    ]
+    for i in range(5):
+        write_image(folder / f"{i}.png", seed=i, size_px=40)
+    return [ImageTextRecord(str(i), f"{i}.png", {}, folder) for i in range(5)]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +131,7 @@ def test_a_tower_alone_has_no_texts(tmp_path: Path, images: list[ImageTextRecord
 def test_nothing_is_left_out(tiny_clip: Path, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(b"no picture")
     with pytest.raises(ImageError):
-        load_encoder(str(tiny_clip)).pool([ImageTextRecord("a", tmp_path / "a.png", {}, tmp_path)])
+        load_encoder(str(tiny_clip)).pool([ImageTextRecord("a", "a.png", {}, tmp_path)])
 
 
 def test_pixels_of_the_towers_own_size_are_the_processors(

@@ -12,12 +12,12 @@ from tests.tiny import clip_config, write_image
 FRESH = """
 import sys
 from pathlib import Path
-from llm2clip_vlm.data.image_text import ImageTextRecord
+from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.evaluation.examples import retrieved_captions
 from llm2clip_vlm.evaluation.report_inputs import ReportError
 
 folder = Path(sys.argv[1])
-record = ImageTextRecord(key="k", image=folder / "a.png", captions={"short": ["a dog"]})
+record = ImageTextRecord("k", "a.png", {"short": ["a dog"]}, folder)
 try:
     retrieved_captions({"m": folder}, [record], "short", 1, None)
 except ReportError as error:

@@ -13,18 +13,18 @@ from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data.image_text import (
-    ImageTextDataset,
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.caption_draw import caption_id, draw
+from llm2clip_vlm.data.image_text import ImageTextDataset, caption_galleries, collate
+from llm2clip_vlm.data.image_text_index import (
     ImageTextRecord,
-    caption_galleries,
-    caption_id,
-    collate,
-    draw,
+    ImageTextRecords,
     read_image_text,
     read_sources,
 )
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.data.records import BadRecords, RecordError
+from tests.image_corpus import encode, photo
+from tests.image_text_files import Samples, write_folder
 from tests.tiny import write_image
 
 
@@ -34,16 +34,18 @@ def processor(size_px: int = 32) -> CLIPImageProcessorPil:
     )
 
 
+def picture(i: int, size_px: int = 40) -> bytes:
+    return encode(photo(size_px, size_px, seed=i), "PNG")
+
+
+def read(path: Path, samples: Samples) -> ImageTextRecords:
+    return read_image_text(write_folder(path, samples), BadRecords())
+
+
 @pytest.fixture
-def records(tmp_path: Path) -> list[ImageTextRecord]:
-    return [
-        ImageTextRecord(
-            str(i),
-            write_image(tmp_path / f"{i}.png", seed=i, size_px=40),
-            {"short": [f"s{i}"], "long": [f"l{i}a", f"l{i}b", f"l{i}c"]},
-        )
-        for i in range(20)
-    ]
+def records(tmp_path: Path) -> ImageTextRecords:
+    kinds = [{"short": [f"s{i}"], "long": [f"l{i}a", f"l{i}b", f"l{i}c"]} for i in range(20)]
+    return read(tmp_path / "pairs.jsonl", [(str(i), picture(i), kinds[i]) for i in range(20)])
 
 
 def write_rows(folder: Path, rows: list[dict[str, object]]) -> ImageTextSource:
@@ -61,7 +63,7 @@ def test_reads_lists_and_mappings_of_captions(tmp_path: Path) -> None:
         ],
     )
     first, second = read_image_text(source, BadRecords())
-    assert (first.key, first.image) == ("a", tmp_path / "x" / "a.png")
+    assert (first.key, first.image, first.root) == ("a", "x/a.png", tmp_path)
     assert first.captions == {"captions": ["one", "two"]}
     assert second.captions == {"short": ["s"], "long": ["l", "m"]}
 
@@ -82,7 +84,7 @@ def test_image_root_fields_grouping_and_limit(tmp_path: Path) -> None:
     )
     found = read_image_text(changed, BadRecords())
     assert [record.key for record in found] == ["0", "1"]
-    assert found[1].image == tmp_path / "root" / "1.png"
+    assert (found[1].image, found[1].root) == ("1.png", tmp_path / "root")
     assert found[1].captions == {"text": ["caption 2", "caption 3"]}
 
 
@@ -114,22 +116,24 @@ def test_sources_are_joined_and_take_no_weight(tmp_path: Path) -> None:
         read_sources([source, heavy], BadRecords())
 
 
-def test_memory_and_disk_give_the_same_batches_to_the_bit(records: list[ImageTextRecord]) -> None:
+def test_memory_and_disk_give_the_same_batches_to_the_bit(records: ImageTextRecords) -> None:
     memory = ImageTextDataset(records, processor(), seed=3)
     disk = ImageTextDataset(records, processor(), seed=3, preload_limit_bytes=0)
     assert memory._pixels is not None and memory._pixels.dtype == torch.uint8
     assert disk._pixels is None
     order = [5, 0, 19, 7]
     got, want = memory.__getitems__(order), disk.__getitems__(order)
-    assert torch.equal(got["pixel_values"], want["pixel_values"])
+    assert got["pixel_values"].dtype == torch.uint8  # a quarter of the bytes
+    pixels = memory.to_float(got["pixel_values"])
+    assert torch.equal(pixels, disk.to_float(want["pixel_values"]))
     assert got["captions"] == want["captions"]
     direct = processor()(images=[records[i].open() for i in order], return_tensors="pt")
-    assert torch.equal(got["pixel_values"], direct["pixel_values"])
-    assert torch.equal(memory[7]["pixel_values"], want["pixel_values"][3])
+    assert torch.equal(pixels, direct["pixel_values"])
+    assert torch.equal(memory[7]["pixel_values"], got["pixel_values"][3])
 
 
 def test_a_set_above_the_limit_stays_on_disk(
-    records: list[ImageTextRecord], monkeypatch: pytest.MonkeyPatch
+    records: ImageTextRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32)
     assert ImageTextDataset(records, processor())._pixels is None
@@ -138,7 +142,7 @@ def test_a_set_above_the_limit_stays_on_disk(
 
 
 def test_a_processor_that_the_table_cannot_mimic_is_asked_each_time(
-    records: list[ImageTextRecord],
+    records: ImageTextRecords,
 ) -> None:
     class Odd(CLIPImageProcessorPil):  # adds what no table of pixel values holds
         def __call__(self, *args: object, **kwargs: object) -> object:
@@ -156,7 +160,25 @@ def test_a_processor_that_the_table_cannot_mimic_is_asked_each_time(
     assert torch.equal(dataset.pixel_values([4]), want)
 
 
-def test_draw_depends_on_seed_epoch_and_index_alone(records: list[ImageTextRecord]) -> None:
+def test_a_processor_that_the_table_mimics_for_some_pictures_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Fractions(CLIPImageProcessorPil):  # what is resized is no whole number
+        def __call__(self, images: list[Image.Image], **kwargs: object) -> object:
+            out = super().__call__(images, **kwargs)
+            if kwargs.get("do_normalize") is False and images[0].size != (32, 32):
+                out["pixel_values"] = out["pixel_values"] + 0.25
+            return out
+
+    monkeypatch.setattr("llm2clip_vlm.data.image_text._CHUNK", 2)
+    samples = [(str(i), picture(i, 32 + 8 * (i > 1)), "c") for i in range(4)]
+    records = read(tmp_path / "pairs.jsonl", samples)
+    odd = Fractions(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    want = odd([record.open() for record in records], return_tensors="pt")["pixel_values"]
+    assert torch.equal(ImageTextDataset(records, odd).pixel_values(range(4)), want)
+
+
+def test_draw_depends_on_seed_epoch_and_index_alone(records: ImageTextRecords) -> None:
     def drawn(seed: int, epoch: int) -> list[str]:
         dataset = ImageTextDataset(records, processor(), seed=seed)
         dataset.set_epoch(epoch)
@@ -173,7 +195,7 @@ def test_draw_depends_on_seed_epoch_and_index_alone(records: list[ImageTextRecor
     assert ((counts - 250) ** 2 / 250).sum() < 27.9  # chi-square, 9 degrees, p = 0.001
 
 
-def test_caption_weights(records: list[ImageTextRecord]) -> None:
+def test_caption_weights(records: ImageTextRecords) -> None:
     def shares(weights: dict[str, float]) -> Counter[str]:
         dataset = ImageTextDataset(records, processor(), weights)
         kinds: Counter[str] = Counter()
@@ -191,20 +213,23 @@ def test_caption_weights(records: list[ImageTextRecord]) -> None:
     ]
 
 
-def test_unknown_kind_and_record_without_a_weighted_kind(records: list[ImageTextRecord]) -> None:
+def test_unknown_kind_and_record_without_a_weighted_kind(
+    records: ImageTextRecords, tmp_path: Path
+) -> None:
     with pytest.raises(ValueError, match=r"\['lnog'\].*\['long', 'short'\]"):
         ImageTextDataset(records, processor(), {"lnog": 1})
-    some = [*records[:3], ImageTextRecord("x", records[3].image, {"short": ["only"]})]
+    (tmp_path / "some").mkdir()
+    kinds = [{"short": ["s"], "long": ["l"]}] * 3 + [{"short": ["only"]}]
+    samples = [(str(i), picture(i), own) for i, own in enumerate(kinds)]
+    some = read(tmp_path / "some" / "pairs.jsonl", samples)
     bad = BadRecords(limit=1)
     assert len(ImageTextDataset(some, processor(), {"long": 1}, bad=bad)) == 3
     assert bad.count == 1
 
 
 @pytest.mark.parametrize("limit_bytes", [2**20, 0])
-def test_images_that_do_not_decode_are_counted(
-    records: list[ImageTextRecord], limit_bytes: int
-) -> None:
-    records[2].image.write_bytes(b"<html>not found</html>")
+def test_images_that_do_not_decode_are_counted(records: ImageTextRecords, limit_bytes: int) -> None:
+    (records[2].root / records[2].image).write_bytes(b"<html>not found</html>")
     with pytest.raises(RecordError, match="does not decode"):
         ImageTextDataset(records, processor(), preload_limit_bytes=limit_bytes).__getitems__([2])
     bad = BadRecords(limit=1)
@@ -212,7 +237,7 @@ def test_images_that_do_not_decode_are_counted(
     want = processor()(images=[records[3].open()], return_tensors="pt")["pixel_values"][0]
     for _ in range(2):  # counted once, and the next image stands in with its own caption
         sample = dataset[2]
-        assert torch.equal(sample["pixel_values"], want)
+        assert torch.equal(dataset.to_float(sample["pixel_values"][None])[0], want)
         assert sample["captions"][1] == "3"
     assert bad.count == 1
     assert len(dataset) == (19 if limit_bytes else 20)
@@ -223,12 +248,12 @@ def test_an_image_outside_its_root_is_refused(tmp_path: Path) -> None:
     (tmp_path / "root").mkdir()
     for name in ("../secret.png", str(tmp_path / "secret.png")):
         root = tmp_path / "root"
-        record = ImageTextRecord("a", root / name, {"c": ["x"]}, root)
+        record = ImageTextRecord("a", name, {"c": ["x"]}, root)
         with pytest.raises(ImageError):
             record.open()
 
 
-def test_loader_workers_see_the_epoch(records: list[ImageTextRecord]) -> None:
+def test_loader_workers_see_the_epoch(records: ImageTextRecords) -> None:
     dataset = ImageTextDataset(
         records,
         processor(),
@@ -243,13 +268,13 @@ def test_loader_workers_see_the_epoch(records: list[ImageTextRecord]) -> None:
         assert got.tolist() == [caption_id(dataset.caption(i)) for i in range(20)]
 
 
-def test_galleries_keep_kinds_apart(records: list[ImageTextRecord]) -> None:
+def test_galleries_keep_kinds_apart(records: ImageTextRecords) -> None:
     galleries = caption_galleries(records[:2])
     assert galleries["short"] == (["s0", "s1"], [0, 1])
     assert galleries["long"] == (["l0a", "l0b", "l0c", "l1a", "l1b", "l1c"], [0, 0, 0, 1, 1, 1])
 
 
 def test_non_rgb_images(tmp_path: Path) -> None:
-    Image.new("L", (32, 32), 7).save(tmp_path / "grey.png")
-    record = ImageTextRecord("g", tmp_path / "grey.png", {"c": ["grey"]})
-    assert ImageTextDataset([record], processor())[0]["pixel_values"].shape == (3, 32, 32)
+    grey = encode(Image.new("L", (32, 32), 7), "PNG")
+    records = read(tmp_path / "pairs.jsonl", [("g", grey, "grey")])
+    assert ImageTextDataset(records, processor())[0]["pixel_values"].shape == (3, 32, 32)

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data import image_text_index
-from llm2clip_vlm.data.image_text import ImageTextDataset, read_sources
-from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text
-from llm2clip_vlm.data.records import BadRecords, RecordError
+from llm2clip_vlm.data import image_text_index, table_files
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.image_text import ImageTextDataset
+from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text, read_sources
 from tests.image_corpus import jpeg
 from tests.image_text_files import FORMATS, Samples, add, write_folder, write_parquet, write_tar
 from tests.unit.test_image_text import processor
@@ -34,7 +34,7 @@ def test_every_format_gives_the_same(
     tmp_path: Path, name: str, indexed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if indexed:
-        monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+        monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     records = read(FORMATS[name](tmp_path / name, SAMPLES))
     assert len(records) == len(SAMPLES)
     for record, (key, image, caption) in zip(records, SAMPLES, strict=True):
@@ -51,7 +51,7 @@ def test_every_format_gives_the_same(
 def test_forked_workers_and_pickling_read_the_same(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     records = read(FORMATS[name](tmp_path / name, SAMPLES))
     _ = records[0].encoded()  # something is open before the fork
     with multiprocessing.get_context("fork").Pool(2) as pool:
@@ -67,7 +67,7 @@ def _data(records: ImageTextRecords, index: int) -> bytes:
 def test_an_index_is_used_until_the_data_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
     source = source.model_copy(update={"index_dir": str(tmp_path / "index")})
     assert len(read(source)) == 8
@@ -95,7 +95,7 @@ def test_an_index_is_used_until_the_data_change(
 def test_bad_rows_count_when_an_index_is_read_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     source = write_folder(tmp_path / "pairs.jsonl", [*SAMPLES, ("late", jpeg(), " ")])
     for _ in range(2):
         bad = BadRecords(limit=1)
@@ -108,7 +108,7 @@ def test_bad_rows_count_when_an_index_is_read_again(
 def test_a_folder_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     (tmp_path / "file").write_text("in the way")
     source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
     with pytest.raises(RecordError, match="set `index_dir`"):
@@ -181,8 +181,25 @@ def test_a_selection_keeps_its_records(tmp_path: Path) -> None:
     assert len(both.take(both.has_kinds(["txt"])).take(np.array([True, False, True, False]))) == 2
 
 
+def test_kinds_are_known_without_reading_a_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = read_sources([write_folder(tmp_path / "a.jsonl", SAMPLES)] * 2, BadRecords())
+    monkeypatch.setattr(image_text_index.IndexFile, "__getitem__", lambda *_: pytest.fail("read"))
+    assert both.kinds() == {"captions"} and both.has_kinds(["captions"]).all()
+
+
+def test_a_table_knows_63_kinds(tmp_path: Path) -> None:
+    kinds = {f"kind {i}": "a dog" for i in range(64)}
+    few = dict(list(kinds.items())[:63])
+    records = read(write_folder(tmp_path / "a.jsonl", [("0", jpeg(), few)]))
+    assert records.has_kinds(["kind 62"]).all() and not records.has_kinds(["kind 63"]).any()
+    with pytest.raises(RecordError, match=r"a\.jsonl: more than 63 kinds"):
+        read(write_folder(tmp_path / "a.jsonl", [("0", jpeg(), kinds)]))
+
+
 def test_the_table_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(image_text_index, "INDEX_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
     read(source)
     (index,) = (tmp_path / ".llm2clip-index").iterdir()

@@ -12,7 +12,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from llm2clip_vlm.config import AugmentationSection
-from llm2clip_vlm.data.image_text import ImageTextDataset, ImageTextRecord, collate
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.image_text import ImageTextDataset, collate
+from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text
 from llm2clip_vlm.data.images import EncodedImage
 from llm2clip_vlm.data.pixels import (
     Geometry,
@@ -22,6 +24,7 @@ from llm2clip_vlm.data.pixels import (
     random_crop,
 )
 from tests.image_corpus import encode, jpeg, photo
+from tests.image_text_files import write_folder
 
 CLIP = CLIPImageProcessorPil(
     size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}
@@ -102,13 +105,16 @@ def test_random_crops_stay_inside_and_keep_their_share() -> None:
     assert random_crop((1000, 50), 0.9, rng) == (466, 0, 67, 50)  # no such crop: the centre
 
 
-def records(folder: Path, count: int = 6) -> list[ImageTextRecord]:
-    made = []
-    for i in range(count):
-        (folder / f"{i}.jpg").write_bytes(encode(photo(120, 90, seed=i)))
-        captions = {"short": [f"s{i}"], "long": [f"l{i}a", f"l{i}b"]}
-        made.append(ImageTextRecord(str(i), folder / f"{i}.jpg", captions))
-    return made
+def records(folder: Path) -> ImageTextRecords:
+    samples = [
+        (
+            str(i),
+            encode(photo(120, 90, seed=i)),
+            {"short": [f"s{i}"], "long": [f"l{i}a", f"l{i}b"]},
+        )
+        for i in range(6)
+    ]
+    return read_image_text(write_folder(folder / "pairs.jsonl", samples), BadRecords())
 
 
 def batches(data: ImageTextDataset, epoch: int = 0, workers: int = 0) -> torch.Tensor:
@@ -117,17 +123,12 @@ def batches(data: ImageTextDataset, epoch: int = 0, workers: int = 0) -> torch.T
     return torch.cat([batch["pixel_values"] for batch in loader])
 
 
-@pytest.mark.parametrize(
-    "section", [{"crop_scale_min": 0.5}, {"horizontal_flip": True}], ids=["crop", "flip"]
-)
-def test_augmentation_depends_on_seed_epoch_and_key_alone(
-    tmp_path: Path, section: dict[str, float]
-) -> None:
+def test_augmentation_depends_on_seed_epoch_and_key_alone(tmp_path: Path) -> None:
     rows = records(tmp_path)
 
     def data(seed: int = 0, order: int = 1) -> ImageTextDataset:
-        section_ = AugmentationSection(**section)
-        return ImageTextDataset(rows[::order], CLIP, seed=seed, augmentation=section_)
+        crop = AugmentationSection(crop_scale_min=0.5)
+        return ImageTextDataset(rows[::order], CLIP, seed=seed, augmentation=crop)
 
     first = batches(data())
     assert torch.equal(first, batches(data()))
@@ -138,21 +139,6 @@ def test_augmentation_depends_on_seed_epoch_and_key_alone(
     plain = ImageTextDataset(rows, CLIP, fast=True, preload_limit_bytes=0)
     assert not torch.equal(first, batches(plain))
     assert torch.equal(batches(plain), batches(plain, epoch=1))
-
-
-def test_half_of_the_pictures_are_mirrored(tmp_path: Path) -> None:
-    rows = records(tmp_path)
-    flip = AugmentationSection(horizontal_flip=True)
-    flipped = ImageTextDataset(rows, CLIP, augmentation=flip, as_uint8=True)
-    plain = ImageTextDataset(rows, CLIP, preload_limit_bytes=0, fast=True, as_uint8=True)
-    want = batches(plain)
-    mirrored = 0
-    for epoch in range(20):
-        for got, picture in zip(batches(flipped, epoch), want, strict=True):
-            is_mirrored = decibels(got, picture.flip(-1)) > 40
-            assert is_mirrored or decibels(got, picture) > 40
-            mirrored += is_mirrored
-    assert 40 < mirrored < 80  # of 120; s.d. 5.5
 
 
 def test_evaluation_is_never_augmented_nor_fast(tmp_path: Path) -> None:
@@ -171,15 +157,12 @@ def test_augmentation_needs_a_processor_that_is_understood(tmp_path: Path) -> No
     ImageTextDataset(records(tmp_path), odd, fast=True, preload_limit_bytes=0)[0]
 
 
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_8_bit_batches_become_the_same_floats(tmp_path: Path, in_memory: bool) -> None:
-    rows = records(tmp_path)
-    kwargs = {"fast": True, "preload_limit_bytes": 2**20 if in_memory else 0}
-    eight = ImageTextDataset(rows, CLIP, as_uint8=True, **kwargs)
-    floats = ImageTextDataset(rows, CLIP, **kwargs)
-    got = batches(eight)
+def test_fast_batches_are_8_bit_and_near_the_processors(tmp_path: Path) -> None:
+    data = ImageTextDataset(records(tmp_path), CLIP, fast=True, preload_limit_bytes=0)
+    got = batches(data)
     assert got.dtype == torch.uint8
-    assert torch.equal(eight.to_float(got), batches(floats))
+    error = (data.to_float(got) - data.pixel_values(range(6))).square().mean().sqrt()
+    assert error < 0.05  # of values whose standard deviation is 1
 
 
 def test_several_captions_an_image(tmp_path: Path) -> None:

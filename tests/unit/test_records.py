@@ -10,10 +10,8 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.data.bad_records import Refused
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.records import (
-    BadRecords,
-    RecordError,
     RowGroup,
     collect_captions,
     get_column,
@@ -150,6 +148,7 @@ def test_group_without_value_is_bad(tmp_path: Path) -> None:
         ("a.jsonl", b'{"id": ' + b"1" * 5000 + b"}\n", "a.jsonl:1: no JSON"),
         ("a.json", b'[{"id": ' + b"1" * 5000 + b"}]", "no JSON"),
         ("a.csv", b"a,b\n1,2,3\n", "a.csv:1: the row has not as many cells"),
+        ("a.csv", b'a,b\n1,"2\n3,4\n', "a.csv: cannot be read .unexpected end of data"),
     ],
 )
 def test_broken_files(tmp_path: Path, name: str, content: bytes, message: str) -> None:
