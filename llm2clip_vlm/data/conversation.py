@@ -105,8 +105,8 @@ def build_labels(
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
     turns = to_messages(messages)
     ids, labels = label(turns, template_of(processor_or_tokenizer), tokenizer)
-    count = num_visual_tokens or _fixed_count(processor_or_tokenizer)
-    return _expand_images(ids, labels, _image_token_id(tokenizer), count, count_images(turns))
+    images = count_images(turns)
+    return _expand_images(ids, labels, processor_or_tokenizer, images, num_visual_tokens)
 
 
 def build_plain_labels(
@@ -134,7 +134,7 @@ def build_plain_labels(
         raise ConversationError(f"caption {caption!r}: expected text without {IMAGE_TOKEN}")
     if tokenizer.eos_token_id is None:
         raise ConversationError("the tokenizer has no eos token; stage 3's plain style needs one")
-    ids = [_image_token_id(tokenizer)] * num_images
+    ids = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * num_images
     bos = tokenizer.bos_token_id
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template or ""
     if bos is not None and ("bos_token" in template or tokenizer("a")["input_ids"][0] == bos):
@@ -142,8 +142,7 @@ def build_plain_labels(
     words = tokenizer(caption.strip(), add_special_tokens=False)["input_ids"]
     labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
     ids = [*ids, *words, tokenizer.eos_token_id]
-    count = num_visual_tokens or _fixed_count(processor)
-    return _expand_images(ids, labels, _image_token_id(tokenizer), count, num_images)
+    return _expand_images(ids, labels, processor, num_images, num_visual_tokens)
 
 
 def decoded_preview(
@@ -163,15 +162,6 @@ def decoded_preview(
         pieces.append(f"«{text}»" if trained else text)
         start = end
     return " ".join(pieces)
-
-
-def _fixed_count(processor_or_tokenizer: Any) -> int:
-    tokens = VisualTokens(processor_or_tokenizer)
-    if tokens.grids is not None:
-        raise ConversationError(
-            "num_visual_tokens: expected a number, as AnyRes gives each picture its own, got none"
-        )
-    return tokens.fixed
 
 
 def _to_parts(value: Any, number: int) -> list[Message]:
@@ -194,21 +184,26 @@ def _to_parts(value: Any, number: int) -> list[Message]:
     return parts
 
 
-def _image_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    index: Any = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    return -1 if index is None or index == tokenizer.unk_token_id else int(index)
-
-
 def _expand_images(
-    ids: list[int], labels: list[int], image_id: int, count: int, expected: int
+    ids: list[int], labels: list[int], processor: Any, expected: int, count: int | None
 ) -> tuple[list[int], list[int]]:
     """Repeats each `<image>` token `count` times; visual tokens are never trained."""
-    found = ids.count(image_id)
-    if found != expected:
+    tokenizer = getattr(processor, "tokenizer", processor)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id = -1 if image_id in (None, tokenizer.unk_token_id) else image_id
+    if (found := ids.count(image_id)) != expected:
         raise ConversationError(
             f"{found} {IMAGE_TOKEN} tokens after tokenisation, expected {expected}; is "
             f"{IMAGE_TOKEN} a special token of this tokenizer?"
         )
+    if count is None:
+        visual = VisualTokens(processor)
+        if visual.grids is not None:
+            raise ConversationError(
+                "num_visual_tokens: expected a number, as AnyRes gives each picture its own, got "
+                "none"
+            )
+        count = visual.fixed
     pairs = [
         (token, IGNORE_INDEX if token == image_id else target)
         for token, target in zip(ids, labels, strict=True)

@@ -87,7 +87,7 @@ def chosen_rows(source: InstructionSource, count: int, seed: int) -> npt.NDArray
         share = number.endswith("%")
         wanted = -(-int(number[:-1]) * count // 100) if share else int(number)
         rows = draw.permutation(rows) if strategy == "random" else rows
-        rows = rows[-wanted:] if strategy == "end" else rows[:wanted]
+        rows = rows[max(count - wanted, 0) :] if strategy == "end" else rows[:wanted]
     whole, part = divmod(source.weight, 1)
     return np.concatenate([*[rows] * int(whole), draw.permutation(rows)[: round(part * len(rows))]])
 
@@ -114,7 +114,6 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         bad: BadRecords,
         plain: bool = False,
         seed: int = 0,
-        preload_limit_bytes: int = PRELOAD_LIMIT_BYTES,
     ) -> None:
         """Reads and tokenises all sources.
 
@@ -125,7 +124,6 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             bad: Takes what cannot be used.
             plain: LLaVA's `plain` style: image and first answer only.
             seed: Of samplings and shuffled images.
-            preload_limit_bytes: Largest image set that is kept in memory.
 
         Raises:
             RecordError: A file cannot be read, or more records are bad than `bad` allows.
@@ -139,7 +137,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self._tables: list[TokenTable] = []
         self._roots: list[Path] = []
         self._shuffled: list[dict[ImageRef, ImageRef]] = []
-        rows, end = [], 0
+        rows, end = [np.arange(0)], 0
         for source in expand_mixtures(sources):
             if source.shuffle_images and self._visual.grids is not None:
                 raise ValueError(
@@ -159,7 +157,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self._rows: npt.NDArray[np.int64] = np.concatenate(rows)
         self._pixels: Tensor | None = None
         self._kept: dict[Place, int] = {}
-        self._preload(preload_limit_bytes)
+        self._preload()
         if not len(self):
             raise ValueError(f"no usable record: {bad.summary()}")
         logger.info("%d samples; %s", len(self), bad.summary())
@@ -240,27 +238,25 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         """An image's crops, `[n, 3, h, w]`; `size` is what it was when its tokens were counted."""
         root, image = place
         if isinstance(image, str):
-            picture = open_image(root, image, strict=True)
+            name, picture = repr(image), open_image(root, image, strict=True)
         else:
             name = f"in {image.path.name}"
-            try:
-                picture = EncodedImage(image.read(), name).rgb(strict=True)
-            except OSError as error:
-                raise ImageError(f"image {name} cannot be read: {error}") from error
+            picture = EncodedImage(image.read(), name).rgb(strict=True)
         if size is not None and size.tolist() != [picture.height, picture.width]:
             raise ImageError(
-                f"image {image!r}: {picture.width}x{picture.height} px, expected "
-                f"{int(size[1])}x{int(size[0])} as when it was indexed; was it replaced?"
+                f"image {name}: {picture.width}x{picture.height} px, expected "
+                f"{int(size[1])}x{int(size[0])} as when it was indexed; delete the table in "
+                "`index_dir` if it was replaced"
             )
         pixels = self._image_processor(picture, return_tensors="pt")["pixel_values"][0]
         return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, *pixels.shape[-3:])
 
-    def _preload(self, limit_bytes: int) -> None:
+    def _preload(self) -> None:
         """Decodes each distinct image once if all fit, and leaves out samples with a bad one."""
         if self._visual.grids is not None:
             return
         height, width = self._visual.size_px
-        room = limit_bytes // (3 * height * width * 4)
+        room = PRELOAD_LIMIT_BYTES // (3 * height * width * 4)
         samples: list[tuple[str, list[Place]]] = []
         distinct: dict[Place, None] = {}
         for index in range(len(self)):

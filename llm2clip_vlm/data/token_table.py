@@ -2,21 +2,17 @@
 
 A source's files are read once. What training needs of a conversation (token ids, which of them are
 trained, where its images lie) goes into flat columns: in memory for small sources, in a file that
-all processes map into memory for larger ones. Nothing is unpickled. The file is made anew when the
-data, the source's settings, the tokenizer or the template have changed.
+all processes map into memory for larger ones. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
-import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -38,17 +34,11 @@ from llm2clip_vlm.data.conversation import (
 from llm2clip_vlm.data.images import ImageError, resolve_image, upright_size
 from llm2clip_vlm.data.records import iter_rows, source_files
 from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.data.table_files import file_states, is_large, kept_table
 from llm2clip_vlm.data.visual_tokens import VisualTokens
-from llm2clip_vlm.distributed import barrier, is_main
-from llm2clip_vlm.files import written_whole
 
-logger = logging.getLogger(__name__)
-
-VERSION = 2
+VERSION = 3
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
-
-TABLE_FILE_FROM_BYTES = 64 * 2**20
-"""Sources of this size or more keep their table in a file; smaller ones are read at each start."""
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
@@ -146,7 +136,8 @@ class TokenTable:
 
     def __init__(self, columns: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         self._columns = dict(columns)
-        self._files = [Path(name) for name in facts["files"]]
+        self.made_of: list[list[Any]] = facts["files"]
+        """Name, size and date of each of the source's files."""
         self.refused = [(str(where), str(why)) for where, why in facts["refused"]]
         """`(where, why)` of what could not be used."""
         self.cut = int(facts["cut"])
@@ -176,13 +167,28 @@ class TokenTable:
         return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
 
     def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
-        return PackedImage(self._files[file], start, size, column, item and tuple(item))
+        path = Path(self.made_of[file][0])
+        return PackedImage(path, start, size, column, item and tuple(item))
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Maps a table's file into memory.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        try:
+            with safe_open(path, "pt") as opened:
+                columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                return cls(columns, json.loads(opened.metadata()["facts"]))
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def read_table(
     source: InstructionSource, processor: Any, *, max_length_tokens: int, plain: bool
 ) -> TokenTable:
-    """The tokenised conversations of a source, from its file where it is large. On all ranks.
+    """The tokenised conversations of a source, from a table's file where it is large.
 
     Args:
         source: A data file.
@@ -191,42 +197,25 @@ def read_table(
         plain: As :func:`tokenise`.
 
     Raises:
-        RecordError: A file cannot be read.
-        ValueError: The table cannot be written.
+        RecordError: A file cannot be read, or the table cannot be written.
     """
     files = source_files(source.path)
-    if sum(file.stat().st_size for file in files) < TABLE_FILE_FROM_BYTES:
+    if not is_large(files):
         return TokenTable(*tokenise(source, processor, max_length_tokens, plain))
+
+    def write(path: Path) -> None:
+        columns, facts = tokenise(source, processor, max_length_tokens, plain)
+        save_file(columns, path, {"facts": json.dumps(facts)})
+
     tokenizer = processor.tokenizer
     chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
-    made_from = [
+    settings = [
         VERSION,
         source.model_dump(exclude=chosen),
-        [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files],
-        [max_length_tokens, plain, *_visual_settings(processor), processor.chat_template],
+        [max_length_tokens, plain, VisualTokens(processor).settings, processor.chat_template],
         [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
     ]
-    digest = hashlib.sha256(json.dumps(made_from, default=str).encode()).hexdigest()[:16]
-    folder = Path(source.index_dir) if source.index_dir else files[0].parent / ".llm2clip-index"
-    path = folder / f"{files[0].stem}-{digest}.safetensors"
-    if is_main() and not path.is_file():
-        columns, facts = tokenise(source, processor, max_length_tokens, plain)
-        try:
-            with written_whole(path) as partial:
-                save_file(columns, partial, {"facts": json.dumps(facts)})
-        except OSError as error:
-            raise ValueError(
-                f"the table of {source.path} cannot be written to {folder} ({error}); set "
-                "`index_dir` to a folder that can be"
-            ) from error
-        logger.info("tokenised %s: %s", source.path, path)
-    barrier()
-    try:
-        with safe_open(path, "pt") as opened:
-            columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-            return TokenTable(columns, json.loads(opened.metadata()["facts"]))
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it") from error
+    return kept_table(files, source.index_dir, ".safetensors", settings, TokenTable.open, write)
 
 
 def tokenise(
@@ -247,7 +236,8 @@ def tokenise(
         and its facts.
     """
     bad = Refused()
-    files = {str(file): number for number, file in enumerate(source_files(source.path))}
+    files = file_states(source_files(source.path))
+    numbers = {name: number for number, (name, *_) in enumerate(files)}
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     visual, root = VisualTokens(processor), image_root(source)
     ids, trained, text, sizes, cut = array("i"), bytearray(), bytearray(), array("i"), 0
@@ -256,12 +246,11 @@ def tokenise(
     for record in read_instructions(source, bad):
         try:
             own, labels = _label(record, processor, plain)
-            shapes = [visual.size_px] * len(record.images)
-            if visual.grids is not None:
-                shapes = [_size_px(root, image) for image in record.images]
-            tokens, crops = (
-                zip(*(visual.of(*s) for s in shapes), strict=True) if shapes else ((), ())
-            )
+            shapes = [
+                _size_px(root, image) if visual.grids else visual.size_px for image in record.images
+            ]
+            seen = [visual.of(*shape) for shape in shapes]
+            tokens = [count for count, _ in seen]
             kept = _fitting(own, labels, image_id, tokens, max_length_tokens)
         except (ConversationError, ImageError) as error:
             bad.add(record.key, str(error))
@@ -274,17 +263,17 @@ def tokenise(
         places = [
             image
             if isinstance(image, str)
-            else [files[str(image.path)], image.start, image.size, image.column, image.item]
+            else [numbers[str(image.path)], image.start, image.size, image.column, image.item]
             for image in record.images[:images]
         ]
         text.extend(json.dumps([record.key, places]).encode())
         starts.append(len(ids))
         text_starts.append(len(text))
-        if visual.grids is not None:
+        if visual.grids:
             sizes.extend(side for shape in shapes[:images] for side in shape)
         size_starts.append(len(sizes))
         lengths.append(kept + sum(tokens[:images]) - images)
-        counts.append(sum(crops[:images]))
+        counts.append(sum(crops for _, crops in seen[:images]))
     columns = {
         "ids": _column(ids, torch.int32),
         "trained": _column(trained, torch.bool),
@@ -296,26 +285,15 @@ def tokenise(
         "lengths": _column(lengths, torch.int64),
         "images": _column(counts, torch.int64),
     }
-    return columns, {"refused": bad.rows, "cut": cut, "files": list(files)}
-
-
-def _visual_settings(processor: Any) -> list[Any]:
-    """What the number of visual tokens depends on, beside a picture's size."""
-    visual = VisualTokens(processor)
-    select = getattr(processor, "vision_feature_select_strategy", None)
-    return [visual.fixed, visual.grids, visual.size_px, getattr(processor, "patch_size", 0), select]
+    return columns, {"refused": bad.rows, "cut": cut, "files": files}
 
 
 def _size_px(root: Path, image: ImageRef) -> tuple[int, int]:
     """Height and width, upright."""
     if isinstance(image, str):
         width, height = upright_size(resolve_image(root, image), f"{image!r} below {root}")
-        return height, width
-    name = f"in {image.path.name}"
-    try:
-        width, height = upright_size(image.read(), name)
-    except OSError as error:
-        raise ImageError(f"image {name} cannot be read: {error}") from error
+    else:
+        width, height = upright_size(image.read(), f"in {image.path.name}")
     return height, width
 
 

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
-
-
-def visual_size_px(image_processor: Any) -> tuple[int, int]:
-    """Height and width in pixels of what an image processor returns."""
-    size: dict[str, Any] = dict(getattr(image_processor, "crop_size", None) or image_processor.size)
-    edge = size.get("shortest_edge", 0)
-    return int(size.get("height", edge)), int(size.get("width", edge))
 
 
 class VisualTokens:
@@ -29,32 +21,29 @@ class VisualTokens:
         images = getattr(processor, "image_processor", None)
         self.grids: list[list[int]] | None = getattr(images, "image_grid_pinpoints", None)
         """AnyRes: `[height, width]` in pixels, to which a picture is scaled; none = one crop."""
-        self.size_px = visual_size_px(images) if images is not None else (0, 0)
+        self.size_px = (0, 0)
         """Height and width of what the tower sees."""
         self.fixed = 1
         """Tokens of an image where its size does not matter."""
-        if images is not None and self.grids is None:
-            height, width = self.size_px
-            patches = (height // processor.patch_size) * (width // processor.patch_size)
-            dropped = processor.vision_feature_select_strategy == "default"
-            self.fixed = int(patches + processor.num_additional_image_tokens - dropped)
+        self.settings: list[Any] = []
+        """All that the counts depend on, beside a picture's size."""
         self._processor = processor
-        self._of = lru_cache(2**16)(self._count)
+        if images is None:
+            return
+        size = dict(getattr(images, "crop_size", None) or images.size)
+        edge = size.get("shortest_edge", 0)
+        self.size_px = (int(size.get("height", edge)), int(size.get("width", edge)))
+        patch, more = processor.patch_size, processor.num_additional_image_tokens
+        self._dropped = int(processor.vision_feature_select_strategy == "default")
+        if self.grids is None:
+            height, width = self.size_px
+            self.fixed = (height // patch) * (width // patch) + more - self._dropped
+        self.settings = [self.fixed, self.grids, self.size_px, patch, more, self._dropped]
 
     def of(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Visual tokens and crops of a picture of this size."""
-        return (self.fixed, 1) if self.grids is None else self._of(height_px, width_px)
-
-    def _count(self, height_px: int, width_px: int) -> tuple[int, int]:
-        size = (height_px, width_px)
-        found = self._processor._get_num_multimodal_tokens(image_sizes=[size])
-        crops = image_size_to_num_patches(size, self.grids, self.size_px[0])
-        return int(found["num_image_tokens"][0]), int(crops)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Workers get it without its cache."""
-        return {**self.__dict__, "_of": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """With an empty cache."""
-        self.__dict__ = {**state, "_of": lru_cache(2**16)(self._count)}
+        if self.grids is None:
+            return self.fixed, 1
+        tokens = self._processor._get_number_of_features(height_px, width_px, *self.size_px)
+        crops = image_size_to_num_patches((height_px, width_px), self.grids, self.size_px[0])
+        return tokens - self._dropped, crops

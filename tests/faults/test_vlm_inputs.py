@@ -12,6 +12,7 @@ import torch
 import llm2clip_vlm.data
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
+from llm2clip_vlm.data import instruction
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import InstructionDataset
 from tests.image_corpus import BROKEN, GOOD
@@ -89,10 +90,8 @@ def processor(tiny_clip: Path, tiny_llm: Path) -> Any:
     return build_vlm(tiny_clip, tiny_llm)[1]
 
 
-def dataset(
-    source: InstructionSource, processor: Any, bad: BadRecords, **values: Any
-) -> InstructionDataset:
-    return InstructionDataset([source], processor, max_length_tokens=64, bad=bad, **values)
+def dataset(source: InstructionSource, processor: Any, bad: BadRecords) -> InstructionDataset:
+    return InstructionDataset([source], processor, max_length_tokens=64, bad=bad)
 
 
 @pytest.mark.parametrize("name", list(BAD_RECORDS))
@@ -118,11 +117,14 @@ def test_t60_an_unreadable_image_is_named_or_counted(tmp_path: Path, processor: 
 
 
 @pytest.mark.parametrize("kind", [*GOOD, "one pixel", "1 x N strip", "strip of 50 : 1"])
-def test_t64_odd_pictures_are_taken(tmp_path: Path, processor: Any, kind: str) -> None:
+def test_t64_odd_pictures_are_taken(
+    tmp_path: Path, processor: Any, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = write(tmp_path, GOOD_RECORD)
     (tmp_path / "a.png").write_bytes((GOOD.get(kind) or BROKEN[kind][0])())
-    for preload in (0, 2**20):
-        data = dataset(source, processor, BadRecords(0), preload_limit_bytes=preload)
+    for kept_bytes in (0, 2**20):
+        monkeypatch.setattr(instruction, "PRELOAD_LIMIT_BYTES", kept_bytes)
+        data = dataset(source, processor, BadRecords(0))
         assert data[0]["pixel_values"].shape == (1, 3, 32, 32)
         assert data[0]["labels"].max() > 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import pickle
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import yaml
 
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data import instruction, token_table
+from llm2clip_vlm.data import instruction, table_files, token_table
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import (
     InstructionCollator,
@@ -157,6 +158,9 @@ def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any
     mixture.write_text("[]")
     with pytest.raises(ValueError, match=r"expected \{datasets"):
         dataset(mixture, processor)
+    mixture.write_text("datasets: []")
+    with pytest.raises(ValueError, match="no usable record"):
+        dataset(mixture, processor)
 
 
 def test_samplings_and_weights() -> None:
@@ -167,6 +171,8 @@ def test_samplings_and_weights() -> None:
     assert rows() == list(range(10))
     assert rows("first:3") == [0, 1, 2]
     assert rows("end:15%") == [8, 9]
+    assert rows("end:0") == rows("first:0") == []
+    assert rows("end:99") == list(range(10))
     assert len(set(rows("random:4"))) == 4
     assert rows("random:4") == rows("random:4") != rows("random:4", seed=1)
     assert sorted(rows(weight=2)) == sorted([*range(10), *range(10)])
@@ -181,7 +187,7 @@ def test_t65_a_large_source_is_tokenised_once(
 ) -> None:
     found = write_formats(tmp_path)
     small = {name: dataset(found[name], processor) for name in ("json", "parquet")}
-    monkeypatch.setattr(token_table, "TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
     runs: list[str] = []
     original = token_table.tokenise
     monkeypatch.setattr(token_table, "tokenise", lambda *a: runs.append(a[0].path) or original(*a))
@@ -189,25 +195,32 @@ def test_t65_a_large_source_is_tokenised_once(
         for _ in range(2):  # the second maps the first one's table into memory
             assert same(dataset(found[name], processor, index_dir=str(tmp_path / "i")), wanted)
     assert runs == [str(found["json"]), str(found["parquet"])]
-    dataset(found["json"], processor)  # beside the data where no folder is named
-    assert len(list((tmp_path / ".llm2clip-index").glob("*.safetensors"))) == 1
+    kept = dataset(found["json"], processor)  # beside the data where no folder is named
+    folder = tmp_path / ".llm2clip-index"
+    assert str(folder) in Path("/proc/self/maps").read_text()
+    assert same(pickle.loads(pickle.dumps(kept)), small["json"])  # as workers that are spawned
     dataset(found["json"], processor, sampling_strategy="first:2")
-    assert len(runs) == 3
+    assert (len(runs), len(list(folder.iterdir()))) == (3, 1)
     dataset(found["json"], processor, max_length_tokens=127)
     dataset(found["json"], processor, plain=True)
+    assert (len(runs), len(list(folder.iterdir()))) == (5, 3)
     found["json"].write_text(found["json"].read_text() + " ")
     dataset(found["json"], processor)
-    assert len(runs) == 6
-    for table in (tmp_path / ".llm2clip-index").glob("*"):
+    assert (len(runs), len(list(folder.iterdir()))) == (6, 3)
+    for table in folder.iterdir():
         table.write_bytes(table.read_bytes()[:100])
-    with pytest.raises(ValueError, match="is damaged"):
-        dataset(found["json"], processor)
+    assert same(dataset(found["json"], processor), small["json"])
+    assert len(runs) == 7
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ValueError, match="set `index_dir`"):
+        dataset(found["json"], processor, index_dir=str(tmp_path / "file" / "below"))
 
 
-@pytest.mark.parametrize("preload_limit_bytes", [2**20, 0])
+@pytest.mark.parametrize("kept_bytes", [2**20, 0])
 def test_t63_images_stand_in_the_order_of_their_placeholders(
-    tmp_path: Path, processor: Any, preload_limit_bytes: int
+    tmp_path: Path, processor: Any, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(instruction, "PRELOAD_LIMIT_BYTES", kept_bytes)
     for seed in range(2):
         write_image(tmp_path / f"{seed}.png", seed=seed)
     turns = [{"from": "human", "value": "<image> and <image>"}, ANSWER]
@@ -216,13 +229,13 @@ def test_t63_images_stand_in_the_order_of_their_placeholders(
         for i, order in enumerate([(0, 1), (1, 0)])
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))
-    data = dataset(tmp_path / "a.json", processor, preload_limit_bytes=preload_limit_bytes)
+    data = dataset(tmp_path / "a.json", processor)
     one, two = data[0]["pixel_values"], data[1]["pixel_values"]
     assert one.shape == (2, 3, 32, 32)
     torch.testing.assert_close(one, two.flip(0))
     assert not torch.equal(one, two)
     assert (data[0]["input_ids"] == processor.image_token_id).sum() == 32
-    assert (data._pixels is None) == (preload_limit_bytes == 0)
+    assert (data._pixels is None) == (kept_bytes == 0)
 
 
 def test_a_shared_image_is_decoded_once(
@@ -306,11 +319,12 @@ def test_collator_pads_right_and_masks(tmp_path: Path, processor: Any) -> None:
 
 @pytest.mark.parametrize("name", ["json", "parquet", "tar"])
 def test_t60_an_image_that_breaks_later_teaches_nothing_and_counts_once(
-    tmp_path: Path, processor: Any, name: str
+    tmp_path: Path, processor: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(instruction, "PRELOAD_LIMIT_BYTES", 0)
     path = write_formats(tmp_path)[name]
     bad = BadRecords(2, ledger=tmp_path / "run" / "dropped.jsonl")
-    data = dataset(path, processor, bad=bad, preload_limit_bytes=0)
+    data = dataset(path, processor, bad=bad)
     before = bad.count
     if name == "json":
         (tmp_path / "images" / "1.png").write_bytes(b"gone bad")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip_vlm.data.conversation import visual_tokens_per_image
+from llm2clip_vlm.data.visual_tokens import VisualTokens
 from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
@@ -32,7 +32,7 @@ def test_every_kind_makes_a_vlm(kind: str, tmp_path: Path, tiny_llm: Path) -> No
     inputs = example(processor)
     tokens = 16 + max(PREFIX_TOKENS[kind] - 1, 0)
     assert (inputs["input_ids"] == processor.image_token_id).sum() == tokens
-    assert model.config.image_seq_length == visual_tokens_per_image(processor) == tokens
+    assert model.config.image_seq_length == VisualTokens(processor).fixed == tokens
     with torch.no_grad():
         want = model(**inputs).logits
     save_vlm(model, processor, tmp_path / "vlm")
