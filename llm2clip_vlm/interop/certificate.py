@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.handoff import versions
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
+from llm2clip_vlm.models.image_mode import one_picture
 
 TOLERANCE = 1e-5
 """Largest difference that is let through, as a share of the largest value (at least of 1)."""
@@ -88,13 +90,15 @@ def logits_of(model: Any) -> dict[str, Tensor]:
     """What a VLM is compared on: logits of one fixed image and the first tokens of its vocabulary.
 
     Args:
-        model: A `LlavaForConditionalGeneration`, in its own dtype.
+        model: A LLaVA, in its own dtype.
     """
     config = model.config
     words = [token for token in range(8) if token != config.image_token_id]
-    ids = torch.tensor([[config.image_token_id] * config.image_seq_length + words])
-    pixels = fixed_pixels(config.vision_config.image_size, 1).to(model.dtype)
-    out = model.eval()(input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids))
+    crops, given = one_picture(config)
+    given["pixel_values"] = fixed_pixels(config.vision_config.image_size, crops).to(model.dtype)
+    visual = len(model.model.get_image_features(**given).pooler_output[0])
+    ids = torch.tensor([[config.image_token_id] * visual + words])
+    out = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
     return {"logits": out.logits.float()}
 
 
@@ -118,7 +122,7 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         largest = float(want.double().abs().max())
         difference = float((evidence.got[name].double() - want.double()).abs().max())
         checks[name] = {"max_difference": difference, "largest_value": largest}
-        if not difference <= TOLERANCE * max(largest, 1.0):
+        if not (math.isfinite(difference) and difference <= TOLERANCE * max(largest, 1.0)):
             raise InteropError(
                 f"{made}: {name} opened with {evidence.opened_with} differ by {difference:.3g} "
                 f"(largest value {largest:.3g}, tolerance {TOLERANCE:g} of it): nothing was left "

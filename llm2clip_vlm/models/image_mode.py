@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import torch
 import transformers
+from torch import Tensor
 from transformers.utils import is_torchvision_available
 
 from llm2clip_vlm.models.towers import TowerError, VisionTower
@@ -62,7 +64,8 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
             none = LLaVA-NeXT's five (1x2, 2x1, 2x2, 3x1 and 1x3 crops).
 
     Raises:
-        TowerError: The tower has register tokens, or a grid is no multiple of its image size.
+        TowerError: The tower has register tokens or another image size in its config than in its
+            image processor, or a grid is no multiple of it.
 
     Paper: LLaVA-NeXT (`image_aspect_ratio anyres`, `mm_patch_merge_type spatial_unpad`).
     """
@@ -71,6 +74,11 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
         raise TowerError(
             f"image_aspect_ratio: anyres puts crops side by side and needs patches alone, this "
             f"tower has {tower.num_prefix_tokens - tower.has_cls_token} register tokens; use pad"
+        )
+    if (size := tower.model.config.image_size) != side:
+        raise TowerError(
+            f"image_aspect_ratio: anyres counts crops by the tower's config, expected {size} px as "
+            f"there, got an image processor for {side} px; set image_size_px to {size}"
         )
     chosen = [list(grid) for grid in grids or [(side * h, side * w) for h, w in _GRIDS]]
     odd = [grid for grid in chosen if len(grid) != 2 or any(n < side or n % side for n in grid)]
@@ -84,6 +92,18 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
         "crop_size": {"height": side, "width": side},
     }
     return _class_named("LlavaNextImageProcessor")(**arguments, image_grid_pinpoints=chosen)
+
+
+def one_picture(config: Any) -> tuple[int, dict[str, Tensor]]:
+    """How a LLaVA takes one picture: its crops, and what is given beside `pixel_values`.
+
+    Args:
+        config: Of the model; with AnyRes the picture has the size of its first grid.
+    """
+    if config.model_type != "llava_next":
+        return 1, {}
+    (height, width), side = config.image_grid_pinpoints[0], config.vision_config.image_size
+    return 1 + (height // side) * (width // side), {"image_sizes": torch.tensor([[height, width]])}
 
 
 def _taken_over(image_processor: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Collection, Mapping
 
 import torch
@@ -62,9 +61,36 @@ def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
     }
     if not found:
         where = f"{part or 'the tower'} of {type(model).__name__}"
-        raise ValueError(f"{where} has no list of blocks; set layer_decay to 1")
+        raise ValueError(f"{where} has no list of blocks, for layer_decay or last_blocks")
     name = max(found, key=lambda name: found[name])
     return name, found[name]
+
+
+def layers_of(model: nn.Module, part: str = "") -> tuple[dict[str, int], int]:
+    """Layer of each of a tower's parameters: 0 before its blocks, 1 for the first, ...
+
+    Args:
+        model: As :func:`block_list`; its parameters come in the order of the forward pass.
+        part: As :func:`block_list`.
+
+    Returns:
+        Name in the model to layer, and the number of blocks; what follows them is one layer more.
+
+    Raises:
+        ValueError: As :func:`block_list`.
+    """
+    blocks, depth = block_list(model, part)
+    layers: dict[str, int] = {}
+    layer = 0
+    for name, _ in model.named_parameters():
+        if part and not matching_prefix(name, [part]):
+            continue
+        if name.startswith(f"{blocks}."):
+            layer = int(name[len(blocks) + 1 :].split(".")[0]) + 1
+        elif layer:
+            layer = depth + 1
+        layers[name] = layer
+    return layers, depth
 
 
 def require_known_prefixes(model: nn.Module, prefixes: Collection[str]) -> None:
@@ -117,24 +143,19 @@ def train_last_blocks(model: nn.Module, part: str, count: int) -> None:
     Raises:
         ValueError: Fewer blocks than that train.
     """
-    blocks, _ = block_list(model, part)
-    place = re.compile(rf"{re.escape(blocks)}\.(\d+)\.")
-    training = {
-        int(found[1])
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and (found := place.match(name))
-    }
+    layers, depth = layers_of(model, part)
+    parameters = dict(model.named_parameters())
+    training = {layer for name, layer in layers.items() if parameters[name].requires_grad}
+    training -= {0, depth + 1}
     if count > len(training):
         raise ValueError(
             f"trainable.{part}.last_blocks: expected at most {len(training)}, the blocks that "
             f"train, got {count}"
         )
     first = sorted(training)[-count]
-    for name, parameter in model.named_parameters():  # in the order of the forward pass
-        if matching_prefix(name, [part]):
-            if (found := place.match(name)) and int(found[1]) >= first:
-                return
-            parameter.requires_grad_(False)
+    for name, layer in layers.items():
+        if layer < first:
+            parameters[name].requires_grad_(False)
 
 
 def freeze_unused(model: nn.Module, loss: Callable[[], torch.Tensor]) -> list[str]:

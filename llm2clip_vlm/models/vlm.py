@@ -53,6 +53,7 @@ from llm2clip_vlm.models.lineage import (
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import four_bits, load_complete, read_config
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.models.trainable import matching_prefix
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
 logger = logging.getLogger(__name__)
@@ -132,14 +133,18 @@ def build_vlm(
     _no_second_bos(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
     num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
-    anyres = image_aspect_ratio == "anyres"
-    if anyres and tower.has_cls_token and not dropped:
-        raise VlmError(
-            f"vision_feature_select_strategy: anyres puts crops side by side and cannot keep their "
-            f"CLS tokens; expected default, got {vision_feature_select_strategy}"
-        )
-    grids = anyres_image_processor(tower, image_grid_pinpoints) if anyres else None
-    config_class: Any = LlavaNextConfig if anyres else LlavaConfig
+    config_class: Any = LlavaConfig
+    processor_class: Any = LlavaProcessor
+    image_processor, grids = tower.image_processor, {}
+    if image_aspect_ratio == "anyres":
+        if tower.has_cls_token and not dropped:
+            raise VlmError(
+                f"vision_feature_select_strategy: anyres puts crops side by side and cannot keep "
+                f"their CLS tokens; expected default, got {vision_feature_select_strategy}"
+            )
+        config_class, processor_class = LlavaNextConfig, LlavaNextProcessor
+        image_processor = anyres_image_processor(tower, image_grid_pinpoints)
+        grids["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
     config = config_class(
         vision_config=tower.model.config,
         text_config=llm.config,
@@ -147,12 +152,12 @@ def build_vlm(
         image_seq_length=num_visual,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
-        **({} if grids is None else {"image_grid_pinpoints": grids.image_grid_pinpoints}),
+        **grids,
     )
     model = _assemble(config, tower.model, llm, seed)
     model.generation_config = _generation_config(llm, tokenizer, template)
-    processor = (LlavaNextProcessor if anyres else LlavaProcessor)(
-        image_processor=grids or tower.image_processor,
+    processor = processor_class(
+        image_processor=image_processor,
         tokenizer=tokenizer,
         patch_size=tower.patch_size_px,
         vision_feature_select_strategy=vision_feature_select_strategy,
@@ -273,10 +278,10 @@ def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
     here = weights_of(model.state_dict()) | settings_of(model, processor)
     here.pop(PROJECTOR)
     refuse_other(path, recorded, here)
-    given = load_vlm(path, dtype=model.dtype)[0].model
-    model.model.multi_modal_projector.load_state_dict(given.multi_modal_projector.state_dict())
-    if hasattr(model.model, "image_newline"):
-        model.model.image_newline.data.copy_(given.image_newline)
+    given = load_vlm(path, dtype=model.dtype)[0].state_dict()
+    for name, parameter in model.named_parameters():
+        if matching_prefix(name, [PROJECTOR]):
+            parameter.data.copy_(given[name])
 
 
 def _add_image_token(tokenizer: Any, llm: Any) -> int:
@@ -342,10 +347,10 @@ def _assemble(config: Any, tower: Any, llm: Any, seed: int) -> Any:
 
 def _generation_config(llm: Any, tokenizer: Any, template: str) -> GenerationConfig:
     config = copy.deepcopy(llm.generation_config)
-    known = config.eos_token_id
-    known = [] if known is None else known if isinstance(known, list) else [known]
+    known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
     ids = list(dict.fromkeys([*end_of_turn_ids(template, tokenizer), *known]))
-    config.eos_token_id = ids if len(ids) > 1 else ids[0] if ids else None
+    ids = [token for token in ids if token is not None]
+    config.eos_token_id = ids if len(ids) > 1 else ids[0]
     config.bos_token_id = tokenizer.bos_token_id
     config.pad_token_id = tokenizer.pad_token_id
     return config

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llm2clip_vlm.models.trainable import block_list
+from llm2clip_vlm.models.image_mode import one_picture
+from llm2clip_vlm.models.trainable import layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -34,14 +35,10 @@ def freeze_unused_vision(model: Any) -> list[str]:
     layers = model.config.vision_feature_layer
     chosen = [layers] if isinstance(layers, int) else layers
     used = max(i if i >= 0 else total + 1 + i for i in chosen)
-    blocks, _ = block_list(tower)
+    layers, _ = layers_of(tower)
     frozen = []
-    behind = False
     for name, parameter in tower.named_parameters():
-        inside = name.startswith(f"{blocks}.")
-        behind = behind or inside
-        unused = int(name[len(blocks) + 1 :].split(".")[0]) >= used if inside else behind
-        if (unused or name == _NEVER_USED) and parameter.requires_grad:
+        if (layers[name] > used or name == _NEVER_USED) and parameter.requires_grad:
             parameter.requires_grad_(False)
             frozen.append(f"vision_tower.{name}")
     if frozen:
@@ -88,16 +85,12 @@ def install_text_only_guard(model: Any) -> None:
 def _blank_features(llava: Any) -> Tensor | None:
     """Visual tokens of a blank image through as much as trains, or None if nothing does."""
     parameter = next(llava.multi_modal_projector.parameters())
-    config = llava.config.vision_config
     like: Any = {"device": parameter.device, "dtype": parameter.dtype}
     newline = getattr(llava, "image_newline", None)
     tower_trains = any(p.requires_grad for p in llava.vision_tower.parameters())
     if tower_trains or is_deepspeed_zero3_enabled():
-        side, sizes, crops = config.image_size, {}, 1
-        if newline is not None:
-            grid = llava.config.image_grid_pinpoints[0]
-            crops += (grid[0] // side) * (grid[1] // side)
-            sizes["image_sizes"] = torch.tensor([grid])
+        crops, sizes = one_picture(llava.config)
+        side = llava.config.vision_config.image_size
         blank = torch.zeros((crops, 3, side, side), **like)
         return torch.cat(list(llava.get_image_features(blank, **sizes).pooler_output))
     if any(p.requires_grad for p in llava.multi_modal_projector.parameters()):

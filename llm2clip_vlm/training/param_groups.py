@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from llm2clip_vlm.models.trainable import block_list, matching_prefix, require_known_prefixes
+from llm2clip_vlm.models.trainable import layers_of, matching_prefix, require_known_prefixes
 
 
 def build_param_groups(
@@ -44,7 +44,10 @@ def build_param_groups(
     """
     require_known_prefixes(model, lrs)
     no_decay = _embedding_weights(model)
-    factors = _layer_factors(model, layered_part, layer_decay) if layer_decay != 1.0 else {}
+    factors: dict[str, float] = {}
+    if layer_decay != 1.0:
+        layers, depth = layers_of(model, layered_part)
+        factors = {name: layer_decay ** (depth + 1 - layer) for name, layer in layers.items()}
     groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -85,19 +88,3 @@ def _embedding_weights(model: nn.Module) -> set[str]:
         for path, module in model.named_modules()
         if isinstance(module, nn.Embedding)
     }
-
-
-def _layer_factors(model: nn.Module, part: str, decay: float) -> dict[str, float]:
-    """Factor of each parameter of a tower; parameters come in the order of the forward pass."""
-    blocks, depth = block_list(model, part)
-    factors = {}
-    layer = 0
-    for name, _ in model.named_parameters():
-        if not matching_prefix(name, [part]):
-            continue
-        if name.startswith(f"{blocks}."):
-            layer = int(name[len(blocks) + 1 :].split(".")[0]) + 1
-        elif layer:
-            layer = depth + 1
-        factors[name] = decay ** (depth + 1 - layer)
-    return factors

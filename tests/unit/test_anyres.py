@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import io
 import json
+import pickle
+import tarfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from pyarrow import parquet
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from llm2clip_vlm.chat_template import ConversationError
-from llm2clip_vlm.config_vlm import InstructionSource, VlmSection
+from llm2clip_vlm.config import LoraSection
+from llm2clip_vlm.config_vlm import InstructionSource, Stage4Recipe, VlmSection
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.conversation import build_labels
@@ -21,13 +28,21 @@ from llm2clip_vlm.data.packing import PackedCollator
 from llm2clip_vlm.data.visual_tokens import VisualTokens
 from llm2clip_vlm.evaluation.generation import Generator
 from llm2clip_vlm.handoff import HandoffError
+from llm2clip_vlm.interop.export import export
+from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.image_mode import set_image_aspect_ratio
+from llm2clip_vlm.models.lineage import weights_of
 from llm2clip_vlm.models.towers import TowerError
 from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.training.adapters import merged_state, save_adapter, unquantized_state
 from llm2clip_vlm.training.vlm_flops import VlmFlops
-from tests.tiny_towers import build_tower
+from llm2clip_vlm.training.vlm_run import prepare_trainable
+from tests.image_text_files import add
+from tests.tiny_towers import PREFIX_TOKENS, build_tower
 from tests.vlm_fixtures import COLOURS, losses, run_here, write_recipe
 
+TOWERS = [kind for kind, prefix in PREFIX_TOKENS.items() if prefix < 2]
+STRIPS = [(1, 1), (1, 60), (60, 1), (3, 50), (50, 3)]
 SIZES = [(32, 32), (90, 30), (30, 90), (64, 48), (200, 60), (33, 31), (9, 150), (61, 64)]
 """Widths and heights."""
 
@@ -73,7 +88,7 @@ def read(path: Path, processor: Any, **more: Any) -> InstructionDataset:
 
 
 @pytest.mark.parametrize("grids", [None, [[32, 96], [96, 64]]])
-@pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.parametrize("tower", TOWERS)
 def test_tokens_counted_from_the_header_are_those_of_the_model(
     tmp_path: Path, tiny_llm: Path, tower: str, grids: list[list[int]] | None
 ) -> None:
@@ -84,7 +99,7 @@ def test_tokens_counted_from_the_header_are_those_of_the_model(
     visual = VisualTokens(processor)
     assert visual.grids == model.config.image_grid_pinpoints
     seen = set()
-    for width, height in SIZES:
+    for width, height in SIZES + STRIPS:
         given = processor(images=picture(width, height), text=IMAGE_TOKEN, return_tensors="pt")
         with torch.no_grad():
             features = model.model.get_image_features(given.pixel_values, given.image_sizes)
@@ -116,6 +131,36 @@ def test_samples_give_the_logits_of_the_processors_own_inputs(
             want = model(**theirs).logits
             got = model(**{k: v for k, v in own.items() if k not in ("sample_ids", "labels")})
         torch.testing.assert_close(got.logits[:, :length], want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["json", "tar", "parquet"])
+def test_a_turned_picture_is_counted_as_it_is_shown(
+    tmp_path: Path, anyres: tuple[Any, Any], kind: str
+) -> None:
+    model, processor = anyres
+    turned, data = Image.Exif(), io.BytesIO()
+    turned[ExifTags.Base.Orientation] = 6
+    picture(90, 30).save(data, "JPEG", exif=turned)
+    turns = [{"from": "human", "value": "<image> what ?"}, {"from": "gpt", "value": "red"}]
+    path = tmp_path / f"a.{kind}"
+    if kind == "json":
+        (tmp_path / "a.jpg").write_bytes(data.getvalue())
+        path.write_text(json.dumps([{"image": "a.jpg", "conversations": turns}]))
+    elif kind == "tar":
+        with tarfile.open(path, "w") as shard:
+            add(shard, "a.jpg", data.getvalue())
+            add(shard, "a.json", json.dumps({"conversations": turns}).encode())
+    else:
+        cell = {"bytes": data.getvalue(), "path": None}
+        parquet.write_table(pa.table({"conversations": [turns], "image": [cell]}), path)
+    samples = read(path, processor)
+    again = pickle.loads(pickle.dumps(samples))  # as workers that are spawned
+    for item in (samples[0], again[0]):
+        assert item["image_sizes"].tolist() == [[90, 30]]
+        inputs = {name: item[name] for name in ("pixel_values", "image_sizes")}
+        with torch.no_grad():
+            model(input_ids=item["input_ids"][None], **inputs)
+    assert len(samples[0]["input_ids"]) == samples.lengths[0]
 
 
 def test_packed_equals_padded(tmp_path: Path, anyres: tuple[Any, Any]) -> None:
@@ -154,6 +199,41 @@ def test_it_opens_in_transformers_as_it_lies(tmp_path: Path, anyres: tuple[Any, 
         want = model(**processor(**given)).logits
         assert torch.equal(theirs(**again(**given)).logits, want)
         assert torch.equal(ours(**again(**given)).logits, want)
+
+
+def test_an_export_has_its_certificate(tmp_path: Path, anyres: tuple[Any, Any]) -> None:
+    save_vlm(*anyres, tmp_path / "model")
+    certificate = export(tmp_path / "model", "transformers", tmp_path / "out")
+    assert certificate["checks"]["logits"]["max_difference"] == 0
+    with pytest.raises(InteropError, match="AnyRes VLM"):
+        export(tmp_path / "model", "vllm", tmp_path / "served")
+
+
+def test_t13_the_newline_is_the_projectors(tmp_path: Path, anyres: tuple[Any, Any]) -> None:
+    """It trains with it, and is in each file that has what trained."""
+    model, processor = anyres
+    recipe = Stage4Recipe(
+        output_dir="x",
+        checkpoint="x",
+        data=[],
+        trainable={"multi_modal_projector": 1e-3, "language_model": 1e-3},
+        language_model_lora=LoraSection(r=2, alpha=4, dropout=0.0),
+    )
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    prepare_trainable(model, recipe)
+    with torch.no_grad():
+        model.model.image_newline += 1
+    state = model.state_dict()
+    save_adapter(model, state, tmp_path / "adapter", "base")
+    saved = load_file(tmp_path / "adapter" / "adapter.safetensors")
+    assert torch.equal(saved["model.image_newline"], before["model.image_newline"] + 1)
+    four_bits = merged_state(model, unquantized_state(model, state, before))
+    assert torch.equal(four_bits["model.image_newline"], before["model.image_newline"] + 1)
+    save_vlm(model, processor, tmp_path / "vlm", state_dict=merged_state(model, state))
+    again = load_vlm(tmp_path / "vlm")[0].state_dict()
+    assert torch.equal(again["model.image_newline"], before["model.image_newline"] + 1)
+    one, other = weights_of(before), weights_of(again)
+    assert [part for part in one if one[part] != other[part]] == ["multi_modal_projector"]
 
 
 @pytest.mark.parametrize("trained", ["multi_modal_projector", "vision_tower"])
@@ -246,7 +326,7 @@ def test_a_large_file_keeps_the_sizes(
 ) -> None:
     path = write_photos(tmp_path)
     small = read(path, anyres[1])
-    monkeypatch.setattr("llm2clip_vlm.data.token_table.TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr("llm2clip_vlm.data.table_files.TABLE_FILE_FROM_BYTES", 0)
     for _ in range(2):  # made, then read
         large = read(path, anyres[1])
         assert large.lengths == small.lengths
@@ -290,6 +370,13 @@ def test_what_anyres_cannot_do_is_refused(
         build_vlm(tiny_clip, tiny_llm, image_grid_pinpoints=[[32, 50]], **keep)
     with pytest.raises(TowerError, match="register tokens"):
         build_vlm(build_tower("dinov3", tmp_path / "dino"), tiny_llm, **keep)
+    dino = build_tower("dinov2", tmp_path / "dinov2")
+    values = json.loads((dino / "preprocessor_config.json").read_text())
+    values["crop_size"] = {"height": 24, "width": 24}
+    (dino / "preprocessor_config.json").write_text(json.dumps(values))
+    with pytest.raises(TowerError, match="set image_size_px to 32"):
+        build_vlm(dino, tiny_llm, **keep)
+    build_vlm(dino, tiny_llm, image_size_px=32, **keep)
     with pytest.raises(ValueError, match="image_grid_pinpoints: expected image_aspect_ratio"):
         VlmSection(vision_tower="a", language_model="b", image_grid_pinpoints=[(32, 64)])
     with pytest.raises(ValueError, match="composed for anyres"):
