@@ -6,6 +6,7 @@ that count. Flash attention's varlen kernels do not; this is the same for the CP
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _documents(query: Tensor, key: Tensor, positions: Tensor | None) -> list[int
     lengths: list[int] | None = getattr(positions, "_documents", None)
     if lengths is None:  # asked of the device once a forward pass, not in each layer
         starts = (positions[0] == 0).nonzero()[:, 0].tolist()
-        ends = [*starts[1:], query.shape[2]] if starts[:1] == [0] else []
-        lengths = [end - start for start, end in zip(starts, ends, strict=bool(ends))]
+        bounds = [*starts, query.shape[2]] if starts[:1] == [0] else []
+        lengths = [end - start for start, end in pairwise(bounds)]
         positions._documents = lengths  # type: ignore[attr-defined]
     return lengths

@@ -19,13 +19,6 @@ from llm2clip_vlm.models.trainable import part_name
 
 LINEAGE_NAME = "lineage.json"
 PROJECTOR = "multi_modal_projector"
-SETTINGS = (
-    "chat_template",
-    "vision_feature_layer",
-    "vision_feature_select_strategy",
-    "image_mode",
-)
-"""The fields that are no weights."""
 
 
 def settings_of(model: Any, processor: Any) -> dict[str, str]:
@@ -46,14 +39,12 @@ def settings_of(model: Any, processor: Any) -> dict[str, str]:
     if grids := getattr(images, "image_grid_pinpoints", None):
         mode = f"anyres {[list(grid) for grid in grids]}"
     template = str(processor.chat_template or "").encode()
-    strategy = model.config.vision_feature_select_strategy
-    values = (
-        hashlib.sha256(template).hexdigest(),
-        str(model.config.vision_feature_layer),
-        str(strategy),
-        f"{mode} {sides} {list(images.image_mean)} {list(images.image_std)}",
-    )
-    return dict(zip(SETTINGS, values, strict=True))
+    return {
+        "chat_template": hashlib.sha256(template).hexdigest(),
+        "vision_feature_layer": str(model.config.vision_feature_layer),
+        "vision_feature_select_strategy": str(model.config.vision_feature_select_strategy),
+        "image_mode": f"{mode} {sides} {list(images.image_mean)} {list(images.image_std)}",
+    }
 
 
 def weights_of(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -144,7 +144,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         ids = inputs.pop("sample_ids", [])
         step = self.state.global_step + 1
         self.watchdog.beat(f"step {step}, samples {ids}")
-        self.flops.add(inputs, self._room())
+        self.flops.add(inputs, None if self.batches is None else self.batches.max_tokens)
         if self.audit is not None:
             self.audit.see(inputs)
         try:
@@ -180,10 +180,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             num_items_in_batch=None if items is None else int(items),
             weights=f"the newest of {checkpoints}, else {self.base}",
         )
-
-    def _room(self) -> int | None:
-        """Tokens that a packed micro-batch has room for; none for a padded batch."""
-        return None if self.batches is None else self.batches.max_tokens
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add what was achieved since the last line; `fill` is the share that is no padding."""

@@ -19,12 +19,9 @@ from transformers.integrations.deepspeed import (
 from llm2clip_vlm import distributed
 from llm2clip_vlm.chat_template import check_chat_template
 from llm2clip_vlm.config_vlm import PartTraining, VlmRecipe
-from llm2clip_vlm.data.instruction import (
-    InstructionCollator,
-    InstructionDataset,
-)
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.instruction import InstructionCollator, InstructionDataset
 from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
-from llm2clip_vlm.data.records import BadRecords
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
@@ -217,12 +214,9 @@ def compose_once(
 def _weights_unsplit(args: TrainingArguments) -> Iterator[None]:
     """Loading below this is not split by ZeRO-3, which all processes would have to join."""
     plugin = args.deepspeed_plugin
-    if plugin is None:
-        yield
-        return
-    config = getattr(plugin, "dschf", None) or plugin.hf_ds_config
     unset_hf_deepspeed_config()
     try:
         yield
     finally:
-        set_hf_deepspeed_config(config)
+        if plugin is not None:
+            set_hf_deepspeed_config(getattr(plugin, "dschf", None) or plugin.hf_ds_config)
