@@ -161,6 +161,13 @@ def load(path: str, program: str) -> Any:
     return check(ROOT / path, program, [])
 
 
+def test_t74_no_recipe_trains_in_fp16() -> None:
+    for path in [*FILES, *ACCELERATE]:
+        values = yaml.safe_load(path.read_text())
+        assert "fp16" not in values.get("trainer", {}), path
+        assert values.get("mixed_precision") != "fp16", path
+
+
 def test_llava15_has_the_papers_values() -> None:
     first = load("recipes/llava15/stage3.yaml", "stage3_projector")
     second = load("recipes/llava15/stage4.yaml", "stage4_instruction")

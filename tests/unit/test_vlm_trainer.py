@@ -81,9 +81,8 @@ def trainer(
         dataloader_pin_memory=False,
         train_sampling_strategy="sequential",
         lr_scheduler_type="constant",
-        optim="sgd",
         max_grad_norm=1e9,
-        **{"max_steps": 1, **arguments},
+        **{"max_steps": 1, "optim": "sgd", **arguments},
     )
     apply_trainable(model, parts)
     freeze_unused_vision(model)
@@ -143,6 +142,18 @@ def test_the_audit_waits_for_a_picture(model: Any, tmp_path: Path) -> None:
     run.train()
     assert len(told) == 1
     assert run.audit is not None
+
+
+def test_t42_text_alone_leaves_optimizer_state_for_all_that_trains(
+    model: Any, tmp_path: Path
+) -> None:
+    data = samples(2, text_only=(0, 1))
+    run = trainer(model, tmp_path, data, optim="adamw_torch")
+    run.train()
+    states = run.optimizer.state
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert any(parameter.requires_grad for parameter in model.model.vision_tower.parameters())
+    assert all("exp_avg" in states[parameter] for parameter in trained)
 
 
 def test_a_loss_that_is_not_finite_keeps_the_batch(model: Any, tmp_path: Path) -> None:
