@@ -39,7 +39,7 @@ from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_siz
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.recipe import save_resolved
-from llm2clip_vlm.training.caption_cache import load_caption_encoder
+from llm2clip_vlm.training.caption_cache import encoder_path, load_caption_encoder
 from llm2clip_vlm.training.encoder_eval import class_prompts
 from llm2clip_vlm.training.stage_run import StageRun
 
@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{len(texts)} texts, {len(unique)} different ones", flush=True)
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
-    encoder, path = load_caption_encoder(recipe.text_encoder, device)
+    encoder = load_caption_encoder(recipe.text_encoder, device)
 
     def encode(with_prompt: TextEncoder, part: list[str]) -> Tensor:
         began = time.monotonic()
@@ -89,8 +89,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
         print(f"{len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
-        run.parents["text_encoder"] = path
-        run.parents |= {f"sources.{i}": source.path for i, source in enumerate(recipe.sources)}
+        run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
+        for name in ("sources", "zero_shot"):
+            files = enumerate(getattr(recipe, name))
+            run.parents |= {f"{name}.{i}": source.path for i, source in files}
         run.finish(
             encoder.fingerprint,
             rows=len(cache),

@@ -25,7 +25,7 @@ from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
-from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop
+from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop, encoder_path
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder_trainer import (
     EncoderTrainer,
@@ -45,13 +45,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.finished():
         return
     run.parent("vision_tower", recipe.vision_tower, "clip_baseline", "stage2b_vision_encoder")
+    in_loop = recipe.text_in_loop
+    if encoder := in_loop.text_encoder if in_loop else recipe.write_through:
+        # a cache that fills itself is no parent: it may grow on for another run
+        run.parents["text_encoder"] = encoder_path(encoder)
+    else:
+        run.parents["cache"] = str(recipe.embedding_cache)
     args = run.arguments(dataloader_drop_last=True)
     check_contrastive_arguments(args, grad_cache=recipe.micro_batch_size is not None)
 
     # model
-    loop = TextInLoop(recipe.text_in_loop, args.device) if recipe.text_in_loop else None
+    loop = TextInLoop(in_loop, args.device) if in_loop else None
     captions = loop or CaptionFeatures.open(recipe, args, resumes=run.checkpoint is not None)
-    run.parents |= captions.parents
     tower = load_vision_tower(
         recipe.vision_tower, dtype=torch.float32, image_size_px=recipe.image_size_px
     )
@@ -72,9 +77,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         lrs["logit_bias"] = recipe.learning_rates.text_adaptor
     if recipe.tower_training == "frozen":
         del lrs["vision_tower"]
-    if loop and recipe.text_in_loop:
+    if loop and in_loop:
         loop.attach(model)
-        lrs["text_encoder"] = recipe.text_in_loop.learning_rate
+        lrs["text_encoder"] = in_loop.learning_rate
     apply_trainable(model, lrs)
 
     # data

@@ -27,27 +27,27 @@ from llm2clip_vlm.training.export import add_lora
 logger = logging.getLogger(__name__)
 
 
-def load_caption_encoder(
-    spec: str | TextEncoderSection, device: Any = None
-) -> tuple[TextEncoder, str]:
+def encoder_path(spec: str | TextEncoderSection) -> str:
+    """Where what embeds captions lies."""
+    return spec if isinstance(spec, str) else spec.language_model
+
+
+def load_caption_encoder(spec: str | TextEncoderSection, device: Any = None) -> TextEncoder:
     """Load what embeds captions.
 
     Args:
         spec: Stage 1's `text_encoder/`, or a raw LLM with its pooling.
         device: Where the weights go; none = CPU.
 
-    Returns:
-        The encoder, and where it came from.
-
     Raises:
         HandoffError: Another stage wrote the directory.
     """
     if isinstance(spec, str):
         verify_parent(spec, expect_stage="stage1_text_encoder")
-        return TextEncoder.from_pretrained(spec, device=device), spec
-    path = spec.language_model
-    verify_parent(path, expect_stage=("base_language_model", "stage1_text_encoder"))
-    return TextEncoder.from_section(spec, device), path
+        return TextEncoder.from_pretrained(spec, device=device)
+    stages = ("base_language_model", "stage0_mntp", "stage1_text_encoder")
+    verify_parent(spec.language_model, expect_stage=stages)
+    return TextEncoder.from_section(spec, device)
 
 
 class CaptionFeatures:
@@ -58,7 +58,6 @@ class CaptionFeatures:
     Args:
         cache: Complete, or filling itself.
         fingerprints: The text encoder's, to hand on; none for a foreign cache.
-        parents: What the stage reads them from, by name.
         prompts: Whose embeddings a batch has, one behind the other for each caption.
     """
 
@@ -66,10 +65,9 @@ class CaptionFeatures:
         self,
         cache: EmbeddingCache | FillingCache,
         fingerprints: Mapping[str, str],
-        parents: Mapping[str, str],
         prompts: Sequence[str] = (),
     ) -> None:
-        self.fingerprints, self.parents = dict(fingerprints), dict(parents)
+        self.fingerprints = dict(fingerprints)
         self.dim = cache.dim
         """Width of an embedding."""
         self._cache = cache
@@ -96,8 +94,8 @@ class CaptionFeatures:
         directory = str(recipe.embedding_cache)
         if recipe.write_through is None:
             cache, hashes = _open_complete(directory)
-            return cls(cache, hashes, {"cache": directory}, recipe.caption_prompts)
-        encoder, path = load_caption_encoder(recipe.write_through, args.device)
+            return cls(cache, hashes, recipe.caption_prompts)
+        encoder = load_caption_encoder(recipe.write_through, args.device)
         with args.main_process_first(local=False, desc="opening the cache"):
             verify_parent(directory, expect_stage="stage2a_cache_text")
             if (Path(directory) / HEADER_NAME).is_file() and not resumes and is_main():
@@ -105,8 +103,7 @@ class CaptionFeatures:
             filling = FillingCache(
                 directory, encoder.encode, encoder.fingerprint, encoder.hidden_size, rank=rank()
             )
-        # The cache is no parent: it may grow on for another run.
-        return cls(filling, encoder.fingerprint, {"text_encoder": path})
+        return cls(filling, encoder.fingerprint)
 
     @property
     def in_workers(self) -> bool:
@@ -179,9 +176,9 @@ class TextInLoop:
     in_workers = False
 
     def __init__(self, section: TextInLoopSection, device: Any) -> None:
-        self.encoder, path = load_caption_encoder(section.text_encoder, device)
+        self.encoder = load_caption_encoder(section.text_encoder, device)
+        self.dim = self.encoder.hidden_size
         self._lora = section.lora
-        self.dim, self.parents = self.encoder.hidden_size, {"text_encoder": path}
 
     @property
     def fingerprints(self) -> dict[str, str]:

@@ -81,10 +81,6 @@ class HeldOut:
         self._retrieval = {name: read(s) for name, s in _named(recipe.evaluation)}
         self._zero_shot = {name: (s, read(s)) for name, s in _named(recipe.zero_shot)}
 
-    def __bool__(self) -> bool:
-        """Whether there is anything to measure."""
-        return bool(self._retrieval or self._zero_shot)
-
     def texts(self) -> list[str]:
         """All that will be encoded, each once."""
         found = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]

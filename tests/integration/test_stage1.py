@@ -23,7 +23,7 @@ from llm2clip_vlm.data.embedding_shards import CacheError
 from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
-from tests.tiny import WORDS
+from tests.tiny import WORDS, write_image
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "heart", "diamond", "ring"]
@@ -311,6 +311,13 @@ def test_stage2a_raw_llm_and_refusals(
     stage.main([str(recipe)])
     cache = EmbeddingCache.open(tmp_path / "cache")
     assert cache.fingerprint["pooling"] == "last"
+    write_image(tmp_path / "0.png", seed=0)
+    labelled = tmp_path / "labelled.jsonl"
+    for number, name in enumerate(("cat", "dog"), start=1):  # a class more: not finished
+        with labelled.open("a") as file:
+            file.write(json.dumps({"image": "0.png", "label": name}) + "\n")
+        stage.main([str(recipe), f"zero_shot=[{{path: {labelled}}}]"])
+        assert len(EmbeddingCache.open(tmp_path / "cache")) == len(cache) + number
     with pytest.raises(CacheError, match=r"fingerprint\.pooling is 'last', expected 'mean'"):
         stage.main([str(recipe), "text_encoder.pooling=mean"])
     with pytest.raises(HandoffError, match="stage: expected stage1_text_encoder"):
