@@ -26,8 +26,8 @@ LLAVA = (
 """LLaVA's names to those that `LlavaForConditionalGeneration` has in memory."""
 
 PROJECTOR = "mm_projector.bin"
-_DECODERS = {"llama": "llava_llama", "mistral": "llava_mistral"}
-"""A decoder's `model_type` to that of LLaVA's class around it."""
+_DECODERS = ("llama", "mistral")
+"""Decoders that LLaVA has a class around, `llava_llama` and `llava_mistral`."""
 _NOT_THE_DECODER = ("model.multi_modal_projector.", "model.vision_tower.")
 _SELECT = {"patch": "default", "cls_patch": "full"}
 
@@ -85,7 +85,7 @@ def convert_llava(
     own = {name: t for name, t in state.items() if ".multi_modal_projector." not in name}
     own |= {name: t for name, t in found.items() if name.startswith(_NOT_THE_DECODER)}
     unexpected += [name for name in found if name not in state]
-    left_out = r".*rotary_emb\.inv_freq"
+    left_out = r".*(rotary_emb\.inv_freq|\.position_ids)"
     report = load_translated(model, own, unexpected, left_out=left_out, where=path, partial=partial)
     report.matched = len(set(found) & set(state))
     return model, processor, report
@@ -104,16 +104,18 @@ def _decoder(
     folder: Path, config: Mapping[str, Any], weights: Mapping[str, Tensor], place: str
 ) -> str:
     """The language model alone, with its tokenizer, in a folder of its own."""
-    kinds = {theirs: kind for kind, theirs in _DECODERS.items()} | {"llava": "llama"}
-    kind = kinds.get(config.get("model_type", ""))
+    named = str(config.get("model_type"))
+    kind = "llama" if named == "llava" else named.removeprefix("llava_")
     aspect = str(config.get("image_aspect_ratio"))
-    if kind is None or aspect.startswith("anyres"):
+    if kind not in _DECODERS or aspect.startswith("anyres"):
         raise InteropError(
-            f"{folder}: model_type {config.get('model_type')!r}, image_aspect_ratio {aspect!r} in "
-            f"config.json; expected LLaVA-1.5: one of {', '.join(kinds)}, and no anyres"
+            f"{folder}: model_type {named!r}, image_aspect_ratio {aspect!r} in config.json; "
+            "expected LLaVA-1.5: llava_llama or llava_mistral, and no anyres"
         )
     known = AutoConfig.for_model(kind)
     plain = {name: value for name, value in config.items() if hasattr(known, name)}
+    if "rope_theta" in config:  # no attribute of its own since transformers 5
+        plain["rope_theta"] = config["rope_theta"]
     text_config = AutoConfig.for_model(**plain | {"model_type": kind})
     llm = load_complete(
         MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)],
@@ -155,19 +157,23 @@ def llava_config(model: Any, processor: Any, tower: str) -> dict[str, Any]:
     """
     config = model.config
     text = config.text_config.to_dict()
-    kind = _DECODERS.get(text["model_type"])
+    kind = text["model_type"]
     layer = config.vision_feature_layer
-    if kind is None or not isinstance(layer, int):
+    if kind not in _DECODERS or not isinstance(layer, int):
         raise InteropError(
-            f"LLaVA has no class for a {text['model_type']} decoder with vision_feature_layer "
+            f"LLaVA has no class for a {kind} decoder with vision_feature_layer "
             f"{layer}; expected one of {', '.join(_DECODERS)}, and one layer"
         )
-    name = {"llava_llama": "LlavaLlamaForCausalLM", "llava_mistral": "LlavaMistralForCausalLM"}
     select = {ours: theirs for theirs, ours in _SELECT.items()}
     pads = getattr(processor.image_processor, "do_pad", False)
+    # The transformers of LLaVA reads these two, not `rope_parameters`.
+    rope = dict(text["rope_parameters"])
+    text["rope_theta"] = rope.pop("rope_theta")
+    if (rope_type := rope.pop("rope_type")) != "default":
+        text["rope_scaling"] = {"type": rope_type} | rope
     return text | {
-        "model_type": kind,
-        "architectures": [name[kind]],
+        "model_type": f"llava_{kind}",
+        "architectures": [f"Llava{kind.capitalize()}ForCausalLM"],
         "use_mm_proj": True,
         "mm_projector_type": "mlp2x_gelu",
         "mm_hidden_size": config.vision_config.hidden_size,

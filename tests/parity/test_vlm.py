@@ -160,6 +160,7 @@ def test_a_tuned_tower_inside_a_llava_checkpoint_is_used(
     at = "model.vision_tower.vision_tower.vision_model."
     weights |= {at + name: tensor for name, tensor in tower.items()}
     weights |= {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    weights |= {at + "embeddings.position_ids": torch.arange(17)[None]}
     save_file(weights, folder / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
     config |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "model_type": "llava"}
@@ -168,7 +169,7 @@ def test_a_tuned_tower_inside_a_llava_checkpoint_is_used(
     with pytest.raises(InteropError, match=r"give --vision-tower.*openai/clip-vit-large"):
         convert(folder, tmp_path / "back")
     certificate = convert(folder, tmp_path / "back", vision_tower=str(tiny_clip))
-    assert certificate["keys"]["left_out"] == {"model.language_model": 1}
+    assert certificate["keys"]["left_out"] == {"model.language_model": 1, "model.vision_tower": 1}
     assert torch.equal(logits(tmp_path / "back"), logits(vlm))
 
 
@@ -216,3 +217,28 @@ def test_llava_takes_one_layer_and_its_own_decoders(
     folder = make(tiny_clip, tiny_llm, tmp_path / "vlm", vision_feature_layer=[-2, -1])
     with pytest.raises(InteropError, match="and one layer"):
         export(folder, "llava", tmp_path / "out")
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@torch.no_grad()
+def test_rotary_base_goes_both_ways_under_the_names_that_llava_reads(
+    scaled: bool, tiny_clip: Path, tmp_path: Path
+) -> None:
+    tokenizer = llm_tokenizer()
+    config = llama_config(len(tokenizer))
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500.0}
+    if scaled:
+        config.rope_parameters |= {"rope_type": "linear", "factor": 2.0}
+    for part in (LlamaForCausalLM(config), tokenizer):
+        part.save_pretrained(tmp_path / "llm")
+    folder = make(tiny_clip, tmp_path / "llm", tmp_path / "vlm")
+    export(folder, "llava", tmp_path / "llava")
+    file = tmp_path / "llava" / "config.json"
+    written = json.loads(file.read_text())
+    assert written["rope_theta"] == 500.0
+    assert written.get("rope_scaling") == ({"type": "linear", "factor": 2.0} if scaled else None)
+    del written["rope_parameters"]  # as LLaVA's transformers writes it
+    file.write_text(json.dumps(written))
+    (tmp_path / "llava" / "parity.json").unlink()
+    convert(tmp_path / "llava", tmp_path / "back")
+    assert torch.equal(logits(tmp_path / "back"), logits(folder))
