@@ -1,13 +1,11 @@
 """EVA02-CLIP's vision tower: a ViT with 2-D rotary positions, SwiGLU and sub-LayerNorm.
 
-Written from the published definition (EVA-02, 2303.11331; EVA-CLIP, 2303.15389); weights keep the
-published names, so that LLM2CLIP's and EVA-CLIP's checkpoints load after :func:`eva02_weights`.
+Written from the published definition (EVA-02, 2303.11331; EVA-CLIP, 2303.15389); weights have the
+names of LLM2CLIP's files; `llm2clip-vlm convert` reads the others.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -19,14 +17,6 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple
-
-_TIMM_NAMES = {
-    ".mlp.fc1_g.": ".mlp.w1.",
-    ".mlp.fc1_x.": ".mlp.w2.",
-    ".mlp.fc2.": ".mlp.w3.",
-    ".mlp.norm.": ".mlp.ffn_ln.",
-    ".attn.norm.": ".attn.inner_attn_ln.",
-}
 
 
 class Eva02VisionConfig(PreTrainedConfig):
@@ -162,14 +152,20 @@ class Eva02Block(GradientCheckpointingLayer):
 
 
 class Eva02Blocks(nn.ModuleList):
-    """The blocks; calling them gives the input and every block's output."""
+    """The blocks, one after the other."""
 
-    def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-        """Args: x: `[b, n, d]`; position_embeddings: cosine and sine. Returns: n + 1 states."""
-        states = [x]
+    def forward(
+        self, x: Tensor, position_embeddings: tuple[Tensor, Tensor], every: bool
+    ) -> tuple[Tensor, ...]:
+        """Args: x: `[b, n, d]`; position_embeddings: cosine and sine; every: keep all states.
+
+        Returns: The last state; with `every` also the input and the other blocks' before it.
+        """
+        states: tuple[Tensor, ...] = (x,)
         for block in self:
-            states.append(block(states[-1], position_embeddings))
-        return tuple(states)
+            x = block(x, position_embeddings)
+            states = (*states, x) if every else (x,)
+        return states
 
 
 class Eva02PatchEmbed(nn.Module):
@@ -251,47 +247,12 @@ class Eva02VisionModel(PreTrainedModel):
         x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
         x = x + self.pos_embed
         cos, sin = rope_tables(config, x.device)
-        states = self.blocks(x, position_embeddings=(cos.to(x.dtype), sin.to(x.dtype)))
-        last = self.norm(states[-1])
         wanted = output_hidden_states is not None and output_hidden_states is not False
+        rope = (cos.to(x.dtype), sin.to(x.dtype))
+        states = self.blocks(x, position_embeddings=rope, every=wanted)
+        last = self.norm(states[-1])
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=last[:, 0],
             hidden_states=states if wanted else None,
         )
-
-
-def eva02_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights under any published naming, under ours.
-
-    EVA-CLIP keeps q and v biases as `attn.q_bias`/`attn.v_bias` and may fuse `attn.qkv`; LLM2CLIP's
-    files have a `visual.` prefix and `q_proj.bias`; timm calls the norms and the MLP differently.
-    Rotary tables (computed here) and the projection `head` (no part of the tower) are left out, and
-    so is everything outside `visual.` where there is such a prefix.
-
-    Args:
-        weights: Names to tensors.
-
-    Returns:
-        What `Eva02VisionModel.load_state_dict` takes.
-    """
-    if any(name.startswith("visual.") for name in weights):
-        inside = {n: t for n, t in weights.items() if n.startswith("visual.")}
-        weights = {name.removeprefix("visual."): tensor for name, tensor in inside.items()}
-    found: dict[str, Tensor] = {}
-    for name, tensor in weights.items():
-        if "rope." in name or name.startswith("head."):
-            continue
-        for theirs, ours in _TIMM_NAMES.items():
-            name = name.replace(theirs, ours)  # noqa: PLW2901
-        if fused := re.fullmatch(r"(.*\.attn\.)qkv\.(weight|bias)", name):
-            q, k, v = tensor.chunk(3)
-            found[f"{fused[1]}q_proj.{fused[2]}"] = q
-            found[f"{fused[1]}v_proj.{fused[2]}"] = v
-            if fused[2] == "weight":
-                found[f"{fused[1]}k_proj.weight"] = k
-            elif k.any():
-                raise ValueError(f"{name}: the k part is not zero; EVA02-CLIP has no k bias")
-            continue
-        found[re.sub(r"\.attn\.([qv])_bias$", r".attn.\1_proj.bias", name)] = tensor
-    return found

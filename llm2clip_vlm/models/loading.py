@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.utils import logging as transformers_logging
 
@@ -43,7 +44,7 @@ def load_complete(
             model, found = model_class.from_pretrained(
                 source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
             )
-    except (OSError, RuntimeError, ValueError) as failure:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as failure:
         raise error(f"{path}: cannot be loaded as {model_class.__name__} ({failure})") from failure
     wrong = [*map(str, found["missing_keys"]), *map(str, found.get("mismatched_keys", ()))]
     wrong = sorted(name for name in wrong if not (optional and name.startswith(optional)))

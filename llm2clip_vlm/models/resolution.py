@@ -1,4 +1,4 @@
-"""Another resolution: tables of positions and image processors."""
+"""Image processors, and another resolution: tables of positions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor
+from transformers.utils import is_torchvision_available
 
 
 def resize_positions(table: Tensor, old_grid: int, new_grid: int) -> Tensor:
@@ -29,6 +31,15 @@ def resize_positions(table: Tensor, old_grid: int, new_grid: int) -> Tensor:
     resized = F.interpolate(grid, size=size, mode="bicubic", antialias=smaller)
     both = torch.cat([rows[:prefix], resized[0].flatten(1).T.to(table.dtype)])
     return both.reshape(*table.shape[:-2], len(both), -1)
+
+
+def image_processor_class(name: str) -> Any:
+    """A transformers image processor, on torchvision where that is installed and PIL elsewhere.
+
+    Args:
+        name: Its name without `Pil`.
+    """
+    return getattr(transformers, name if is_torchvision_available() else f"{name}Pil")
 
 
 def processed_size_px(image_processor: Any) -> int | None:

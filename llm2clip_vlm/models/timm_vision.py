@@ -6,17 +6,21 @@ LLaVA can stand on it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-import transformers
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, TimmWrapperModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple, is_torchvision_available
+from transformers.utils import can_return_tuple
 
-_RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.resolution import image_processor_class
+
+RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
+"""timm's names of PIL's numbers."""
 
 
 class TimmVisionConfig(PreTrainedConfig):
@@ -127,9 +131,9 @@ def from_timm_checkpoint(path: str, dtype: Any) -> TimmVisionModel:
         The tower.
 
     Raises:
-        ValueError: The model is no ViT.
+        ValueError: The model is no ViT, or weights are missing.
     """
-    wrapper: Any = TimmWrapperModel.from_pretrained(path, dtype=dtype)
+    wrapper: Any = load_complete(TimmWrapperModel, path, dtype=dtype)
     inner = wrapper.timm_model
     if not (hasattr(inner, "blocks") and hasattr(inner, "patch_embed")):
         raise ValueError(
@@ -150,23 +154,21 @@ def from_timm_checkpoint(path: str, dtype: Any) -> TimmVisionModel:
     return model
 
 
-def timm_image_processor(config: Any) -> Any:
+def timm_image_processor(given: Mapping[str, Any]) -> Any:
     """The evaluation preprocessing of timm as a transformers image processor.
 
     Args:
-        config: The checkpoint's config; its `pretrained_cfg` is read.
+        given: What timm calls `pretrained_cfg`.
     """
-    given = config.pretrained_cfg
     side = given["input_size"][-1]
     squash = given.get("crop_mode") == "squash"
     shortest = round(side / (given.get("crop_pct") or 0.875))
     square = {"height": side, "width": side}
-    backend = "CLIPImageProcessor" if is_torchvision_available() else "CLIPImageProcessorPil"
-    return getattr(transformers, backend)(
+    return image_processor_class("CLIPImageProcessor")(
         size=square if squash else {"shortest_edge": shortest},
         crop_size=square,
         do_center_crop=not squash,
-        resample=_RESAMPLE[given.get("interpolation", "bicubic")],
+        resample=RESAMPLE[given.get("interpolation", "bicubic")],
         image_mean=list(given["mean"]),
         image_std=list(given["std"]),
     )

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoImageProcessor,
@@ -29,12 +27,12 @@ from transformers import (
     SiglipVisionConfig,
     SiglipVisionModel,
 )
-from transformers.utils import cached_file, is_torchvision_available
 
-from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel, eva02_weights
+from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config
 from llm2clip_vlm.models.resolution import (
+    image_processor_class,
     processed_size_px,
     resize_positions,
     resize_processor,
@@ -85,57 +83,27 @@ class VisionTower:
         return self.image_size_px // self.patch_size_px
 
 
-_SIGLIP_SIZES = (
-    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_channels", "patch_size", "hidden_act", "layer_norm_eps", "attention_dropout"),
-    "vision_use_head",
-)
-
-
-def _complete(
-    model_class: Any,
-    path: str,
-    dtype: Any,
-    *,
-    config: Any = None,
-    state_dict: dict[str, Tensor] | None = None,
-) -> PreTrainedModel:
-    """The weights at `path`, or with `state_dict` those given; all of them, or an error."""
-    given = {} if state_dict is None else {"config": config, "state_dict": state_dict}
-    model: PreTrainedModel = load_complete(
-        model_class, path, error=TowerError, dtype=dtype, **given
-    )
-    return model
+def _complete(model_class: Any, path: str, dtype: Any, **given: Any) -> Any:
+    """The weights at `path`, or in `given` the `state_dict` of a `config`; all, or an error."""
+    return load_complete(model_class, path, error=TowerError, dtype=dtype, **given)
 
 
 def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
     """SigLIP2's NaFlex tower, which at its own square grid computes what a SigLIP does."""
-    naflex: Any = _complete(Siglip2VisionModel, path, dtype)
+    naflex = _complete(Siglip2VisionModel, path, dtype)
     given, size = naflex.config, naflex.config.patch_size
     weights = naflex.state_dict()
     name = "embeddings.patch_embedding.weight"
     patches = weights[name].unflatten(1, (size, size, given.num_channels))
     weights[name] = patches.permute(0, 3, 1, 2).contiguous()
-    values = {k: v for k, v in given.to_dict().items() if k in _SIGLIP_SIZES}
+    shared = SiglipVisionConfig.__annotations__
+    values = {name: value for name, value in given.to_dict().items() if name in shared}
     config = SiglipVisionConfig(**values, image_size=math.isqrt(given.num_patches) * size)
     return _complete(SiglipVisionModel, path, naflex.dtype, config=config, state_dict=weights)
 
 
-def _eva02(path: str, dtype: Any) -> PreTrainedModel:
-    """EVA02-CLIP, under any published naming of its weights."""
-    config = Eva02VisionConfig.from_pretrained(path)
-    try:
-        weights = eva02_weights(load_file(str(cached_file(path, "model.safetensors"))))
-    except OSError as error:
-        raise TowerError(f"{path}: no model.safetensors ({error})") from error
-    if dtype == "auto":
-        dtype = weights["norm.weight"].dtype if "norm.weight" in weights else torch.float32
-    return _complete(Eva02VisionModel, path, dtype, config=config, state_dict=weights)
-
-
 def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
-    model: Any = _complete(LLM2CLIPModel, path, dtype)
-    tower: PreTrainedModel = model.vision_tower
+    tower: PreTrainedModel = _complete(LLM2CLIPModel, path, dtype).vision_tower
     return tower
 
 
@@ -149,7 +117,7 @@ LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
     "dinov2": partial(_complete, AutoModel),
     "dinov2_with_registers": partial(_complete, AutoModel),
     "dinov3_vit": partial(_complete, AutoModel),
-    Eva02VisionConfig.model_type: _eva02,
+    Eva02VisionConfig.model_type: partial(_complete, Eva02VisionModel),
     "timm_wrapper": from_timm_checkpoint,
     TimmVisionConfig.model_type: partial(_complete, AutoModel),
     "llm2clip": _llm2clip,
@@ -298,7 +266,7 @@ def _side(value: Any) -> int:
 def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
     """The checkpoint's image processor; where it makes no square pictures, one that does."""
     if config.model_type == "timm_wrapper":
-        return timm_image_processor(config)
+        return timm_image_processor(config.pretrained_cfg)
     try:
         processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
@@ -307,10 +275,7 @@ def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
             "checkpoint that the tower comes from into it."
         ) from error
     if hasattr(processor, "max_num_patches"):
-        backend = (
-            "SiglipImageProcessor" if is_torchvision_available() else "SiglipImageProcessorPil"
-        )
         side = {"height": tower_config.image_size, "width": tower_config.image_size}
         kept = {k: getattr(processor, k) for k in ("resample", "image_mean", "image_std")}
-        return getattr(transformers, backend)(size=side, **kept)
+        return image_processor_class("SiglipImageProcessor")(size=side, **kept)
     return processor
