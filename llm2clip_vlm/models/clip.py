@@ -48,8 +48,8 @@ def load_clip(
             "image processor"
         )
     folder = str(tokenizer if tokenizer is not None else clip)
-    text_tokenizer = AutoTokenizer.from_pretrained(folder)
-    image_processor = AutoImageProcessor.from_pretrained(folder)
+    text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     if isinstance(clip, Mapping):
         model = CLIPModel(_config_for(clip, text_tokenizer))
     else:
@@ -112,9 +112,8 @@ def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
     config = _text_config(model)
     ids = tokenizer(["a", "a a a"], padding=True, truncation=True)["input_ids"][0]
     end = tokenizer.eos_token_id
-    found = ids.index(max(ids)) if config.eos_token_id == 2 else _index(ids, config.eos_token_id)
-    expected = _index(ids, end)
-    if end is None or expected is None or found != expected:
+    pooled = max(ids) if config.eos_token_id == 2 else config.eos_token_id
+    if pooled != end or end not in ids:
         raise ValueError(
             f"the text tower pools at eos_token_id {config.eos_token_id} (2 means the highest id), "
             f"but the tokenizer's end token is {end} and 'a' becomes {ids}; set "
@@ -129,10 +128,6 @@ def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
 
 def _text_config(model: CLIPModel) -> Any:
     return model.config.text_config
-
-
-def _index(ids: list[int], wanted: int | None) -> int | None:
-    return ids.index(wanted) if wanted in ids else None
 
 
 class ClipTokens:

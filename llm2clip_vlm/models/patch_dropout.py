@@ -20,18 +20,16 @@ class PatchDropout:
 
     Args:
         tower: A vision tower (transformers' layout, EVA02 or timm).
-        rate: Share of the patches that is dropped.
+        rate: Share of the patches that is dropped, at least 0 and below 1.
         num_prefix_tokens: Tokens before the patches, never dropped.
 
     Raises:
-        ValueError: The rate is not in [0, 1), or the tower has no encoder of its own.
+        ValueError: The tower has no encoder of its own.
 
     Paper: FLIP (2212.00794).
     """
 
     def __init__(self, tower: nn.Module, rate: float, num_prefix_tokens: int) -> None:
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"rate: expected at least 0 and below 1, got {rate}")
         self.tower, self.rate, self.num_prefix_tokens = tower, rate, num_prefix_tokens
         self._timm: Any = None
         inner: Any = getattr(tower, "timm_model", None)
@@ -74,13 +72,9 @@ class PatchDropout:
         name = self._parameters[0]  # `inputs_embeds`, `hidden_states` or `x`
         tokens = given[name]
         kept = keep_patches(tokens, self.rate, self.num_prefix_tokens)
-        given[name] = torch.cat(
-            [
-                tokens[:, : self.num_prefix_tokens],
-                gather_rows(tokens, kept + self.num_prefix_tokens),
-            ],
-            dim=1,
-        )
+        prefix, patches = tokens.tensor_split([self.num_prefix_tokens], dim=1)
+        patches = torch.take_along_dim(patches, kept[..., None], dim=1)
+        given[name] = torch.cat([prefix, patches], dim=1)
         rope = given.get("position_embeddings")
         if rope is not None:  # one table for all images becomes one for each, over the heads
             given["position_embeddings"] = tuple(table[kept][:, None] for table in rope)
@@ -104,8 +98,3 @@ def keep_patches(
     number = max(1, round(total * (1 - rate)))
     order = torch.rand(images, total, device=tokens.device).argsort(dim=1)
     return order[:, :number].sort(dim=1).values
-
-
-def gather_rows(tokens: Float[Tensor, "b n d"], rows: Int[Tensor, "b k"]) -> Float[Tensor, "b k d"]:
-    """Args: tokens: `[b, n, d]`; rows: which of each image. Returns: `[b, k, d]`."""
-    return tokens.gather(1, rows[..., None].expand(-1, -1, tokens.shape[-1]))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip_vlm.models.patch_dropout import PatchDropout, gather_rows, keep_patches
+from llm2clip_vlm.models.patch_dropout import PatchDropout, keep_patches
 from llm2clip_vlm.models.towers import load_vision_tower
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
@@ -21,7 +21,6 @@ def test_kept_patches_are_ordered_and_differ_by_image() -> None:
     assert kept.min() >= 0
     assert kept.max() <= 15
     assert len({tuple(row) for row in kept.tolist()}) > 1
-    assert gather_rows(tokens, kept + 1)[2, 3, 0] == 2 * 17 + 1 + kept[2, 3]
     assert keep_patches(tokens, 0.99, 1).shape == (4, 1)
 
 
@@ -62,10 +61,7 @@ def test_positions_stay_with_their_patches(kind: str, tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
 
 
-def test_a_rate_of_one_and_a_tower_without_encoder_are_refused(tiny_clip: Path) -> None:
-    tower = load_vision_tower(tiny_clip).model
-    with pytest.raises(ValueError, match="below 1, got 1"):
-        PatchDropout(tower, 1.0, 1)
+def test_a_tower_without_encoder_is_refused() -> None:
     plain = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     flat = torch.nn.Module()
     flat.blocks = plain
