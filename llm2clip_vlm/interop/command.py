@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from typing import Any
-
-import yaml
 
 FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
 """As `interop.export.FORMATS`, which takes seconds to import."""
@@ -30,6 +29,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         made.add_argument(
             "--set",
             metavar="KEY=VALUE",
+            type=setting,
             action="append",
             default=[],
             help="a field of the tower's config that the file does not say",
@@ -62,7 +62,7 @@ def main(command: str, words: Sequence[str]) -> int:
             arguments.out,
             vision_tower=arguments.vision_tower,
             language_model=arguments.language_model,
-            settings=_settings(arguments.set),
+            settings=dict(arguments.set),
             partial=arguments.partial,
             sha256=arguments.sha256,
             trust_remote_code=arguments.trust_remote_code,
@@ -74,9 +74,10 @@ def main(command: str, words: Sequence[str]) -> int:
     return 0
 
 
-def _settings(pairs: Sequence[str]) -> dict[str, Any]:
-    found = {}
-    for pair in pairs:
-        key, _, value = pair.partition("=")
-        found[key] = yaml.safe_load(value)
-    return found
+def setting(text: str) -> tuple[str, Any]:
+    """`KEY=VALUE`, the value a JSON number or a word."""
+    key, value = text.split("=", 1)
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, SiglipVisionConfig
 
 from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.interop import certificate, libraries, official
@@ -20,6 +20,7 @@ from llm2clip_vlm.interop.export import save_encoder
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.llava import convert_llava
+from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -44,7 +45,7 @@ def convert(
 
     What it is is read off its weights' names and its config, never off its path. A file with an
     adaptor becomes an `LLM2CLIPModel` with the plain tower in `vision_tower/`, a tower a tower,
-    LLaVA a `LlavaForConditionalGeneration`, a Llama without head a text encoder.
+    LLaVA a model of transformers, a Llama without head a text encoder.
 
     Args:
         path: File or folder.
@@ -121,8 +122,7 @@ def _text_encoder(source: Path, folder: Path) -> Evidence:
 def _vlm(folder: Path, model: Any, processor: Any, report: KeyReport) -> Evidence:
     save_vlm(model, processor, folder)
     expected = logits_of(model)
-    del model
-    opened = "LlavaForConditionalGeneration of transformers"
+    opened = f"{type(model).__name__} of transformers"
     more = {"format": "llava", "keys": report.to_dict()}
     return Evidence(opened, expected, logits_of(load_vlm(folder)[0]), more)
 
@@ -138,12 +138,15 @@ def _encoder(
 ) -> Evidence:
     """A tower, with an adaptor beside it or not."""
     register()
+    beside = source if source.is_dir() else source.parent
     weights = official.canonical(weights)
     name, layout = recognise(set(weights), str(source))
     prefix = official.adaptor_prefix(weights)
+    if trust_remote_code and prefix is None:
+        raise InteropError(f"{source}: --trust-remote-code compares an adaptor, which is not here")
     table, sizes = layout.table, {}
     if prefix is not None:
-        sizes = official.adaptor_sizes(weights, prefix)
+        sizes = official.adaptor_sizes(weights, prefix, str(source))
         table = (*official.adaptor_table(prefix, sizes["adaptor_num_blocks"]), *table)
     found, unexpected = translate(weights, table)
     quick = {"hidden_act": "quick_gelu"} if name == "openai_clip" and prefix is not None else {}
@@ -153,7 +156,9 @@ def _encoder(
         holder: Any = nn.Module()
         holder.vision_tower = model = AutoModel.from_config(vision_config)
     else:
-        found.setdefault("visual_projection.weight", torch.eye(sizes["projection_dim"]))
+        if layout.config is SiglipVisionConfig:  # trained without a projection
+            identity = torch.eye(sizes["projection_dim"]).to(found["vision_tower.head.probe"])
+            found.setdefault("visual_projection.weight", identity)
         holder = model = LLM2CLIPModel(
             LLM2CLIPConfig(
                 vision_config=vision_config.to_dict(),
@@ -175,10 +180,10 @@ def _encoder(
     if reference := libraries.library_features("open_clip", visual, vision_config, pixels):
         opened, expected["image_features"] = reference
     if trust_remote_code:
-        opened, expected["image_embeds"] = _remote_embeds(source, pixels)
-    dtypes = {tensor.dtype for tensor in found.values()}
+        opened, expected["image_embeds"] = _remote_embeds(beside, config, pixels)
+    dtypes = {found[name].dtype for name in holder.state_dict().keys() & found.keys()}
     model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    processor = image_processor(vision_config, source if source.is_dir() else source.parent)
+    processor = image_processor(vision_config, beside, config)
     again = save_encoder(model, processor, folder)
     more = {"format": name, "keys": report.to_dict()}
     return Evidence(opened, expected, features_of(again, pixels), more)
@@ -187,34 +192,36 @@ def _encoder(
 def _from_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """What transformers', open_clip's or timm's config says of a tower beyond its shapes."""
     if "model_cfg" in config:
-        found = {"hidden_act": "quick_gelu" if config["model_cfg"].get("quick_gelu") else "gelu"}
         vision = config["model_cfg"]["vision_cfg"]
-        if "head_width" in vision:
-            found["num_attention_heads"] = vision["width"] // vision["head_width"]
-        return found
-    if "architecture" in config:
+        name, act = vision.get("timm_model_name", ""), None
+        quick = config["model_cfg"].get("quick_gelu", False)
+        heads = vision["width"] // vision.get("head_width", 64) if "width" in vision else None
+    elif "architecture" in config:
         given = config.get("model_args") or {}
-        quick = "quickgelu" in config["architecture"]
-        found = {"hidden_act": "quick_gelu" if quick else "gelu"}
-        if given.get("act_layer") == "gelu_tanh":
-            found["hidden_act"] = "gelu_pytorch_tanh"
-        if "num_heads" in given:
-            found["num_attention_heads"] = given["num_heads"]
-        return found
-    vision = config.get("vision_config", config)
-    kind = str(vision.get("model_type", config.get("model_type", "")))
-    defaults = {"hidden_act": "quick_gelu"} if kind.startswith("clip") else {}
-    return defaults | {field: vision[field] for field in FIELDS if field in vision}
+        name, act, heads = config["architecture"], given.get("act_layer"), given.get("num_heads")
+        quick = "quickgelu" in name
+    else:
+        vision = config.get("vision_config", config)
+        kind = str(vision.get("model_type", config.get("model_type", "")))
+        defaults = {"hidden_act": "quick_gelu"} if kind.startswith("clip") else {}
+        return defaults | {field: vision[field] for field in FIELDS if field in vision}
+    tanh = act == "gelu_tanh" or (act is None and TANH_GELU.match(name))
+    found = {"hidden_act": "quick_gelu" if quick else "gelu_pytorch_tanh" if tanh else "gelu"}
+    return found | ({"num_attention_heads": heads} if heads else {})
 
 
 @torch.no_grad()
-def _remote_embeds(source: Path, pixels: Tensor) -> tuple[str, Tensor]:
+def _remote_embeds(folder: Path, config: Mapping[str, Any], pixels: Tensor) -> tuple[str, Tensor]:
     """What the Python files beside the weights compute, for `--trust-remote-code` alone."""
-    files = sorted(source.glob("*.py"))
+    named = map(str, config.get("auto_map", {}).values())
+    if elsewhere := [name for name in named if "--" in name]:
+        raise InteropError(
+            f"{folder}: auto_map names code of another repository, {elsewhere[0]!r}, which could "
+            "not be shown before it runs; put its files into the folder and name them there"
+        )
+    files = sorted(folder.glob("*.py"))
     for file in files:
         print(f"runs remote code: {file} (sha256 {fingerprint_file(file)})", flush=True)
-    model = AutoModel.from_pretrained(source, trust_remote_code=True, dtype=torch.float32).eval()
-    embeds = model.get_image_features(pixels)
-    return f"{', '.join(file.name for file in files)} beside the weights", F.normalize(
-        embeds, dim=-1
-    )
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
+    opened = f"{', '.join(file.name for file in files)} beside the weights"
+    return opened, F.normalize(model.get_image_features(pixels), dim=-1)

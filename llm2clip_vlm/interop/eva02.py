@@ -27,10 +27,7 @@ EVA02_TIMM = (
 EVA02 = (
     row(_THEIRS + "attn.q_bias", _OURS + "attn.q_proj.bias"),
     row(_THEIRS + "attn.v_bias", _OURS + "attn.v_proj.bias"),
-    row(
-        _THEIRS + "attn.qkv.weight",
-        " ".join(_OURS + f"attn.{part}_proj.weight" for part in "qkv"),
-    ),
+    row(_THEIRS + "attn.qkv.weight", _OURS + "attn.{qkv}_proj.weight"),
     *EVA02_TIMM,
 )
 """Any of them in; what stands in both namings is the same weight."""

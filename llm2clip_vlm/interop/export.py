@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel
@@ -17,10 +18,12 @@ from transformers import AutoModel
 from llm2clip_vlm.interop import certificate, libraries, llava
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.interop.weights import read_weights, verify_hashes
+from llm2clip_vlm.interop.timm_vit import TANH_GELU
+from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.text_encoder_settings import SETTINGS_NAME
+from llm2clip_vlm.models.timm_vision import RESAMPLE
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.training.embedder_export import export_sentence_transformers
@@ -54,7 +57,7 @@ def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
     places = [path, path / "model", path / "text_encoder"]
     source = next((place for place in places if (place / "config.json").is_file()), None)
     if source is None:
-        raise InteropError(f"{path}: no config.json there or in model/; expected a checkpoint")
+        raise InteropError(f"{path}: no config.json there, in model/ or in text_encoder/")
     verify_hashes(source)
     kind, model, processor = _load(source)
     if kind not in kinds:
@@ -134,7 +137,9 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
         )
     evidence = _llava_hf(source, model, processor, folder)
-    if foreign := [name for name in read_weights(folder) if not name.startswith(_SERVED_NAMES)]:
+    files = [safe_open(file, "pt") for file in weight_files(folder)]
+    names = [name for file in files for name in file.keys()]  # noqa: SIM118
+    if foreign := [name for name in names if not name.startswith(_SERVED_NAMES)]:
         raise InteropError(f"{foreign[0]} is no name that vLLM maps: expected {_SERVED_NAMES}")
     return evidence
 
@@ -167,14 +172,16 @@ def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Eviden
     """`model.visual` of open_clip: weights that load strictly, and its config."""
     tower, head = vision_tower_of(model), getattr(model, "visual_projection", None)
     weights = libraries.open_clip_weights(tower, head)
+    shown, squash = _shown(processor)
     config = {
         "model_cfg": libraries.open_clip_config(tower, head),
-        "preprocess_cfg": _pixels(processor),
+        "preprocess_cfg": shown | {"resize_mode": "squash" if squash else "shortest"},
     }
     named = {f"visual.{name}": tensor for name, tensor in weights.items()}
     _write(folder, "open_clip_config.json", config, named, "open_clip_model.safetensors")
     more = {}
-    if getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh":
+    tanh = getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh"
+    if tanh and not TANH_GELU.match(libraries.timm_arguments(tower.config)[0]):
         more = {"lost": "open_clip builds this tower with exact GELU; it was trained with tanh's"}
     return _checked("open_clip", model, weights, folder, more)
 
@@ -185,21 +192,30 @@ def _timm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     weights = libraries.timm_weights(tower)
     architecture, values = libraries.timm_arguments(tower.config)
     side = tower.config.image_size
-    shown = {"input_size": [3, side, side], "num_classes": 0, "crop_pct": 1.0}
+    shown, squash = _shown(processor)
+    shown |= {
+        "input_size": [3, side, side],
+        "num_classes": 0,
+        "crop_mode": "squash" if squash else "center",
+        "crop_pct": side / (processor.size.get("shortest_edge") or side),
+    }
     config = {
         "architecture": architecture,
         "num_classes": 0,
         "num_features": tower.config.hidden_size,
         "model_args": values,
-        "pretrained_cfg": shown | {"crop_mode": "center"} | _pixels(processor),
+        "pretrained_cfg": shown,
     }
     _write(folder, "config.json", config, weights)
     return _checked("timm", tower, weights, folder)
 
 
-def _pixels(processor: Any) -> dict[str, Any]:
+def _shown(processor: Any) -> tuple[dict[str, Any], bool]:
+    """How images are made ready, in both libraries' words, and whether they are squashed."""
+    names = {number: name for name, number in RESAMPLE.items()}
     mean, std = list(processor.image_mean), list(processor.image_std)
-    return {"mean": mean, "std": std, "interpolation": "bicubic"}
+    shown = {"mean": mean, "std": std, "interpolation": names[int(processor.resample)]}
+    return shown, not getattr(processor, "do_center_crop", False)
 
 
 def _write(

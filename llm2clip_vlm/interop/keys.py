@@ -50,8 +50,9 @@ class Row:
 
 
 def row(theirs: str, ours: str, change: Change = "same", parts: tuple[int, ...] = ()) -> Row:
-    """A row from blank-separated names."""
-    return Row(tuple(theirs.split()), tuple(ours.split()), change, parts)
+    """A row from names: theirs blank-separated, and `{qkv}` in ours stands for three."""
+    three = tuple(ours.replace("{qkv}", part) for part in "qkv")
+    return Row(tuple(theirs.split()), three if "{qkv}" in ours else (ours,), change, parts)
 
 
 @dataclass
@@ -138,12 +139,15 @@ def load_translated(
         InteropError: Weights are missing, unexpected or of another shape.
     """
     expected = model.state_dict()
+    shapes = {
+        name: (list(weights[name].shape), list(tensor.shape))
+        for name, tensor in expected.items()
+        if name in weights
+    }
+    fits = {name: weights[name] for name, (got, want) in shapes.items() if got == want}
     missing = [name for name in expected if name not in weights]
-    for name in weights.keys() & expected.keys():
-        got, want = list(weights[name].shape), list(expected[name].shape)
+    for name, (got, want) in shapes.items():
         missing += [f"{name} (got {got}, expected {want})"] if got != want else []
-    fits = {name: t for name, t in weights.items() if name in expected}
-    fits = {name: t for name, t in fits.items() if t.shape == expected[name].shape}
     foreign = sorted({*unexpected, *weights} - set(expected))
     left = [name for name in foreign if re.fullmatch(left_out, name)]
     foreign = [name for name in foreign if name not in left]

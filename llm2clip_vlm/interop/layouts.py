@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import transformers
 from torch import Tensor
 from transformers import AutoImageProcessor, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
-from transformers.utils import is_torchvision_available
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llm2clip_vlm.interop.eva02 import EVA02
 from llm2clip_vlm.interop.keys import InteropError, Row, row
 from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
 from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig
+from llm2clip_vlm.models.resolution import image_processor_class
+from llm2clip_vlm.models.timm_vision import timm_image_processor
 
 _HF = (row("visual.head.{p}", "visual_projection.{p}"), row("visual.{any}", "vision_tower.{any}"))
 
@@ -55,14 +56,17 @@ LAYOUTS = {
 }
 """By name; the first that has all its marks is taken."""
 
+_HF_SIZES = (
+    "embeddings.patch_embedding.weight",
+    "embeddings.position_embedding.weight",
+    "encoder.layers.0.mlp.fc1.weight",
+)
 _SIZES = {
-    "eva02_clip_vision_model": ("patch_embed.proj.weight", "pos_embed", "mlp.w1.weight"),
-    "clip_vision_model": (
-        *("embeddings.patch_embedding.weight", "embeddings.position_embedding.weight"),
-        "mlp.fc1.weight",
-    ),
+    "eva02_clip_vision_model": ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.w1.weight"),
+    "clip_vision_model": _HF_SIZES,
+    "siglip_vision_model": _HF_SIZES,
 }
-_SIZES["siglip_vision_model"] = _SIZES["clip_vision_model"]
+"""Patches, positions and the MLP, in whose shapes the sizes are read."""
 
 
 def recognise(names: set[str], where: str) -> tuple[str, Layout]:
@@ -97,22 +101,24 @@ def tower_config(
         where: For messages.
 
     Raises:
-        InteropError: A given field does not exist, or the activation is known to nobody.
+        InteropError: A weight is missing, a given field does not exist, or the activation is known
+            to nobody.
     """
     kind = layout.config.model_type
     patch, positions, hidden = _SIZES[kind]
     start = "vision_tower."
     tower = {name[len(start) :]: t for name, t in weights.items() if name.startswith(start)}
+    if lacking := [name for name in _SIZES[kind] if name not in tower]:
+        raise InteropError(f"{where}: {lacking[0]} is missing; is the file complete?")
     width, channels, side, _ = tower[patch].shape
-    inner = next(tensor for name, tensor in tower.items() if name.endswith(hidden))
     numbers = (re.search(r"(?:layers|blocks)\.(\d+)\.", name) for name in tower)
     grid = math.isqrt(tower[positions].shape[-2])
     values: dict[str, Any] = {
         "hidden_size": width,
-        "intermediate_size": len(inner),
+        "intermediate_size": len(tower[hidden]),
         "num_hidden_layers": 1 + max(int(number[1]) for number in numbers if number),
-        # Published heads are 64 wide, but for So400m's 16 of 72.
-        "num_attention_heads": 16 if width == 1152 else max(width // 64, 1),
+        # Published heads are 64 wide up to 16 of them, then wider (So400m 72, ViT-H 80, bigG 104).
+        "num_attention_heads": max(min(width // 64, 16), 1),
         "image_size": grid * side,
         "patch_size": side,
         "num_channels": channels,
@@ -131,18 +137,21 @@ def tower_config(
     return layout.config(**values)
 
 
-def image_processor(config: Any, folder: Path) -> Any:
+def image_processor(config: Any, folder: Path, beside: Mapping[str, Any]) -> Any:
     """The image processor beside the weights, or the one that towers of this kind have.
 
     Args:
         config: Of the tower.
         folder: Where the weights lie.
+        beside: What open_clip's or timm's config there says.
     """
     if (folder / "preprocessor_config.json").is_file():
         return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
-    backend = "" if is_torchvision_available() else "Pil"
-    square = {"height": config.image_size, "width": config.image_size}
-    if config.model_type == "siglip_vision_model":
-        return getattr(transformers, f"SiglipImageProcessor{backend}")(size=square, resample=3)
-    edge = {"shortest_edge": config.image_size}
-    return getattr(transformers, f"CLIPImageProcessor{backend}")(size=edge, crop_size=square)
+    side = config.image_size
+    given = beside.get("preprocess_cfg") or beside.get("pretrained_cfg") or {}
+    if not given and config.model_type == "siglip_vision_model":
+        square = {"height": side, "width": side}
+        return image_processor_class("SiglipImageProcessor")(size=square, resample=3)
+    ours = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD, "crop_pct": 1.0}
+    ours["crop_mode"] = given.get("resize_mode")  # what open_clip calls it
+    return timm_image_processor(ours | given | {"input_size": [3, side, side]})

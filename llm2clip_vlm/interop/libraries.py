@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,6 +27,15 @@ _TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {
 
 _SIZES = {768: "base", 1024: "large", 1152: "so400m"}
 """What timm calls a width."""
+
+_PUBLISHED = re.compile(
+    r"vit_base_patch(16|32)_clip_224|vit_large_patch14_clip_(224|336)"
+    r"|vit_base_patch16_siglip_(224|256|384|512)|vit_base_patch32_siglip_256"
+    r"|vit_large_patch16_siglip_(256|384|512)"
+    r"|vit_so400m_patch(14_siglip_(224|378|384)|16_siglip_(256|384|512))"
+    r"|eva02_base_patch16_clip_224|eva02_large_patch14_clip_(224|336)"
+)
+"""The sizes that have a name of their own in timm."""
 
 
 def timm_table(config: Any) -> tuple[Row, ...]:
@@ -53,20 +63,21 @@ def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
     """
     _, form, default = _TIMM[config.model_type]
     width, patch, side = config.hidden_size, config.patch_size, config.image_size
-    name = form.format(_SIZES[width], patch, side) if width in _SIZES else default
+    name = form.format(_SIZES.get(width), patch, side)
+    name = name if _PUBLISHED.fullmatch(name) else default
     values = {
         "img_size": side,
         "patch_size": patch,
         "embed_dim": width,
         "depth": config.num_hidden_layers,
         "num_heads": config.num_attention_heads,
-        "mlp_ratio": (config.intermediate_size + 0.5) / width,  # timm rounds down
+        "mlp_ratio": _mlp_ratio(config),
     }
     activation = getattr(config, "hidden_act", None)
     if activation == "quick_gelu":
         name = name.replace("_clip_", "_clip_quickgelu_")
-    elif activation == "gelu_pytorch_tanh":
-        values["act_layer"] = "gelu_tanh"
+    elif activation is not None:  # whatever the name stands for
+        values["act_layer"] = "gelu_tanh" if activation == "gelu_pytorch_tanh" else "gelu"
     if config.model_type == "eva02_clip_vision_model":
         values["ref_feat_shape"] = [config.rope_grid, config.rope_grid]
     return name, values
@@ -91,7 +102,8 @@ def open_clip_weights(tower: nn.Module, head: nn.Linear | None) -> dict[str, Ten
     """
     config: Any = tower.config
     if config.model_type == "clip_vision_model":
-        return _back(tower, head or _identity(config.hidden_size), OPENAI_CLIP)
+        found = _back(tower, head, OPENAI_CLIP)
+        return {"proj": torch.eye(config.hidden_size).to(found["conv1.weight"])} | found
     weights = _back(tower, _projecting(head), timm_table(config))
     found = {f"trunk.{name}": weight for name, weight in weights.items()}
     if (weight := found.get("trunk.head.weight")) is None:
@@ -117,7 +129,7 @@ def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]
             "width": config.hidden_size,
             "head_width": config.hidden_size // config.num_attention_heads,
             "patch_size": config.patch_size,
-            "mlp_ratio": config.intermediate_size / config.hidden_size,
+            "mlp_ratio": _mlp_ratio(config),
         }
     else:
         siglip = config.model_type == "siglip_vision_model"
@@ -169,7 +181,7 @@ def library_features(
             width=config.hidden_size,
             layers=config.num_hidden_layers,
             heads=config.num_attention_heads,
-            mlp_ratio=config.intermediate_size / config.hidden_size,
+            mlp_ratio=_mlp_ratio(config),
             output_dim=weights["proj"].shape[1],
             act_layer=open_clip.transformer.QuickGELU if quick else nn.GELU,
         )
@@ -188,6 +200,10 @@ def library_features(
     )
 
 
+def _mlp_ratio(config: Any) -> float:
+    return float((config.intermediate_size + 0.5) / config.hidden_size)  # both round down
+
+
 def _back(tower: nn.Module, head: nn.Linear | None, table: tuple[Row, ...]) -> dict[str, Tensor]:
     ours = {f"vision_tower.{name}": tensor.detach() for name, tensor in tower.state_dict().items()}
     if head is not None:
@@ -195,12 +211,6 @@ def _back(tower: nn.Module, head: nn.Linear | None, table: tuple[Row, ...]) -> d
     found, unknown = translate(ours, table, back=True)
     assert not unknown, f"the table has no {unknown[0]}"
     return {name.removeprefix("visual."): t.contiguous() for name, t in found.items()}
-
-
-def _identity(width: int) -> nn.Linear:
-    head = nn.Linear(width, width, bias=False)
-    nn.init.eye_(head.weight)
-    return head
 
 
 def _projecting(head: nn.Linear | None) -> nn.Linear | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_vlm.interop.keys import Row, row
+from llm2clip_vlm.interop.keys import InteropError, Row, row
 
 _FIRST_BLOCK = re.compile(r"((?:.+\.)?text_adapt[eo]r\.(?:.+\.)?)0\.fn\.0\.weight")
 
@@ -55,13 +55,16 @@ def adaptor_table(prefix: str, num_blocks: int) -> tuple[Row, ...]:
     )
 
 
-def adaptor_sizes(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Any]:
-    """`LLM2CLIPConfig`'s fields as the adaptor's weights have them."""
+def adaptor_sizes(weights: Mapping[str, Tensor], prefix: str, where: str) -> dict[str, Any]:
+    """`LLM2CLIPConfig`'s fields as the adaptor's weights have them; `where` is for the message."""
     num_blocks = sum(name.startswith(prefix) and name.endswith(".fn.0.weight") for name in weights)
+    head = f"{prefix}{num_blocks + 1}.weight"
+    if head not in weights:
+        raise InteropError(f"{where}: {head} is missing; is the file complete?")
     hidden, width = weights[prefix + "0.fn.0.weight"].shape
     return {
         "text_embed_dim": width,
-        "projection_dim": len(weights[f"{prefix}{num_blocks + 1}.weight"]),
+        "projection_dim": len(weights[head]),
         "adaptor_num_blocks": num_blocks,
         "adaptor_expansion": hidden // width,
     }

@@ -15,10 +15,7 @@ OPENAI_CLIP = (
     row("visual.conv1.weight", "vision_tower.embeddings.patch_embedding.weight"),
     row("visual.ln_pre.{p}", "vision_tower.pre_layrnorm.{p}"),
     row(_THEIRS + "ln_1.{p}", _OURS + "layer_norm1.{p}"),
-    row(
-        _THEIRS + "attn.in_proj_{p}",
-        " ".join(_OURS + f"self_attn.{part}_proj.{{p}}" for part in "qkv"),
-    ),
+    row(_THEIRS + "attn.in_proj_{p}", _OURS + "self_attn.{qkv}_proj.{p}"),
     row(_THEIRS + "attn.out_proj.{p}", _OURS + "self_attn.out_proj.{p}"),
     row(_THEIRS + "ln_2.{p}", _OURS + "layer_norm2.{p}"),
     row(_THEIRS + "mlp.c_fc.{p}", _OURS + "mlp.fc1.{p}"),

@@ -5,13 +5,13 @@ LLM2CLIP trained SigLIP2 as timm's `vit_so400m_patch14_siglip_224.v2_webli` (`vi
 
 from __future__ import annotations
 
+import re
+
 from llm2clip_vlm.interop.keys import row
 
 _THEIRS, _OURS = "visual.blocks.{n}.", "vision_tower.encoder.layers.{n}."
 _BLOCKS = (
-    row(
-        _THEIRS + "attn.qkv.{p}", " ".join(_OURS + f"self_attn.{part}_proj.{{p}}" for part in "qkv")
-    ),
+    row(_THEIRS + "attn.qkv.{p}", _OURS + "self_attn.{qkv}_proj.{p}"),
     row(_THEIRS + "attn.proj.{p}", _OURS + "self_attn.out_proj.{p}"),
     row(_THEIRS + "norm1.{p}", _OURS + "layer_norm1.{p}"),
     row(_THEIRS + "norm2.{p}", _OURS + "layer_norm2.{p}"),
@@ -42,3 +42,8 @@ SIGLIP_TIMM = (
     *_BLOCKS,
 )
 """To a `SiglipVisionModel`'s."""
+
+TANH_GELU = re.compile(
+    r"vit_(base_patch32_siglip_256|large_patch16_siglip_512|(so400m|giantopt)_patch16_siglip_\d+)"
+)
+"""timm's SigLIPs (1.0.31) that approximate GELU by tanh; all others compute it exactly."""

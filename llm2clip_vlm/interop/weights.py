@@ -135,11 +135,10 @@ def _open(file: Path) -> tuple[Path, Any]:
             f"{file}: damaged, or more than tensors ({' '.join(str(error).split())[:80]}); nothing "
             "of it was run. Save its state dict as safetensors where you trust it"
         ) from error
-    while isinstance(found, Mapping):
-        inner = next((found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping)), None)
-        if inner is None:
-            break
-        found = inner
+    for _ in _WRAPPERS:
+        if isinstance(found, Mapping):
+            inner = (found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping))
+            found = next(inner, found)
     tensors = {
         str(name).removeprefix("module."): tensor
         for name, tensor in (found.items() if isinstance(found, Mapping) else ())

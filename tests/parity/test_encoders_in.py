@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.interop.layouts import LAYOUTS, tower_config
 from llm2clip_vlm.models.towers import load_vision_tower
 from tests.parity import reference
 
@@ -305,3 +306,107 @@ def test_caption_contrastive_llama_becomes_a_text_encoder(tmp_path: Path) -> Non
     hidden = llama(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[0, 2:]
     want = hidden.mean(0)
     close(encoder.encode([text])[0], (want / want.norm()).double(), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["openai_clip", "eva02", "siglip_timm"])
+def test_half_precision_stays(kind: str, tmp_path: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in official(kind)[0].items()}
+    if kind == "eva02":
+        weights["visual.rope.freqs_cos"] = weights["visual.rope.freqs_cos"].float()
+    save_file(weights, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "out")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
+    assert load_vision_tower(tmp_path / "out" / "vision_tower").model.dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("width", "heads"), [(64, 1), (768, 12), (1024, 16), (1152, 16), (1280, 16), (1664, 16)]
+)
+def test_heads_of_published_widths(width: int, heads: int) -> None:
+    """ViT-B, L, So400m, H and bigG; a file without config does not say them."""
+    shapes = {
+        "embeddings.patch_embedding.weight": (width, 3, 14, 14),
+        "embeddings.position_embedding.weight": (257, width),
+        "encoder.layers.0.mlp.fc1.weight": (4 * width, width),
+    }
+    weights = {
+        f"vision_tower.{name}": torch.empty(shape, device="meta") for name, shape in shapes.items()
+    }
+    config = tower_config(LAYOUTS["openai_clip"], weights, {"hidden_act": "gelu"}, "file")
+    assert config.num_attention_heads == heads and config.image_size == 224
+
+
+@pytest.mark.parametrize(
+    ("config", "activation"),
+    [
+        ({"model_cfg": {"vision_cfg": {"timm_model_name": "vit_base_patch16_siglip_224"}}}, "gelu"),
+        (
+            {"model_cfg": {"vision_cfg": {"timm_model_name": "vit_so400m_patch16_siglip_256"}}},
+            "gelu_pytorch_tanh",
+        ),
+        ({"architecture": "vit_large_patch16_siglip_512"}, "gelu_pytorch_tanh"),
+        (
+            {"architecture": "vit_large_patch16_siglip_512", "model_args": {"act_layer": "gelu"}},
+            "gelu",
+        ),
+    ],
+)
+def test_timms_siglips_have_the_gelu_of_their_name(
+    config: dict[str, Any], activation: str, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(reference.siglip(), tmp_path / "in" / "model.safetensors")
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "in", tmp_path / "out")
+    assert load_vision_tower(tmp_path / "out").model.config.hidden_act == activation
+
+
+@pytest.mark.parametrize("squash", [False, True])
+@pytest.mark.parametrize("library", ["open_clip", "timm"])
+def test_images_are_made_ready_as_the_config_beside_the_weights_says(
+    library: str, squash: bool, tmp_path: Path
+) -> None:
+    (tmp_path / "in").mkdir()
+    save_file(reference.siglip(), tmp_path / "in" / "model.safetensors")
+    given: dict[str, Any] = {"mean": [0.1, 0.2, 0.3], "std": [0.4] * 3, "interpolation": "bilinear"}
+    if library == "open_clip":
+        given |= {"resize_mode": "squash" if squash else "shortest"}
+        config = {"preprocess_cfg": given, "model_cfg": {"vision_cfg": {}}}
+    else:
+        given |= {"crop_mode": "squash" if squash else "center", "input_size": [3, 28, 28]}
+        given |= {"crop_pct": 1.0}
+        config = {"pretrained_cfg": given, "architecture": "vit_base_patch16_siglip_224"}
+    (tmp_path / "in" / "config.json").write_text(json.dumps(config))
+    convert(tmp_path / "in", tmp_path / "out")
+    tower = load_vision_tower(tmp_path / "out")
+    assert (tower.image_mean, tower.image_std) == ((0.1, 0.2, 0.3), (0.4, 0.4, 0.4))
+    assert tower.image_processor.resample == 2
+    assert bool(tower.image_processor.do_center_crop) != squash
+
+
+@pytest.mark.parametrize(
+    "name", ["text.text_adaptor.5.weight", "visual.conv1.weight", "visual.proj"]
+)
+def test_an_incomplete_file_is_named(name: str, tmp_path: Path) -> None:
+    weights = {f"visual.{key}": tensor for key, tensor in reference.openai(out=128).items()}
+    weights |= reference.adaptor("text.text_adaptor.", out=128)
+    weights |= {"logit_scale": torch.tensor(4.2)}
+    del weights[name]
+    save_file(weights, tmp_path / "w.safetensors")
+    with pytest.raises(InteropError, match=r"w\.safetensors.* missing"):
+        convert(tmp_path / "w.safetensors", tmp_path / "out")
+
+
+def test_remote_code_that_cannot_be_shown_or_compared_is_refused(tmp_path: Path) -> None:
+    hf_release(tmp_path / "release")
+    file = tmp_path / "release" / "config.json"
+    config = json.loads(file.read_text())
+    config["auto_map"]["AutoModel"] = "somebody/else--modeling_clip.LLM2CLIPModel"
+    file.write_text(json.dumps(config))
+    with pytest.raises(InteropError, match=r"another repository, 'somebody/else--modeling"):
+        convert(tmp_path / "release", tmp_path / "out", trust_remote_code=True)
+    assert not (tmp_path / "release" / "ran").exists()
+    save_file(reference.siglip(), tmp_path / "tower.safetensors")
+    with pytest.raises(InteropError, match="compares an adaptor"):
+        convert(tmp_path / "tower.safetensors", tmp_path / "out", trust_remote_code=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPVisionModel
 
+from llm2clip_vlm.interop.certificate import Evidence, certify
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import FORMATS, export
 from llm2clip_vlm.interop.keys import InteropError
@@ -168,6 +171,49 @@ def test_published_sizes_have_the_names_and_shapes_of_the_libraries(
     assert {key: tuple(t.shape) for key, t in alone.state_dict().items()} == shapes
 
 
+@pytest.mark.parametrize(
+    ("width", "patch", "side"), [(768, 16, 336), (768, 14, 224), (1024, 14, 448)]
+)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_size_without_a_name_of_its_own_gets_one_that_timm_knows(
+    kind: str, width: int, patch: int, side: int, timm: Any
+) -> None:
+    from transformers import CLIPVisionConfig, SiglipVisionConfig
+
+    kinds = {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig, "eva02": Eva02VisionConfig}
+    config = kinds[kind](
+        hidden_size=width,
+        num_attention_heads=width // 64,
+        patch_size=patch,
+        image_size=side,
+        num_hidden_layers=1,
+    )
+    name, values = timm_arguments(config)
+    assert timm.is_model(name)
+    with torch.device("meta"):
+        model = timm.create_model(name, num_classes=0, **values)
+    assert model.patch_embed.img_size == (side, side) and model.embed_dim == width
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+@pytest.mark.parametrize("library", ["open_clip", "timm"])
+def test_the_config_says_how_images_are_made_ready(kind: str, library: str, tmp_path: Path) -> None:
+    folder = build_tower(kind, tmp_path / "tower")
+    export(folder, library, tmp_path / "out")
+    file = "open_clip_config.json" if library == "open_clip" else "config.json"
+    config = json.loads((tmp_path / "out" / file).read_text())
+    shown = config["preprocess_cfg"] if library == "open_clip" else config["pretrained_cfg"]
+    mode = shown["resize_mode"] if library == "open_clip" else shown["crop_mode"]
+    assert (mode == "squash") == (kind == "siglip")
+    convert(tmp_path / "out", tmp_path / "back")
+    want, got = (load_vision_tower(place) for place in (folder, tmp_path / "back"))
+    photo = Image.fromarray(torch.randint(0, 256, (40, 60, 3), dtype=torch.uint8).numpy())
+    before, after = (
+        tower.image_processor(photo, return_tensors="pt")["pixel_values"] for tower in (want, got)
+    )
+    torch.testing.assert_close(after, before)
+
+
 def test_llava_takes_a_clip_tower_as_a_folder(tmp_path: Path) -> None:
     run = stage_2b("clip", tmp_path)
     check_certificate(tmp_path / "out", export(run, "llava", tmp_path / "out"))
@@ -207,6 +253,15 @@ def test_an_export_that_computes_something_else_leaves_nothing(
     with pytest.raises(ValueError, match="differ by"):
         export(stage_2b("clip", tmp_path), "timm", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("expected", "got"), [(math.inf, 0.0), (0.0, math.inf), (math.nan, 0.0)])
+def test_a_value_that_is_not_finite_is_no_parity(
+    expected: float, got: float, tmp_path: Path
+) -> None:
+    values = [{"logits": torch.tensor([1.0, value])} for value in (expected, got)]
+    with pytest.raises(InteropError, match="logits opened with a test differ by"):
+        certify(tmp_path, "export", tmp_path, Evidence("a test", *values))
 
 
 @pytest.mark.slow

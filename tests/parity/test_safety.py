@@ -46,6 +46,14 @@ def test_a_pickle_is_never_run(legacy: bool, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
+    content: dict[str, object] = {"step": 1}
+    content["model"] = content
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(InteropError, match="expected names and tensors"):
+        read_weights(tmp_path / "w.pt")
+
+
 def shards(folder: Path) -> Path:
     """Two shards and their index."""
     folder.mkdir()
@@ -193,13 +201,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     out = capsys.readouterr().out
     assert "format openai_clip: {'matched': 39" in out and "parity.json" in out
     assert cli.main([*words, "--set", "hidden_act=quick_gelu"]) == 2  # OUT is there
+    save_file(reference.eva02(), tmp_path / "eva.safetensors")
+    words = ["convert", str(tmp_path / "eva.safetensors"), str(tmp_path / "eva")]
+    assert cli.main([*words, "--set", "rope_theta=1e4", "--set", "rope_grid=16"]) == 0
+    config = json.loads((tmp_path / "eva" / "config.json").read_text())
+    assert (config["rope_theta"], config["rope_grid"]) == (10000.0, 16)
+    with pytest.raises(SystemExit):
+        cli.main([*words, "--set", "hidden_act"])
 
 
-@pytest.mark.parametrize("loader", ["tower", "text encoder", "vlm", "export", "convert"])
+@pytest.mark.parametrize("loader", ["tower", "text encoder", "vlm", "clip", "export", "convert"])
 def test_remote_code_is_refused_without_a_question(
     loader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """transformers would ask on the terminal; nobody is asked, and nothing runs."""
+    from llm2clip_vlm.models.clip import load_clip
     from llm2clip_vlm.models.text_encoder import TextEncoder
     from llm2clip_vlm.models.towers import load_vision_tower
     from llm2clip_vlm.models.vlm import load_vlm
@@ -210,12 +226,16 @@ def test_remote_code_is_refused_without_a_question(
     (folder / "evil.py").write_text("import os\nos.mkdir('ran')\nclass Config: pass\n")
     maps = {"AutoConfig": "evil.Config", "AutoModel": "evil.Config"}
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": maps}))
+    maps = {"AutoTokenizer": ["evil.Config", None]}
+    tokenizer = {"tokenizer_class": "Evil", "auto_map": maps}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer))
     save_file({"weight": torch.ones(2)}, folder / "model.safetensors")
     monkeypatch.chdir(tmp_path)
     load = {
         "tower": load_vision_tower,
         "text encoder": TextEncoder.from_pretrained,
         "vlm": load_vlm,
+        "clip": lambda path: load_clip(str(path)),
         "export": lambda path: export(path, "transformers", tmp_path / "out"),
         "convert": lambda path: convert(path, tmp_path / "out"),
     }[loader]
