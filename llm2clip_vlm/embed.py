@@ -13,8 +13,6 @@ from llm2clip_vlm.programs import find_program, load_program
 COST_NAME = "encode_cost.jsonl"
 """File beside a cache: texts and seconds of each part that stage 2a has encoded."""
 
-_TAR_HEADER_BYTES = 512
-
 
 def main(words: Sequence[str]) -> int | None:
     """Run a command on caches.
@@ -104,11 +102,7 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"rows           {len(cache)} of {cache.dim} numbers (float16)")
     print(f"files          {len(cache.files) - journals} shards, {journals} journals")
     if size := sum(path.stat().st_size for path in cache.files):
-        each = size / len(cache)
-        official = _TAR_HEADER_BYTES + 4 * cache.dim
-        print(
-            f"bytes          {size} ({each:.0f} a row, {each / official:.3f} of the released code)"
-        )
+        print(f"bytes          {size} ({size / len(cache):.0f} a row)")
     extra = (read_manifest(arguments.cache) or {"extra": {}})["extra"]
     if different := extra.get("different_texts"):
         texts = extra["texts"]

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 
 from llm2clip_vlm.config import CaptionPairSource, CaptionSource
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
-from llm2clip_vlm.data.records import RowGroup, collect_captions, iter_records
+from llm2clip_vlm.data.records import collect_captions, iter_records
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +60,8 @@ def read_captions(
     refused = Refused()
     for group in iter_records(source, refused):
         try:
-            record = CaptionRecord(_key(group), collect_captions(group, source.fields))
+            key = group.name("id") or f"{group.file.name}:{group.place}"
+            record = CaptionRecord(key, collect_captions(group, source.fields))
             if directed:
                 _require_pair(record, source.fields)
             if (found := len(record.texts)) < min_captions:
@@ -83,13 +84,6 @@ def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
             f"no text in {fields[1]!r} beside that in {fields[0]!r}; a pair of equal texts "
             "teaches nothing"
         )
-
-
-def _key(group: RowGroup) -> str:
-    """A grouped record is named by its group, another by its `id` where it has one."""
-    name = group.rows[0].get("id") if group.value is None else group.value
-    known = isinstance(name, str | int)
-    return str(name) if known else f"{group.file.name}:{group.place}"
 
 
 def retrieval_task(

@@ -266,10 +266,9 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
     kinds: dict[str, int] = {}
     starts, bits, keys = array("q"), array("q"), array("q")
     position = 0
-    for name, group, image, captions in _records(source, refused):
-        at: Any = image
-        if isinstance(image, PackedImage):
-            at = [image.start, image.size, *([image.column] if image.column else [])]
+    for group, image, captions in _records(source, refused):
+        name = group.name(source.id_field)
+        at = image if isinstance(image, str) else [image.start, image.size, image.column]
         keys.append(caption_id(name) if name else ~len(keys))  # without an id none can occur twice
         key = name or f"{group.file.name}:{group.place}"
         place = "" if group.place == key else group.place
@@ -314,8 +313,8 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
 
 def _records(
     source: ImageTextSource, refused: Refused
-) -> Iterator[tuple[str, RowGroup, str | PackedImage, dict[str, list[str]]]]:
-    """Key (empty = none is given), place, image and captions of each record that can be used."""
+) -> Iterator[tuple[RowGroup, str | PackedImage, dict[str, list[str]]]]:
+    """Rows, image and captions of each record that can be used."""
     root = _image_root(source)
     for group in iter_records(source, refused, columns=[source.image_field]):
         image = get_column(group.rows[0], source.image_field)
@@ -330,10 +329,7 @@ def _records(
         except (RecordError, ImageError) as error:
             refused.add(group.where, str(error))
             continue
-        name = group.value
-        if name is None:
-            name = get_column(group.rows[0], source.id_field)
-        yield "" if name is None else str(name), group, image, captions
+        yield group, image, captions
 
 
 def _image_root(source: ImageTextSource) -> Path:

@@ -99,7 +99,8 @@ class Geometry:
         Args:
             image_processor: A transformers image processor.
         """
-        mode = {2: "bilinear", 3: "bicubic"}.get(getattr(image_processor, "resample", None))
+        resample: Any = getattr(image_processor, "resample", None)
+        mode = {2: "bilinear", 3: "bicubic"}.get(resample)
         if mode is None or not image_processor.do_resize:
             return None
         crop = image_processor.crop_size if getattr(image_processor, "do_center_crop", 0) else None

@@ -11,7 +11,6 @@ import glob
 import gzip
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ Row = dict[str, Any]
 MAX_CAPTION_CHARS = 16_384
 """A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
-_MAX_CELL_CHARS = min(sys.maxsize, 2**31 - 1)  # csv takes a C long, 4 bytes on some systems
+_MAX_CELL_CHARS = 2**31 - 1  # csv takes a C long, 4 bytes on some systems
 _SUFFIXES = tuple(".jsonl .jsonl.gz .json .json.gz .csv .csv.gz .parquet .arrow .tar".split())
 _NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
@@ -51,6 +50,11 @@ class RowGroup:
     def where(self) -> str:
         """What messages and `dropped.jsonl` call the record."""
         return f"{self.file}:{self.place}"
+
+    def name(self, id_field: str) -> str:
+        """The `group_by` value, or the id where there is none; empty without either."""
+        name = get_column(self.rows[0], id_field) if self.value is None else self.value
+        return "" if name is None else str(name)
 
 
 def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
