@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ _NAMES = (
     "mm_projector.bin",
 )
 _WRAPPERS = ("state_dict", "model", "module")
+_DAMAGED = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError),
+    *(AssertionError, AttributeError, TypeError, struct.error),
+)
+"""What `torch.load` raises of a file with bytes changed or cut off."""
 
 
 def weight_files(path: Path) -> list[Path]:
@@ -130,7 +136,7 @@ def _open(file: Path) -> tuple[Path, Any]:
         found = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
         raise InteropError(f"{file}: damaged or cut off ({error}); fetch it again") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except _DAMAGED as error:
         raise InteropError(
             f"{file}: damaged, or more than tensors ({' '.join(str(error).split())[:80]}); nothing "
             "of it was run. Save its state dict as safetensors where you trust it"

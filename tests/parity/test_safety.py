@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -98,15 +99,19 @@ def test_a_truncated_shard_is_refused_before_a_tensor_is_read(
     assert not opened
 
 
-def test_a_truncated_pytorch_file_is_refused(tmp_path: Path) -> None:
-    torch.save(reference.openai(), tmp_path / "w.bin")
-    whole = (tmp_path / "w.bin").read_bytes()
-    (tmp_path / "w.bin").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InteropError, match="damaged"):
-        read_weights(tmp_path / "w.bin")
-    (tmp_path / "w.bin").write_bytes(b"")
-    with pytest.raises(InteropError, match="damaged"):
-        read_weights(tmp_path / "w.bin")
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_damaged_pytorch_file_is_refused(legacy: bool, tmp_path: Path) -> None:
+    file, content = tmp_path / "w.bin", {"visual.conv1.weight": torch.ones(3)}
+    torch.save(content, file, _use_new_zipfile_serialization=not legacy)
+    whole = file.read_bytes()
+    for length in range(0, len(whole), 5):
+        file.write_bytes(whole[:length])
+        with pytest.raises(InteropError, match="damaged"):
+            read_weights(file)
+    for place in range(0, len(whole), 5):
+        file.write_bytes(whole[:place] + b"\x99" + whole[place + 1 :])
+        with contextlib.suppress(InteropError):  # a changed number is no damage that is seen
+            read_weights(file)
 
 
 @pytest.mark.parametrize("name", ["../b.safetensors", "/etc/hostname", "gone.safetensors"])
