@@ -155,8 +155,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             end += len(table)
         self._ends = np.cumsum([len(table) for table in self._tables])
         self._rows: npt.NDArray[np.int64] = np.concatenate(rows)
-        self._pixels: Tensor | None = None
-        self._kept: dict[Place, int] = {}
+        self._kept: dict[Place, Tensor] = {}
         self._preload()
         if not len(self):
             raise ValueError(f"no usable record: {bad.summary()}")
@@ -188,16 +187,15 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         item = {"input_ids": ids, "labels": labels, "sample_id": key}
         if not places:
             return item
-        if self._pixels is not None:
-            item["pixel_values"] = self._pixels[[self._kept[place] for place in places]]
-            return item
         sizes = self._image_sizes(index)
         if len(sizes):
             item["image_sizes"] = sizes
         try:
-            item["pixel_values"] = torch.cat(
-                [self._read(place, *sizes[i : i + 1]) for i, place in enumerate(places)]
-            )
+            pixels = [
+                self._kept[place] if place in self._kept else self._read(place, *sizes[i : i + 1])
+                for i, place in enumerate(places)
+            ]
+            item["pixel_values"] = torch.cat(pixels)
         except ImageError as error:
             self._bad.add(key, str(error))
             crops = sum(self._visual.of(*size)[1] for size in sizes.tolist()) or len(places)
@@ -264,24 +262,17 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             distinct.update(dict.fromkeys(samples[-1][1]))
             if len(distinct) > room:
                 return
-        if not distinct:
-            return
         unreadable: dict[Place, str] = {}
-        pixels = torch.empty(len(distinct), 3, height, width)
         for place in distinct:
             try:
-                pixels[len(self._kept)] = self._read(place)[0]
-                self._kept[place] = len(self._kept)
+                self._kept[place] = self._read(place)
             except ImageError as error:
                 unreadable[place] = str(error)
-        self._pixels = pixels[: len(self._kept)]
-        good = []
+        good = np.ones(len(self), dtype=bool)
         for index, (key, places) in enumerate(samples):
-            reasons = [unreadable[place] for place in places if place in unreadable]
-            if reasons:
+            if reasons := [unreadable[place] for place in places if place in unreadable]:
                 self._bad.add(key, reasons[0])
-            else:
-                good.append(index)
+                good[index] = False
         self._rows = self._rows[good]
 
 

@@ -153,7 +153,7 @@ class TokenTable:
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Ids, int64 `[t]`, each `<image>` one token, and which are trained, bool `[t]`."""
         start, end = (int(n) for n in self._columns["starts"][row : row + 2])
-        return self._columns["ids"][start:end].long(), self._columns["trained"][start:end]
+        return self._columns["ids"][start:end].long(), self._columns["trained"][start:end].bool()
 
     def image_sizes(self, row: int) -> Tensor:
         """Height and width of a record's images, int64 `[n, 2]`; empty where they do not matter."""
@@ -231,7 +231,7 @@ def tokenise(
         plain: LLaVA's `plain` style: image and first answer only.
 
     Returns:
-        The columns of a `TokenTable`: `ids` int32 and `trained` bool `[tokens]`, `starts`,
+        The columns of a `TokenTable`: `ids` int32 and `trained` uint8 `[tokens]`, `starts`,
         `lengths`, `images` int64, `text` uint8 and `text_starts`, `sizes` int32 and `size_starts`;
         and its facts.
     """
@@ -240,7 +240,7 @@ def tokenise(
     numbers = {name: number for number, (name, *_) in enumerate(files)}
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     visual, root = VisualTokens(processor), image_root(source)
-    ids, trained, text, sizes, cut = array("i"), bytearray(), bytearray(), array("i"), 0
+    ids, sizes, trained, text, cut = array("i"), array("i"), array("B"), array("B"), 0
     starts, text_starts, size_starts = array("q", [0]), array("q", [0]), array("q", [0])
     lengths, counts = array("q"), array("q")
     for record in read_instructions(source, bad):
@@ -266,7 +266,7 @@ def tokenise(
             else [numbers[str(image.path)], image.start, image.size, image.column, image.item]
             for image in record.images[:images]
         ]
-        text.extend(json.dumps([record.key, places]).encode())
+        text.frombytes(json.dumps([record.key, places]).encode())
         starts.append(len(ids))
         text_starts.append(len(text))
         if visual.grids:
@@ -274,18 +274,11 @@ def tokenise(
         size_starts.append(len(sizes))
         lengths.append(kept + sum(tokens[:images]) - images)
         counts.append(sum(crops for _, crops in seen[:images]))
-    columns = {
-        "ids": _column(ids, torch.int32),
-        "trained": _column(trained, torch.bool),
-        "text": _column(text, torch.uint8),
-        "sizes": _column(sizes, torch.int32),
-        "size_starts": _column(size_starts, torch.int64),
-        "starts": _column(starts, torch.int64),
-        "text_starts": _column(text_starts, torch.int64),
-        "lengths": _column(lengths, torch.int64),
-        "images": _column(counts, torch.int64),
-    }
-    return columns, {"refused": bad.rows, "cut": cut, "files": files}
+    columns = {"ids": ids, "trained": trained, "starts": starts, "lengths": lengths}
+    columns |= {"images": counts, "sizes": sizes, "size_starts": size_starts}
+    columns |= {"text": text, "text_starts": text_starts}
+    facts = {"refused": bad.rows, "cut": cut, "files": files}
+    return {name: torch.from_numpy(np.asarray(column)) for name, column in columns.items()}, facts
 
 
 def _size_px(root: Path, image: ImageRef) -> tuple[int, int]:
@@ -295,10 +288,6 @@ def _size_px(root: Path, image: ImageRef) -> tuple[int, int]:
     else:
         width, height = upright_size(image.read(), f"in {image.path.name}")
     return height, width
-
-
-def _column(values: array[int] | bytearray, dtype: torch.dtype) -> Tensor:
-    return torch.frombuffer(values, dtype=dtype) if values else torch.empty(0, dtype=dtype)
 
 
 def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list[int], list[int]]:

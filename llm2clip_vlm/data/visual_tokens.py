@@ -30,7 +30,7 @@ class VisualTokens:
         self._processor = processor
         if images is None:
             return
-        size = dict(getattr(images, "crop_size", None) or images.size)
+        size: dict[str, Any] = dict(getattr(images, "crop_size", None) or images.size)
         edge = size.get("shortest_edge", 0)
         self.size_px = (int(size.get("height", edge)), int(size.get("width", edge)))
         patch, more = processor.patch_size, processor.num_additional_image_tokens
