@@ -16,7 +16,13 @@ from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main
-from llm2clip_vlm.handoff import claim_parents, is_complete, verify_parent, write_manifest
+from llm2clip_vlm.handoff import (
+    HandoffError,
+    claim_parents,
+    is_complete,
+    verify_parent,
+    write_manifest,
+)
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments
 from llm2clip_vlm.training.callbacks import MetricsJsonl
@@ -77,8 +83,14 @@ class StageRun(Generic[R]):
             Its manifest, if a stage of this project wrote it.
 
         Raises:
-            HandoffError: Another stage wrote it, or its files were changed.
+            HandoffError: Another stage wrote it, its files were changed, or the run would write
+                over it.
         """
+        if Path(path).resolve().is_relative_to(self.out.resolve()):
+            raise HandoffError(
+                f"{name}: {path} lies in output_dir, where the run would write over it; choose "
+                "another output_dir"
+            )
         self.parents[name] = path
         return verify_parent(path, expect_stage=stages or None)
 

@@ -107,6 +107,10 @@ def test_a_run_from_a_model_that_was_made_anew_is_refused(
     save_file(values, clip / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(HandoffError, match=r"began with another clip: .* was made anew"):
         run(path)
+    (tmp_path / "other").mkdir()
+    clip.rename(tmp_path / "other" / "model")
+    with pytest.raises(HandoffError, match=r"clip: .* lies in output_dir"):
+        run(recipe("other", clip=str(tmp_path / "other" / "model")))
 
 
 def test_window_config_and_rates(recipe: Recipe, tiny_clip: Path) -> None:
