@@ -216,10 +216,8 @@ class CaptionPairs(Dataset[CaptionPair]):
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Positions of the records that an epoch takes, shuffled over all sources."""
         rng = np.random.default_rng([self.seed, epoch])
-        first, chosen = 0, []
-        for size, count in zip(self._sizes, self._counts, strict=True):
-            chosen.append(first + rng.permutation(size)[:count])
-            first += size
+        sources = zip(self._source_ends, self._sizes, self._counts, strict=True)
+        chosen = [end - size + rng.permutation(size)[:count] for end, size, count in sources]
         return rng.permutation(np.concatenate(chosen))
 
     def __getitem__(self, item: tuple[int, int]) -> CaptionPair:

@@ -281,20 +281,27 @@ def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
                 yield from _jsonl_rows(path, handle, bad)
             else:
                 yield from _json_rows(path, handle, bad)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error
 
 
 def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(_MAX_CELL_CHARS)
     # Not strict, it would take all that follows a quote without its partner for one cell.
-    for number, row in enumerate(csv.DictReader(handle, strict=True), start=1):
-        if None in row or None in row.values():
-            bad.add(f"{path}:{number}", "the row has not as many cells as the header")
-        elif any(_UNDECODED.search(cell) for cell in row.values()):
-            bad.add(f"{path}:{number}", "the row cannot be read as UTF-8")
-        else:
-            yield number, row
+    reader = csv.DictReader(handle, strict=True)
+    try:
+        names = reader.fieldnames or []
+        if len(set(names)) < len(names):
+            raise RecordError(f"{path}: the header names a column twice: {', '.join(names)}")
+        for number, row in enumerate(reader, start=1):
+            if None in row or None in row.values():
+                bad.add(f"{path}:{number}", "the row has not as many cells as the header")
+            elif any(_UNDECODED.search(cell) for cell in row.values()):
+                bad.add(f"{path}:{number}", "the row cannot be read as UTF-8")
+            else:
+                yield number, row
+    except csv.Error as error:
+        raise RecordError(f"{path}: line {reader.reader.line_num}: no CSV ({error})") from error
 
 
 def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:

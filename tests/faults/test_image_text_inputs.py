@@ -392,6 +392,17 @@ def test_what_tarfile_takes_without_a_word(
     assert bad.count == 1 and reason in reasons(bad)
 
 
+def test_a_damaged_extended_header_ends_the_shard(tmp_path: Path) -> None:
+    source = write_tar(tmp_path / "a.tar", GOOD_ROWS)
+    with tarfile.open(source.path, "a", format=tarfile.PAX_FORMAT) as shard:
+        member = tarfile.TarInfo("x.jpg")
+        member.pax_headers = {"GNU.sparse.map": "1,x"}
+        shard.addfile(member)
+    bad = BadRecords(limit=1)
+    assert len(read_image_text(source, bad)) == 3
+    assert "ends too early: invalid literal" in reasons(bad)
+
+
 def test_a_member_whose_name_is_no_utf8(tmp_path: Path) -> None:
     source = write_tar(tmp_path / "a.tar", [("caf\udce9", jpeg(), "a dog"), *GOOD_ROWS])
     records = read_image_text(source, BadRecords())
