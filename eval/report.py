@@ -152,14 +152,11 @@ def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:
 def as_json(facts: Facts) -> dict[str, Any]:
     """What programs read: absent results are null or empty."""
     recipe = facts.recipe
-    by_type = {
-        (tower, task): [
-            {kind: entry["score"] for kind, entry in result["by_type"].items()}
-            for result in facts.results(task, tower)
-        ]
-        for tower in recipe.vlms
-        for task in facts.scores
-    }
+
+    def by_type(tower: str, task: str) -> list[dict[str, float]]:
+        found = [result["by_type"] for result in facts.results(task, tower)]
+        return [{kind: entry["score"] for kind, entry in kinds.items()} for kinds in found]
+
     return {
         "schema": 1,
         "finding": facts.verdict.sentence,
@@ -174,7 +171,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
         },
         "vlm": {t: {task: facts.accuracies(task)[t] for task in facts.scores} for t in recipe.vlms},
         "vlm_by_type": {
-            tower: {task: by_type[tower, task] for task in facts.scores} for tower in recipe.vlms
+            tower: {task: by_type(tower, task) for task in facts.scores} for tower in recipe.vlms
         },
         "seeds": {tower: list(seeds) for tower, seeds in recipe.vlms.items()},
         "seconds": facts.seconds,

@@ -43,13 +43,10 @@ class Benchmark:
 
 def _json(data: Path, images: Path) -> Captions:
     """Karpathy's `dataset_*.json`, COCO's annotations, or rows of `image` and `caption`."""
-    document = json.loads(data.read_text(encoding="utf-8"))
-    if isinstance(document, dict):
-        rows = list(iter_rows(data))
-        rows = [row for row in rows if row.get("split", "test") == "test"]
-        yield from ((row["image"], ALL, text) for row in rows for text in row["captions"])
-    else:
-        yield from ((row["image"], ALL, text) for row in document for text in row["caption"])
+    for row in iter_rows(data):
+        if row.get("split", "test") == "test":
+            texts = row["captions"] if "captions" in row else row["caption"]
+            yield from ((row["image"], ALL, text) for text in texts)
 
 
 def _sharegpt4v(data: Path, images: Path) -> Captions:

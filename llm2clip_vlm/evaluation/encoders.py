@@ -25,6 +25,7 @@ from llm2clip_vlm.fingerprint import HandoffError, fingerprint_dir
 from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.models.clip import check_tokenizer
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 
@@ -125,6 +126,7 @@ def load_encoder(
     Raises:
         TowerError: No vision tower.
         HandoffError: The model was trained against another text encoder.
+        ValueError: Weights of the whole model are missing.
     """
     tower = load_vision_tower(path, dtype)
     tower.model.to(device)  # type: ignore[arg-type]
@@ -132,7 +134,7 @@ def load_encoder(
     fields: dict[str, Any] = {"project": nn.Identity()}
     kind = AutoConfig.from_pretrained(path).model_type
     if kind in ("llm2clip", "clip", "siglip", "siglip2"):
-        model = AutoModel.from_pretrained(path, dtype=dtype).eval().to(device)
+        model = load_complete(AutoModel, path, dtype=dtype).eval().to(device)
         fields["project"] = getattr(model, "visual_projection", fields["project"])
         if kind != "llm2clip":
             fields |= _own_side(path, model)

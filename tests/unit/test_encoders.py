@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
 from llm2clip_vlm.config import TextEncoderSection
@@ -70,6 +72,15 @@ def test_a_clip(tiny_clip: Path, images: list[ImageTextRecord]) -> None:
     torch.testing.assert_close(whole.pool(images)[0], encoder.pool(images)[0], atol=1e-5, rtol=0)
     half = load_encoder(str(tiny_clip), dtype=torch.bfloat16)
     assert half.tower.model.dtype == torch.bfloat16 and half.embed_texts(TEXTS).dtype == torch.float
+
+
+def test_a_clip_with_a_hole_in_its_text_tower_is_refused(tiny_clip: Path, tmp_path: Path) -> None:
+    broken = Path(shutil.copytree(tiny_clip, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    del weights[next(name for name in weights if name.startswith("text_model"))]
+    save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="1 weights of CLIPModel are missing"):
+        load_encoder(str(broken))
 
 
 @torch.no_grad()
