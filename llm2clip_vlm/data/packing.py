@@ -60,9 +60,9 @@ def plan_packs(
     for index, (length, count) in enumerate(zip(lengths, counts, strict=True)):
         if not 1 <= length <= max_tokens or count > budget:
             raise ValueError(
-                f"sample {index} has {length} tokens and {count} images, expected 1 to "
-                f"{max_tokens} (max_tokens) and at most {budget} (max_images); leave it out "
-                "before packing, it cannot be cut"
+                f"sample {index} has {length} tokens and {count} images (AnyRes: crops), expected "
+                f"1 to {max_tokens} tokens and at most {max_images} images; raise "
+                "`packing_max_images`, or leave the sample out"
             )
     packs: list[list[int]] = []
     left: list[int] = []  # images that a row still takes
