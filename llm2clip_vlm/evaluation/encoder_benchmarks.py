@@ -174,8 +174,7 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
     if not count:
         raise ValueError(f"{data}: holds no caption of {task.benchmark}")
     records = [
-        ImageTextRecord(name, name, kinds, root, data.name)
-        for name, kinds in captions.items()
+        ImageTextRecord(name, name, kinds, root, data.name) for name, kinds in captions.items()
     ]
     standard = len(records) == benchmark.images and benchmark.captions in (count, None)
     return records, benchmark.protocol, standard
