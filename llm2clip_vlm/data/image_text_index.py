@@ -268,11 +268,11 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
     position = 0
     for group, image, captions in _records(source, refused):
         name = group.name(source.id_field)
-        at = image if isinstance(image, str) else [image.start, image.size, image.column]
+        lies = image if isinstance(image, str) else [image.start, image.size, image.column]
         keys.append(caption_id(name) if name else ~len(keys))  # without an id none can occur twice
         key = name or f"{group.file.name}:{group.place}"
         place = "" if group.place == key else group.place
-        line = json.dumps([key, numbers[group.file], place, at, captions], ensure_ascii=False)
+        line = json.dumps([key, numbers[group.file], place, lies, captions], ensure_ascii=False)
         starts.append(position)
         position += handle.write(line.encode(errors="surrogatepass") + b"\n")
         own = [kinds.setdefault(kind, len(kinds)) for kind in captions]
