@@ -52,9 +52,8 @@ def stage4(work: Path, name: str, *, text_only: Any = (), **values: Any) -> tupl
     recipe = write_recipe(
         folder / "stage4.yaml",
         output_dir=str(folder / "out"),
-        checkpoint=str(work / "vlm"),
         data=[{"path": str(data)}],
-        **{"trainable": ALL, **values},
+        **{"checkpoint": str(work / "vlm"), "trainable": ALL, **values},
     )
     return recipe, folder / "out"
 
