@@ -187,12 +187,13 @@ def compare(
         for task, p in holm(tested).items():
             rows[task]["p_holm"] = p
         sure = [row["delta"] for row in main.values() if row.get("p_holm", 1) < ALPHA]
-        seeds = [row["n_seeds"] for row in main.values()]
+        seeds = {main[task]["n_seeds"] for task in tested} or {1}
         wins[f"{a}-{b}"] = {
             "a": a,
             "b": b,
             "benchmarks": len(main),
-            "n_seeds": max(seeds) if min(seeds) > 1 else 1,
+            "tested": len(tested),
+            "n_seeds": 1 if 1 in seeds else max(seeds),
             "higher": sum(row["delta"] > 0 for row in main.values()),
             "lower": sum(row["delta"] < 0 for row in main.values()),
             "won": sum(delta > 0 for delta in sure),

@@ -62,11 +62,11 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
         "stages": list(dict.fromkeys(s for run in found["runs"].values() for s in run["seconds"])),
         "notes": [
             f"{' minus '.join(pairs[pair])}: with {seeds} seeds no p is below {floor:.2g}, so that "
-            f"after correction over {w['benchmarks']} benchmarks none can be won: name fewer "
+            f"after correction over {w['tested']} benchmarks none can be won: name fewer "
             "beforehand, or train more seeds."
             for pair, w in found["wins"].items()
             for seeds, floor in [(w["n_seeds"], 2.0 / 2 ** w["n_seeds"])]
-            if seeds > 1 and floor * w["benchmarks"] >= ALPHA
+            if seeds > 1 and floor * w["tested"] >= ALPHA
         ]
         + [
             f"{found['titles'][task]}, {pair}: not evaluated alike, these differ: "

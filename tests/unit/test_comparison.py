@@ -80,6 +80,15 @@ def test_with_seeds_the_seed_is_the_unit_and_holm_runs_over_benchmarks(
     assert "no p is below 0.25" in (tmp_path / "compare.md").read_text()
 
 
+def test_what_no_seed_tests_is_no_part_of_the_correction(run: Path, tmp_path: Path) -> None:
+    names = ("llm2clip", "base")
+    places = [f"{n}={run}/{place}" for n in names for place in (f"eval/{n}-s{{seed}}", n)]
+    found = command(tmp_path, *places)  # retrieval of towers that were trained once
+    wins = found["wins"]["llm2clip-base"]
+    assert (wins["benchmarks"], wins["tested"], wins["n_seeds"]) == (6, 2, 3)
+    assert "correction over 2 benchmarks none can" in (tmp_path / "compare.md").read_text()
+
+
 def test_each_option_does_something(run: Path, tmp_path: Path, capsys: Any) -> None:
     places = [str(run / f"eval/{name}-s0") for name in ("llm2clip", "base", "control_long")]
     whole = command(tmp_path / "a", *places)
