@@ -281,13 +281,12 @@ def test_stages_three_and_four_train_and_the_result_answers(
     before, _ = load_vlm(tmp_path / "three" / "model")
     model, processor = load_vlm(tmp_path / "four" / "model")
     assert not torch.equal(before.model.image_newline, model.model.image_newline)
-    generator = Generator(model, processor, batch_size=4, max_new_tokens=4)
+    generator = Generator(model, processor, batch_size=5, max_new_tokens=4)
     question = {"type": "text", "text": "what color is it ?"}
+    images = [{"type": "image", "url": picture(*size)} for size in SIZES]
     prompts = [
-        generator.render(
-            [{"role": "user", "content": [{"type": "image", "url": picture(*size)}, question]}]
-        )
-        for size in SIZES
+        generator.render([{"role": "user", "content": [*shown, question]}])
+        for shown in [*([image] for image in images), images[:2]]
     ]
     together = generator.generate(prompts, [{}] * len(prompts))
     alone = [generator.generate([prompt], [{}])[0] for prompt in prompts]
