@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tarfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from transformers import AutoModel, SiglipVisionConfig
 
 from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.interop import certificate, libraries, official
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
-from llm2clip_vlm.interop.export import save_encoder
+from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
+from llm2clip_vlm.interop.export import save_encoder, save_llava
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.llava import convert_llava
@@ -24,7 +25,7 @@ from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.vlm import load_vlm, save_vlm
+from llm2clip_vlm.models.vlm import load_vlm
 
 FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
 """Of a tower's config: what its weights do not tell."""
@@ -120,11 +121,8 @@ def _text_encoder(source: Path, folder: Path) -> Evidence:
 
 
 def _vlm(folder: Path, model: Any, processor: Any, report: KeyReport) -> Evidence:
-    save_vlm(model, processor, folder)
-    expected = logits_of(model)
-    opened = f"{type(model).__name__} of transformers"
     more = {"format": "llava", "keys": report.to_dict()}
-    return Evidence(opened, expected, logits_of(load_vlm(folder)[0]), more)
+    return replace(save_llava(model, processor, folder), more=more)
 
 
 def _encoder(

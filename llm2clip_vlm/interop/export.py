@@ -85,7 +85,7 @@ def _load(path: Path) -> tuple[str, Any, Any]:
 def _transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory for `from_pretrained`."""
     if hasattr(model, "lm_head"):
-        return _llava_hf(source, model, processor, folder)
+        return save_llava(model, processor, folder)
     pixels = fixed_pixels(vision_tower_of(model).config.image_size)
     again = save_encoder(model, processor, folder)
     opened = f"AutoModel ({type(again).__name__}) of transformers"
@@ -120,7 +120,14 @@ def _needs(model: Any) -> str:
     return "llm2clip_vlm.register() first" if own else "transformers alone"
 
 
-def _llava_hf(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
+def save_llava(model: Any, processor: Any, folder: Path) -> Evidence:
+    """Write a VLM as transformers has it, and compare it with what opens there.
+
+    Args:
+        model: The VLM.
+        processor: Its processor.
+        folder: Where to.
+    """
     save_vlm(model, processor, folder)
     again = type(model).from_pretrained(folder, dtype=model.dtype)
     opened = f"{type(model).__name__} of transformers"
@@ -136,7 +143,7 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
         )
-    evidence = _llava_hf(source, model, processor, folder)
+    evidence = save_llava(model, processor, folder)
     files = [safe_open(file, "pt") for file in weight_files(folder)]
     names = [name for file in files for name in file.keys()]  # noqa: SIM118
     if foreign := [name for name in names if not name.startswith(_SERVED_NAMES)]:

@@ -7,7 +7,6 @@ forward pass without weights or arithmetic, never off its type.
 from __future__ import annotations
 
 import copy
-import difflib
 import logging
 import math
 from collections.abc import Callable
@@ -42,6 +41,7 @@ from llm2clip_vlm.models.timm_vision import (
     from_timm_checkpoint,
     timm_image_processor,
 )
+from llm2clip_vlm.recipe import did_you_mean
 
 logger = logging.getLogger(__name__)
 
@@ -159,11 +159,9 @@ def load_vision_tower(
     loaders = LOADERS | register()
     config = read_config(path, TowerError)
     if config.model_type not in loaders:
-        near = difflib.get_close_matches(config.model_type, loaders, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise TowerError(
-            f"{path}: model_type {config.model_type!r} is not a known vision tower; known are "
-            f"{sorted(loaders)}.{hint}"
+            f"{path}: model_type {config.model_type!r} is not a known vision tower"
+            f"{did_you_mean(config.model_type, loaders)} (known are {sorted(loaders)})"
         )
     model = loaders[config.model_type](path, "auto" if dtype is None else dtype)
     processor = _load_processor(path, config, model.config)

@@ -242,3 +242,10 @@ def test_rotary_base_goes_both_ways_under_the_names_that_llava_reads(
     (tmp_path / "llava" / "parity.json").unlink()
     convert(tmp_path / "llava", tmp_path / "back")
     assert torch.equal(logits(tmp_path / "back"), logits(folder))
+
+
+def test_an_anyres_vlm_comes_in_as_it_lies(tiny_clip: Path, tiny_llm: Path, tmp_path: Path) -> None:
+    save_vlm(*build_vlm(tiny_clip, tiny_llm, image_aspect_ratio="anyres"), tmp_path / "vlm")
+    certificate = convert(tmp_path / "vlm", tmp_path / "out")
+    assert certificate["opened_with"] == "LlavaNextForConditionalGeneration of transformers"
+    assert certificate["checks"]["logits"]["max_difference"] == 0
