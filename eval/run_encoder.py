@@ -49,6 +49,9 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "detection": detection,
 }
 
+VERSION = 2
+"""Of the results; to be raised when a score or a hash is computed in another way."""
+
 _DETAILS = frozenset({"kinds", "categories", "iou", "images", "chance", "items", "queries"})
 
 
@@ -76,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, results = Path(recipe.output_dir), {}
     for name, task in zip(names, recipe.tasks, strict=True):
         settings = task.model_dump()
-        common = [encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]
+        common = [VERSION, encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]
         key = data_hash(settings, common, sorted(states_of(settings)))
         file = out / f"{name}.json"
         found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -16,15 +16,8 @@ from llm2clip_vlm.config_eval import LmmsTask
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError
 from llm2clip_vlm.evaluation.lmms_manifest import MODEL_ID
 
-LOADERS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".jsonl.gz": "json",
-    ".json.gz": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-}
-"""Loader of `datasets` for each kind of local file."""
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Loader of `datasets` for each kind of local file, gzipped or not."""
 
 JUDGE_MARKS = ("OPENAI_API", "AZURE_", "llm_judge", "get_chat_response")
 """Text in a scorer's folder that means: another model is asked. Without its key lmms-eval prints
@@ -79,7 +72,7 @@ def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None
     Raises:
         EvaluationError: A file of another kind, or a task without a split.
     """
-    suffix = "".join(data.suffixes[-2:]) if data.suffix == ".gz" else data.suffix
+    suffix = Path(data.name.removesuffix(".gz")).suffix
     if suffix not in LOADERS:
         raise EvaluationError(f"data file {data}: expected one of {', '.join(LOADERS)}")
     split = config.get("test_split") or config.get("validation_split")
