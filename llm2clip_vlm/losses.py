@@ -9,6 +9,8 @@ instead of its square.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -300,7 +302,7 @@ def _info_nce(
     """
     if negative_ids is not None and ids is None:
         raise ValueError("negative_ids are given and ids are not; expected both, or none")
-    together = gather_with_grad if gather else _alone
+    together: Callable[[Tensor], Tensor] = gather_with_grad if gather else lambda tensor: tensor
     k = len(keys) // len(rows)
     own = _own_columns(rows, k, gather)
     candidates = together(keys)
@@ -346,11 +348,6 @@ def _info_nce(
         )
         target = (1 - smooth) * own_scores.flatten() + smooth * total.sum(0) / count.sum(0)
         return (loss.mean() + (lse.logsumexp(0) - target).mean()) / 2
-
-
-def _alone(tensor: Tensor) -> Tensor:
-    """What `gather_with_grad` is where nothing is gathered."""
-    return tensor
 
 
 def _dense(

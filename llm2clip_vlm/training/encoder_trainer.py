@@ -234,26 +234,24 @@ class EncoderTrainer(ContrastiveTrainer):
             shared = (scale,) if bias is None else (scale, bias)
             return Embeds((output.image_embeds, output.text_embeds), shared)
 
-        images = len(inputs["pixel_values"])
+        images, gather = len(inputs["pixel_values"]), is_initialized()
         self.throughput.add(images, images * self.flops_per_image)
 
-        def contrastive(embeds: Embeds) -> Tensor:
-            ids = inputs["caption_ids"]  # an embedding for each prompt shares its caption's
-            ids = ids.repeat_interleave(len(embeds.rows[1]) // len(ids))
-            choices = {"caption_ids": ids, "gather": is_initialized()}
-            if len(embeds.shared) > 1:
-                return sigmoid_loss(*embeds.rows, *embeds.shared, **choices)
-            smoothing = self.args.label_smoothing_factor
-            return contrastive_loss(
-                *embeds.rows, *embeds.shared, label_smoothing=smoothing, **choices
-            )
-
         def loss(embeds: Embeds) -> Tensor:
-            if self.teacher is None:
-                return contrastive(embeds)
-            images = embeds.rows[0]
-            penalty = self.teacher.penalty(images, targets, gather=is_initialized())
-            return contrastive(embeds) + penalty
+            image_embeds, text_embeds = embeds.rows
+            ids = inputs["caption_ids"]  # an embedding for each prompt shares its caption's
+            ids = ids.repeat_interleave(len(text_embeds) // len(ids))
+            given = (image_embeds, text_embeds, *embeds.shared)
+            if len(embeds.shared) > 1:
+                value = sigmoid_loss(*given, caption_ids=ids, gather=gather)
+            else:
+                smoothing = self.args.label_smoothing_factor
+                value = contrastive_loss(
+                    *given, caption_ids=ids, label_smoothing=smoothing, gather=gather
+                )
+            if self.teacher is not None:
+                value = value + self.teacher.penalty(image_embeds, targets, gather=gather)
+            return value
 
         features = {name: value for name, value in inputs.items() if name != "caption_ids"}
         chunks = [features]
