@@ -94,7 +94,7 @@ class ImageTextRecord:
         return self.encoded().rgb(strict=True)
 
 
-class IndexFile:
+class ImageTextTable:
     """The table of one source: a line of JSON a record, and where each begins.
 
     Args:
@@ -129,7 +129,7 @@ class IndexFile:
         self._root = _image_root(source)
 
     def __reduce__(self) -> Any:
-        return IndexFile, self._arguments
+        return ImageTextTable, self._arguments
 
     def __len__(self) -> int:
         return len(self.kind_bits)
@@ -152,7 +152,7 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
     """
 
     def __init__(
-        self, tables: Sequence[IndexFile], positions: npt.NDArray[np.int64] | None = None
+        self, tables: Sequence[ImageTextTable], positions: npt.NDArray[np.int64] | None = None
     ) -> None:
         self._tables = tables
         self._starts = np.cumsum([0, *map(len, tables)])
@@ -227,17 +227,17 @@ def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTe
     return ImageTextRecords([_table(source, bad) for source in sources])
 
 
-def _table(source: ImageTextSource, bad: BadRecords) -> IndexFile:
+def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
     files = source_files(source.path)
     if is_large(files):
         settings = [VERSION, source.model_dump(exclude={"weight", "index_dir"})]
-        read = partial(IndexFile, source=source)
+        read = partial(ImageTextTable, source=source)
         write = partial(_write_file, source, files)
         table = kept_table(files, source.index_dir, ".index", settings, read, write)
     else:
         handle = BytesIO()
         write_table(source, files, handle)
-        table = IndexFile(handle.getvalue(), source)
+        table = ImageTextTable(handle.getvalue(), source)
     bad.take(len(table) + len(table.refused), table.refused)
     if not len(table):
         raise RecordError(f"{source.path}: all of its {len(table.refused)} records are bad")

@@ -9,6 +9,8 @@ from PIL import Image
 
 from llm2clip_vlm.data.world import BACKGROUNDS, COLOURS, Scene
 
+_CELL_PX = 16
+
 
 def _mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Which pixels belong to a shape; `u`, `v` are offsets in radii."""
@@ -23,20 +25,19 @@ def _mask(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     }[shape]
 
 
-def render(scene: Scene, rng: np.random.Generator, size_px: int = 32) -> Image.Image:
+def render(scene: Scene, rng: np.random.Generator) -> Image.Image:
     """Draw a scene with jitter in place, size, colour and pixel noise.
 
     Returns:
-        An RGB image of `size_px` x `size_px`.
+        An RGB image of 32 x 32 pixels.
     """
     grey = BACKGROUNDS[scene.background] + rng.normal(0, 5)
-    canvas = np.full((size_px, size_px, 3), grey, np.float64)
-    y, x = np.mgrid[0:size_px, 0:size_px].astype(np.float64)
-    half = size_px // 2
+    canvas = np.full((2 * _CELL_PX, 2 * _CELL_PX, 3), grey, np.float64)
+    y, x = np.mgrid[0 : 2 * _CELL_PX, 0 : 2 * _CELL_PX].astype(np.float64)
     for rank, thing in enumerate(scene.things):
         row, column = divmod(thing.cell, 2)
-        centre_x = column * half + half / 2 - 0.5 + rng.uniform(-1, 1)
-        centre_y = row * half + half / 2 - 0.5 + rng.uniform(-1, 1)
+        centre_x = (column + 0.5) * _CELL_PX - 0.5 + rng.uniform(-1, 1)
+        centre_y = (row + 0.5) * _CELL_PX - 0.5 + rng.uniform(-1, 1)
         radius = (7.2 if rank == 0 else 5.8) + rng.uniform(-0.3, 0.3)
         dx, dy = x - centre_x, y - centre_y
         mask = _mask(thing.shape, dx / radius, dy / radius)
