@@ -200,7 +200,7 @@ def read_image_text(source: ImageTextSource, bad: BadRecords) -> ImageTextRecord
         Records in file order; rows that `group_by` joins are one record with the first row's image.
 
     Raises:
-        RecordError: A file cannot be read, or too many records are bad.
+        RecordError: A file cannot be read, too many records are bad, or the source has a `weight`.
     """
     return ImageTextRecords([_table(source, bad)])
 
@@ -217,17 +217,16 @@ def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTe
 
     Raises:
         RecordError: As :func:`read_image_text`.
-        ValueError: A source has a `weight`: every image is seen once an epoch.
     """
-    if weighted := [source.path for source in sources if source.weight != 1.0]:
-        raise ValueError(
-            f"train: `weight` of {weighted}: image-text sources take none, every image is seen "
-            "once an epoch; leave it out, and shorten the larger source with `limit`"
-        )
     return ImageTextRecords([_table(source, bad) for source in sources])
 
 
 def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
+    if source.weight != 1.0:
+        raise RecordError(
+            f"{source.path}: weight is {source.weight}: image-text sources take none, every image "
+            "is seen once an epoch; leave it out, and shorten the larger source with `limit`"
+        )
     files = source_files(source.path)
     if is_large(files):
         settings = [VERSION, source.model_dump(exclude={"weight", "index_dir"})]

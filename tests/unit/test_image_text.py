@@ -114,6 +114,8 @@ def test_sources_are_joined_and_take_no_weight(tmp_path: Path) -> None:
     heavy = source.model_copy(update={"weight": 2.0})
     with pytest.raises(ValueError, match="image-text sources take none"):
         read_sources([source, heavy], BadRecords())
+    with pytest.raises(ValueError, match="image-text sources take none"):
+        read_image_text(heavy, BadRecords())  # held-out ones neither
 
 
 def test_memory_and_disk_give_the_same_batches_to_the_bit(records: ImageTextRecords) -> None:
