@@ -44,9 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     places: dict[str, dict[str, list[str] | None]] = {}
     for given in arguments.runs:
-        name, equals, place = given.rpartition("=")
+        name, equals, place = given.partition("=")
+        if not equals or "/" in name:  # no name but a folder, which may have = in it
+            place = given
+            name = Path(place).name.replace("-s{seed}", "").replace("{seed}", "")
         place = place.rstrip("/")
-        name = name if equals else Path(place).name.replace("-s{seed}", "").replace("{seed}", "")
         places.setdefault(name, {})[place] = arguments.task
     if len(places) < 2:
         raise ValueError(f"expected at least two runs of different names, got {list(places)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,9 @@ def test_each_option_does_something(run: Path, tmp_path: Path, capsys: Any) -> N
     assert {task.partition(":")[0] for task in few["ab"]} == {TASK}
     assert {*few["ab"]} < {*whole["ab"]}
     assert '<article class="card">' in (tmp_path / "b/compare.html").read_text()
+    odd = shutil.copytree(run / "eval/base-s0", tmp_path / "lr=1/base-s0")
+    found = command(tmp_path / "c", str(odd), f"x={odd}", "--task", TASK)
+    assert [*found["runs"]] == ["base-s0", "x"]
     capsys.readouterr()
     assert cli.main(["compare", *places[:2], "--task", TASK]) == 0
     assert "| World VQA | " in capsys.readouterr().out
