@@ -71,7 +71,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         args,
         dataset,
         learning_rates=lrs,
-        layered_part="vision_model",
         flops_per_image=prepare_model(model, dataset, tokens, args.device),
         measure=lambda: logged(held_out(*clip_encoders(model.eval(), tokens))),
         callbacks=[run.metrics],

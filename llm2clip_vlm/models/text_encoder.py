@@ -226,12 +226,11 @@ class TextEncoder(nn.Module):
         input_ids: Int[Tensor, "b t"],
         attention_mask: Int[Tensor, "b t"],
         pool_mask: Bool[Tensor, "b t"],
-        groups: int = 4,
     ) -> Float[Tensor, "b d"]:
-        """As :meth:`forward`, in groups of like length: short texts do not pay for long ones."""
+        """As :meth:`forward`, in four groups of like length: short texts pay for no long ones."""
         inputs, parts = (input_ids, attention_mask, pool_mask), []
         order = attention_mask.sum(1).argsort(descending=True)
-        for rows in order.chunk(groups):
+        for rows in order.chunk(4):
             width = int(attention_mask[rows[0]].sum())
             parts.append(self(*(values[rows, :width] for values in inputs)))
         return torch.cat(parts)[order.argsort()]

@@ -121,7 +121,6 @@ class EncoderTrainer(ContrastiveTrainer):
         train_dataset: Pairs.
         learning_rates: Prefix of parameter names to learning rate.
         layer_decay: See `build_param_groups`.
-        layered_part: Prefix of the vision tower.
         micro_batch_size: Images per forward pass; more go through GradCache
             (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
         text_inputs: Captions to the model's text arguments, for a data set that leaves this to the
@@ -143,7 +142,6 @@ class EncoderTrainer(ContrastiveTrainer):
         *,
         learning_rates: Mapping[str, float],
         layer_decay: float = 1.0,
-        layered_part: str = "vision_tower",
         micro_batch_size: int | None = None,
         text_inputs: TextInputs | None = None,
         teacher: TowerTeacher | None = None,
@@ -166,7 +164,6 @@ class EncoderTrainer(ContrastiveTrainer):
         self.text_inputs = text_inputs
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
-        self.layered_part = layered_part
         self.flops_per_image = flops_per_image
         own = [EachEpoch(train_dataset), _ClampLogitScale(model.logit_scale)]
         super().__init__(
@@ -274,11 +271,7 @@ class EncoderTrainer(ContrastiveTrainer):
         if self.optimizer is None:
             target = self.model if model is None else model
             groups = build_param_groups(
-                target,
-                self.learning_rates,
-                self.args.weight_decay,
-                layer_decay=self.layer_decay,
-                layered_part=self.layered_part,
+                target, self.learning_rates, self.args.weight_decay, layer_decay=self.layer_decay
             )
             optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
             self.optimizer = optimizer_class(groups, **kwargs)

@@ -16,7 +16,6 @@ def build_param_groups(
     weight_decay: float | Mapping[str, float],
     *,
     layer_decay: float = 1.0,
-    layered_part: str = "vision_tower",
 ) -> list[dict[str, Any]]:
     """Optimizer groups of all trainable parameters.
 
@@ -31,7 +30,6 @@ def build_param_groups(
         lrs: Prefix of parameter names to learning rate; the longest prefix wins.
         weight_decay: For the decayed groups; or one for each prefix of `lrs`.
         layer_decay: 1 switches it off.
-        layered_part: Prefix of the tower.
 
     Returns:
         Groups `{params, param_names, lr, weight_decay, name}` in a stable order.
@@ -43,10 +41,12 @@ def build_param_groups(
     Paper: LLM2CLIP released code `training/optim.py:62-175` (visual 0.85, text off).
     """
     require_known_prefixes(model, lrs)
-    no_decay = _embedding_weights(model)
+    embeddings = {
+        f"{path}.weight" for path, part in model.named_modules() if isinstance(part, nn.Embedding)
+    }
     factors: dict[str, float] = {}
     if layer_decay != 1.0:
-        layers, depth = layers_of(model, layered_part)
+        layers, depth = layers_of(model, "vision_tower")
         factors = {name: layer_decay ** (depth + 1 - layer) for name, layer in layers.items()}
     groups: dict[tuple[str, float, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -60,7 +60,7 @@ def build_param_groups(
             )
         lr = float(lrs[prefix]) * factors.get(name, 1.0)
         decay = weight_decay if isinstance(weight_decay, (int, float)) else weight_decay[prefix]
-        decays = _ndim(parameter) > 1 and name.endswith("weight") and name not in no_decay
+        decays = _ndim(parameter) > 1 and name.endswith("weight") and name not in embeddings
         label = f"{prefix}{'' if decays else '.no_decay'}"
         group = groups.setdefault(
             (prefix, lr, decays),
@@ -80,11 +80,3 @@ def build_param_groups(
 def _ndim(parameter: nn.Parameter) -> int:
     # ZeRO-3 leaves an empty shell and keeps the shape beside it
     return len(getattr(parameter, "ds_shape", parameter.shape))
-
-
-def _embedding_weights(model: nn.Module) -> set[str]:
-    return {
-        f"{path}.weight"
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-    }
