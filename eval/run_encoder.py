@@ -13,6 +13,7 @@ Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -117,7 +118,8 @@ def states_of(value: Any) -> list[str]:
     if isinstance(value, dict | list):
         parts = value.values() if isinstance(value, dict) else value
         return [state for part in parts for state in states_of(part)]
-    if not isinstance(value, str) or not Path(value).exists():
+    # Path.exists raises where a text is too long for a name.
+    if not isinstance(value, str) or not os.path.exists(value):
         return []
     files = [Path(value)] if Path(value).is_file() else Path(value).rglob("*")
     states = [(file, file.stat()) for file in files if file.is_file()]

@@ -88,12 +88,19 @@ def test_only_what_changed_is_run_again(tmp_path: Path, tiny_clip: Path, world: 
     first = key()
     assert key() == first and key("batch_size=3", "device=cpu") == first
     found = {first[0]}
-    for override in ("bootstrap=6", "seed=1", "dtype=bfloat16", "tasks.0.templates=['the {}']"):
+    long = f"tasks.0.templates=['the {{}}{' large' * 50}']"
+    for override in (
+        "bootstrap=6",
+        "seed=1",
+        "dtype=bfloat16",
+        "tasks.0.templates=['the {}']",
+        long,
+    ):
         found.add(key(override)[0])
     found.add(key(model=build_clip(tmp_path / "other", seed=1))[0])
     data.write_text(rows.replace('"split": "train"', '"split": "other"'))
     found.add(key()[0])
-    assert len(found) == 7
+    assert len(found) == 8
 
 
 def test_samples_of_an_earlier_recipe_are_gone(
