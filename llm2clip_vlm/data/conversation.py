@@ -16,9 +16,7 @@ from llm2clip_vlm.chat_template import ConversationError, Message, label, templa
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.visual_tokens import VisualTokens
 
-_ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"} | {
-    "system": "system"
-}
+_ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 
 
 def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
