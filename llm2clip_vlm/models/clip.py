@@ -56,7 +56,8 @@ def load_clip(
         model = load_complete(CLIPModel, clip, dtype=torch.float32)
     if text_window_tokens is not None:
         lengthen_text_window(model, text_window_tokens)
-    text_tokenizer.model_max_length = _text_config(model).max_position_embeddings
+    text_config: Any = model.config.text_config
+    text_tokenizer.model_max_length = text_config.max_position_embeddings
     check_tokenizer(model, text_tokenizer)
     return model, text_tokenizer, image_processor
 
@@ -93,7 +94,8 @@ def lengthen_text_window(model: CLIPModel, window_tokens: int) -> None:
     embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
     positions = torch.arange(window_tokens, device=weight.device)[None]
     embeddings.register_buffer("position_ids", positions, persistent=False)
-    _text_config(model).max_position_embeddings = window_tokens
+    text_config: Any = model.config.text_config
+    text_config.max_position_embeddings = window_tokens
 
 
 def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
@@ -109,7 +111,7 @@ def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
     Raises:
         ValueError: Says which ids disagree.
     """
-    config = _text_config(model)
+    config: Any = model.config.text_config
     ids = tokenizer(["a", "a a a"], padding=True, truncation=True)["input_ids"][0]
     end = tokenizer.eos_token_id
     pooled = max(ids) if config.eos_token_id == 2 else config.eos_token_id
@@ -124,10 +126,6 @@ def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
             f"the tokenizer has {len(tokenizer)} tokens, the text tower only {config.vocab_size} "
             "embeddings; set text_config.vocab_size"
         )
-
-
-def _text_config(model: CLIPModel) -> Any:
-    return model.config.text_config
 
 
 class ClipTokens:

@@ -107,6 +107,9 @@ def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
     return tower
 
 
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Towers that interpolate their positions themselves, to the size of the image they get."""
+
 LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
     "clip": partial(_complete, CLIPVisionModel),
     "clip_vision_model": partial(_complete, CLIPVisionModel),
@@ -114,18 +117,13 @@ LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
     "siglip_vision_model": partial(_complete, SiglipVisionModel),
     "siglip2": _siglip2,
     "siglip2_vision_model": _siglip2,
-    "dinov2": partial(_complete, AutoModel),
-    "dinov2_with_registers": partial(_complete, AutoModel),
-    "dinov3_vit": partial(_complete, AutoModel),
+    **dict.fromkeys(_ANY_SIZE, partial(_complete, AutoModel)),
     Eva02VisionConfig.model_type: partial(_complete, Eva02VisionModel),
     "timm_wrapper": from_timm_checkpoint,
     TimmVisionConfig.model_type: partial(_complete, AutoModel),
     "llm2clip": _llm2clip,
 }
 """`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
-
-_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
-"""Towers that interpolate their positions themselves, to the size of the image they get."""
 
 _POSITIONS = (
     "embeddings.position_embedding.weight",
