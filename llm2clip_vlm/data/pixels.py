@@ -199,23 +199,24 @@ class TrainingPixels:
         Raises:
             ImageError: It does not decode.
         """
-        rng = np.random.default_rng([self.seed, epoch, key])
-        width, height = image.size
-        box = None
-        whole: tuple[float, float] = self.geometry.resized(image.size)
-        if self.augmentation.crop_scale_min < 1:
-            box = random_crop(image.size, self.augmentation.crop_scale_min, rng)
-            side = self.geometry.size
-            whole = (side[0] * width / box[2], side[1] * height / box[3])
-        least = (SPARE_PIXELS * whole[0], SPARE_PIXELS * whole[1])
-        pixels = image.pixels(least if self.scaled else None)
-        if box is None:
+        least_area = self.augmentation.crop_scale_min
+        if least_area == 1:
+            pixels = self._decoded(image, self.geometry.resized(image.size))
             return self.geometry.apply(pixels, image.size)
-        across, down = pixels.shape[1] / width, pixels.shape[0] / height
-        left, right = round(box[0] * across), round((box[0] + box[2]) * across)
-        top, bottom = round(box[1] * down), round((box[1] + box[3]) * down)
-        cut = pixels[top:bottom, left:right]
-        return resize(cut, self.geometry.size, self.geometry.mode).contiguous()
+        rng = np.random.default_rng([self.seed, epoch, key])
+        left, top, width, height = random_crop(image.size, least_area, rng)
+        size = self.geometry.size
+        whole = (size[0] * image.size[0] / width, size[1] * image.size[1] / height)
+        pixels = self._decoded(image, whole)
+        across, down = pixels.shape[1] / image.size[0], pixels.shape[0] / image.size[1]
+        rows = slice(round(top * down), round((top + height) * down))
+        columns = slice(round(left * across), round((left + width) * across))
+        return resize(pixels[rows, columns], size, self.geometry.mode).contiguous()
+
+    def _decoded(self, image: EncodedImage, whole: tuple[float, float]) -> npt.NDArray[np.uint8]:
+        """All of a picture, of which the tower would see `whole` as width and height."""
+        least = (SPARE_PIXELS * whole[0], SPARE_PIXELS * whole[1])
+        return image.pixels(least if self.scaled else None)
 
 
 def random_crop(
