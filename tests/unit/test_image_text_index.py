@@ -185,7 +185,8 @@ def test_kinds_are_known_without_reading_a_record(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     both = read_sources([write_folder(tmp_path / "a.jsonl", SAMPLES)] * 2, BadRecords())
-    monkeypatch.setattr(image_text_index.ImageTextTable, "__getitem__", lambda *_: pytest.fail("read"))
+    table = image_text_index.ImageTextTable
+    monkeypatch.setattr(table, "__getitem__", lambda *_: pytest.fail("read"))
     assert both.kinds() == {"captions"} and both.has_kinds(["captions"]).all()
 
 
