@@ -151,7 +151,7 @@ def questions(real: list[dict[str, Any]], shuffled: list[dict[str, Any]]) -> dic
     blind = np.equal(targets, guesses).astype(np.float64)
 
     def score(correct: np.ndarray) -> dict[str, Any]:
-        kinds = np.array(paired.types)
+        kinds = np.array([sample["type"] for sample in real])
         return {
             "accuracy": 100 * float(correct.mean()),
             "ci": list(bootstrap_interval(correct, paired.image_ids, RESAMPLES, 0)),

@@ -32,8 +32,6 @@ class PairedSamples:
     """float[n] in 0..1."""
     image_ids: list[str]
     """The image of each document."""
-    types: list[str]
-    """The question type of each document."""
 
 
 def paired_bootstrap(
@@ -256,7 +254,6 @@ def pair_samples(
         correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
         correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
         image_ids=[str(sample["image_id"]) for sample in samples_a],
-        types=[str(sample["type"]) for sample in samples_a],
     )
 
 
