@@ -61,8 +61,8 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
         **more: Of `transformers.Trainer`.
 
     Raises:
-        ValueError: Gradient accumulation, incomplete batches, fewer pairs than one batch, GradCache
-            together with gradient checkpointing, or ZeRO-3.
+        ValueError: Gradient accumulation, fewer pairs than one batch, GradCache together with
+            gradient checkpointing, or ZeRO-3.
     """
 
     def __init__(
@@ -331,11 +331,6 @@ def check_contrastive_arguments(args: TrainingArguments, *, grad_cache: bool = F
             "trainer.gradient_checkpointing is true beside micro-batches, which already compute "
             "every activation twice; set it to false and lower micro_batch_size (stage 1: "
             "micro_batch_tokens) until a micro-batch fits"
-        )
-    if not args.dataloader_drop_last:
-        raise ValueError(
-            "dataloader_drop_last: expected true, got false: an epoch's last batch would have "
-            "fewer negatives, and another number of them on each process"
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError(
