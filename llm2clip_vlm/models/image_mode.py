@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import Tensor
-from transformers.utils import is_torchvision_available
 
+from llm2clip_vlm.models.resolution import image_processor_class
 from llm2clip_vlm.models.towers import TowerError, VisionTower
 
 AspectRatio = Literal["square", "pad"]
@@ -52,7 +51,9 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
     arguments = _taken_over(old)
     arguments.setdefault("do_center_crop", False)
     arguments.setdefault("crop_size", arguments["size"])  # LLaVA's own default is 224
-    processor.image_processor = _class_named("LlavaImageProcessor")(**arguments, do_pad=True)
+    processor.image_processor = image_processor_class("LlavaImageProcessor")(
+        **arguments, do_pad=True
+    )
 
 
 def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | None = None) -> Any:
@@ -91,7 +92,9 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
         "size": {"shortest_edge": side},
         "crop_size": {"height": side, "width": side},
     }
-    return _class_named("LlavaNextImageProcessor")(**arguments, image_grid_pinpoints=chosen)
+    return image_processor_class("LlavaNextImageProcessor")(
+        **arguments, image_grid_pinpoints=chosen
+    )
 
 
 def one_picture(config: Any) -> tuple[int, dict[str, Tensor]]:
@@ -109,7 +112,3 @@ def one_picture(config: Any) -> tuple[int, dict[str, Tensor]]:
 def _taken_over(image_processor: Any) -> dict[str, Any]:
     values = image_processor.to_dict()
     return {name: values[name] for name in _KEPT if values.get(name) is not None}
-
-
-def _class_named(name: str) -> Any:
-    return getattr(transformers, name if is_torchvision_available() else f"{name}Pil")
