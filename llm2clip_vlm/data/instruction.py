@@ -155,7 +155,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             end += len(table)
         self._ends = np.cumsum([len(table) for table in self._tables])
         self._rows: npt.NDArray[np.int64] = np.concatenate(rows)
-        self._kept: dict[Place, Tensor] = {}
+        self._pixels = torch.empty(0)
+        self._kept: dict[Place, int] = {}
         self._preload()
         if not len(self):
             raise ValueError(f"no usable record: {bad.summary()}")
@@ -191,11 +192,9 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         if len(sizes):
             item["image_sizes"] = sizes
         try:
-            pixels = [
-                self._kept[place] if place in self._kept else self._read(place, *sizes[i : i + 1])
-                for i, place in enumerate(places)
-            ]
-            item["pixel_values"] = torch.cat(pixels)
+            item["pixel_values"] = torch.cat(
+                [self._read(place, *sizes[i : i + 1]) for i, place in enumerate(places)]
+            )
         except ImageError as error:
             self._bad.add(key, str(error))
             crops = sum(self._visual.of(*size)[1] for size in sizes.tolist()) or len(places)
@@ -234,6 +233,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
     def _read(self, place: Place, size: Tensor | None = None) -> Tensor:
         """An image's crops, `[n, 3, h, w]`; `size` is what it was when its tokens were counted."""
+        if place in self._kept:
+            return self._pixels[self._kept[place], None]
         root, image = place
         if isinstance(image, str):
             name, picture = repr(image), open_image(root, image, strict=True)
@@ -263,11 +264,14 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             if len(distinct) > room:
                 return
         unreadable: dict[Place, str] = {}
+        pixels, kept = torch.empty(len(distinct), 3, height, width), dict[Place, int]()
         for place in distinct:
             try:
-                self._kept[place] = self._read(place)
+                pixels[len(kept)] = self._read(place)[0]
+                kept[place] = len(kept)
             except ImageError as error:
                 unreadable[place] = str(error)
+        self._pixels, self._kept = pixels[: len(kept)], kept
         good = np.ones(len(self), dtype=bool)
         for index, (key, places) in enumerate(samples):
             if reasons := [unreadable[place] for place in places if place in unreadable]:

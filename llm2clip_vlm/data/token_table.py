@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.numpy import save_file
 from torch import Tensor
 
 from llm2clip_vlm.chat_template import ConversationError, Message
@@ -42,6 +42,7 @@ VERSION = 3
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
+Column = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -132,19 +133,22 @@ class TokenTable:
     Args:
         columns: As :func:`tokenise` makes them.
         facts: What was found while they were made: `refused`, `cut`, `files`.
+        path: Its file; none = there is none.
     """
 
-    def __init__(self, columns: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        self._columns = dict(columns)
+    def __init__(
+        self, columns: dict[str, Column], facts: dict[str, Any], path: Path | None = None
+    ) -> None:
+        self._columns, self._facts, self._path = columns, facts, path
         self.made_of: list[list[Any]] = facts["files"]
         """Name, size and date of each of the source's files."""
         self.refused = [(str(where), str(why)) for where, why in facts["refused"]]
         """`(where, why)` of what could not be used."""
         self.cut = int(facts["cut"])
         """Conversations that lost turns at their end."""
-        self.lengths: npt.NDArray[np.int64] = columns["lengths"].numpy()
+        self.lengths = columns["lengths"]
         """Tokens of each, visual ones included."""
-        self.image_counts: npt.NDArray[np.int64] = columns["images"].numpy()
+        self.image_counts = columns["images"]
         """What the tower sees of each: its images, with AnyRes their crops."""
 
     def __len__(self) -> int:
@@ -152,18 +156,19 @@ class TokenTable:
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Ids, int64 `[t]`, each `<image>` one token, and which are trained, bool `[t]`."""
-        start, end = (int(n) for n in self._columns["starts"][row : row + 2])
-        return self._columns["ids"][start:end].long(), self._columns["trained"][start:end].bool()
+        start, end = self._columns["starts"][row : row + 2]
+        ids, trained = (self._columns[name][start:end] for name in ("ids", "trained"))
+        return torch.from_numpy(ids).long(), torch.from_numpy(trained).bool()
 
     def image_sizes(self, row: int) -> Tensor:
         """Height and width of a record's images, int64 `[n, 2]`; empty where they do not matter."""
-        start, end = (int(n) for n in self._columns["size_starts"][row : row + 2])
-        return self._columns["sizes"][start:end].view(-1, 2).long()
+        start, end = self._columns["size_starts"][row : row + 2]
+        return torch.from_numpy(self._columns["sizes"][start:end]).view(-1, 2).long()
 
     def place(self, row: int) -> tuple[str, list[ImageRef]]:
         """A record's key and its images."""
-        start, end = (int(n) for n in self._columns["text_starts"][row : row + 2])
-        key, images = json.loads(self._columns["text"][start:end].numpy().tobytes())
+        start, end = self._columns["text_starts"][row : row + 2]
+        key, images = json.loads(self._columns["text"][start:end].tobytes())
         return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
 
     def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
@@ -178,11 +183,18 @@ class TokenTable:
             ValueError: It is damaged.
         """
         try:
-            with safe_open(path, "pt") as opened:
-                columns = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-                return cls(columns, json.loads(opened.metadata()["facts"]))
+            with safe_open(path, "pt") as opened:  # which maps, where "np" copies
+                names = list(opened.keys())
+                columns = {name: opened.get_tensor(name).numpy() for name in names}
+                return cls(columns, json.loads(opened.metadata()["facts"]), path)
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
+
+    def __reduce__(self) -> Any:
+        """For workers that are spawned: they map the file, too."""
+        if self._path is not None:
+            return TokenTable.open, (self._path,)
+        return TokenTable, (self._columns, self._facts)
 
 
 def read_table(
@@ -220,7 +232,7 @@ def read_table(
 
 def tokenise(
     source: InstructionSource, processor: Any, max_length_tokens: int, plain: bool
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Column], dict[str, Any]]:
     """Reads and tokenises a source.
 
     Args:
@@ -278,7 +290,7 @@ def tokenise(
     columns |= {"images": counts, "sizes": sizes, "size_starts": size_starts}
     columns |= {"text": text, "text_starts": text_starts}
     facts = {"refused": bad.rows, "cut": cut, "files": files}
-    return {name: torch.from_numpy(np.asarray(column)) for name, column in columns.items()}, facts
+    return {name: np.asarray(column) for name, column in columns.items()}, facts
 
 
 def _size_px(root: Path, image: ImageRef) -> tuple[int, int]:
