@@ -13,7 +13,7 @@ import glob
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -184,14 +184,12 @@ def _find_manifest(path: Path) -> Path | None:
     return None
 
 
-def verify_parent(
-    directory: str | Path, *, expect_stage: str | Sequence[str] | None = None
-) -> dict[str, Any] | None:
+def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
     """Check that a directory is what the next stage takes it for.
 
     Args:
         directory: A stage's output directory, or a model directory directly below it.
-        expect_stage: The stage or stages that may have written it.
+        stages: Those that may have written it; none = any.
 
     Returns:
         The manifest; none for a checkpoint that no stage of this project wrote.
@@ -204,10 +202,9 @@ def verify_parent(
     manifest = read_manifest(path.parent) if path else None
     if path is None or manifest is None:
         return None
-    wanted = [expect_stage] if isinstance(expect_stage, str) else list(expect_stage or ())
-    if wanted and manifest["stage"] not in wanted:
+    if stages and manifest["stage"] not in stages:
         raise HandoffError(
-            f"{folder}: stage: expected {' or '.join(wanted)}, got {manifest['stage']} (from "
+            f"{folder}: stage: expected {' or '.join(stages)}, got {manifest['stage']} (from "
             f"{path}); name the output of the right stage"
         )
     recorded = manifest["outputs"].get(folder.name) if path.parent != folder else None

@@ -43,10 +43,10 @@ def load_caption_encoder(spec: str | TextEncoderSection, device: Any = None) -> 
         HandoffError: Another stage wrote the directory.
     """
     if isinstance(spec, str):
-        verify_parent(spec, expect_stage="stage1_text_encoder")
+        verify_parent(spec, "stage1_text_encoder")
         return TextEncoder.from_pretrained(spec, device=device)
     stages = ("base_language_model", "stage0_mntp", "stage1_text_encoder")
-    verify_parent(spec.language_model, expect_stage=stages)
+    verify_parent(spec.language_model, *stages)
     return TextEncoder.from_section(spec, device)
 
 
@@ -97,7 +97,7 @@ class CaptionFeatures:
             return cls(cache, hashes, recipe.caption_prompts)
         encoder = load_caption_encoder(recipe.write_through, args.device)
         with args.main_process_first(local=False, desc="opening the cache"):
-            verify_parent(directory, expect_stage="stage2a_cache_text")
+            verify_parent(directory, "stage2a_cache_text")
             if (Path(directory) / HEADER_NAME).is_file() and not resumes and is_main():
                 seal(directory)
             filling = FillingCache(
@@ -228,7 +228,7 @@ class TextInLoop:
 
 def _open_complete(directory: str) -> tuple[EmbeddingCache, dict[str, str]]:
     """A cache whose manifest and header agree, and the encoder's hashes from the manifest."""
-    manifest = verify_parent(directory, expect_stage="stage2a_cache_text")
+    manifest = verify_parent(directory, "stage2a_cache_text")
     cache = EmbeddingCache.open(directory)
     if manifest is None:
         logger.warning("%s has no manifest: a cache of unknown origin, or unfinished", directory)

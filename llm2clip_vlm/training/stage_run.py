@@ -92,7 +92,7 @@ class StageRun(Generic[R]):
                 "another output_dir"
             )
         self.parents[name] = path
-        return verify_parent(path, expect_stage=stages or None)
+        return verify_parent(path, *stages)
 
     def arguments(self, **forced: Any) -> TrainingArguments:
         """Claim the output directory, write the embedded world if the recipe has one, and seed.

@@ -75,7 +75,7 @@ def test_the_manifest_holds_what_the_next_stage_asks_for(tmp_path: Path) -> None
 
 def test_a_folder_without_manifest_has_none(tmp_path: Path) -> None:
     assert read_manifest(tmp_path) is None
-    assert verify_parent(tmp_path / "model", expect_stage="x") is None
+    assert verify_parent(tmp_path / "model", "x") is None
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_verify_accepts_the_stage_and_its_model(tmp_path: Path) -> None:
     model = make_model(tmp_path / "model")
     finish(tmp_path)
     for folder in (tmp_path, model):
-        found = verify_parent(folder, expect_stage=("stage1_text_encoder", "other"))
+        found = verify_parent(folder, "stage1_text_encoder", "other")
         assert found is not None
         assert found["stage"] == "stage1_text_encoder"
 
@@ -188,7 +188,7 @@ def test_verify_names_the_field(tmp_path: Path) -> None:
     with pytest.raises(
         HandoffError, match="stage: expected stage3_projector, got stage1_text_encoder"
     ):
-        verify_parent(model, expect_stage="stage3_projector")
+        verify_parent(model, "stage3_projector")
     make_model(model, weights="another tower")
     with pytest.raises(HandoffError, match=r"outputs\.model"):
         verify_parent(model)
