@@ -174,7 +174,7 @@ def score(
         },
         "settings": _settings(adapter),
         "judge": {name: os.environ.get(name) for name in JUDGE} if spec.judge else None,
-        "generation_kwargs": _plain(task.config.generation_kwargs),
+        "generation_kwargs": task.config.generation_kwargs,
         "prompt_example": adapter.prompt_example,
         "versions": versions(),
         "seconds": seconds,
@@ -215,10 +215,6 @@ def _settings(adapter: Any) -> dict[str, Any]:
         "processor": type(processor).__name__,
         "image_processor": type(processor.image_processor).__name__,
     }
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value, default=str))
 
 
 if __name__ == "__main__":
