@@ -80,6 +80,10 @@ class Lengths:
     def __getitem__(self, text: int) -> np.ndarray[Any, Any]:
         return np.random.default_rng(text).integers(1, 1000, self.lengths[text])
 
+    def ids(self, prompt: str) -> list[int]:
+        """Of a prompt, of which there is none."""
+        return []
+
 
 def draw_pairs(short: list[int], long: list[int], count: int) -> tuple[Lengths, list[CaptionPair]]:
     """Pairs of a short and a long caption, each with a random third of the positive's kind."""
