@@ -72,7 +72,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str
     recipe = write_json(root / "report.yaml", report_recipe(root))
     assert load_program(repo_root, "report").main([str(recipe)]) == 0
     runs = [f"{root}/eval/{name}-s{{seed}}" for name in ("llm2clip", "base")]
-    assert cli.main(["compare", *runs, "--resamples", "200", "--out", str(root / "compared")]) == 0
+    assert cli.main(["compare", *runs, "--out", str(root / "compared")]) == 0
     return {"report": root / "out/report.html", "compare": root / "compared/compare.html"}
 
 
