@@ -274,6 +274,8 @@ class Generator:
         inputs = self._encode(prompts)
         length = inputs["input_ids"].shape[1]
         if self.window is not None and length + config.max_new_tokens > self.window:
+            if len(prompts) > 1:  # the longest prompt shortens no other's answer
+                return [self._generate_batch([prompt], config, until)[0] for prompt in prompts]
             config = GenerationConfig(
                 **{**config.to_dict(), "max_new_tokens": self.window - length}
             )

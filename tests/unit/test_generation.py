@@ -181,6 +181,10 @@ def test_the_window_is_respected(vlm: tuple[Any, Any]) -> None:
     length = generator._encode([prompt])["input_ids"].shape[1]
     generator.window = length + 5
     assert generator.generate([prompt], [{}])[0].num_tokens == 5
+    shorter = generator.render(messages("?"))
+    generator.eos_ids = []
+    counts = [a.num_tokens for a in generator.generate([prompt, shorter], [{}] * 2)]
+    assert counts == [5, 6]  # its own room each, whatever lies beside it in the batch
     generator.window = length
     with pytest.raises(ValueError, match="window"):
         generator.generate([prompt], [{}])
