@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from llm2clip_vlm.config import LoraSection
+from llm2clip_vlm.config_vlm import Stage4Recipe
 from tests.conftest import REPO_ROOT
 from tests.tiny import write_image
 
@@ -63,6 +65,17 @@ def write_recipe(path: Path, **values: Any) -> Path:
     recipe = {**recipe, **values, "trainer": trainer}
     path.write_text(yaml.safe_dump(recipe))
     return path
+
+
+def lora_recipe(r: int) -> Stage4Recipe:
+    """Stage 4 with the projector, and an adapter of rank `r` on the language model."""
+    return Stage4Recipe(
+        output_dir="x",
+        checkpoint="x",
+        data=[],
+        trainable={"multi_modal_projector": 1e-3, "language_model": 1e-3},
+        language_model_lora=LoraSection(r=r, alpha=2 * r, dropout=0.0),
+    )
 
 
 def environment() -> dict[str, str]:

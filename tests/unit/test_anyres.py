@@ -18,8 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
 from llm2clip_vlm.chat_template import ConversationError
-from llm2clip_vlm.config import LoraSection
-from llm2clip_vlm.config_vlm import InstructionSource, Stage4Recipe, VlmSection
+from llm2clip_vlm.config_vlm import InstructionSource, VlmSection
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.conversation import build_labels
@@ -39,7 +38,7 @@ from llm2clip_vlm.training.vlm_flops import VlmFlops
 from llm2clip_vlm.training.vlm_run import prepare_trainable
 from tests.image_text_files import add
 from tests.tiny_towers import PREFIX_TOKENS, build_tower
-from tests.vlm_fixtures import COLOURS, losses, run_here, write_recipe
+from tests.vlm_fixtures import COLOURS, lora_recipe, losses, run_here, write_recipe
 
 TOWERS = [kind for kind, prefix in PREFIX_TOKENS.items() if prefix < 2]
 STRIPS = [(1, 1), (1, 60), (60, 1), (3, 50), (50, 3)]
@@ -212,13 +211,7 @@ def test_an_export_has_its_certificate(tmp_path: Path, anyres: tuple[Any, Any]) 
 def test_t13_the_newline_is_the_projectors(tmp_path: Path, anyres: tuple[Any, Any]) -> None:
     """It trains with it, and is in each file that has what trained."""
     model, processor = anyres
-    recipe = Stage4Recipe(
-        output_dir="x",
-        checkpoint="x",
-        data=[],
-        trainable={"multi_modal_projector": 1e-3, "language_model": 1e-3},
-        language_model_lora=LoraSection(r=2, alpha=4, dropout=0.0),
-    )
+    recipe = lora_recipe(2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     prepare_trainable(model, recipe)
     with torch.no_grad():

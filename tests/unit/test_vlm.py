@@ -14,6 +14,7 @@ from llm2clip_vlm.models.image_mode import set_image_aspect_ratio
 from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision, install_text_only_guard
 from tests.tiny import CHAT_TEMPLATE, build_clip, llama_config, word_tokenizer
+from tests.vlm_fixtures import lora_recipe
 
 
 def photo(width: int = 40, height: int = 24) -> Image.Image:
@@ -272,18 +273,11 @@ def test_lora_trains_the_adapter_alone_and_merges_exactly(
     tmp_path: Path, tiny_clip: Path, tiny_llm: Path
 ) -> None:
     from llm2clip_vlm.config import LoraSection
-    from llm2clip_vlm.config_vlm import Stage4Recipe
     from llm2clip_vlm.training.adapters import merged_state
     from llm2clip_vlm.training.vlm_run import prepare_trainable
 
     model, processor = build_vlm(tiny_clip, tiny_llm)
-    recipe = Stage4Recipe(
-        output_dir="x",
-        checkpoint="x",
-        data=[],
-        trainable={"multi_modal_projector": 1e-3, "language_model": 1e-3},
-        language_model_lora=LoraSection(r=4, alpha=8, dropout=0.0),
-    )
+    recipe = lora_recipe(4)
     before = model.state_dict()["model.language_model.layers.0.mlp.up_proj.weight"].clone()
     prepare_trainable(model, recipe)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
