@@ -17,7 +17,10 @@ export TOKENIZERS_PARALLELISM := false
 # What lmms-eval imports; all of its own requirements would bring a torchvision that does not fit a
 # torch without CUDA, and a broken torchvision is fatal where an absent one is fine.
 LMMS_EVAL := lmms_eval==0.7.3
-LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewriter pytz sacrebleu scipy sentencepiece tenacity
+LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewriter pytz sacrebleu scipy tenacity
+
+# What the parity tests compare with; their torchvision stays out for the same reason.
+PEERS := ftfy open_clip_torch timm wcwidth
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo ab real-mini check hooks test test-all bench build
@@ -36,6 +39,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	fi
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,dev]' $(LMMS_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps $(LMMS_EVAL)
+	$(BIN)/python -m pip install --quiet --no-deps -c $(CONSTRAINTS) $(PEERS)
 	@touch $@
 
 demo: $(STAMP) ## the whole road on the embedded world: four stages, lmms-eval, runs/demo/report.html
