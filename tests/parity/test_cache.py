@@ -25,7 +25,7 @@ def test_cached_path_is_the_online_path(tiny_llm: Path, tmp_path: Path) -> None:
     for source in (cache, again):
         cached = adaptor(source.lookup(TEXTS))
         torch.testing.assert_close(cached, online, atol=1e-3, rtol=1e-3)
-    # A row is the online vector within one step of float16 (its norm may be taken by other kernels).
+    # A row is the online vector within one step of float16: other kernels may take its norm.
     rows, rounded = again.lookup(TEXTS), encoder.encode(TEXTS).half().float()
     torch.testing.assert_close(rows, rounded, atol=2.0**-24, rtol=2.0**-10)
     assert torch.equal(rows, rows.half().float())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from transformers import CLIPModel, TrainingArguments
 
 from llm2clip_vlm.losses import contrastive_loss
-from llm2clip_vlm.training.encoder_trainer import split_batch
+from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, split_batch
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 from llm2clip_vlm.training.text_trainer import split_groups
 
@@ -116,3 +118,31 @@ def test_groups_are_split_until_there_are_enough() -> None:
     assert [int(part["input_ids"][0, 0]) for part in split_groups(groups, 8)] == [
         *(9, 8, 5, 3, 2, 1, 1, 1)
     ]
+
+
+@pytest.mark.parametrize("micro", [None, 2])
+def test_an_ordinary_clips_loss_is_its_own(tiny_clip: Path, tmp_path: Path, micro: Any) -> None:
+    """Stage 2's control: the trainer's value is the one that transformers' CLIP gives itself."""
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "pixel_values": torch.randn(5, 3, 32, 32, generator=generator),
+        "input_ids": torch.tensor([[0, 5 + i, 9 - i, 3] for i in range(5)]),
+        "attention_mask": torch.ones(5, 4, dtype=torch.long),
+    }
+    with torch.no_grad():
+        model.logit_scale.fill_(1.5)
+        want = model(**batch, return_loss=True).loss
+    args = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=5,
+        dataloader_drop_last=True,
+        use_cpu=True,
+        report_to=[],
+    )
+    dataset: Any = type("Pairs", (), {"__len__": lambda self: 5})()
+    trainer = EncoderTrainer(
+        model, args, dataset, learning_rates={"": 1e-3}, micro_batch_size=micro
+    )
+    value = trainer.compute_loss(model, batch | {"caption_ids": torch.arange(5)})
+    torch.testing.assert_close(value.detach(), want, atol=2e-6, rtol=0)

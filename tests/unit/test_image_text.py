@@ -14,7 +14,13 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.caption_draw import caption_id, draw
+from llm2clip_vlm.data.caption_draw import (
+    caption_id,
+    draw,
+    draw_one,
+    draw_several,
+    weighted_captions,
+)
 from llm2clip_vlm.data.image_text import ImageTextDataset, caption_galleries, collate
 from llm2clip_vlm.data.image_text_index import (
     ImageTextRecord,
@@ -280,3 +286,42 @@ def test_non_rgb_images(tmp_path: Path) -> None:
     grey = encode(Image.new("L", (32, 32), 7), "PNG")
     records = read(tmp_path / "pairs.jsonl", [("g", grey, "grey")])
     assert ImageTextDataset(records, processor())[0]["pixel_values"].shape == (3, 32, 32)
+
+
+def test_each_image_draws_for_itself(records: ImageTextRecords) -> None:
+    """Images do not all take the same place in their lists, with one caption an image or two."""
+    for count in (1, 2):
+        dataset = ImageTextDataset(records, processor(), captions_per_image=count)
+        for epoch in range(3):
+            dataset.set_epoch(epoch)
+            taken = {
+                tuple(text[0] + text[-1:] * (text[0] == "l") for text in texts)
+                for texts in map(dataset._draw, range(20))
+            }
+            assert len(taken) > 3, (count, epoch)
+
+
+def test_two_captions_an_image_come_by_their_weights() -> None:
+    """Drawn without replacement: the exact probability of every ordered pair."""
+    texts, shares = weighted_captions({"s": ["s"], "l": ["a", "b", "c"]}, {"s": 3, "l": 1})
+    assert (texts, shares) == (["s", "a", "b", "c"], [3, 1 / 3, 1 / 3, 1 / 3])
+    total, trials = sum(shares), 4000
+    pairs = Counter(tuple(draw_several(texts, shares, 2, seed, 0)) for seed in range(trials))
+    assert all(first != second for first, second in pairs)
+    for i, first in enumerate(texts):
+        for j, second in enumerate(texts):
+            if i != j:
+                p = shares[i] / total * shares[j] / (total - shares[i])
+                error = (p * (1 - p) / trials) ** 0.5
+                assert abs(pairs[first, second] / trials - p) < 4.5 * error, (first, second)
+    assert (
+        draw_several(["x", "y"], [1, 1], 3, 0, 0)[2] == draw_several(["x", "y"], [1, 1], 1, 0, 0)[0]
+    )
+
+
+def test_one_caption_falls_where_chance_says() -> None:
+    texts, shares = ["a", "b", "c"], [1.0, 2.0, 1.0]
+    drawn = [draw_one(texts, shares, chance) for chance in (0.0, 0.2499, 0.25, 0.7499, 0.75, 1.0)]
+    assert drawn == ["a", "a", "b", "b", "c", "c"]
+    assert weighted_captions({"s": ["s"], "l": ["a", "b"]}, {}) == (["s", "a", "b"], [1.0] * 3)
+    assert weighted_captions({"s": ["s"], "l": ["a", "b"]}, {"s": 1}) == (["s"], [1.0])

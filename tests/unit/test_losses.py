@@ -264,3 +264,72 @@ def test_texts_that_no_image_owns_are_refused() -> None:
         caption_contrastive_loss(embeds(0), embeds(1, 12), 1.0)
     with pytest.raises(ValueError, match="embeds and target"):
         cosine_loss(embeds(0), embeds(1, 3))
+
+
+def dense(
+    rows: Tensor, keys: Tensor, scale: float, own: list[list[int]], excluded: Tensor, smooth: float
+) -> Tensor:
+    """Mean over rows of the mean over a row's own keys of their cross entropy, in float64 loops."""
+    total = rows.new_zeros(())
+    for i, mine in enumerate(own):
+        candidates = [j for j in range(len(keys)) if j in mine or not excluded[i, j]]
+        logits = scale * (keys[candidates] @ rows[i])
+        logs = logits - torch.logsumexp(logits, 0)
+        for j in mine:
+            own_term = -(1 - smooth) * logs[candidates.index(j)] - smooth * logs.mean()
+            total = total + own_term / len(mine)
+    return total / len(rows)
+
+
+@pytest.mark.parametrize("smooth", [0.0, 0.2])
+def test_equal_captions_with_several_prompts_are_no_negatives(smooth: float) -> None:
+    """Three images of which two share a caption, two prompts each: the definition by loops."""
+    image, text = embeds(0, 3), embeds(1, 6)
+    ids = torch.tensor([7, 7, 8, 8, 7, 7])
+    own = [[0, 1], [2, 3], [4, 5]]
+    excluded = torch.tensor([[(ids[j] == ids[2 * i]).item() for j in range(6)] for i in range(3)])
+    forward = dense(image, text, 10.0, own, excluded, smooth)
+    back = dense(text, image, 10.0, [[j // 2] for j in range(6)], excluded.T, smooth)
+    got = contrastive_loss(image, text, 10.0, caption_ids=ids, label_smoothing=smooth)
+    torch.testing.assert_close(got.double(), (forward + back) / 2, atol=5e-6, rtol=0)
+    apart = contrastive_loss(image, text, 10.0, label_smoothing=smooth)
+    assert (got - apart).abs() > 1e-3
+
+
+@pytest.mark.parametrize("limit", [2**22, 8])
+def test_hard_negatives_that_fill_up_are_candidates_for_no_query(
+    limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "DENSE_LOGITS", limit)
+    query, positive, extra = embeds(0, 4), embeds(1, 4), embeds(2, 3)
+    ids = torch.tensor([0, 1, 2, 1])
+    negative_ids = torch.tensor([2, losses.NO_CANDIDATE, -1])
+    keys = torch.cat([positive, extra])
+    excluded = torch.zeros(4, 7, dtype=torch.bool)
+    excluded[1, 3] = excluded[3, 1] = True  # equal ids
+    excluded[2, 4] = True  # the hard negative that is record 2's own text
+    excluded[:, 5] = True  # the slot that only fills up
+    want = dense(query, keys, 20.0, [[i] for i in range(4)], excluded, 0.0)
+    got = caption_contrastive_loss(
+        query, positive, 20.0, False, ids, negatives=extra, negative_ids=negative_ids
+    )
+    torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=0)
+    moved = torch.cat([extra[:1], -extra[1:2], extra[2:]])
+    again = caption_contrastive_loss(
+        query, positive, 20.0, False, ids, negatives=moved, negative_ids=negative_ids
+    )
+    assert torch.equal(again, got), "what fills up has a value"
+
+
+def test_sigmoid_loss_by_loops() -> None:
+    image, text = embeds(0, 3), embeds(1, 6)
+    ids = torch.tensor([7, 7, 8, 8, 7, 7])
+    total = image.new_zeros(())
+    for i in range(3):
+        for j in range(6):
+            own = j // 2 == i
+            if own or ids[j] != ids[2 * i]:
+                logit = 10.0 * image[i] @ text[j] - 3.0
+                total = total - F.logsigmoid(logit if own else -logit)
+    got = sigmoid_loss(image, text, 10.0, -3.0, caption_ids=ids)
+    torch.testing.assert_close(got.double(), total / 3, atol=5e-6, rtol=0)

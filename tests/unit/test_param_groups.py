@@ -16,6 +16,7 @@ from llm2clip_vlm.models.trainable import (
     apply_trainable,
     freeze_unused,
     part_name,
+    train_last_blocks,
     trainable_table,
 )
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
@@ -221,3 +222,56 @@ def test_parameters_that_the_loss_does_not_reach_are_frozen() -> None:
     assert frozen == ["unused.weight", "unused.bias"]
     assert [p.requires_grad for p in model.parameters()] == [True, True, False, False]
     assert all(p.grad is None for p in model.parameters())
+
+
+@KINDS
+def test_no_decay_names_of_every_kind_of_tower(kind: str, tmp_path: Path) -> None:
+    """Weight decay is on matrices of layers: on no bias, norm, position, CLS, mask or register."""
+    tower = load_vision_tower(build_tower(kind, tmp_path)).model
+    model = nn.ModuleDict({"vision_tower": tower})
+    found = by_name(build_param_groups(model, {"vision_tower": 1.0}, 0.05))
+    parameters = dict(model.named_parameters())
+    decayed = {name for name, group in found.items() if group["weight_decay"] == 0.05}
+    bare = (
+        "bias",
+        "norm",
+        "pos_embed",
+        "position_embedding",
+        "class_embedding",
+        "cls_token",
+        "mask_token",
+        "register_tokens",
+        "reg_token",
+        "probe",
+        "latent",
+        "lambda",
+        "scale",
+    )
+    for name, parameter in parameters.items():
+        bare_name = parameter.ndim <= 1 or any(part in name for part in bare)
+        assert (name in decayed) is not bare_name, (name, tuple(parameter.shape))
+    assert len(decayed) >= 3 * 4 and set(found) == set(parameters)
+
+
+def test_last_blocks_of_a_language_model_keep_its_norm_and_head() -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llm = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=16,
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+        )
+    )
+    model = nn.ModuleDict({"language_model": llm.model, "lm_head": llm.lm_head})
+    apply_trainable(model, {"language_model": 1e-5})
+    train_last_blocks(model, "language_model", 2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    blocks = {name.split(".")[2] for name in trained if ".layers." in name}
+    assert blocks == {"1", "2"}
+    assert {"language_model.norm.weight", "lm_head.weight"} <= trained
+    assert not any("embed_tokens" in name or ".layers.0." in name for name in trained)
+    with pytest.raises(ValueError, match="expected at most 2, the blocks that train, got 3"):
+        train_last_blocks(model, "language_model", 3)

@@ -18,6 +18,7 @@ from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.evaluation.encoders import Encoder, load_encoder
 from llm2clip_vlm.evaluation.segmentation import (
     Masks,
+    _judge,
     _pool_each,
     class_iou,
     linear_segmentation,
@@ -219,3 +220,18 @@ def test_a_linear_head_learns_and_its_flags_do_something(clip: Encoder, voc: Pat
         other = run(linear_segmentation, clip, voc, "segmentation", **options | change)
         assert other["miou"] != found["miou"], change
         assert (other["data_hash"] == found["data_hash"]) == ("train_split" not in change)
+
+
+def test_a_class_that_is_nowhere_does_not_count(clip: Encoder, voc: Path) -> None:
+    """The mean is over classes that are there or found, not over all names."""
+
+    def red(windows: torch.Tensor) -> torch.Tensor:
+        out = torch.zeros(len(windows), 4, *windows.shape[2:])
+        out[:, 0] = 1.0
+        return out
+
+    recipe: Any = SimpleNamespace(bootstrap=0, seed=0)
+    found = _judge(masks(clip, voc), red, ["red", "blue", "green", "nowhere"], recipe)
+    shares = [value for value in found["iou"].values() if value is not None]
+    assert found["iou"]["nowhere"] is None and len(shares) == 3 and found["iou"]["blue"] == 0.0
+    assert found["miou"] == pytest.approx(sum(shares) / 3) and found["miou"] > 0

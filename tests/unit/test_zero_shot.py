@@ -202,3 +202,11 @@ def test_the_recipe_keeps_its_types() -> None:
         recipe({"task": "compositional", "benchmark": "coco", "data": "x", "images": "y"})
     assert CompositionalTask.model_fields["benchmark"].is_required()
     assert ZeroShotTask.model_fields["classes"].is_required()
+
+
+def test_every_name_keeps_its_own_templates() -> None:
+    """Two names in three templates: a mix-up of rows and columns gives other classes."""
+    model = encoder(a_dog=X, the_dog=X, no_dog=Y, a_cat=Z, the_cat=Z, no_cat=Y)
+    got = class_embeds(model, ["dog", "cat"], ["a {}", "the {}", "no {}"])
+    want = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
+    torch.testing.assert_close(got, F.normalize(want, dim=-1))
