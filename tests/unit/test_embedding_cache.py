@@ -311,3 +311,12 @@ def test_killed_builds_end_byte_identical(tmp_path: Path, kills: int) -> None:
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
     assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
     assert len(files) == 31
+
+
+@pytest.mark.parametrize("norm", [0.98, 1.02, 0.5])
+def test_a_row_that_is_no_unit_vector_is_refused_and_rounding_is_not(norm: float) -> None:
+    row = F.normalize(torch.ones(1, 4), dim=1)
+    for fine in (1.0, 1.0009, 0.9991):  # what float16 does to a unit vector
+        assert embedding_shards.require_unit(row * fine, ["a"], Path("cache")) is not None
+    with pytest.raises(CacheError, match=r"'a' has norm .*, expected 1"):
+        embedding_shards.require_unit(row * norm, ["a"], Path("cache"))

@@ -195,3 +195,26 @@ def test_a_processor_without_a_template_is_refused(vlm: tuple[Any, Any]) -> None
     bare = SimpleNamespace(tokenizer=processor.tokenizer, chat_template=None)
     with pytest.raises(ValueError, match="chat template"):
         Generator(model, bare)  # type: ignore[arg-type]
+
+
+def test_every_document_keeps_its_own_options_in_every_batch(vlm: tuple[Any, Any]) -> None:
+    """Beyond the first batch and the first group, in any order of the documents."""
+    generator = make(vlm, batch_size=2, max_new_tokens=12)
+    sizes: list[int] = []
+    asked = [3, 5, 3, 4, 3, 5, 3, 5]
+    prompts = [generator.render(messages(QUESTIONS[n % 5], 0)) for n in range(len(asked))]
+    given = [{"max_new_tokens": n, "until": ["never said"] * (n == 4)} for n in asked]
+    answers = generator.generate(prompts, given, sizes.append)
+    assert [answer.num_tokens for answer in answers] == asked
+    assert sorted(sizes, reverse=True) == [2, 2, 2, 1, 1]
+
+
+def test_a_stop_string_counts_after_the_newline_that_a_template_leaves(
+    vlm: tuple[Any, Any],
+) -> None:
+    generator = make(vlm)
+    generator.tokenizer = SimpleNamespace(decode=lambda ids, **_: "\n\n red\nand blue")
+    ids = torch.tensor([1, 2, 3])
+    assert generator._answer(ids, ("\n",)).text == "red"
+    assert generator._answer(ids, ("and", "\n")).text == "red"
+    assert generator._answer(ids, ()).text == "red\nand blue"

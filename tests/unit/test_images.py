@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
 from llm2clip_vlm.data import images
-from llm2clip_vlm.data.images import ImageError, open_image, resolve_image
+from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image, resolve_image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
@@ -99,3 +100,17 @@ def test_a_bomb_is_refused_before_it_is_decoded(
     Image.new("RGB", (10, 10)).save(tmp_path / "a.png")
     with pytest.raises(ImageError, match="10x10"):
         open_image(tmp_path, "a.png")
+
+
+def test_the_smallest_and_the_longest_picture_that_is_one() -> None:
+    def check(width: int, height: int) -> None:
+        data = BytesIO()
+        Image.new("RGB", (width, height)).save(data, "PNG")
+        EncodedImage(data.getvalue(), "a.png").require_picture()
+
+    longest = 8 * images.MAX_ASPECT_RATIO
+    for size in ((8, 8), (8, longest), (longest, 8)):
+        check(*size)
+    for size in ((7, 8), (8, 7), (8, longest + 1), (longest + 1, 8)):
+        with pytest.raises(ImageError, match="expected sides of at least 8 px"):
+            check(*size)

@@ -12,7 +12,7 @@ import torch
 from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.config_vlm import Stage4Recipe
 from llm2clip_vlm.handoff import HandoffError
-from llm2clip_vlm.models.lineage import LINEAGE_NAME, read_lineage, weights_of
+from llm2clip_vlm.models.lineage import LINEAGE_NAME, read_lineage, settings_of, weights_of
 from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.training.adapters import load_adapter, merged_state, save_adapter
 from llm2clip_vlm.training.vlm_run import prepare_trainable
@@ -135,3 +135,15 @@ def test_an_adapter_belongs_to_its_base(trained: Path, tmp_path: Path) -> None:
         load_adapter(model, tmp_path / "a", "other")
     with pytest.raises(HandoffError, match="scaling: it was made with"):
         load_adapter(adapted(trained, alpha=8)[0], tmp_path / "a", "base")
+
+
+def test_every_setting_of_the_pictures_is_told(trained: Path) -> None:
+    model, processor = load_vlm(trained)
+    seen = {settings_of(model, processor)["image_mode"]}
+    for name, value in (("image_mean", [0.1] * 3), ("image_std", [0.2] * 3), ("do_pad", True)):
+        setattr(processor.image_processor, name, value)
+        seen.add(settings_of(model, processor)["image_mode"])
+    assert len(seen) == 4
+    before = settings_of(model, processor)["chat_template"]
+    processor.chat_template += " "
+    assert settings_of(model, processor)["chat_template"] != before

@@ -223,3 +223,13 @@ def test_collect_captions(row: dict[str, Any], fields: list[str], expected: obje
 def test_bad_captions(value: object, message: str) -> None:
     with pytest.raises(RecordError, match=message):
         collect_captions(RowGroup(Path("f"), "1", [{"c": value}]), ["c"])
+
+
+def test_the_larger_of_both_limits_holds() -> None:
+    """`max_bad_records` and `max_bad_fraction`: exactly the limit passes, one more does not."""
+    for limit, fraction, allowed in ((2, 0.0, 2), (0, 0.05, 5), (3, 0.05, 5), (7, 0.05, 7)):
+        bad = BadRecords(limit=limit, fraction=fraction)
+        bad.take(100, [(f"a.jsonl:{i}", "empty caption") for i in range(allowed)])
+        assert (bad.count, bad.allowed) == (allowed, allowed)
+        with pytest.raises(RecordError, match=rf"{allowed + 1} bad record\(s\), {allowed} allowed"):
+            bad.add("a.jsonl:100", "empty caption")
