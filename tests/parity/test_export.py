@@ -39,6 +39,8 @@ def stage_2b(kind: str, folder: Path) -> Path:
     torch.manual_seed(1)
     model = LLM2CLIPModel.from_vision_tower(source.model, text_embed_dim=8, projection_dim=6)
     model.save_pretrained(folder / "run" / "model")
+    if kind == "clip":  # a crop that is a share of the picture, as timm's 0.9
+        source.image_processor.size = {"shortest_edge": 36}
     source.image_processor.save_pretrained(folder / "run" / "model")
     return folder / "run"
 
@@ -101,12 +103,15 @@ def test_timm(kind: str, tmp_path: Path, timm: Any) -> None:
     certificate = export(run, "timm", tmp_path / "out")
     check_certificate(tmp_path / "out", certificate)
     assert certificate["opened_with"] == f"timm {timm.__version__}"
+    shown = json.loads((tmp_path / "out" / "config.json").read_text())["pretrained_cfg"]
+    tower = load_vision_tower(run / "model")
+    short = tower.image_processor.size.get("shortest_edge")
+    assert shown["crop_pct"] == (1.0 if short is None else 32 / short)
     # timm's own loader of a folder, strict, with nothing but what lies in it
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
-    tower = load_vision_tower(run / "model").model
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(again(pixels), tower(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(again(pixels), tower.model(pixels).pooler_output, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("library", ["open_clip", "timm"])
