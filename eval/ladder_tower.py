@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run.parent("vision_tower", run.recipe.vision_tower)
     run.arguments(label_names=["labels"])
     if run.recipe.kind == "oracle":
+        run.claim_outputs()
         make_oracle(run.recipe, run.out)
     else:
         train_supervised(run)

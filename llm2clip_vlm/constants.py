@@ -8,3 +8,6 @@ IMAGE_TOKEN = "<image>"
 
 MANIFEST_NAME = "manifest.json"
 """File that a finished stage leaves in its output directory."""
+
+SEAL_NAME = "files.json"
+"""File that makes a checkpoint whole: processes that wrote it, and sha256 of each of its files."""

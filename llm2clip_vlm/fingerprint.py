@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 _MODEL_FILES = frozenset(
     "config.json adapter_config.json generation_config.json preprocessor_config.json "
@@ -14,6 +17,11 @@ _MODEL_FILES = frozenset(
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin"})
 
 _digests: dict[tuple[str, int, int], str] = {}
+_WHOLE_BYTES = 64 * 2**20
+_PIECES, _PIECE_BYTES = 8, 2**16
+
+FileState = list[Any]
+"""Size, modification time in ns, and hash of a file."""
 
 
 class HandoffError(ValueError):
@@ -64,3 +72,50 @@ def model_files(folder: Path) -> Iterator[Path]:
     for file in folder.iterdir():
         if file.is_file() and (file.suffix in _WEIGHT_SUFFIXES or file.name in _MODEL_FILES):
             yield file
+
+
+def file_state(path: Path, *, whole: bool = False) -> FileState:
+    """What a file is known again by.
+
+    Args:
+        path: The file.
+        whole: Hash all of it however large it is; otherwise eight pieces stand for what is larger
+            than 64 MiB, such as a shard of images.
+    """
+    stat = path.stat()
+    if whole or stat.st_size <= _WHOLE_BYTES:
+        return [stat.st_size, stat.st_mtime_ns, fingerprint_file(path)]
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        for piece in range(_PIECES):
+            handle.seek((stat.st_size - _PIECE_BYTES) * piece // (_PIECES - 1))
+            digest.update(handle.read(_PIECE_BYTES))
+    return [stat.st_size, stat.st_mtime_ns, f"pieces:{digest.hexdigest()}"]
+
+
+def file_states(files: Iterable[Path], *, whole: bool = False) -> dict[str, FileState]:
+    """States of several files by their path, see :func:`file_state`."""
+    listed = [file for file in files if file.is_file()]
+    with ThreadPoolExecutor(8) as pool:
+        states = pool.map(lambda file: file_state(file, whole=whole), listed)
+        return dict(zip(map(str, listed), states, strict=True))
+
+
+def changed_files(states: Mapping[str, FileState], folder: Path | None = None) -> Iterator[str]:
+    """The files that are gone, or are not what they were.
+
+    A file of the same size and date is believed; one of another date is hashed again, so that a
+    copy of a folder counts as the same.
+
+    Args:
+        states: Of :func:`file_states`.
+        folder: What their paths are relative to.
+    """
+    for name, (size, date, digest) in states.items():
+        file = Path(name) if folder is None else folder / name
+        if not file.is_file() or (stat := os.stat(file)).st_size != size:
+            yield name
+        elif stat.st_mtime_ns != date:
+            whole = not str(digest).startswith("pieces:")
+            if file_state(file, whole=whole)[2] != digest:
+                yield name

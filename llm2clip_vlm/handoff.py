@@ -1,8 +1,9 @@
 """What one stage leaves for the next: a manifest that says how the output was made.
 
 `manifest.json` is written last, so its presence means that the stage finished. It holds the
-resolved recipe and its hash, the state of every parent, hashes of the models written beside it,
-versions, seeds and time. The next stage verifies it and refuses a mismatch by naming the field; a
+resolved recipe and its hash, the state of every parent (data files too), hashes of the models
+written beside it, size, date and hash of every file that the stage left, versions, seeds and time,
+and its own hash. The next stage verifies it and refuses a mismatch by naming the field; a
 checkpoint that has no manifest (somebody else's) is taken as it is.
 """
 
@@ -23,12 +24,15 @@ from pydantic import BaseModel
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import (
+    FileState,
     HandoffError,
+    changed_files,
+    file_states,
     fingerprint_dir,
     fingerprint_file,
     model_files,
 )
-from llm2clip_vlm.recipe import RecipeError, load_recipe, save_resolved, to_plain
+from llm2clip_vlm.recipe import to_plain
 
 # What later stages need of a parent, under one address.
 __all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file"]
@@ -39,9 +43,15 @@ PARENTS_NAME = "parents.json"
 """File with the content of what a run began with."""
 
 _SCHEMA = 1
+_KEYS = frozenset("stage recipe recipe_hash parents fingerprints outputs extra".split())
 _PACKAGES = (
     "torch transformers accelerate deepspeed peft datasets tokenizers safetensors numpy pillow "
     "lmms_eval llm2clip-vlm"
+)
+# Beside a manifest, but no output: what a run may write anew without computing anything anew.
+_NO_OUTPUTS = frozenset(
+    {MANIFEST_NAME, PARENTS_NAME, RESOLVED_NAME}
+    | set("checkpoints composed failures dropped.jsonl encode_cost.jsonl".split())
 )
 # Keys that change where a run writes or what it says, never what it computes.
 _NEUTRAL_KEYS = frozenset(
@@ -60,11 +70,12 @@ def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
     Args:
         recipe: A recipe, or its plain form as a manifest keeps it.
     """
-    text = json.dumps(_meaning(recipe), sort_keys=True, ensure_ascii=False)
+    text = json.dumps(meaning(recipe), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+def meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """What of a recipe decides the result."""
     plain = to_plain(recipe) if isinstance(recipe, BaseModel) else recipe
     kept = {key: plain[key] for key in plain.keys() - _NEUTRAL_KEYS}
     if trainer := kept.get("trainer"):
@@ -77,7 +88,7 @@ def write_manifest(
     *,
     stage: str,
     recipe: BaseModel,
-    parents: Mapping[str, str | Path],
+    parents: Mapping[str, str | Path | Mapping[str, Any]],
     fingerprints: Mapping[str, str],
     seconds: float,
     extra: Mapping[str, Any] | None = None,
@@ -89,7 +100,7 @@ def write_manifest(
         stage: The stage's name.
         recipe: The recipe that it ran with.
         parents: Name to path (a stage's output, a model directory, a file) or hub id of what it
-            read.
+            read, or to the :func:`parent_state` that it had when it was read.
         fingerprints: What the next stage must be able to compare, such as `text_encoder`.
         seconds: Wall time of the stage.
         extra: Anything else worth keeping; must be JSON.
@@ -106,21 +117,75 @@ def write_manifest(
         "stage": stage,
         "recipe": plain,
         "recipe_hash": recipe_hash(plain),
-        "parents": {name: parent_state(path) for name, path in parents.items()},
+        "parents": {
+            name: dict(parent) if isinstance(parent, Mapping) else parent_state(parent)
+            for name, parent in parents.items()
+        },
         "fingerprints": dict(fingerprints),
         "outputs": {
             part.name: fingerprint_dir(part)
             for part in sorted(folder.iterdir())
             if part.is_dir() and part.name != "checkpoints" and any(model_files(part))
         },
+        "files": _output_states(folder),
         "versions": versions(),
         "seeds": {"seed": plain.get("seed"), **world},
         "seconds": round(seconds, 3),
         "extra": dict(extra or {}),
     }
+    manifest["sha256"] = _own_hash(manifest)
     path = folder / MANIFEST_NAME
     write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return path
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    kept = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+
+
+def _output_states(folder: Path) -> dict[str, FileState]:
+    """Of every file that a stage left, by its path below the folder."""
+    left: list[Path] = []
+    for part in sorted(folder.iterdir()):
+        if part.name not in _NO_OUTPUTS and not part.name.startswith((".", "journal-")):
+            left += sorted(part.rglob("*")) if part.is_dir() else [part]
+    weights = {
+        file for part in {file.parent for file in left} - {folder} for file in model_files(part)
+    }
+    states = file_states([file for file in left if file not in weights])
+    states |= file_states([file for file in left if file in weights], whole=True)
+    return {Path(name).relative_to(folder).as_posix(): state for name, state in states.items()}
+
+
+def changed_outputs(
+    directory: str | Path, manifest: Mapping[str, Any], below: str = ""
+) -> list[str]:
+    """What a stage has left in its directory and is gone, or no longer what it was.
+
+    Args:
+        directory: Where its manifest is.
+        manifest: Read from there.
+        below: Part of the directory that is asked about; empty = all.
+
+    Returns:
+        Paths below the directory; of a manifest of an older version, those of its models.
+    """
+    folder = Path(directory)
+    if "files" in manifest:
+        states: dict[str, FileState] = manifest["files"]
+        inside = {
+            name: s for name, s in states.items() if not below or name.startswith(f"{below}/")
+        }
+        return list(changed_files(inside, folder))
+    outputs = {n: h for n, h in manifest["outputs"].items() if not below or n == below}
+    return [
+        name
+        for name, recorded in outputs.items()
+        if not (folder / name).is_dir()
+        or not any(model_files(folder / name))
+        or fingerprint_dir(folder / name) != recorded
+    ]
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -132,26 +197,60 @@ def versions(*more: str) -> dict[str, str]:
     return found
 
 
-def parent_state(path: str | Path) -> dict[str, str]:
-    """What a manifest keeps of a parent: its manifest's hash, else its fingerprint.
+def parent_state(path: str | Path) -> dict[str, Any]:
+    """What a manifest keeps of a parent: its manifest's hash, else its fingerprint or files.
 
     Args:
-        path: A directory, a file, a pattern (its files' names and sizes: shards are too large to
-            hash), or a hub id (kept by name only: there is nothing to hash).
+        path: A directory, a file or a pattern (sizes, dates and hashes of the files), or a hub id
+            (kept by name only: there is nothing to hash).
     """
     target = Path(path)
-    state = {"path": str(path)}
+    state: dict[str, Any] = {"path": str(path)}
     manifest = _find_manifest(target)
     if manifest is not None:
         state["manifest_hash"] = fingerprint_file(manifest)
     elif target.is_dir():
         state["fingerprint"] = fingerprint_dir(target)
-    elif target.is_file():
-        state["fingerprint"] = fingerprint_file(target)
-    elif glob.has_magic(str(path)):
-        files = [(name, Path(name).stat().st_size) for name in sorted(glob.glob(str(path)))]
-        state["fingerprint"] = hashlib.sha256(json.dumps(files).encode()).hexdigest()
+    elif files := data_files(path):
+        state["files"] = file_states(files)
     return state
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files that a parent's path or pattern means."""
+    files = [path] if Path(path).is_file() else sorted(glob.glob(str(path)))
+    return [Path(file) for file in files]
+
+
+def changed_parent(state: Mapping[str, Any]) -> str | None:
+    """What of a parent is not as it was.
+
+    Args:
+        state: Of :func:`parent_state`, then.
+
+    Returns:
+        A path; none = nothing.
+    """
+    path = state["path"]
+    if "files" in state:
+        now = {str(file) for file in data_files(path)}
+        differing = [*sorted(now ^ state["files"].keys()), *changed_files(state["files"])]
+        return differing[0] if differing else None
+    if "fingerprint" in state and not Path(path).is_dir():  # of a version before `files`
+        if Path(path).is_file():
+            found = fingerprint_file(path)
+        else:
+            sizes = [(str(file), file.stat().st_size) for file in data_files(path)]
+            found = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+        return None if found == state["fingerprint"] else path
+    if parent_state(path) != state:
+        return path
+    manifest = _find_manifest(Path(path))
+    if manifest is not None:
+        below = "" if manifest.parent == Path(path) else Path(path).name
+        for name in changed_outputs(manifest.parent, read_manifest(manifest.parent) or {}, below):
+            return str(manifest.parent / name)
+    return None
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any] | None:
@@ -173,6 +272,9 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
             f"{path}: schema: expected {_SCHEMA}, got {schema!r}; run that stage again with this "
             "version"
         )
+    own = _own_hash(manifest)
+    if manifest.get("sha256", own) != own or _KEYS - manifest.keys():
+        raise HandoffError(f"{path} is damaged or was changed by hand; run that stage again")
     return manifest
 
 
@@ -242,90 +344,12 @@ def is_complete(directory: str | Path, recipe: BaseModel) -> bool:
         recipe: The recipe that it would run with now.
 
     Returns:
-        True if the manifest is there, its recipe computes the same, every model that it lists is
-        still there, and no parent has been written anew.
+        True if the manifest is there, its recipe computes the same, every file that it lists is
+        what it was, and no parent has changed.
     """
     manifest = read_manifest(directory)
     if manifest is None or manifest["recipe_hash"] != recipe_hash(recipe):
         return False
-    if any(not (Path(directory) / name).is_dir() for name in manifest["outputs"]):
+    if changed_outputs(directory, manifest):
         return False
-    return all(parent_state(state["path"]) == state for state in manifest["parents"].values())
-
-
-def claim_output_dir(recipe: BaseModel) -> Path:
-    """Write the resolved recipe beside the results to come, or refuse a directory in use.
-
-    Safe to call in every process of a launch.
-
-    Args:
-        recipe: A recipe with `output_dir`.
-
-    Returns:
-        The output directory, which exists.
-
-    Raises:
-        HandoffError: The directory holds a run made with another recipe; the message names the
-            first key that differs.
-    """
-    folder = Path(to_plain(recipe)["output_dir"])
-    path = folder / RESOLVED_NAME
-    if path.is_file():
-        try:
-            earlier = load_recipe(path, type(recipe))
-        except RecipeError as error:
-            raise HandoffError(
-                f"{folder} holds a run whose recipe this version does not read; choose another "
-                f"output_dir, or delete the folder ({error})"
-            ) from None
-        if recipe_hash(earlier) != recipe_hash(recipe):
-            key, old, new = _difference(_meaning(earlier), _meaning(recipe))
-            raise HandoffError(
-                f"{folder} holds a run with another recipe: {key}: was {old!r}, is now {new!r}; "
-                "choose another output_dir, or delete the folder"
-            )
-    save_resolved(recipe, path)
-    return folder
-
-
-def claim_parents(
-    directory: str | Path, parents: Mapping[str, str | Path], *, resumes: bool
-) -> None:
-    """Note what a run begins with, or refuse to go on with what began with something else.
-
-    A checkpoint of other weights would be taken for a result of these. Call it in one process.
-
-    Args:
-        directory: The run's output directory.
-        parents: Name to path. Models are compared by their files, a stage's other output (a cache
-            may grow) by the fingerprints in its manifest, anything else not at all.
-        resumes: From a checkpoint.
-
-    Raises:
-        HandoffError: Names the parent.
-    """
-    path = Path(directory) / PARENTS_NAME
-    content: dict[str, Any] = {}
-    for name, parent in parents.items():
-        if manifest := read_manifest(parent):
-            content[name] = manifest["fingerprints"]
-        elif (Path(parent) / "config.json").is_file():
-            content[name] = fingerprint_dir(parent)
-    known = resumes and path.is_file()
-    earlier = json.loads(path.read_text(encoding="utf-8")) if known else {}
-    for name in earlier.keys() & content.keys():
-        if earlier[name] != content[name]:
-            raise HandoffError(
-                f"{directory} holds a run that began with another {name}: {parents[name]} was made "
-                "anew since; choose another output_dir, or delete the folder"
-            )
-    write_atomically(path, json.dumps(content, indent=1))
-
-
-def _difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
-    """The first dotted key at which two plain values differ, and both values."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for name in [*old, *new]:
-            if old.get(name) != new.get(name):
-                return _difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
-    return key, old, new
+    return all(changed_parent(state) is None for state in manifest["parents"].values())

@@ -1,13 +1,13 @@
 """Runs the programs of a pipeline recipe in the order of their needs.
 
 What a step leaves behind decides whether it runs: a manifest of the same recipe and the same
-parents, or the files that it names. So a second run skips what is finished, and a run after a kill
-goes on, with the stage that was cut off resuming from its own checkpoint.
+parents, or the files that it names, as they were when it ended. So a second run skips what is
+finished, and a run after a kill goes on, with the stage that was cut off resuming from its own
+checkpoint. However the pipeline itself ends, its steps end with it (:mod:`supervise`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import itertools
 import json
@@ -26,14 +26,16 @@ from typing import Any
 
 from tqdm import tqdm
 
+from llm2clip_vlm import supervise
 from llm2clip_vlm.config import MntpRecipe, RunRecipe, Stage1Recipe, Stage2aRecipe
 from llm2clip_vlm.config_base import ClipBaselineRecipe, LanguageModelRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
 from llm2clip_vlm.files import write_atomically
-from llm2clip_vlm.fingerprint import fingerprint_file
+from llm2clip_vlm.fingerprint import FileState, changed_files, file_states, fingerprint_file
 from llm2clip_vlm.handoff import is_complete
+from llm2clip_vlm.ownership import Hold, OwnershipError
 from llm2clip_vlm.programs import find_program
 from llm2clip_vlm.recipe import load_recipe
 
@@ -48,6 +50,9 @@ RECIPES: dict[str, type[RunRecipe]] = {
     "stage4_instruction": Stage4Recipe,
 }
 """Programs that read a stage recipe and leave a manifest."""
+
+OUTPUTS_NAME = "outputs.json"
+"""File beside the logs: what each job's outputs were when it ended."""
 
 _PERCENT = re.compile(r"(\d+)%\|")
 
@@ -127,13 +132,33 @@ def _filled(texts: Sequence[str], values: dict[str, str]) -> list[str]:
     return filled
 
 
-def finished(job: Job) -> bool:
-    """Whether what the job makes is there and was made with this recipe from these parents."""
+def finished(job: Job, left: dict[str, FileState] | None = None) -> bool:
+    """Whether what the job makes is there and was made with this recipe from these parents.
+
+    Args:
+        job: The job.
+        left: Its outputs as they were when it ended; none = not known.
+
+    Raises:
+        PipelineError: An output was changed since, and would be written over.
+    """
     model = RECIPES.get(job.step.program)
     if model is not None and job.step.recipe:
         recipe = load_recipe(job.recipe[0], model, job.recipe[1:])
         return is_complete(recipe.output_dir, recipe)
-    return bool(job.outputs) and all(Path(path).exists() for path in job.outputs)
+    differing = list(changed_files(left or {}))
+    if there := [name for name in differing if Path(name).exists()]:
+        raise PipelineError(
+            f"{there[0]} was changed after step {job.name!r} wrote it, and would be written over: "
+            "put it back, or delete it to have it made again"
+        )
+    return bool(job.outputs) and not differing and all(Path(o).exists() for o in job.outputs)
+
+
+def output_files(job: Job) -> list[Path]:
+    """The files that a job names as its outputs, or that lie below them."""
+    paths = [Path(path) for path in job.outputs]
+    return [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
 
 
 def progress_of(log: Path, start: int = 0) -> int | None:
@@ -171,6 +196,7 @@ class Pipeline:
         self.done: set[str] = set()
         self.running: list[Job] = []
         self.seconds: dict[str, float] = {}
+        self._left: dict[str, dict[str, FileState]] = {}
 
     def run(self) -> dict[str, float]:
         """Run all jobs.
@@ -179,23 +205,28 @@ class Pipeline:
             Seconds of each job that ran now.
 
         Raises:
-            PipelineError: A job failed; the message has the end of its log.
+            PipelineError: A job failed (the message has the end of its log), or a file is not what
+                it was.
+            OwnershipError: Another pipeline runs there, or files lie there that none has written.
         """
-        for path, expected in self.recipe.frozen.items():
-            got = fingerprint_file(path) if Path(path).is_file() else "no file"
-            if got != expected:
-                raise PipelineError(
-                    f"frozen file {path}: expected SHA-256 {expected}, got {got}; restore it, or "
-                    "change `frozen` and run everything that was compared again"
-                )
-        self.logs.mkdir(parents=True, exist_ok=True)
-        previous = signal.signal(signal.SIGTERM, _stop)
+        self._refuse_thawed()
+        times = self._read("seconds.json")
+        logs = [f"{job.name}.log" for job in self.jobs]
+        # A version without markers left the times beside the logs.
+        hold = Hold(self.logs, "a pipeline", [*logs, OUTPUTS_NAME], older=logs if times else ())
+        self._left = self._read(f"logs/{OUTPUTS_NAME}")
+        previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+        for number, handler in previous.items():
+            if handler is not signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, _stop)
         shown = time.monotonic()
         try:
             with tqdm(total=len(self.jobs), desc="steps", disable=None) as bar:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
-                        if not (set(job.needs) & self.seconds.keys()) and finished(job):
+                        if not (set(job.needs) & self.seconds.keys()) and finished(
+                            job, self._left.get(job.name)
+                        ):
                             self._tick(bar, f"{job.name}: finished before, skipped", job)
                         else:
                             self._start(job)
@@ -212,9 +243,38 @@ class Pipeline:
                     if self.running:
                         time.sleep(0.2)
         finally:
-            signal.signal(signal.SIGTERM, previous)
             self._stop_all()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            hold.release()
         return self.seconds
+
+    def _refuse_thawed(self) -> None:
+        for path, expected in self.recipe.frozen.items():
+            got = fingerprint_file(path) if Path(path).is_file() else "no file"
+            if got != expected:
+                raise PipelineError(
+                    f"frozen file {path}: expected SHA-256 {expected}, got {got}; restore it, or "
+                    "change `frozen` and run everything that was compared again"
+                )
+
+    def _read(self, name: str) -> dict[str, Any]:
+        """A file of a pipeline, by job.
+
+        Raises:
+            OwnershipError: It is something else.
+        """
+        path = Path(self.recipe.output_dir) / name
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise OwnershipError(
+                f"{path} is no file of a pipeline, or damaged; move it away, or choose another "
+                "output_dir"
+            )
+        return found
 
     def _tick(self, bar: Any, text: str, job: Job) -> None:
         self.done.add(job.name)
@@ -251,7 +311,8 @@ class Pipeline:
         job.started = time.monotonic()
         with job.log.open("ab") as log:
             job.process = subprocess.Popen(
-                job.command(self.root),
+                [sys.executable, "-I", supervise.__file__, *job.command(self.root)],
+                stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -273,21 +334,20 @@ class Pipeline:
                     f"step {job.name!r} ended with exit code {code}; the end of {job.log}:\n  {end}"
                 )
             self.seconds[job.name] = round(time.monotonic() - job.started, 1)
+            old = self._read("seconds.json")
             path = Path(self.recipe.output_dir) / "seconds.json"
-            old = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
             write_atomically(path, json.dumps({**old, **self.seconds}, indent=2) + "\n")
+            self._left[job.name] = file_states(output_files(job))
+            write_atomically(self.logs / OUTPUTS_NAME, json.dumps(self._left) + "\n")
             yield job
 
     def _stop_all(self) -> None:
-        for kill, patience in ((signal.SIGTERM, 10), (signal.SIGKILL, None)):
-            for job in self.running:
-                assert job.process is not None
-                if job.process.poll() is None:
-                    os.killpg(job.process.pid, kill)
-            for job in self.running:
-                assert job.process is not None
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    job.process.wait(timeout=patience)
+        for job in self.running:
+            assert job.process is not None and job.process.stdin is not None
+            job.process.stdin.close()
+        for job in self.running:
+            assert job.process is not None
+            job.process.wait()
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

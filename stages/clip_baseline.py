@@ -80,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
     if not recipe.evaluate_only:
         trainer.train(resume_from_checkpoint=run.checkpoint)
+    run.claim_outputs()
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off

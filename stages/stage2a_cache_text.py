@@ -32,7 +32,7 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage2aRecipe
 from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_shards import HEADER_NAME
+from llm2clip_vlm.data.embedding_shards import HEADER_NAME, cache_names
 from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
@@ -53,8 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world_size() > 1:  # one rank may have far more to do than another
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     if is_main():
+        run.hold(shared=recipe.slice is not None, older=[*cache_names(out), COST_NAME])
         if recipe.world is not None:
             ensure_world(recipe.world)
+        run.note_data()
         save_resolved(recipe, out / "recipe.resolved.yaml")
     barrier()
 
@@ -90,9 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         cache = EmbeddingCache.open(out)
         print(f"{len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
-        for name in ("sources", "zero_shot"):
-            files = enumerate(getattr(recipe, name))
-            run.parents |= {f"{name}.{i}": source.path for i, source in files}
         run.finish(
             encoder.fingerprint,
             rows=len(cache),

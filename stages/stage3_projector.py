@@ -14,7 +14,6 @@ Writes: `<output_dir>/model` (a `LlavaForConditionalGeneration` directory), `met
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from llm2clip_vlm.config_vlm import Stage3Recipe
 from llm2clip_vlm.distributed import is_main
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.ownership import foreign, remove, unsigned
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.vlm_run import compose_once, train_vlm
 
@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.parent("projector", vlm.projector, "stage3_projector", "stage4_instruction")
     args = run.arguments()
     if run.checkpoint is None and is_main() and composed.is_dir():
-        shutil.rmtree(composed)  # of a run that was killed early, maybe with other parents
+        foreign(composed, unsigned(composed))
+        remove(composed)  # of a run that was killed early, maybe with other parents
 
     model, processor = compose_once(
         lambda: build_vlm(**vlm.model_dump(), seed=run.recipe.seed), composed, args

@@ -9,7 +9,13 @@ from pathlib import Path
 import numpy as np
 
 from llm2clip_vlm.data.embedding_cache import DEFAULT_SHARD_ROWS, EmbeddingCache
-from llm2clip_vlm.data.embedding_shards import lock, read_segments, write_header, write_shard
+from llm2clip_vlm.data.embedding_shards import (
+    journal_files,
+    lock,
+    read_segments,
+    write_header,
+    write_shard,
+)
 
 
 def merge_caches(
@@ -33,7 +39,7 @@ def merge_caches(
     """
     directory = Path(directory)
     with ExitStack() as held:
-        journals = sorted(directory.glob("journal-*"))
+        journals = journal_files(directory) if directory.is_dir() else []
         for path in journals:
             lock(held.enter_context(path.open("ab")), path)
         opened = [EmbeddingCache.open(source) for source in sources]

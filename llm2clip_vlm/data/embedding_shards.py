@@ -19,6 +19,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal, Self
@@ -37,8 +38,11 @@ DIGEST_BYTES = 32
 _NORM_TOLERANCE = 1e-2  # float16 moves the norm of a unit vector by less than 1e-3
 _SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 _JOURNAL = re.compile(r"journal-\d{5,}-\d{5,}")
+_HEADER_BYTES = 2**16
 _METADATA = "embedding_cache"  # one key only: safetensors writes several in any order
 _TWO = "embeddings of two encoders never share a cache: choose another directory or delete this one"
+
+_READ: set[tuple[str, int, str, int, int]] = set()  # found to be as written, by this process
 
 Digests = npt.NDArray[np.uint8]
 """Keys of rows, `[rows, 32]`."""
@@ -118,17 +122,31 @@ class Segment:
     end: int
     """Byte of the file behind it."""
 
-    def verify(self) -> None:
-        """Reads all of it.
+    def touch(self) -> None:
+        """Reads all of it where this process has not done so.
 
         Raises:
-            CacheError: It has changed since it was written, or a row is no unit vector.
+            CacheError: It has changed since it was written.
         """
+        stat = self.path.stat()
+        read = (str(self.path), self.end, self.sha256, stat.st_ino, stat.st_mtime_ns)
+        if read in _READ:
+            return
         if (got := _checksum(self.keys, self.embeds)) != self.sha256:
             raise CacheError(
                 f"{self.path}: sha256 is {got}, expected {self.sha256}; the file is damaged: "
                 "delete it and build again (its texts alone are encoded anew)"
             )
+        _READ.add(read)
+
+    def verify(self) -> None:
+        """Reads all of it, again too.
+
+        Raises:
+            CacheError: It has changed since it was written, or a row is no unit vector.
+        """
+        _READ.clear()
+        self.touch()
         for start in range(0, len(self.embeds), 4096):
             norms = np.linalg.norm(self.embeds[start : start + 4096].astype(np.float32), axis=1)
             wrong = np.flatnonzero(~(np.abs(norms - 1) < _NORM_TOLERANCE))
@@ -210,6 +228,24 @@ def read_header(directory: Path) -> Header | None:
     return Header.parse(path, path.read_bytes()) if path.is_file() else None
 
 
+def cache_names(directory: Path) -> list[str]:
+    """Names of the files in a directory that are a cache's; none where it is no cache.
+
+    Raises:
+        CacheError: Its header is damaged.
+    """
+    if read_header(directory) is None:
+        return []
+    names = [path.name for path in directory.iterdir()]
+    own = (_SHARD, _JOURNAL)
+    return [name for name in names if name == HEADER_NAME or any(p.fullmatch(name) for p in own)]
+
+
+def journal_files(directory: Path) -> list[Path]:
+    """The journals of a cache, by their name."""
+    return sorted(path for path in directory.iterdir() if _JOURNAL.fullmatch(path.name))
+
+
 def write_header(directory: Path, header: Header) -> None:
     """Makes a directory a cache, or checks that it is the same one."""
     existing = read_header(directory)
@@ -259,7 +295,7 @@ def read_segments(
                 f"{path}: cannot be read (cut short or damaged); delete it, build again"
             )
         segments += whole
-    for path in sorted(path for path in paths if _JOURNAL.fullmatch(path.name)):
+    for path in journal_files(directory):
         if before_epoch is None or int(path.name.split("-")[1]) < before_epoch:
             segments += _read(path, header, None)
     return segments
@@ -351,6 +387,7 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
     while at + 8 <= len(raw):
         start = at + 8 + int.from_bytes(raw[at : at + 8].tobytes(), "little")
         if start > len(raw):
+            _refuse_unless_torn(path, raw[at + 8 :])
             break
         try:
             layout = json.loads(raw[at + 8 : start].tobytes())
@@ -377,6 +414,24 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
         embeds = raw[start : start + middle].view(np.float16).reshape(rows, header.dim)
         segments.append(Segment(path, keys, embeds, number, own.sha256, at))
     return segments
+
+
+def _refuse_unless_torn(path: Path, tail: npt.NDArray[np.uint8]) -> None:
+    """Takes the end of a file for a write that was cut off only where it can be one.
+
+    Raises:
+        CacheError: The header is whole, so that its stated length was damaged, or is none of ours.
+    """
+    text = tail[:_HEADER_BYTES].tobytes()
+    ours = f'{{"__metadata__":{{"{_METADATA}":'.encode()
+    whole = False
+    with suppress(ValueError):  # of a header that is cut
+        json.JSONDecoder().raw_decode(text.decode(errors="replace"))
+        whole = len(text.rstrip()) > text.rstrip().rfind(b"}") + 1
+    if whole or text[: len(ours)] != ours[: len(text)]:
+        raise CacheError(
+            f"{path}: damaged, or no file of an embedding cache; delete it, build again"
+        )
 
 
 def _checksum(keys: Digests, rows: Rows) -> str:

@@ -7,6 +7,7 @@ import logging
 import os
 import types
 import typing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,6 @@ from transformers import TrainingArguments
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config import RunRecipe
-from llm2clip_vlm.handoff import claim_output_dir
 from llm2clip_vlm.recipe import RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
@@ -77,9 +77,7 @@ def _refused_type(hint: Any, value: Any) -> str | None:
 def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArguments:
     """The arguments of a stage's Trainer.
 
-    Call it before any model is loaded (ZeRO-3 wants to know first). It claims the output
-    directory: `<output_dir>/recipe.resolved.yaml` is written, and a directory that holds a run with
-    another recipe is refused, so that checkpoints found there may be resumed from.
+    Call it before any model is loaded (ZeRO-3 wants to know first).
 
     Args:
         recipe: The stage's recipe.
@@ -91,7 +89,6 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     Raises:
         RecipeError: A bad key or value under `trainer`, one that the stage fixes to another value,
             or a global batch size that the processes cannot share evenly.
-        HandoffError: The output directory holds a run with another recipe.
     """
     check_trainer_keys(recipe.trainer)
     forced = _FIXED | forced
@@ -113,7 +110,6 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
             f"{recipe.global_batch_size}",
         )
     cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
-    folder = claim_output_dir(recipe)
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
     if launched or chosen.get("deepspeed") is not None:
         distributed.prepare_cpu_deepspeed()
@@ -127,7 +123,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "dataloader_pin_memory": cuda,
         **chosen,
         "use_cpu": not cuda,
-        "output_dir": str(folder / "checkpoints"),
+        "output_dir": str(Path(recipe.output_dir) / "checkpoints"),
         "seed": recipe.seed,
         "gradient_accumulation_steps": recipe.global_batch_size // at_once,
     }

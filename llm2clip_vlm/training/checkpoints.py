@@ -8,16 +8,19 @@ import re
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
+from typing import Any
 
+from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.distributed import world_size
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
+from llm2clip_vlm.ownership import MARKER_NAME, remove, sign
+
+__all__ = ["SEAL_NAME", "damage", "make_room", "newest_whole", "rotate", "seal_checkpoint"]
 
 logger = logging.getLogger(__name__)
-
-SEAL_NAME = "files.json"
-"""Processes that wrote a checkpoint, and sha256 of each file; without it, it is unfinished."""
 
 
 def seal_checkpoint(folder: str | Path) -> None:
@@ -27,6 +30,7 @@ def seal_checkpoint(folder: str | Path) -> None:
         folder: The checkpoint.
     """
     root = Path(folder)
+    (root / MARKER_NAME).unlink(missing_ok=True)
     seal = {"world_size": world_size(), "files": _hashes(root)}
     write_atomically(root / SEAL_NAME, json.dumps(seal, indent=1))
 
@@ -40,32 +44,74 @@ def damage(folder: str | Path) -> str | None:
     root = Path(folder)
     if not (root / SEAL_NAME).is_file():
         return "it was not finished"
-    try:
-        wanted = json.loads((root / SEAL_NAME).read_bytes())["files"]
-    except ValueError:
+    if (seal := _seal(root)) is None:
         return f"{SEAL_NAME} is cut or changed"
-    found = _hashes(root)
+    wanted, found = seal["files"], _hashes(root)
     changed = [name for name in wanted if found.get(name) != wanted[name]]
     return f"{changed[0]} is missing, cut or changed" if changed else None
 
 
+def _seal(root: Path) -> dict[str, Any] | None:
+    """What a checkpoint's seal says; none = nothing that can be read."""
+    try:
+        seal = json.loads((root / SEAL_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+    keys = {"files": dict, "world_size": int}
+    if isinstance(seal, dict) and all(isinstance(seal.get(k), kind) for k, kind in keys.items()):
+        return seal
+    return None
+
+
 def _hashes(root: Path) -> dict[str, str]:
-    files = sorted(f for f in root.rglob("*") if f.is_file() and f.name != SEAL_NAME)
+    files = sorted(
+        f for f in root.rglob("*") if f.is_file() and f.name not in (SEAL_NAME, MARKER_NAME)
+    )
     with ThreadPoolExecutor(8) as pool:
         names = (file.relative_to(root).as_posix() for file in files)
         return dict(zip(names, pool.map(fingerprint_file, files), strict=True))
 
 
-def remove_unfinished(directory: str | Path, step: int) -> None:
-    """Make room for the checkpoint of a step: leftovers of killed runs go, and damaged ones.
+def make_room(directory: str | Path, step: int) -> None:
+    """Make room for the checkpoint of a step, and mark its folder as one that is being written.
+
+    What a killed run left unfinished goes. A whole or damaged checkpoint in the way, and later ones
+    (they were passed over when the run resumed), are kept under another name, and so is what
+    somebody else has put there.
 
     Args:
         directory: Where the checkpoints are.
-        step: The step that is written next; later ones were passed over when the run resumed.
+        step: The step that is written next.
     """
-    for number, folder in _checkpoints(Path(directory)):
-        if number >= step or not (folder / SEAL_NAME).is_file():
+    root = Path(directory)
+    for number, folder in list(_checkpoints(root)):
+        sealed = (folder / SEAL_NAME).is_file()
+        if not sealed and (folder / MARKER_NAME).is_file():
             shutil.rmtree(folder)
+        elif number == step or (sealed and number > step):
+            names = (root / f"set-aside-{folder.name}-{n}" for n in count(1))
+            aside = next(name for name in names if not name.exists())
+            folder.rename(aside)
+            logger.warning("%s is in the way of this run and was kept as %s", folder, aside)
+    (root / f"checkpoint-{step}").mkdir(parents=True)
+    sign(root / f"checkpoint-{step}")
+
+
+def rotate(directory: str | Path, limit: int | None, best: str | None) -> None:
+    """Delete the oldest whole checkpoints: the files that their seals list.
+
+    Args:
+        directory: Where the checkpoints are.
+        limit: How many stay; none = all.
+        best: One that stays, as the last one does.
+    """
+    sealed = [(step, folder) for step, folder in _checkpoints(Path(directory)) if _seal(folder)]
+    kept = {folder for _, folder in sorted(sealed)[-1:]} | ({Path(best)} if best else set())
+    surplus = len(sealed) - max(limit, len(kept)) if limit and limit > 0 else 0
+    old = [folder for _, folder in sorted(sealed) if folder not in kept]
+    for folder in old[: max(surplus, 0)]:
+        if not remove(folder, [*(_seal(folder) or {"files": {}})["files"], SEAL_NAME]):
+            logger.warning("%s was removed but for files that no run has written", folder)
 
 
 def newest_whole(directory: str | Path) -> str | None:
@@ -82,7 +128,7 @@ def newest_whole(directory: str | Path) -> str | None:
         if (problem := damage(folder)) is not None:
             logger.warning("%s is passed over: %s", folder, problem)
             continue
-        written = json.loads((folder / SEAL_NAME).read_text())["world_size"]
+        written = (_seal(folder) or {})["world_size"]
         if written != world_size():
             raise HandoffError(
                 f"{folder}: world_size: it was written by {written} processes, here are "

@@ -22,6 +22,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.models.embedder import MODULES_NAME
 from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.ownership import remove
 
 logger = logging.getLogger(__name__)
 
@@ -49,15 +50,15 @@ def export_sentence_transformers(
     Args:
         encoder: The encoder.
         weights: Where :meth:`TextEncoder.save_pretrained` wrote it; weights are hard-linked.
-        directory: Where to write; anything there is replaced.
+        directory: Where to write; an earlier export is replaced.
 
     Returns:
         The directory, or None where sentence-transformers could not make the same vectors: the
         reason is logged and nothing is left there.
     """
     source, target = Path(weights), Path(directory)
-    shutil.rmtree(target, ignore_errors=True)
-    target.mkdir(parents=True)
+    _clear(target)
+    target.mkdir(parents=True, exist_ok=True)
     for file in source.glob("*.safetensors*"):
         try:
             os.link(file, target / file.name)
@@ -96,10 +97,16 @@ def export_sentence_transformers(
     for name, content in files.items():
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if why := _difference(tokens, target, prompt):
-        shutil.rmtree(target)
+        _clear(target)
         logger.warning("not exported for sentence-transformers: %s", why)
         return None
     return target
+
+
+def _clear(target: Path) -> None:
+    """Delete what an export writes; other files in its folder stay."""
+    names = "*.safetensors* *.json tokenizer.model chat_template.jinja */config.json".split()
+    remove(target, [str(f.relative_to(target)) for name in names for f in target.glob(name)])
 
 
 def _model_config(source: Path, bidirectional: bool) -> dict[str, Any]:

@@ -12,23 +12,44 @@ from typing import Any, Generic, TypeVar
 
 from transformers import TrainingArguments, set_seed
 
+from llm2clip_vlm.claims import (
+    claim_output_dir,
+    claim_parents,
+    left_before_markers,
+    refuse_changed_outputs,
+)
 from llm2clip_vlm.config import RunRecipe
+from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.records import source_files
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main
+from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.handoff import (
+    PARENTS_NAME,
+    RESOLVED_NAME,
     HandoffError,
-    claim_parents,
     is_complete,
     verify_parent,
     write_manifest,
 )
+from llm2clip_vlm.ownership import Hold, foreign
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.arguments import build_training_arguments
 from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.checkpoints import newest_whole
 
 R = TypeVar("R", bound=RunRecipe)
+
+_DURING = frozenset(
+    {RESOLVED_NAME, PARENTS_NAME}
+    | set("checkpoints composed dropped.jsonl failures metrics.jsonl".split())
+)
+_AT_THE_END = frozenset(
+    {MANIFEST_NAME}
+    | set("adapter data language_model model results.json sentence_transformers".split())
+    | set("text_encoder vision_tower".split())
+)
 
 
 class StageRun(Generic[R]):
@@ -58,7 +79,9 @@ class StageRun(Generic[R]):
         self.out = Path(self.recipe.output_dir)
         self.parents: dict[str, str] = {}
         """What the manifest names as parents."""
-        self.metrics = MetricsJsonl(self.out / "metrics.jsonl")
+        self.metrics = _Progress(self)
+        self._hold: Hold | None = None
+        self._data: dict[str, dict[str, Any]] = {}
 
     def finished(self, *files: str) -> bool:
         """Whether the output is there already, made from this recipe and these parents.
@@ -101,7 +124,10 @@ class StageRun(Generic[R]):
             **forced: Trainer arguments that the stage fixes.
 
         Raises:
-            HandoffError: The directory holds a run with another recipe, or from other parents.
+            HandoffError: The directory holds a run with another recipe, or from other parents or
+                data.
+            OwnershipError: Another run writes there, or files lie there that no run has written.
+            RecordError: A data file is not there.
         """
         steps, *held_out = (
             getattr(self.recipe, name, None)
@@ -111,12 +137,61 @@ class StageRun(Generic[R]):
             forced |= {"eval_strategy": "steps", "eval_steps": steps}
         self.args = build_training_arguments(self.recipe, **forced)
         if is_main():
-            claim_parents(self.out, self.parents, resumes=self.checkpoint is not None)
+            self.hold()
         if self.recipe.world is not None:
             with self.args.main_process_first(local=False, desc="writing the world"):
                 ensure_world(self.recipe.world)
+        self.note_data()
+        if is_main():
+            resumes = self.checkpoint is not None
+            claim_output_dir(self.recipe)
+            self._data = claim_parents(self.out, self.parents, resumes=resumes)
         set_seed(self.recipe.seed)
         return self.args
+
+    def hold(self, *, shared: bool = False, older: Sequence[str] = ()) -> None:
+        """Take the output directory for this run alone. Call it on the main process.
+
+        Args:
+            shared: Other processes that say so too may write there at the same time.
+            older: What lies there and is known to be a run's by what is in it.
+
+        Raises:
+            OwnershipError: Another run writes there, or files lie there that no run has written.
+            HandoffError: What a run left there was changed since.
+        """
+        self._hold = Hold(
+            self.out,
+            self.stage,
+            _DURING,
+            alone=True,
+            shared=shared,
+            older=[*left_before_markers(self.out), *older],
+        )
+        there = {path.name for path in self.out.iterdir()} & _AT_THE_END
+        foreign(self.out, sorted(there - self._hold.names))
+        refuse_changed_outputs(self.out)
+
+    def claim_outputs(self) -> None:
+        """Begin to write what the run leaves: from here on it is not what its manifest says.
+
+        Training does so at its end; what leaves something without it calls this before.
+        """
+        if self._hold is not None:
+            self._hold.claim(_AT_THE_END)
+            (self.out / MANIFEST_NAME).unlink(missing_ok=True)
+
+    def note_data(self) -> None:
+        """Take the recipe's data files for parents.
+
+        Raises:
+            RecordError: One is not there.
+        """
+        for name, sources in self.recipe:
+            for number, source in enumerate(sources if isinstance(sources, list) else ()):
+                if isinstance(path := getattr(source, "path", None), str):
+                    source_files(path)
+                    self.parents[f"{name}.{number}"] = path
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -145,15 +220,36 @@ class StageRun(Generic[R]):
             results: What was measured; none = no such file.
             **extra: Anything else worth keeping, such as `pairs`.
         """
+        self.claim_outputs()
         if results is not None:
-            (self.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+            write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         print(f"{self.stage}: {self.bad.summary()}; wrote {self.out}", flush=True)
         write_manifest(
             self.out,
             stage=self.stage,
             recipe=self.recipe,
-            parents=self.parents,
+            parents={**self.parents, **self._data},
             fingerprints=fingerprints,
             seconds=time.monotonic() - self._started,
             extra={"bad_records": self.bad.count, **extra},
         )
+        if self._hold is not None:
+            self._hold.release()
+
+
+class _Progress(MetricsJsonl):
+    """The run's log, which also says when its outputs begin to change."""
+
+    def __init__(self, run: StageRun[Any]) -> None:
+        super().__init__(run.out / "metrics.jsonl")
+        self._run = run
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """What lies there is no longer a finished run's."""
+        if state.is_world_process_zero:
+            (self.path.parent / MANIFEST_NAME).unlink(missing_ok=True)
+        super().on_train_begin(args, state, control, **kwargs)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The weights are exported next."""
+        self._run.claim_outputs()

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, Trainer
-from transformers.trainer_utils import rotate_checkpoints
 
 from llm2clip_vlm.distributed import barrier
-from llm2clip_vlm.training.checkpoints import remove_unfinished, seal_checkpoint
+from llm2clip_vlm.training.checkpoints import make_room, rotate, seal_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class StrictResumeMixin:
         args, folder = self.args, Path(self.args.output_dir)
         step, limit = self.state.global_step, args.save_total_limit
         if args.should_save:
-            remove_unfinished(folder, step)
+            make_room(folder, step)
         barrier()
         args.save_total_limit = None
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
@@ -46,7 +45,7 @@ class StrictResumeMixin:
         if args.should_save:
             self._complete_checkpoint(folder / f"checkpoint-{step}")
             seal_checkpoint(folder / f"checkpoint-{step}")
-            rotate_checkpoints(str(folder), limit, self.state.best_model_checkpoint)
+            rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _complete_checkpoint(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint."""

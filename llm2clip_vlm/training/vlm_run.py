@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.ownership import remove, sign
 from llm2clip_vlm.training.export import add_lora
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.trainers import VlmTrainer
@@ -84,7 +84,7 @@ def train_vlm(
     trainer.export(run.out / "model")
     if distributed.is_main():
         if Path(base).parent == run.out:
-            shutil.rmtree(base)
+            remove(Path(base))
         summary = trainer.summary(result)
         print(f"{run.stage}: {summary}")
         run.finish(fingerprints, **summary)
@@ -207,6 +207,7 @@ def compose_once(
         if distributed.is_main() and not folder.is_dir():
             with written_whole(folder) as partial, _weights_unsplit(args):
                 save_vlm(*build(), partial)
+                sign(partial)
     return load_vlm(folder)
 
 

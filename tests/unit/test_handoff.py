@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import random
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
+from llm2clip_vlm import fingerprint
+from llm2clip_vlm.claims import claim_output_dir, claim_parents, refuse_changed_outputs
 from llm2clip_vlm.config import RunRecipe, Stage1Recipe, TextEncoderSection, WorldConfig
-from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
+from llm2clip_vlm.fingerprint import changed_files, file_states
 from llm2clip_vlm.handoff import (
+    PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,
-    claim_output_dir,
-    claim_parents,
     fingerprint_dir,
     fingerprint_file,
     is_complete,
@@ -162,12 +167,14 @@ def test_a_parents_state_is_manifest_then_fingerprint_then_name(tmp_path: Path) 
     foreign = make_model(tmp_path / "foreign" / "model")
     assert parent_state(foreign) == {"path": str(foreign), "fingerprint": fingerprint_dir(foreign)}
     weights = foreign / "model.safetensors"
-    assert parent_state(weights)["fingerprint"] == fingerprint_file(weights)
+    stat = weights.stat()
+    state = [stat.st_size, stat.st_mtime_ns, fingerprint_file(weights)]
+    assert parent_state(weights)["files"] == {str(weights): state}
     shards = str(tmp_path / "*.tar")
     (tmp_path / "0.tar").write_bytes(b"a")
     one = parent_state(shards)
     (tmp_path / "1.tar").write_bytes(b"b")
-    assert parent_state(shards)["fingerprint"] != one["fingerprint"]
+    assert parent_state(shards)["files"].keys() - one["files"].keys() == {str(tmp_path / "1.tar")}
     assert parent_state("openai/clip-vit-large-patch14") == {
         "path": "openai/clip-vit-large-patch14"
     }
@@ -245,6 +252,12 @@ def test_an_output_dir_belongs_to_one_recipe(tmp_path: Path) -> None:
     assert claim_output_dir(recipe(max_bad_records=5)) == tmp_path / "o"
     assert claim_output_dir(recipe(notes="again")) == tmp_path / "o"
     assert "again" in (tmp_path / "o" / RESOLVED_NAME).read_text()
+    # neither did one that was refused, or killed, before it had made anything
+    claim_output_dir(recipe(pooling="last"))
+    claim_output_dir(recipe())
+    (tmp_path / "o" / "checkpoints" / "checkpoint-1").mkdir(parents=True)
+    claim_output_dir(recipe())
+    (tmp_path / "o" / "checkpoints" / "checkpoint-1" / SEAL_NAME).touch()
     with pytest.raises(
         HandoffError, match=r"text_encoder\.pooling: was 'mean', is now 'last'.*delete"
     ):
@@ -272,6 +285,129 @@ def test_a_run_goes_on_from_its_own_parents_only(tmp_path: Path) -> None:
     finish(cache, fingerprints={"text_weights": "b"})
     with pytest.raises(HandoffError, match="began with another cache"):
         claim_parents(out, parents, resumes=True)
+
+
+def test_what_was_written_must_still_lie_there(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = make_recipe(out)
+    weights = make_model(out / "model") / "model.safetensors"
+    (out / "results.json").write_text("{}")
+    (out / "dropped.jsonl").write_text("")
+    finish(out, recipe)
+    assert is_complete(out, recipe)
+    (out / "notes.txt").write_text("mine")  # more is no matter
+    os.utime(weights, ns=(5, 5))  # nor is a date
+    assert is_complete(out, recipe)
+    refuse_changed_outputs(out)
+    shutil.copytree(out, tmp_path / "copy")
+    assert is_complete(tmp_path / "copy", recipe)
+    for change in ("v", "ww", ""):
+        weights.write_text(change)
+        assert not is_complete(out, recipe)
+        with pytest.raises(HandoffError, match=r"model/model.safetensors was changed after stage1"):
+            refuse_changed_outputs(out)
+    weights.unlink()
+    assert not is_complete(out, recipe)
+    refuse_changed_outputs(out)  # it may be made again
+    make_model(out / "model")
+    assert is_complete(out, recipe)
+    (out / "results.json").write_text("[]")
+    assert not is_complete(out, recipe)
+
+
+def test_an_older_manifest_is_read(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recipe = make_recipe(out)
+    make_model(out / "model")
+    (tmp_path / "0.tar").write_bytes(b"a")
+    parents = {"a": str(tmp_path / "*.tar"), "b": str(tmp_path / "0.tar")}
+    path = finish(out, recipe, parents=parents)
+    manifest = json.loads(path.read_text())
+    del manifest["files"], manifest["sha256"]
+    sizes = [(str(tmp_path / "0.tar"), 1)]
+    for name, old in (
+        ("a", hashlib.sha256(json.dumps(sizes).encode()).hexdigest()),
+        ("b", fingerprint_file(tmp_path / "0.tar")),
+    ):
+        manifest["parents"][name] = {"path": parents[name], "fingerprint": old}
+    path.write_text(json.dumps(manifest))
+    assert is_complete(out, recipe)
+    (tmp_path / "1.tar").write_bytes(b"a")
+    assert not is_complete(out, recipe)
+    (tmp_path / "1.tar").unlink()
+    make_model(out / "model", weights="v")
+    assert not is_complete(out, recipe)
+
+
+@pytest.mark.parametrize("how", ["changed", "shrunk", "gone", "added"])
+def test_data_are_parents(tmp_path: Path, how: str) -> None:
+    out, data = tmp_path / "out", tmp_path / "data"
+    data.mkdir()
+    for name in "ab":
+        (data / f"{name}.jsonl").write_text("row\nrow\n")
+    parents = {"train.0": str(data / "*.jsonl")}
+    recipe = make_recipe(out)
+    states = claim_parents(out, parents, resumes=False)
+    finish(out, recipe, parents={**parents, **states})
+    assert is_complete(out, recipe)
+    for file in data.iterdir():
+        os.utime(file, ns=(5, 5))
+    assert is_complete(out, recipe)
+    changed = data / ("c.jsonl" if how == "added" else "b.jsonl")
+    if how == "gone":
+        changed.unlink()
+    else:
+        changed.write_text({"changed": "row\nrew\n", "shrunk": "row\n", "added": "row\n"}[how])
+    assert not is_complete(out, recipe)
+    for resumes in (False, True):  # of a finished run, and of a killed one
+        with pytest.raises(HandoffError, match=rf"other data \(train.0\): {changed} was changed"):
+            claim_parents(out, parents, resumes=resumes)
+        (out / MANIFEST_NAME).unlink(missing_ok=True)
+    claim_parents(out, parents, resumes=False)  # nothing was made of them
+
+
+def test_a_large_data_file_is_known_by_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fingerprint, "_WHOLE_BYTES", 1000)
+    monkeypatch.setattr(fingerprint, "_PIECE_BYTES", 100)
+    file = tmp_path / "0.tar"
+    file.write_bytes(b"a" * 2000)
+    states = file_states([file])
+    assert states[str(file)][2].startswith("pieces:")
+    os.utime(file, ns=(5, 5))
+    assert list(changed_files(states)) == []
+    file.write_bytes(b"a" * 1999 + b"b")
+    assert list(changed_files(states)) == [str(file)]
+    whole = file_states([file], whole=True)
+    assert whole[str(file)][2] == fingerprint_file(file)
+
+
+def test_no_flipped_bit_of_a_manifest_goes_unnoticed(tmp_path: Path) -> None:
+    make_model(tmp_path / "model")
+    path = finish(tmp_path, extra={"rows": 1})
+    whole, found, chance = path.read_bytes(), read_manifest(tmp_path), random.Random(0)
+    assert found is not None
+    del found["sha256"]
+    for _ in range(300):
+        content = bytearray(whole)
+        bit = chance.randrange(8 * len(whole))
+        content[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(content)
+        try:
+            manifest = read_manifest(tmp_path) or {}
+        except HandoffError as error:
+            said = str(error)
+            assert str(path) in said
+        else:
+            assert {key: manifest.get(key) for key in found} == found
+
+
+def test_a_damaged_note_of_parents_is_named(tmp_path: Path) -> None:
+    for text in ("{", "[]", "\0\0"):
+        (tmp_path / PARENTS_NAME).write_text(text)
+        with pytest.raises(HandoffError, match=r"parents.json is damaged"):
+            claim_parents(tmp_path, {}, resumes=True)
 
 
 def test_the_manifest_is_json_without_surprises(tmp_path: Path) -> None:

@@ -1,0 +1,88 @@
+"""Runs a command that ends when the process that asked for it ends, whatever ends that.
+
+`python supervise.py COMMAND ...` with a pipe as standard input, whose other end the asking process
+holds and never writes to. When that is closed (by intent, or by the kernel after any signal), the
+command and all that it has started, in whichever session, get SIGTERM, and SIGKILL 10 seconds
+later. It imports nothing of the package, so it costs a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+PATIENCE_S = 10.0
+"""Between SIGTERM and SIGKILL."""
+
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def main(command: list[str]) -> int:
+    """Run a command; its exit code is returned, its signal repeated."""
+    with contextlib.suppress(OSError, AttributeError):  # Linux: orphans below come to us
+        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _pass)  # and not for the command: a handler ends with exec
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+    while process.poll() is None:
+        if select.select([sys.stdin], [], [], 0.1)[0]:
+            _end(process)
+            break
+    code = process.wait()
+    if code < 0:
+        signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code
+
+
+def _pass(number: int, frame: object) -> None:
+    """What asks for the end of the command closes the pipe."""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    _signal_all(signal.SIGTERM)
+    while _descendants() and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.05)
+    while _descendants():
+        _signal_all(signal.SIGKILL)
+        process.poll()
+        time.sleep(0.05)
+    if not Path("/proc/self/stat").exists():
+        os.killpg(0, signal.SIGKILL)
+
+
+def _signal_all(number: int) -> None:
+    if not Path("/proc/self/stat").exists():
+        os.killpg(0, number)
+    for process in _descendants():
+        with contextlib.suppress(OSError):
+            os.kill(process, number)
+
+
+def _descendants() -> list[int]:
+    """Processes below this one that still run."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
+            if state != "Z":
+                parents[int(entry.parent.name)] = int(parent)
+    found, ours = [], {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in ours} - ours:
+        ours |= more
+        found += sorted(more)
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
