@@ -64,7 +64,7 @@ def read_tower(recipe: AbRecipe, tower: str) -> Run:
         places[recipe.retrieval[tower]] = [
             f"retrieval_{kind}_{way}" for kind in recipe.retrieval_kinds for way in DIRECTIONS
         ]
-    return read_run(tower, places, recipe.seeds)
+    return read_run(tower, places, recipe.seeds, fixed=True)
 
 
 def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:

@@ -1,8 +1,8 @@
 """Compare runs benchmark by benchmark, and say what the differences are worth.
 
-Purpose: differences with intervals, the exact test over training seeds where there are several and
-    a paired test over images otherwise, Holm's correction over benchmarks, wins and losses, the
-    samples that flipped with their pictures, and what each run cost.
+Purpose: differences with intervals, the exact test over training seeds where both runs have several
+    (none where only one has), a paired test over images between single runs, Holm's correction
+    over benchmarks, wins and losses, the samples that flipped, and what each run cost.
 Needs: results of `eval/run_lmms.py` (`<output>/<name>`) or `eval/run_encoder.py`, or output
     directories of stage 2.
 Writes: `<out>/compare.html`, `compare.md` (for papers), `compare.json`; prints the Markdown.
@@ -34,6 +34,10 @@ def parser() -> argparse.ArgumentParser:
         "runs", nargs="+", metavar="[NAME=]FOLDER", help="results; `{seed}` in it stands for any "
         "number; folders of one NAME are one run"
     )  # fmt: skip
+    options.add_argument(
+        "--fixed", action="append", default=[], metavar="NAME", help="repeatable: this run was not "
+        "trained, so that it has no seed of its own"
+    )  # fmt: skip
     options.add_argument("--out", type=Path, help="folder to write to; default: print only")
     options.add_argument("--task", action="append", help="repeatable; default: all benchmarks")
     return options
@@ -52,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         places.setdefault(name, {})[place] = arguments.task
     if len(places) < 2:
         raise ValueError(f"expected at least two runs of different names, got {list(places)}")
-    runs = [read_run(name, folders) for name, folders in places.items()]
+    if unknown := sorted(set(arguments.fixed) - set(places)):
+        raise ValueError(f"--fixed {unknown}: expected names of {list(places)}")
+    runs = [read_run(name, of, fixed=name in arguments.fixed) for name, of in places.items()]
     found = compare(runs, list(combinations(places, 2)))
     pages = comparison_pages(runs, found)
     print(pages["compare.md"])

@@ -65,7 +65,7 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
             f"after correction over {w['tested']} benchmarks none can be won: name fewer "
             "beforehand, or train more seeds."
             for pair, w in found["wins"].items()
-            for seeds, floor in [(w["n_seeds"], 2.0 / 2 ** w["n_seeds"])]
+            for seeds, floor in [(w["n_seeds"], w["least_p"])]
             if seeds > 1 and floor * w["tested"] >= ALPHA
         ]
         + [
@@ -74,6 +74,13 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
             for task, rows in found["ab"].items()
             for pair, row in rows.items()
             if row.get("differs")
+        ]
+        + [
+            f"{found['titles'][task]}, {pair}: the samples do not tell pictures by their pixels; "
+            "questions of one picture may count as independent: evaluate again."
+            for task, rows in found["ab"].items()
+            for pair, row in rows.items()
+            if row.get("pictures_unknown")
         ],
     }
     whole = json.dumps({**found, "flips": flips}, indent=1, ensure_ascii=False)

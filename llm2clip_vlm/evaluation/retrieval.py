@@ -21,6 +21,9 @@ differ in the last bit, depending on where they stand."""
 
 _CHUNK_ELEMENTS = 2**23
 
+FEW_IMAGES = 50
+"""Below this many images percentiles of a bootstrap are too narrow (five: 85 % instead of 95)."""
+
 Rivals = tuple[np.ndarray, np.ndarray]
 """For each query: wrong items above its best positive, and wrong ones that tie with it."""
 
@@ -329,7 +332,11 @@ def bootstrap_interval(
     resamples: int,
     seed: int,
 ) -> tuple[float, float]:
-    """95 % percentile interval of the mean when whole groups are drawn with replacement.
+    """95 % interval of the mean when whole groups are drawn with replacement.
+
+    Percentiles of the draws; below :data:`FEW_IMAGES` groups they are moved away from the mean by
+    what Student's t and the lost degree of freedom ask for. No interval of this kind has a width
+    where all values are equal.
 
     Args:
         values: [n], 0..1 or differences of such.
@@ -340,15 +347,21 @@ def bootstrap_interval(
     Returns:
         `(low, high)` in per cent.
     """
-    codes = cluster_codes(groups)
-    sums = np.bincount(codes, weights=np.asarray(values, dtype=np.float64))
-    counts = np.bincount(codes).astype(np.float64)
+    codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
+    sums, counts = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
+    clusters, mean = len(sums), 100.0 * sums.sum() / counts.sum()
     rng = np.random.default_rng(seed)
-    clusters = len(sums)
     means = []
     for start in range(0, resamples, 500):
         size = min(500, resamples - start)
         weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
         means.append(weights @ sums / (weights @ counts))
-    low, high = np.percentile(100.0 * np.concatenate(means), [2.5, 97.5])
+    ends = np.percentile(100.0 * np.concatenate(means), [2.5, 97.5])
+    if 1 < clusters < FEW_IMAGES:
+        from scipy.stats import norm, t
+
+        wider = t.ppf(0.975, clusters - 1) / norm.ppf(0.975) * np.sqrt(clusters / (clusters - 1))
+        ends = mean + wider * (ends - mean)
+    # A mean of shares is one, too.
+    low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
     return float(low), float(high)

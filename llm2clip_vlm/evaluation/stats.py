@@ -2,11 +2,13 @@
 
 Within one seed, :func:`paired_bootstrap` and :func:`mcnemar_exact` say whether two checkpoints
 differ on these questions. They say nothing about training again: for that the seed is the unit, and
-:func:`seed_summary` (exact sign-flip test, t interval) is the one that may carry a claim.
+:func:`seed_summary` (exact sign-flip test, t interval), or :func:`unpaired_summary` where the two
+sides have other seeds, is the one that may carry a claim.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from llm2clip_vlm.evaluation.retrieval import bootstrap_interval, cluster_codes
 
 EXACT_FLIPS = 20
 """Up to this many differences all sign patterns are written out."""
+EXACT_DIVISIONS = 200_000
+"""Up to this many divisions of the seeds into two runs all are written out (8 and 8: 12,870)."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,8 @@ class PairedSamples:
     """float[n] in 0..1."""
     image_ids: list[str]
     """The image of each document."""
+    pictures_known: bool = True
+    """Whether the images are told by their pixels, not by a column or the document's number."""
 
 
 def paired_bootstrap(
@@ -200,6 +206,37 @@ def seed_summary(deltas: Sequence[float]) -> dict[str, Any]:
     }
 
 
+def unpaired_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
+    """What a comparison of runs with different seeds reports.
+
+    Args:
+        a: Scores in per cent, one a seed; at least two.
+        b: The other run's.
+
+    Returns:
+        `{"delta", "ci", "p"}`: Welch's t interval, and the permutation test of which seeds belong
+        to which run (exact up to :data:`EXACT_DIVISIONS` divisions; else as many are drawn).
+    """
+    from scipy import stats
+
+    first, second = _finite(a, at_least=2), _finite(b, at_least=2)
+    both, n = np.concatenate([first, second]), len(first)
+    if math.comb(len(both), n) <= EXACT_DIVISIONS:
+        sums = np.array([sum(chosen) for chosen in itertools.combinations(both, n)])
+    else:
+        rng = np.random.default_rng(0)
+        sums = np.array([rng.permutation(both)[:n].sum() for _ in range(EXACT_DIVISIONS)])
+        sums = np.append(sums, first.sum())
+    moved = np.abs(sums / n - (both.sum() - sums) / len(second))
+    delta = float(first.mean() - second.mean())
+    p = float((moved >= abs(delta) - 1e-9 * np.abs(both).max()).mean())
+    interval = [delta, delta]
+    if first.std() + second.std() > 0:
+        found = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+        interval = [float(found.low), float(found.high)]
+    return {"delta": delta, "ci": interval, "p": p}
+
+
 def rounded(value: Any, places: int = 6) -> Any:
     """A JSON value with its numbers cut to so many places."""
     if isinstance(value, float):
@@ -212,14 +249,59 @@ def rounded(value: Any, places: int = 6) -> Any:
 def load_samples(path: str | Path) -> list[dict[str, Any]]:
     """Read a `<task>.samples.jsonl` of `eval/run_lmms.py` or `eval/run_encoder.py`.
 
+    Returns:
+        One sample a question: the turns of one question are joined by :func:`questions`.
+
     Raises:
         RecordError: The file is missing or damaged.
-        ValueError: It holds no sample.
+        ValueError: It holds no sample, one document twice, or a score that is no number.
     """
     samples = list(iter_rows(path))
     if not samples:
         raise ValueError(f"{path}: expected one sample a line, got an empty file")
-    return samples
+    seen: set[Any] = set()
+    for sample in samples:
+        if sample["doc_id"] in seen:
+            raise ValueError(f"{path}: document {sample['doc_id']} is there twice; evaluate again")
+        seen.add(sample["doc_id"])
+        score = sample["correct"]
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise ValueError(
+                f"{path}: document {sample['doc_id']}: expected a score from 0 to 1, got {score}; "
+                "evaluate again"
+            )
+    return questions(samples)
+
+
+def questions(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join the turns of one question, as MMBench asks it: right only if every turn is.
+
+    Args:
+        samples: Those with a `question_id` are turns; the first of each has `turn` 0.
+
+    Returns:
+        One sample a question, with the first turn's fields; as MMBench's own score does, turns
+        without their first one (a run over the first documents only) are left out.
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.get("turn") or 0):
+        key = sample.get("question_id")
+        if key is None:
+            found[None, sample["doc_id"]] = dict(sample)
+        elif not sample["turn"]:
+            found[key] = dict(sample)
+        elif whole := found.get(key):
+            whole["correct"] = min(whole["correct"], sample["correct"])
+            whole["answer"] = f"{whole['answer']} | {sample['answer']}"
+            whole["target"] = f"{whole['target']} | {sample['target']}"
+            if whole["unparsable"] is not None:
+                whole["unparsable"] = max(whole["unparsable"], sample["unparsable"])
+    return list(found.values())
+
+
+def units(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The image of each sample: by its pixels where they were hashed, else as the task tells it."""
+    return [str(sample.get("picture") or sample["image_id"]) for sample in samples]
 
 
 def pair_samples(
@@ -235,7 +317,7 @@ def pair_samples(
         Scores in the order of `samples_a`.
 
     Raises:
-        ValueError: The documents differ in number, question or target: not the same data.
+        ValueError: The documents differ in number, question, target or picture: not the same data.
     """
     others = {sample["doc_id"]: sample for sample in samples_b}
     if len(others) != len(samples_a):
@@ -243,17 +325,21 @@ def pair_samples(
             f"samples: expected the same documents, got {len(samples_a)} and {len(others)}; "
             "evaluate both checkpoints with one suite and one --limit"
         )
+    hashed = [all(sample.get("picture") for sample in side) for side in (samples_a, samples_b)]
+    keys = ("question", "target", "picture" if all(hashed) else "image_id")
     for sample in samples_a:
         other = others.get(sample["doc_id"])
-        if other is None or any(sample[k] != other[k] for k in ("question", "target", "image_id")):
+        if other is None or any(sample[k] != other[k] for k in keys):
             raise ValueError(
                 f"samples: document {sample['doc_id']} differs between the two runs "
                 f"({sample['question']!r}): they were made on different data"
             )
+    told = samples_a if hashed[0] else [others[sample["doc_id"]] for sample in samples_a]
     return PairedSamples(
         correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
         correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
-        image_ids=[str(sample["image_id"]) for sample in samples_a],
+        image_ids=units(told),
+        pictures_known=any(hashed),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -60,6 +61,7 @@ def test_with_seeds_the_seed_is_the_unit_and_holm_runs_over_benchmarks(
         f"llm2clip={run}/ab/llm2clip-s{{seed}}",
         f"{run}/eval/base-s{{seed}}",
         f"base={run}/base",
+        "--fixed=base",
     )
     pairs = {task: pair["llm2clip-base"] for task, pair in found["ab"].items()}
     row = pairs[TASK]
@@ -79,6 +81,123 @@ def test_with_seeds_the_seed_is_the_unit_and_holm_runs_over_benchmarks(
     assert wins["benchmarks"] == 6 == wins["higher"] + wins["lower"]
     assert wins["won"] == wins["lost"] == 0  # three seeds cannot win anything
     assert "no p is below 0.25" in (tmp_path / "compare.md").read_text()
+
+
+def made(folder: Path, right: Any, **result: Any) -> Path:
+    """Results of one checkpoint: a benchmark of one question a picture, or of these samples."""
+    samples = [
+        {"doc_id": n, "id": None, "image_id": str(n), "question": "q", "type": "", "target": "a"}
+        | {"answer": "a", "unparsable": None}
+        | (value if isinstance(value, dict) else {"correct": float(value)})
+        for n, value in enumerate(right)
+    ]
+    write_lines(folder / "t.samples.jsonl", samples)
+    result = {"task": "t", "checkpoint": {"path": str(folder)}, "seconds": 1.0} | result
+    write_json(folder / "t.json", result)
+    return folder
+
+
+def seeds_of(folder: Path, name: str, seeds: Any, rng: np.random.Generator) -> str:
+    for seed in seeds:
+        made(folder / f"{name}-s{seed}", rng.random(60) < 0.7 + 0.05 * rng.normal())
+    return f"{name}={folder}/{name}-s{{seed}}"
+
+
+def test_several_seeds_against_one_run_give_no_p(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a = seeds_of(tmp_path, "a", range(8), rng)
+    for place in (made(tmp_path / "b", rng.random(60) < 0.6), tmp_path / "b-s{seed}"):
+        if "{seed}" in str(place):
+            shutil.copytree(tmp_path / "b", tmp_path / "b-s3")  # its only seed
+        row = command(tmp_path / "out", a, f"b={place}")["ab"]["t"]["a-b"]
+        assert row["p"] is None is row["ci"] and "p_holm" not in row
+        assert "b is one run" in row["test"] and len(row["within_seed"]) == 8
+        assert row["delta"] == pytest.approx(np.mean(row["deltas_by_seed"]))
+        text = (tmp_path / "out/compare.md").read_text()
+        assert "above b on 0 of 1 benchmarks, below on 0" in text and "b is one run" in text
+    found = command(tmp_path / "out", a, f"b={tmp_path}/b", "--fixed", "b")["ab"]["t"]["a-b"]
+    assert found["p"] is not None and found["test"].endswith("over 8 seeds, b fixed")
+    # A model that has a seed was trained, whatever is said.
+    found = command(tmp_path / "out", a, f"b={tmp_path}/b-s{{seed}}", "--fixed", "b")
+    assert found["ab"]["t"]["a-b"]["p"] is None
+    assert cli.main(["compare", a, f"b={tmp_path}/b", "--fixed", "c"]) == 2
+
+
+def test_seeds_in_common_are_pairs_and_others_are_not(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    a, b = seeds_of(tmp_path, "a", range(4), rng), seeds_of(tmp_path, "b", range(10, 13), rng)
+    found = command(tmp_path / "out", a, b)
+    row, one, two = found["ab"]["t"]["a-b"], *(found["accuracies"][n]["t"] for n in "ab")
+    delta = np.mean(one) - np.mean(two)
+    as_far = [
+        abs(np.mean(chosen) - np.mean(np.delete([*one, *two], places))) >= abs(delta) - 1e-9
+        for places in map(list, itertools.combinations(range(7), 4))
+        for chosen in [np.array([*one, *two])[places]]
+    ]
+    assert row["p"] == pytest.approx(np.mean(as_far)) and row["delta"] == pytest.approx(delta)
+    assert row["deltas_by_seed"] == [] and "within_seed" not in row and row["n_seeds"] == 3
+    assert "4 seeds against 3 others" in row["test"] and row["ci"][0] < delta < row["ci"][1]
+    assert found["wins"]["a-b"]["least_p"] == pytest.approx(2 / 35)
+
+
+def test_damaged_and_mixed_results_are_refused(tmp_path: Path, capsys: Any) -> None:
+    good = made(tmp_path / "good", [1, 0, 1])
+    twice = made(tmp_path / "twice", [{"correct": 1.0}, {"correct": 0.0, "doc_id": 0}])
+    nan = made(tmp_path / "nan", [1, float("nan"), 1])
+    less = made(tmp_path / "less", [1, 0])
+    made(tmp_path / "s1", [1, 0, 1])
+    cases = [
+        ([f"a={good}", f"b={twice}"], "document 0 is there twice"),
+        ([f"a={good}", f"b={nan}"], "document 1: expected a score from 0 to 1, got nan"),
+        ([f"a={good}", f"b={less}"], "got 3 and 2"),
+        ([f"a={good}", f"b={good}", f"b={tmp_path}/s{{seed}}"], "and in another place"),
+    ]
+    for words, message in cases:
+        assert cli.main(["compare", *words]) == 2
+        assert message in capsys.readouterr().err
+    # Seeds of one run that were not evaluated alike are named.
+    for seed, limit in ((0, None), (1, 3)):
+        made(tmp_path / f"x-s{seed}", [1, 0, 1], spec_hash=str(limit), limit=limit)
+        made(tmp_path / f"y-s{seed}", [0, 0, 1], spec_hash=str(limit), limit=limit)
+    found = command(tmp_path / "out", f"x={tmp_path}/x-s{{seed}}", f"y={tmp_path}/y-s{{seed}}")
+    assert found["ab"]["t"]["x-y"]["differs"] == ["spec_hash", "limit"]
+
+
+def test_pictures_are_told_by_their_pixels(tmp_path: Path) -> None:
+    right = [{"correct": float(n % 4 == 0)} for n in range(16)]
+    hashed = [row | {"picture": f"p{n // 4}"} for n, row in enumerate(right)]
+    new, old = made(tmp_path / "new", hashed), made(tmp_path / "old", right, generation_kwargs={})
+    worse = made(tmp_path / "worse", [row | {"correct": 0.0} for row in hashed])
+    other = made(tmp_path / "other", [row | {"picture": "x"} for row in hashed])
+    row = command(tmp_path / "out", f"a={new}", f"b={worse}")["ab"]["t"]["a-b"]
+    assert row["test"].endswith("over 4 images") and row["p"] == 2 / 2**4
+    # Samples from before pictures were hashed take them from the other side, or say so.
+    row = command(tmp_path / "out", f"a={old}", f"b={worse}")["ab"]["t"]["a-b"]
+    assert row["test"].endswith("over 4 images") and "pictures_unknown" not in row
+    row = command(tmp_path / "out", f"a={old}", f"b={made(tmp_path / 'c', [0] * 16)}")
+    assert row["ab"]["t"]["a-b"]["test"].endswith("over 16 images")
+    assert "may count as independent" in (tmp_path / "out/compare.md").read_text()
+    assert cli.main(["compare", f"a={new}", f"b={other}"]) == 2
+
+
+def test_turns_of_a_question_are_one_question(tmp_path: Path) -> None:
+    """MMBench: right only if each turn is; a question's turns are no questions of their own."""
+    rows = [
+        {"question_id": str(q), "turn": turn, "picture": f"p{q // 2}"}
+        | {"correct": float(q % 2 == 0 or turn < 1), "answer": "AB"[turn]}
+        for turn in (0, 1)
+        for q in range(6)
+    ]
+    rows.append(rows[0] | {"question_id": "9", "turn": 1})  # its first turn was not asked
+    found = command(
+        tmp_path / "out",
+        f"a={made(tmp_path / 'a', rows)}",
+        f"b={made(tmp_path / 'b', [row | {'correct': 0.0} for row in rows])}",
+    )
+    assert found["accuracies"] == {"a": {"t": [50.0]}, "b": {"t": [0.0]}}
+    row = found["ab"]["t"]["a-b"]
+    assert row["within_seed"][0]["n"] == 6 and row["test"].endswith("over 3 images")
+    assert found["flips"]["t"]["a-b"][0]["doc_id"] == 0
 
 
 def test_what_no_seed_tests_is_no_part_of_the_correction(run: Path, tmp_path: Path) -> None:
