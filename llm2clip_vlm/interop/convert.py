@@ -18,6 +18,7 @@ from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.interop import certificate, libraries, official
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
 from llm2clip_vlm.interop.export import save_encoder, save_llava
+from llm2clip_vlm.interop.gguf import convert_gguf, is_gguf
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.llava import convert_llava
@@ -29,6 +30,8 @@ from llm2clip_vlm.models.vlm import load_vlm
 
 FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
 """Of a tower's config: what its weights do not tell."""
+LLM = "ForCausalLM"
+"""How transformers' names of language models end."""
 
 
 def convert(
@@ -46,7 +49,8 @@ def convert(
 
     What it is is read off its weights' names and its config, never off its path. A file with an
     adaptor becomes an `LLM2CLIPModel` with the plain tower in `vision_tower/`, a tower a tower,
-    LLaVA a model of transformers, a Llama without head a text encoder.
+    LLaVA a model of transformers, a Llama without head a text encoder, a GGUF file the directory of
+    its language model.
 
     Args:
         path: File or folder.
@@ -75,10 +79,17 @@ def convert(
         raise InteropError(
             f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
         )
-    verify_hashes(source, sha256)
     config = _config(source if source.is_dir() else source.parent)
+    if source.is_dir() and "mm_vision_tower" not in config and _architecture(config).endswith(LLM):
+        raise InteropError(
+            f"{source}: a language model of transformers already ({_architecture(config)}), which "
+            "needs no conversion: name it as it is (`language_model`)"
+        )
+    verify_hashes(source, sha256)
     with certificate.new_folder(out) as folder:
-        if source.is_dir() and _is_text_encoder(config):
+        if is_gguf(source):
+            evidence = convert_gguf(source, folder, settings or {})
+        elif source.is_dir() and _is_text_encoder(config):
             evidence = _text_encoder(source, folder)
         else:
             weights = read_weights(source)
@@ -103,9 +114,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _is_text_encoder(config: Mapping[str, Any]) -> bool:
-    heads = ("ForCausalLM", "ForConditionalGeneration")
-    named = (config.get("architectures") or [""])[0]
-    return "vocab_size" in config and "mm_vision_tower" not in config and not named.endswith(heads)
+    named = _architecture(config)
+    other = named.endswith((LLM, "ForConditionalGeneration")) or "mm_vision_tower" in config
+    return "vocab_size" in config and not other
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or [""])[0])
 
 
 def _text_encoder(source: Path, folder: Path) -> Evidence:

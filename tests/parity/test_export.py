@@ -111,7 +111,9 @@ def test_timm(kind: str, tmp_path: Path, timm: Any) -> None:
     again = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
     pixels = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(again(pixels), tower.model(pixels).pooler_output, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            again(pixels), tower.model(pixels).pooler_output, atol=1e-5, rtol=1e-5
+        )
 
 
 @pytest.mark.parametrize("library", ["open_clip", "timm"])

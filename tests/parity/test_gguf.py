@@ -1,0 +1,159 @@
+"""A decoder in GGUF, written here as llama.cpp lays it out, becomes the model that it was."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from llm2clip_vlm.cli import main
+from llm2clip_vlm.interop.convert import convert
+from llm2clip_vlm.interop.keys import InteropError
+
+gguf = pytest.importorskip("gguf", reason="needs gguf (pip install gguf)")
+
+HEADS, KV_HEADS, WIDTH, VOCAB = 4, 2, 64, 262
+NAMES = {
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+
+def llama(tied: bool) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=WIDTH,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV_HEADS,
+        max_position_embeddings=64,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=tied,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows of q and k as llama.cpp rotates them: pairs of neighbours instead of two halves."""
+    return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+
+def write(path: Path, model: LlamaForCausalLM, kind: str = "F32", extra: bool = False) -> Path:
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name("tiny")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(WIDTH)
+    writer.add_block_count(2)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(WIDTH // HEADS)
+    writer.add_vocab_size(VOCAB)
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters = list(bytes_to_unicode().values())
+    tokens = ["<unk>", "<s>", "</s>", *letters, "ab", "<|im_start|>", "<|im_end|>"]
+    assert len(tokens) == VOCAB
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3, *[1] * 257, 3, 3])
+    writer.add_token_merges(["a b"])
+    for name, number in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
+        getattr(writer, f"add_{name}_token_id")(number)
+    writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    for name, tensor in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        part = name.removeprefix("model.").removesuffix(".weight")
+        if part.startswith("layers."):
+            _, number, inner = part.split(".", 2)
+            target = f"blk.{number}.{NAMES[inner]}.weight"
+        else:
+            target = {"embed_tokens": "token_embd", "norm": "output_norm", "lm_head": "output"}[
+                part
+            ]
+            target += ".weight"
+        heads = {"attn_q": HEADS, "attn_k": KV_HEADS}.get(target.split(".")[-2])
+        values = (halves(tensor, heads) if heads else tensor).numpy()
+        quantised = kind if values.ndim > 1 else "F32"
+        made = gguf.GGMLQuantizationType[quantised]
+        writer.add_tensor(target, gguf.quants.quantize(values, made), raw_dtype=made)
+    if extra:
+        writer.add_tensor("rope_freqs.weight", np.ones(WIDTH // HEADS // 2, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_model_comes_back(tied: bool, tmp_path: Path) -> None:
+    model = llama(tied)
+    out = tmp_path / "out"
+    certificate = convert(write(tmp_path / "m.gguf", model), out)
+    again: Any = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    assert again.config.tie_word_embeddings is tied and again.config.model_type == "llama"
+    assert "quantization_config" not in json.loads((out / "config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.decode(tokenizer("ab a dog")["input_ids"]) == "ab a dog"
+    assert tokenizer.chat_template and certificate["chat_template"]
+    generation = again.generation_config
+    assert (generation.bos_token_id, generation.eos_token_id) == (1, 2)
+    assert certificate["tensors"] == {"F32": 20 + (not tied)}
+    assert str(tmp_path) not in "".join(p.read_text() for p in out.glob("*.json"))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
+def test_quantised_weights_are_what_the_file_says(kind: str, tmp_path: Path) -> None:
+    model = llama(True)
+    certificate = convert(write(tmp_path / "m.gguf", model, kind), tmp_path / "out")
+    assert certificate["tensors"] == {kind: 15, "F32": 5} and certificate["dtype"] == "float32"
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    weight = model.model.layers[1].mlp.up_proj.weight.detach().numpy()
+    type_ = gguf.GGMLQuantizationType[kind]
+    want = gguf.quants.dequantize(gguf.quants.quantize(weight, type_), type_)
+    got = again.model.layers[1].mlp.up_proj.weight.detach()
+    torch.testing.assert_close(got, torch.from_numpy(want.astype(np.float32)), atol=0, rtol=0)
+    half = convert(tmp_path / "m.gguf", tmp_path / "half", settings={"dtype": "bfloat16"})
+    assert half["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_what_would_be_lost_or_is_damaged_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write(tmp_path / "scaled.gguf", llama(True), extra=True)
+    with pytest.raises(InteropError, match=r"no place there \(rope_freqs\.weight\)"):
+        convert(path, tmp_path / "out")
+    with pytest.raises(InteropError, match="expected dtype="):
+        convert(path, tmp_path / "out", settings={"hidden_act": "gelu"})
+    (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:5000])
+    assert main(["convert", str(tmp_path / "cut.gguf"), str(tmp_path / "out")]) != 0
+    assert "damaged or cut short" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_language_model_needs_no_conversion(tiny_llm: Path, tmp_path: Path) -> None:
+    with pytest.raises(InteropError, match="needs no conversion: name it as it is"):
+        convert(tiny_llm, tmp_path / "out")
