@@ -177,8 +177,9 @@ class TextEncoderSection(Section):
     chat: bool = False
     """Wrap each text in a user turn of the tokenizer's own chat template; what stands before the
     text is not pooled (released code: Llama 3's user header)."""
-    bidirectional: bool = True
-    """False keeps causal attention (ablation of paper v6 table 6)."""
+    bidirectional: bool | Literal["partial"] = True
+    """Every layer; false keeps causal attention (ablation of paper v6 table 6). `partial` takes a
+    model some of whose layers stay causal (hybrids with linear attention or recurrence)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights' dtype; `auto` keeps the checkpoint's."""
     attn_implementation: str | None = None

@@ -34,7 +34,7 @@ from llm2clip_vlm.data.captions import (
 )
 from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
 from llm2clip_vlm.evaluation.retrieval import recall_at_k
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.training.embedder_export import export_sentence_transformers
 from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
@@ -85,10 +85,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # hand off, evaluate (what was saved, not what is in memory)
-    if is_main():
-        hand_off(recipe, encoder, model, args.device)
+    live = hand_off(recipe, encoder, model, args.device) if is_main() else None
     barrier()
     encoder = TextEncoder.from_pretrained(run.out / "text_encoder", device=args.device)
+    if live is not None:
+        what, again = f"{run.out}/text_encoder", encoder.encode(PROBE_TEXTS)
+        remedy = "the encoder was not written as it was trained; go on from the last checkpoint"
+        require_equal(what, live, again, remedy, encoder.backbone.dtype)
     results |= caption_accuracy(encoder, held_out, "after")
     if is_main():
         print(f"caption retrieval accuracy {results or 'not evaluated'}")
@@ -96,8 +99,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     teardown()
 
 
-def hand_off(recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device) -> None:
-    """Merge and write the encoder in each form."""
+def hand_off(
+    recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device
+) -> torch.Tensor:
+    """Merge and write the encoder in each form; returns a few vectors of what was trained."""
     out = Path(recipe.output_dir)
     if recipe.lora:
         model.save_pretrained(out / "adapter")
@@ -105,10 +110,13 @@ def hand_off(recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: tor
             from peft import PeftModel
 
             encoder = TextEncoder.from_section(recipe.text_encoder, device)
-            model = PeftModel.from_pretrained(encoder.backbone, out / "adapter")
+            model = PeftModel.from_pretrained(encoder.backbone, out / "adapter").eval()
+    live = encoder.encode(PROBE_TEXTS)  # the adapter not yet merged
+    if recipe.lora:
         encoder.backbone = model.merge_and_unload()
     encoder.save_pretrained(out / "text_encoder")
     export_sentence_transformers(encoder, out / "text_encoder", out / "sentence_transformers")
+    return live
 
 
 def caption_accuracy(

@@ -19,7 +19,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
@@ -37,7 +37,7 @@ from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text_encoder import TextEncoder, require_equal
 from llm2clip_vlm.recipe import save_resolved
 from llm2clip_vlm.training.caption_cache import encoder_path, load_caption_encoder
 from llm2clip_vlm.training.encoder_eval import class_prompts
@@ -79,17 +79,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             log.write(json.dumps(cost) + "\n")
         return embeds
 
-    encoders = {"": partial(encode, encoder)}
+    prompted = {"": encoder}
     for prompt in recipe.prompts:
         settings = replace(encoder.settings, instruction=prompt)
-        prompted = TextEncoder(encoder.backbone, encoder.tokenizer, settings)
-        encoders[prompt] = partial(encode, prompted)
+        prompted[prompt] = TextEncoder(encoder.backbone, encoder.tokenizer, settings)
+    encoders = {prompt: partial(encode, each) for prompt, each in prompted.items()}
     part, parts = map(int, (recipe.slice or "0/1").split("/"))
     writer = (part * world_size() + rank(), parts * world_size())
     cache = EmbeddingCache.build(out, unique, encoders, encoder.fingerprint, writer=writer)
     barrier()
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
+        truncated = encoder.tokens.num_truncated
+        check_rows(cache, prompted, unique)
         print(f"{len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
         run.finish(
@@ -97,9 +99,25 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows=len(cache),
             texts=len(texts),
             different_texts=len(unique),
-            truncated=encoder.tokens.num_truncated,
+            truncated=truncated,
         )
     teardown()
+
+
+def check_rows(
+    cache: EmbeddingCache, encoders: Mapping[str, TextEncoder], texts: Sequence[str]
+) -> None:
+    """Encode a short, a middling and a long text alone: the cache must hold the same vectors."""
+    by_length = sorted(texts, key=len)
+    texts = [*by_length[:1], *by_length[len(texts) // 2 :][:1], *by_length[-1:]]
+    for prompt, encoder in encoders.items() if texts else ():
+        require_equal(
+            f"{cache.directory}, prompt {prompt!r}, such as {texts[:1]!s:.60}",
+            torch.cat([encoder.encode([text]) for text in texts]),
+            cache.lookup(texts, prompt),
+            "what is cached is not what the encoder gives; delete the directory and start again",
+            encoder.backbone.dtype,
+        )
 
 
 if __name__ == "__main__":

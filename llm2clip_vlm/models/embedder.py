@@ -33,6 +33,8 @@ class Embedder:
     """Text that is put before every text, and pooled."""
     lower_case: bool
     """Texts are lower-cased first."""
+    attn_implementation: str | None = None
+    """As in transformers; none = its default."""
 
 
 def read_embedder(directory: str | Path) -> Embedder | None:
@@ -74,6 +76,9 @@ def read_embedder(directory: str | Path) -> Embedder | None:
         max_length_tokens=transformer.get("max_seq_length"),
         prompt=prompt,
         lower_case=bool(transformer.get("do_lower_case")),
+        attn_implementation=(
+            transformer.get("model_args") or transformer.get("model_kwargs") or {}
+        ).get("attn_implementation"),
     )
 
 

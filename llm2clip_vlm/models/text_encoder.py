@@ -2,8 +2,8 @@
 
 Any decoder of transformers that builds its mask through `create_causal_mask` serves (Llama,
 Qwen2, Qwen3, Mistral, Gemma, ...): `config.is_causal = False` makes its attention bidirectional.
-That this holds is checked by a forward pass at load, because a version or a model that ignores it
-would give causal embeddings without a word.
+That this holds in every layer is checked by a forward pass at load, because a version or a model
+that ignores it would give causal embeddings without a word.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
 from llm2clip_vlm.models.embedder import read_embedder
 from llm2clip_vlm.models.loading import four_bits, load_complete
+from llm2clip_vlm.models.open_layers import attention_kind, layers_see_behind
 from llm2clip_vlm.models.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
@@ -46,6 +47,9 @@ from llm2clip_vlm.models.text_encoder_settings import (
 )
 
 logger = logging.getLogger(__name__)
+
+PROBE_TEXTS = ("a", "A dog runs on the beach.", "Two people, 3 red cats: a photo")
+"""Texts of different lengths, by which encoders are compared that should be the same."""
 
 
 def pool(
@@ -146,7 +150,7 @@ class TextEncoder(nn.Module):
             error=TextEncoderError,
             config=config,
             dtype=dtype,
-            attn_implementation=attn_implementation,
+            attn_implementation=attn_implementation or (embedder and embedder.attn_implementation),
             **(four_bits(device, TextEncoderError) if load_in_4bit else {}),
         )
         if not settings.embedder:
@@ -160,7 +164,8 @@ class TextEncoder(nn.Module):
         encoder = cls(backbone.eval(), tokenizer, settings)
         if embedder and "bidirectional" not in chosen:
             # its attention is what its own config makes it
-            encoder.settings = replace(settings, bidirectional=encoder.sees_behind())
+            kind = attention_kind(layers_see_behind(backbone))
+            encoder.settings = replace(settings, bidirectional=kind)
         encoder.check_attention()
         if tokenizer_hash is not None:
             encoder.tokens.require(tokenizer_hash, path)
@@ -286,33 +291,74 @@ class TextEncoder(nn.Module):
             self.backbone.train(was_training)
         return F.normalize(embeds, dim=-1) if normalize else embeds
 
-    @torch.no_grad()
-    def sees_behind(self) -> bool:
-        """Changes the last of four tokens and looks whether the first one notices."""
-        ids = torch.arange(1, 5, device=self.device).remainder(self.backbone.config.vocab_size)
-        pair = torch.stack([ids, ids])
-        pair[1, -1] = 0
-        hidden = self.backbone(
-            input_ids=pair, attention_mask=torch.ones_like(pair), use_cache=False
-        ).last_hidden_state
-        return bool((hidden[0, 0] - hidden[1, 0]).abs().max() > 1e-6)
-
     def check_attention(self) -> None:
-        """Refuses attention that is not what `bidirectional` says.
+        """Refuses layers that are not what `bidirectional` says, and vectors that padding changes.
 
         Raises:
-            TextEncoderError: It is causal although `bidirectional` is set, or the other way round.
+            TextEncoderError: A layer is causal although `bidirectional` is true, or open although
+                it is false; or a text has another vector beside a longer one.
         """
-        sees_behind = self.sees_behind()
-        if sees_behind == self.settings.bidirectional:
-            return
-        raise TextEncoderError(
-            f"bidirectional is {self.settings.bidirectional}, but the attention of "
-            f"{type(self.backbone).__name__} ({self.backbone.config._attn_implementation}) in "
-            f"transformers {__version__} is "
-            f"{'bidirectional' if sees_behind else 'causal'} whatever config.is_causal says; try "
-            "attn_implementation: sdpa or eager, or transformers >= 5.2"
+        wanted = self.settings.bidirectional
+        try:
+            answers = layers_see_behind(self.backbone)
+        except (AttributeError, TypeError, RuntimeError) as error:
+            raise TextEncoderError(
+                f"bidirectional is {wanted}, but {type(self.backbone).__name__} cannot be run so "
+                f"in transformers {__version__} ({error}); choose another language model"
+            ) from error
+        open_layers = {name for name, found in answers.items() if found == {True}}
+        causal = {name for name, found in answers.items() if found == {False}}
+        if wanted is None or wanted != attention_kind(answers):
+            raise TextEncoderError(self._wrong_attention(answers, open_layers, causal))
+        if wanted == "partial":
+            logger.warning("bidirectional: partial: these layers stay causal: %s", _listed(causal))
+        self._check_padding()
+
+    def _wrong_attention(
+        self, answers: Mapping[str, set[bool]], open_layers: set[str], causal: set[str]
+    ) -> str:
+        name = f"{type(self.backbone).__name__} ({self.backbone.config._attn_implementation})"
+        text = f"bidirectional is {self.settings.bidirectional}, but "
+        if answers and len(answers) in (len(open_layers), len(causal)):
+            return (
+                f"{text}the attention of {name} in transformers {__version__} is "
+                f"{'bidirectional' if open_layers else 'causal'} whatever config.is_causal says; "
+                "try attn_implementation: sdpa or eager, or transformers >= 5.2"
+            )
+        odd = [layer for layer in answers if layer not in open_layers | causal]
+        if odd or not answers:
+            return (
+                f"{text}in {name} {_listed(odd) or 'no list of layers'} cannot be told to be "
+                "bidirectional or causal (another answer with padding than without); use another "
+                "attn_implementation or language model"
+            )
+        return (
+            f"{text}{len(causal)} of {len(answers)} layers of {name} are causal "
+            f"({_listed(causal)}) and the others are not; set bidirectional: partial to take it "
+            "as it is, or choose a language model that has attention in every layer"
         )
+
+    @torch.no_grad()
+    def _check_padding(self) -> None:
+        """Compares vectors of texts alone with those of the same texts in a padded batch."""
+        vocabulary = self.backbone.get_input_embeddings().num_embeddings
+        texts = [[(11 + 5 * at) % vocabulary for at in range(length)] for length in (2, 5, 9)]
+        with_padding, alone = (
+            torch.cat([self._vectors(part) for part in parts])
+            for parts in ([texts], [[text] for text in texts])
+        )
+        require_equal(
+            f"a text alone and beside longer ones, in {type(self.backbone).__name__}",
+            alone,
+            with_padding,
+            "its vectors would depend on their neighbours in the batch; use another "
+            "attn_implementation or language model",
+            self.backbone.dtype,
+        )
+
+    def _vectors(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        batch = pad_tokens(list(tokens), self.tokens.pad_token_id, 0)
+        return self(**{name: value.to(self.device) for name, value in batch.items()})
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model, tokenizer and settings; :meth:`from_pretrained` restores all of it.
@@ -324,6 +370,36 @@ class TextEncoder(nn.Module):
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         save_settings(directory, self.settings, self.tokens.fingerprint())
+
+
+def require_equal(
+    what: str, before: Tensor, after: Tensor, remedy: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuses vectors that should be the same and are not.
+
+    Args:
+        what: Which vectors, for the message.
+        before: `[n, d]`.
+        after: As `before`.
+        remedy: What follows and what to do.
+        dtype: Of the weights; 16 bits get a wider tolerance.
+
+    Raises:
+        TextEncoderError: A cosine is too low.
+    """
+    after = after.to(before)
+    cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).min().item()
+    least = 0.9999 if dtype == torch.float32 else 0.98
+    if not cosine >= least:
+        raise TextEncoderError(
+            f"{what}: expected equal vectors, got a cosine of {cosine:.4f} (at least {least} in "
+            f"{str(dtype).removeprefix('torch.')}): {remedy}"
+        )
+
+
+def _listed(layers: Iterable[str]) -> str:
+    names = sorted(layers, key=lambda name: [len(name.split(" ")[0]), name])
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:

@@ -36,8 +36,8 @@ class TextEncoderSettings:
     """Special tokens and instruction included."""
     instruction: str = ""
     """Text before every caption, attended to but not pooled."""
-    bidirectional: bool = True
-    """False = causal attention."""
+    bidirectional: bool | Literal["partial"] = True
+    """False = causal attention; `partial` = only some of the layers can be bidirectional."""
     chat: bool = False
     """Each text is wrapped in a user turn of the tokenizer's chat template."""
     embedder: bool = False

@@ -15,13 +15,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer, normalizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from llm2clip_vlm.models.caption_tokens import CaptionTokenizer
+from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
 from llm2clip_vlm.models.embedder import MODULES_NAME
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.ownership import remove
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,6 @@ _POOLING_FLAGS = {
     "eos": "pooling_mode_lasttoken",
     "cls": "pooling_mode_cls_token",
 }
-_PROBES = ("a", "A dog runs on the beach.", "Two people, 3 red cats: a photo")
 
 
 def export_sentence_transformers(
@@ -96,7 +97,14 @@ def export_sentence_transformers(
         (target / folder).mkdir(exist_ok=True)
     for name, content in files.items():
         (target / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    if why := _difference(tokens, target, prompt):
+    why = _difference(tokens, target, prompt)
+    if not why and (why := _other_vectors(encoder, target)):
+        # without padding transformers builds no mask for sdpa, and some models then are causal
+        eager = {"attn_implementation": "eager"}
+        content = files["sentence_bert_config.json"] | {"model_args": eager}
+        (target / "sentence_bert_config.json").write_text(json.dumps(content, indent=2) + "\n")
+        why = _other_vectors(encoder, target, **eager)
+    if why:
         _clear(target)
         logger.warning("not exported for sentence-transformers: %s", why)
         return None
@@ -162,13 +170,13 @@ def _standalone_tokenizer(
 def _difference(tokens: CaptionTokenizer, directory: Path, prompt: str) -> str | None:
     """Why sentence-transformers would see other tokens than the encoder, or pool others."""
     found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
-    expected = tokens(_PROBES)
-    got = found([prompt + text for text in _PROBES], truncation=True)["input_ids"]
+    expected = tokens(PROBE_TEXTS)
+    got = found([prompt + text for text in PROBE_TEXTS], truncation=True)["input_ids"]
     if got != expected:
         row = next(i for i, ids in enumerate(expected) if got[i] != ids)
         return (
             f"its tokenizer ({type(found).__name__}) loads from there as another one: "
-            f"{_PROBES[row]!r} gives {got[row]}, expected {expected[row]}"
+            f"{PROBE_TEXTS[row]!r} gives {got[row]}, expected {expected[row]}"
         )
     measured = found(prompt)["input_ids"]
     length = len(measured) - (measured[-1] in found.all_special_ids) if measured else 0
@@ -177,4 +185,18 @@ def _difference(tokens: CaptionTokenizer, directory: Path, prompt: str) -> str |
             f"{len(tokens.behind)} tokens follow each text, and it can leave "
             f"{tokens.num_front_tokens} out of the mean only if at most one does"
         )
+    return None
+
+
+def _other_vectors(encoder: TextEncoder, directory: Path, **arguments: Any) -> str | None:
+    """What differs if the export is loaded as sentence-transformers loads it (on the CPU)."""
+    expected = encoder.encode(PROBE_TEXTS)
+    load: Any = load_complete(AutoModel, directory, dtype=encoder.backbone.dtype, **arguments)
+    found = TextEncoder(load.eval(), encoder.tokenizer, encoder.settings)
+    alone = torch.cat([found.encode([text]) for text in PROBE_TEXTS])
+    for what, got in (("one text alone", alone), ("a batch", found.encode(PROBE_TEXTS))):
+        try:
+            require_equal(f"{what}, exported", expected, got, "it is left out", load.dtype)
+        except TextEncoderError as error:
+            return str(error)
     return None
