@@ -30,6 +30,11 @@ from llm2clip_vlm.training.encoder_trainer import (
     prepare_model,
 )
 from llm2clip_vlm.training.export import export_vision_tower
+from llm2clip_vlm.training.keeping import (
+    probe_embeds,
+    require_as_exported,
+    require_as_trained,
+)
 from llm2clip_vlm.training.stage_run import StageRun
 
 
@@ -81,6 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not recipe.evaluate_only:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.claim_outputs()
+    trained = probe_embeds(model.eval())
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
@@ -89,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         image_processor.save_pretrained(out / "model")
     barrier()
     saved = CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+    require_as_trained(trained, saved, out / "model")
     results = held_out(*clip_encoders(saved, tokens))
     if is_main():
         exported = export_vision_tower(saved, image_processor, out / "vision_tower")
+        require_as_exported(saved, exported)
         run.finish({"vision_tower": fingerprint_dir(exported)}, results, pairs=len(dataset))
     teardown()
 

@@ -33,7 +33,11 @@ from llm2clip_vlm.training.encoder_trainer import (
     prepare_model,
 )
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
-from llm2clip_vlm.training.keeping import prepare_keeping
+from llm2clip_vlm.training.keeping import (
+    prepare_keeping,
+    require_as_exported,
+    require_as_trained,
+)
 from llm2clip_vlm.training.stage_run import StageRun
 
 
@@ -119,18 +123,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main():
         print(trainable_table(model, lrs), flush=True)
     trainer.train(resume_from_checkpoint=run.checkpoint)
-    keeping.finish(model, lora)
+    trained = keeping.finish(model, lora)
     if loop:
         loop.merge(model, out / "text_encoder")
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
     saved = LLM2CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+    require_as_trained(trained, saved, out / "model")
     results = held_out(*saved.encoders(captions.lookup))
     captions.finish()
     if is_main():
         tower.image_processor.save_pretrained(out / "model")
         exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
+        require_as_exported(saved, exported)
         text = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
         hashes = {"vision_tower": fingerprint_dir(exported), **text}
         run.finish(hashes, results, pairs=len(dataset))

@@ -209,12 +209,19 @@ def predict(
 
 
 def coco_ap(truth: Any, found: list[dict[str, Any]], recipe: EncoderEvalRecipe) -> dict[str, Any]:
-    """Box AP in per cent, as COCO defines it, with an interval over images."""
+    """Box AP in per cent, as COCO defines it, with an interval over images.
+
+    None where it is not defined: no true box (of that size). Without any found box it is 0.
+    """
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     names = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")
     with contextlib.redirect_stdout(io.StringIO()):
-        judge = COCOeval(truth, truth.loadRes(found), "bbox")
+        boxes = COCO()
+        boxes.dataset = truth.dataset | {"annotations": []}
+        boxes.createIndex()
+        judge = COCOeval(truth, truth.loadRes(found) if found else boxes, "bbox")
         judge.evaluate()
 
         def figures(matches: np.ndarray) -> list[float]:
@@ -231,6 +238,7 @@ def coco_ap(truth: Any, found: list[dict[str, Any]], recipe: EncoderEvalRecipe) 
             figures(matches[:, rng.integers(images, size=images)])[0]
             for _ in range(min(recipe.bootstrap, MAX_DRAWS))
         ]
+        draws = [draw for draw in draws if draw >= 0]  # -100: no true box among the images
     return {
         **{name: None if value < 0 else value for name, value in values.items()},
         "ci": np.percentile(draws, [2.5, 97.5]).tolist() if draws else None,

@@ -171,7 +171,12 @@ def _llm_side(model: LLM2CLIPModel, encoder: TextEncoder) -> dict[str, Any]:
 
 
 def _own_side(path: str, model: Any) -> dict[str, Any]:
-    """The text tower of a CLIP, or of a SigLIP, whose texts are padded as it was trained."""
+    """The text tower of a CLIP, or of a SigLIP, whose texts are prepared as it was trained.
+
+    SigLIP's are padded to the window and in lower case: its own tokenizer and SigLIP2's NaFlex one
+    do that, but google/siglip2-* of fixed resolution name Gemma's (transformers 43101; big_vision's
+    `lower`).
+    """
     tokenizer = AutoTokenizer.from_pretrained(path)
     window = int(model.config.text_config.max_position_embeddings)
     if model.config.model_type == "clip":
@@ -185,6 +190,8 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
         parts = []
         for start in range(0, len(items), 256):
             part = list(items[start : start + 256])
+            if padding == "max_length":
+                part = [text.lower() for text in part]
             cut += sum(len(ids) > window for ids in tokenizer(part)["input_ids"])
             options = {"padding": padding, "max_length": window, "truncation": True}
             tokens = tokenizer(part, return_tensors="pt", **options).to(model.device)

@@ -25,6 +25,7 @@ from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
+from llm2clip_vlm.models.loading import to_dtype
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.vlm import load_vlm
 
@@ -195,7 +196,7 @@ def _encoder(
     if trust_remote_code:
         opened, expected["image_embeds"] = _remote_embeds(beside, config, pixels)
     dtypes = {found[name].dtype for name in holder.state_dict().keys() & found.keys()}
-    model.to(dtypes.pop() if len(dtypes) == 1 else torch.float32)
+    to_dtype(model, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     processor = image_processor(vision_config, beside, config)
     again = save_encoder(model, processor, folder)
     more = {"format": name, "keys": report.to_dict()}

@@ -24,6 +24,7 @@ from transformers.utils import ModelOutput
 
 from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
+from llm2clip_vlm.models.loading import to_dtype
 from llm2clip_vlm.models.text_adaptor import TextAdaptor
 from llm2clip_vlm.models.timm_vision import TimmVisionConfig, TimmVisionModel
 
@@ -155,7 +156,7 @@ class LLM2CLIPModel(PreTrainedModel):
         config |= {"vision_config": vision_config, "text_embed_dim": text_embed_dim}
         model: Any = cls(LLM2CLIPConfig(**config))
         model.vision_tower.load_state_dict(tower.state_dict())
-        made: LLM2CLIPModel = model.to(tower.dtype)
+        made: LLM2CLIPModel = to_dtype(model, tower.dtype)
         return made
 
     @torch.no_grad()

@@ -57,6 +57,25 @@ def load_complete(
     return model
 
 
+def to_dtype(model: Any, dtype: torch.dtype) -> Any:
+    """A model whose weights have another dtype, in place.
+
+    Tables that are computed and not loaded (DINOv3's rotary frequencies) stay in fp32, as
+    `from_pretrained` leaves them.
+
+    Args:
+        model: Any module.
+        dtype: Of its parameters and of the buffers that are saved.
+    """
+    saved = model.state_dict(keep_vars=True).keys()
+    computed = {name: value for name, value in model.named_buffers() if name not in saved}
+    model.to(dtype)
+    for name, value in computed.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, value)
+    return model
+
+
 def read_config(path: str, error: type[ValueError] = ValueError) -> Any:
     """The config of a model directory or a hub id.
 

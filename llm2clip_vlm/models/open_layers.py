@@ -6,11 +6,17 @@ nothing of its other layers: each one is asked apart, in the same forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from transformers import __version__
+
+from llm2clip_vlm.models.caption_tokens import TextEncoderError
+
+logger = logging.getLogger(__name__)
 
 _TOKENS = 6
 _ROWS = 3
@@ -92,6 +98,56 @@ def attention_kind(answers: Mapping[str, set[bool]]) -> bool | Literal["partial"
     return "partial" if len(found) == 2 else found.pop()
 
 
+def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> None:
+    """Refuses a model whose layers are not what `bidirectional` says.
+
+    Args:
+        model: As :func:`layers_see_behind`.
+        wanted: What it should be; `partial` has the layers that stay causal logged.
+
+    Raises:
+        TextEncoderError: Names the layers.
+    """
+    text = f"bidirectional is {wanted}, but "
+    try:
+        answers = layers_see_behind(model)
+    except (AttributeError, TypeError, RuntimeError) as error:
+        raise TextEncoderError(
+            f"{text}{type(model).__name__} cannot be run so in transformers {__version__} "
+            f"({error}); choose another language model"
+        ) from error
+    causal = [name for name, found in answers.items() if found == {False}]
+    odd = [name for name, found in answers.items() if len(found) != 1]
+    kind = attention_kind(answers)
+    if wanted is not None and wanted == kind:
+        if kind == "partial":
+            logger.warning("bidirectional: partial: these layers stay causal: %s", _listed(causal))
+        return
+    name = f"{type(model).__name__} ({model.config._attn_implementation})"
+    if kind is None:
+        raise TextEncoderError(
+            f"{text}in {name} {_listed(odd) or 'no list of layers'} cannot be told to be "
+            "bidirectional or causal (another answer with padding than without); use another "
+            "attn_implementation or language model"
+        )
+    if kind == "partial":
+        raise TextEncoderError(
+            f"{text}{len(causal)} of {len(answers)} layers of {name} are causal "
+            f"({_listed(causal)}) and the others are not; set bidirectional: partial to take it "
+            "as it is, or choose a language model that has attention in every layer"
+        )
+    raise TextEncoderError(
+        f"{text}the attention of {name} in transformers {__version__} is "
+        f"{'bidirectional' if kind else 'causal'} whatever config.is_causal says; try "
+        "attn_implementation: sdpa or eager, or transformers >= 5.2"
+    )
+
+
+def _listed(layers: Iterable[str]) -> str:
+    names = list(layers)
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+
+
 def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The longest list of modules that lies in no other list."""
     lists: dict[str, nn.ModuleList] = {}
@@ -134,7 +190,9 @@ class _Probe:
             changed = rows[row].select(at, token)
             changed.copy_(changed.flip(-1) - changed.roll(1, -1))
         hidden = rows.movedim(0, at)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        return (
+            ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+        )
 
     def _behind(self, module: nn.Module, args: Any, output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output

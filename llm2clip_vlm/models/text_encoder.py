@@ -30,14 +30,13 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    __version__,
 )
 
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
 from llm2clip_vlm.models.embedder import read_embedder
 from llm2clip_vlm.models.loading import four_bits, load_complete
-from llm2clip_vlm.models.open_layers import attention_kind, layers_see_behind
+from llm2clip_vlm.models.open_layers import attention_kind, layers_see_behind, require_attention
 from llm2clip_vlm.models.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
@@ -298,45 +297,8 @@ class TextEncoder(nn.Module):
             TextEncoderError: A layer is causal although `bidirectional` is true, or open although
                 it is false; or a text has another vector beside a longer one.
         """
-        wanted = self.settings.bidirectional
-        try:
-            answers = layers_see_behind(self.backbone)
-        except (AttributeError, TypeError, RuntimeError) as error:
-            raise TextEncoderError(
-                f"bidirectional is {wanted}, but {type(self.backbone).__name__} cannot be run so "
-                f"in transformers {__version__} ({error}); choose another language model"
-            ) from error
-        open_layers = {name for name, found in answers.items() if found == {True}}
-        causal = {name for name, found in answers.items() if found == {False}}
-        if wanted is None or wanted != attention_kind(answers):
-            raise TextEncoderError(self._wrong_attention(answers, open_layers, causal))
-        if wanted == "partial":
-            logger.warning("bidirectional: partial: these layers stay causal: %s", _listed(causal))
+        require_attention(self.backbone, self.settings.bidirectional)
         self._check_padding()
-
-    def _wrong_attention(
-        self, answers: Mapping[str, set[bool]], open_layers: set[str], causal: set[str]
-    ) -> str:
-        name = f"{type(self.backbone).__name__} ({self.backbone.config._attn_implementation})"
-        text = f"bidirectional is {self.settings.bidirectional}, but "
-        if answers and len(answers) in (len(open_layers), len(causal)):
-            return (
-                f"{text}the attention of {name} in transformers {__version__} is "
-                f"{'bidirectional' if open_layers else 'causal'} whatever config.is_causal says; "
-                "try attn_implementation: sdpa or eager, or transformers >= 5.2"
-            )
-        odd = [layer for layer in answers if layer not in open_layers | causal]
-        if odd or not answers:
-            return (
-                f"{text}in {name} {_listed(odd) or 'no list of layers'} cannot be told to be "
-                "bidirectional or causal (another answer with padding than without); use another "
-                "attn_implementation or language model"
-            )
-        return (
-            f"{text}{len(causal)} of {len(answers)} layers of {name} are causal "
-            f"({_listed(causal)}) and the others are not; set bidirectional: partial to take it "
-            "as it is, or choose a language model that has attention in every layer"
-        )
 
     @torch.no_grad()
     def _check_padding(self) -> None:
@@ -395,11 +357,6 @@ def require_equal(
             f"{what}: expected equal vectors, got a cosine of {cosine:.4f} (at least {least} in "
             f"{str(dtype).removeprefix('torch.')}): {remedy}"
         )
-
-
-def _listed(layers: Iterable[str]) -> str:
-    names = sorted(layers, key=lambda name: [len(name.split(" ")[0]), name])
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
 
@@ -156,6 +157,31 @@ def train_last_blocks(model: nn.Module, part: str, count: int) -> None:
     for name, layer in layers.items():
         if layer < first:
             parameters[name].requires_grad_(False)
+
+
+def frozen_modules(model: nn.Module) -> list[nn.Module]:
+    """The largest modules of a model that have parameters, none of which trains.
+
+    Args:
+        model: The model, with `requires_grad` set.
+    """
+    trains = [parameter.requires_grad for parameter in model.parameters()]
+    if trains and not any(trains):
+        return [model]
+    return [found for child in model.children() for found in frozen_modules(child)]
+
+
+def set_evaluation_mode(frozen: Iterable[nn.Module]) -> None:
+    """Stop dropout, stochastic depth and the statistics of BatchNorm in what does not train.
+
+    Args:
+        frozen: Modules. Layers whose activations are computed a second time in the backward pass
+            keep their own flag, by which transformers decides about that; what is in them does not.
+    """
+    for module in frozen:
+        for part in module.eval().modules():
+            if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
+                part.training = True
 
 
 def freeze_unused(model: nn.Module, loss: Callable[[], torch.Tensor]) -> list[str]:

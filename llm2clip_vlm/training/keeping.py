@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -25,7 +26,10 @@ from llm2clip_vlm.losses import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.patch_dropout import PatchDropout
+from llm2clip_vlm.models.text_encoder import require_equal
+from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.training.callbacks import PatchDropoutTail, WeightAverage
+from llm2clip_vlm.training.export import vision_tower_of
 
 logger = logging.getLogger(__name__)
 
@@ -74,17 +78,64 @@ class Keeping:
     callbacks: list[TrainerCallback]
     """For the trainer."""
 
-    def finish(self, model: LLM2CLIPModel, lora: Any = None) -> None:
+    def finish(self, model: LLM2CLIPModel, lora: Any = None) -> Tensor:
         """Make the model what is saved: its averages, and no adapter.
 
         Args:
             model: After training.
             lora: As `add_lora` returned it, if there is an adapter.
+
+        Returns:
+            What :func:`probe_embeds` must give of the model as it is saved.
         """
         if self.average is not None:
             self.average.copy_to(model)
+        kept: Any = model if self.average is None else self.average.model
+        expected = probe_embeds(kept.eval())
         if lora is not None:
             lora.merge_and_unload()
+        return expected
+
+
+@torch.no_grad()
+def probe_embeds(model: Any) -> Float[Tensor, "2 d"]:
+    """Embeddings of two fixed images of noise, by which a model is compared before and after.
+
+    Args:
+        model: In evaluation mode; an `LLM2CLIPModel`, a CLIP, or a plain tower (pooled output).
+    """
+    size = vision_tower_of(model).config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    embed = getattr(model, "get_image_features", model)
+    found = embed(pixel_values=pixels.to(model.device, model.dtype))
+    return found if torch.is_tensor(found) else found.pooler_output
+
+
+def require_as_trained(trained: Tensor, saved: Any, directory: Path) -> None:
+    """Refuse a saved model that gives other embeddings than the one that was trained.
+
+    Args:
+        trained: Of :func:`probe_embeds`, before saving.
+        saved: The model, loaded again.
+        directory: Where from.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    remedy = "it was not written as it was trained; go on from the last checkpoint"
+    require_equal(str(directory), trained, probe_embeds(saved), remedy)
+
+
+def require_as_exported(model: Any, directory: Path) -> None:
+    """The same for an exported tower.
+
+    Args:
+        model: What it was exported from.
+        directory: Where :func:`export_vision_tower` wrote it.
+    """
+    tower: Any = load_vision_tower(directory, model.dtype).model
+    require_as_trained(probe_embeds(vision_tower_of(model)), tower.to(model.device), directory)
 
 
 def prepare_keeping(

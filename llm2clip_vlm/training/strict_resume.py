@@ -12,9 +12,11 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel, Trainer
 
 from llm2clip_vlm.distributed import barrier
+from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 from llm2clip_vlm.training.checkpoints import make_room, rotate, seal_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -31,6 +33,16 @@ class StrictResumeMixin:
     model: Any
     args: Any
     state: Any
+
+    @functools.cached_property
+    def _frozen(self) -> list[nn.Module]:
+        return frozen_modules(self.model)
+
+    def compute_loss_context_manager(self) -> Any:
+        """As transformers, which calls it behind `model.train()`; what is frozen stays as it is."""
+        if self.model.training:
+            set_evaluation_mode(self._frozen)
+        return super().compute_loss_context_manager()  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         args, folder = self.args, Path(self.args.output_dir)
