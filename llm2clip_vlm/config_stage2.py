@@ -175,6 +175,12 @@ class Stage2bRecipe(EncoderRecipe):
         return self
 
     @model_validator(mode="after")
+    def _patches_are_dropped_in_training(self) -> Self:
+        if self.tower_training == "frozen" and self.patch_dropout:
+            raise ValueError("patch_dropout acts in a tower that trains; tower_training is frozen")
+        return self
+
+    @model_validator(mode="after")
     def _average_serves(self) -> Self:
         taught = self.self_distillation is not None and self.self_distillation.teacher == "average"
         if taught and self.weight_average is None:

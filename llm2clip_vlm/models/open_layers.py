@@ -181,7 +181,7 @@ class _Probe:
     def _before(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        hidden = args[0] if args else kwargs.get("hidden_states")
+        hidden: Any = args[0] if args else kwargs.get("hidden_states")
         if (at := self._text_axis(hidden)) is None:
             return None
         rows = hidden.clone().movedim(at, 0)

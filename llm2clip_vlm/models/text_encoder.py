@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,7 @@ class TextEncoder(nn.Module):
         if embedder and "bidirectional" not in chosen:
             # its attention is what its own config makes it
             kind = attention_kind(layers_see_behind(backbone))
-            encoder.settings = replace(settings, bidirectional=kind)
+            encoder.settings = replace(settings, bidirectional=True if kind is None else kind)
         encoder.check_attention()
         if tokenizer_hash is not None:
             encoder.tokens.require(tokenizer_hash, path)
@@ -303,7 +303,7 @@ class TextEncoder(nn.Module):
     @torch.no_grad()
     def _check_padding(self) -> None:
         """Compares vectors of texts alone with those of the same texts in a padded batch."""
-        vocabulary = self.backbone.get_input_embeddings().num_embeddings
+        vocabulary = cast("nn.Embedding", self.backbone.get_input_embeddings()).num_embeddings
         texts = [[(11 + 5 * at) % vocabulary for at in range(length)] for length in (2, 5, 9)]
         with_padding, alone = (
             torch.cat([self._vectors(part) for part in parts])

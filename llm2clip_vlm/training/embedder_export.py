@@ -72,7 +72,7 @@ def export_sentence_transformers(
     folders = ("", "1_Pooling", "2_Normalize")
     kinds = zip(_MODULES, folders, strict=True)
     files: dict[str, Any] = {
-        "config.json": _model_config(source, settings.bidirectional),
+        "config.json": _model_config(source, settings.bidirectional is True),
         MODULES_NAME: [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
             for i, (kind, path) in enumerate(kinds)

@@ -174,3 +174,24 @@ def test_other_categories_in_test_are_refused(
     made = recipe(tiny_clip, tmp_path, boxes, test={"annotations": str(other), "images": "x"})
     with pytest.raises(ValueError, match="different categories"):
         detection(made.tasks[0], load_encoder(str(tiny_clip)), made)  # type: ignore[arg-type]
+
+
+def test_without_a_box_there_is_no_figure(
+    tmp_path: Path, tiny_clip: Path, boxes: BoxSource
+) -> None:
+    data = CocoBoxes(boxes, load_vision_tower(tiny_clip))
+    right = {"image_id": 0, "category_id": 5, "bbox": [8, 16, 40, 20], "score": 0.9}
+    made = recipe(tiny_clip, tmp_path, boxes, bootstrap=50)
+    nothing = coco_ap(data.coco, [], made)
+    assert (nothing["ap"], nothing["ci"]) == (0, [0, 0])
+    found = coco_ap(data.coco, [right], made)
+    assert found["ap"] > 0
+    low, high = found["ci"]  # some draws have the picture without a box alone
+    assert 0 <= low <= found["ap"] <= high <= 100
+    document = json.loads(Path(boxes.annotations).read_text()) | {"annotations": []}
+    (tmp_path / "none.json").write_text(json.dumps(document))
+    empty = BoxSource(annotations=str(tmp_path / "none.json"), images=boxes.images)
+    data = CocoBoxes(empty, load_vision_tower(tiny_clip))
+    for answers in ([], [right]):
+        found = coco_ap(data.coco, answers, made)
+        assert found["ap"] is None and found["ci"] is None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from tokenizers.normalizers import Sequence
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
 from llm2clip_vlm.config import TextEncoderSection
@@ -113,10 +114,13 @@ def test_another_text_encoder_than_in_training_is_refused(
         load_encoder(str(tmp_path / "model"), str(tiny_llm))
 
 
+@pytest.mark.parametrize("cased", [False, True])
 @torch.no_grad()
-def test_a_siglip(tmp_path: Path, images: list[ImageTextRecord]) -> None:
+def test_a_siglip(tmp_path: Path, images: list[ImageTextRecord], cased: bool) -> None:
     build_tower("siglip", tmp_path)
     tokenizer = word_tokenizer(model_max_length_tokens=16)
+    if cased:  # as Gemma's, which google/siglip2-* of fixed resolution name
+        tokenizer.backend_tokenizer.normalizer = Sequence([])
     tokenizer.save_pretrained(tmp_path)
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
     text = {"vocab_size": len(tokenizer), "max_position_embeddings": 16, "num_hidden_layers": 2}
@@ -130,6 +134,8 @@ def test_a_siglip(tmp_path: Path, images: list[ImageTextRecord]) -> None:
     ids = tokenizer(TEXTS, padding="max_length", max_length=16, return_tensors="pt")["input_ids"]
     want = F.normalize(model.get_text_features(input_ids=ids).pooler_output, dim=-1)
     torch.testing.assert_close(encoder.embed_texts(TEXTS), want, atol=1e-6, rtol=0)
+    upper = encoder.embed_texts([text.upper() for text in TEXTS])
+    torch.testing.assert_close(upper, want, atol=1e-6, rtol=0)
 
 
 def test_a_tower_alone_has_no_texts(tmp_path: Path, images: list[ImageTextRecord]) -> None:

@@ -15,6 +15,7 @@ import llm2clip_vlm
 from llm2clip_vlm.losses import contrastive_loss
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_vlm.models.towers import load_vision_tower
+from tests.tiny_towers import build_tower
 
 
 @pytest.fixture
@@ -146,3 +147,12 @@ def test_gradient_checkpointing_changes_no_gradient(model: LLM2CLIPModel) -> Non
         assert weight.grad is not None
         grads.append(weight.grad.clone())
     torch.testing.assert_close(*grads)
+
+
+def test_rotary_frequencies_stay_in_fp32(tmp_path: Path) -> None:
+    tower = load_vision_tower(build_tower("dinov3", tmp_path), torch.bfloat16).model
+    model = LLM2CLIPModel.from_vision_tower(tower, text_embed_dim=8, projection_dim=8)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    (name, table), *_ = model.vision_tower.named_buffers()
+    assert (name, table.dtype) == ("rope_embeddings.inv_freq", torch.float32)
+    assert torch.equal(table, tower.get_buffer(name))
