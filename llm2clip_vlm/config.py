@@ -195,6 +195,8 @@ class MntpRecipe(RunRecipe):
     """Path or hub id of the decoder LLM."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Weights' dtype; `auto` keeps the checkpoint's."""
+    bidirectional: Literal[True, "partial"] = True
+    """`partial` takes a model some of whose layers stay causal."""
     lora: LoraSection | None = Field(default_factory=LoraSection)
     """Adapter that is merged at the end; `null` tunes every weight."""
     sources: list[CaptionSource]

@@ -26,6 +26,7 @@ from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.masking import MaskedRows
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
+from llm2clip_vlm.models.open_layers import require_attention, set_causal
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     llm = AutoModelForCausalLM.from_pretrained(
         recipe.language_model, config=config, dtype=recipe.dtype
     )
+    set_causal(llm, False)
+    require_attention(llm.eval(), recipe.bidirectional)
     tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
     model: Any = add_adapter(llm, recipe.lora) if recipe.lora else llm
 

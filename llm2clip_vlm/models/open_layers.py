@@ -82,6 +82,20 @@ def _run(model: Any, modules: list[tuple[str, nn.Module]], padding: int) -> dict
     return probes
 
 
+def set_causal(model: nn.Module, is_causal: bool) -> None:
+    """Tells the layers what the config says, in place.
+
+    Where no mask is built (flash attention; sdpa without padding) they are asked instead of it.
+
+    Args:
+        model: Loaded with `config.is_causal`.
+        is_causal: The same.
+    """
+    for module in model.modules():
+        if isinstance(getattr(module, "is_causal", None), bool):
+            module.is_causal = is_causal
+
+
 def attention_kind(answers: Mapping[str, set[bool]]) -> bool | Literal["partial"] | None:
     """What all layers together are.
 

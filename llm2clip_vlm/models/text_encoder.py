@@ -36,7 +36,12 @@ from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
 from llm2clip_vlm.models.embedder import read_embedder
 from llm2clip_vlm.models.loading import four_bits, load_complete
-from llm2clip_vlm.models.open_layers import attention_kind, layers_see_behind, require_attention
+from llm2clip_vlm.models.open_layers import (
+    attention_kind,
+    layers_see_behind,
+    require_attention,
+    set_causal,
+)
 from llm2clip_vlm.models.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
@@ -153,10 +158,7 @@ class TextEncoder(nn.Module):
             **(four_bits(device, TextEncoderError) if load_in_4bit else {}),
         )
         if not settings.embedder:
-            # Flash attention builds no mask and asks the layer instead of the config.
-            for module in backbone.modules():
-                if isinstance(getattr(module, "is_causal", None), bool):
-                    module.is_causal = config.is_causal
+            set_causal(backbone, config.is_causal)
         backbone.config.use_cache = False
         if device is not None and not load_in_4bit:
             backbone.to(device)

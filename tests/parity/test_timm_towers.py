@@ -1,0 +1,78 @@
+"""timm's ViTs as towers, from their own layout through stage 2b, beside timm itself."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers.utils
+from transformers.utils import import_utils
+
+from llm2clip_vlm.models import timm_vision, towers
+from llm2clip_vlm.models.towers import load_vision_tower
+from tests import tiny_towers
+from tests.integration.test_keeping import ALL
+from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
+from tests.tiny_towers import build_tower
+
+__all__ = ["data", "recipe"]  # fixtures
+
+
+@pytest.fixture
+def timm_towers(timm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """transformers takes timm for absent where torchvision is, which no ViT needs."""
+    for module in (import_utils, transformers.utils, tiny_towers):
+        monkeypatch.setattr(module, "is_timm_available", lambda: True)
+    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: True, ""))
+    here = "transformers.models.timm_wrapper"
+    config = importlib.import_module(f"{here}.configuration_timm_wrapper")
+    for name in ("ImageNetInfo", "infer_imagenet_subset"):
+        monkeypatch.setattr(config, name, getattr(timm.data, name), raising=False)
+    modeling = importlib.import_module(f"{here}.modeling_timm_wrapper")
+    monkeypatch.setattr(modeling, "timm", timm, raising=False)
+    for module in (timm_vision, towers):
+        if hasattr(module, "TimmWrapperModel"):  # a placeholder that asks for torchvision
+            monkeypatch.setattr(module, "TimmWrapperModel", modeling.TimmWrapperModel)
+    return timm
+
+
+@pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip"])
+@torch.no_grad()
+def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path, timm_towers: Any) -> None:
+    folder = build_tower(kind, tmp_path / "tower")
+    tower = load_vision_tower(folder, torch.float32)
+    pixels = torch.randn(2, 3, tower.image_size_px, tower.image_size_px)
+    inner: Any = tower.model.timm_model
+    found = tower.model(pixel_values=pixels, output_hidden_states=True)
+    torch.testing.assert_close(found.pooler_output, inner(pixels))
+    assert len(found.hidden_states) == tower.num_hidden_layers + 1
+    tower.model.save_pretrained(tmp_path / "again")
+    tower.image_processor.save_pretrained(tmp_path / "again")
+    again = load_vision_tower(tmp_path / "again").model
+    torch.testing.assert_close(again(pixel_values=pixels).pooler_output, found.pooler_output)
+
+
+@pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip"])
+def test_a_tower_goes_through_stage_2b_and_resumes(
+    kind: str, recipe: Recipe, tmp_path: Path, timm_towers: Any
+) -> None:
+    tower = build_tower(kind, tmp_path / "tower")
+    trainer = {"max_steps": 4, "save_steps": 2}
+    changes = ALL | {"inherit_text": None, "vision_tower": str(tower), "trainer": trainer}
+    whole, cut = run(recipe("whole", **changes)), recipe("cut", **changes)
+    out = run(cut)
+    for name in ("model", "vision_tower", "checkpoints/checkpoint-4"):
+        shutil.rmtree(out / name)
+    (out / "manifest.json").unlink()
+    run(cut)
+    assert same(weights(out / "model"), weights(whole / "model"))
+    load_vision_tower(out / "vision_tower")
+    frozen = run(recipe("frozen", vision_tower=str(tower), tower_training="frozen"))
+    original = load_vision_tower(tower, torch.float32).model.state_dict()
+    assert same(original, load_vision_tower(frozen / "vision_tower").model.state_dict())
+    lora = {"r": 2, "alpha": 4, "target_modules": "all-linear"}
+    run(recipe("lora", vision_tower=str(tower), tower_training="lora", tower_lora=lora))
