@@ -32,6 +32,7 @@ from llm2clip_vlm.config_encoder import BoxSource, DetectionTask, EncoderEvalRec
 from llm2clip_vlm.data.images import open_image, read_image
 from llm2clip_vlm.evaluation.encoders import Encoder, tower_pixels
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 
 MAX_BOXES = 100
 """Boxes of an image that are judged, as COCO does."""
@@ -148,6 +149,13 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
 
 
+class _Trainer(Trainer):
+    def compute_loss_context_manager(self) -> Any:
+        """Comes behind `model.train()`: a frozen tower has no dropout, nor what else that means."""
+        set_evaluation_mode(frozen_modules(self.model))
+        return super().compute_loss_context_manager()
+
+
 def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
     """Train the detector and judge it; it is not kept.
 
@@ -164,7 +172,7 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
         model.model.freeze_backbone()
     options: dict[str, Any] = {"report_to": "none", "save_strategy": "no", "seed": recipe.seed}
     options |= {"use_cpu": recipe.device == "cpu", "remove_unused_columns": False} | task.trainer
-    trainer = Trainer(model, TrainingArguments(recipe.output_dir, **options), collate, train)
+    trainer = _Trainer(model, TrainingArguments(recipe.output_dir, **options), collate, train)
     trainer.train()
     digest = hashlib.sha256()
     for data, source in ((train, task.train), (test, task.test)):

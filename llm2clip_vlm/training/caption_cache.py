@@ -20,7 +20,7 @@ from llm2clip_vlm.distributed import barrier, is_main, rank
 from llm2clip_vlm.handoff import HandoffError, verify_parent
 from llm2clip_vlm.models.caption_tokens import pad_tokens
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.training.callbacks import EachEpoch
 from llm2clip_vlm.training.export import add_lora
 
@@ -218,9 +218,13 @@ class TextInLoop:
             directory: Such as `<output_dir>/text_encoder`.
         """
         del model.text_encoder
+        live = self.encoder.encode(PROBE_TEXTS)
         self.encoder.backbone = self._tuner.merge_and_unload()
         if is_main():
             self.encoder.save_pretrained(directory)
+            again = TextEncoder.from_pretrained(directory).encode(PROBE_TEXTS)
+            remedy = "it was not written as it was trained; go on from the last checkpoint"
+            require_equal(str(directory), live, again, remedy, self.encoder.backbone.dtype)
 
     def finish(self) -> None:
         """Nothing to do."""

@@ -124,7 +124,7 @@ def require_as_trained(trained: Tensor, saved: Any, directory: Path) -> None:
         ValueError: Names what differs.
     """
     remedy = "it was not written as it was trained; go on from the last checkpoint"
-    require_equal(str(directory), trained, probe_embeds(saved), remedy)
+    require_equal(str(directory), trained, probe_embeds(saved), remedy, saved.dtype)
 
 
 def require_as_exported(model: Any, directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -16,8 +17,11 @@ import yaml
 from torch.nn.functional import normalize
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.callbacks import read_metrics
+from llm2clip_vlm.training.encoder_trainer import EncoderTrainer
+from llm2clip_vlm.training.export import export_vision_tower
 from stages import stage1_text_encoder, stage2a_cache_text, stage2b_vision_encoder
 from tests.integration.test_keeping import ALL
 from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
@@ -85,6 +89,67 @@ def test_everything_at_once_is_killed_and_resumes(recipe: Recipe, share: float) 
     assert not [name for name in found if "lora" in name]
 
 
+def test_a_model_that_is_saved_otherwise_stops_stage_2b(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = EncoderTrainer.export
+
+    def other(trainer: Any, directory: Path) -> None:
+        with torch.no_grad():
+            trainer.model.vision_tower.encoder.layers[0].mlp.fc1.bias.add_(1.0)
+        export(trainer, directory)
+
+    monkeypatch.setattr(EncoderTrainer, "export", other)
+    path = recipe("other", weight_average={"decay": 0.5}, trainer={"max_steps": 2})
+    with pytest.raises(ValueError, match=r"other/model: expected equal vectors.*last checkpoint"):
+        run(path)
+    assert read_manifest(path.with_suffix("")) is None
+    monkeypatch.undo()
+    run(path)  # the next run goes on from the checkpoint, and is whole
+    assert read_manifest(path.with_suffix("")) is not None
+
+
+def test_a_tower_that_is_exported_otherwise_stops_stage_2b(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(model: Any, processor: Any, directory: Path) -> Path:
+        kept = copy.deepcopy(model)
+        with torch.no_grad():
+            kept.vision_tower.post_layernorm.bias.add_(1.0)
+        return export_vision_tower(kept, processor, directory)
+
+    monkeypatch.setattr(stage2b_vision_encoder, "export_vision_tower", other)
+    with pytest.raises(ValueError, match=r"run/vision_tower: expected equal vectors"):
+        run(recipe(trainer={"max_steps": 1}))
+
+
+def test_an_encoder_that_is_saved_otherwise_stops_stage_1(
+    tmp_path: Path, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stage1_recipe(tmp_path, tiny_llm)
+    save = TextEncoder.save_pretrained
+
+    def other(encoder: TextEncoder, directory: Path) -> None:
+        with torch.no_grad():
+            encoder.backbone.get_parameter("layers.0.self_attn.v_proj.weight").mul_(-1)
+        save(encoder, directory)
+
+    monkeypatch.setattr(TextEncoder, "save_pretrained", other)
+    with pytest.raises(ValueError, match=r"one/text_encoder: expected equal vectors"):
+        stage1_text_encoder.main([str(path)])
+    assert read_manifest(tmp_path / "one") is None
+
+
+def test_a_cache_with_other_vectors_stops_stage_2a(
+    tmp_path: Path, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lookup = EmbeddingCache.lookup
+    monkeypatch.setattr(EmbeddingCache, "lookup", lambda *args: lookup(*args).roll(1, 0))
+    with pytest.raises(ValueError, match=r"expected equal vectors.*what is cached is not what"):
+        stage2a_cache_text.main([str(stage2a_recipe(tmp_path, str(tiny_llm)))])
+    assert read_manifest(tmp_path / "two") is None
+
+
 def pairs_with_negatives(folder: Path) -> Path:
     rows = [
         {
@@ -99,46 +164,51 @@ def pairs_with_negatives(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_cache_holds_the_vectors_of_stage_1(tmp_path: Path, tiny_llm: Path, dtype: str) -> None:
-    pairs = pairs_with_negatives(tmp_path)
+def stage1_recipe(folder: Path, llm: Path, **encoder: Any) -> Path:
+    pairs = pairs_with_negatives(folder)
     source = {"path": str(pairs), "fields": ["query", "positive", "negative"], "directed": True}
-    encoder = {
-        "language_model": str(tiny_llm),
-        "dtype": dtype,
-        "max_length_tokens": 6,  # cuts
-        "instruction": "a picture",
-    }
-    one = {
+    values = {
         "stage": "stage1_text_encoder",
-        "output_dir": str(tmp_path / "one"),
+        "output_dir": str(folder / "one"),
         "global_batch_size": 8,
-        "text_encoder": encoder,
+        "text_encoder": {"language_model": str(llm)} | encoder,
         "lora": {"r": 4},
         "train": [source],
         "trainer": {"per_device_train_batch_size": 8, "max_steps": 3, "disable_tqdm": True},
     }
-    texts = [" ".join(WORDS[i : i + 1 + i % 9]) for i in range(20)]
-    rows = "".join(json.dumps({"id": str(i), "captions": [t]}) + "\n" for i, t in enumerate(texts))
-    (tmp_path / "captions.jsonl").write_text(rows)
-    two = {
+    (folder / "one.yaml").write_text(yaml.safe_dump(values))
+    return folder / "one.yaml"
+
+
+CAPTIONS = [" ".join(WORDS[i : i + 1 + i % 9]) for i in range(20)]
+
+
+def stage2a_recipe(folder: Path, encoder: str) -> Path:
+    rows = [json.dumps({"id": str(i), "captions": [t]}) + "\n" for i, t in enumerate(CAPTIONS)]
+    (folder / "captions.jsonl").write_text("".join(rows))
+    values = {
         "stage": "stage2a_cache_text",
-        "output_dir": str(tmp_path / "two"),
-        "text_encoder": str(tmp_path / "one" / "text_encoder"),
-        "sources": [{"path": str(tmp_path / "captions.jsonl")}],
+        "output_dir": str(folder / "two"),
+        "text_encoder": encoder,
+        "sources": [{"path": str(folder / "captions.jsonl")}],
         "prompts": ["find the "],
         "batch_tokens": 64,
     }
-    for main, values in ((stage1_text_encoder.main, one), (stage2a_cache_text.main, two)):
-        path = tmp_path / f"{values['stage']}.yaml"
-        path.write_text(yaml.safe_dump(values))
-        main([str(path)])
+    (folder / "two.yaml").write_text(yaml.safe_dump(values))
+    return folder / "two.yaml"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_cache_holds_the_vectors_of_stage_1(tmp_path: Path, tiny_llm: Path, dtype: str) -> None:
+    cuts = {"max_length_tokens": 6, "instruction": "a picture"}
+    stage1_text_encoder.main([str(stage1_recipe(tmp_path, tiny_llm, dtype=dtype, **cuts))])
+    stage2a_cache_text.main([str(stage2a_recipe(tmp_path, str(tmp_path / "one/text_encoder")))])
     trained = TextEncoder.from_pretrained(tmp_path / "one" / "text_encoder")
     assert trained.backbone.dtype == getattr(torch, dtype)
     cache = EmbeddingCache.open(tmp_path / "two")
-    alone = torch.cat([trained.encode([text]) for text in texts])
-    cosine = (normalize(cache.lookup(texts)) * alone).sum(1)
+    alone = torch.cat([trained.encode([text]) for text in CAPTIONS])
+    cosine = (normalize(cache.lookup(CAPTIONS)) * alone).sum(1)
     assert cosine.min() > (0.9999 if dtype == "float32" else 0.995)
-    assert (cache.lookup(texts, "find the ") - cache.lookup(texts)).abs().max() > 1e-2
+    assert (cache.lookup(CAPTIONS, "find the ") - cache.lookup(CAPTIONS)).abs().max() > 1e-2
     export = json.loads((tmp_path / "one/sentence_transformers/config.json").read_text())
     assert export["dtype"] == dtype

@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from llm2clip_vlm.config_encoder import BoxSource, EncoderEvalRecipe
-from llm2clip_vlm.evaluation.detection import CocoBoxes, build_detector, coco_ap, detection, predict
+from llm2clip_vlm.evaluation.detection import (
+    CocoBoxes,
+    TowerBackbone,
+    build_detector,
+    coco_ap,
+    detection,
+    predict,
+)
 from llm2clip_vlm.evaluation.encoders import load_encoder
 from llm2clip_vlm.models.towers import load_vision_tower
 from tests.tiny import write_image
@@ -135,6 +142,14 @@ def test_training_and_its_flags(
         return predict(model, *rest)
 
     monkeypatch.setattr("llm2clip_vlm.evaluation.detection.predict", keep)
+    modes: list[bool] = []
+    forward = TowerBackbone.forward
+
+    def seen(self: Any, pixel_values: torch.Tensor, *rest: Any) -> Any:
+        modes.append(self.vision_tower.training)
+        return forward(self, pixel_values, *rest)
+
+    monkeypatch.setattr(TowerBackbone, "forward", seen)
 
     def run(**more: Any) -> Any:
         made = recipe(tiny_clip, tmp_path, boxes, **more)
@@ -149,10 +164,11 @@ def test_training_and_its_flags(
     found = run()
     assert found["images"] == {"train": 3, "test": 3} and len(found["ci"]) == 2
     assert "32 px" in found["protocol"] and "2 steps, tower trained" in found["protocol"]
-    assert not tower_is_the_same()
+    assert not tower_is_the_same() and modes[0]
+    modes.clear()
     first = weights["class_embed.0.weight"]
     frozen = run(freeze_tower=True, seed=1)
-    assert "tower frozen" in frozen["protocol"] and tower_is_the_same()
+    assert "tower frozen" in frozen["protocol"] and tower_is_the_same() and not any(modes)
     assert not torch.equal(first, weights["class_embed.0.weight"])
     document = json.loads(Path(boxes.annotations).read_text())
     document["annotations"].pop()
