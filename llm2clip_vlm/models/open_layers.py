@@ -91,6 +91,7 @@ def set_causal(model: nn.Module, is_causal: bool) -> None:
         model: Loaded with `config.is_causal`.
         is_causal: The same.
     """
+    module: Any
     for module in model.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
             module.is_causal = is_causal
