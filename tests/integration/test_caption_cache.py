@@ -229,7 +229,9 @@ def test_stage_2b_fills_a_cold_cache(
     assert encoded == []
     assert same(weights(cold / "model"), weights(out / "model"))
     assert main(["embed", "build", str(recipe_2a), f"output_dir={cache.directory}"]) == 0
-    assert len(encoded) == 2 * PAIRS - len(cache)  # stage 2a encodes what was never drawn
+    lacking = 2 * PAIRS - len(cache)  # stage 2a encodes what was never drawn
+    assert len(set(encoded[:lacking])) == lacking
+    assert len(encoded) == lacking + 3  # and three texts again, to compare
     whole = recipe_2b("whole", embedding_cache=str(cache.directory), write_through=None)
     assert same(weights(cold / "model"), weights(train(whole) / "model"))
 
