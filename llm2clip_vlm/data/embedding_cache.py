@@ -83,6 +83,7 @@ class EmbeddingCache:
         """What was written together; of two rows for one text the first counts."""
         self.files = list(dict.fromkeys(segment.path for segment in segments))
         """The files with rows."""
+        self._unread = np.ones(len(self.segments), dtype=bool)
         self._first_rows = np.cumsum([0, *(len(segment.keys) for segment in segments)])
         prefixes = [_prefixes(segment.keys) for segment in segments]
         flat = np.concatenate([np.empty(0, np.uint64), *prefixes])
@@ -201,10 +202,11 @@ class EmbeddingCache:
 
         Raises:
             MissingTextError: The cache does not hold all of them.
-            CacheError: A row is no unit vector.
+            CacheError: A file has changed since it was written, or a row is no unit vector.
         """
         found = self.find(texts, prompt)
         if (found < 0).any():
+            self.touch()  # a damaged key is not found either
             lost = self.missing(texts, prompt)
             raise MissingTextError(
                 f"{len(lost)} text(s) are not among the {len(self)} of {self.directory}"
@@ -225,8 +227,11 @@ class EmbeddingCache:
     def read(self, numbers: npt.NDArray[np.int64]) -> Float16[Tensor, "n dim"]:
         """Rows by number, straight from the memory-mapped files.
 
+        A file is read whole before its first row is given out.
+
         Raises:
-            CacheError: A number is of no row (-1: the text is not there).
+            CacheError: A file has changed since it was written, or a number is of no row (-1: the
+                text is not there).
         """
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise CacheError(
@@ -239,8 +244,17 @@ class EmbeddingCache:
         """Keys of rows by number, `[n, 32]`."""
         return self._gather("keys", numbers)
 
+    def touch(self) -> None:
+        """Reads each file whole that this process has not read yet.
+
+        Raises:
+            CacheError: A file has changed since it was written.
+        """
+        for segment in self.segments:
+            segment.touch()
+
     def verify(self) -> None:
-        """Reads every file whole.
+        """Reads every file whole, and looks at each row.
 
         Raises:
             CacheError: A file has changed since it was written, or a row is no unit vector.
@@ -269,6 +283,10 @@ class EmbeddingCache:
         width, dtype = (DIGEST_BYTES, np.uint8) if name == "keys" else (self.dim, np.float16)
         files, size = self._bytes[name], width * np.dtype(dtype).itemsize
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
+        if name == "embeds" and (unread := self._unread[owner]).any():
+            for segment in np.unique(owner[unread]).tolist():
+                self.segments[segment].touch()
+                self._unread[segment] = False
         starts = (numbers - self._first_rows[owner]) * size
         places = zip(owner.tolist(), starts.tolist(), strict=True)
         # As fast with a thousand files as with one; indexing arrays file by file copies twice.

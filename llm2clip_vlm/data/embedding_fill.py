@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache, Encode
+from llm2clip_vlm.data.embedding_journal import Journal
 from llm2clip_vlm.data.embedding_merge import merge_caches
 from llm2clip_vlm.data.embedding_shards import (
     CacheError,
     Header,
-    Journal,
     digests_of,
     read_segments,
     require_unit,

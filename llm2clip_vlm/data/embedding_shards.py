@@ -268,7 +268,7 @@ def write_shard(directory: Path, number: int, header: Header, keys: Digests, row
     temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("ab") as handle:
         lock(handle, temporary)
-        _fill(handle, _content(header, keys, rows))
+        _fill(handle, content_of(header, keys, rows))
         temporary.replace(path)
 
 
@@ -289,7 +289,7 @@ def read_segments(
     paths = list(directory.iterdir())
     shards = [(int(found[1]), path) for path in paths if (found := _SHARD.fullmatch(path.name))]
     for number, path in sorted(shards):
-        whole = _read(path, header, number)
+        whole = read_rows(path, header, number)
         if len(whole) != 1 or whole[0].end != path.stat().st_size:
             raise CacheError(
                 f"{path}: cannot be read (cut short or damaged); delete it, build again"
@@ -297,59 +297,8 @@ def read_segments(
         segments += whole
     for path in journal_files(directory):
         if before_epoch is None or int(path.name.split("-")[1]) < before_epoch:
-            segments += _read(path, header, None)
+            segments += read_rows(path, header, None)
     return segments
-
-
-class Journal:
-    """Rows that one process adds while others add theirs elsewhere.
-
-    Args:
-        directory: The cache.
-        epoch: Of the training run.
-        rank: Of this process in it.
-        header: The cache's.
-
-    Raises:
-        CacheError: Another process is writing it, or it is damaged.
-    """
-
-    def __init__(self, directory: Path, epoch: int, rank: int, header: Header) -> None:
-        self.path = directory / f"journal-{epoch:05d}-{rank:05d}"
-        """The file; what a killed process left torn at its end is cut off."""
-        self.places: dict[bytes, int] = {}
-        """Key to the first byte of its row."""
-        self._header = header
-        self._handle = self.path.open("ab")
-        lock(self._handle, self.path)
-        end = 0
-        for segment in _read(self.path, header, None):
-            segment.verify()
-            end = segment.end
-            self._note(segment.keys, end)
-        self._handle.truncate(end)
-
-    def append(self, keys: Digests, rows: Rows) -> None:
-        """Adds rows: after a kill all of them are there, or none."""
-        self._handle.write(_content(self._header, keys, rows))
-        self._handle.flush()
-        self._note(keys, self._handle.tell())
-
-    def read(self, keys: Sequence[bytes]) -> Rows:
-        """Rows by key, `[n, dim]`."""
-        raw = np.memmap(self.path, np.uint8, "r").data
-        size = 2 * self._header.dim
-        joined = b"".join([raw[self.places[key] : self.places[key] + size] for key in keys])
-        return np.frombuffer(joined, np.float16).reshape(-1, self._header.dim)
-
-    def close(self) -> None:
-        """Lets others have the file."""
-        self._handle.close()
-
-    def _note(self, keys: Digests, end: int) -> None:
-        size = 2 * self._header.dim
-        start = end - len(keys) * (DIGEST_BYTES + size)
-        self.places.update((key.tobytes(), start + i * size) for i, key in enumerate(keys))
 
 
 def lock(handle: IO[bytes], path: Path) -> None:
@@ -371,13 +320,14 @@ def lock(handle: IO[bytes], path: Path) -> None:
         )
 
 
-def _content(header: Header, keys: Digests, rows: Rows) -> bytes:
+def content_of(header: Header, keys: Digests, rows: Rows) -> bytes:
+    """What a file holds of rows that were written together."""
     stated = {_METADATA: header.written(sha256=_checksum(keys, rows))}
     return save({"embeds": rows, "keys": np.ascontiguousarray(keys)}, metadata=stated)
 
 
-def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
-    """What :func:`_content` made, once or several times, up to where it is cut."""
+def read_rows(path: Path, header: Header, number: int | None) -> list[Segment]:
+    """What :func:`content_of` made, once or several times, up to where it is cut."""
     try:
         raw = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.empty(0, np.uint8)
     except OSError as error:
@@ -387,7 +337,7 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
     while at + 8 <= len(raw):
         start = at + 8 + int.from_bytes(raw[at : at + 8].tobytes(), "little")
         if start > len(raw):
-            _refuse_unless_torn(path, raw[at + 8 :])
+            _refuse_unless_torn(path, raw[at + 8 :], start - at - 8)
             break
         try:
             layout = json.loads(raw[at + 8 : start].tobytes())
@@ -416,21 +366,22 @@ def _read(path: Path, header: Header, number: int | None) -> list[Segment]:
     return segments
 
 
-def _refuse_unless_torn(path: Path, tail: npt.NDArray[np.uint8]) -> None:
+def _refuse_unless_torn(path: Path, tail: npt.NDArray[np.uint8], stated: int) -> None:
     """Takes the end of a file for a write that was cut off only where it can be one.
 
     Raises:
         CacheError: The header is whole, so that its stated length was damaged, or is none of ours.
     """
-    text = tail[:_HEADER_BYTES].tobytes()
-    ours = f'{{"__metadata__":{{"{_METADATA}":'.encode()
-    whole = False
+    text = tail[:_HEADER_BYTES].tobytes().decode("latin-1")
+    ours = f'{{"__metadata__":{{"{_METADATA}":'
+    torn = text[: len(ours)] == ours[: len(text)]
     with suppress(ValueError):  # of a header that is cut
-        json.JSONDecoder().raw_decode(text.decode(errors="replace"))
-        whole = len(text.rstrip()) > text.rstrip().rfind(b"}") + 1
-    if whole or text[: len(ours)] != ours[: len(text)]:
+        _, end = json.JSONDecoder().raw_decode(text)
+        torn = torn and stated == -(-end // 8) * 8
+    if not torn:
         raise CacheError(
-            f"{path}: damaged, or no file of an embedding cache; delete it, build again"
+            f"{path}: cannot be read (damaged, or no file of an embedding cache); delete it, "
+            "build again"
         )
 
 

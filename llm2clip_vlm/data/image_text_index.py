@@ -7,6 +7,7 @@ larger ones. The table is never unpickled, and shared by worker processes withou
 
 from __future__ import annotations
 
+import hashlib
 import json
 import mmap
 from array import array
@@ -34,13 +35,13 @@ from llm2clip_vlm.data.records import (
     source_files,
 )
 from llm2clip_vlm.data.shards import PackedImage
-from llm2clip_vlm.data.table_files import file_states, is_large, kept_table
+from llm2clip_vlm.data.table_files import file_states, is_large, kept_table, require_unchanged
 
-VERSION = 3
+VERSION = 4
 """Of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
-_FOOTER = 8
+_FOOTER, _HASH = 8, 32
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class ImageTextTable:
         source: What it was made from.
 
     Raises:
-        ValueError: This is no complete table.
+        ValueError: This is no complete table, or its file has changed since it was written.
     """
 
     def __init__(self, table: Path | bytes, source: ImageTextSource) -> None:
@@ -113,8 +114,14 @@ class ImageTextTable:
         else:
             with table.open("rb") as handle:
                 self._buffer = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        length = int.from_bytes(self._buffer[-_FOOTER:], "little")
-        header = json.loads(self._buffer[-_FOOTER - length : -_FOOTER])
+            require_unchanged(
+                table,
+                lambda: hashlib.sha256(memoryview(self._buffer)[:-_HASH]).digest(),
+                self._buffer[-_HASH:],
+            )
+        end = len(self._buffer) - _FOOTER - _HASH
+        length = int.from_bytes(self._buffer[end : end + _FOOTER], "little")
+        header = json.loads(self._buffer[end - length : end])
         count, at = header["count"], header["arrays_at"]
         self._starts = np.frombuffer(self._buffer, np.int64, count, at)
         self.kind_bits = np.frombuffer(self._buffer, np.int64, count, at + 8 * count)
@@ -308,6 +315,11 @@ def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes
     }
     footer = json.dumps(header).encode()
     handle.write(footer + len(footer).to_bytes(_FOOTER, "little"))
+    handle.seek(0)
+    digest = hashlib.sha256()
+    while part := handle.read(2**20):
+        digest.update(part)
+    handle.write(digest.digest())
 
 
 def _records(

@@ -41,6 +41,27 @@ def is_large(files: Sequence[Path]) -> bool:
     return sum(file.stat().st_size for file in files) >= TABLE_FILE_FROM_BYTES
 
 
+_READ: set[tuple[str, int, int, int]] = set()  # found to be as written, by this process
+
+
+def require_unchanged(path: Path, digest: Callable[[], Any], stated: Any) -> None:
+    """Compare a table's file with the hash in it, once in each process.
+
+    Args:
+        path: The file.
+        digest: Computes the hash of what lies there.
+        stated: The hash that it was written with.
+
+    Raises:
+        ValueError: They differ.
+    """
+    stat = path.stat()
+    read = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if read not in _READ and digest() != stated:
+        raise ValueError(f"{path} has changed since it was written; delete it: it is made again")
+    _READ.add(read)
+
+
 def kept_table(
     files: Sequence[Path],
     index_dir: str | None,

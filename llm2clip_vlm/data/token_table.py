@@ -7,6 +7,7 @@ all processes map into memory for larger ones. Nothing is unpickled.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,10 +35,10 @@ from llm2clip_vlm.data.conversation import (
 from llm2clip_vlm.data.images import ImageError, resolve_image, upright_size
 from llm2clip_vlm.data.records import iter_rows, source_files
 from llm2clip_vlm.data.shards import PackedImage
-from llm2clip_vlm.data.table_files import file_states, is_large, kept_table
+from llm2clip_vlm.data.table_files import file_states, is_large, kept_table, require_unchanged
 from llm2clip_vlm.data.visual_tokens import VisualTokens
 
-VERSION = 3
+VERSION = 4
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
 
 ImageRef = str | PackedImage
@@ -186,9 +187,13 @@ class TokenTable:
             with safe_open(path, "pt") as opened:  # which maps, where "np" copies
                 names = list(opened.keys())
                 columns = {name: opened.get_tensor(name).numpy() for name in names}
-                return cls(columns, json.loads(opened.metadata()["facts"]), path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
+                facts, stated = (opened.metadata()[key] for key in ("facts", "sha256"))
+                require_unchanged(path, lambda: _table_hash(columns, facts), stated)
+                return cls(columns, json.loads(facts), path)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}); delete it: it is made again"
+            ) from error
 
     def __reduce__(self) -> Any:
         """For workers that are spawned: they map the file, too."""
@@ -217,7 +222,8 @@ def read_table(
 
     def write(path: Path) -> None:
         columns, facts = tokenise(source, processor, max_length_tokens, plain)
-        save_file(columns, path, {"facts": json.dumps(facts)})
+        text = json.dumps(facts)
+        save_file(columns, path, {"facts": text, "sha256": _table_hash(columns, text)})
 
     tokenizer = processor.tokenizer
     chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
@@ -228,6 +234,14 @@ def read_table(
         [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
     ]
     return kept_table(files, source.index_dir, ".safetensors", settings, TokenTable.open, write)
+
+
+def _table_hash(columns: Mapping[str, Column], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, column in sorted(columns.items()):
+        digest.update(f"\0{name} {column.dtype} {column.shape}\0".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
 
 
 def tokenise(

@@ -135,6 +135,7 @@ class CaptionFeatures:
         for prompt in self._prompts:
             wanted = list(dict.fromkeys(texts))
             if missing := self._cache.missing(wanted, prompt):
+                self._cache.touch()  # a damaged key is not found either
                 raise HandoffError(
                     f"{len(missing)} of {len(wanted)} captions are not in the cache "
                     f"{self._cache.directory}{f' with the prompt {prompt!r}' if prompt else ''}, "

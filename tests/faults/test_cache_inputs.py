@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors.numpy import load_file, save_file
 
+from llm2clip_vlm.data import embedding_shards
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.embedding_fill import FillingCache
 from llm2clip_vlm.data.embedding_merge import merge_caches
 from llm2clip_vlm.data.embedding_shards import (
     HEADER_NAME,
@@ -223,3 +227,85 @@ def test_a_lost_shard_is_encoded_again(tmp_path: Path) -> None:
     assert EmbeddingCache.open(tmp_path).missing(TEXTS) == TEXTS[4:8]
     build(tmp_path)
     assert (tmp_path / SHARD).read_bytes() == content
+
+
+@pytest.mark.parametrize("journals", [False, True])
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
+)
+def test_no_flipped_bit_is_served(tmp_path: Path, journals: bool, seed: int) -> None:
+    """Each is refused by the file's name, or what is served is what was written."""
+    if journals:
+        filling = FillingCache(tmp_path, Encoder(), FINGERPRINT, 4)
+        for start in range(0, len(TEXTS), 4):
+            filling.lookup(TEXTS[start : start + 4])
+        filling.close()
+    else:
+        build(tmp_path)
+    wanted = EmbeddingCache.open(tmp_path).lookup(TEXTS)
+    chance, files = random.Random(seed), sorted(tmp_path.iterdir())
+    refused = 0
+    for _ in range(100):
+        file = chance.choice(files)
+        whole = file.read_bytes()
+        content = bytearray(whole)
+        bit = chance.randrange(8 * len(content))
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        try:
+            found = EmbeddingCache.open(tmp_path, FINGERPRINT).lookup(TEXTS)
+        except CacheError as error:
+            said = str(error)
+            assert file.name in said or (file.name == HEADER_NAME and str(tmp_path) in said)
+            refused += 1
+        else:
+            assert torch.equal(found, wanted)
+        if journals and file.name != HEADER_NAME:
+            try:
+                again = FillingCache(tmp_path, Encoder(), FINGERPRINT, 4)
+                assert torch.equal(again.lookup(TEXTS), wanted)
+                again.close()
+            except CacheError as error:
+                said = str(error)
+                assert file.name in said
+        file.write_bytes(whole)
+    assert refused > 90
+
+
+def test_a_row_in_anothers_place_is_not_served(tmp_path: Path) -> None:
+    cache = build(tmp_path)
+    shard = tmp_path / SHARD
+    rows = load_file(shard)["embeds"]
+    rewrite(tmp_path, embeds=rows[[1, 0, 2, 3]])
+    opened = EmbeddingCache.open(tmp_path)
+    assert torch.equal(opened.lookup(TEXTS[:4]), cache.lookup(TEXTS[:4]))  # of another shard
+    with pytest.raises(CacheError, match=f"{SHARD}: sha256 is"):
+        opened.lookup([TEXTS[4]])
+
+
+def test_a_file_that_only_looks_like_a_journal_is_not_cut(tmp_path: Path) -> None:
+    build(tmp_path)
+    mine = tmp_path / "journal-00000-00000"
+    for text in ("my thesis, chapter one", "\0" * 7 + "\1" + "{" * 100):
+        mine.write_text(text)
+        with pytest.raises(CacheError, match=r"journal-00000-00000: cannot be read"):
+            FillingCache(tmp_path, Encoder(), FINGERPRINT, 4)
+        assert mine.read_text() == text
+    mine.rename(tmp_path / "journal-of-mine.txt")
+    merge_caches(tmp_path, [tmp_path])
+    assert (tmp_path / "journal-of-mine.txt").read_text() == text
+
+
+def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(tmp_path)
+    hashed: list[int] = []
+    checksum = embedding_shards._checksum
+    monkeypatch.setattr(
+        embedding_shards, "_checksum", lambda k, e: hashed.append(len(k)) or checksum(k, e)
+    )
+    for _ in range(2):
+        cache = EmbeddingCache.open(tmp_path)
+        cache.lookup(TEXTS)
+    assert hashed == [4, 4, 2]
+    cache.verify()
+    assert len(hashed) == 6
