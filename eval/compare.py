@@ -20,7 +20,7 @@ from pathlib import Path
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.comparison import compare, read_run
 from llm2clip_vlm.evaluation.comparison_pages import comparison_pages
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.ownership import write_pages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -63,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     pages = comparison_pages(runs, found)
     print(pages["compare.md"])
     if arguments.out is not None:
-        for name, text in pages.items():
-            write_atomically(arguments.out / name, text)
+        write_pages(arguments.out, "compare", pages)
         print(arguments.out / "compare.html")
     return 0
 

@@ -36,8 +36,8 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_scores,
     read_seconds,
 )
-from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.handoff import read_manifest
+from llm2clip_vlm.ownership import write_pages
 from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
 
@@ -52,9 +52,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if recipe.world is not None and recipe.examples:
         add_examples(facts, world_dir(recipe.world))
     out = Path(recipe.output_dir)
-    write_atomically(out / "report.html", render("report.html", facts=facts, charts=charts(facts)))
+    page = render("report.html", facts=facts, charts=charts(facts))
     whole = json.dumps(as_json(facts), indent=2, ensure_ascii=False)
-    write_atomically(out / "report.json", whole + "\n")
+    write_pages(out, "report", {"report.html": page, "report.json": whole + "\n"})
     separability = ""
     if cra := facts.cra:
         separability = f"caption separability {cra['before']:.1f} → {cra['after']:.1f} %; "

@@ -12,6 +12,7 @@ Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model 
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import os
 import re
@@ -37,6 +38,8 @@ from llm2clip_vlm.evaluation.zero_shot import (
     retrieval,
 )
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.fingerprint import changed_files, file_state
+from llm2clip_vlm.ownership import MARKER_NAME, Hold
 from llm2clip_vlm.recipe import load_recipe
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -67,6 +70,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"tasks: two are called {again[0]!r}; give them a `name`")
     if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name)]:
         raise ValueError(f"tasks: name {odd[0]!r}: expected letters, digits, _ and -")
+    out, results = Path(recipe.output_dir), {}
+    written = {"results.json", *(f"{name}.json" for name in names), *files_of(out, names)}
+    hold = Hold(out, "encoder evaluation", written, older=left_before_markers(out))
     if recipe.world is not None:
         ensure_world(recipe.world)
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -77,22 +83,26 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=getattr(torch, recipe.dtype),
         batch_size=recipe.batch_size,
     )
-    out, results = Path(recipe.output_dir), {}
     for name, task in zip(names, recipe.tasks, strict=True):
         settings = task.model_dump()
         common = [VERSION, encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]
         key = data_hash(settings, common, sorted(states_of(settings)))
         file = out / f"{name}.json"
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if found.get("key") != key:
+        found = read_optional(file)
+        if found.get("key") != key or any(changed_files(found.get("files", {}), out)):
             # What an earlier recipe left must not be taken for this one's: there may be less now.
-            for old in out.glob(f"{name}.*"):
-                old.unlink()
+            for old in fnmatch.filter(hold.names, f"{name}.*"):
+                (out / old).unlink(missing_ok=True)
             started, cut = time.monotonic(), encoder.num_cut()
             found = {"task": task.task, **TASKS[task.task](task, encoder, recipe)}
-            for label, hits in found.pop("samples", {}).items():
-                place = re.sub(r"[^\w.-]", "-", f"{name}{label}")
-                write_atomically(out / f"{place}.samples.jsonl", sample_lines(*hits))
+            samples = {
+                re.sub(r"[^\w.-]", "-", f"{name}{label}") + ".samples.jsonl": sample_lines(*hits)
+                for label, hits in found.pop("samples", {}).items()
+            }
+            hold.claim(samples)
+            for place, text in samples.items():
+                write_atomically(out / place, text)
+            found["files"] = {place: file_state(out / place) for place in samples}
             found["texts_cut"] = encoder.num_cut() - cut
             found |= {"seconds": round(time.monotonic() - started, 3), "key": key}
             found["checkpoint"] = {"path": recipe.model}
@@ -101,6 +111,36 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:<24} {', '.join(figures(found))}", flush=True)
     whole = {"model": recipe.model, "fingerprints": encoder.fingerprints, "results": results}
     write_atomically(out / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    hold.release()
+
+
+def files_of(folder: Path, names: Sequence[str]) -> set[str]:
+    """What lies in a folder and is called as tasks call their files."""
+    there = os.listdir(folder) if folder.is_dir() else []
+    patterns = [end for name in names for end in (f"{name}.json", f"{name}*.samples.jsonl")]
+    return {file for file in there if any(fnmatch.fnmatch(file, end) for end in patterns)}
+
+
+def left_before_markers(folder: Path) -> set[str]:
+    """What a version without ownership markers has left in a folder."""
+    files = [] if (folder / MARKER_NAME).exists() else sorted(folder.glob("*.json"))
+    kept: set[str] = set()
+    for file in files:
+        found = read_optional(file)
+        if {"key", "task", "checkpoint"} <= found.keys():
+            kept |= files_of(folder, [file.stem])
+        elif file.name == "results.json" and {"model", "fingerprints", "results"} == found.keys():
+            kept.add(file.name)
+    return kept
+
+
+def read_optional(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def sample_lines(images: Sequence[Any], right: Sequence[Any]) -> str:

@@ -22,9 +22,9 @@ from typing import Any
 
 from llm2clip_vlm.config_eval import ExpectedScores, SuiteRecipe
 from llm2clip_vlm.evaluation.lmms_job import left_out
-from llm2clip_vlm.evaluation.lmms_runner import assets_dir, run_suite
+from llm2clip_vlm.evaluation.lmms_runner import GATE_NAME, assets_dir, run_suite
 from llm2clip_vlm.evaluation.score_gate import gate, gate_table
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.ownership import write_pages
 from llm2clip_vlm.recipe import load_recipe
 
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
             for name, found in results.items():
                 columns = gate(expected, row, found)
                 text = json.dumps(columns, indent=2)
-                write_atomically(output / name / "score_gate.json", text)
+                write_pages(output / name, "score gate", {GATE_NAME: text})
                 print(f"\n{name}: {gate_table(columns, f'{row}, {expected.source}')}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)

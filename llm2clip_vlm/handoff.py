@@ -43,7 +43,7 @@ PARENTS_NAME = "parents.json"
 """File with the content of what a run began with."""
 
 _SCHEMA = 1
-_KEYS = frozenset("stage recipe recipe_hash parents fingerprints outputs extra".split())
+_KEYS = frozenset(("stage", "recipe_hash", "fingerprints", "outputs"))
 _PACKAGES = (
     "torch transformers accelerate deepspeed peft datasets tokenizers safetensors numpy pillow "
     "lmms_eval llm2clip-vlm"
@@ -352,4 +352,4 @@ def is_complete(directory: str | Path, recipe: BaseModel) -> bool:
         return False
     if changed_outputs(directory, manifest):
         return False
-    return all(changed_parent(state) is None for state in manifest["parents"].values())
+    return all(changed_parent(state) is None for state in manifest.get("parents", {}).values())

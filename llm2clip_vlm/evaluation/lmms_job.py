@@ -22,7 +22,7 @@ import llm2clip_vlm
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.fingerprint import fingerprint_dir, fingerprint_file
+from llm2clip_vlm.fingerprint import changed_files, fingerprint_dir, fingerprint_file
 from llm2clip_vlm.handoff import versions
 
 RESULT_SCHEMA = 1
@@ -81,7 +81,12 @@ class Job:
         file = self.result_path(output)
         if not file.is_file() or not self.samples_path(output).is_file():
             return None
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise EvaluationError(f"{file} is damaged; delete it to have it made again") from None
+        if any(changed_files(found.get("files", {}), file.parent)):
+            return None
         same = found.get("schema") == RESULT_SCHEMA and found.get("spec_hash") == self.spec_hash
         return found if same and found["checkpoint"]["sha256"] == self.sha256 else None
 

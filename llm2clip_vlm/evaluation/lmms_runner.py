@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,12 @@ from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, left_out, plan
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.ownership import MARKER_NAME, Hold
 
 logger = logging.getLogger(__name__)
+
+GATE_NAME = "score_gate.json"
+"""File of `--expected` beside a checkpoint's results."""
 
 _DISTRIBUTED = tuple(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK "
@@ -56,6 +61,7 @@ def run_suite(
         `{checkpoint: {task: result}}`, every result as in its file.
 
     Raises:
+        OwnershipError: Another evaluation writes there, or files lie there that none has written.
         EvaluationError: Something is missing before the start, or tasks failed; the message names
             them, the others are finished and kept.
     """
@@ -70,6 +76,9 @@ def run_suite(
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
     if skipped := left_out(suite):
         logger.warning("not run, for want of a judge (suite's `judge`): %s", ", ".join(skipped))
+    holds = [
+        _hold(out, name, [job for job in jobs if job.checkpoint == name]) for name in checkpoints
+    ]
     failed: list[tuple[Job, int]] = []
     while pending:
         code = _spawn(suite, pending, out, tasks, limit)
@@ -79,6 +88,8 @@ def run_suite(
             failed.append((left[0], code))
             logger.error("%s / %s failed (exit %d)", left[0].checkpoint, left[0].task, code)
         pending = left[1:]
+    for hold in holds:
+        hold.release()
     if failed:
         names = ", ".join(f"{job.checkpoint} / {job.task} (exit {code})" for job, code in failed)
         raise EvaluationError(
@@ -91,6 +102,20 @@ def run_suite(
         assert result is not None, "a finished job lost its file while we looked"
         found.setdefault(job.checkpoint, {})[job.task] = result
     return found
+
+
+def _hold(output: Path, checkpoint: str, jobs: list[Job]) -> Hold:
+    """A checkpoint's folder, in which nothing is overwritten that no evaluation has written."""
+    folder, older = output / checkpoint, set()
+    for file in () if (folder / MARKER_NAME).exists() else folder.glob("*.json"):
+        with suppress(ValueError):  # a version without markers left these
+            found = json.loads(file.read_text(encoding="utf-8"))
+            if isinstance(found, dict) and {"schema", "spec_hash"} <= found.keys():
+                older |= {file.name, f"{file.stem}.samples.jsonl", GATE_NAME}
+    own = [job for job in jobs if job.checkpoint == checkpoint]
+    paths = [path for job in own for path in (job.result_path(output), job.samples_path(output))]
+    names = {GATE_NAME, *(path.name for path in paths)}
+    return Hold(folder, "evaluation", names, older=older)
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from llm2clip_vlm.evaluation.lmms_job import (
 from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.lmms_tasks import build_task
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.fingerprint import file_state
 from llm2clip_vlm.handoff import versions
 
 
@@ -180,7 +181,9 @@ def score(
         "seconds": seconds,
     }
     lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
-    write_atomically(job.samples_path(output), lines)
+    samples_path = job.samples_path(output)
+    write_atomically(samples_path, lines)
+    result["files"] = {samples_path.name: file_state(samples_path)}
     write_atomically(job.result_path(output), json.dumps(result, indent=2, ensure_ascii=False))
     return result
 

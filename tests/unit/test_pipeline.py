@@ -18,7 +18,15 @@ import pytest
 from llm2clip_vlm.config import Stage2aRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe
 from llm2clip_vlm.handoff import write_manifest
-from llm2clip_vlm.pipeline import Pipeline, PipelineError, expand, finished, progress_of
+from llm2clip_vlm.ownership import MARKER_NAME, Hold, OwnershipError
+from llm2clip_vlm.pipeline import (
+    OUTPUTS_NAME,
+    Pipeline,
+    PipelineError,
+    expand,
+    finished,
+    progress_of,
+)
 from llm2clip_vlm.recipe import load_recipe
 
 WORK = """
@@ -339,3 +347,97 @@ def test_steps_that_need_each_other_are_refused() -> None:
 def test_outputs_are_filled_in_for_each_value(root: Path) -> None:
     many = step("{x}", outputs=["{x}.out"], for_each={"x": ["a", "b"]})
     assert [job.outputs for job in expand(pipeline(many))] == [["a.out"], ["b.out"]]
+
+
+DAUGHTERS = """
+import os, subprocess, sys, time
+from pathlib import Path
+if "leaf" not in sys.argv:  # in a session of its own, as torch's launcher has its workers
+    subprocess.Popen([sys.executable, __file__, "leaf"], start_new_session=True)
+else:
+    import signal
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+Path(f"pid-{os.getpid()}").touch()
+time.sleep(120)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_dying_pipeline_takes_its_steps_along(root: Path, number: int) -> None:
+    (root / "stages" / "daughters.py").write_text(textwrap.dedent(DAUGHTERS))
+    values = {"output_dir": "runs", "steps": [{"name": "a", "program": "daughters"}]}
+    (root / "p.yaml").write_text(json.dumps(values))
+    here = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(here)}
+    command = [sys.executable, str(here / "stages" / "pipeline.py"), "p.yaml"]
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while len(found := list(root.glob("pid-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.1)
+    steps = [int(path.name.removeprefix("pid-")) for path in found]
+    assert len(steps) == 2 and all(map(alive, steps))
+    process.send_signal(number)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(map(alive, steps)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(alive, steps))
+
+
+def test_a_second_pipeline_is_refused(root: Path) -> None:
+    recipe = pipeline(step("a", "wait"))
+    hold = Hold(Path("runs/logs"), "a pipeline", ["a.log"])
+    path = Path("runs/logs") / MARKER_NAME
+    content = json.loads(path.read_text())
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(path)], stdout=subprocess.PIPE, text=True
+    )
+    hold.release()
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    path.write_text(json.dumps({**content, "holder": {**content["holder"], "process": holder.pid}}))
+    with pytest.raises(OwnershipError, match=f"a pipeline, process {holder.pid} on"):
+        Pipeline(recipe, root).run()
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert not (root / "order.txt").exists()
+
+
+HOLD = """
+import fcntl, sys, time
+handle = open(sys.argv[1], "r+")
+fcntl.flock(handle, fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_outputs_must_be_what_they_were(root: Path) -> None:
+    recipe = pipeline(step("a"), step("b"))
+    Pipeline(recipe, root).run()
+    os.utime("a.out", ns=(5, 5))
+    assert Pipeline(recipe, root).run() == {}
+    Path("a.out").unlink()
+    assert set(Pipeline(recipe, root).run()) == {"a"}
+    Path("b.out").write_text("edited")
+    with pytest.raises(PipelineError, match=r"b\.out was changed after step 'b' wrote it"):
+        Pipeline(recipe, root).run()
+    assert Path("b.out").read_text() == "edited"
+    (root / "runs" / "logs" / OUTPUTS_NAME).unlink()  # of a version before: existing is enough
+    assert Pipeline(recipe, root).run() == {}
+
+
+def test_somebody_elses_files_are_no_pipelines(root: Path) -> None:
+    recipe = pipeline(step("a"))
+    (root / "runs" / "logs").mkdir(parents=True)
+    (root / "runs" / "logs" / "a.log").write_text("mine")
+    with pytest.raises(OwnershipError, match=r"a\.log"):
+        Pipeline(recipe, root).run()
+    assert (root / "runs" / "logs" / "a.log").read_text() == "mine"
+    (root / "runs" / "logs" / "a.log").unlink()
+    for text in ("[1]", "{"):
+        (root / "runs" / "seconds.json").write_text(text)
+        with pytest.raises(OwnershipError, match=r"seconds\.json is no file of a pipeline"):
+            Pipeline(recipe, root).run()
+    assert not (root / "order.txt").exists()
