@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import pickle
+import random
+import re
 import tarfile
 from pathlib import Path
 
@@ -206,3 +208,24 @@ def test_the_table_is_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     (index,) = (tmp_path / ".llm2clip-index").iterdir()
     first = index.read_bytes().split(b"\n")[0]
     assert json.loads(first)[0] == "00000"
+
+
+def test_no_flipped_bit_of_a_table_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged table is named, and made again where it is asked for."""
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+    source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
+    wanted = list(read(source))
+    (index,) = (tmp_path / ".llm2clip-index").iterdir()
+    whole, chance = index.read_bytes(), random.Random(0)
+    for number in range(150):
+        flipped = bytearray(whole)
+        bit = chance.randrange(8 * len(whole))
+        flipped[bit // 8] ^= 1 << bit % 8
+        index.write_bytes(flipped)
+        with pytest.raises(ValueError, match=re.escape(str(index))):
+            image_text_index.ImageTextTable(index, source)
+        if number % 10 == 0:
+            assert list(read(source)) == wanted
+            assert index.read_bytes() == whole

@@ -6,6 +6,8 @@ import gzip
 import io
 import json
 import pickle
+import random
+import re
 import tarfile
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -220,6 +222,27 @@ def test_t65_a_large_source_is_tokenised_once(
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ValueError, match="set `index_dir`"):
         dataset(found["json"], processor, index_dir=str(tmp_path / "file" / "below"))
+
+
+def test_no_flipped_bit_of_a_table_is_served(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A damaged table is named, and made again where it is asked for."""
+    found = write_formats(tmp_path)["json"]
+    wanted = dataset(found, processor)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+    dataset(found, processor)
+    (table,) = (tmp_path / ".llm2clip-index").iterdir()
+    whole, chance = table.read_bytes(), random.Random(0)
+    for number in range(150):
+        flipped = bytearray(whole)
+        bit = chance.randrange(8 * len(whole))
+        flipped[bit // 8] ^= 1 << bit % 8
+        table.write_bytes(flipped)
+        with pytest.raises(ValueError, match=re.escape(str(table))):
+            token_table.TokenTable.open(table)
+        if number % 50 == 0:
+            assert same(dataset(found, processor), wanted)
 
 
 @pytest.mark.parametrize("kept_bytes", [2**20, 0])

@@ -15,6 +15,7 @@ from llm2clip_vlm import cli
 from llm2clip_vlm.config import WorldConfig
 from llm2clip_vlm.data.world import SHAPES
 from llm2clip_vlm.data.world_files import ensure_world
+from llm2clip_vlm.ownership import MARKER_NAME
 from tests.tiny import build_clip
 
 WAYS = ("i2t", "t2i")
@@ -113,6 +114,40 @@ def test_samples_of_an_earlier_recipe_are_gone(
         assert evaluate(tmp_path, [task | {"fields": fields}], model=str(tiny_clip)) == 0
         left = {file.name for file in out.glob("*.samples.jsonl")}
         assert left == {f"pairs.{kind}.{way}.samples.jsonl" for kind in fields for way in WAYS}
+
+
+def test_nothing_of_the_users_is_lost(
+    tmp_path: Path, tiny_clip: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    task = {"task": "retrieval", "benchmark": "records", "data": str(world / "labels.jsonl")}
+    task |= {"name": "pairs", "where": {"split": "test"}, "fields": ["label"]}
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("pairs.json", "pairs.label.i2t.samples.jsonl", "results.json"):
+        (out / name).write_text("mine")
+        assert evaluate(tmp_path, [task], model=str(tiny_clip)) == 2
+        said = capsys.readouterr().err
+        assert "no run of this program has written" in said and name in said
+        assert [file.name for file in out.iterdir()] == [name]
+        assert (out / name).read_text() == "mine"
+        (out / name).unlink()
+    for name in ("pairs.xlsx", "pairs.md", "notes.txt"):
+        (out / name).write_text("mine")
+    for bootstrap in (5, 6):
+        assert evaluate(tmp_path, [task], f"bootstrap={bootstrap}", model=str(tiny_clip)) == 0
+        assert all((out / n).read_text() == "mine" for n in ("pairs.xlsx", "pairs.md", "notes.txt"))
+    # what lies there must be what was written
+    result, samples = out / "pairs.json", out / "pairs.label.i2t.samples.jsonl"
+    stamp, text = result.stat().st_mtime_ns, samples.read_text()
+    for change in (samples.unlink, lambda: samples.write_text(text[:-30])):
+        change()
+        assert evaluate(tmp_path, [task], "bootstrap=6", model=str(tiny_clip)) == 0
+        assert samples.read_text() == text and result.stat().st_mtime_ns > stamp
+        stamp = result.stat().st_mtime_ns
+    assert evaluate(tmp_path, [task], "bootstrap=6", model=str(tiny_clip)) == 0
+    assert result.stat().st_mtime_ns == stamp
+    (out / MARKER_NAME).unlink()  # as a version without markers left it
+    assert evaluate(tmp_path, [task], "bootstrap=5", model=str(tiny_clip)) == 0
 
 
 def test_errors_are_one_message(

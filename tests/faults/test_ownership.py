@@ -1,0 +1,165 @@
+"""Stages beside somebody else's files, beside each other, and after their data were changed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_vlm.claims import PARENTS_NAME
+from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.data.bad_records import RecordError
+from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError
+from llm2clip_vlm.ownership import MARKER_NAME, OwnershipError
+from tests.vlm_fixtures import run_here, write_llava, write_recipe
+
+Three = Callable[..., Path]
+
+
+@pytest.fixture
+def three(tmp_path: Path, tiny_clip: Path, tiny_llm: Path) -> Three:
+    """Writes a recipe of stage 3 with other values."""
+    write_llava(tmp_path)
+
+    def write(**values: Any) -> Path:
+        return write_recipe(
+            tmp_path / "recipe.yaml",
+            **{
+                "output_dir": str(tmp_path / "out"),
+                "vlm": {"vision_tower": str(tiny_clip), "language_model": str(tiny_llm)},
+                "data": [{"path": str(tmp_path / "llava.json")}],
+                "trainable": {"multi_modal_projector": 1e-2},
+                **values,
+            },
+        )
+
+    return write
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != MARKER_NAME)
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
+
+
+FOREIGN = (
+    "composed/mine.bin",
+    "checkpoints/checkpoint-2/mine.bin",
+    "model/model.safetensors",
+    "adapter/mine.bin",
+    "metrics.jsonl",
+    "results.json",
+    "manifest.json",
+    "thesis.txt",
+)
+
+
+def test_a_folder_of_somebody_elses_files_is_refused(tmp_path: Path, three: Three) -> None:
+    for name in FOREIGN:
+        file = tmp_path / "out" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text('{"mine": 1}')
+        before = content(tmp_path / "out")
+        refusal = HandoffError if name == MANIFEST_NAME else OwnershipError
+        with pytest.raises(refusal, match=name.split("/")[0]):
+            run_here("stage3_projector", three())
+        assert content(tmp_path / "out") == before
+        assert not (tmp_path / "out" / MARKER_NAME).exists()
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_data_are_looked_for_before_anything_is_made(tmp_path: Path, three: Three) -> None:
+    with pytest.raises(RecordError, match=r"none\.json: no such file"):
+        run_here("stage3_projector", three(data=[{"path": str(tmp_path / "none.json")}]))
+    assert content(tmp_path / "out") == {}
+
+
+def test_a_refused_run_leaves_its_folder_to_the_next(tmp_path: Path, three: Three) -> None:
+    recipe = three(trainable={"language_model": {"lr": 1e-2, "last_blocks": 99}})
+    with pytest.raises(ValueError, match="last_blocks"):
+        run_here("stage3_projector", recipe)
+    run_here("stage3_projector", three())
+    assert (tmp_path / "out" / MANIFEST_NAME).is_file()
+    with pytest.raises(HandoffError, match="holds a run with another recipe: seed"):
+        run_here("stage3_projector", three(seed=5))
+
+
+def test_a_run_from_start_to_end(
+    tmp_path: Path, three: Three, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the user adds stays; what is changed is named; what is gone is made again."""
+    out = tmp_path / "out"
+    run_here("stage3_projector", three())
+    made = content(out)
+    assert not (out / "composed").exists()
+    mine = ("notes.txt", "model/README.md", "checkpoints/checkpoint-4/notes.txt")
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    capsys.readouterr()
+    run_here("stage3_projector", three())
+    assert "nothing to do" in capsys.readouterr().out
+
+    (out / "model" / "model.safetensors").unlink()
+    run_here("stage3_projector", three())
+    assert "nothing to do" not in capsys.readouterr().out
+    weights = "model/model.safetensors"
+    assert (out / weights).read_bytes() == made[weights]
+    assert all((out / name).read_text() == "mine" for name in mine)
+
+    for name in (weights, "model/config.json"):
+        whole = (out / name).read_bytes()
+        (out / name).write_bytes(whole[:-5])
+        with pytest.raises(HandoffError, match=rf"{name} was changed after stage3_projector wrote"):
+            run_here("stage3_projector", three())
+        assert (out / name).read_bytes() == whole[:-5]
+        (out / name).write_bytes(whole)
+    run_here("stage3_projector", three())
+    assert "nothing to do" in capsys.readouterr().out
+
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(out, moved, copy_function=shutil.copyfile)  # other dates
+    run_here("stage3_projector", three(output_dir=str(moved)))
+    assert "nothing to do" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_other_data_are_refused(tmp_path: Path, three: Three, killed: bool) -> None:
+    out, data = tmp_path / "out", tmp_path / "llava.json"
+    saving = {"save_strategy": "steps", "save_steps": 2} if killed else {}
+    run_here("stage3_projector", three(trainer=saving))
+    if killed:
+        shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+        (out / MANIFEST_NAME).unlink()
+        shutil.rmtree(out / "model")
+    before, rows = content(out), json.loads(data.read_text())
+    for changed in (rows[:-1], rows[::-1], [*rows, rows[0]]):
+        data.write_text(json.dumps(changed))
+        with pytest.raises(HandoffError, match=rf"other data \(data\.0\): {data} was changed"):
+            run_here("stage3_projector", three())
+        assert content(out) == before
+    data.unlink()
+    with pytest.raises(RecordError, match=r"llava\.json: no such file"):
+        run_here("stage3_projector", three())
+
+
+def test_what_a_killed_run_composed_is_replaced_but_nothing_of_mine(
+    tmp_path: Path, three: Three
+) -> None:
+    out = tmp_path / "out"
+    recipe = three(trainable={"language_model": {"lr": 1e-2, "last_blocks": 99}})
+    with pytest.raises(ValueError, match="last_blocks"):  # after composing
+        run_here("stage3_projector", recipe)
+    assert (out / "composed" / "model.safetensors").is_file()
+    (out / "composed" / "mine.bin").write_text("mine")
+    with pytest.raises(OwnershipError, match=r"composed holds what no run .*: mine\.bin"):
+        run_here("stage3_projector", three())
+    assert (out / "composed" / "mine.bin").read_text() == "mine"
+    (out / "model").mkdir()
+    (out / "model" / "mine.bin").write_text("mine")
+    with pytest.raises(OwnershipError, match="model"):  # no run has come so far
+        run_here("stage3_projector", three())
+    assert {PARENTS_NAME, RESOLVED_NAME} <= content(out).keys()
