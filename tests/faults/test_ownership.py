@@ -130,7 +130,8 @@ def test_a_run_from_start_to_end(
 def test_other_data_are_refused(tmp_path: Path, three: Three, killed: bool) -> None:
     out, data = tmp_path / "out", tmp_path / "llava.json"
     saving = {"save_strategy": "steps", "save_steps": 2} if killed else {}
-    run_here("stage3_projector", three(trainer=saving))
+    recipe = three(trainer=saving)
+    run_here("stage3_projector", recipe)
     if killed:
         shutil.rmtree(out / "checkpoints" / "checkpoint-4")
         (out / MANIFEST_NAME).unlink()
@@ -139,7 +140,7 @@ def test_other_data_are_refused(tmp_path: Path, three: Three, killed: bool) -> N
     for changed in (rows[:-1], rows[::-1], [*rows, rows[0]]):
         data.write_text(json.dumps(changed))
         with pytest.raises(HandoffError, match=rf"other data \(data\.0\): {data} was changed"):
-            run_here("stage3_projector", three())
+            run_here("stage3_projector", recipe)
         assert content(out) == before
     data.unlink()
     with pytest.raises(RecordError, match=r"llava\.json: no such file"):
