@@ -64,7 +64,7 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         named = ", ".join(name for name in values if name.startswith("rope")) or "unknown"
         raise InteropError(
             f"{source}: the file has {sum(values.values()):,} weights, the model that transformers "
-            f"makes of it {own:,} ({config.model_type}): some have no place there ({named}), and it "
+            f"makes of it {own:,}: some have no place there ({named}), and it "
             "would compute something else. Get the original checkpoint"
         )
     model.hf_quantizer = None  # an ordinary model from here on
