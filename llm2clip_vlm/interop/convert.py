@@ -18,7 +18,7 @@ from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.interop import certificate, libraries, official
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
 from llm2clip_vlm.interop.export import save_encoder, save_llava
-from llm2clip_vlm.interop.gguf import convert_gguf, is_gguf
+from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.llava import convert_llava

@@ -83,7 +83,7 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         raise InteropError(f"{source}: the saved tokenizer gives other ids than the file's")
     ids = torch.arange(min(16, model.config.vocab_size))[None]
     logits = [made.eval()(ids).logits.float() for made in (model, again)]
-    more = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
+    more: dict[str, Any] = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
     more["chat_template"] = bool(tokenizer.chat_template)
     return Evidence(
         "transformers, as it reads the GGUF", {"logits": logits[0]}, {"logits": logits[1]}, more
