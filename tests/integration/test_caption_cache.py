@@ -219,7 +219,7 @@ def test_stage_2b_fills_a_cold_cache(
     ]
     manifest = read_manifest(cold)
     assert manifest is not None
-    assert set(manifest["parents"]) == {"vision_tower", "text_encoder"}
+    assert set(manifest["parents"]) == {"vision_tower", "text_encoder", "train.0", "evaluation.0"}
     assert manifest["fingerprints"]["text_encoder.pooling"] == "mean"
 
     # warm: nothing is encoded, workers or not, and nothing else changes

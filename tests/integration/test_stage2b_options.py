@@ -150,7 +150,8 @@ def test_the_llm_trains_in_the_loop(recipe: Recipe, pairs: Path, tiny_llm: Path)
     exported = weights(out / "model")
     assert not any("text_encoder" in name for name in exported)
     manifest = read_manifest(out)
-    assert manifest is not None and set(manifest["parents"]) == {"vision_tower", "text_encoder"}
+    assert manifest is not None
+    assert {"vision_tower", "text_encoder"} <= set(manifest["parents"])
     hashes = {f"text_encoder.{name}": value for name, value in encoder.fingerprint.items()}
     assert hashes.items() <= manifest["fingerprints"].items()
     rows = [row for row in read_metrics(out / "metrics.jsonl") if "eval_long_t2i_r1" in row]
