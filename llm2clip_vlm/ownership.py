@@ -66,7 +66,7 @@ class Hold:
         self._handle = -1
         wanted = set(names)
         path = self.folder / MARKER_NAME
-        if earlier := _HELD.get(path.absolute()):
+        if earlier := _HELD.get(path.resolve()):
             earlier.release()
         self.names = set(_content(path).get("names", ())) | self._older
         self._refuse_foreign(wanted, alone)
@@ -85,7 +85,7 @@ class Hold:
         except BaseException:
             self._close()
             raise
-        _HELD[path.absolute()] = self
+        _HELD[path.resolve()] = self
 
     def claim(self, names: Iterable[str]) -> None:
         """Add names before they are written.

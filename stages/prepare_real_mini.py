@@ -35,6 +35,7 @@ from llm2clip_vlm.config import Section
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import Row, iter_rows
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.ownership import Hold
 from llm2clip_vlm.recipe import load_recipe, to_plain
 
 HELD_OUT = ("val", "test")
@@ -66,7 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     path, *overrides = sys.argv[1:] if argv is None else argv
     recipe = load_recipe(path, PrepareRecipe, overrides)
     out = Path(recipe.output_dir)
-    out.mkdir(parents=True, exist_ok=True)
+    older = ["source", "prepared.json"] if (out / "prepared.json").is_file() else ()
+    hold = Hold(out, "prepare_real_mini", ["source", "prepared.json"], alone=True, older=older)
     data = out / "source"  # leads to the folder, so that recipes can name its files
     data.unlink(missing_ok=True)
     data.symlink_to(find_data(recipe.data).resolve(), target_is_directory=True)
@@ -76,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts |= write_photo_vqa(data / "coco_mini", out, recipe)
     write_tower(recipe, out / "vision_tower")
     write_json(out / "prepared.json", {"counts": counts, "recipe": to_plain(recipe)})
+    hold.release()
     print(f"{out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
