@@ -219,6 +219,8 @@ def remove(folder: Path, names: Iterable[str] | None = None) -> bool:
     """
     listed = _content(folder / MARKER_NAME).get("names", ()) if names is None else names
     for name in [*listed, MARKER_NAME]:
+        if ".." in Path(name).parts or Path(name).is_absolute():
+            continue  # a list that came with somebody else's files reaches no others
         with suppress(FileNotFoundError):
             (folder / name).unlink()
     below = (Path(place) for place, _, _ in os.walk(folder, topdown=False))

@@ -191,6 +191,13 @@ def test_only_signed_files_are_removed(tmp_path: Path) -> None:
     assert not folder.exists()
 
 
+def test_a_list_reaches_nothing_outside(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    (tmp_path / "folder").mkdir()
+    remove(tmp_path / "folder", ["../mine.txt", str(tmp_path / "mine.txt"), "none"])
+    assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
 def test_pages_replace_their_own_earlier_ones(tmp_path: Path) -> None:
     write_pages(tmp_path, "compare", {"compare.html": "1"})
     write_pages(tmp_path, "compare", {"compare.html": "2", "compare.md": "2"})
