@@ -216,9 +216,10 @@ class _Probe:
         rows = hidden.movedim(at, 0).float()
         for found, row, start in ((self.backward, 1, 0), (self.forward, 2, 1)):
             first, other = rows[[0, row]].narrow(at + 1, start, _TOKENS - 1)
-            # both went through the same kernels: what is left is the order of sums
-            noise = 1e-5 * first.abs().median()
-            found.add(bool((first - other).abs().max() > noise))
+            # The rows went through the same kernels, but experts see their tokens in another order:
+            # what is left is the order of sums, and single flips where 16 bits are rounded.
+            moved = (first - other).abs() > 1e-5 * first.abs().median()
+            found.add(moved.float().mean().item() > 0.01)
 
     def _text_axis(self, hidden: Any) -> int | None:
         """Where the texts are in `[..., texts, tokens, ..., width]`."""
