@@ -306,7 +306,8 @@ class TextEncoder(nn.Module):
     def _check_padding(self) -> None:
         """Compares vectors of texts alone with those of the same texts in a padded batch."""
         vocabulary = cast("nn.Embedding", self.backbone.get_input_embeddings()).num_embeddings
-        texts = [[(11 + 5 * at) % vocabulary for at in range(length)] for length in (2, 5, 9)]
+        lengths = (1, 2, 5, min(32, self.settings.max_length_tokens))
+        texts = [[(11 + 5 * at) % vocabulary for at in range(length)] for length in lengths]
         with_padding, alone = (
             torch.cat([self._vectors(part) for part in parts])
             for parts in ([texts], [[text] for text in texts])
@@ -315,8 +316,8 @@ class TextEncoder(nn.Module):
             f"a text alone and beside longer ones, in {type(self.backbone).__name__}",
             alone,
             with_padding,
-            "its vectors would depend on their neighbours in the batch; use another "
-            "attn_implementation or language model",
+            "its vectors would depend on their neighbours in the batch; lower max_length_tokens, "
+            "or use another attn_implementation or language model",
             self.backbone.dtype,
         )
 
