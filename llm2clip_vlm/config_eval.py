@@ -29,7 +29,8 @@ class LmmsTask(Section):
     built-in task reads. Such a task needs a `title`."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the task's own YAML (`{lmms_eval_specific_kwargs: {default: {ocr: true}}}`);
-    `null` removes a key (`{process_docs: null}`)."""
+    `null` removes a key (`{process_docs: null}`), `"!function llm2clip_vlm.MODULE.NAME"` is a
+    function."""
     max_empty: float | None = Field(default=None, ge=0, le=1)
     """Share of empty answers above which no score is written; none = the suite's."""
 

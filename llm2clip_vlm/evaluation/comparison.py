@@ -124,7 +124,7 @@ def compare(
 def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     first, second = a.scores[task], b.scores[task]
     seeds, paired = _matched(task, a, b)
-    measured = [(seed, *(_of(found, seed) for found in (first, second))) for seed in seeds]
+    measured = [(seed, _of(first, seed), _of(second, seed)) for seed in seeds]
     deltas = [one.value - two.value for _, one, two in measured] if paired else []
     row: dict[str, Any] = {"delta": float(np.mean(a.values(task)) - np.mean(b.values(task)))}
     row |= {"ci": None, "p": None, "deltas_by_seed": deltas, "test": "none: answers not kept"}
@@ -181,7 +181,7 @@ def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:
     """
     first, second = a.scores[task], b.scores[task]
     if min(len(first), len(second)) == 1:
-        return list(max(first, second, key=len)), True
+        return list(first if len(first) > len(second) else second), True
     for run, mine, others in ((a, first, second), (b, second, first)):
         if mine.keys() & others.keys() and (lost := [seed for seed in others if seed not in mine]):
             raise ReportError(

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from llm2clip_vlm.evaluation.generation import Answer, Generator, Prompt
+from llm2clip_vlm.evaluation.task_helpers import pixel_hash
 from llm2clip_vlm.models.loading import load_complete
 
 _BATCHES_AT_ONCE = 8
@@ -107,6 +108,8 @@ class _Adapter(lmms):
         )
         self.prompt_example: str = ""
         """The first prompt of the last task, as the template wrote it."""
+        self.pictures: dict[int, str] = {}
+        """Document of the last task to a hash of its pictures' pixels; none for text alone."""
 
     @property
     def device(self) -> torch.device:
@@ -128,9 +131,10 @@ class _Adapter(lmms):
         return self.generator
 
     def _answer(
-        self, prompts: Iterable[Prompt], options: Sequence[dict[str, Any]]
+        self, prompts: Iterable[Prompt], options: Sequence[dict[str, Any]], docs: Sequence[int]
     ) -> list[GenerationResult]:
         started, answers = time.perf_counter(), list[Answer]()
+        self.pictures = {}
         waiting, generator = iter(prompts), self._generator()
         # A few batches at a time: the pictures of a large task do not fit into memory together.
         step = _BATCHES_AT_ONCE * generator.batch_size
@@ -140,7 +144,11 @@ class _Adapter(lmms):
             while rendered := list(itertools.islice(waiting, step)):
                 if not answers:
                     self.prompt_example = rendered[0].text
-                given = options[len(answers) : len(answers) + len(rendered)]
+                here = slice(len(answers), len(answers) + len(rendered))
+                for doc, prompt in zip(docs[here], rendered, strict=True):
+                    if prompt.images:
+                        self.pictures[doc] = pixel_hash(prompt.images)
+                given = options[here]
                 answers += generator.generate(rendered, given, bar.update)
         tokens = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
@@ -168,7 +176,8 @@ class Llm2ClipVlmChat(_Adapter):
             generator.render(doc_to_messages(self._document(task, split, doc_id)))
             for _, doc_to_messages, _, doc_id, task, split in arguments
         )
-        return self._answer(prompts, [options for _, _, options, *_ in arguments])
+        options, docs = zip(*((args[2], args[3]) for args in arguments), strict=True)
+        return self._answer(prompts, options, docs)
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         """Refused: lmms-eval hands log-likelihood tasks to simple models only."""
@@ -187,7 +196,8 @@ class Llm2ClipVlmSimple(_Adapter):
             self._prompt(context, doc_to_visual(self._document(task, split, doc_id)))
             for context, _, doc_to_visual, doc_id, task, split in arguments
         )
-        return self._answer(prompts, [options for _, options, *_ in arguments])
+        options, docs = zip(*((args[1], args[3]) for args in arguments), strict=True)
+        return self._answer(prompts, options, docs)
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean loss and greedy flag of each continuation, wrapped so that the pair survives."""

@@ -32,6 +32,7 @@ SCORING_CODE = (
     "chat_template.py",
     "data/images.py",
     "evaluation/generation.py",
+    "evaluation/llava15.py",
     "evaluation/lmms_adapter.py",
     "evaluation/lmms_rows.py",
     "evaluation/lmms_samples.py",

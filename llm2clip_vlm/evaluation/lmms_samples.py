@@ -6,7 +6,10 @@ import argparse
 import contextlib
 import inspect
 import io
+import logging
+import math
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +17,10 @@ import numpy as np
 
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError
 from llm2clip_vlm.evaluation.retrieval import bootstrap_interval
+from llm2clip_vlm.evaluation.stats import PIXELS, jackknife_error, questions
 from llm2clip_vlm.evaluation.task_helpers import normalise
+
+logger = logging.getLogger(__name__)
 
 CLOSED_SET = 64
 """A task with at most this many different targets is a closed set: any other answer is
@@ -22,6 +28,12 @@ unparsable."""
 
 MEANINGLESS = frozenset({"pope_yes_ratio"})
 """Metrics that are not reported: this one is the share of yes among the *targets*."""
+
+GROUPS = 50
+"""Groups of pictures of the jackknife."""
+
+TURNS_AT = 1_000_000
+"""MMBench numbers the further turns of question i with i plus multiples of this."""
 
 _IMAGE_KEYS = "image_id imageId image_source image data_id docId question_id id".split()
 """Columns that name a document's picture, the surest first; questions of one picture share it (GQA:
@@ -34,7 +46,8 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
     for key, value in results.items():
         name, _, _ = key.partition(",")
         number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-        if number and "_stderr" not in name and name not in MEANINGLESS:
+        # No document of its kind (a video, say): no number either.
+        if number and math.isfinite(value) and "_stderr" not in name and name not in MEANINGLESS:
             found[name] = float(value)
     return found
 
@@ -43,6 +56,7 @@ def samples_of(
     logged: Sequence[Mapping[str, Any]],
     metrics: Sequence[str],
     aggregations: Mapping[str, Callable[..., Any]] | None = None,
+    pictures: Mapping[int, str] | None = None,
 ) -> list[dict[str, Any]]:
     """One record a document, in document order.
 
@@ -51,20 +65,35 @@ def samples_of(
         metrics: Names of the task's metrics, in the order of its YAML.
         aggregations: The task's own, by metric: they mark a document whose values do not say
             themselves whether it was answered right.
+        pictures: `doc_id` to a hash of the pixels that the model saw; they tell pictures in place
+            of the task's columns.
 
     Returns:
         `{doc_id, id, image_id, question, type, answer, target, correct, unparsable}`; `correct` is
         the document's value of the first metric that has one, 0..1; `unparsable` is None where
-        the task's answers are open.
+        the task's answers are open. Where a question is asked in several turns (MMBench) also
+        `{question_id, turn}`.
 
     Raises:
-        EvaluationError: A document has no value of any metric.
+        EvaluationError: A document has no value of any metric, no number as such, or is there
+            twice.
     """
     samples = []
+    ids = [entry["doc_id"] for entry in logged]
+    if twice := sorted(
+        {doc for doc in ids if ids.count(doc) > 1} if len({*ids}) < len(ids) else ()
+    ):
+        raise EvaluationError(f"documents {twice[:5]} were answered twice")
+    turns = {entry["doc_id"]: _turn(entry, metrics) for entry in logged}
+    in_turns = any(turn for _, turn in turns.values())
     for item in sorted(logged, key=lambda entry: entry["doc_id"]):
         doc = item["doc"]
         image = next((doc[key] for key in _IMAGE_KEYS if isinstance(doc.get(key), str | int)), None)
+        if pictures is not None:
+            seen = pictures.get(item["doc_id"], f"none, document {item['doc_id']}")
+            image = f"{PIXELS}{seen}"
         target = item["target"]
+        question, turn = turns[item["doc_id"]]
         samples.append(
             {
                 "doc_id": item["doc_id"],
@@ -77,6 +106,7 @@ def samples_of(
                 "correct": _score(item, metrics, aggregations or {}),
                 "unparsable": item.get("unparsable"),
             }
+            | ({"question_id": question, "turn": turn} if in_turns else {})
         )
     targets = {normalise(str(sample["target"])) for sample in samples}
     closed = len(targets) <= min(CLOSED_SET, len(samples) // 2)
@@ -103,22 +133,85 @@ def _score(
         if isinstance(value, Mapping):
             found = value.get("score", value.get("is_correct"))
             value = _alone(value, aggregations.get(name)) if found is None else found
-        if isinstance(value, int | float):
+        if isinstance(value, int | float) and not math.isnan(value):
             return float(value)
     raise EvaluationError(f"document {item['doc_id']}: no value of {', '.join(metrics)}")
+
+
+def _turn(item: Mapping[str, Any], metrics: Sequence[str]) -> tuple[str | None, int]:
+    """MMBench's question and turn: an index above a million is a further turn of a question."""
+    values = (item[name] for name in metrics if isinstance(item.get(name), Mapping))
+    index = next((value["index"] for value in values if "index" in value), None)
+    if not isinstance(index, int | np.integer):
+        return None, 0
+    return str(index % TURNS_AT), int(index) // TURNS_AT
 
 
 def _alone(value: Mapping[str, Any], aggregation: Callable[..., Any] | None) -> float | None:
     """What a task's metric is for one document alone, between 0 and 1."""
     if aggregation is None:
         return None
-    # MMBench takes an index above a million for another turn of a question; it writes files, too.
-    alone = [{**value, "index": 0} if "index" in value else value]
-    with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+    found = float(_aggregate(aggregation, [{**value, "index": 0} if "index" in value else value]))
+    return found / 100 if found > 1 else found
+
+
+def _aggregate(aggregation: Callable[..., Any], values: list[Any]) -> Any:
+    """A task's own metric; files that it writes and tables that it prints are dropped."""
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        contextlib.chdir(scratch),
+        contextlib.redirect_stdout(io.StringIO()),
+    ):
         wants_args = "args" in inspect.signature(aggregation).parameters
         given = [argparse.Namespace(output_path=scratch)] if wants_args else []
-        found = float(aggregation(alone, *given))
-    return found / 100 if found > 1 else found
+        return aggregation(values, *given)
+
+
+def metric_errors(
+    logged: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, Any]],
+    metrics: Mapping[str, float],
+    aggregations: Mapping[str, Callable[..., Any]],
+) -> dict[str, dict[str, Any]]:
+    """How far each metric would move with other pictures: a jackknife of the metric itself.
+
+    Pictures are dealt into :data:`GROUPS` groups by their hash (the same in every result, so that
+    metrics of several results on the same pictures can be added up), and the metric is computed
+    without each group.
+
+    Args:
+        logged: `simple_evaluate`'s `samples[task]`.
+        samples: From :func:`samples_of`.
+        metrics: From :func:`metrics_of`.
+        aggregations: The task's own, by metric.
+
+    Returns:
+        Metric to `{n, se, without}`: questions, standard error in the metric's unit (None where
+        it has none), and the metric without each group (None: no picture in it).
+    """
+    pictures = {sample["doc_id"]: sample["image_id"] for sample in samples}
+    found = {}
+    for name in metrics.keys() & aggregations.keys():
+        given = [item for item in logged if item.get(name) is not None]
+        whole: dict[Any, int] = {}
+        groups = []
+        for item in given:
+            group = zlib.crc32(str(pictures[item["doc_id"]]).encode()) % GROUPS
+            question = item[name].get("question_id") if isinstance(item[name], Mapping) else None
+            question = _turn(item, [name])[0] or question
+            # Rows of one question are never parted: MME asserts both of a pair.
+            groups.append(group if question is None else whole.setdefault(question, group))
+        without: list[float | None] = [None] * GROUPS
+        try:
+            for group in set(groups):
+                rest = [i[name] for i, of in zip(given, groups, strict=True) if of != group]
+                without[group] = float(_aggregate(aggregations[name], rest))
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
+            logger.warning("%s: no standard error: %s", name, error)
+            without = [None] * GROUPS
+        asked = [turn == 0 for turn in (_turn(item, [name])[1] for item in given)]
+        found[name] = {"n": sum(asked), "se": jackknife_error([without])[0], "without": without}
+    return found
 
 
 def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,9 +221,11 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         samples: From :func:`samples_of`.
 
     Returns:
-        `{n, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; scores are the
-        mean of `correct` in per cent, the interval from 1,000 bootstrap draws by image.
+        `{n, n_images, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; `n`
+        is questions; scores are the mean of `correct` in per cent (all turns of a question right,
+        where it has several), the interval from 1,000 bootstrap draws by image.
     """
+    samples = questions(samples)
     correct = [sample["correct"] for sample in samples]
     images = [sample["image_id"] for sample in samples]
     known = [sample["unparsable"] for sample in samples if sample["unparsable"] is not None]
@@ -139,6 +234,7 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         by_type.setdefault(sample["type"], []).append(sample["correct"])
     return {
         "n": len(samples),
+        "n_images": len(set(images)),
         "n_empty": sum(not sample["answer"].strip() for sample in samples),
         "n_unparsable": int(sum(known)) if known else None,
         "score": 100.0 * float(np.mean(correct)),

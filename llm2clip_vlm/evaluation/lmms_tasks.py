@@ -7,6 +7,7 @@ ours) nor inline dictionaries (broken in 0.7) are used.
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,8 +92,10 @@ def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None
 def merge(config: dict[str, Any], overrides: Mapping[str, Any], *, inside: bool = False) -> None:
     """Lay a suite's overrides over a task's configuration, in place.
 
+    A text `!function MODULE.NAME` stands for a function of this package or of lmms-eval.
+
     Raises:
-        EvaluationError: A key that lmms-eval's `TaskConfig` does not have.
+        EvaluationError: A key that lmms-eval's `TaskConfig` does not have, or no such function.
     """
     from lmms_eval.api.task import TaskConfig
 
@@ -106,7 +109,23 @@ def merge(config: dict[str, Any], overrides: Mapping[str, Any], *, inside: bool 
         elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
             merge(config[key], value, inside=True)
         else:
-            config[key] = value
+            config[key] = _with_functions(value)
+
+
+def _with_functions(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_functions(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _with_functions(item) for key, item in value.items()}
+    if not (isinstance(value, str) and value.startswith("!function ")):
+        return value
+    module, _, name = value.removeprefix("!function ").strip().rpartition(".")
+    if module.partition(".")[0] not in ("llm2clip_vlm", "lmms_eval"):
+        raise EvaluationError(f"overrides: {value}: expected a function of llm2clip_vlm, lmms_eval")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise EvaluationError(f"overrides: {value}: {error}") from None
 
 
 def build_task(

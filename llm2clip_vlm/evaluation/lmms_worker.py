@@ -26,7 +26,12 @@ from llm2clip_vlm.evaluation.lmms_job import (
     data_hash,
     task_yaml,
 )
-from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
+from llm2clip_vlm.evaluation.lmms_samples import (
+    metric_errors,
+    metrics_of,
+    samples_of,
+    summarise,
+)
 from llm2clip_vlm.evaluation.lmms_tasks import build_task
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import file_state
@@ -150,12 +155,16 @@ def score(
         error.reraise()
     seconds = time.perf_counter() - started
     names = [metric["metric"] for metric in task.config.metric_list]
-    samples = samples_of(found["samples"][spec.task], names, task.aggregation())
-    documents = len(task.eval_docs)
+    documents, logged = len(task.eval_docs), found["samples"].get(spec.task) or []
+    if not logged:
+        raise EvaluationError(f"{job.checkpoint} / {job.task}: no document was answered")
+    samples = samples_of(logged, names, task.aggregation(), adapter.pictures)
     counts = summarise(samples)
-    counts["n_errors"] = min(limit or documents, documents) - counts["n"]
+    counts["n_errors"] = min(limit or documents, documents) - len(samples)
     _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
     metrics = metrics_of(found["results"][spec.task])
+    if not metrics:
+        raise EvaluationError(f"{job.checkpoint} / {job.task}: none of {names} has a value")
     split = task.config.test_split or task.config.validation_split
     result = {
         "schema": RESULT_SCHEMA,
@@ -164,6 +173,7 @@ def score(
         "limit": limit,
         "documents": documents,
         "metrics": metrics,
+        "metric_errors": metric_errors(logged, samples, metrics, task.aggregation()),
         "primary_metric": next((name for name in names if name in metrics), names[0]),
         **counts,
         "checkpoint": {"name": job.checkpoint, "path": job.path, "sha256": job.sha256},
@@ -174,6 +184,8 @@ def score(
             "fingerprint": getattr(task.dataset[split], "_fingerprint", None),
         },
         "settings": _settings(adapter),
+        "deviation": suite.deviations.get(job.task),
+        "overrides": spec.overrides,
         "judge": {name: os.environ.get(name) for name in JUDGE} if spec.judge else None,
         "generation_kwargs": task.config.generation_kwargs,
         "prompt_example": adapter.prompt_example,

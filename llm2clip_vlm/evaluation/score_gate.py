@@ -8,12 +8,14 @@ published protocol. It is no proof of equality, and no comparison of towers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm2clip_vlm.config_eval import ExpectedColumn, ExpectedScores
+from llm2clip_vlm.evaluation.stats import jackknife_error
 
 Z_95 = 1.96
+"""For the binomial's noise."""
 
 
 def gate(
@@ -27,9 +29,11 @@ def gate(
         results: Name -> result, as :func:`~.lmms_runner.run_suite` returns them.
 
     Returns:
-        For each column of the row `{column, ours, published, noise, verdict, differs}`: numbers on
-        the published scale, `noise` the 95 % half-width of the difference of two independent runs
-        with our accuracy (binomial, so generous to a difference), `verdict` one of `within noise`,
+        For each column of the row `{column, ours, published, noise, noise_of, verdict, differs}`:
+        numbers on the published scale, `noise` the 95 % half-width of the difference of two
+        independent runs as uncertain as ours, `noise_of` where it comes from (`pictures`: the
+        metric's own jackknife over pictures; `binomial`: as if questions were independent and the
+        metric a share of them, for results that do not have it), `verdict` one of `within noise`,
         `above`, `below`, `not run`, and what differs from the published protocol.
 
     Raises:
@@ -47,19 +51,36 @@ def gate(
             continue
         ours = [results[result] for result in column.results]
         share = sum(_share(result, column) for result in ours) / len(ours)
-        spread = math.sqrt(2 * min(max(share * (1 - share), 1e-4), 0.25) / column.n)
-        noise = Z_95 * spread * column.value_full
+        noise, noise_of = _noise(ours, column, share)
         delta = share * column.value_full - published
         sides = {True: "within noise", False: "above" if delta > 0 else "below"}
         differs = [text for result in ours for text in _differs(result, column, expected)]
         entry |= {
             "ours": share * column.value_full,
             "noise": noise,
+            "noise_of": noise_of,
             "verdict": sides[abs(delta) <= noise],
             "differs": list(dict.fromkeys(differs)),
         }
         found.append(entry)
     return found
+
+
+def _noise(
+    ours: Sequence[Mapping[str, Any]], column: ExpectedColumn, share: float
+) -> tuple[float, str]:
+    """95 % half-width of the difference of two runs on the published scale, and its source."""
+    errors = [result.get("metric_errors", {}).get(column.metric) for result in ours]
+    if all(errors):
+        whole = [result["metrics"][column.metric] for result in ours]
+        error, groups = jackknife_error([found["without"] for found in errors if found], whole)
+        if error is not None and error > 0:
+            from scipy.stats import t
+
+            width = t.ppf(0.975, groups - 1) * math.sqrt(2) * error
+            return float(width / column.metric_full * column.value_full), "pictures"
+    spread = math.sqrt(2 * min(max(share * (1 - share), 1e-4), 0.25) / column.n)
+    return Z_95 * spread * column.value_full, "binomial"
 
 
 def _share(result: Mapping[str, Any], column: ExpectedColumn) -> float:
@@ -81,8 +102,11 @@ def _differs(
     if expected.image_processor and not used.startswith(expected.image_processor):
         texts.append(f"image processor {used}, not {expected.image_processor}")
     asked = column.n // len(column.results)
-    if result["n"] != asked:
-        texts.append(f"{result['n']} questions, not {asked}")
+    n = result.get("metric_errors", {}).get(column.metric, result)["n"]
+    if n != asked:
+        texts.append(f"{n} questions, not {asked}")
+    if declared := result.get("deviation"):
+        texts.append(declared)
     return texts
 
 
@@ -91,6 +115,7 @@ def gate_table(rows: list[dict[str, Any]], source: str) -> str:
     lines = [f"score gate against {source}"]
     for row in rows:
         ours = "" if row["ours"] is None else f"{row['ours']:8.1f} +- {row['noise']:.1f}"
+        ours += " (binomial)" if row.get("noise_of") == "binomial" else ""
         differs = f"  ({'; '.join(row['differs'])})" if row["differs"] else ""
         lines.append(
             f"{row['column']:<16} {row['published']:8.1f} {ours:>16}  {row['verdict']}{differs}"

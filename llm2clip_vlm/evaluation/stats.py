@@ -22,6 +22,8 @@ from llm2clip_vlm.evaluation.retrieval import bootstrap_interval, cluster_codes
 
 EXACT_FLIPS = 20
 """Up to this many differences all sign patterns are written out."""
+PIXELS = "pixels:"
+"""How the `image_id` of a sample begins whose picture is told by a hash of its pixels."""
 EXACT_DIVISIONS = 200_000
 """Up to this many divisions of the seeds into two runs all are written out (8 and 8: 12,870)."""
 
@@ -35,7 +37,7 @@ class PairedSamples:
     correct_b: np.ndarray
     """float[n] in 0..1."""
     image_ids: list[str]
-    """The image of each document."""
+    """The image of each document, by its pixels where one of the two tells it so."""
     pictures_known: bool = True
     """Whether the images are told by their pixels, not by a column or the document's number."""
 
@@ -237,6 +239,29 @@ def unpaired_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
     return {"delta": delta, "ci": interval, "p": p}
 
 
+def jackknife_error(
+    without: Sequence[Sequence[float | None]], whole: Sequence[float] | None = None
+) -> tuple[float | None, int]:
+    """Standard error of a metric, or of the mean of several, by leaving out groups of pictures.
+
+    Args:
+        without: For each metric, its value without each group; None: it has nothing in it.
+        whole: Each metric's value with all groups; needed for several.
+
+    Returns:
+        The standard error (None where fewer than two groups tell it), and the number of groups.
+    """
+    used = [k for k in range(len(without[0])) if any(row[k] is not None for row in without)]
+    if len(used) < 2:
+        return None, len(used)
+    values = [
+        [(row[k], all_of) for k in used]
+        for row, all_of in zip(without, whole or [0.0], strict=True)
+    ]
+    means = np.mean([[all_of if v is None else v for v, all_of in row] for row in values], axis=0)
+    return float(math.sqrt((len(used) - 1) * means.var())), len(used)
+
+
 def rounded(value: Any, places: int = 6) -> Any:
     """A JSON value with its numbers cut to so many places."""
     if isinstance(value, float):
@@ -299,11 +324,6 @@ def questions(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def units(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The image of each sample: by its pixels where they were hashed, else as the task tells it."""
-    return [str(sample.get("picture") or sample["image_id"]) for sample in samples]
-
-
 def pair_samples(
     samples_a: Sequence[Mapping[str, Any]], samples_b: Sequence[Mapping[str, Any]]
 ) -> PairedSamples:
@@ -325,8 +345,11 @@ def pair_samples(
             f"samples: expected the same documents, got {len(samples_a)} and {len(others)}; "
             "evaluate both checkpoints with one suite and one --limit"
         )
-    hashed = [all(sample.get("picture") for sample in side) for side in (samples_a, samples_b)]
-    keys = ("question", "target", "picture" if all(hashed) else "image_id")
+    hashed = [
+        all(str(sample["image_id"]).startswith(PIXELS) for sample in side)
+        for side in (samples_a, samples_b)
+    ]
+    keys = ["question", "target"] + ["image_id"] * (hashed[0] == hashed[1])
     for sample in samples_a:
         other = others.get(sample["doc_id"])
         if other is None or any(sample[k] != other[k] for k in keys):
@@ -338,7 +361,7 @@ def pair_samples(
     return PairedSamples(
         correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
         correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
-        image_ids=units(told),
+        image_ids=[str(sample["image_id"]) for sample in told],
         pictures_known=any(hashed),
     )
 

@@ -6,7 +6,8 @@ the data file's folder there as `image_root`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ def doc_to_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
     """The document's question between the task's `pre_prompt` and `post_prompt`."""
     question = doc["question"].strip()
     return f"{kwargs.get('pre_prompt', '')}{question}{kwargs.get('post_prompt', '')}"
+
+
+def pixel_hash(images: Iterable[Image.Image]) -> str:
+    """The same for the same pictures, whatever file, row or column they came from."""
+    digest = hashlib.sha256()
+    for image in images:
+        pixels = image.convert("RGB")
+        digest.update(f"{pixels.size}".encode() + pixels.tobytes())
+    return digest.hexdigest()[:32]
 
 
 def normalise(answer: str) -> str:

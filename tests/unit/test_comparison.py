@@ -165,10 +165,10 @@ def test_damaged_and_mixed_results_are_refused(tmp_path: Path, capsys: Any) -> N
 
 def test_pictures_are_told_by_their_pixels(tmp_path: Path) -> None:
     right = [{"correct": float(n % 4 == 0)} for n in range(16)]
-    hashed = [row | {"picture": f"p{n // 4}"} for n, row in enumerate(right)]
+    hashed = [row | {"image_id": f"pixels:{n // 4}"} for n, row in enumerate(right)]
     new, old = made(tmp_path / "new", hashed), made(tmp_path / "old", right, generation_kwargs={})
     worse = made(tmp_path / "worse", [row | {"correct": 0.0} for row in hashed])
-    other = made(tmp_path / "other", [row | {"picture": "x"} for row in hashed])
+    other = made(tmp_path / "other", [row | {"image_id": "pixels:x"} for row in hashed])
     row = command(tmp_path / "out", f"a={new}", f"b={worse}")["ab"]["t"]["a-b"]
     assert row["test"].endswith("over 4 images") and row["p"] == 2 / 2**4
     # Samples from before pictures were hashed take them from the other side, or say so.
@@ -183,7 +183,7 @@ def test_pictures_are_told_by_their_pixels(tmp_path: Path) -> None:
 def test_turns_of_a_question_are_one_question(tmp_path: Path) -> None:
     """MMBench: right only if each turn is; a question's turns are no questions of their own."""
     rows = [
-        {"question_id": str(q), "turn": turn, "picture": f"p{q // 2}"}
+        {"question_id": str(q), "turn": turn, "image_id": f"pixels:{q // 2}"}
         | {"correct": float(q % 2 == 0 or turn < 1), "answer": "AB"[turn]}
         for turn in (0, 1)
         for q in range(6)
