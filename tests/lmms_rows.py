@@ -40,6 +40,11 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         | {"image_source": f"image-{n}", "image": RED, "category": "random"}
         for n, answer in enumerate(("yes", "no"))
     ],
+    "pope_random": [
+        {"id": str(n), "question_id": str(n), "question": "Is it red?", "answer": answer}
+        | {"image_source": f"image-{n}", "image": RED, "category": "random"}
+        for n, answer in enumerate(("yes", "no"))
+    ],
     "gqa": [
         {"id": str(n), "imageId": str(n), "question": "What colour?", "answer": colour}
         | {"image": RED, "fullAnswer": f"It is {colour}."}
@@ -70,10 +75,16 @@ ROWS: dict[str, list[dict[str, Any]]] = {
         for n in range(2)
     ],
     "mmbench_en_dev_static": [
-        {"index": n, "question": "Which?", "hint": "nan", "answer": letter, "image": RED}
+        # Two questions of one picture, each asked in two turns.
+        {"index": index, "question": "Which?", "hint": hint, "answer": letter, "image": RED}
         | {"category": "colour", "L2-category": "perception", "source": "x", "split": "dev"}
         | _LETTERS
-        for n, letter in enumerate("AB")
+        for index, hint, letter in (
+            (0, "nan", "A"),
+            (1, "Look.", "B"),
+            (1_000_000, "nan", "B"),
+            (1_000_001, "Look.", "A"),
+        )
     ],
     "l2c_mmbench_cn_dev_static": [
         {"index": n, "question": "哪个?", "hint": "nan", "answer": letter, "image": RED}
@@ -122,6 +133,8 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 PERFECT: dict[str, list[str]] = {
     "mme": ["Yes", "No"],
     "pope": ["yes", "no"],
+    "pope_random": ["Yes, there is.", "No, there is not."],
+    "mmbench_en_dev_static": ["A", "B", "B", "A"],
     "gqa": ["Red", "blue."],
     "textvqa_val": ["red", "red"],
     "vqav2_val": ["red", "red"],
@@ -129,13 +142,29 @@ PERFECT: dict[str, list[str]] = {
 }
 """Answers in words; where a task is not named they are `A` and `B`."""
 
-WRONG = {task: ["zebra", "zebra"] for task in PERFECT}
+WRONG = {task: ["zebra", "zebra"] for task in PERFECT} | {
+    "pope_random": ["No.", "zebra"],
+    "mmbench_en_dev_static": ["B", "B", "B", "B"],
+}
 """The same; where a task is not named they are `B` and `A` (scorers find letters in any word)."""
+
+
+JUDGED_ROWS: dict[str, list[dict[str, Any]]] = {
+    "mmvet": [
+        {"question_id": "v1_0", "question": "What is x?", "answer": "x", "image": RED}
+        | {"capability": "ocr"}
+    ],
+    "llava_in_the_wild": [
+        {"question_id": 1, "question": "What is this?", "image": RED, "category": "conv"}
+        | {"gpt_answer": "x", "caption": "x", "image_id": "001.jpg"}
+    ],
+}
+"""Documents of tasks that ask a judge: for their prompts alone."""
 
 
 def write_rows(folder: Path, task: str) -> Path:
     """The task's documents as a parquet file."""
-    rows = ROWS[task]
+    rows = {**ROWS, **JUDGED_ROWS}[task]
     made: dict[str, Any] = {}
     for name, value in rows[0].items():
         if name.startswith("image") and isinstance(value, dict):
@@ -147,3 +176,58 @@ def write_rows(folder: Path, task: str) -> Path:
     file = folder / f"{task}.parquet"
     Dataset.from_list(rows, features=features).to_parquet(str(file))
     return file
+
+
+def _vqav2(**counts: int) -> list[dict[str, Any]]:
+    answers = [text.replace("_", " ") for text, count in counts.items() for _ in range(count)]
+    return [{"answer": text, "answer_id": n} for n, text in enumerate(answers)]
+
+
+ANSWERS: dict[str, list[tuple[str, Any]]] = {
+    "pope_random": [
+        *((text, "yes") for text in ("Yes", "yes.", "Yes, there is", "YES", "There is one.", "")),
+        *(
+            (text, "no")
+            for text in ("No", "no.", "No, there is not", "There is no dog", "It is not")
+        ),
+        *((text, "yes") for text in ("No.", "There is not, yes")),
+        *((text, "no") for text in ("NO", "Yes. No.", "nothing", "none")),
+    ],
+    "mme": [
+        *((text, "Yes") for text in ("Yes", "yes.", "Yes, it is", " a yes", "y", "It is. Yes")),
+        *((text, "No") for text in ("No", "NO.", "not sure", "now", "n", "A. no", "Unknown")),
+    ],
+    "scienceqa_img": [
+        *((text, 0) for text in ("A", "A. red", "The answer is A.", "The answer is A", "A.")),
+        *((text, 0) for text in ("a", "(A)", "red", "B", "A, red", "", "Answer: A", "C")),
+        ("The answer is A. The answer is B.", 0),
+        ("B. The answer is A.", 1),
+    ],
+    "seedbench": [(text, "A") for text in ("A", " A ", "A.", "A. red", "a", "Apple", "B", "")],
+    "gqa": [
+        *((text, "red") for text in ("red", "Red", "red.", "Red..", "a red", "red, blue", "blue")),
+        ("tshirt", "t-shirt"),
+    ],
+    "vqav2_val": [
+        ("red", _vqav2(red=10)),
+        ("Red.", _vqav2(red=10)),
+        ("a red", _vqav2(red=10)),
+        ("red", _vqav2(red=3, blue=7)),
+        ("red", _vqav2(red=1, blue=9)),
+        ("two", _vqav2(**{"2": 10})),
+        ("green", _vqav2(red=10)),
+        ("the man's", _vqav2(**{"man 's": 10})),
+    ],
+    "textvqa_val_ocr": [
+        ("Dakota", ["dakota"] * 2 + ["x"] * 8),
+        ("dakota digital", ["Dakota Digital"] * 10),
+        ("x.", ["x"] * 10),
+        ("y", ["x"] * 10),
+    ],
+    "vizwiz_vqa_val": [
+        ("Unanswerable", ["unanswerable"] * 4 + ["x"] * 6),
+        ("unsuitable", ["unanswerable"] * 10),
+        ("red", ["red"] * 3 + ["blue"] * 7),
+    ],
+}
+"""Answers and targets, by column; what LLaVA's scripts make of them stands in the test."""

@@ -190,9 +190,18 @@ def metric_errors(
         it has none), and the metric without each group (None: no picture in it).
     """
     pictures = {sample["doc_id"]: sample["image_id"] for sample in samples}
+    joined = {sample["doc_id"]: sample["correct"] for sample in questions(samples)}
     found = {}
     for name in metrics.keys() & aggregations.keys():
         given = [item for item in logged if item.get(name) is not None]
+        aggregation = aggregations[name]
+        if any(_turn(item, [name])[1] for item in given):
+            # MMBench takes seconds a time; it is the share of questions with every turn right.
+            given = [item for item in given if item["doc_id"] in joined]
+            share = float(np.mean([joined[item["doc_id"]] for item in given]))
+            scale = metrics[name] / share if share else 1.0
+            given = [{**item, name: scale * joined[item["doc_id"]]} for item in given]
+            aggregation = np.mean
         whole: dict[Any, int] = {}
         groups = []
         for item in given:
@@ -205,7 +214,7 @@ def metric_errors(
         try:
             for group in set(groups):
                 rest = [i[name] for i, of in zip(given, groups, strict=True) if of != group]
-                without[group] = float(_aggregate(aggregations[name], rest))
+                without[group] = float(_aggregate(aggregation, rest))
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
             logger.warning("%s: no standard error: %s", name, error)
             without = [None] * GROUPS

@@ -15,10 +15,10 @@ from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.evaluation.generation import Answer
 from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
 from llm2clip_vlm.evaluation.lmms_job import Job, task_yaml
-from llm2clip_vlm.evaluation.lmms_tasks import build_task, load_config
+from llm2clip_vlm.evaluation.lmms_tasks import build_task, load_config, merge
 from llm2clip_vlm.evaluation.lmms_worker import quiet, score
 from llm2clip_vlm.recipe import load_recipe
-from tests.lmms_rows import PERFECT, ROWS, WRONG, write_rows
+from tests.lmms_rows import ANSWERS, JUDGED_ROWS, PERFECT, ROWS, WRONG, write_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "eval" / "tasks"
@@ -39,11 +39,13 @@ class Scripted:
 
     def __init__(self, generator: Any, answers: list[str]) -> None:
         self._generator, self._answers = generator, answers
+        self.prompts: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._generator, name)
 
     def generate(self, prompts: Any, options: Any, progress: Any) -> list[Answer]:
+        self.prompts += [prompt.text for prompt in prompts]
         return [Answer(text, 1) for text in self._answers]
 
 
@@ -51,10 +53,19 @@ def main() -> None:
     checkpoint, folder = sys.argv[1], Path(sys.argv[2])
     quiet()
     model, processor = load_checkpoint(checkpoint, device="cpu")
-    found: dict[str, Any] = {"configs": {}, "scores": {}}
+    found: dict[str, Any] = {"configs": {}, "scores": {}, "prompts": {}, "samples": {}}
     for name, entry in entries().items():
         config = load_config(task_yaml(entry.task, TASKS))
         found["configs"][name] = [entry.judge, config["dataset_path"], config.get("dataset_name")]
+        if entry.task in JUDGED_ROWS:
+            data = write_rows(folder, entry.task)
+            task = build_task(
+                entry, task_yaml(entry.task, TASKS), data, folder / "cache", judge=True
+            )
+            chat = Llm2ClipVlmChat(model=model, processor=processor).generator
+            assert chat is not None
+            asked = [chat.render(task.doc_to_messages(doc)).text for doc in task.eval_docs]
+            found["prompts"][name] = asked
         if entry.task not in ROWS:
             continue
         data = write_rows(folder, entry.task)
@@ -74,8 +85,28 @@ def main() -> None:
                 adapter.generator = Scripted(adapter.generator, answers[kind])
             job = Job(kind, checkpoint, "sha", 0, name, "spec")
             results[kind] = score(job, suite, task, adapter, output=folder, limit=None)
+            if kind == "perfect":
+                found["prompts"][name] = adapter.generator.prompts  # type: ignore[union-attr]
+                lines = job.samples_path(folder).read_text().splitlines()
+                found["samples"][name] = [json.loads(line) for line in lines]
         found["scores"][name] = results
+    found["parses"] = {
+        name: [right(name, *case) for case in cases] for name, cases in ANSWERS.items()
+    }
     print(json.dumps(found))
+
+
+def right(name: str, answer: str, target: Any) -> float:
+    """What the suite's metric makes of an answer."""
+    entry = entries()[name]
+    config = load_config(task_yaml(entry.task, TASKS))
+    merge(config, entry.overrides)
+    doc = {**ROWS[entry.task][0], **({"answers": target} if "vqa" in name else {"answer": target})}
+    found = config["process_results"](doc, [answer])
+    value = next(v for key, v in found.items() if key not in ("unparsable", "submission"))
+    if isinstance(value, dict):
+        value = value.get("score", float(value.get("pred") == value.get("answer")))
+    return float(value)
 
 
 if __name__ == "__main__":
