@@ -212,7 +212,7 @@ def metric_errors(
             groups.append(group if question is None else whole.setdefault(question, group))
         without: list[float | None] = [None] * GROUPS
         try:
-            for group in set(groups):
+            for group in set(groups) if len(set(groups)) > 1 else ():
                 rest = [i[name] for i, of in zip(given, groups, strict=True) if of != group]
                 without[group] = float(_aggregate(aggregation, rest))
         except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError) as error:
