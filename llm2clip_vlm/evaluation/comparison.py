@@ -42,6 +42,7 @@ ALPHA = 0.05
 _IDENTITY = ("spec_hash", "protocol", "data_hash")
 _SETTINGS = (
     "limit",
+    "overrides",
     "data",
     "settings",
     "judge",

@@ -131,25 +131,26 @@ class _Adapter(lmms):
         return self.generator
 
     def _answer(
-        self, prompts: Iterable[Prompt], options: Sequence[dict[str, Any]], docs: Sequence[int]
+        self, prompts: Iterable[Prompt], asked: Sequence[tuple[dict[str, Any], int]]
     ) -> list[GenerationResult]:
+        """Answer prompts with their generation arguments and document numbers."""
         started, answers = time.perf_counter(), list[Answer]()
         self.pictures = {}
         waiting, generator = iter(prompts), self._generator()
         # A few batches at a time: the pictures of a large task do not fit into memory together.
         step = _BATCHES_AT_ONCE * generator.batch_size
         with tqdm(
-            total=len(options), disable=self.rank != 0, desc="answering", unit="question"
+            total=len(asked), disable=self.rank != 0, desc="answering", unit="question"
         ) as bar:
             while rendered := list(itertools.islice(waiting, step)):
                 if not answers:
                     self.prompt_example = rendered[0].text
-                here = slice(len(answers), len(answers) + len(rendered))
-                for doc, prompt in zip(docs[here], rendered, strict=True):
+                given = asked[len(answers) : len(answers) + len(rendered)]
+                for (_, doc), prompt in zip(given, rendered, strict=True):
                     if prompt.images:
                         self.pictures[doc] = pixel_hash(prompt.images)
-                given = options[here]
-                answers += generator.generate(rendered, given, bar.update)
+                options = [arguments for arguments, _ in given]
+                answers += generator.generate(rendered, options, bar.update)
         tokens = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
         log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)
@@ -176,8 +177,7 @@ class Llm2ClipVlmChat(_Adapter):
             generator.render(doc_to_messages(self._document(task, split, doc_id)))
             for _, doc_to_messages, _, doc_id, task, split in arguments
         )
-        options, docs = zip(*((args[2], args[3]) for args in arguments), strict=True)
-        return self._answer(prompts, options, docs)
+        return self._answer(prompts, [(args[2], args[3]) for args in arguments])
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         """Refused: lmms-eval hands log-likelihood tasks to simple models only."""
@@ -196,8 +196,7 @@ class Llm2ClipVlmSimple(_Adapter):
             self._prompt(context, doc_to_visual(self._document(task, split, doc_id)))
             for context, _, doc_to_visual, doc_id, task, split in arguments
         )
-        options, docs = zip(*((args[1], args[3]) for args in arguments), strict=True)
-        return self._answer(prompts, options, docs)
+        return self._answer(prompts, [(args[1], args[3]) for args in arguments])
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
         """Mean loss and greedy flag of each continuation, wrapped so that the pair survives."""

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
@@ -27,7 +28,8 @@ from llm2clip_vlm.evaluation.lmms_job import (
 from llm2clip_vlm.evaluation.lmms_rows import to_mme_rows, to_pope_rows
 from llm2clip_vlm.evaluation.lmms_runner import run_suite, worker_environment
 from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
-from llm2clip_vlm.evaluation.lmms_tasks import STATIC_DESPITE_MARKS
+from llm2clip_vlm.evaluation.lmms_tasks import STATIC_DESPITE_MARKS, merge
+from llm2clip_vlm.evaluation.task_helpers import pixel_hash
 from llm2clip_vlm.recipe import load_recipe
 from tests.tiny import write_image
 
@@ -317,6 +319,37 @@ def test_questions_of_one_picture_are_one_cluster(column: str) -> None:
         item["doc"] = {"id": str(number), "question_id": number, column: f"picture {number // 2}"}
     images = [sample["image_id"] for sample in samples_of(items, ["acc"])]
     assert images == ["picture 0", "picture 0", "picture 1", "picture 1"]
+
+
+def test_pixels_tell_pictures_where_the_model_saw_them() -> None:
+    items = [logged(n, "yes", 1.0) for n in range(3)]
+    samples = samples_of(items, ["acc"], {}, {0: "x", 1: "x"})
+    ids = [sample["image_id"] for sample in samples]
+    assert ids[0] == ids[1] == "pixels:x" and ids[2] == "pixels:none, document 2"
+    assert summarise(samples)["n_images"] == 2
+    pictures = [Image.new(mode, (4, 3), "red") for mode in ("RGB", "RGBA", "P", "RGB")]
+    assert len({pixel_hash([picture]) for picture in pictures}) == 1
+    others = [Image.new("RGB", size, "red") for size in ((3, 4), (12, 1), (4, 3))]
+    others[2].putpixel((0, 0), (254, 0, 0))
+    assert len({pixel_hash([picture]) for picture in [pictures[0], *others]}) == 4
+
+
+def test_answers_without_a_score_or_twice_are_refused() -> None:
+    items = [logged(n, "yes", 1.0) for n in range(3)]
+    with pytest.raises(EvaluationError, match=r"\[1\] were answered twice"):
+        samples_of([*items, items[1]], ["acc"])
+    with pytest.raises(EvaluationError, match="document 0: no value"):
+        samples_of([logged(0, "yes", float("nan"))], ["acc"])
+    assert metrics_of({"a,none": float("nan"), "b,none": 1.0}) == {"b": 1.0}
+
+
+def test_functions_in_overrides_are_ours_or_lmms_evals() -> None:
+    config: dict[str, Any] = {"doc_to_text": "x"}
+    merge(config, {"doc_to_text": "!function llm2clip_vlm.evaluation.llava15.plain_text"})
+    assert config["doc_to_text"]({"question": "Q"}, {"post_prompt": "!"}) == "Q!"
+    for text in ("os.system", "llm2clip_vlm.evaluation.llava15.none", "llm2clip_vlm.no.such"):
+        with pytest.raises(EvaluationError, match=text.rpartition(".")[2]):
+            merge(config, {"metric_list": [{"aggregation": f"!function {text}"}]})
 
 
 def test_open_answers_are_not_called_unparsable_unless_the_task_says_so() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from scipy.stats import t
 
 from llm2clip_vlm.config_eval import ExpectedScores
 from llm2clip_vlm.evaluation.score_gate import gate, gate_table
@@ -69,6 +71,27 @@ def test_the_published_scale(expected: ExpectedScores) -> None:
     row = gate(expected, "model", {"mme": result("p", 1700.0, n=2000)})[2]
     assert row["ours"] == 1700.0 and row["verdict"] == "above"
     assert row["noise"] == pytest.approx(1.96 * 2000 * (2 * 0.85 * 0.15 / 2000) ** 0.5)
+
+
+def test_noise_is_that_of_the_metric_itself(expected: ExpectedScores) -> None:
+    """Two results on the same pictures move together: their mean is as uncertain as each."""
+    without = [0.72 + 0.001 * (group % 5 - 2) for group in range(50)]
+    error = (49 * np.var(without)) ** 0.5
+    kept = {"f1": {"n": 1000, "se": error, "without": without}}
+    results = {name: result("f1", 0.72, metric_errors=kept) for name in ("pope_a", "pope_b")}
+    row = gate(expected, "model", results)[1]
+    assert row["noise_of"] == "pictures" and row["differs"] == []
+    assert row["noise"] == pytest.approx(100 * t.ppf(0.975, 49) * 2**0.5 * error)
+    # Three of fifty groups hold a picture.
+    few = {"f1": {"n": 1000, "se": 0.1, "without": [0.7, 0.72, 0.74] + [None] * 47}}
+    results = {name: result("f1", 0.72, metric_errors=few) for name in ("pope_a", "pope_b")}
+    half = 100 * t.ppf(0.975, 2) * 2**0.5 * (2 * np.var([0.7, 0.72, 0.74])) ** 0.5
+    assert gate(expected, "model", results)[1]["noise"] == pytest.approx(half)
+    none = {"f1": {"n": 900, "se": None, "without": [None] * 50}}
+    results["pope_a"] = result("f1", 0.72, metric_errors=none, deviation="another split")
+    row = gate(expected, "model", results)[1]
+    assert row["noise_of"] == "binomial" and "(binomial)" in gate_table([row], "x")
+    assert row["differs"] == ["900 questions, not 1000", "another split"]
 
 
 def test_what_differs_is_named(expected: ExpectedScores) -> None:
