@@ -1,0 +1,123 @@
+"""Before and after a hand-over: equal inputs give equal outputs, or what differs is named.
+
+Two right parts can be joined wrongly in silence. A few fixed words through both sides cost nothing
+beside a run and notice it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
+"""Largest difference of a token's vector, in parts of its length, that rounding explains."""
+
+HALF_TOLERANCE = 5e-2
+"""The same for bf16 and fp16."""
+
+
+def fixed_ids(vocab_size: int, length: int, first: int = 0) -> Int[Tensor, "1 t"]:
+    """Different words from the whole vocabulary, always the same ones.
+
+    Args:
+        vocab_size: Words to choose from.
+        length: How many.
+        first: Another number gives other words.
+    """
+    step = max(vocab_size // (length + 1), 1)
+    return ((torch.arange(1, length + 1) * step + first) % vocab_size)[None]
+
+
+def logits_of(model: Any, ids: Int[Tensor, "1 t"], **inputs: Any) -> Float[Tensor, "1 t v"]:
+    """Logits as in evaluation, without a cache; under ZeRO-3 call it on all processes.
+
+    Args:
+        model: A causal language model or a VLM, not wrapped by DeepSpeed yet.
+        ids: Text.
+        **inputs: More of the forward pass.
+    """
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    if is_deepspeed_zero3_enabled() and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())  # where weights are gathered
+    inputs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    with torch.no_grad(), _blocks_gathered(model):
+        logits: Tensor = model(input_ids=ids.to(device), use_cache=False, **inputs).logits
+    model.train(training)
+    return logits.cpu()
+
+
+def difference(
+    want: Float[Tensor, "... d"], got: Float[Tensor, "... d"], tolerance: float | None = None
+) -> str | None:
+    """How vectors differ from what they should be; none if they do not.
+
+    Args:
+        want: What they should be.
+        got: What they are.
+        tolerance: Largest difference of one vector, in parts of its length; none = what the
+            coarser of both dtypes explains.
+
+    Returns:
+        The end of a sentence such as "they differ by 0.31 of their length".
+    """
+    if want.shape != got.shape:
+        return f"expected the shape {list(want.shape)}, got {list(got.shape)}"
+    if tolerance is None:
+        tolerance = max(TOLERANCE.get(t.dtype, HALF_TOLERANCE) for t in (want, got))
+    want, got = want.detach().double().cpu(), got.detach().double().cpu()
+    worst = ((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)).max().item()
+    if worst <= tolerance:  # not so for NaN
+        return None
+    return f"they differ by {worst:.2g} of their length (rounding explains {tolerance:g})"
+
+
+def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) -> float | None:
+    """The number by which `got` must be multiplied to be `want`; none if there is no such number.
+
+    A simple fraction where one is as good, so that the number is the same on every machine.
+    """
+    a, b = want.double().flatten(), got.double().flatten()
+    ratio = (a @ b / (b @ b)).item()
+    if not 0 < ratio < float("inf") or difference(want, (got.double() * ratio).to(got.dtype)):
+        return None
+    simple = float(Fraction(ratio).limit_denominator(1024))
+    return simple if abs(simple / ratio - 1) < 1e-5 else float(f"{ratio:.5g}")
+
+
+@contextmanager
+def _blocks_gathered(model: nn.Module) -> Iterator[None]:
+    """Under ZeRO-3, and before DeepSpeed's own hooks: weights are whole while their block runs."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    from deepspeed.zero import GatheredParameters
+
+    language_model = model.get_submodule("model.language_model")
+    parts = [*language_model.children(), model.get_submodule("lm_head")]
+    whole: dict[nn.Module, Any] = {}
+
+    def gather(module: nn.Module, args: Any) -> None:
+        whole[module] = GatheredParameters(list(module.parameters()))
+        whole[module].__enter__()
+
+    def let_go(module: nn.Module, args: Any, output: Any) -> None:
+        whole.pop(module).__exit__(None, None, None)
+
+    with ExitStack() as hooks:
+        for part in parts:
+            for block in part if isinstance(part, nn.ModuleList) else [part]:
+                for hook in (
+                    block.register_forward_pre_hook(gather),
+                    block.register_forward_hook(let_go),
+                ):
+                    hooks.callback(hook.remove)
+        yield
