@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from llm2clip_vlm.models.image_mode import one_picture
+
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference of a token's vector, in parts of its length, that rounding explains."""
 
@@ -55,6 +57,22 @@ def logits_of(model: Any, ids: Int[Tensor, "1 t"], **inputs: Any) -> Float[Tenso
     return logits.cpu()
 
 
+def visual_tokens_of(model: Any) -> Float[Tensor, "t d"]:
+    """What a VLM's tower and projector make of a fixed picture, as in evaluation.
+
+    Args:
+        model: A LLaVA; not under ZeRO-3.
+    """
+    crops, more = one_picture(model.config)
+    side, like = model.config.vision_config.image_size, next(model.model.vision_tower.parameters())
+    pixels = torch.linspace(-1, 1, crops * 3 * side * side).view(crops, 3, side, side).to(like)
+    training = model.training
+    with torch.no_grad():
+        found = model.eval().model.get_image_features(pixels, **more).pooler_output
+    model.train(training)
+    return torch.cat(list(found)).cpu()
+
+
 def difference(
     want: Float[Tensor, "... d"], got: Float[Tensor, "... d"], tolerance: float | None = None
 ) -> str | None:
@@ -73,9 +91,11 @@ def difference(
         return f"expected the shape {list(want.shape)}, got {list(got.shape)}"
     if tolerance is None:
         tolerance = max(TOLERANCE.get(t.dtype, HALF_TOLERANCE) for t in (want, got))
-    want, got = want.detach().double().cpu(), got.detach().double().cpu()
+    want, got = want.double(), got.double()
+    if not got.isfinite().all():
+        return "not all of them are finite numbers"
     worst = ((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)).max().item()
-    if worst <= tolerance:  # not so for NaN
+    if worst <= tolerance:
         return None
     return f"they differ by {worst:.2g} of their length (rounding explains {tolerance:g})"
 

@@ -18,16 +18,12 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoProcessor,
     AutoTokenizer,
     GenerationConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedTokenizerBase,
@@ -37,6 +33,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.handoff import refuse_bidirectional
+from llm2clip_vlm.models.composing import VLM_CLASSES, VlmError, compose
+from llm2clip_vlm.models.equal import difference, fixed_ids, logits_of, visual_tokens_of
 from llm2clip_vlm.models.image_mode import (
     AspectRatio,
     anyres_image_processor,
@@ -57,16 +55,6 @@ from llm2clip_vlm.models.trainable import matching_prefix
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
 logger = logging.getLogger(__name__)
-
-_CLASSES: dict[str, Any] = {
-    "llava": LlavaForConditionalGeneration,
-    "llava_next": LlavaNextForConditionalGeneration,
-}
-"""By the config's `model_type`."""
-
-
-class VlmError(ValueError):
-    """A tower, a language model or a checkpoint from which no VLM can be made."""
 
 
 def build_vlm(
@@ -111,8 +99,8 @@ def build_vlm(
         The model in evaluation mode, the text-only guard installed, and its processor.
 
     Raises:
-        VlmError: The language model is none or is incomplete, the layer does not exist, or AnyRes
-            is asked to keep the CLS token.
+        VlmError: The language model is none or is incomplete, or its logits inside LLaVA would not
+            be its own; the layer does not exist, or AnyRes is asked to keep the CLS token.
         TowerError: As `load_vision_tower` and `anyres_image_processor`.
         HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
             projector was trained beside another tower, LLM, template, layer or image mode.
@@ -133,7 +121,7 @@ def build_vlm(
     _no_second_bos(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
     num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
-    config_class: Any = LlavaConfig
+    model_type = "llava"
     processor_class: Any = LlavaProcessor
     image_processor, grids = tower.image_processor, {}
     if image_aspect_ratio == "anyres":
@@ -142,19 +130,17 @@ def build_vlm(
                 f"vision_feature_select_strategy: anyres puts crops side by side and cannot keep "
                 f"their CLS tokens; expected default, got {vision_feature_select_strategy}"
             )
-        config_class, processor_class = LlavaNextConfig, LlavaNextProcessor
+        model_type, processor_class = "llava_next", LlavaNextProcessor
         image_processor = anyres_image_processor(tower, image_grid_pinpoints)
         grids["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
-    config = config_class(
-        vision_config=tower.model.config,
-        text_config=llm.config,
+    settings = dict(
         image_token_index=image_token_id,
         image_seq_length=num_visual,
         vision_feature_layer=vision_feature_layer,
         vision_feature_select_strategy=vision_feature_select_strategy,
         **grids,
     )
-    model = _assemble(config, tower.model, llm, seed)
+    model = compose(model_type, settings, tower.model, llm, seed=seed, path=language_model)
     model.generation_config = _generation_config(llm, tokenizer, template)
     processor = processor_class(
         image_processor=image_processor,
@@ -195,16 +181,16 @@ def load_vlm(
     path = str(path_or_id)
     register()  # the tower's `model_type` may be known to us alone
     config = read_config(path, VlmError)
-    if config.model_type not in _CLASSES:
+    if config.model_type not in VLM_CLASSES:
         raise VlmError(
-            f"{path}: model_type {config.model_type!r}, expected {' or '.join(_CLASSES)}; a VLM "
+            f"{path}: model_type {config.model_type!r}, expected {' or '.join(VLM_CLASSES)}; a VLM "
             "checkpoint is stage 3's or stage 4's `model/`, or any LLaVA directory of transformers"
         )
     refuse_bidirectional(config.text_config, path)
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     bits = four_bits(device, VlmError, skip=kept) if load_in_4bit else {}
     model: Any = load_complete(
-        _CLASSES[config.model_type], path, error=VlmError, config=config, dtype=dtype, **bits
+        VLM_CLASSES[config.model_type], path, error=VlmError, config=config, dtype=dtype, **bits
     )
     try:
         processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
@@ -226,13 +212,17 @@ def save_vlm(
 
     The weights are named as in published LLaVA checkpoints, however the model was made: composed
     or loaded under ZeRO-3 it would be saved with tower names that transformers 4 does not know and
-    fills with random weights in silence.
+    fills with random weights in silence. Where they are the model's own, what was written is loaded
+    again and must compute the same.
 
     Args:
         model: The model.
         processor: Its processor.
         directory: Where to; made if absent.
         state_dict: Weights by their names in memory, where the model's own are sharded.
+
+    Raises:
+        VlmError: What was written computes something else.
     """
     _no_second_bos(processor.tokenizer, processor.chat_template)
     processor.save_pretrained(str(directory))
@@ -240,6 +230,14 @@ def save_vlm(
     state = dict(model.state_dict() if state_dict is None else state_dict)
     model.save_pretrained(str(directory), state_dict=None if state_dict is None else state)
     write_lineage(directory, model, processor, state)
+    if state_dict is None:
+        again, ids = (
+            load_vlm(directory)[0],
+            fixed_ids(model.config.get_text_config().vocab_size, 11),
+        )
+        wrong = difference(logits_of(model, ids), logits_of(again, ids))
+        if wrong := wrong or difference(visual_tokens_of(model), visual_tokens_of(again)):
+            raise VlmError(f"{directory}: loaded again it computes something else: {wrong}")
 
 
 def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
@@ -317,32 +315,6 @@ def _no_second_bos(tokenizer: Any, template: str) -> None:
     whole["post_processor"] = {"type": "Sequence", "processors": kept}
     backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
     tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
-
-
-def _assemble(config: Any, tower: Any, llm: Any, seed: int) -> Any:
-    """Puts the loaded parts into a LLaVA without weights; only the projector is new."""
-    with torch.device("meta"):
-        model: Any = _CLASSES[config.model_type](config)
-    llava = model.model
-    for name, part in (("vision_tower", tower), ("language_model", llm.base_model)):
-        expected = type(getattr(llava, name))
-        if type(part) is not expected:
-            raise VlmError(
-                f"{name} is a {type(part).__name__}, LLaVA would build a {expected.__name__}"
-            )
-        setattr(llava, name, part)
-    model.lm_head = llm.get_output_embeddings()
-    projector = llava.multi_modal_projector.to_empty(device="cpu").to(llm.dtype)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for module in projector.modules():
-            if isinstance(module, nn.Linear):
-                module.reset_parameters()
-        if hasattr(llava, "image_newline"):  # as in LLaVA-NeXT
-            width = projector.linear_2.out_features
-            llava.image_newline = nn.Parameter((torch.randn(width) * width**-0.5).to(llm.dtype))
-    model.tie_weights()
-    return model
 
 
 def _generation_config(llm: Any, tokenizer: Any, template: str) -> GenerationConfig:
