@@ -1,7 +1,10 @@
-"""Attention of packed samples where there is no varlen kernel: each sample by itself.
+"""Packed samples that do not see each other, whatever language model they go through.
 
-With `sdpa` transformers masks the whole row, so a row of n samples computes n times the products
-that count. Flash attention's varlen kernels do not; this is the same for the CPU, and exact.
+Attention is told by positions that start again where a sample begins. With `sdpa` transformers
+masks the whole row, so a row of n samples computes n times the products that count; flash
+attention's varlen kernels do not, and here is the same for the CPU, and exact. Convolutions and
+recurrent states ask for the samples' bounds, if their kernels are installed; some models heed
+nothing. So the model itself is asked, before anything is trained.
 """
 
 from __future__ import annotations
@@ -10,13 +13,73 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from llm2clip_vlm.models.equal import HALF_TOLERANCE, TOLERANCE, difference, fixed_ids, logits_of
+
 NAME = "sdpa_by_document"
+
+
+def install_packing(model: Any) -> str | None:
+    """Lets a VLM's language model take packed rows. Under ZeRO-3 call it on all processes.
+
+    Args:
+        model: A LLaVA on the device where it will run.
+
+    Returns:
+        Why its samples would see each other all the same; none if they do not.
+    """
+    install_document_attention(model)
+    leak = _leak(model)
+    if leak is None:
+        return None
+    hook = model.model.language_model.register_forward_pre_hook(_add_bounds, with_kwargs=True)
+    try:
+        leak = _leak(model)
+    except (TypeError, ValueError) as refused:  # no such argument, or a kernel is missing
+        leak = f"{leak}; {refused}"
+    if leak is not None:
+        hook.remove()
+    return leak
+
+
+def _leak(model: Any) -> str | None:
+    """What a sample's logits show of the sample before it in a row, or of being in one."""
+    words = model.config.get_text_config().vocab_size
+    first, other, second = (fixed_ids(words, n, first=k) for n, k in ((9, 0), (9, 1), (11, 2)))
+    positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
+    rows = [
+        logits_of(model, torch.cat([ids, second], dim=1), position_ids=positions)
+        for ids in (first, other)
+    ]
+    strict = TOLERANCE.get(rows[0].dtype, HALF_TOLERANCE) / 10  # the same kernels in both
+    if wrong := difference(rows[0][:, 9:], rows[1][:, 9:], strict):
+        return f"a sample's logits depend on the sample before it: {wrong}"
+    alone = torch.cat([logits_of(model, ids) for ids in (first, second)], dim=1)
+    if wrong := difference(alone, rows[0]):
+        return f"a sample's logits are not those that it has alone: {wrong}"
+    return None
+
+
+def _add_bounds(
+    module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Bounds of a packed row's samples, as Mamba (`seq_idx`) and linear attention want them."""
+    positions = kwargs.get("position_ids")
+    if positions is None or kwargs.get("attention_mask") is not None or len(positions) != 1:
+        return None
+    starts = (positions[0] == 0).nonzero()[:, 0]
+    if len(starts) < 2:
+        return None
+    bounds = torch.cat([starts, starts.new_tensor([positions.shape[1]])]).int()
+    longest = int(bounds.diff().max())
+    number = (positions == 0).cumsum(-1).int() - 1
+    given = {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "seq_idx": number}
+    return args, kwargs | given | {"max_length_q": longest, "max_length_k": longest}
 
 
 def install_document_attention(model: Any) -> None:
@@ -40,22 +103,45 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `sdpa_attention_forward`; a row whose positions start again is cut there."""
+    """As `sdpa_attention_forward`; a row whose positions start again is cut there.
+
+    A sample keeps its own part of the mask, where that says more than causal: sliding windows,
+    chunks, masks that depend on the values.
+    """
     lengths = _documents(query, key, kwargs.get("position_ids"))
-    if len(lengths) < 2 or getattr(module, "sliding_window", None) is not None:
+    if len(lengths) < 2 or kwargs.get("position_bias") is not None:
         whole: tuple[Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **kwargs
         )
         return whole
     pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    kwargs["is_causal"] = True
-    found = [sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in pieces]
+    kwargs["is_causal"] = True  # where there is no mask
+    found = [
+        sdpa_attention_forward(module, q, k, v, mask, **kwargs)[0]
+        for (q, k, v), mask in zip(pieces, _masks(attention_mask, lengths), strict=True)
+    ]
     return torch.cat(found, dim=1), None
 
 
-def _documents(query: Tensor, key: Tensor, positions: Tensor | None) -> list[int]:
+def _masks(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
+    """Each sample's part of a mask; none where it is just causal."""
+    if mask is None:
+        return [None] * len(lengths)
+    ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
+    parts = [mask[..., a:b, a:b] for a, b in pairwise(ends)]
+    causal: list[bool] | None = getattr(mask, "_causal", None)
+    if causal is None:  # asked of the device once a forward pass, not in each layer
+        kind = mask.dtype == torch.bool
+        plain = [(part == torch.ones_like(part).tril()).all() for part in parts if kind]
+        causal = torch.stack(plain).tolist() if plain else [False] * len(parts)
+        mask._causal = causal  # type: ignore[attr-defined]
+    return [None if plain else part for part, plain in zip(parts, causal, strict=True)]
+
+
+def _documents(query: Tensor, key: Tensor, positions: Int[Tensor, "1 t"] | None) -> list[int]:
     """Tokens of each sample of a packed row; empty where there is none."""
-    if positions is None or len(query) != 1 or key.shape[2] != query.shape[2]:
+    one = len(query) == 1 and key.shape[2] == query.shape[2]
+    if positions is None or positions.dim() != 2 or not one:
         return []
     lengths: list[int] | None = getattr(positions, "_documents", None)
     if lengths is None:  # asked of the device once a forward pass, not in each layer

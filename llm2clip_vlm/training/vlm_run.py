@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
     unset_hf_deepspeed_config,
 )
@@ -22,6 +23,7 @@ from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import InstructionCollator, InstructionDataset
 from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.models.document_attention import install_packing
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
@@ -58,6 +60,11 @@ def train_vlm(
     assert run.args is not None
     check_chat_template(processor)
     parts = prepare_trainable(model, recipe)
+    leak = padded_instead(model, recipe, run.args)
+    if leak is not None:
+        recipe = recipe.model_copy(update={"packing": False})
+        if distributed.is_main():
+            print(f"packing: padded instead, in groups of similar length: {leak}")
     samples, collator, batches = build_vlm_data(recipe, processor, run.bad, run.args, plain=plain)
     if distributed.is_main():
         print(trainable_table(model, {name: part.lr for name, part in parts.items()}))
@@ -85,10 +92,37 @@ def train_vlm(
     if distributed.is_main():
         if Path(base).parent == run.out:
             remove(Path(base))
-        summary = trainer.summary(result)
+        summary = trainer.summary(result) | {"padded_because": leak}
         print(f"{run.stage}: {summary}")
         run.finish(fingerprints, **summary)
     distributed.teardown()
+
+
+def padded_instead(model: Any, recipe: VlmRecipe, args: TrainingArguments) -> str | None:
+    """Asks the model whether it keeps packed samples apart; else sets arguments for padding.
+
+    Call on all ranks; they get the same answer.
+
+    Args:
+        model: A LLaVA, not wrapped yet; it is moved to where it will train.
+        recipe: With `packing`.
+        args: The run's training arguments.
+
+    Returns:
+        Why the run cannot be packed though the recipe says so; none if it can, or should not.
+    """
+    if not recipe.packing or args.train_sampling_strategy != "random":  # refused with the data
+        return None
+    if not (is_deepspeed_zero3_enabled() or getattr(model, "is_quantized", False)):
+        model.to(args.device)
+    half = torch.bfloat16 if args.bf16 else torch.float16
+    with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):
+        leak = install_packing(model)
+    (anywhere,) = distributed.max_over_ranks(leak is not None, device=args.device)
+    if not anywhere:
+        return None
+    args.train_sampling_strategy = "group_by_length"
+    return leak or "another process found that it would not keep samples apart"
 
 
 def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
