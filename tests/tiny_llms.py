@@ -146,6 +146,13 @@ NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 """`model_type` of everything that `AutoModelForCausalLM` takes."""
 
 
+def _config(model_type: str, config: dict[str, Any]) -> Any:
+    values = BASE | {"vocab_size": len(llm_tokenizer())} | MORE.get(model_type, {}) | config
+    if model_type == "falcon":
+        del values["head_dim"]  # a property without a setter
+    return AutoConfig.for_model(model_type, **values)
+
+
 def build_family(model_type: str, directory: str | Path, **config: Any) -> Path:
     """Saves a language model of a family, weights well away from zero, with the tiny tokenizer.
 
@@ -160,10 +167,7 @@ def build_family(model_type: str, directory: str | Path, **config: Any) -> Path:
     import torch
 
     tokenizer = llm_tokenizer()
-    values = BASE | {"vocab_size": len(tokenizer)} | MORE.get(model_type, {}) | config
-    if model_type == "falcon":
-        del values["head_dim"]  # a property without a setter
-    made = AutoConfig.for_model(model_type, **values)
+    made = _config(model_type, config)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(made).eval().float()
     with torch.no_grad():
@@ -172,3 +176,15 @@ def build_family(model_type: str, directory: str | Path, **config: Any) -> Path:
     model.save_pretrained(directory)
     tokenizer.save_pretrained(str(directory))
     return Path(directory)
+
+
+def is_tiny(model_type: str, most: int = 40_000_000) -> bool:
+    """Whether the installed packages can build the family, and `BASE` and `MORE` make it small."""
+    import torch
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(_config(model_type, {}))
+    except Exception:  # noqa: BLE001  (190 constructors)
+        return False
+    return sum(p.numel() for p in model.parameters()) < most

@@ -119,14 +119,14 @@ def _blocks_gathered(model: nn.Module) -> Iterator[None]:
     if not is_deepspeed_zero3_enabled():
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
     language_model = model.get_submodule("model.language_model")
     parts = [*language_model.children(), model.get_submodule("lm_head")]
     whole: dict[nn.Module, Any] = {}
 
     def gather(module: nn.Module, args: Any) -> None:
-        whole[module] = GatheredParameters(list(module.parameters()))
+        whole[module] = deepspeed.zero.GatheredParameters(list(module.parameters()))
         whole[module].__enter__()
 
     def let_go(module: nn.Module, args: Any, output: Any) -> None:

@@ -1,0 +1,169 @@
+"""The text logits of a composed VLM are those of its language model, whatever family it is of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaNextForConditionalGeneration,
+)
+
+from llm2clip_vlm.models import vlm
+from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
+from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
+from tests.tiny_llms import NAMES, build_family, is_tiny
+
+FACTORS = {"granite": 1 / 8, "cohere": 1 / 16, "minicpm3": 1 / 4, "falcon_h1": 1 / 2}
+
+
+def own_logits(llm: Path, ids: torch.Tensor) -> torch.Tensor:
+    return logits_of(AutoModelForCausalLM.from_pretrained(llm).eval(), ids)
+
+
+@pytest.mark.parametrize("family", FACTORS)
+def test_a_factor_of_the_logits_is_kept_in_an_untied_head(
+    family: str, tiny_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Granite's multiplier of the embeddings lives in its decoder, and stays there."""
+    tied = family != "minicpm3"
+    llm = build_family(family, tmp_path / "llm", tie_word_embeddings=tied)
+    with caplog.at_level("INFO", "llm2clip_vlm.models.composing"):
+        model, processor = build_vlm(tiny_clip, llm)
+    assert f"factor {FACTORS[family]:g} is in lm_head" in caplog.text
+    save_vlm(model, processor, tmp_path / "vlm")
+    plain: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
+    assert plain.config.tie_word_embeddings is False
+    assert plain.config.text_config.tie_word_embeddings is False
+    ids = torch.randint(8, 130, (2, 12))
+    words = plain.config.text_config.vocab_size
+    want = own_logits(llm, ids)[..., :words]
+    for got in (model, plain, load_vlm(tmp_path / "vlm")[0]):
+        torch.testing.assert_close(logits_of(got, ids)[..., :words], want, atol=1e-5, rtol=1e-5)
+    embedded, head = plain.get_input_embeddings().weight, plain.lm_head.weight
+    assert torch.allclose(head, FACTORS[family] * embedded) is tied
+
+
+def test_a_factor_is_kept_with_anyres_and_in_bf16(tiny_clip: Path, tmp_path: Path) -> None:
+    llm = build_family("cohere2", tmp_path / "llm")
+    made = build_vlm(tiny_clip, llm, image_aspect_ratio="anyres", dtype="bfloat16")
+    save_vlm(*made, tmp_path / "vlm")
+    plain: Any = LlavaNextForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
+    ids = fixed_ids(130, 9)
+    own: Any = AutoModelForCausalLM.from_pretrained(llm, dtype=torch.bfloat16).eval()
+    assert torch.equal(logits_of(plain, ids), logits_of(own, ids))  # a power of two
+
+
+def test_another_vlm_s_projector_fits_the_same_factor(tiny_clip: Path, tmp_path: Path) -> None:
+    """The folded head is the same to the bit, so the lineage of both agrees."""
+    llm = build_family("granite", tmp_path / "llm", logits_scaling=6.0)
+    save_vlm(*build_vlm(tiny_clip, llm), tmp_path / "vlm")
+    build_vlm(tiny_clip, llm, projector=tmp_path / "vlm")
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("gemma2", {}),
+        ("gemma2", {"final_logit_softcapping": 5.0}),
+        ("nanochat", {}),
+        ("vaultgemma", {}),
+        ("gemma4_text", {"final_logit_softcapping": 30.0}),
+        ("gemma4_text", {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 136}),
+    ],
+)
+def test_what_llava_cannot_hold_is_refused_by_name(
+    family: str, config: Any, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """A cap of 30 does not show in the logits of an untrained model, and is found all the same."""
+    build_family(family, tmp_path, **config)
+    with pytest.raises(VlmError, match=f"{family} would lose .*differ by") as error:
+        build_vlm(tiny_clip, tmp_path)
+    if "hidden_size_per_layer_input" not in config:
+        assert "final_logit_softcapping: " in str(error.value)
+    build_family(family, tmp_path, final_logit_softcapping=None)
+    build_vlm(tiny_clip, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["opt", "gpt2", "bloom", "mpt", "mamba", "mamba2", "rwkv", "bart", "trocr", "recurrent_gemma"],
+)
+def test_what_llava_cannot_run_is_refused_by_name(
+    family: str, tiny_clip: Path, tmp_path: Path
+) -> None:
+    build_family(family, tmp_path)
+    with pytest.raises(VlmError, match=f"LLaVA cannot run a {family} "):
+        build_vlm(tiny_clip, tmp_path)
+
+
+def test_the_decoder_may_lie_deeper(tiny_clip: Path, tmp_path: Path) -> None:
+    """Llama 4's is no `base_model` of its language model."""
+    llm = build_family("llama4_text", tmp_path)
+    ids = fixed_ids(130, 9)
+    assert torch.equal(logits_of(build_vlm(tiny_clip, llm)[0], ids), own_logits(llm, ids))
+
+
+@pytest.mark.parametrize("part", ["lm_head", "model.vision_tower", "model.multi_modal_projector"])
+def test_what_was_saved_must_compute_the_same(
+    part: str, tiny_clip: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, processor = build_vlm(tiny_clip, tiny_llm)
+    load = load_vlm
+
+    def load_changed(path: Any) -> Any:
+        again, other = load(path)
+        with torch.no_grad():
+            for parameter in again.get_submodule(part).parameters():
+                parameter.mul_(1.1)
+        return again, other
+
+    monkeypatch.setattr(vlm, "load_vlm", load_changed)
+    with pytest.raises(VlmError, match="loaded again it computes something else: they differ by"):
+        save_vlm(model, processor, tmp_path)
+
+
+def test_differences_are_named() -> None:
+    want = torch.randn(1, 3, 50)
+    assert difference(want, want.clone()) is None
+    assert difference(want, want + 1e-5) is None
+    assert difference(want.bfloat16(), want) is None
+    assert "differ by 0.1 of their length" in str(difference(want, 1.1 * want))
+    one = want.clone()
+    one[0, 2, 7] += 5
+    assert "differ by" in str(difference(want, one))
+    assert "shape" in str(difference(want, want[:, :2]))
+    assert "finite" in str(difference(want, want * torch.inf))
+    assert difference(want * torch.nan, want) is not None
+    assert constant_ratio(want, want) == 1
+    assert constant_ratio(want / 6, want) == pytest.approx(1 / 6)
+    assert constant_ratio((want / 7).bfloat16(), want.bfloat16()) == pytest.approx(1 / 7, rel=1e-3)
+    assert constant_ratio(want.tanh(), want) is None
+    assert constant_ratio(-want, want) is None
+    assert constant_ratio(want, 0 * want) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_keeps_its_logits_or_is_refused(
+    family: str, tiny_clip: Path, tmp_path: Path
+) -> None:
+    if not is_tiny(family):
+        pytest.skip("no tiny one is known")
+    llm = build_family(family, tmp_path / "llm")
+    try:
+        model, processor = build_vlm(tiny_clip, llm)
+    except VlmError:
+        return
+    save_vlm(model, processor, tmp_path / "vlm")
+    plain: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
+    ids = torch.randint(8, 130, (1, 12))
+    words = plain.config.get_text_config().vocab_size
+    for got in (model, plain):
+        assert (
+            difference(own_logits(llm, ids)[..., :words], logits_of(got, ids)[..., :words]) is None
+        )
