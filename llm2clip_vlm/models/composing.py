@@ -109,6 +109,8 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
     factor (Granite, Cohere, MiniCPM3, Falcon-H1) goes into the head, which is no longer tied then.
     """
     head, ids = model.lm_head, fixed_ids(model.config.get_text_config().vocab_size, 11)
+    with torch.no_grad():  # visual tokens are no word's embedding; some decoders look words up
+        model(inputs_embeds=model.get_input_embeddings()(ids) / 2, use_cache=False)
     got = logits_of(model, ids).double()
     # As large as they may become in training: a cap would hardly show in small ones.
     stretch = 2.0 ** (10 - torch.frexp(got.abs().max()).exponent.item())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from transformers.trainer_utils import TrainOutput
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.data.packing import PackedBatches
-from llm2clip_vlm.handoff import RESOLVED_NAME, fingerprint_dir
+from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError, fingerprint_dir
 from llm2clip_vlm.models.document_attention import install_document_attention
 from llm2clip_vlm.models.lineage import write_lineage
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
@@ -40,6 +41,9 @@ from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 from llm2clip_vlm.training.vlm_flops import VlmFlops
 
 logger = logging.getLogger(__name__)
+
+PACKING_NAME = "packing.json"
+"""In a checkpoint: whether its micro-batches were packed."""
 
 
 class VlmTrainer(StrictResumeMixin, Trainer):
@@ -222,6 +226,14 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        for folder in (arg for arg in [*args, *kwargs.values()] if isinstance(arg, str)):
+            note = Path(folder) / PACKING_NAME
+            if note.is_file() and json.loads(note.read_text()) != (self.batches is not None):
+                raise HandoffError(
+                    f"{folder} was trained {'padded' if self.batches else 'packed'}, now the "
+                    "samples would come in another order; go on with the packages and the kind of "
+                    "machine that it began with, or choose another output_dir"
+                )
         epoch, done = super()._init_training_state(*args, **kwargs)
         if self.batches is not None:
             self.batches.resume(epoch, done)
@@ -250,6 +262,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         else:
             super()._save(output_dir, state_dict)
             write_lineage(folder, self.model, self.processor, state)
+        (folder / PACKING_NAME).write_text(json.dumps(self.batches is not None))
         recipe = Path(str(self.args.output_dir)).parent / RESOLVED_NAME
         if recipe.is_file():
             shutil.copy(recipe, folder)

@@ -279,6 +279,47 @@ def test_packing_refuses_another_sampling(stage3: tuple[Path, Path, str], work: 
         run_here("stage4_instruction", recipe)
 
 
+def test_a_model_that_would_mix_packed_samples_is_padded_and_resumes(
+    stage3: tuple[Path, Path, str], work: Path, tiny_clip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `packing: false` in groups of length, said in one line and kept in the manifest."""
+    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+    from tests.tiny_llms import build_family
+
+    save_vlm(*build_vlm(tiny_clip, build_family("lfm2", work / "lfm2")), work / "lfm2-vlm")
+    grouped = {"train_sampling_strategy": "group_by_length"}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    curves, whole = {}, {}
+    for name, packing, trainer in (("asked", True, saving), ("padded", False, grouped | saving)):
+        recipe, out = stage4_recipe(
+            work,
+            f"mixing-{name}",
+            packing=packing,
+            packing_max_images=1,
+            checkpoint=str(work / "lfm2-vlm"),
+            trainable=BOTH,
+            trainer=trainer,
+        )
+        run_here("stage4_instruction", recipe)
+        curves[name], whole[name] = losses(out), weights(out)
+    said = [row for row in capsys.readouterr().out.splitlines() if row.startswith("packing: ")]
+    assert len(said) == 1
+    assert "padded instead" in said[0]
+    assert curves["asked"] == curves["padded"]
+    out = work / "mixing-asked"
+    because = json.loads((out / "manifest.json").read_text())["extra"]["padded_because"]
+    assert "depend on the sample before it" in because
+    shutil.rmtree(out / "model")
+    shutil.rmtree(out / "checkpoints" / "checkpoint-4")
+    (out / "manifest.json").unlink()
+    note = out / "checkpoints" / "checkpoint-2" / "packing.json"
+    assert json.loads(note.read_text()) is False
+    run_here("stage4_instruction", work / "mixing-asked.yaml")
+    assert losses(out) == pytest.approx(curves["asked"], abs=1e-6)
+    for key, tensor in weights(out).items():
+        torch.testing.assert_close(tensor, whole["asked"][key], atol=1e-6, rtol=0, msg=key)
+
+
 LORA = {"r": 4, "alpha": 8, "dropout": 0.0}
 BOTH = {**PROJECTOR, "language_model": 1e-2}
 

@@ -9,8 +9,14 @@ import pytest
 import torch
 
 from llm2clip_vlm.data.packing import PackedCollator
-from llm2clip_vlm.models.document_attention import NAME, install_document_attention
-from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.models.document_attention import (
+    NAME,
+    install_document_attention,
+    install_packing,
+)
+from llm2clip_vlm.models.equal import difference, logits_of
+from llm2clip_vlm.models.vlm import VlmError, build_vlm
+from tests.tiny_llms import NAMES, build_family, is_tiny
 from tests.unit.test_vlm_trainer import samples
 
 
@@ -66,3 +72,90 @@ def test_another_attention_stays(tiny_clip: Path, tiny_llm: Path) -> None:
     model.model.language_model.config._attn_implementation = "eager"
     install_document_attention(model)
     assert model.model.language_model.config._attn_implementation == "eager"
+
+
+def packed_difference(model: Any) -> str | None:
+    """How logits of three packed samples, longer than any tiny window, differ from alone."""
+    samples = [torch.randint(8, 130, (1, n)) for n in (19, 5, 23)]
+    positions = torch.cat([torch.arange(ids.shape[1]) for ids in samples])[None]
+    packed = logits_of(model, torch.cat(samples, dim=1), position_ids=positions)
+    return difference(torch.cat([logits_of(model, ids) for ids in samples], dim=1), packed)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "gemma3_text", "doge"])
+def test_packed_rows_keep_windows_and_other_masks(
+    family: str, attention: str, tiny_clip: Path, tmp_path: Path
+) -> None:
+    """Mistral's window of six is an argument of attention, Doge's mask depends on the values."""
+    model: Any = build_vlm(tiny_clip, build_family(family, tmp_path))[0]
+    model.model.language_model.set_attn_implementation(attention)
+    assert install_packing(model) is None
+    used = model.model.language_model.config._attn_implementation
+    assert used == (NAME if attention == "sdpa" else "eager")
+    assert packed_difference(model) is None
+
+
+def test_a_window_with_anyres(tiny_clip: Path, tmp_path: Path) -> None:
+    llm = build_family("mistral", tmp_path)
+    model: Any = build_vlm(tiny_clip, llm, image_aspect_ratio="anyres")[0]
+    assert install_packing(model) is None
+    assert packed_difference(model) is None
+
+
+@pytest.mark.parametrize(
+    "family", ["lfm2", "qwen3_5_text", "gpt_oss", "xglm", "jamba", "bamba", "zaya", "minimax"]
+)
+def test_a_model_whose_samples_see_each_other_says_so(
+    family: str, tiny_clip: Path, tmp_path: Path
+) -> None:
+    model: Any = build_vlm(tiny_clip, build_family(family, tmp_path))[0]
+    leak = install_packing(model)
+    assert "depend on the sample before it: they differ by" in str(leak)
+    assert "differ by" in str(packed_difference(model))
+    if family in {"lfm2", "qwen3_5_text"}:  # transformers tells what would keep them apart
+        assert "Install `causal_conv1d`" in str(leak)
+    ids = torch.randint(8, 130, (2, 9))
+    padded = torch.cat([ids, torch.zeros(2, 3, dtype=torch.long)], dim=1)
+    mask = (torch.arange(12) < 9).long().expand(2, 12)
+    assert (
+        difference(logits_of(model, ids), logits_of(model, padded, attention_mask=mask)[:, :9])
+        is None
+    )
+
+
+def test_bounds_reach_a_model_that_asks_for_them(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for `causal_conv1d`'s kernel, which convolves each sample by itself."""
+    model: Any = build_vlm(tiny_clip, build_family("lfm2", tmp_path))[0]
+    module = __import__(type(model.model.language_model).__module__, fromlist=["x"])
+    inner = module.causal_conv1d_fn
+    seen: list[dict[str, Any]] = []
+
+    def by_sample(x: torch.Tensor, *args: Any, seq_idx: Any = None, **kwargs: Any) -> torch.Tensor:
+        if seq_idx is None:
+            return inner(x, *args, **kwargs)
+        seen.append({"seq_idx": seq_idx})
+        lengths = seq_idx[0].unique_consecutive(return_counts=True)[1].tolist()
+        return torch.cat([inner(part, *args, **kwargs) for part in x.split(lengths, -1)], dim=-1)
+
+    monkeypatch.setattr(module, "causal_conv1d_fn", by_sample)
+    assert install_packing(model) is None
+    assert seen[0]["seq_idx"].tolist() == [[0] * 9 + [1] * 11]
+    assert packed_difference(model) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", NAMES)
+def test_every_family_packs_exactly_or_says_that_it_does_not(
+    family: str, tiny_clip: Path, tmp_path: Path
+) -> None:
+    if not is_tiny(family):
+        pytest.skip("no tiny one is known")
+    try:
+        model: Any = build_vlm(tiny_clip, build_family(family, tmp_path))[0]
+    except VlmError:
+        return
+    leak = install_packing(model)
+    assert (leak is None) == (packed_difference(model) is None), leak

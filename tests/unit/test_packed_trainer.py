@@ -12,6 +12,7 @@ from transformers import TrainingArguments
 from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.data.instruction import InstructionCollator
 from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
+from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.models.trainable import apply_trainable
 from llm2clip_vlm.models.vlm import build_vlm
 from llm2clip_vlm.training.trainers import VlmTrainer
@@ -123,3 +124,15 @@ def test_t40_t41_a_resumed_run_goes_on_with_the_batches_that_come(
         again = make(tiny_clip, tiny_llm, tmp_path, dataloader_num_workers=workers)
         checkpoint = str(tmp_path / "checkpoints" / f"checkpoint-{step}")
         assert curve(again, resume_from_checkpoint=checkpoint) == expected
+
+
+def test_a_run_that_began_padded_is_not_resumed_packed(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """Its samples would come in another order, some twice and some never."""
+    curve(make(tiny_clip, tiny_llm, tmp_path, save_strategy="steps", save_steps=2))
+    folder = tmp_path / "checkpoints" / "checkpoint-2"
+    assert (folder / "packing.json").read_text() == "true"
+    (folder / "packing.json").write_text("false")
+    with pytest.raises(HandoffError, match="checkpoint-2 was trained padded, now"):
+        make(tiny_clip, tiny_llm, tmp_path).train(resume_from_checkpoint=str(folder))
