@@ -132,7 +132,12 @@ def _blocks_gathered(model: nn.Module) -> Iterator[None]:
     def let_go(module: nn.Module, args: Any, output: Any) -> None:
         whole.pop(module).__exit__(None, None, None)
 
+    def let_all_go() -> None:  # a forward pass may have been refused halfway
+        for gathered in whole.values():
+            gathered.__exit__(None, None, None)
+
     with ExitStack() as hooks:
+        hooks.callback(let_all_go)
         for part in parts:
             for block in part if isinstance(part, nn.ModuleList) else [part]:
                 for hook in (

@@ -225,16 +225,16 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
         )
 
-    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        for folder in (arg for arg in [*args, *kwargs.values()] if isinstance(arg, str)):
-            note = Path(folder) / PACKING_NAME
-            if note.is_file() and json.loads(note.read_text()) != (self.batches is not None):
-                raise HandoffError(
-                    f"{folder} was trained {'padded' if self.batches else 'packed'}, now the "
-                    "samples would come in another order; go on with the packages and the kind of "
-                    "machine that it began with, or choose another output_dir"
-                )
-        epoch, done = super()._init_training_state(*args, **kwargs)
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        folder = args[2]  # that is resumed from
+        note = Path(folder or "") / PACKING_NAME
+        if folder and note.is_file() and json.loads(note.read_text()) != (self.batches is not None):
+            raise HandoffError(
+                f"{folder} was trained {'padded' if self.batches else 'packed'}, now the samples "
+                "would come in another order; go on with the packages and the kind of machine that "
+                "it began with, or choose another output_dir"
+            )
+        epoch, done = super()._init_training_state(max_steps, *args)
         if self.batches is not None:
             self.batches.resume(epoch, done)
         return epoch, done
