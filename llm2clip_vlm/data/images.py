@@ -22,8 +22,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import ExifTags, Image
 
-MAX_IMAGE_PIXELS = 178_956_970
-"""Refused above this many pixels, half a gibibyte as RGB; Pillow itself refuses from here on."""
+from llm2clip_vlm.data.cut_images import require_all_rows, require_ends, tiff_jpegs
+
+MAX_IMAGE_PIXELS = 89_478_485
+"""Refused above this many pixels: up to here every format decodes within a gibibyte, and Pillow
+itself warns from here on."""
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """A larger file, or member of a shard, is refused unread."""
@@ -48,10 +51,19 @@ _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO TGA".split(
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|data:|file:|pipe:", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+_ADDRESS = re.compile(r"( object)? at 0x[0-9a-fA-F]+")
+_STRIP_PIXELS = 2**22
+_NAME_SHOWN = 200
 
 
 class ImageError(ValueError):
     """An image that a record names cannot be used; the message has the name and the reason."""
+
+
+def shown(name: object) -> str:
+    """A name in quotes for messages; of a long one (base64 in a name's place) the beginning."""
+    text = repr(name[: _NAME_SHOWN + 1] if isinstance(name, str | bytes) else name)
+    return text if len(text) <= _NAME_SHOWN else f"{text[:_NAME_SHOWN]}...'"
 
 
 def check_image_name(root: Path, name: str) -> None:
@@ -62,27 +74,32 @@ def check_image_name(root: Path, name: str) -> None:
         name: Relative path with forward slashes, as LLaVA's JSON writes it.
 
     Raises:
-        ImageError: `name` is empty, a URL, absolute, or climbs with `..`.
+        ImageError: `name` is empty, damaged text, a URL, absolute, or climbs with `..`.
     """
     if not isinstance(name, str) or not name.strip() or "\x00" in name:
-        raise ImageError(f"image name {name!r}: expected a relative path, got an empty value")
+        raise ImageError(f"image name {shown(name)}: expected a relative path, got an empty value")
+    if not name.isascii() and re.search("[\ud800-\udfff]", name):
+        raise ImageError(f"image name {shown(name)}: damaged text (half a character)")
     if _URL.match(name):
         raise ImageError(
-            f"image {name!r}: expected a relative path below {root}, got a URL; "
+            f"image {shown(name)}: expected a relative path below {root}, got a URL; "
             "download the images first, nothing is fetched while training"
         )
     if _ABSOLUTE.match(name):
-        raise ImageError(f"image {name!r}: expected a path relative to {root}, got an absolute one")
+        raise ImageError(
+            f"image {shown(name)}: expected a path relative to {root}, got an absolute one"
+        )
     if ".." in name and ".." in name.replace("\\", "/").split("/"):
-        raise ImageError(f"image {name!r}: '..' would leave the image root {root}")
+        raise ImageError(f"image {shown(name)}: '..' would leave the image root {root}")
 
 
-def resolve_image(root: Path, name: str) -> Path:
+def resolve_image(root: Path, name: str, *, follow_links: bool = False) -> Path:
     """Path of an image below `root`, without opening it.
 
     Args:
         root: Folder that holds the images.
         name: Relative path with forward slashes, as LLaVA's JSON writes it.
+        follow_links: Links below `root` may lead anywhere; a recipe's `follow_links`.
 
     Returns:
         The existing file, with symbolic links resolved.
@@ -94,31 +111,39 @@ def resolve_image(root: Path, name: str) -> Path:
     check_image_name(root, name)
     real_root = Path(os.path.realpath(root))
     real = Path(os.path.realpath(real_root / name))
-    if not real.is_relative_to(real_root):
-        raise ImageError(f"image {name!r}: a symbolic link leads out of the image root {root}")
+    if not follow_links and not real.is_relative_to(real_root):
+        raise ImageError(
+            f"image {shown(name)}: a symbolic link leads out of the image root {root}; if it is "
+            "meant to, set `follow_links: true` beside the source's image_root"
+        )
     if not os.path.isfile(real):  # Path.is_file raises where a name is too long
-        raise ImageError(f"image {name!r}: no such file below {root} (is image_root right?)")
+        raise ImageError(f"image {shown(name)}: no such file below {root} (is image_root right?)")
     return real
 
 
-def read_image(root: Path, name: str) -> bytes:
+def read_image(root: Path, name: str, *, follow_links: bool = False) -> bytes:
     """The encoded bytes of an image below `root`.
 
     Args:
         root: Folder that holds the images; no path may leave it.
         name: Path relative to `root`.
+        follow_links: As :func:`resolve_image`.
 
     Raises:
         ImageError: As :func:`resolve_image`, or the file is too large or cannot be read.
     """
-    path = resolve_image(Path(root), name)
-    with _as_image_error(f"{name!r} below {root}"):
+    path = resolve_image(Path(root), name, follow_links=follow_links)
+    with _as_image_error(f"{shown(name)} below {root}"):
         if (size := path.stat().st_size) > MAX_IMAGE_BYTES:
-            raise ImageError(f"image {name!r}: {size} bytes, expected at most {MAX_IMAGE_BYTES}")
+            raise ImageError(
+                f"image {shown(name)}: {size} bytes, expected at most {MAX_IMAGE_BYTES}"
+            )
         return path.read_bytes()
 
 
-def open_image(root: Path, name: str, *, strict: bool = False) -> Image.Image:
+def open_image(
+    root: Path, name: str, *, strict: bool = False, follow_links: bool = False
+) -> Image.Image:
     """Open, decode and convert one image to RGB.
 
     The EXIF orientation is applied, transparency is laid on white, and of an animated file the
@@ -128,6 +153,7 @@ def open_image(root: Path, name: str, *, strict: bool = False) -> Image.Image:
         root: Folder that holds the images; no path may leave it.
         name: Path relative to `root`.
         strict: For training; as :meth:`EncodedImage.rgb`.
+        follow_links: As :func:`resolve_image`.
 
     Returns:
         A loaded image in mode `RGB`; no file stays open.
@@ -136,7 +162,8 @@ def open_image(root: Path, name: str, *, strict: bool = False) -> Image.Image:
         ImageError: As :func:`resolve_image`, or the file does not decode, is truncated, or has
             more than `MAX_IMAGE_PIXELS` pixels.
     """
-    return EncodedImage(read_image(root, name), f"{name!r} below {root}").rgb(strict=strict)
+    data = read_image(root, name, follow_links=follow_links)
+    return EncodedImage(data, f"{shown(name)} below {root}").rgb(strict=strict)
 
 
 class EncodedImage:
@@ -147,13 +174,15 @@ class EncodedImage:
         name: What the image is called in messages.
 
     Raises:
-        ImageError: The header cannot be read, or announces more than `MAX_IMAGE_PIXELS` pixels.
+        ImageError: The header cannot be read, or announces more than `MAX_IMAGE_PIXELS` pixels;
+            or parts of the picture are missing.
     """
 
     def __init__(self, data: bytes, name: str) -> None:
         self.data = data
         self.name = name
         with _as_image_error(name):
+            require_ends(data)
             self._opened, self._turn, self.size = _header(BytesIO(data), name)
         """Width and height, upright."""
 
@@ -186,7 +215,7 @@ class EncodedImage:
         """
         with _as_image_error(self.name):
             if strict:
-                self._jpeg(8, "GRAY")
+                self._require_undamaged()
             return self._upright_rgb(self._opened)
 
     def pixels(self, least: tuple[float, float] | None = None) -> npt.NDArray[np.uint8]:
@@ -207,7 +236,11 @@ class EncodedImage:
         spare = min(s / w for s, w in zip(self.size, least, strict=True)) if least else 1
         part = max(part for part in (1, 2, 4, 8) if part == 1 or part <= spare)
         with _as_image_error(self.name):
-            pixels = self._jpeg(part, "RGB")
+            if self._opened.format in _JPEG and self._opened.mode != "CMYK":
+                pixels = _decode_jpeg(self.data, "RGB", self._opened.size, part)
+            else:
+                self._require_undamaged()
+                pixels = None
             if pixels is None:
                 if part > 1:
                     width, height = self._opened.size
@@ -217,20 +250,32 @@ class EncodedImage:
                 pixels = np.asarray(Image.fromarray(pixels).transpose(self._turn))
         return pixels
 
-    def _jpeg(self, part: int, colorspace: str) -> npt.NDArray[np.uint8] | None:
-        """Decode by libjpeg-turbo, which tells of damage; None where it is not the one to do so."""
-        decoder = _simplejpeg()
-        if decoder is None or self._opened.format not in _JPEG or self._opened.mode == "CMYK":
-            return None
-        width, height = (-(-side // part) for side in self._opened.size)
-        result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
-            self.data, colorspace, min_height=height, min_width=width, strict=True
-        )
-        return result
+    def _require_undamaged(self) -> None:
+        """Let libjpeg-turbo read what Pillow would show in grey: damaged JPEGs, also in a TIFF."""
+        image = self._opened
+        jpegs = [self.data] if image.format in _JPEG else []
+        if image.format == "TIFF":
+            jpegs = [*tiff_jpegs(image, self.data)]
+        for jpeg in jpegs:
+            _decode_jpeg(jpeg, "CMYK" if image.mode == "CMYK" else "GRAY", (1, 1), 8)
 
     def _upright_rgb(self, image: Image.Image) -> Image.Image:
         image.load()
         return _to_rgb(image if self._turn is None else image.transpose(self._turn))
+
+
+def _decode_jpeg(
+    data: bytes, colorspace: str, size: tuple[int, int], part: int
+) -> npt.NDArray[np.uint8] | None:
+    """Decode by libjpeg-turbo, which tells of damage; None where it is not installed."""
+    decoder = _simplejpeg()
+    if decoder is None:
+        return None
+    width, height = (-(-side // part) for side in size)
+    result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
+        data, colorspace, min_height=height, min_width=width, strict=True
+    )
+    return result
 
 
 def upright_size(source: Path | bytes, name: str) -> tuple[int, int]:
@@ -260,6 +305,8 @@ def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[
         )
     if opened.format not in _JPEG:  # a TIFF turns itself while loading
         opened.load()
+        if opened.format == "PNG" and isinstance(source, BytesIO):
+            require_all_rows(opened, source.getvalue())
     turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     width, height = opened.size
     return opened, turn, (height, width) if turn in _TURNS else (width, height)
@@ -290,19 +337,36 @@ def _as_image_error(name: str) -> Iterator[None]:
     except ImageError:
         raise
     except Exception as error:  # the one boundary around decoders, which raise what they like
-        raise ImageError(
-            f"image {name} does not decode: {type(error).__name__}: {error}"
-        ) from error
+        why = _ADDRESS.sub("", f"{type(error).__name__}: {error}")  # so that reasons are equal
+        raise ImageError(f"image {name} does not decode: {why}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB copy; transparent pixels become white, 16-bit greys keep their high byte."""
+    """RGB; transparent pixels become white, 16-bit greys keep their high byte."""
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        return _sixteen_bits(image)
     if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    if image.mode.startswith("I;16"):
-        return image.point(lambda value: value / 256, "L").convert("RGB")
+        white = Image.new("RGB", image.size)
+        rows = max(_STRIP_PIXELS // image.width, 1)  # a strip at a time: an RGBA takes four bytes
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            white.paste(_on_white(strip), (0, top))
+        return white
     if image.mode in {"I", "F"}:
         raise ValueError("32-bit samples, whose range nothing tells; save it with 8 or 16 bits")
     return image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgba = image.convert("RGBA")
+    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+    return Image.alpha_composite(white, rgba).convert("RGB")
+
+
+def _sixteen_bits(image: Image.Image) -> Image.Image:
+    """Greys of 16 bits by their high byte; those of the transparent value become white."""
+    values = np.asarray(image)
+    high = (values >> 8).astype(np.uint8)
+    if isinstance(clear := image.info.get("transparency"), int):
+        high[values == clear] = 255
+    return Image.fromarray(high).convert("RGB")
