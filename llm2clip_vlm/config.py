@@ -44,8 +44,9 @@ class CaptionSource(Section):
     group_by: str | None = None
     """Column whose equal values join rows into one record (COCO: `image_id`); none = a row each."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)
-    """Keep only rows whose columns equal these values, such as `{split: train}`."""
-    drop_where: dict[str, list[str]] = Field(default_factory=dict)
+    """Keep only rows whose columns equal these values, such as `{split: train}`; a value
+    that no row has is refused, also below."""
+    drop_where: dict[str, list[str | bool | int | float]] = Field(default_factory=dict)
     """Drop rows whose column holds one of these values (`{flickr8k_split: [val, test]}`)."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight of this source relative to the others."""
@@ -93,6 +94,8 @@ class ImageTextSource(CaptionSource):
 
     image_root: str | None = None
     """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
+    follow_links: bool = False
+    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
     image_field: str = "image"
     """Column with the image path."""
     id_field: str = "id"

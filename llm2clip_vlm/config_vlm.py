@@ -55,7 +55,9 @@ class InstructionSource(Section):
     """The file or, with `*`, files, read unchanged: `.json`, `.jsonl` (also `.gz`), `.parquet`,
     `.tar`; or a mixture `.yaml` that lists such files."""
     image_root: str | None = None
-    """Folder that image paths are relative to; none = the file's own folder."""
+    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
+    follow_links: bool = False
+    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
     limit: int | None = Field(default=None, ge=1)
     """Take at most this many records, in file order."""
     sampling_strategy: str = Field(default="all", pattern=r"^(all|(first|end|random):\d+%?)$")

@@ -7,6 +7,7 @@ file beside the run (`dropped.jsonl`) is what they share, so that each record co
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import re
@@ -22,6 +23,7 @@ from llm2clip_vlm.distributed import barrier, is_main
 logger = logging.getLogger(__name__)
 
 _EXAMPLES_KEPT = 5
+_SHOWN_CHARS = 400  # of a place or a reason: a data file may hold megabytes where a name belongs
 _PARTICULARS = re.compile(r"'[^']*'|\"[^\"]*\"|\d+|\(.*\)| below \S+")
 
 
@@ -119,8 +121,7 @@ class BadRecords:
         """
         self.total += records
         with self._shared() as handle:
-            # half characters would stop whoever prints or writes them
-            clean = {_printable(where): _printable(why) for where, why in refused}
+            clean = {printable(where): printable(why) for where, why in refused}
             new = {where: why for where, why in clean.items() if where not in self._reasons}
             for where, why in new.items():
                 self._reasons[where] = why
@@ -193,5 +194,15 @@ class BadRecords:
         return f"By reason: {listed}. "
 
 
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()
+def printable(text: str) -> str:
+    """A text of a data file as a log may show it: on one line, nothing hidden, and not too long.
+
+    Half characters would stop whoever prints them, escape sequences would act on a terminal, and a
+    line break would begin a line of the log.
+    """
+    if len(text) > _SHOWN_CHARS:  # the digest keeps different ones apart
+        digest = hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:8]
+        text = f"{text[:_SHOWN_CHARS]}... ({len(text)} characters, {digest})"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

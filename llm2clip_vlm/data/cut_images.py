@@ -41,7 +41,7 @@ def require_ends(data: bytes) -> None:
         _require_webp(data, 12, len(data))
 
 
-def _require_scans(data: bytes) -> None:
+def _require_scans(data: bytes) -> None:  # noqa: PLR0912
     """Every coefficient of every component of a JPEG is sent to its last bit."""
     at, scans, frame = 2, 0, 0
     left: dict[int, list[int]] = {}
@@ -102,7 +102,7 @@ def require_all_rows(image: Any, data: bytes) -> None:
     Raises:
         ValueError: Rows are missing.
     """
-    rows = range(max(image.height - 2, 0), image.height)  # the last one, or the last but one (Adam7)
+    rows = range(max(image.height - 2, 0), image.height)  # of Adam7 the last but one may be last
     if all(image.crop((0, row, image.width, row + 1)).getbbox() for row in rows):
         return
     width, height = int.from_bytes(data[16:20]), int.from_bytes(data[20:24])

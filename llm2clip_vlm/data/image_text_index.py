@@ -60,6 +60,8 @@ class ImageTextRecord:
     """File that the record was read from."""
     place: str = ""
     """Its line, position or key in that file."""
+    follow_links: bool = False
+    """Links below `root` may lead anywhere."""
 
     @property
     def where(self) -> str:
@@ -82,7 +84,8 @@ class ImageTextRecord:
             image = EncodedImage(self.image.read(), f"of {self.where}")
         else:
             name = f"{self.image!r} below {self.root}"
-            image = EncodedImage(read_image(self.root, self.image), name)
+            data = read_image(self.root, self.image, follow_links=self.follow_links)
+            image = EncodedImage(data, name)
         image.require_picture()
         return image
 
@@ -133,7 +136,7 @@ class ImageTextTable:
         self.made_of: list[list[Any]] = header["files"]
         """Name, size and date of each of the source's files."""
         self._files = [Path(name) for name, _, _ in self.made_of]
-        self._root = _image_root(source)
+        self._root, self._follow = _image_root(source), source.follow_links
 
     def __reduce__(self) -> Any:
         return ImageTextTable, self._arguments
@@ -147,7 +150,9 @@ class ImageTextTable:
         key, number, place, image, captions = json.loads(line)
         file = self._files[number]
         found = image if isinstance(image, str) else PackedImage(file, *image)
-        return ImageTextRecord(key, found, captions, self._root, str(file), place or key)
+        return ImageTextRecord(
+            key, found, captions, self._root, str(file), place or key, self._follow
+        )
 
 
 class ImageTextRecords(Sequence[ImageTextRecord]):
@@ -334,7 +339,8 @@ def _records(
                 check_image_name(root, image)
             elif not isinstance(image, PackedImage):
                 raise RecordError(
-                    f"no image in {source.image_field!r}: {image!r:.80}, expected a path or bytes"
+                    f"no image in {source.image_field!r}: {type(image).__name__}, expected a path "
+                    "or bytes"
                 )
             captions = collect_captions(group, source.fields)
         except (RecordError, ImageError) as error:

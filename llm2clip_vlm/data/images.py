@@ -234,7 +234,13 @@ class EncodedImage:
             ImageError: It does not decode.
         """
         spare = min(s / w for s, w in zip(self.size, least, strict=True)) if least else 1
-        part = max(part for part in (1, 2, 4, 8) if part == 1 or part <= spare)
+        # turned, what is left over from rounding up would lie at the first column or row
+        whole = self._turn is not None
+        part = max(
+            part
+            for part in (1, 2, 4, 8)
+            if part == 1 or (part <= spare and not (whole and any(s % part for s in self.size)))
+        )
         with _as_image_error(self.name):
             if self._opened.format in _JPEG and self._opened.mode != "CMYK":
                 pixels = _decode_jpeg(self.data, "RGB", self._opened.size, part)

@@ -28,7 +28,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.conversation import decoded_preview
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
-from llm2clip_vlm.data.token_table import ImageRef, TokenTable, image_root, read_table
+from llm2clip_vlm.data.token_table import ImageRef, TokenTable, folder_of, image_root, read_table
 from llm2clip_vlm.data.visual_tokens import VisualTokens
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 PRELOAD_LIMIT_BYTES = 256 * 2**20
 """Image sets up to this size (as float32 tensors) are decoded once and kept in memory."""
 
-Place = tuple[Path, ImageRef]
+Place = tuple[Path, ImageRef, bool]
+"""Folder, image, and whether links below the folder are followed."""
 
 
 def expand_mixtures(sources: Sequence[InstructionSource]) -> list[InstructionSource]:
@@ -135,7 +136,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._visual = VisualTokens(processor)
         self._tables: list[TokenTable] = []
-        self._roots: list[Path] = []
+        self._roots: list[tuple[Path, bool]] = []
+        self._folders: list[str] = []
         self._shuffled: list[dict[ImageRef, ImageRef]] = []
         rows, end = [np.arange(0)], 0
         for source in expand_mixtures(sources):
@@ -149,7 +151,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             if table.cut:
                 logger.warning("%s: %d conversations end early", source.path, table.cut)
             self._tables.append(table)
-            self._roots.append(image_root(source))
+            self._roots.append((image_root(source), source.follow_links))
+            self._folders.append(folder_of(source))
             self._shuffled.append(_successors(table, seed) if source.shuffle_images else {})
             rows.append(end + chosen_rows(source, len(table), seed))
             end += len(table)
@@ -196,7 +199,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 [self._read(place, *sizes[i : i + 1]) for i, place in enumerate(places)]
             )
         except ImageError as error:
-            self._bad.add(key, str(error))
+            self._bad.add(f"{self._folders[self._row(index)[0]]}{key}", str(error))
             crops = sum(self._visual.of(*size)[1] for size in sizes.tolist()) or len(places)
             item["pixel_values"] = torch.zeros(crops, 3, *self._visual.size_px)
             item["labels"] = torch.full_like(labels, IGNORE_INDEX)
@@ -229,15 +232,17 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         table, row = self._row(index)
         key, images = self._tables[table].place(row)
         successors = self._shuffled[table]
-        return key, [(self._roots[table], successors.get(image, image)) for image in images]
+        root, follow = self._roots[table]
+        return key, [(root, successors.get(image, image), follow) for image in images]
 
     def _read(self, place: Place, size: Tensor | None = None) -> Tensor:
         """An image's crops, `[n, 3, h, w]`; `size` is what it was when its tokens were counted."""
         if place in self._kept:
             return self._pixels[self._kept[place], None]
-        root, image = place
+        root, image, follow = place
         if isinstance(image, str):
-            name, picture = repr(image), open_image(root, image, strict=True)
+            name = repr(image)
+            picture = open_image(root, image, strict=True, follow_links=follow)
         else:
             name = f"in {image.path.name}"
             picture = EncodedImage(image.read(), name).rgb(strict=True)
@@ -275,7 +280,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         good = np.ones(len(self), dtype=bool)
         for index, (key, places) in enumerate(samples):
             if reasons := [unreadable[place] for place in places if place in unreadable]:
-                self._bad.add(key, reasons[0])
+                self._bad.add(f"{self._folders[self._row(index)[0]]}{key}", reasons[0])
                 good[index] = False
         self._rows = self._rows[good]
 

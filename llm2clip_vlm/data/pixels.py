@@ -134,7 +134,7 @@ class Geometry:
         """
         width, height = self.resized(size)
         left, top = (width - self.size[0]) // 2, (height - self.size[1]) // 2
-        whole = resize(pixels, (width, height), self.mode)
+        whole = resize(pixels, (width, height), self.mode, _shown_part(pixels, size))
         return whole[:, top : top + self.size[1], left : left + self.size[0]].contiguous()
 
     def _fits(self, image_processor: Any) -> bool:
@@ -148,13 +148,31 @@ class Geometry:
         return got.shape == want.shape and bool((got - want.float()).abs().mean() < 1)
 
 
-def resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], mode: str) -> Tensor:
+def _shown_part(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> tuple[float, float] | None:
+    """Width and height that a picture fills of what was decoded at a fraction; None = all of it.
+
+    A decoder rounds up: the eighth of 1025 pixels are 129, of which the last shows an eighth.
+    """
+    height, width = pixels.shape[:2]
+    part = next(p for p in (8, 4, 2, 1) if -(-size[0] // p) == width and -(-size[1] // p) == height)
+    shown = (size[0] / part, size[1] / part)
+    return None if shown == (width, height) else shown
+
+
+def resize(
+    pixels: npt.NDArray[np.uint8],
+    size: tuple[int, int],
+    mode: str,
+    shown: tuple[float, float] | None = None,
+) -> Tensor:
     """Antialiased resizing by torch: Pillow's result, but for rounding, in a fraction of the time.
 
     Args:
         pixels: `[h, w, 3]`.
         size: New width and height.
         mode: `bilinear` or `bicubic`.
+        shown: Width and height of the part of `pixels`, from its left upper corner, that is
+            resized, in fractions of pixels; none = all.
 
     Returns:
         `[3, height, width]` uint8.
@@ -162,7 +180,13 @@ def resize(pixels: npt.NDArray[np.uint8], size: tuple[int, int], mode: str) -> T
     image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
     if (pixels.shape[1], pixels.shape[0]) == size:
         return image
-    return F.interpolate(image[None], size=size[::-1], mode=mode, antialias=True)[0]
+    if shown is None:
+        return F.interpolate(image[None], size=size[::-1], mode=mode, antialias=True)[0]
+    operator = getattr(torch.ops.aten, f"_upsample_{mode}2d_aa")
+    result: Tensor = operator(
+        image[None], size[::-1], False, size[1] / shown[1], size[0] / shown[0]
+    )
+    return result[0]
 
 
 class TrainingPixels:

@@ -6,31 +6,30 @@ Captions (:mod:`llm2clip_vlm.data.captions`) and image-text pairs share this rea
 
 from __future__ import annotations
 
-import csv
 import glob
-import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from pathlib import Path
+from typing import Any
 
 from llm2clip_vlm.config import CaptionSource
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refusals, Refused
 from llm2clip_vlm.data.shards import PackedImage, table_rows, tar_rows
+from llm2clip_vlm.data.text_rows import UNDECODED, text_rows
 
 Row = dict[str, Any]
 
 MAX_CAPTION_CHARS = 16_384
 """A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
-_MAX_CELL_CHARS = 2**31 - 1  # csv takes a C long, 4 bytes on some systems
 _SUFFIXES = tuple(".jsonl .jsonl.gz .json .json.gz .csv .csv.gz .parquet .arrow .tar".split())
 _NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
-_UNDECODED = re.compile("[\ud800-\udfff]")
+_WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
+_VALUES_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -99,8 +98,8 @@ def iter_records(
     """Reads a source's rows through its filters.
 
     The order is: `where`, `drop_where`, `group_by`, `limit`. A filter compares text with text
-    (`null`, `true` and numbers as JSON writes them) where the two types differ, as they always do
-    in CSV.
+    (`null`, `true` and numbers as JSON writes them); `True` is `true` and `2014.0` is `2014`, as
+    pandas writes them.
 
     Args:
         source: The file with its filters.
@@ -111,25 +110,33 @@ def iter_records(
         One group a record, in the order in which the file first names it.
 
     Raises:
-        RecordError: The file cannot be read, a named column is in none of its rows (a typing
-            error would otherwise let test data through a filter), or no row is left, and none was
-            refused.
+        RecordError: The file cannot be read, a named column or a filter's value is in none of its
+            rows (a typing error would otherwise let test data through), or no row is left, and
+            none was refused.
     """
     path = source.path
     named = {*source.where, *source.drop_where, *source.fields, *columns}
     unseen = named | ({source.group_by} if source.group_by else set())
+    filters = _Filters(source)
     known: dict[str, None] = {}
     found = 0
-    for group in _groups(_kept(source, refused, unseen, known), source.group_by, refused):
+    for group in _groups(_kept(source, refused, unseen, known, filters), source.group_by, refused):
         if source.limit is None or found < source.limit:
             yield group
             found += 1
-        elif not unseen:  # a column that no row has must be told even where `limit` ends early
+        elif not (unseen or filters.unseen):  # to be told even where `limit` ends early
             return
     if known and unseen:
         raise RecordError(
             f"{path}: no row has a column {', '.join(sorted(unseen))!r}; the columns are "
             f"{', '.join(known)}. Correct the source's fields or filters"
+        )
+    if known and filters.unseen:
+        column, value = min(filters.unseen)
+        none = "" if found else "no record left, "
+        raise RecordError(
+            f"{path}: {none}no row's {column!r} is {value!r}; it has "
+            f"{', '.join(map(repr, filters.met[column]))}, ... Correct the source's filters"
         )
     if not (found or refused.rows):
         raise RecordError(
@@ -181,7 +188,7 @@ def _unusable(text: str) -> str:
         return "an empty caption"
     if len(text) > MAX_CAPTION_CHARS:
         return f"a caption of {len(text)} characters, at most {MAX_CAPTION_CHARS} are taken,"
-    if "\x00" in text or _UNDECODED.search(text):
+    if "\x00" in text or UNDECODED.search(text):
         return "a caption that is damaged text (NUL, or half a character)"
     if text.casefold() in _NO_CAPTION:
         return f"a caption that only says {text!r}"
@@ -205,8 +212,45 @@ def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
+class _Filters:
+    """A source's `where` and `drop_where`, and which of their values no row had yet."""
+
+    def __init__(self, source: CaptionSource) -> None:
+        self._where = {column: _comparable(value) for column, value in source.where.items()}
+        self._drop = {c: {*map(_comparable, values)} for c, values in source.drop_where.items()}
+        self.unseen = {*self._where.items()}
+        self.unseen |= {(c, value) for c, values in self._drop.items() for value in values}
+        self.met: dict[str, list[str]] = {column: [] for column in self._where | self._drop}
+        """Some values of each column."""
+
+    def keep(self, row: Row) -> bool:
+        kept = True
+        for column, met in self.met.items():
+            given = get_column(row, column)
+            value = _comparable(given)
+            self.unseen.discard((column, value))
+            if self.unseen and len(met) < _VALUES_SHOWN and value[:80] not in met:
+                met.append(value[:80])
+            kept &= self._where.get(column, value) == value
+            kept &= value not in self._drop.get(column, ())
+        return kept
+
+
+def _comparable(value: Any) -> str:
+    """A value as people write it in a filter, whoever wrote the data."""
+    text = _as_text(value)
+    if text in ("True", "TRUE", "False", "FALSE"):
+        return text.lower()
+    whole = _WHOLE_NUMBER.fullmatch(text)
+    return whole[1] if whole else text
+
+
 def _kept(
-    source: CaptionSource, bad: Refusals, unseen: set[str], known: dict[str, None]
+    source: CaptionSource,
+    bad: Refusals,
+    unseen: set[str],
+    known: dict[str, None],
+    filters: _Filters,
 ) -> Iterator[RowGroup]:
     """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
     located = ((file, *row) for file in source_files(source.path) for row in _located(file, bad))
@@ -214,10 +258,14 @@ def _kept(
         known.update(dict.fromkeys(row))
         if unseen:
             unseen -= {c for c in unseen if c in row or get_column(row, c) is not None}
-        kept = all(_as_text(get_column(row, c)) == _as_text(w) for c, w in source.where.items())
-        out = any(_as_text(get_column(row, c)) in values for c, values in source.drop_where.items())
-        if kept and not out:
-            yield RowGroup(file, str(place), [row])
+        group = RowGroup(file, str(place), [row])
+        try:
+            kept = filters.keep(row)
+        except RecursionError:
+            bad.add(group.where, "values too deeply nested")
+            continue
+        if kept:
+            yield group
 
 
 def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> Iterator[RowGroup]:
@@ -263,7 +311,7 @@ def source_files(path: str | Path) -> list[Path]:
 
 def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
     """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
-    name = path.name.removesuffix(".gz")
+    name = path.name
     try:
         if name.endswith((".parquet", ".arrow")):
             yield from table_rows(path, bad)
@@ -271,104 +319,6 @@ def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
         if name.endswith(".tar"):
             yield from tar_rows(path, bad)
             return
-        # One byte that is no UTF-8 costs its row, not the file (a `.json` is all or nothing).
-        errors = "strict" if name.endswith(".json") else "surrogateescape"
-        opener: Any = gzip.open if path.name.endswith(".gz") else open
-        with opener(path, "rt", encoding="utf-8-sig", errors=errors, newline="") as handle:
-            if name.endswith(".csv"):
-                yield from _csv_rows(path, handle, bad)
-            elif name.endswith(".jsonl"):
-                yield from _jsonl_rows(path, handle, bad)
-            else:
-                yield from _json_rows(path, handle, bad)
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        yield from text_rows(path, bad)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, MemoryError) as error:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error
-
-
-def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
-    csv.field_size_limit(_MAX_CELL_CHARS)
-    # Not strict, it would take all that follows a quote without its partner for one cell.
-    reader = csv.DictReader(handle, strict=True)
-    try:
-        names = reader.fieldnames or []
-        if len(set(names)) < len(names):
-            raise RecordError(f"{path}: the header names a column twice: {', '.join(names)}")
-        for number, row in enumerate(reader, start=1):
-            if None in row or None in row.values():
-                bad.add(f"{path}:{number}", "the row has not as many cells as the header")
-            elif any(_UNDECODED.search(cell) for cell in row.values()):
-                bad.add(f"{path}:{number}", "the row cannot be read as UTF-8")
-            else:
-                yield number, row
-    except csv.Error as error:
-        raise RecordError(f"{path}: line {reader.reader.line_num}: no CSV ({error})") from error
-
-
-def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(handle, start=1):
-        if not line.strip():
-            continue
-        if _UNDECODED.search(line):
-            bad.add(f"{path}:{number}", "the line cannot be read as UTF-8")
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:  # also a number of thousands of digits
-            bad.add(f"{path}:{number}", f"no JSON ({error})")
-            continue
-        yield from _objects(path, [row], bad, number)
-
-
-def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
-    try:
-        rows = json.load(handle)
-    except UnicodeDecodeError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: no JSON ({error}); one object a line is `.jsonl`") from error
-    if isinstance(rows, dict) and isinstance(rows.get("images"), list):
-        rows = _annotated(path, rows, bad)
-    if not isinstance(rows, list):
-        raise RecordError(f"{path}: {type(rows).__name__} at the top, expected an array of objects")
-    yield from _objects(path, rows, bad, 1)
-
-
-def _objects(
-    path: Path, rows: Iterable[Any], bad: Refusals, first: int
-) -> Iterator[tuple[int, Row]]:
-    for number, row in enumerate(rows, start=first):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            bad.add(f"{path}:{number}", f"{type(row).__name__}, expected an object")
-
-
-def _annotated(path: Path, document: Row, bad: Refusals) -> list[Any]:
-    """Rows of COCO's `{images, annotations}` or Karpathy's `{images: [{sentences}]}`.
-
-    `id`, `image` and `captions`, all of them, stand beside an image's own fields (`split`, ...).
-    """
-    captions: dict[Any, list[Any]] = {}
-    for number, note in enumerate(document.get("annotations") or [], start=1):
-        key = note.get("image_id") if isinstance(note, dict) else None
-        if isinstance(key, int | str):
-            captions.setdefault(key, []).append(note.get("caption"))
-        else:
-            bad.add(f"{path}:annotation {number}", "no object with an image_id")
-    rows = []
-    for image in document["images"]:
-        own: Row = {}
-        if isinstance(image, dict) and isinstance(image.get("sentences"), list):  # Karpathy
-            file = str(image.get("filename") or "")
-            path_below = PurePosixPath(str(image.get("filepath") or ""), file)
-            own["captions"] = [s.get("raw") for s in image["sentences"] if isinstance(s, dict)]
-            own["image"] = str(path_below) if file else None
-            own["id"] = image.get("cocoid", image.get("imgid", file))
-        elif isinstance(image, dict):
-            key = image.get("id")
-            own["captions"] = captions.pop(key, []) if isinstance(key, int | str) else []
-            own["image"] = image.get("file_name")
-        rows.append(image | own if own else image)
-    for key, texts in captions.items():
-        bad.add(f"{path}:image_id {key}", f"{len(texts)} caption(s) of an image not in `images`")
-    return rows

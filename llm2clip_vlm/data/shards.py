@@ -7,6 +7,7 @@ disk, no member's name is ever used as a path, and links inside a tar are not fo
 from __future__ import annotations
 
 import json
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,11 +19,20 @@ from llm2clip_vlm.data.bad_records import RecordError, Refusals
 from llm2clip_vlm.data.images import MAX_IMAGE_BYTES, ImageError
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif heic jp2 jxl ppm".split())
+_PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_GNU_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 TEXT_SUFFIXES = frozenset(("txt", "caption", "text"))
 MAX_TEXT_BYTES = 4 * 2**20
 """A longer text or JSON member is refused unread."""
 
+_HALF = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # others stand for a name that is no UTF-8
 _ROW_GROUPS_KEPT = 4
+_MAX_EXTENSION_BYTES = 2**14  # of a pax or GNU header: a long name, a few attributes
+_MAX_EXTENSIONS = 16  # one behind the other, before a member
+_MAX_COLUMN_BYTES = 128 * 2**20
+_MAX_RATIO = 100
+_MAX_ROWS_A_BYTE = 8
+_BATCH_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,22 @@ class PackedImage:
             raise OSError(f"it ends after {len(data)} of {self.size} bytes")
         return data
 
+    def count(self) -> int:
+        """How many images a table's cell holds: none where it is null or an empty list.
+
+        Raises:
+            ImageError: It cannot be read.
+        """
+        if self.column is None:
+            return 1
+        try:
+            value = _column(str(self.path), self.start, self.column)[self.size].as_py()
+        except OSError as error:
+            raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
+        values = value if isinstance(value, list) else [value]
+        cells = [cell.values() if isinstance(cell, dict) else [cell] for cell in values]
+        return sum(any(part is not None for part in cell) for cell in cells)
+
     def _cell(self, column: str) -> bytes:
         value = _column(str(self.path), self.start, column)[self.size].as_py()
         if self.item is not None:
@@ -69,9 +95,26 @@ class PackedImage:
                 raise OSError(f"{len(values)} image(s) in {column!r}, {self.item[1]} expected")
             value = values[self.item[0]]
         cell = value.get("bytes") if isinstance(value, dict) else value
+        if isinstance(cell, bytes) and len(cell) > MAX_IMAGE_BYTES:
+            raise OSError(f"{len(cell)} bytes, expected at most {MAX_IMAGE_BYTES}")
         if not isinstance(cell, bytes):
             raise OSError(f"column {column!r} holds no bytes in row {self.size}")
         return cell
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose extension headers are refused where they are too long, or too many."""
+
+    def _proc_member(self, shard: Any) -> Any:
+        extends = self.type in (*_PAX, *_GNU_NAMES)
+        shard.extensions = getattr(shard, "extensions", 0) + 1 if extends else 0
+        if extends and self.size > _MAX_EXTENSION_BYTES:
+            raise tarfile.ReadError(
+                f"an extension header of {self.size} bytes, expected at most {_MAX_EXTENSION_BYTES}"
+            )
+        if shard.extensions > _MAX_EXTENSIONS:
+            raise tarfile.ReadError(f"more than {_MAX_EXTENSIONS} extension headers of one member")
+        return super()._proc_member(shard)  # type: ignore[misc]
 
 
 def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -96,7 +139,7 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
     broken: dict[str, str] = {}
     end, size = "", path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as shard, path.open("rb") as handle:
+        with tarfile.open(path, "r:", tarinfo=_Member) as shard, path.open("rb") as handle:
             while True:
                 try:
                     member = shard.next()
@@ -153,7 +196,11 @@ def _take(
     text = handle.read(member.size).decode("utf-8")
     try:
         parts[part] = json.loads(text) if part == "json" else text
-    except (json.JSONDecodeError, RecursionError) as error:
+        if _HALF.search(json.dumps(parts[part], ensure_ascii=False)):
+            raise RecordError("damaged text (half a character)")
+    except RecordError:
+        raise
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits
         raise RecordError(f"no JSON ({error})") from error
     if part == "json" and not isinstance(parts[part], dict):
         raise RecordError(f"{type(parts[part]).__name__}, expected an object")
@@ -205,18 +252,44 @@ def table_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, dict[str, Any]]
             packed = _packed_columns(table.schema_arrow)
             plain = [name for name in table.schema_arrow.names if name not in packed]
             for group in range(table.num_row_groups):
-                rows = table.read_row_group(group, columns=plain)
-                yield from _rows(path, group, rows, packed, bad, first)
-                first += rows.num_rows
-    except pyarrow.ArrowException as error:
+                _require_measure(path, table.metadata.row_group(group), plain)
+                at = 0  # a batch at a time: cells of a dictionary may repeat what is large
+                for rows in table.iter_batches(_BATCH_ROWS, [group], plain):
+                    yield from _rows(path, group, rows, packed, bad, first, at)
+                    at, first = at + rows.num_rows, first + rows.num_rows
+                if not plain:
+                    first += table.metadata.row_group(group).num_rows
+    except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise RecordError(
             f"{path}: cannot be read as {path.suffix[1:].capitalize()} ({error})"
         ) from error
 
 
+def _require_measure(path: Path, group: Any, columns: list[str]) -> None:
+    """Refuse a Parquet row group that says of itself that little of the file makes much data.
+
+    Raises:
+        OSError: A column unpacks beyond all measure, or a byte of it stands for many rows.
+    """
+    for number in range(group.num_columns):
+        column = group.column(number)
+        if column.path_in_schema.partition(".")[0] not in columns:
+            continue
+        packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+        if unpacked > max(_MAX_COLUMN_BYTES, _MAX_RATIO * packed):
+            raise OSError(
+                f"{path}: {column.path_in_schema} unpacks from {packed} to {unpacked} bytes"
+            )
+    size = path.stat().st_size
+    if group.num_rows > max(_MAX_ROWS_A_BYTE * size, 2**20):
+        raise OSError(f"{path}: {group.num_rows} rows in {size} bytes")
+
+
 def _rows(
-    path: Path, group: int, rows: Any, packed: list[str], bad: Refusals, first: int
+    path: Path, group: int, rows: Any, packed: list[str], bad: Refusals, first: int, at: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
+    if rows.nbytes > _MAX_COLUMN_BYTES:
+        raise OSError(f"{rows.nbytes} bytes in {rows.num_rows} rows")
     try:
         plain = rows.to_pylist()
     except UnicodeDecodeError:  # of one text, or several
@@ -227,7 +300,7 @@ def _rows(
         except UnicodeDecodeError as error:
             bad.add(f"{path}:{first + number}", f"the row cannot be read as UTF-8 ({error})")
             continue
-        images = {name: PackedImage(path, group, number, name) for name in packed}
+        images = {name: PackedImage(path, group, at + number, name) for name in packed}
         yield first + number, own | images
 
 
@@ -254,8 +327,9 @@ def _column(path: str, group: int, column: str) -> Any:
         if path.endswith(".arrow"):
             return _arrow_batches(path)[group].column(column)
         with parquet.ParquetFile(path) as table:
+            _require_measure(Path(path), table.metadata.row_group(group), [column])
             return table.read_row_group(group, columns=[column], use_threads=False).column(column)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, MemoryError) as error:
         raise OSError(f"{path}: row group {group} cannot be read ({error})") from error
 
 

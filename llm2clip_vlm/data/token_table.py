@@ -41,6 +41,9 @@ from llm2clip_vlm.data.visual_tokens import VisualTokens
 VERSION = 4
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
 
+MAX_CONVERSATION_CHARS = 2**20
+"""A longer conversation is refused: megabytes of text are no conversation, and hold up training."""
+
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
 Column = npt.NDArray[Any]
@@ -61,6 +64,11 @@ class InstructionRecord:
 def image_root(source: InstructionSource) -> Path:
     """Folder that a source's image names are relative to."""
     return Path(source.image_root) if source.image_root else Path(source.path).parent
+
+
+def folder_of(source: InstructionSource) -> str:
+    """What stands before a record's key where files of equal names are told apart."""
+    return source.path.removesuffix(Path(source.path).name)
 
 
 def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[InstructionRecord]:
@@ -88,10 +96,15 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
         try:
             record = _to_record(row, where)
             for name in {image for image in record.images if isinstance(image, str)} - known:
-                resolve_image(root, name)
+                resolve_image(root, name, follow_links=source.follow_links)
                 known.add(name)
         except (ConversationError, ImageError) as error:
-            bad.add(where, str(error))
+            bad.add(f"{folder_of(source)}{where}", str(error))
+            continue
+        except Exception as error:  # noqa: BLE001  (the boundary around a record)
+            bad.add(
+                f"{folder_of(source)}{where}", f"no conversation: {type(error).__name__}: {error}"
+            )
             continue
         yield record
 
@@ -101,12 +114,23 @@ def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ConversationError("no `conversations` list of {from, value}, nor `messages`")
     messages = to_messages(turns)
+    texts = [m["content"] if isinstance(m["content"], str) else m for m in messages]
+    length = sum(
+        len(t) if isinstance(t, str) else sum(len(p.get("text", "")) for p in t["content"])
+        for t in texts
+    )
+    if length > MAX_CONVERSATION_CHARS:
+        raise ConversationError(
+            f"a conversation of {length} characters, at most {MAX_CONVERSATION_CHARS} are taken"
+        )
     placeholders = count_images(messages)
     value = row.get("image") or row.get("images") or _inline_images(turns)
     if isinstance(value, PackedImage) and value.column is not None:
-        # how many a table's cell holds is only known when it is read
-        value = [replace(value, item=(i, placeholders)) for i in range(placeholders)]
-    images = value if isinstance(value, list) else [value]
+        # How many a table's cell holds is only known when it is read: at once for a conversation
+        # without <image>, which would be taken for text alone, else when it is its turn.
+        count = placeholders or value.count()
+        value = [replace(value, item=(i, count)) for i in range(count)] or None
+    images = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(image, ImageRef) for image in images):
         raise ConversationError("`image` is neither a name nor a list of names")
     if placeholders != len(images):
@@ -273,13 +297,14 @@ def tokenise(
         try:
             own, labels = _label(record, processor, plain)
             shapes = [
-                _size_px(root, image) if visual.grids else visual.size_px for image in record.images
+                _size_px(root, image, source.follow_links) if visual.grids else visual.size_px
+                for image in record.images
             ]
             seen = [visual.of(*shape) for shape in shapes]
             tokens = [count for count, _ in seen]
             kept = _fitting(own, labels, image_id, tokens, max_length_tokens)
         except (ConversationError, ImageError) as error:
-            bad.add(record.key, str(error))
+            bad.add(f"{folder_of(source)}{record.key}", str(error))
             continue
         cut += kept < len(own)
         own, labels = own[:kept], labels[:kept]
@@ -307,10 +332,11 @@ def tokenise(
     return {name: np.asarray(column) for name, column in columns.items()}, facts
 
 
-def _size_px(root: Path, image: ImageRef) -> tuple[int, int]:
+def _size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:
     """Height and width, upright."""
     if isinstance(image, str):
-        width, height = upright_size(resolve_image(root, image), f"{image!r} below {root}")
+        path = resolve_image(root, image, follow_links=follow_links)
+        width, height = upright_size(path, f"{image!r} below {root}")
     else:
         width, height = upright_size(image.read(), f"in {image.path.name}")
     return height, width

@@ -14,7 +14,7 @@ from llm2clip_vlm.config import ImageTextSource
 from llm2clip_vlm.config_encoder import ClassSource, CompositionalTask, RetrievalTask
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text
-from llm2clip_vlm.data.images import ImageError, resolve_image
+from llm2clip_vlm.data.images import ImageError, resolve_image, shown
 from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.recipe import did_you_mean
 
@@ -46,7 +46,12 @@ def _json(data: Path, images: Path) -> Captions:
     for row in iter_rows(data):
         if row.get("split", "test") == "test":
             texts = row["captions"] if "captions" in row else row["caption"]
-            yield from ((row["image"], ALL, text) for text in texts)
+            yield from ((row["image"], ALL, text) for text in _several(texts))
+
+
+def _several(value: Any) -> list[Any]:
+    """What stands for one or many: a text is one, not its letters."""
+    return value if isinstance(value, list) else [value]
 
 
 def _sharegpt4v(data: Path, images: Path) -> Captions:
@@ -85,7 +90,7 @@ def _xm3600(data: Path, images: Path) -> Captions:
     for row in _lines(data):
         for locale, value in row.items():
             if isinstance(value, dict):
-                for text in value["caption"]:
+                for text in _several(value["caption"]):
                     yield f"{row['image/key']}.jpg", locale, text
 
 
@@ -94,7 +99,7 @@ def _chinese_clip(data: Path, images: Path) -> Captions:
     files = {file.stem.rpartition("_")[2]: file for file in images.rglob("*.jpg")}
     names = {int(k): f.relative_to(images).as_posix() for k, f in files.items() if k.isdecimal()}
     for row in _lines(data):
-        for number in row["image_ids"]:
+        for number in _several(row["image_ids"]):
             if number not in names:
                 raise ValueError(f"{data}: image_ids: no image of number {number} below {images}")
             yield names[number], ALL, row["text"]
@@ -167,6 +172,10 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
     captions: dict[str, dict[str, list[str]]] = {}
     try:
         for name, kind, text in benchmark.read(data, root):
+            if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{data}: image {shown(name)}: expected a name and a caption, got {text!r:.80}"
+                )
             captions.setdefault(name, {}).setdefault(kind, []).append(text)
     except (KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{data}: not in the format of {task.benchmark}: {error!r}") from error
@@ -240,7 +249,9 @@ def read_classes(path: str) -> dict[str, str]:
     text = Path(path).read_text(encoding="utf-8")
     lines = [line.strip() for line in text.strip().split("\n")]
     names = json.loads(text) if path.endswith(".json") else lines
-    classes = names if isinstance(names, dict) else {name: name for name in names}
+    if isinstance(names, list):
+        names = {name: name for name in names if isinstance(name, str)}
+    classes = names if isinstance(names, dict) else {}
     if not classes or not all(isinstance(name, str) and name for name in classes.values()):
         raise ValueError(f"{path}: expected names of classes, one a line or as JSON")
     return classes

@@ -279,7 +279,7 @@ def test_a_shared_image_is_decoded_once(
     opened: list[Any] = []
     original = instruction.open_image
     monkeypatch.setattr(
-        instruction, "open_image", lambda *key, strict: opened.append(key) or original(*key)
+        instruction, "open_image", lambda *key, **_: opened.append(key) or original(*key)
     )
     data = dataset(tmp_path / "a.json", processor)
     assert [data[i]["pixel_values"].shape[0] for i in (0, 1, 2, 0)] == [1] * 4

@@ -87,7 +87,7 @@ def test_parquet(tmp_path: Path) -> None:
         ({"where": {"ok": True}}, [[1], [2], [4]]),
         ({"where": {"image_id": 7}}, [[1], [3]]),
         ({"where": {"image_id": "7"}}, [[1], [3]]),
-        ({"drop_where": {"split": ["val", "test"]}}, [[1], [3], [4]]),
+        ({"drop_where": {"split": ["val", "train"]}}, [[4]]),
         ({"drop_where": {"split": ["null"]}}, [[1], [2], [3]]),
         ({"group_by": "image_id"}, [[1, 3], [2], [4]]),
         ({"limit": 2}, [[1], [2]]),
