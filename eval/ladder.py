@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.world_text_qa import text_qa_accuracy
 from llm2clip_vlm.evaluation.report_inputs import read_json, read_optional
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 
 TASK = "l2c_world_vqa"
 LANGUAGE_MODEL = "recipes/demo/base/models/language_model"
@@ -37,8 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="JSON file to write")
     arguments = parser.parse_args(argv)
 
-    model = AutoModelForCausalLM.from_pretrained(LANGUAGE_MODEL).eval()
-    tokenizer = AutoTokenizer.from_pretrained(LANGUAGE_MODEL)
+    model = load_complete(AutoModelForCausalLM, LANGUAGE_MODEL).eval()
+    tokenizer = read_tokenizer(LANGUAGE_MODEL)
     text_qa = text_qa_accuracy(model, tokenizer)
     pipeline = "recipes/demo/ladder/pipeline.yaml"
     oracle, supervised, base = (

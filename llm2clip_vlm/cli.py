@@ -16,13 +16,17 @@ from __future__ import annotations
 
 import argparse
 import ast
+import errno
 import os
 import re
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm2clip_vlm import __version__
+from llm2clip_vlm.files import read_text
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe import did_you_mean, recipe_help
 
@@ -61,23 +65,93 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def guard(program: Callable[[], int | None]) -> int:
-    """Run a program; print an error that the user can mend as one message instead of a traceback.
+    """Run a program; what the user can mend becomes one message instead of a traceback.
+
+    Of what is raised only the kinds that mistakes in code have (`AssertionError`, `TypeError`,
+    `KeyError`, ...) keep their traceback, with a line on where to report it. Everything else comes
+    from files, memory, devices or what the user wrote: it is told in one message, and where it is
+    no message of our own the traceback goes into a file.
 
     Args:
         program: What to run. None counts as success.
 
     Returns:
-        Its exit code, or 2 after a `ValueError` (of any kind) or a file that is not there. With
-        `LLM2CLIP_DEBUG=1` the error goes through.
+        Its exit code; 2 after such a message, 1 after a mistake of ours, 130 after Ctrl-C, 141
+        where nobody reads the output any more. With `LLM2CLIP_DEBUG=1` the error goes through.
     """
     try:
-        return program() or 0
-    except (ValueError, FileNotFoundError) as error:
+        code = program() or 0
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where it was", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's last flush
+        return 141
+    except Exception as error:  # the boundary around the program
         if os.environ.get("LLM2CLIP_DEBUG", "0") not in {"", "0"}:
             raise
-        print(f"error: {error}", file=sys.stderr)
-        print("(LLM2CLIP_DEBUG=1 shows where)", file=sys.stderr)
+        if isinstance(error, _OURS):
+            traceback.print_exc()
+            print(
+                f"this is a mistake in llm2clip_vlm; please report it: {_ISSUES}", file=sys.stderr
+            )
+            return 1
+        where = "LLM2CLIP_DEBUG=1 shows where"
+        if not isinstance(error, ValueError | FileNotFoundError):
+            where += f"; {_kept_traceback()}"
+        print(f"error: {_told(error)}\n({where})", file=sys.stderr)
         return 2
+
+
+_OURS = (
+    *(AssertionError, TypeError, AttributeError, NameError, LookupError, ZeroDivisionError),
+    SyntaxError,
+)
+"""What mistakes in code raise."""
+
+_ISSUES = "with the lines above and the command, in the project's issue tracker"
+
+_REMEDIES = {
+    errno.ENOSPC: "the disk is full: free space, or choose another folder",
+    errno.EDQUOT: "the quota is used up: free space, or choose another folder",
+    errno.EACCES: "no permission: change it, or choose another place",
+    errno.EPERM: "no permission: change it, or choose another place",
+    errno.EROFS: "the file system is read-only: choose another folder",
+    errno.EMFILE: "too many open files: raise `ulimit -n`, or use fewer workers",
+    errno.ENFILE: "too many open files on this machine: end other programs, or use fewer workers",
+    errno.ETXTBSY: "the file is running: end that program",
+    errno.ENAMETOOLONG: "the path is too long: choose a shorter one",
+    errno.ENOTDIR: "a part of the path is a file: choose another path",
+    errno.EISDIR: "a folder is there: name a file",
+    errno.EIO: "the disk or its connection fails: copy the file elsewhere",
+    errno.ESTALE: "the network file system has lost the file: start again",
+    errno.ENOMEM: "not enough memory: use smaller batches or fewer workers",
+    errno.ELOOP: "links that lead to each other: name the file itself",
+}
+
+
+def _told(error: Exception) -> str:
+    """The message, with the kind where it is not one of ours, and what to do."""
+    text = str(error) or "no message"
+    remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+        remedy = "not enough memory: use smaller batches, fewer workers, or more processes"
+    if not isinstance(error, ValueError | FileNotFoundError):
+        text = f"{type(error).__name__}: {text}"
+    return f"{text}\n{remedy}" if remedy else text
+
+
+def _kept_traceback() -> str:
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="llm2clip_vlm-", suffix=".log", delete=False
+        ) as f:
+            traceback.print_exc(file=f)
+    except OSError:
+        return "no place for its traceback"
+    return f"its traceback is in {f.name}"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -150,9 +224,7 @@ def _program(command: str, *words: str) -> int | None:
 def _eval(command: str, *words: str) -> int | None:
     """A recipe with `stage: run_encoder` judges an encoder, everything else is a VLM's."""
     recipe = _recipe_path(words[0]) if words else Path()
-    if recipe.suffix == ".yaml" and re.search(
-        r"(?m)^stage: *run_encoder\b", recipe.read_text(encoding="utf-8")
-    ):
+    if recipe.suffix == ".yaml" and re.search(r"(?m)^stage: *run_encoder\b", read_text(recipe)):
         return _program("run_encoder", str(recipe), *words[1:])
     return _program("run_lmms", *words)
 

@@ -6,9 +6,10 @@ reads its recipe; a key that the model does not know is refused.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
@@ -128,6 +129,13 @@ class RecipeFile(Section):
     world: WorldConfig | None = None
     """Set when the data is the embedded world: `${world.dir}/seed-${world.seed}` is then written
     where it is missing (a pipeline passes it on to its steps)."""
+
+    @field_validator("output_dir", check_fields=False)
+    @classmethod
+    def _names_a_folder(cls, output_dir: str) -> str:
+        if not output_dir.strip():
+            raise ValueError("expected a folder, got an empty name")
+        return os.path.expanduser(output_dir)
 
 
 class RunRecipe(RecipeFile):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -22,7 +22,9 @@ class ClipBaselineRecipe(EncoderRecipe):
     text_window_tokens: int | None = Field(default=None, ge=4)
     """Lengthen the text tower to this many positions (pretrained ones kept, new ones repeat the
     last); captions beyond the window are cut, as CLIP does."""
-    learning_rates: dict[Literal["vision_model", "text_model", "projections"], float] = {
+    learning_rates: dict[
+        Literal["vision_model", "text_model", "projections"], Annotated[float, Field(ge=0)]
+    ] = {
         "vision_model": 1e-5,
         "text_model": 1e-5,
         "projections": 1e-5,

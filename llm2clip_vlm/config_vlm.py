@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -100,7 +100,7 @@ class VlmRecipe(RunRecipe):
     packing_max_images: int | None = Field(default=None, ge=1)
     """Images (with AnyRes: crops) of a packed micro-batch at most, which bounds the tower's memory;
     none = no limit."""
-    trainable: dict[Part, float | PartTraining] = Field(min_length=1)
+    trainable: dict[Part, Annotated[float, Field(ge=0)] | PartTraining] = Field(min_length=1)
     """Learning rate of each part that trains, or `{lr, weight_decay, last_blocks}`; a part that is
     not named is frozen."""
     language_model_lora: LoraSection | None = None

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -78,3 +81,85 @@ def write_atomically(path: str | Path, text: str) -> None:
     """
     with written_whole(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def require_regular(path: str | Path, error: type[ValueError] = ValueError) -> Path:
+    """The path itself, if a plain file (or a link to one) lies there.
+
+    Args:
+        path: A FIFO would wait for ever, a device has no end.
+        error: What is raised.
+
+    Raises:
+        ValueError: (or `error`) It is something else, or nothing.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as failure:
+        raise error(f"{path}: cannot read this file: {failure}") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+        raise error(f"{path}: cannot read this file: expected a plain file, got {kind}")
+    return Path(path)
+
+
+def read_text(
+    path: str | Path, error: type[ValueError] = ValueError, *, limit_bytes: int = 1 << 26
+) -> str:
+    """A text file that a person or a program wrote, and no more than that.
+
+    Args:
+        path: The file.
+        error: What is raised.
+        limit_bytes: Largest size.
+
+    Raises:
+        ValueError: (or `error`) No plain file, too large, not readable, or not UTF-8 text.
+    """
+    file = require_regular(path, error)
+    try:
+        with file.open("rb") as handle:
+            content = handle.read(limit_bytes + 1)
+        if len(content) > limit_bytes:
+            raise error(f"{path}: expected at most {limit_bytes:,} bytes, got more")
+        text = content.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise error(f"{path}: cannot read this file: {failure}") from None
+    if "\0" in text:
+        raise error(f"{path}: cannot read this file: it holds NUL bytes; was it cut off?")
+    return text
+
+
+_JSON_NAMES = {"dict": "an object", "list": "a list", "str": "a text", "NoneType": "null"}
+
+
+def read_json(path: str | Path, kind: type = dict, error: type[ValueError] = ValueError) -> Any:
+    """A JSON file of a known form.
+
+    Args:
+        path: The file.
+        kind: What it must hold; `object` = anything.
+        error: What is raised.
+
+    Raises:
+        ValueError: (or `error`) As :func:`read_text`; it is no JSON, holds something else, or
+            gives one key two values.
+    """
+
+    def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(items)
+        if len(found) < len(items):
+            for key, value in items:
+                if repr(found[key]) != repr(value):
+                    raise ValueError(f"key {key!r} is given twice")
+        return found
+
+    text = read_text(path, error)
+    try:
+        found = json.loads(text, object_pairs_hook=pairs)
+    except (ValueError, RecursionError) as failure:
+        raise error(f"{path}: no JSON that can be read ({failure}); write it again") from None
+    if not isinstance(found, kind):
+        wanted, got = (_JSON_NAMES.get(t.__name__, t.__name__) for t in (kind, type(found)))
+        raise error(f"{path}: expected {wanted} in this JSON file, got {got}")
+    return found

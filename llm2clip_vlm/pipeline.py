@@ -11,6 +11,7 @@ from __future__ import annotations
 import fnmatch
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -54,6 +55,7 @@ RECIPES: dict[str, type[RunRecipe]] = {
 OUTPUTS_NAME = "outputs.json"
 """File beside the logs: what each job's outputs were when it ended."""
 
+_MOST_JOBS = 2000
 _PERCENT = re.compile(r"(\d+)%\|")
 
 
@@ -98,6 +100,8 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
     common = [f"world.seed={world.seed}", f"world.dir={world.dir}"] if world else []
     jobs: list[Job] = []
     for index, step in enumerate(recipe.steps):
+        if math.prod(map(len, step.for_each.values())) > _MOST_JOBS:
+            raise PipelineError(f"step {step.name!r}: for_each makes more than {_MOST_JOBS} jobs")
         for values in itertools.product(*map(enumerate, step.for_each.values())):
             fill = {
                 f"{{{name}}}": str(v) for name, (_, v) in zip(step.for_each, values, strict=True)

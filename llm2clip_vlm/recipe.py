@@ -3,13 +3,16 @@
 YAML is read the 1.2 way: `1e-3` is a number, `no` is a word, a key given twice is refused. A file
 may name one parent (`base: other.yaml`, relative to itself) whose mappings it extends and whose
 lists it replaces; `a.b=value` on the command line overrides both; `${a.b}` in a text stands for
-another value of the finished recipe (`$${` writes a plain `${`).
+another value of the finished recipe (`$${` writes a plain `${`). Files are limited in size and
+depth, anchors and references in what they make; numbers are finite; a secret (a token, a password)
+is refused, since recipes are written beside results.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
 import re
 import reprlib
 import textwrap
@@ -21,33 +24,29 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_text, write_atomically
+from llm2clip_vlm.yaml_files import (
+    DEEPEST,
+    LARGEST_BYTES,
+    Dumper,
+    parse_value,
+    parse_yaml,
+)
+from llm2clip_vlm.yaml_files import RecipeError as RecipeError  # noqa: PLC0414
 
 T = TypeVar("T", bound=BaseModel)
 
-_TAG = "tag:yaml.org,2002:"
-_SCALARS = {
-    "null": r"^(?:~|null|Null|NULL|)$",
-    "bool": r"^(?:true|True|TRUE|false|False|FALSE)$",
-    "int": r"^(?:[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+)$",
-    "float": r"^(?:[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
-}
-_RESOLVERS = {None: [(_TAG + name, re.compile(rule)) for name, rule in _SCALARS.items()]}
 _REFERENCE = re.compile(r"\$?\$\{([^{}]*)\}")
-
-
-class RecipeError(ValueError):
-    """Everything that is wrong with a recipe, in one message.
-
-    Attributes:
-        problems: One `dotted.key: what was expected and what was got` each.
-    """
-
-    def __init__(self, source: str | Path, *problems: str) -> None:
-        self.problems = problems
-        count = f"{len(problems)} problem{'s' if len(problems) != 1 else ''}"
-        super().__init__("\n  ".join([f"recipe {source}: {count}", *problems]))
+_SECRET_KEY = re.compile(
+    r"(?i).*(hub|api|auth|access|refresh|bearer|session|push_to_hub|wandb|comet|hf)_?-?tokens?"
+    r"|(?!.*(pad|bos|eos|unk|cls|sep|mask|image|video|audio|box|start|end|begin|special)_token$)"
+    r".*_?token|.*(api|access|private|secret|encryption)_?-?key|.*(secret|passw(or)?d|passphrase"
+    r"|credentials?)(s|_.*)?"
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[opsu]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b"
+    r"|://[^/\s:@]*:[^/\s:@]+@"
+)
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -74,12 +73,14 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
     """
     data: Any = _read(Path(path), ())
     for override in overrides:
-        source = f"override `{override}`"
         key, equals, text = override.partition("=")
+        source = f"override `{key}`"
         if not equals or not all(key.split(".")):
-            raise RecipeError(source, f"{key}: expected `dotted.key=value`")
-        data = _with(data, key.split("."), _parse(text, source), source)
+            raise RecipeError("override", f"{key}: expected `dotted.key=value`")
+        data = _with(data, key.split("."), parse_value(text, source), source)
     data = _interpolated(data, model, path)
+    if wrong := list(_refused(data)):
+        raise RecipeError(path, *wrong)
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -93,75 +94,51 @@ def to_plain(recipe: BaseModel) -> dict[str, Any]:
 
 def save_resolved(recipe: BaseModel, path: str | Path) -> None:
     """Write the whole recipe, atomically, so that `load_recipe` gives an equal one."""
-    text = yaml.dump(to_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(to_plain(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True)
     write_atomically(path, text.replace("${", "$${"))
 
 
-# --- YAML ---------------------------------------------------------------------------------------
+def _refused(value: Any, key: str = "") -> Iterator[str]:
+    """What no recipe may hold, whoever reads it; a secret itself is not repeated."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            inner = f"{key}.{name}".removeprefix(".")
+            if isinstance(item, str) and item and _SECRET_KEY.fullmatch(name):
+                yield f"{inner}: {_NO_SECRETS}"
+            else:
+                yield from _refused(item, inner)
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from _refused(item, f"{key}.{at}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}: expected a finite number, got {value}"
+    elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        yield f"{key}: {_NO_SECRETS}"
 
 
-def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in node.value:
-        if name.tag != f"{_TAG}str" or name.value in found:
-            wrong = "given twice" if name.value in found else "not text; put it in quotes"
-            raise yaml.constructor.ConstructorError(
-                None, None, f"key {name.value!r} is {wrong}", name.start_mark
-            )
-        found[name.value] = loader.construct_object(value, deep=True)
-    return found
-
-
-def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
-    return int(node.value, 0 if node.value.lower().startswith(("0x", "0o")) else 10)
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML with YAML 1.2's core schema."""
-
-    yaml_implicit_resolvers = _RESOLVERS
-    yaml_constructors = {
-        **{
-            tag: yaml.SafeLoader.yaml_constructors[tag]
-            for tag in (None, *(_TAG + name for name in ("null", "bool", "float", "str", "seq")))
-        },
-        f"{_TAG}map": _mapping,
-        f"{_TAG}int": _integer,
-    }
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes what `_Loader` reads back equal (a text that looks like a number is quoted)."""
-
-    yaml_implicit_resolvers = _RESOLVERS
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _parse(text: str, source: str | Path) -> Any:
-    loader = _Loader(text)
-    loader.name = str(source)
-    try:
-        return loader.get_single_data()
-    except (yaml.YAMLError, ValueError, KeyError) as error:
-        raise RecipeError(source, f"not valid YAML: {error}") from None
-    finally:
-        loader.dispose()
+_NO_SECRETS = (
+    "a secret has no place in a recipe, which is written beside the results; log in (`hf auth "
+    "login`) or set the library's environment variable (HF_TOKEN, WANDB_API_KEY)"
+)
 
 
 def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     """One file on top of its parents."""
-    resolved = path.resolve()
-    if resolved in children:
-        chain = " -> ".join(str(item) for item in (*children, resolved))
-        raise RecipeError(path, f"base: a recipe is its own parent: {chain}")
+    wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
-        raise RecipeError(path, f"cannot read this file{wanted_by}: {error}") from None
-    data = _parse(text, path)
+        resolved = path.resolve()
+        if resolved in children:
+            chain = " -> ".join(str(item) for item in (*children, resolved))
+            raise RecipeError(path, f"base: a recipe is its own parent: {chain}")
+        if len(children) > DEEPEST:
+            raise RecipeError(path, f"base: expected at most {DEEPEST} parents, got more")
+        text = read_text(path, limit_bytes=LARGEST_BYTES)
+    except RecipeError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        told = str(error).removeprefix(f"{path}: ").removeprefix("cannot read this file: ")
+        raise RecipeError(path, f"cannot read this file{wanted_by}: {told}") from None
+    data = parse_yaml(text, path)
     data = {} if data is None else data
     if not isinstance(data, dict):
         raise RecipeError(path, f"expected a mapping of keys, got {_shown(data)}")
@@ -235,10 +212,20 @@ def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
             section = _below(section, part)
         return found
 
+    made = 0
+
     def refer(key: str, trail: tuple[str, ...]) -> Any:
         if key in trail:
             raise RecipeError(source, f"${{{key}}}: refers to itself: {' -> '.join(trail)}")
         return fill(value_at(key), (*trail, key))
+
+    def spend(value: Any) -> Any:
+        nonlocal made
+        made += 1 + (len(value) if isinstance(value, str) else 0)
+        if made > LARGEST_BYTES:
+            told = f"references (`${{...}}`) make more than {LARGEST_BYTES:,} characters of it"
+            raise RecipeError(source, told)
+        return value
 
     def piece(match: re.Match[str], trail: tuple[str, ...]) -> str:
         if match[0].startswith("$$"):
@@ -254,11 +241,11 @@ def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
         if isinstance(value, list):
             return [fill(item, trail) for item in value]
         if not isinstance(value, str):
-            return value
+            return spend(value)
         whole = _REFERENCE.fullmatch(value)
         if whole and not value.startswith("$$"):
             return refer(whole[1], trail)
-        return _REFERENCE.sub(lambda match: piece(match, trail), value)
+        return spend(_REFERENCE.sub(lambda match: piece(match, trail), value))
 
     return fill(data, ())
 

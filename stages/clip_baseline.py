@@ -22,6 +22,7 @@ from llm2clip_vlm.distributed import barrier, is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder_trainer import (
@@ -94,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         tokenizer.save_pretrained(out / "model")
         image_processor.save_pretrained(out / "model")
     barrier()
-    saved = CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+    saved = load_complete(CLIPModel, out / "model").eval().to(args.device)
     require_as_trained(trained, saved, out / "model")
     results = held_out(*clip_encoders(saved, tokens))
     if is_main():

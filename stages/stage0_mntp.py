@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm.cli import guard
@@ -26,6 +26,7 @@ from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.masking import MaskedRows
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
+from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.open_layers import require_attention, set_causal
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.training.stage_run import StageRun
@@ -46,14 +47,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(
             f"{run.stage}: ZeRO-3 splits the weights that are merged here; use ZeRO-2 or DDP"
         )
-    config = AutoConfig.from_pretrained(recipe.language_model)
+    config = read_config(recipe.language_model)
     config.is_causal = False
-    llm = AutoModelForCausalLM.from_pretrained(
-        recipe.language_model, config=config, dtype=recipe.dtype
+    llm = load_complete(
+        AutoModelForCausalLM, recipe.language_model, config=config, dtype=recipe.dtype
     )
     set_causal(llm, False)
     require_attention(llm.eval(), recipe.bidirectional)
-    tokenizer = AutoTokenizer.from_pretrained(recipe.language_model)
+    tokenizer = read_tokenizer(recipe.language_model)
     model: Any = add_adapter(llm, recipe.lora) if recipe.lora else llm
 
     records = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)

@@ -23,6 +23,7 @@ from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop, encoder_path
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.export(out / "model")
 
     # evaluate (what was saved, not what is in memory), hand off
-    saved = LLM2CLIPModel.from_pretrained(out / "model").eval().to(args.device)
+    saved = load_complete(LLM2CLIPModel, out / "model").eval().to(args.device)
     require_as_trained(trained, saved, out / "model")
     results = held_out(*saved.encoders(captions.lookup))
     captions.finish()

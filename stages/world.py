@@ -10,11 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import yaml
-
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import WorldConfig
 from llm2clip_vlm.data.world_files import ensure_world
+from llm2clip_vlm.yaml_files import parse_value
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         key, equals, value = word.partition("=")
         if not equals:
             raise ValueError(f"expected key=value, got {word!r}; keys: seed, dir, part")
-        values[key] = yaml.safe_load(value)
+        values[key] = parse_value(value, key)
     print(f"world: {ensure_world(WorldConfig(**values))}")
 
 

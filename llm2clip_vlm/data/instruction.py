@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-import yaml
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -30,6 +29,7 @@ from llm2clip_vlm.data.conversation import decoded_preview
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.token_table import ImageRef, TokenTable, folder_of, image_root, read_table
 from llm2clip_vlm.data.visual_tokens import VisualTokens
+from llm2clip_vlm.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +60,12 @@ def expand_mixtures(sources: Sequence[InstructionSource]) -> list[InstructionSou
             expanded.append(source)
             continue
         try:
-            listed = yaml.safe_load(Path(source.path).read_text(encoding="utf-8"))["datasets"]
+            listed = read_yaml(source.path)["datasets"]
             for entry in listed:
                 strategy = entry.get("sampling_strategy", "all")
                 values = {"path": entry["json_path"], "sampling_strategy": strategy}
                 expanded.append(InstructionSource(**{**source.model_dump(), **values}))
-        except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError, ValueError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RecordError(
                 f"{source.path}: expected {{datasets: [{{json_path, sampling_strategy}}]}}, got "
                 f"{type(error).__name__}: {error}"

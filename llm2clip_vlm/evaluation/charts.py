@@ -114,14 +114,17 @@ def dot_chart(series: Sequence[Line], title: str) -> str:
         figure, [axes] = _rows(_ROW * len(names), left=190, right=24, top=30)
         axes.yaxis.set_visible(True)
         axes.set(xlim=(-1, 101), ylim=(len(names) - 0.5, -0.5))
-        axes.set_yticks(range(len(names)), names, color=_colour("ink"))
+        axes.set_yticks(range(len(names)), map(_drawable, names), color=_colour("ink"))
+        handles: list[Any] = []
         for place, line in enumerate(series):
             # Spread over the row's height, so that equal values stay visible.
             at = [row + (place - (len(series) - 1) / 2) * 0.2 for row in range(len(names))]
             look = {"color": _colour(f"c{line.colour}"), "mec": _colour("bg"), "clip_on": False}
-            dots = axes.plot(line.y, at, _SHAPES[line.colour], ms=9, label=line.label, **look)
+            dots = axes.plot(line.y, at, _SHAPES[line.colour], ms=9, **look)
+            handles += dots
             _tip(f"{line.label}: {', '.join(f'{value:.1f}' for value in line.y)}", *dots)
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
+        labels = [_drawable(line.label) for line in series]
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
         return _svg(figure, title)
 
 
@@ -147,7 +150,7 @@ def line_chart(lines: Sequence[Line], title: str) -> str:
             look: Any = {"color": _colour(f"c{line.colour}"), "ls": _DASHES[line.colour], "lw": 2}
             [curve] = axes.plot(line.x, line.y, **look)
             _tip(f"{line.label}: {line.y[0]:.3f} → {line.y[-1]:.3f}", curve)
-            named.setdefault(line.label, curve)
+            named.setdefault(_drawable(line.label), curve)
         if any(named):
             axes.legend(named.values(), named, loc="upper right", handlelength=2.6)
         return _svg(figure, title)
@@ -244,7 +247,9 @@ def _text(
 ) -> None:  # fmt: skip
     """A text `shift` points right of `(x, y)`."""
     place = {"xycoords": (unit, "data"), "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(text, (x, y), (shift, 0), **place, **({"va": "center_baseline"} | look))
+    axes.annotate(
+        _drawable(text), (x, y), (shift, 0), **place, **({"va": "center_baseline"} | look)
+    )
 
 
 def _interval(axes: Any, mark: Mark, y: float) -> None:
@@ -257,7 +262,12 @@ def _interval(axes: Any, mark: Mark, y: float) -> None:
 
 def _tip(text: str, artist: Any) -> None:
     """Give an artist a tooltip: matplotlib writes the id, :func:`_svg` makes it a title."""
-    artist.set_gid(f"tip {text}")
+    artist.set_gid(f"tip {_drawable(text)}")
+
+
+def _drawable(text: str) -> str:
+    """A name without what neither a font nor XML has: control characters, half characters."""
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
 
 
 def _svg(figure: Any, title: str) -> str:
@@ -269,10 +279,10 @@ def _svg(figure: Any, title: str) -> str:
     body = re.sub(r'id="tip ([^"]*)">', r"><title>\1</title>", body)
     own = re.sub(r"\W+", "-", title)
     body = re.sub(r'(id="|url\(#|href="#)', rf"\1{own}-", body)
-    body = re.sub(r"font-family: [^;]*", f"font-family: {_FONT}", body)
+    body = re.sub(r'(<[^<>]*)font-family: [^;"<>]*', rf"\1font-family: {_FONT}", body)
     for name, light in _light().items():
         body = body.replace(light, f"var(--{name})")
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'class="chart" role="img" aria-label="{escape(title)}" {size}>{body.strip()}'
+        f'class="chart" role="img" aria-label="{escape(_drawable(title))}" {size}>{body.strip()}'
     )

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.data.image_text_index import ImageTextRecord
@@ -25,7 +25,7 @@ from llm2clip_vlm.fingerprint import HandoffError, fingerprint_dir
 from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.models.clip import check_tokenizer
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 
@@ -132,7 +132,7 @@ def load_encoder(
     tower.model.to(device)  # type: ignore[arg-type]
     hashes = {"model": fingerprint_dir(path) if Path(path).is_dir() else path}
     fields: dict[str, Any] = {"project": nn.Identity()}
-    kind = AutoConfig.from_pretrained(path).model_type
+    kind = read_config(path).model_type
     if kind in ("llm2clip", "clip", "siglip", "siglip2"):
         model = load_complete(AutoModel, path, dtype=dtype).eval().to(device)
         fields["project"] = getattr(model, "visual_projection", fields["project"])
@@ -177,7 +177,7 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
     do that, but google/siglip2-* of fixed resolution name Gemma's (transformers 43101; big_vision's
     `lower`).
     """
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = read_tokenizer(path)
     window = int(model.config.text_config.max_position_embeddings)
     if model.config.model_type == "clip":
         check_tokenizer(model, tokenizer)

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoConfig, AutoImageProcessor
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text import caption_galleries
@@ -21,6 +20,7 @@ from llm2clip_vlm.evaluation.report_inputs import ReportError
 from llm2clip_vlm.evaluation.stats import load_samples
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
+from llm2clip_vlm.models.loading import load_complete, read_config, read_image_processor
 
 _BATCH = 256
 
@@ -67,11 +67,11 @@ def retrieved_captions(
     pictures = [record.open() for record in records[:count]]
     best: dict[str, list[int]] = {}
     for name, folder in models.items():
-        if AutoConfig.from_pretrained(folder).model_type == LLM2CLIPConfig.model_type:
+        if read_config(folder).model_type == LLM2CLIPConfig.model_type:
             if cache is None:
                 raise ReportError(f"{folder}: captions need stage 2a's directory; set `cache`")
-            model = LLM2CLIPModel.from_pretrained(folder).eval()
-            processor = AutoImageProcessor.from_pretrained(folder)
+            model = load_complete(LLM2CLIPModel, folder).eval()
+            processor = read_image_processor(folder)
             encode_images, encode_texts = model.encoders(cache.lookup)
         else:
             clip, tokenizer, processor = load_clip(str(folder))

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from llm2clip_vlm.evaluation.generation import Answer, Generator, Prompt
 from llm2clip_vlm.evaluation.task_helpers import pixel_hash
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, read_processor
 
 _BATCHES_AT_ONCE = 8
 
@@ -51,11 +51,11 @@ def load_checkpoint(
     Raises:
         ValueError: A parameter of the model is not in the checkpoint: its answers would be noise.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
-    return model.to(chosen).eval(), AutoProcessor.from_pretrained(pretrained)
+    return model.to(chosen).eval(), read_processor(pretrained)
 
 
 class _Adapter(lmms):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip_vlm import files
 from llm2clip_vlm.handoff import read_manifest
 
 SAMPLES = ".samples.jsonl"
@@ -34,7 +34,7 @@ def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
     if not file.is_file():
         raise ReportError(f"{file}: no such file; it is written by {made_by}")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = files.read_json(file, object)
     except ValueError as error:
         raise ReportError(f"{file}: not JSON ({error}); run {made_by} again") from None
     if not isinstance(found, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, SiglipVisionConfig
 
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.interop import certificate, libraries, official
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
@@ -110,7 +110,7 @@ def _config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("config.json", "open_clip_config.json"):
         if (folder / name).is_file():
-            found |= json.loads((folder / name).read_text(encoding="utf-8"))
+            found |= read_json(folder / name, dict, InteropError)
     return found
 
 

@@ -15,12 +15,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop import certificate, libraries, llava
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.llm2clip import register
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.text_encoder_settings import SETTINGS_NAME
 from llm2clip_vlm.models.timm_vision import RESAMPLE
@@ -72,13 +74,13 @@ def _load(path: Path) -> tuple[str, Any, Any]:
     register()
     if (path / SETTINGS_NAME).is_file():
         return "text encoder", TextEncoder.from_pretrained(path), None
-    kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    kind = read_json(path / "config.json", dict, InteropError).get("model_type")
     if kind in ("llava", "llava_next"):
         return "VLM" if kind == "llava" else "AnyRes VLM", *load_vlm(path)
     tower = load_vision_tower(path, dtype=torch.float32)
     if kind != "llm2clip":
         return "tower", tower.model, tower.image_processor
-    model: Any = AutoModel.from_pretrained(path, dtype=torch.float32)
+    model: Any = load_complete(AutoModel, path, dtype=torch.float32)
     return "stage 2b model", model.eval(), tower.image_processor
 
 
@@ -110,7 +112,7 @@ def save_encoder(model: Any, processor: Any, folder: Path) -> Any:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         export_vision_tower(model, processor, folder / "vision_tower")
-    again: Any = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    again: Any = load_complete(AutoModel, folder, dtype=torch.float32)
     return again.eval()
 
 
@@ -129,7 +131,7 @@ def save_llava(model: Any, processor: Any, folder: Path) -> Evidence:
         folder: Where to.
     """
     save_vlm(model, processor, folder)
-    again = type(model).from_pretrained(folder, dtype=model.dtype)
+    again = load_complete(type(model), folder, dtype=model.dtype)
     opened = f"{type(model).__name__} of transformers"
     return Evidence(opened, logits_of(model), logits_of(again), {"needs": _needs(model)})
 
@@ -162,7 +164,7 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     if not hasattr(model, "lm_head"):
         pixels = fixed_pixels(tower.config.image_size)
         export_vision_tower(tower, processor, folder)
-        again: Any = transformers.CLIPVisionModel.from_pretrained(folder, dtype=torch.float32)
+        again: Any = load_complete(transformers.CLIPVisionModel, folder, dtype=torch.float32)
         opened = "CLIPVisionModel of transformers, as LLaVA does"
         return Evidence(opened, features_of(tower, pixels), features_of(again.eval(), pixels))
     export_vision_tower(tower, processor.image_processor, folder / "vision_tower")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoImageProcessor, CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from llm2clip_vlm.interop.eva02 import EVA02
@@ -18,6 +18,7 @@ from llm2clip_vlm.interop.keys import InteropError, Row, row
 from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
 from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig
+from llm2clip_vlm.models.loading import read_image_processor
 from llm2clip_vlm.models.resolution import image_processor_class
 from llm2clip_vlm.models.timm_vision import timm_image_processor
 
@@ -146,7 +147,7 @@ def image_processor(config: Any, folder: Path, beside: Mapping[str, Any]) -> Any
         beside: What open_clip's or timm's config there says.
     """
     if (folder / "preprocessor_config.json").is_file():
-        return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+        return read_image_processor(folder)
     side = config.image_size
     given = beside.get("preprocess_cfg") or beside.get("pretrained_cfg") or {}
     if not given and config.model_type == "siglip_vision_model":

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, row, translate
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.vlm import build_vlm
 
 LLAVA = (
@@ -57,7 +57,7 @@ def convert_llava(
     """
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    config = read_json(file, dict, InteropError) if file.is_file() else {}
     named = config.get("mm_vision_tower") or "not in a config.json"
     inside = (folder / named).resolve()
     if vision_tower is None and inside.is_dir() and inside.is_relative_to(folder.resolve()):
@@ -93,9 +93,7 @@ def convert_llava(
 
 def _has_template(folder: Any) -> bool:
     try:
-        return (
-            AutoTokenizer.from_pretrained(folder, trust_remote_code=False).chat_template is not None
-        )
+        return read_tokenizer(folder).chat_template is not None
     except (OSError, ValueError):
         return False
 
@@ -126,7 +124,7 @@ def _decoder(
         error=InteropError,
     )
     llm.save_pretrained(place)
-    AutoTokenizer.from_pretrained(folder, trust_remote_code=False).save_pretrained(place)
+    read_tokenizer(folder).save_pretrained(place)
     return place
 
 

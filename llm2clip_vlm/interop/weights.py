@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import struct
 from collections.abc import Mapping
@@ -13,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llm2clip_vlm.files import read_json, require_regular
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
 from llm2clip_vlm.handoff import verify_parent
 from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.models.checkpoint_files import shards_of
 
 CERTIFICATE_NAME = "parity.json"
 """The certificate in a folder that this package exported or converted."""
@@ -50,11 +51,7 @@ def weight_files(path: Path) -> list[Path]:
     for name in _NAMES:
         index = path / f"{name}.index.json"
         if index.is_file():
-            shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            for shard in shards:
-                if Path(shard).name != shard or not (path / shard).is_file():
-                    raise InteropError(f"{index}: there is no file {shard!r} beside it")
-            return sorted(path / shard for shard in shards)
+            return shards_of(index, InteropError)
         if (path / name).is_file():
             return [path / name]
     others = sorted(
@@ -87,7 +84,9 @@ def verify_hashes(path: Path, sha256: str | None = None) -> None:
     folder = path if path.is_dir() else path.parent
     certificate = folder / CERTIFICATE_NAME
     if certificate.is_file():
-        recorded = json.loads(certificate.read_text(encoding="utf-8"))["files"]
+        recorded = read_json(certificate, dict, HandoffError).get("files")
+        if not isinstance(recorded, dict):
+            raise HandoffError(f"{certificate}: files: expected names and hashes, got {recorded!r}")
         for name, expected in recorded.items():
             file = folder / name
             if not file.resolve().is_relative_to(folder.resolve()):
@@ -128,7 +127,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _open(file: Path) -> tuple[Path, Any]:
-    with file.open("rb") as handle:
+    with require_regular(file, InteropError).open("rb") as handle:
         start = handle.read(9)
     try:
         if start[8:] == b"{":

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPConfig, CLIPModel
+from transformers import CLIPConfig, CLIPModel
 
 from llm2clip_vlm.models.caption_tokens import pad_tokens
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, read_image_processor, read_tokenizer
 
 _SPECIAL = ("pad", "bos", "eos")
 
@@ -48,8 +48,8 @@ def load_clip(
             "image processor"
         )
     folder = str(tokenizer if tokenizer is not None else clip)
-    text_tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    text_tokenizer = read_tokenizer(folder)
+    image_processor = read_image_processor(folder)
     if isinstance(clip, Mapping):
         model = CLIPModel(_config_for(clip, text_tokenizer))
     else:

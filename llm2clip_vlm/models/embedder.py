@@ -6,11 +6,11 @@ sentence-transformers itself reads (`modules.json` and one folder a module).
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.models.caption_tokens import TextEncoderError
 
 MODULES_NAME = "modules.json"
@@ -84,7 +84,7 @@ def read_embedder(directory: str | Path) -> Embedder | None:
 
 def _read(folder: Path, name: str = MODULES_NAME) -> Any:
     file = folder / name
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    return read_json(file, object) if file.is_file() else {}
 
 
 def _pooling_mode(config: dict[str, Any], where: Path) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.models.trainable import part_name
 
@@ -91,7 +91,7 @@ def write_lineage(
 def read_lineage(directory: str | Path) -> dict[str, str] | None:
     """What :func:`write_lineage` wrote; none for somebody else's checkpoint."""
     path = Path(directory) / LINEAGE_NAME
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def refuse_other(where: str | Path, recorded: Mapping[str, str], here: Mapping[str, str]) -> None:

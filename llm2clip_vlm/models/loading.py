@@ -1,17 +1,40 @@
-"""Loading weights completely, or not at all."""
+"""Loading weights completely and strictly, or not at all; nothing of a checkpoint is run."""
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, BitsAndBytesConfig
+import transformers
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForPreTraining,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
+
+from llm2clip_vlm.models.checkpoint_files import check_sizes, read_config_file, weights_of_folder
+
+SAFE: dict[str, Any] = {"trust_remote_code": False}
+"""Arguments of every `from_pretrained`: no Python file of a checkpoint runs, nobody is asked."""
+_OLD_BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$")
+"""Tables that older versions saved and newer ones compute."""
+_LARGEST_PICTURE_PX = 4096
 
 
 def load_complete(
@@ -22,7 +45,11 @@ def load_complete(
     error: type[ValueError] = ValueError,
     **arguments: Any,
 ) -> Any:
-    """`from_pretrained` that refuses missing weights, where transformers only warns.
+    """`from_pretrained` that refuses what transformers only warns of: missing and unknown weights.
+
+    Names and shapes are compared without content first, so that a config of wrong sizes costs
+    nothing. A weight is known if the loaded class has it, or the architecture that the config names
+    (the text tower of a CLIP of which the vision tower is loaded), or its pretraining class.
 
     Args:
         model_class: A transformers class.
@@ -33,28 +60,115 @@ def load_complete(
         **arguments: Of `from_pretrained`.
 
     Returns:
-        The model. Weights that it has no use for are not mentioned.
+        The model.
 
     Raises:
-        ValueError: (or `error`) The weights cannot be read, are missing, or have another shape.
+        ValueError: (or `error`) The weights cannot be read, are missing, unknown or have another
+            shape; or they are pickled, or an adapter's.
     """
+    if "state_dict" not in arguments:
+        local = Path(path).is_dir()
+        if local:
+            _check_names(model_class, Path(path), optional, error, arguments)
+        arguments |= {**SAFE, "use_safetensors": True}
     source = None if "state_dict" in arguments else path
-    try:
-        with _no_load_report():
-            model, found = model_class.from_pretrained(
-                source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+    with boundary(f"{path}: cannot be loaded as {model_class.__name__}", error), _quiet():
+        model, found = model_class.from_pretrained(
+            source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
+        )
+    _refuse(path, type(model).__name__, found, optional, error)
+    if source is not None and not local:
+        folder = Path(cached_file(path, "config.json") or "").parent
+        _check_names(model_class, folder, optional, error, arguments)
+    return model
+
+
+def _check_names(
+    model_class: Any,
+    folder: Path,
+    optional: str | None,
+    error: type[ValueError],
+    arguments: Mapping[str, Any],
+) -> None:
+    """Compare names and shapes of the weights with what the config describes, on no device."""
+    written = read_config_file(folder, error)
+    weights = weights_of_folder(folder, written, error)
+    check_sizes(written, weights, folder, error)
+    if written.get("quantization_config") or is_deepspeed_zero3_enabled():
+        return  # names are those of the quantised modules; shapes are shards
+    config = arguments.get("config") or read_config(folder, error)
+
+    def compared(kind: Any) -> tuple[Any, dict[str, Any]]:
+        if mapping := getattr(kind, "_model_mapping", None):
+            if type(config) not in mapping:
+                raise error(f"{folder}: {kind.__name__} has no class for {config.model_type!r}")
+            kind = _get_model_class(config, mapping)
+        own: Any = kind.config_class
+        part = not isinstance(config, own)
+        with boundary(f"{folder}: cannot be loaded as {kind.__name__}", error), _quiet():
+            made: tuple[Any, dict[str, Any]] = kind.from_pretrained(
+                None,
+                config=own.from_pretrained(folder) if part else config,
+                state_dict=dict(weights),
+                device_map="meta",
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **SAFE,
             )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as failure:
-        raise error(f"{path}: cannot be loaded as {model_class.__name__} ({failure})") from failure
+        return made
+
+    model, found = compared(model_class)
+    _refuse(folder, type(model).__name__, found, optional, error)
+    buffers = {name for name, _ in model.named_buffers()}
+    extra = {
+        name
+        for name in found["unexpected_keys"]
+        if name not in buffers and not _OLD_BUFFERS.search(name)
+    }
+    for other in _whole_classes(config, written):
+        if extra and other is not type(model):
+            strange = compared(other)[1]["unexpected_keys"]
+            extra = {name for name in extra if any(_same(name, key) for key in strange)}
+    if extra:
+        raise error(
+            f"{folder}: {len(extra)} weights are unknown to {type(model).__name__} as config.json "
+            f"describes it (first: {sorted(extra)[:3]}); they would have been left out. Is it the "
+            "config of these weights, and is no adapter or layer left over in them?"
+        )
+
+
+def _same(name: str, other: str) -> bool:
+    """Whether two names are one weight's, seen from a part and from the whole."""
+    return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
+
+
+def _whole_classes(config: Any, written: Mapping[str, Any]) -> Iterator[Any]:
+    """The classes that may have written weights which the loaded class has no use for."""
+    for name in written.get("architectures") or ():
+        found = getattr(transformers, str(name), None)
+        if isinstance(found, type) and issubclass(found, PreTrainedModel):
+            yield found
+    for auto in (AutoModelForPreTraining, AutoModel):
+        if type(config) in auto._model_mapping:
+            yield auto
+
+
+def _refuse(
+    path: str | Path,
+    name: str,
+    found: Mapping[str, Any],
+    optional: str | None,
+    error: type[ValueError],
+) -> None:
     wrong = [*map(str, found["missing_keys"]), *map(str, found.get("mismatched_keys", ()))]
     wrong = sorted(name for name in wrong if not (optional and name.startswith(optional)))
     if wrong:
         raise error(
-            f"{path}: {len(wrong)} weights of {type(model).__name__} are missing or of another "
-            f"shape (first: {wrong[:3]}); they would have stayed random. Is the checkpoint "
-            "complete, and of this architecture?"
+            f"{path}: {len(wrong)} weights of {name} are missing or of another shape (first: "
+            f"{wrong[:3]}); they would have stayed random. Is the checkpoint complete, and of this "
+            "architecture?"
         )
-    return model
 
 
 def to_dtype(model: Any, dtype: torch.dtype) -> Any:
@@ -76,18 +190,117 @@ def to_dtype(model: Any, dtype: torch.dtype) -> Any:
     return model
 
 
-def read_config(path: str, error: type[ValueError] = ValueError) -> Any:
+@contextmanager
+def boundary(told: str, error: type[ValueError] = ValueError, remedy: str = "") -> Iterator[None]:
+    """Name the checkpoint in whatever a library raises of its files.
+
+    Args:
+        told: Which file, and what is wrong with it.
+        error: What is raised.
+        remedy: The end of the message.
+    """
+    try:
+        yield
+    except Exception as failure:  # around one checkpoint, whose every field may be wrong
+        why = " ".join(str(failure).split())[:2000]
+        raise error(f"{told} ({type(failure).__name__}: {why}){remedy}") from failure
+
+
+def read_config(path: str | Path, error: type[ValueError] = ValueError) -> Any:
     """The config of a model directory or a hub id.
 
     Raises:
-        ValueError: (or `error`) There is none that transformers or this package knows.
+        ValueError: (or `error`) There is none that transformers or this package knows, or its
+            numbers are none that a model can have.
     """
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as failure:
+    if Path(path).is_dir() and (Path(path) / "config.json").exists():
+        read_config_file(Path(path), error)
+    remedy = (
+        "; expected a model directory or a hub id. A directory that a stage writes is there once "
+        "that stage has run"
+    )
+    with boundary(f"{path}: no readable config.json", error, remedy):
+        return AutoConfig.from_pretrained(path, **SAFE)
+
+
+def read_tokenizer(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+    """The tokenizer of a model directory or a hub id.
+
+    Raises:
+        ValueError: (or `error`) There is none, or it is damaged.
+    """
+    with boundary(f"{path}: no tokenizer beside the weights", error):
+        return AutoTokenizer.from_pretrained(path, **SAFE)
+
+
+def read_processor(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+    """The processor of a VLM's directory or hub id, its image processor tried.
+
+    Raises:
+        ValueError: (or `error`) There is none, or it is damaged.
+    """
+    with boundary(f"{path}: no processor beside the weights", error):
+        processor = AutoProcessor.from_pretrained(path, **SAFE)
+    if hasattr(processor, "image_processor"):
+        check_image_processor(processor.image_processor, path, error)
+    return processor
+
+
+def read_image_processor(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+    """The image processor of a model directory or a hub id, tried on two pictures.
+
+    Raises:
+        ValueError: (or `error`) There is none, or it is damaged.
+    """
+    remedy = (
+        ". Copy the preprocessor_config.json of the checkpoint that the tower comes from into it."
+    )
+    with boundary(f"{path}: no image processor", error, remedy):
+        processor = AutoImageProcessor.from_pretrained(path, **SAFE)
+    check_image_processor(processor, path, error)
+    return processor
+
+
+def check_image_processor(
+    processor: Any, path: str | Path, error: type[ValueError] = ValueError
+) -> None:
+    """Refuse an image processor that does not keep black apart from white.
+
+    Args:
+        processor: A transformers image processor.
+        path: Where it is from, for the message.
+        error: What is raised.
+
+    Raises:
+        ValueError: (or `error`) It raises, its pictures are not finite or beyond reason in size,
+            or white is not brighter than black (`image_std` or `rescale_factor` of 0 or below).
+    """
+    where = f"{path}: its image processor (preprocessor_config.json)"
+    for name in ("size", "crop_size", "pad_size"):
+        size: Any = getattr(processor, name, None) or {}
+        sides = [size.get(key) for key in ("height", "width", "shortest_edge", "longest_edge")]
+        for side in (side for side in sides if side is not None):
+            if not (isinstance(side, int) and 1 <= side <= _LARGEST_PICTURE_PX):
+                raise error(
+                    f"{where}: {name}: expected sides of 1 to {_LARGEST_PICTURE_PX} px, got {side}"
+                )
+    made = []
+    with boundary(f"{where}: cannot be used", error):
+        for grey in (0, 255):
+            picture = Image.new("RGB", (64, 64), (grey, grey, grey))
+            with np.errstate(all="ignore"):
+                pixels = processor(images=picture, return_tensors="np")["pixel_values"]
+            made.append(np.asarray(pixels, np.float32))
+        black, white = made
+        step = white - black
+        # Padding (of AnyRes' crops, of NaFlex' patches) is the same in both.
+        changed = step if step.ndim == 4 else step[step != 0]
+        good = bool(np.isfinite(made).all() and changed.min() > 1e-3 and changed.max() < 1e4)
+    if not good:
         raise error(
-            f"{path}: no readable config.json ({failure}); expected a model directory or a hub id"
-        ) from failure
+            f"{where}: white pictures do not come out brighter than black ones ({black.min():.3g} "
+            f"to {white.max():.3g}); correct image_mean, image_std and rescale_factor"
+        )
 
 
 def four_bits(
@@ -118,7 +331,7 @@ def four_bits(
 
 
 @contextmanager
-def _no_load_report() -> Iterator[None]:
+def _quiet() -> Iterator[None]:
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

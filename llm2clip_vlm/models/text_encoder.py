@@ -25,9 +25,7 @@ from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import (
-    AutoConfig,
     AutoModel,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -35,7 +33,7 @@ from transformers import (
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.models.caption_tokens import TextEncoderError, pad_tokens
 from llm2clip_vlm.models.embedder import read_embedder
-from llm2clip_vlm.models.loading import four_bits, load_complete
+from llm2clip_vlm.models.loading import four_bits, load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.open_layers import (
     attention_kind,
     layers_see_behind,
@@ -137,8 +135,8 @@ class TextEncoder(nn.Module):
         embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
         source = embedder.model_dir if embedder else path
         # A copy, because transformers may hand out one config object twice.
-        config = copy.deepcopy(AutoConfig.from_pretrained(source, trust_remote_code=False))
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        config = copy.deepcopy(read_config(source, TextEncoderError))
+        tokenizer = read_tokenizer(source, TextEncoderError)
         if embedder and embedder.lower_case:
             steps = [Lowercase(), tokenizer.backend_tokenizer.normalizer]
             tokenizer.backend_tokenizer.normalizer = NormalizerSequence(

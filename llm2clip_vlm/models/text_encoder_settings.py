@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
 from llm2clip_vlm.models.embedder import Embedder
 
@@ -96,7 +96,7 @@ def resolve_settings(
     tokenizer_hash: str | None = None
     saved = Path(path) / SETTINGS_NAME
     if saved.is_file():
-        fixed = json.loads(saved.read_text(encoding="utf-8"))
+        fixed = read_json(saved)
         if fixed.pop("schema", None) != _SCHEMA:
             raise TextEncoderError(f"{saved}: unknown schema, expected {_SCHEMA}; save it anew")
         tokenizer_hash = fixed.pop("text_tokenizer")

@@ -18,7 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 from transformers import (
-    AutoImageProcessor,
     AutoModel,
     CLIPVisionModel,
     PreTrainedModel,
@@ -29,7 +28,12 @@ from transformers import (
 
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
-from llm2clip_vlm.models.loading import load_complete, read_config
+from llm2clip_vlm.models.loading import (
+    check_image_processor,
+    load_complete,
+    read_config,
+    read_image_processor,
+)
 from llm2clip_vlm.models.resolution import (
     image_processor_class,
     processed_size_px,
@@ -172,6 +176,11 @@ def load_vision_tower(
 def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     """Run the tower on shapes alone and read the contract off what comes out."""
     config = model.config
+    if absent := [name for name in ("image_size", "patch_size") if not hasattr(config, name)]:
+        raise TowerError(
+            f"{path}: its config ({type(config).__name__}) has no {' and no '.join(absent)}; a "
+            "tower's config says the side of its images and of its patches in pixels"
+        )
     made = processed_size_px(processor)
     size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)
     patch = _side(config.patch_size)
@@ -190,6 +199,15 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
         raise TowerError(
             f"{path}: expected hidden states of one shape with at least {num_patches} tokens (an "
             f"image of {size} px in patches of {patch} px), got {[tuple(s.shape) for s in states]}"
+        )
+    # What a LLaVA around the tower asks its config for.
+    for name, read in (("hidden_size", width), ("num_hidden_layers", len(states) - 1)):
+        if not hasattr(config, name):
+            setattr(config, name, read)
+    if config.hidden_size != width:
+        raise TowerError(
+            f"{path}: its config has hidden_size {config.hidden_size}, its hidden states {width}; "
+            "a LLaVA's projector is built from the config: correct it"
         )
     return VisionTower(
         model=model,
@@ -262,14 +280,10 @@ def _side(value: Any) -> int:
 def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
     """The checkpoint's image processor; where it makes no square pictures, one that does."""
     if config.model_type == "timm_wrapper":
-        return timm_image_processor(config.pretrained_cfg)
-    try:
-        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise TowerError(
-            f"{path}: no image processor ({error}). Copy the preprocessor_config.json of the "
-            "checkpoint that the tower comes from into it."
-        ) from error
+        processor = timm_image_processor(config.pretrained_cfg)
+        check_image_processor(processor, path, TowerError)
+        return processor
+    processor = read_image_processor(path, TowerError)
     if hasattr(processor, "max_num_patches"):
         side = {"height": tower_config.image_size, "width": tower_config.image_size}
         kept = {k: getattr(processor, k) for k in ("resample", "image_mean", "image_std")}

@@ -21,8 +21,6 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoProcessor,
-    AutoTokenizer,
     GenerationConfig,
     LlavaNextProcessor,
     LlavaProcessor,
@@ -49,7 +47,13 @@ from llm2clip_vlm.models.lineage import (
     write_lineage,
 )
 from llm2clip_vlm.models.llm2clip import register
-from llm2clip_vlm.models.loading import four_bits, load_complete, read_config
+from llm2clip_vlm.models.loading import (
+    four_bits,
+    load_complete,
+    read_config,
+    read_processor,
+    read_tokenizer,
+)
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import matching_prefix
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
@@ -192,10 +196,7 @@ def load_vlm(
     model: Any = load_complete(
         VLM_CLASSES[config.model_type], path, error=VlmError, config=config, dtype=dtype, **bits
     )
-    try:
-        processor: Any = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise VlmError(f"{path}: no processor beside the weights ({error})") from error
+    processor: Any = read_processor(path, VlmError)
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
     install_text_only_guard(model)
     return model.eval(), processor
@@ -248,10 +249,7 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     head = llm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise VlmError(f"{path}: LLaVA needs a language model with an lm_head without bias")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise VlmError(f"{path}: no tokenizer beside the weights ({error})") from error
+    tokenizer = read_tokenizer(path, VlmError)
     if tokenizer.pad_token is None:
         # Padding is masked and never a label, so sharing a token with unk or eos does no harm.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token

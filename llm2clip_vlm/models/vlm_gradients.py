@@ -31,11 +31,17 @@ def freeze_unused_vision(model: Any) -> list[str]:
         Names of the parameters that were trainable and no longer are.
     """
     tower = model.model.vision_tower
-    total = model.config.vision_config.num_hidden_layers
-    layers = model.config.vision_feature_layer
-    chosen = [layers] if isinstance(layers, int) else layers
+    chosen = model.config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    try:
+        layers, depth = layers_of(tower)
+    except ValueError:  # a tower of another package, without a list of blocks
+        return []
+    total = getattr(model.config.vision_config, "num_hidden_layers", depth)
+    if depth != total:
+        logger.info("%d blocks, %d hidden layers: unused ones are not known", depth, total)
+        return []
     used = max(i if i >= 0 else total + 1 + i for i in chosen)
-    layers, _ = layers_of(tower)
     frozen = []
     for name, parameter in tower.named_parameters():
         if (layers[name] > used or name == _NEVER_USED) and parameter.requires_grad:

@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, normalizers, processors
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
 from llm2clip_vlm.models.embedder import MODULES_NAME
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.ownership import remove
 
@@ -169,7 +169,7 @@ def _standalone_tokenizer(
 
 def _difference(tokens: CaptionTokenizer, directory: Path, prompt: str) -> str | None:
     """Why sentence-transformers would see other tokens than the encoder, or pool others."""
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
+    found: PreTrainedTokenizerBase = read_tokenizer(directory)
     expected = tokens(PROBE_TEXTS)
     got = found([prompt + text for text in PROBE_TEXTS], truncation=True)["input_ids"]
     if got != expected:

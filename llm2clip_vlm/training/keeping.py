@@ -19,12 +19,13 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import AutoConfig, CLIPModel, TrainerCallback
+from transformers import CLIPModel, TrainerCallback
 
 from llm2clip_vlm.config_stage2 import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.losses import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.patch_dropout import PatchDropout
 from llm2clip_vlm.models.text_encoder import require_equal
 from llm2clip_vlm.models.towers import load_vision_tower
@@ -167,7 +168,7 @@ def prepare_keeping(
     """
     if recipe.inherit_text is not None:
         path = recipe.inherit_text.clip or recipe.vision_tower
-        if (kind := AutoConfig.from_pretrained(path).model_type) != "clip":
+        if (kind := read_config(path).model_type) != "clip":
             raise ValueError(
                 f"inherit_text: {path} is a {kind!r} model, expected a CLIPModel; set `clip`"
             )

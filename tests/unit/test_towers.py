@@ -221,7 +221,9 @@ def test_a_missing_weight_or_a_cut_file_is_refused(kind: str, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"1 weights of .*norm1\.weight"):
         load_vision_tower(folder)
     file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="tower: cannot be loaded as"):
+    with pytest.raises(
+        ValueError, match=r"tower(: cannot be loaded as|/model\.safetensors: damaged or cut off)"
+    ):
         load_vision_tower(folder)
 
 
