@@ -7,7 +7,8 @@ ones before it; the collator writes no mask and `VlmTrainer` turns the cache off
 
 What is packed is an optimizer step: its samples are drawn as without packing, and only their
 distribution over processes and micro-batches is planned. So the batch size of a recipe keeps its
-meaning, and a packed run computes the same updates.
+meaning, and a packed run computes the same updates. Where a step has too few samples for a row on
+each process, the others get an empty row, which counts for nothing: no sample is seen twice.
 """
 
 from __future__ import annotations
@@ -57,13 +58,7 @@ def plan_packs(
     """
     counts = [0] * len(lengths) if images is None or max_images is None else list(images)
     budget = max_images or 0
-    for index, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-        if not 1 <= length <= max_tokens or count > budget:
-            raise ValueError(
-                f"sample {index} has {length} tokens and {count} images (AnyRes: crops), expected "
-                f"1 to {max_tokens} tokens and at most {max_images} images; raise "
-                "`packing_max_images`, or leave the sample out"
-            )
+    refuse_misfits(lengths, counts, max_tokens, max_images)
     packs: list[list[int]] = []
     left: list[int] = []  # images that a row still takes
     rows: defaultdict[int, list[int]] = defaultdict(list)  # by the tokens they still take
@@ -90,6 +85,29 @@ def plan_packs(
     return packs
 
 
+def refuse_misfits(
+    lengths: Sequence[int], images: Sequence[int], max_tokens: int, max_images: int | None
+) -> None:
+    """Refuse samples that no row can hold.
+
+    Args:
+        lengths: Tokens of each sample.
+        images: Images of each sample.
+        max_tokens: As :func:`plan_packs`.
+        max_images: As :func:`plan_packs`.
+
+    Raises:
+        ValueError: Names the first by its index.
+    """
+    for index, (length, count) in enumerate(zip(lengths, images, strict=True)):
+        if not 1 <= length <= max_tokens or (max_images is not None and count > max_images):
+            raise ValueError(
+                f"sample {index} has {length} tokens and {count} images (AnyRes: crops), expected "
+                f"1 to {max_tokens} tokens and at most {max_images} images; raise "
+                "`packing_max_images`, or leave the sample out"
+            )
+
+
 def balanced_packs(
     lengths: Sequence[int],
     num_packs: int,
@@ -100,10 +118,10 @@ def balanced_packs(
     """Exactly `num_packs` rows of nearly equal length within the budgets, longest first.
 
     The smallest row length that suffices is searched by bisection (MULTIFIT), to one part in 64, so
-    that processes wait little for each other.
+    that processes wait little for each other. Rows beyond the number of samples are empty.
 
     Args:
-        lengths: Tokens of each sample; at least `num_packs` samples.
+        lengths: Tokens of each sample.
         num_packs: Rows; :func:`plan_packs` needs no more.
         max_tokens: Tokens of a row.
         images: As :func:`plan_packs`.
@@ -113,7 +131,7 @@ def balanced_packs(
     scheduling".
     """
     packs = plan_packs(lengths, max_tokens, images, max_images)
-    assert len(packs) <= num_packs <= len(lengths), (len(packs), num_packs, len(lengths))
+    assert 1 <= len(packs) <= num_packs, (len(packs), num_packs)
     low, high = max(*lengths, -(-sum(lengths) // num_packs)), max_tokens
     while high - low > low // 64:
         middle = (low + high) // 2
@@ -131,12 +149,13 @@ def balanced_packs(
 class PackedBatches(Sampler[list[int]]):
     """Micro-batches of one process, for :class:`PackedCollator`; the same plan on all of them.
 
-    An epoch's samples are shuffled and dealt to optimizer steps. Of a step, the samples with images
-    and those without become rows apart, of similar length and a multiple of the processes of each,
-    so that in each micro-step either every process has an image or none: skipping the tower cannot
-    hang the others. To that end both kinds are shuffled by themselves and dealt a few at a time.
-    The order depends on the seed and the epoch alone, and a step's plan on its samples: resuming is
-    a cursor, whatever came before.
+    An epoch's samples are shuffled and dealt to optimizer steps, each once; the last step has what
+    remains. Of a step, the samples with images and those without become rows apart, of similar
+    length and a multiple of the processes of each, so that in each micro-step the processes do the
+    same work. To that end both kinds are shuffled by themselves and dealt a few at a time. Where
+    there are fewer samples than rows, some are empty lists (:class:`PackedCollator` makes a row of
+    them that trains nothing). The order depends on the seed and the epoch alone, and a step's plan
+    on its samples: resuming is a cursor, whatever came before.
 
     Args:
         lengths: Tokens of each sample.
@@ -148,9 +167,10 @@ class PackedBatches(Sampler[list[int]]):
         epochs: For so many the number of micro-batches is made to suffice.
         rank: This process.
         world_size: Number of processes.
+        drop_last: Leave out an epoch's last step where it has fewer samples.
 
     Raises:
-        ValueError: A sample does not fit into a micro-batch.
+        ValueError: A sample does not fit into a micro-batch, or there is no step.
     """
 
     def __init__(
@@ -165,7 +185,9 @@ class PackedBatches(Sampler[list[int]]):
         epochs: int = 1,
         rank: int = 0,
         world_size: int = 1,
+        drop_last: bool = False,
     ) -> None:
+        refuse_misfits(lengths, images, max_tokens, max_images)
         self._lengths = np.asarray(lengths, dtype=np.int64)
         self._images = np.asarray(images, dtype=np.int64)
         self.max_tokens = max_tokens
@@ -176,14 +198,23 @@ class PackedBatches(Sampler[list[int]]):
         sizes = range(min(max(8, global_batch_size // 4), global_batch_size), global_batch_size + 1)
         self._dealt = next(n for n in sizes if global_batch_size % n == 0 and n % world_size == 0)
         self._deals = global_batch_size // self._dealt
+        self._num_steps = -(-len(lengths) // global_batch_size)
+        if drop_last:
+            self._num_steps = len(lengths) // global_batch_size
+        if not self._num_steps:
+            raise ValueError(
+                f"an epoch has {len(lengths)} samples, fewer than one step of {global_batch_size}; "
+                "lower global_batch_size, or set trainer.dataloader_drop_last to false"
+            )
         needed = [
-            sum(self._micro_steps(part) for part in self._kinds(step))
-            for epoch in range(max(epochs, 1))
-            for step in self.steps(epoch)
+            [sum(self._micro_steps(part) for part in self._kinds(step)) for step in self.steps(n)]
+            for n in range(max(epochs, 1))
         ]
-        self._num_steps = len(needed) // max(epochs, 1)
-        self.accumulation = max(needed)
+        self.accumulation = max(map(max, needed))
         """Micro-batches of a process in an optimizer step."""
+        self._last = self.accumulation
+        if self._num_steps * global_batch_size > len(lengths):
+            self._last = max(counts[-1] for counts in needed)
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch; the Trainer calls it."""
@@ -194,30 +225,35 @@ class PackedBatches(Sampler[list[int]]):
         self._resumed, self._done = epoch, done
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[npt.NDArray[np.int64]]:
-        """Samples of each optimizer step of an epoch, in order, from the step `first` on.
+        """Samples of each optimizer step of an epoch, in order, from the step `first` on."""
+        draw, size = np.random.default_rng([self._seed, epoch]), self._dealt
+        orders = [draw.permutation(kind) for kind in self._kinds(np.arange(len(self._lengths)))]
+        whole = [order[: len(order) // size * size] for order in orders]
+        rest = [order[len(part) :] for order, part in zip(orders, whole, strict=True)]
+        order = np.concatenate([*whole, *rest])
+        deals = draw.permutation(len(order) // size)
+        order = np.concatenate(
+            [
+                order[: len(deals) * size].reshape(-1, size)[deals].ravel(),
+                order[len(deals) * size :],
+            ]
+        )
+        for step in range(first, self._num_steps):
+            yield order[step * size * self._deals : (step + 1) * size * self._deals]
 
-        The last few of each kind are completed to a multiple of the processes by the first.
+    def rows(self, step: npt.NDArray[np.int64], micro_steps: int | None = None) -> list[list[int]]:
+        """Samples of each micro-batch of a step: of all processes, then of the next micro-step.
+
+        Args:
+            step: Its samples.
+            micro_steps: How many there are; none = `accumulation`.
         """
-        draw, orders, deals, end = np.random.default_rng([self._seed, epoch]), [], [], 0
-        for kind in self._kinds(np.arange(len(self._lengths))):
-            size = -(-len(kind) // self._world_size) * self._world_size
-            orders.append(np.resize(draw.permutation(kind), size))
-            starts = np.arange(0, size, self._dealt)
-            deals.append(end + np.stack([starts, np.minimum(starts + self._dealt, size)], axis=1))
-            end += size
-        order, dealt = np.concatenate(orders), draw.permutation(np.concatenate(deals))
-        for start in range(first * self._deals, len(dealt), self._deals):
-            yield np.concatenate([order[a:b] for a, b in dealt[start : start + self._deals]])
-
-    def rows(self, step: npt.NDArray[np.int64]) -> list[list[int]]:
-        """Samples of each micro-batch of a step: of all processes, then of the next micro-step."""
-        wanted, world = self.accumulation, self._world_size
-        step = np.tile(step, -(-wanted * world // len(step)))  # once, but for an epoch's last few
+        wanted, world = micro_steps or self.accumulation, self._world_size
         kinds = self._kinds(step)
         shares = [wanted]
         if len(kinds) > 1:
             least = [self._micro_steps(kind) for kind in kinds]
-            most = [len(kind) // world for kind in kinds]
+            most = [max(len(kind) // world, few) for kind, few in zip(kinds, least, strict=True)]
             tokens = [self._lengths[kind].sum() for kind in kinds]
             low, high = max(least[0], wanted - most[1]), min(most[0], wanted - least[1])
             first = min(max(round(wanted * tokens[0] / sum(tokens)), low), high)
@@ -246,14 +282,15 @@ class PackedBatches(Sampler[list[int]]):
         return -(-len(packs) // self._world_size)
 
     def __len__(self) -> int:
-        return self._num_steps * self.accumulation
+        return (self._num_steps - 1) * self.accumulation + self._last
 
     def __iter__(self) -> Iterator[list[int]]:
         done = self._done if self._epoch == self._resumed else 0
         yield from repeat([], done)  # dropped unread by the Trainer, which counts on them
         first, done = divmod(done, self.accumulation)
-        for step in self.steps(self._epoch, first):
-            yield from self.rows(step)[self._rank :: self._world_size][done:]
+        for number, step in enumerate(self.steps(self._epoch, first), first + 1):
+            micro_steps = self._last if number == self._num_steps else self.accumulation
+            yield from self.rows(step, micro_steps)[self._rank :: self._world_size][done:]
             done = 0
 
 
@@ -263,18 +300,21 @@ class PackedCollator:
     Returns `input_ids`, `labels`, `position_ids` `[1, t]`, int64, `sample_ids`, and `pixel_values`
     `[n, 3, h, w]` if there are images. The first label of each sample is `IGNORE_INDEX`: it would
     be predicted from the last token of the sample before. There is no `attention_mask`; call the
-    model with `use_cache=False`.
+    model with `use_cache=False`. Without any sample the row has two tokens that train nothing.
     """
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes one row of all samples."""
+        nothing = torch.zeros(2, dtype=torch.int64)
+        nobody = {"input_ids": nothing, "labels": torch.full_like(nothing, IGNORE_INDEX)}
+        rows = items or [nobody]
         labels: list[Tensor] = []
-        for item in items:
+        for item in rows:
             own = item["labels"].clone()
             own[0] = IGNORE_INDEX
             labels.append(own)
         return {
-            "input_ids": torch.cat([item["input_ids"] for item in items])[None],
+            "input_ids": torch.cat([item["input_ids"] for item in rows])[None],
             "labels": torch.cat(labels)[None],
-            "position_ids": torch.cat([torch.arange(len(i["input_ids"])) for i in items])[None],
+            "position_ids": torch.cat([torch.arange(len(i["input_ids"])) for i in rows])[None],
         } | joined_images(items)

@@ -203,7 +203,10 @@ def build_vlm_data(
             f"trainer.train_sampling_strategy: {args.train_sampling_strategy!r} has no meaning "
             "with packing, which plans its own batches; leave it out or set `packing: false`"
         )
-    steps = -(-len(samples) // recipe.global_batch_size)
+    drop_last = args.dataloader_drop_last
+    steps = max(len(samples) // recipe.global_batch_size, 1)
+    if not drop_last:
+        steps = -(-len(samples) // recipe.global_batch_size)
     wanted = args.max_steps if args.max_steps > 0 else steps * args.num_train_epochs
     batches = PackedBatches(
         samples.lengths,
@@ -215,6 +218,7 @@ def build_vlm_data(
         epochs=math.ceil(wanted / steps),
         rank=args.process_index,
         world_size=args.world_size,
+        drop_last=drop_last,
     )
     args.gradient_accumulation_steps = batches.accumulation
     return samples, PackedCollator(), batches
