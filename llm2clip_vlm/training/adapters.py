@@ -1,35 +1,162 @@
-"""LoRA adapters inside a VLM: merged by name, saved with what they belong to."""
+"""LoRA adapters: merged as PEFT would, but in fp32; in a VLM saved with what they belong to."""
 
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.func import functional_call
+from transformers.pytorch_utils import Conv1D
 
 from llm2clip_vlm.handoff import HandoffError
 
 ADAPTER_NAME = "adapter.safetensors"
 
 
+_MERGEABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
+
+
+@dataclass
+class Rounding:
+    """What saving merged weights in fewer bits loses of what was trained, over all layers."""
+
+    trained: float = 0.0
+    """Squared norm of the change that training made."""
+    lost: float = 0.0
+    """Squared norm of what rounding adds to it."""
+
+    def saved(self, before: Tensor, merged: Tensor, dtype: torch.dtype) -> Tensor:
+        """The merged weight as it is saved; what that loses is noted."""
+        rounded = merged.to(dtype)
+        self.trained += float((merged - before.float()).square().sum())
+        self.lost += float((rounded.float() - merged).square().sum())
+        return rounded
+
+    @property
+    def share(self) -> float:
+        """Norm of the loss over that of the change."""
+        return math.sqrt(self.lost / self.trained) if self.trained else 0.0
+
+    def report(self, dtype: torch.dtype) -> str:
+        """One line for people."""
+        name = str(dtype).removeprefix("torch.")
+        lost = f"rounding loses {self.share:.1%} of the trained change"
+        return f"adapter merged in float32, saved in {name}: {lost}"
+
+
+class _Merged(nn.Module):
+    """Merges a layer's adapter as PEFT does, with the weights that `functional_call` puts in."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self) -> Tensor:
+        base: Tensor = self.layer.get_base_layer().weight
+        if variant := self.layer.lora_variant.get("default"):  # DoRA
+            merged: Tensor = variant.merge_safe(self.layer, "default", base)
+            return merged
+        return base + self.layer.get_delta_weight("default")
+
+
+@torch.no_grad()
+def _merged_weight(layer: Any, weights: Mapping[str, Tensor]) -> Tensor:
+    """An adapted layer's weight, computed in fp32 from its weights by their names in it."""
+    own = {
+        f"layer.{name}": weight.float()
+        for name, weight in weights.items()
+        if "lora_" in name or name == "base_layer.weight"
+    }
+    merged: Tensor = functional_call(_Merged(layer), own, ())
+    return merged
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    """What adapters change, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    modules = model.named_modules()
+    return {name: layer for name, layer in modules if isinstance(layer, LoraLayer)}
+
+
+def check_adapter(model: nn.Module, targets: str | list[str], key: str) -> None:
+    """Refuse an adapter that could not be merged; call it before training.
+
+    Args:
+        model: With the adapter, and with all that shares weights with it.
+        targets: `target_modules` of the recipe.
+        key: The adapter's section in the recipe, for messages.
+
+    Raises:
+        ValueError: A target is in no layer, or a layer cannot be merged: of another kind, with
+            grouped channels, or with a weight that another layer shares.
+    """
+    layers = _layers(model)
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    absent = [
+        target
+        for target in ([] if isinstance(targets, str) else targets)
+        if not any(f".{name}".endswith(f".{target}") for name in layers)
+    ]
+    if absent:
+        raise ValueError(f"{key}.target_modules: no layer of this part is called {absent}")
+    for name, layer in layers.items():
+        base, problem = layer.get_base_layer(), ""
+        if not isinstance(base, _MERGEABLE):
+            problem = f"a {type(base).__name__} cannot be merged"
+        elif getattr(base, "groups", 1) > 1:
+            problem = "grouped channels cannot be merged"
+        elif owners[id(base.weight)] > 1:
+            problem = "its weight is another layer's, too (tied embeddings), and merging parts them"
+        if problem:
+            raise ValueError(f"{key}.target_modules: {name}: {problem}; leave this layer out")
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether there is an adapter in the model."""
-    return any(".lora_A." in name for name, _ in model.named_parameters())
+    return any(".lora_" in name for name, _ in model.named_parameters())
 
 
 def _scaling(model: nn.Module) -> dict[str, float]:
-    return {
-        name: module.scaling["default"]
-        for name, module in model.named_modules()
-        if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
-    }
+    return {name: layer.scaling["default"] for name, layer in _layers(model).items()}
 
 
-def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def merge_adapter(model: Any, dtype: torch.dtype) -> tuple[Any, Rounding]:
+    """Merges an adapter in place.
+
+    Args:
+        model: PEFT's model or tuner, not split by ZeRO-3.
+        dtype: Of all weights afterwards.
+
+    Returns:
+        The model without adapter, and what rounding lost.
+    """
+    rounding = Rounding()
+    for layer in _layers(model).values():
+        weight = layer.get_base_layer().weight
+        merged = _merged_weight(layer, layer.state_dict())
+        weight.data = rounding.saved(weight.data, merged, dtype)
+    plain = model.unload()
+    for parameter in plain.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return plain, rounding
+
+
+def merged_state(
+    model: nn.Module,
+    state: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    rounding: Rounding | None = None,
+) -> dict[str, Tensor]:
     """Adds LoRA adapters to the weights they adapt, by name, without touching the model.
 
     Works on gathered weights, so it is right under ZeRO-3 too, where the model's own are shards.
@@ -37,24 +164,27 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
     Args:
         model: With or without adapters.
         state: Its weights by name.
+        dtype: Of the floating-point weights in the end; none = each keeps its own.
+        rounding: Takes what that loses of the adapters.
 
     Returns:
         The same weights with the names that the model had before the adapters came.
     """
-    scaling = _scaling(model)
-    merged: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        if ".lora_" in name:
-            continue
-        module = name.rsplit(".base_layer.", 1)[0]
-        low = state.get(f"{module}.lora_A.default.weight")
-        high = state.get(f"{module}.lora_B.default.weight")
-        if name.endswith(".base_layer.weight") and low is not None and high is not None:
-            update = scaling[module] * (high.float() @ low.float())
-            merged[f"{module}.weight"] = (tensor.float() + update).to(tensor.dtype)
-            continue
-        merged[name.replace(".base_layer.", ".")] = tensor
-    return merged
+    found = {
+        name.replace(".base_layer.", "."): tensor
+        if dtype is None or not tensor.is_floating_point()
+        else tensor.to(dtype)
+        for name, tensor in state.items()
+        if ".lora_" not in name
+    }
+    for name, layer in _layers(model).items():
+        own = {n.removeprefix(f"{name}."): t for n, t in state.items() if n.startswith(f"{name}.")}
+        before = own["base_layer.weight"]
+        merged = _merged_weight(layer, own)
+        found[f"{name}.weight"] = (rounding or Rounding()).saved(
+            before, merged, dtype or before.dtype
+        )
+    return found
 
 
 def unquantized_state(

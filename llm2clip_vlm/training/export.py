@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llm2clip_vlm.config import LoraSection
+from llm2clip_vlm.training.adapters import check_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def lora_config(lora: LoraSection, **more: Any) -> Any:
     )
 
 
-def add_lora(module: nn.Module, lora: LoraSection) -> Any:
+def add_lora(module: nn.Module, lora: LoraSection, key: str = "lora") -> Any:
     """Put a LoRA adapter into a module, in place; the other weights are frozen.
 
     The module keeps its class, so that it is saved and resumed like any other.
@@ -114,10 +115,16 @@ def add_lora(module: nn.Module, lora: LoraSection) -> Any:
     Args:
         module: Such as a vision tower.
         lora: Rank, scale, dropout, modules.
+        key: The adapter's section in the recipe, for messages.
 
     Returns:
         PEFT's tuner, whose `merge_and_unload` makes the module a plain one again, in place.
+
+    Raises:
+        ValueError: PEFT does not know a target, or see :func:`check_adapter`.
     """
     from peft import LoraModel
 
-    return LoraModel(module, lora_config(lora), "default")
+    tuner = LoraModel(module, lora_config(lora), "default")
+    check_adapter(module, lora.target_modules, key)
+    return tuner

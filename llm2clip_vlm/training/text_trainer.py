@@ -22,6 +22,7 @@ from llm2clip_vlm.losses import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, pad_tokens
 from llm2clip_vlm.models.text_encoder import TextEncoder, pool
 from llm2clip_vlm.models.text_encoder_settings import Pooling
+from llm2clip_vlm.training.adapters import check_adapter
 from llm2clip_vlm.training.encoder_trainer import ContrastiveTrainer, Measure
 from llm2clip_vlm.training.export import lora_config
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
@@ -193,11 +194,17 @@ def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
     Returns:
         A `peft.PeftModel`; its Trainer checkpoints hold the adapter alone.
 
+    Raises:
+        ValueError: As :func:`~llm2clip_vlm.training.export.add_lora`.
+
     Paper: LLM2CLIP v6 appendix C.1 (r = 16, alpha = 32).
     """
     from peft import TaskType, get_peft_model
 
-    return get_peft_model(backbone, lora_config(lora, task_type=TaskType.FEATURE_EXTRACTION))
+    kind = TaskType.FEATURE_EXTRACTION
+    model: Any = get_peft_model(backbone, lora_config(lora, task_type=kind))
+    check_adapter(model, lora.target_modules, "lora")
+    return model
 
 
 class CaptionContrastiveTrainer(ContrastiveTrainer):

@@ -28,6 +28,7 @@ from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, tr
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.ownership import remove, sign
+from llm2clip_vlm.training.adapters import check_adapter
 from llm2clip_vlm.training.export import add_lora
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.trainers import VlmTrainer
@@ -159,7 +160,8 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(recipe.seed)  # loading draws more or less, as ZeRO-3 has it
-            add_lora(getattr(model.model, name), lora)
+            add_lora(getattr(model.model, name), lora, f"{name}_lora")
+        check_adapter(model, [], f"{name}_lora")  # `lm_head` may share a weight with it
     apply_trainable(model, parts)
     freeze_unused_vision(model)
     for name, part in parts.items():
