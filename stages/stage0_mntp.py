@@ -28,7 +28,8 @@ from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.open_layers import require_attention, set_causal
-from llm2clip_vlm.models.trainable import trainable_table
+from llm2clip_vlm.models.trainable import set_precision, trainable_table
+from llm2clip_vlm.training.adapters import merge_adapter
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
 from llm2clip_vlm.training.text_trainer import add_adapter
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_attention(llm.eval(), recipe.bidirectional)
     tokenizer = read_tokenizer(recipe.language_model)
     model: Any = add_adapter(llm, recipe.lora) if recipe.lora else llm
+    dtype = set_precision(model, args)
 
     records = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
     rows = MaskedRows(
@@ -75,11 +77,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     if is_main():
-        merged = model.merge_and_unload() if recipe.lora else model
+        merged, rounding = merge_adapter(model, dtype)
         merged.save_pretrained(out / "language_model")
         tokenizer.save_pretrained(out / "language_model")
         trained = {"language_model": fingerprint_dir(out / "language_model")}
-        run.finish(trained, rows=len(rows))
+        found: dict[str, Any] = {"rows": len(rows)}
+        if recipe.lora:
+            print(rounding)
+            found["merge_loss"] = rounding.share
+        run.finish(trained, **found)
     teardown()
 
 

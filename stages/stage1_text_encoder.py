@@ -35,7 +35,8 @@ from llm2clip_vlm.data.captions import (
 from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
 from llm2clip_vlm.evaluation.retrieval import recall_at_k
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
-from llm2clip_vlm.models.trainable import trainable_table
+from llm2clip_vlm.models.trainable import set_precision, trainable_table
+from llm2clip_vlm.training.adapters import Rounding, merge_adapter
 from llm2clip_vlm.training.embedder_export import export_sentence_transformers
 from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
 from llm2clip_vlm.training.stage_run import StageRun
@@ -58,6 +59,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe.text_encoder, args.device, load_in_4bit=recipe.load_in_4bit
     )
     model: Any = add_adapter(encoder.backbone, recipe.lora) if recipe.lora else encoder.backbone
+    named = recipe.text_encoder.dtype == "float16"
+    dtype = set_precision(model, args, named_fp16=named)
 
     # data
     sources = [read_captions(source, run.bad, min_captions=2) for source in recipe.train]
@@ -85,7 +88,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # hand off, evaluate (what was saved, not what is in memory)
-    live = hand_off(recipe, encoder, model, args.device) if is_main() else None
+    found: dict[str, Any] = {}
+    live = None
+    if is_main():
+        live, rounding = hand_off(recipe, encoder, model, args.device, dtype)
+        if rounding.lost:
+            print(rounding)
+            found["merge_loss"] = rounding.share
     barrier()
     encoder = TextEncoder.from_pretrained(run.out / "text_encoder", device=args.device)
     if live is not None:
@@ -95,14 +104,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     results |= caption_accuracy(encoder, held_out, "after")
     if is_main():
         print(f"caption retrieval accuracy {results or 'not evaluated'}")
-        run.finish(encoder.fingerprint, {"cra": results}, captions=len(pairs.texts))
+        found["cra"] = results
+        run.finish(encoder.fingerprint, found, captions=len(pairs.texts))
     teardown()
 
 
 def hand_off(
-    recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device
-) -> torch.Tensor:
-    """Merge and write the encoder in each form; returns a few vectors of what was trained."""
+    recipe: Stage1Recipe,
+    encoder: TextEncoder,
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, Rounding]:
+    """Merge and write the encoder in each form.
+
+    Returns:
+        A few vectors of what was trained, and what saving the merged weights in `dtype` loses.
+    """
     out = Path(recipe.output_dir)
     if recipe.lora:
         model.save_pretrained(out / "adapter")
@@ -112,11 +130,10 @@ def hand_off(
             encoder = TextEncoder.from_section(recipe.text_encoder, device)
             model = PeftModel.from_pretrained(encoder.backbone, out / "adapter").eval()
     live = encoder.encode(PROBE_TEXTS)  # the adapter not yet merged
-    if recipe.lora:
-        encoder.backbone = model.merge_and_unload()
+    encoder.backbone, rounding = merge_adapter(model, dtype)
     encoder.save_pretrained(out / "text_encoder")
     export_sentence_transformers(encoder, out / "text_encoder", out / "sentence_transformers")
-    return live
+    return live, rounding
 
 
 def caption_accuracy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,6 +132,54 @@ def apply_trainable(model: nn.Module, parts: Mapping[str, float] | Collection[st
     for name, parameter in model.named_parameters():
         part = owner[name]
         parameter.requires_grad_(part is not None and (part not in adapted or "lora_" in name))
+
+
+def set_precision(model: nn.Module, args: Any, *, named_fp16: bool = False) -> torch.dtype:
+    """Give what trains fp32 weights, whatever the checkpoint's dtype. Call it before the optimizer.
+
+    In bf16 an update below half a step of the weight is lost, in fp16 it may also overflow. So
+    adapters become fp32, a part whose own weights train becomes fp32 as a whole, and fp16 weights
+    do (a recipe's explicit fp16 stays where it is frozen). Frozen bf16 parts keep their dtype.
+    DeepSpeed's bf16 or fp16 section casts all weights itself and keeps fp32 masters; without one
+    it gets fp32.
+
+    Args:
+        model: With `requires_grad` set, in place; whole, or split by ZeRO-3, which is left alone.
+        args: The run's `TrainingArguments`.
+        named_fp16: The recipe itself names float16.
+
+    Returns:
+        What the weights are saved in: the checkpoint's dtype; fp32 for an fp16 one that the recipe
+        does not name; with fp32 masters what DeepSpeed casts to.
+
+    Raises:
+        ValueError: fp16 is named without a loss scaler (`trainer.fp16`).
+    """
+    if named_fp16 and not args.fp16:
+        raise ValueError(
+            "dtype: float16 trains with a loss scaler only; expected trainer.fp16: true beside it, "
+            "or dtype: float32, bfloat16 or auto"
+        )
+    floats = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
+    found = [p.dtype for n, p in floats.items() if "lora_" not in n]
+    half = torch.float16 in found and not named_fp16
+    deepspeed = args.deepspeed_plugin is not None
+    if deepspeed and (args.bf16 or args.fp16):
+        return torch.bfloat16 if args.bf16 else torch.float16
+    if half:
+        logger.warning("float16 weights, in which nothing trains safely, become float32")
+    trained = {
+        part_name(name).split(".")[0]
+        for name, parameter in floats.items()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    for name, parameter in floats.items():
+        part = part_name(name).split(".")[0]
+        fp16 = half and parameter.dtype == torch.float16
+        wanted = deepspeed or fp16 or "lora_" in name or part in trained
+        if wanted and not hasattr(parameter, "ds_id"):  # ZeRO-3 has split it, in fp32
+            parameter.data = parameter.data.float()
+    return torch.float32 if half else max(found, key=found.count)
 
 
 def train_last_blocks(model: nn.Module, part: str, count: int) -> None:

@@ -95,7 +95,7 @@ def build_vlm(
         image_grid_pinpoints: As :func:`~llm2clip_vlm.models.image_mode.anyres_image_processor`
             takes it; only with `anyres`.
         chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
-        dtype: Of all weights; none or `"auto"` = the language model's.
+        dtype: Of all weights; none or `"auto"` = the language model's, or fp32 where that is fp16.
         projector: VLM checkpoint whose projector is taken; none = a new one.
         seed: Of a new projector.
 
@@ -230,6 +230,10 @@ def save_vlm(
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     state = dict(model.state_dict() if state_dict is None else state_dict)
     model.save_pretrained(str(directory), state_dict=None if state_dict is None else state)
+    if len(dtypes := {t.dtype for t in state.values() if t.is_floating_point()}) == 1:
+        for config in (model.config, model.config.text_config, model.config.vision_config):
+            (config.dtype,) = dtypes  # of what is saved; in memory a part that trained may differ
+        model.config.save_pretrained(str(directory))
     write_lineage(directory, model, processor, state)
     if state_dict is None:
         again, ids = (
@@ -246,6 +250,9 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     refuse_bidirectional(config, path)
     dtype = "auto" if dtype is None else dtype
     llm = load_complete(AutoModelForCausalLM, path, error=VlmError, config=config, dtype=dtype)
+    if dtype == "auto" and llm.dtype == torch.float16:
+        logger.warning("%s: float16, in which nothing trains safely, becomes float32", path)
+        llm.float()
     head = llm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise VlmError(f"{path}: LLaVA needs a language model with an lm_head without bias")

@@ -83,6 +83,10 @@ def install_text_only_guard(model: Any) -> None:
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + 0.0 * features.sum().to(embeds.dtype)}
 
+    def to_own_dtype(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].to(next(module.parameters()).dtype),)  # a frozen tower may be in bf16
+
+    llava.multi_modal_projector.register_forward_pre_hook(to_own_dtype)
     llava.register_forward_pre_hook(note_images, with_kwargs=True)
     llava.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
     model._text_only_guard = True

@@ -33,10 +33,12 @@ class Rounding:
     """Squared norm of the change that training made."""
     lost: float = 0.0
     """Squared norm of what rounding adds to it."""
+    dtype: torch.dtype = torch.float32
+    """Of the saved weights."""
 
     def saved(self, before: Tensor, merged: Tensor, dtype: torch.dtype) -> Tensor:
         """The merged weight as it is saved; what that loses is noted."""
-        rounded = merged.to(dtype)
+        rounded, self.dtype = merged.to(dtype), dtype
         self.trained += float((merged - before.float()).square().sum())
         self.lost += float((rounded.float() - merged).square().sum())
         return rounded
@@ -46,11 +48,9 @@ class Rounding:
         """Norm of the loss over that of the change."""
         return math.sqrt(self.lost / self.trained) if self.trained else 0.0
 
-    def report(self, dtype: torch.dtype) -> str:
-        """One line for people."""
-        name = str(dtype).removeprefix("torch.")
-        lost = f"rounding loses {self.share:.1%} of the trained change"
-        return f"adapter merged in float32, saved in {name}: {lost}"
+    def __str__(self) -> str:
+        saved = f"adapter merged in float32, saved in {str(self.dtype).removeprefix('torch.')}"
+        return f"{saved}: rounding loses {self.share:.1%} of the trained change"
 
 
 class _Merged(nn.Module):
@@ -134,18 +134,18 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> tuple[Any, Rounding]:
     """Merges an adapter in place.
 
     Args:
-        model: PEFT's model or tuner, not split by ZeRO-3.
+        model: PEFT's model or tuner, not split by ZeRO-3; or a model without adapter.
         dtype: Of all weights afterwards.
 
     Returns:
         The model without adapter, and what rounding lost.
     """
-    rounding = Rounding()
-    for layer in _layers(model).values():
+    rounding, layers = Rounding(), _layers(model)
+    for layer in layers.values():
         weight = layer.get_base_layer().weight
         merged = _merged_weight(layer, layer.state_dict())
         weight.data = rounding.saved(weight.data, merged, dtype)
-    plain = model.unload()
+    plain = model.unload() if layers else model
     for parameter in plain.parameters():
         parameter.data = parameter.data.to(dtype)
     return plain, rounding

@@ -21,6 +21,7 @@ from llm2clip_vlm.handoff import HandoffError, verify_parent
 from llm2clip_vlm.models.caption_tokens import pad_tokens
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
+from llm2clip_vlm.training.adapters import merge_adapter
 from llm2clip_vlm.training.callbacks import EachEpoch
 from llm2clip_vlm.training.export import add_lora
 
@@ -180,6 +181,9 @@ class TextInLoop:
         self.encoder = load_caption_encoder(section.text_encoder, device)
         self.dim = self.encoder.hidden_size
         self._lora = section.lora
+        spec = section.text_encoder
+        self.named_fp16 = not isinstance(spec, str) and spec.dtype == "float16"
+        """Whether the recipe itself names float16."""
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -208,7 +212,7 @@ class TextInLoop:
         Args:
             model: Made before, so that it starts as it would without.
         """
-        self._tuner: Any = add_lora(self.encoder.backbone, self._lora)
+        self._tuner: Any = add_lora(self.encoder.backbone, self._lora, "text_in_loop.lora")
         model.text_encoder = self.encoder
 
     def merge(self, model: LLM2CLIPModel, directory: str | Path) -> None:
@@ -220,8 +224,11 @@ class TextInLoop:
         """
         del model.text_encoder
         live = self.encoder.encode(PROBE_TEXTS)
-        self.encoder.backbone = self._tuner.merge_and_unload()
+        frozen = (p for n, p in self._tuner.named_parameters() if "lora_" not in n)
+        dtype = next(frozen).dtype
+        self.encoder.backbone, rounding = merge_adapter(self._tuner, dtype)
         if is_main():
+            logger.warning("text encoder: %s", rounding)
             self.encoder.save_pretrained(directory)
             again = TextEncoder.from_pretrained(directory).encode(PROBE_TEXTS)
             remedy = "it was not written as it was trained; go on from the last checkpoint"

@@ -27,6 +27,7 @@ from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 from llm2clip_vlm.models.vlm_loss import install_supervised_loss
 from llm2clip_vlm.training.adapters import (
+    Rounding,
     is_adapted,
     load_adapter,
     merged_state,
@@ -64,6 +65,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         parts: What trains, and how.
         checkpoint: Directory or hub id that the model was loaded from; adapters keep its
             fingerprint.
+        dtype: Of the exported weights; none = those in memory.
         hang_timeout_s: As in the recipe.
         report: Takes the table of the first step's gradients.
         callbacks: More callbacks.
@@ -80,6 +82,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         batches: PackedBatches | None = None,
         parts: Mapping[str, PartTraining],
         checkpoint: str | Path = "",
+        dtype: torch.dtype | None = None,
         hang_timeout_s: float | None = None,
         report: Callable[[str], None] = logger.info,
         callbacks: list[TrainerCallback] | None = None,
@@ -93,7 +96,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.parts, self.processor, self.checkpoint = dict(parts), processor, checkpoint
         hashed = is_adapted(model) and Path(checkpoint).is_dir()
         self.base = fingerprint_dir(checkpoint) if hashed else str(checkpoint)
-        self.batches = batches
+        self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
         self.flops = VlmFlops(model)
         self.watchdog = Watchdog(hang_timeout_s)
@@ -273,7 +276,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         if getattr(model, "is_quantized", False):
             model = load_vlm(self.checkpoint, dtype=model.lm_head.weight.dtype)[0]
             state = unquantized_state(self.model, state, model.state_dict())
-        merged = merged_state(self.model, state)
+        self.rounding = Rounding()
+        merged = merged_state(self.model, state, self.dtype, self.rounding)
         save_vlm(model, self.processor, directory, state_dict=merged)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
@@ -296,9 +300,13 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         distributed.barrier()
 
     def summary(self, result: TrainOutput) -> dict[str, Any]:
-        """What a manifest keeps of a finished training: loss, steps, processes, ZeRO stage."""
+        """What a manifest keeps of a finished training: loss, steps, processes, ZeRO stage.
+
+        With adapters also the share of their change that rounding lost in the export.
+        """
         plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
-        return {
+        lost = {"merge_loss": self.rounding.share} if is_adapted(self.model) else {}
+        return lost | {
             "training_loss": result.training_loss,
             "steps": result.global_step,
             "world_size": self.args.world_size,

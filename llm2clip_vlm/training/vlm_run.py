@@ -24,11 +24,16 @@ from llm2clip_vlm.data.instruction import InstructionCollator, InstructionDatase
 from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.document_attention import install_packing
-from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
+from llm2clip_vlm.models.trainable import (
+    apply_trainable,
+    set_precision,
+    train_last_blocks,
+    trainable_table,
+)
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.ownership import remove, sign
-from llm2clip_vlm.training.adapters import check_adapter
+from llm2clip_vlm.training.adapters import check_adapter, is_adapted
 from llm2clip_vlm.training.export import add_lora
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.trainers import VlmTrainer
@@ -61,6 +66,7 @@ def train_vlm(
     assert run.args is not None
     check_chat_template(processor)
     parts = prepare_trainable(model, recipe)
+    dtype = set_precision(model, run.args)
     leak = padded_instead(model, recipe, run.args)
     if leak is not None:
         recipe = recipe.model_copy(update={"packing": False})
@@ -82,6 +88,7 @@ def train_vlm(
         batches=batches,
         parts=parts,
         checkpoint=base,
+        dtype=dtype,
         hang_timeout_s=recipe.hang_timeout_s,
         report=print if distributed.is_main() else lambda table: None,
         callbacks=[run.metrics],
@@ -94,6 +101,8 @@ def train_vlm(
         if Path(base).parent == run.out:
             remove(Path(base))
         summary = trainer.summary(result) | {"padded_because": leak}
+        if is_adapted(model):
+            print(trainer.rounding)
         print(f"{run.stage}: {summary}")
         run.finish(fingerprints, **summary)
     distributed.teardown()
