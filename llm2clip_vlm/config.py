@@ -192,7 +192,8 @@ class TextEncoderSection(Section):
     """Every layer; false keeps causal attention (ablation of paper v6 table 6). `partial` takes a
     model some of whose layers stay causal (hybrids with linear attention or recurrence)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Weights' dtype; `auto` keeps the checkpoint's."""
+    """Dtype of the saved weights; `auto` keeps the checkpoint's (float16 becomes float32 where it
+    trains). What trains without DeepSpeed is held in float32 meanwhile."""
     attn_implementation: str | None = None
     """As in transformers: `sdpa`, `eager`, `flash_attention_2`; none = its default."""
 
@@ -205,7 +206,8 @@ class MntpRecipe(RunRecipe):
     language_model: str
     """Path or hub id of the decoder LLM."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Weights' dtype; `auto` keeps the checkpoint's."""
+    """Dtype of the saved weights; `auto` keeps the checkpoint's (float16 becomes float32 where it
+    trains). What trains without DeepSpeed is held in float32 meanwhile."""
     bidirectional: Literal[True, "partial"] = True
     """`partial` takes a model some of whose layers stay causal."""
     lora: LoraSection | None = Field(default_factory=LoraSection)

@@ -33,7 +33,8 @@ class VlmSection(Section):
     """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
     tokenizer."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the composed weights."""
+    """Dtype of the composed and the exported weights; `auto` is the LLM's, or float32 where that is
+    float16. What trains without DeepSpeed is held in float32 meanwhile."""
     projector: str | None = None
     """Start from the projector of this VLM (`model/` of stage 3) instead of a new one; refused
     where it was trained beside another tower, LLM, template, layer or image mode."""

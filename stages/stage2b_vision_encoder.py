@@ -25,7 +25,7 @@ from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.models.trainable import apply_trainable, set_precision, trainable_table
+from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop, encoder_path
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder_trainer import (
@@ -85,10 +85,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if recipe.tower_training == "frozen":
         del lrs["vision_tower"]
     if loop and in_loop:
-        loop.attach(model)
+        loop.attach(model, args)
         lrs["text_encoder"] = in_loop.learning_rate
     apply_trainable(model, lrs)
-    set_precision(model, args, named_fp16=loop is not None and loop.named_fp16)
 
     # data
     dataset = training_images(

@@ -21,6 +21,7 @@ from llm2clip_vlm.handoff import HandoffError, verify_parent
 from llm2clip_vlm.models.caption_tokens import pad_tokens
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
+from llm2clip_vlm.models.trainable import set_precision
 from llm2clip_vlm.training.adapters import merge_adapter
 from llm2clip_vlm.training.callbacks import EachEpoch
 from llm2clip_vlm.training.export import add_lora
@@ -182,8 +183,7 @@ class TextInLoop:
         self.dim = self.encoder.hidden_size
         self._lora = section.lora
         spec = section.text_encoder
-        self.named_fp16 = not isinstance(spec, str) and spec.dtype == "float16"
-        """Whether the recipe itself names float16."""
+        self._named_fp16 = not isinstance(spec, str) and spec.dtype == "float16"
 
     @property
     def fingerprints(self) -> dict[str, str]:
@@ -206,13 +206,15 @@ class TextInLoop:
         """None."""
         return []
 
-    def attach(self, model: LLM2CLIPModel) -> None:
+    def attach(self, model: LLM2CLIPModel, args: TrainingArguments) -> None:
         """Put the encoder into a model as `text_encoder`, with a new adapter.
 
         Args:
             model: Made before, so that it starts as it would without.
+            args: Of this run.
         """
         self._tuner: Any = add_lora(self.encoder.backbone, self._lora, "text_in_loop.lora")
+        set_precision(self.encoder.backbone, args, named_fp16=self._named_fp16)
         model.text_encoder = self.encoder
 
     def merge(self, model: LLM2CLIPModel, directory: str | Path) -> None:
