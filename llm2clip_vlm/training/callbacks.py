@@ -176,7 +176,7 @@ class WeightAverage(TrainerCallback):
                 f"{path} is missing: the checkpoint was written without this average. Resume with "
                 "the recipe that wrote it, or delete the checkpoints and start again"
             )
-        weights = load_file(path, device=str(args.device))
+        weights = load_file(path)
         for name, average, _ in self._pairs(kwargs["model"]):
             average.copy_(weights[name])
 
