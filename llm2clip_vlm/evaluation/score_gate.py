@@ -71,7 +71,7 @@ def _noise(
 ) -> tuple[float, str]:
     """95 % half-width of the difference of two runs on the published scale, and its source."""
     errors = [result.get("metric_errors", {}).get(column.metric) for result in ours]
-    if all(errors):
+    if all(found and found["se"] is not None for found in errors):
         whole = [result["metrics"][column.metric] for result in ours]
         error, groups = jackknife_error([found["without"] for found in errors if found], whole)
         if error is not None and error > 0:
