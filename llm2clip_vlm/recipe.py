@@ -74,9 +74,11 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
     data: Any = _read(Path(path), ())
     for override in overrides:
         key, equals, text = override.partition("=")
-        source = f"override `{key}`"
+        last = key.rpartition(".")[2]
+        secret = _SECRET_KEY.fullmatch(last) or _SECRET_VALUE.search(override)
+        source = f"override `{key if secret or len(override) > 200 else override}`"
         if not equals or not all(key.split(".")):
-            raise RecipeError("override", f"{key}: expected `dotted.key=value`")
+            raise RecipeError(source, f"{key}: expected `dotted.key=value`")
         data = _with(data, key.split("."), parse_value(text, source), source)
     data = _interpolated(data, model, path)
     if wrong := list(_refused(data)):

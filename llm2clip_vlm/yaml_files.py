@@ -127,7 +127,7 @@ def _expanded(node: yaml.Node, known: dict[int, tuple[int, int]]) -> tuple[int, 
         parts = [part for item in inner for part in (item if isinstance(item, tuple) else [item])]
         found = [_expanded(part, known) for part in parts]
         if any(size < 0 for size, _ in found):
-            raise ValueError("an anchor refers to itself")
+            raise ValueError("a recursive anchor, which refers to itself")
         size = len(node.value) if isinstance(node, yaml.ScalarNode) else 0
         depth = 1 + max((depth for _, depth in found), default=0)
         known[id(node)] = 1 + size + sum(size for size, _ in found), depth

@@ -114,7 +114,7 @@ def test_a_bad_recipe_is_one_message(name: str, tmp_path: Path) -> None:
         ("trainer=&a {b: *a}", "refers to itself"),
         ("trainer.learning_rate=.nan", r"trainer\.learning_rate: .*finite"),
         ("trainer.hub_token=hf_" + "s" * 30, r"trainer\.hub_token: a secret"),
-        ("trainer.hub_token={a: [", r"override `trainer\.hub_token`"),
+        ("trainer.hub_token={a: [", r"override `trainer\.hub_token`:"),
         ("seed.x=hf_" + "s" * 30, "override `seed.x`"),
         ("seed=!!python/name:os.system", "constructor"),
         ("seed=\0", "not valid YAML"),

@@ -62,7 +62,6 @@ def messages(path: Path, model: type[BaseModel], overrides: tuple[str, ...] = ()
         ("-2.5E+4", -25000.0),
         ("1.", 1.0),
         (".5", 0.5),
-        (".inf", float("inf")),
         ("010", 10),
         ("0x1F", 31),
         ("0o17", 15),
@@ -277,7 +276,7 @@ notes: "1e-3"
 deviations: {"why: so": "true", "${a}": "", a: "no ${seed} $${kept}"}
 vision_tower: "~"
 embedding_cache: "null"
-trainer: {learning_rate: 1.0e-5, max_steps: 10, a: "010", b: [1, "1", null, .inf], c: ünï}
+trainer: {learning_rate: 1.0e-5, max_steps: 10, a: "010", b: [1, "1", null], c: ünï}
 train:
   - {path: x, where: {split: "yes", ok: true, n: 3}, drop_where: {s: [val]}}
 caption_weights: {short: 1, long: 0.5}
