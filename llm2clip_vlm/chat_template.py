@@ -2,30 +2,36 @@
 
 A conversation is rendered once and tokenised once. The answers' characters come from the template's
 `{% generation %}` markers or, where it has none, from rendering the turns before each answer; the
-tokenizer's offsets turn characters into tokens.
+tokenizer's offsets turn characters into tokens. Only the template writes control tokens: where
+contents hold their names, they are rendered with other signs in their place and tokenised as text
+(:mod:`llm2clip_vlm.text_tokens`).
 """
 
 from __future__ import annotations
 
 import difflib
-import re
+import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
-from transformers.utils.chat_template_utils import render_jinja_template
 
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.jinja_budget import (
+    RENDER_LIMIT_S,
+    RenderError,
+    has_generation,
+    render_within_budget,
+)
+from llm2clip_vlm.text_tokens import Span, TextTokens, text_tokens
 
 Message = dict[str, Any]
-Span = tuple[int, int]
 
 _FOLDER = Path(__file__).with_name("templates")
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class ConversationError(ValueError):
@@ -36,31 +42,46 @@ def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     """The Jinja source that a recipe's `chat_template` means.
 
     Args:
-        name: A template of ours (`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`), a Jinja file,
-            Jinja source, or None for the tokenizer's.
+        name: A template of ours (`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`), one that the
+            tokenizer has under this name, a Jinja file, Jinja source, or None for the tokenizer's.
         tokenizer: The LLM's tokenizer.
 
     Raises:
         ConversationError: None is given and the tokenizer has none, or no such name or file.
     """
     known = sorted(path.stem for path in _FOLDER.glob("[!_]*.jinja"))
+    own = _own_templates(tokenizer)
     if name is None:
-        if isinstance(tokenizer.chat_template, str):
-            return tokenizer.chat_template
+        if "default" in own or len(own) == 1:
+            return own.get("default") or next(iter(own.values()))
+        has = f"only templates named {', '.join(own)}" if own else "no chat template"
         raise ConversationError(
-            "the language model's tokenizer has no chat template; set `vlm.chat_template` to one "
-            f"of {', '.join(known)} or to a Jinja file"
+            f"the language model's tokenizer has {has}; set `vlm.chat_template` to one "
+            f"of {', '.join([*own, *known])} or to a Jinja file"
         )
     if "{{" in name or "{%" in name:
         return name
+    if name in own and name not in known:
+        return own[name]
+    known += own
     path = _FOLDER / f"{name}.jinja" if name in known else Path(name)
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
+    try:
+        if path.is_file():
+            return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConversationError(f"chat_template {name!r} cannot be read ({error})") from error
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConversationError(
         f"chat_template {name!r} is neither a file nor one of {', '.join(known)}{hint}"
     )
+
+
+def _own_templates(holder: Any) -> dict[str, str]:
+    """The templates of a processor or tokenizer by their names."""
+    template = holder.chat_template
+    named = template if isinstance(template, Mapping) else {"default": template}
+    return {name: source for name, source in named.items() if isinstance(source, str)}
 
 
 @lru_cache(maxsize=2)
@@ -73,7 +94,7 @@ def accept_image_parts(template: str, tokenizer: PreTrainedTokenizerBase) -> str
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
     try:
         text = render(probe, template, tokenizer)
-    except (jinja2.TemplateError, TypeError):
+    except ConversationError:
         text = ""
     native = text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text
     return template if native else (_FOLDER / "_join_parts.jinja").read_text() + template
@@ -85,11 +106,11 @@ def template_of(processor_or_tokenizer: Any) -> str:
     Raises:
         ConversationError: It has none.
     """
-    template = processor_or_tokenizer.chat_template
-    if not isinstance(template, str):
+    own = _own_templates(processor_or_tokenizer)
+    if "default" not in own:
         raise ConversationError("no chat template; set one when the model is composed")
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-    return accept_image_parts(template, tokenizer)
+    return accept_image_parts(own["default"], tokenizer)
 
 
 def render(
@@ -107,11 +128,12 @@ def _render(
 ) -> tuple[str, list[Span]]:
     """Text, and the spans of its `{% generation %}` blocks if asked for."""
     arguments: dict[str, Any] = {**tokenizer.special_tokens_map, **options}
-    result: Any = render_jinja_template(
-        conversations=[list(messages)], chat_template=template, **arguments
-    )
-    texts, spans = result
-    return texts[0], [(begin, end) for begin, end in spans[0]] if spans else []
+    try:
+        return render_within_budget(template, messages, arguments)
+    except RenderError as error:
+        where = tokenizer.name_or_path
+        of = f" of {where}" if where else ""
+        raise ConversationError(f"the chat template{of} fails here: {error}") from error
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -158,10 +180,9 @@ def label(
         ConversationError: The template marks another number of answers, rewrites earlier turns, or
             writes no end-of-turn token; or a token joins a prompt and its answer.
     """
-    text, spans = _answers(messages, template, tokenizer)
-    ids, offsets = tokenize(tokenizer, text)
+    text, spans, ids, offsets = _encoded(messages, template, tokenizer, _answers)
+    stops = _ends_of_turns(template, tokenizer, len(tokenizer))
     begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
-    stops = _stop_tokens(tokenizer)
     labels = [IGNORE_INDEX] * len(ids)
     for begin, end in spans:
         first, last = bisect_right(ends, begin), bisect_left(begins, end)
@@ -172,8 +193,12 @@ def label(
                 f"the token {text[begins[first] : ends[first]]!r} joins prompt and answer; the "
                 "template needs a separator before the answer"
             )
-        inside = [i for i in range(first, last) if ids[i] in stops]
-        ended = inside or [i for i in range(last, min(last + 1, len(ids))) if ids[i] in stops]
+        ended = [i for i in range(first, last) if ids[i] in stops]
+        while not ended and last < len(ids):
+            ended = [last] if ids[last] in stops else []
+            if text[begins[last] : ends[last]].strip():
+                break
+            last += 1
         if not ended:
             raise ConversationError(
                 f"the chat template writes no end-of-turn token after {text[begin:end][-40:]!r}, "
@@ -183,20 +208,112 @@ def label(
     return ids, labels
 
 
+_Rendered = tuple[str, list[Span]]
+_Render = Callable[[list[Message], str, PreTrainedTokenizerBase], _Rendered]
+
+
+def prompt_ids(
+    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
+) -> list[int]:
+    """Token ids of a conversation up to where the model begins to answer, as :func:`label`'s."""
+    return _encoded(messages, template, tokenizer, _prompt)[2]
+
+
+def _prompt(
+    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
+) -> _Rendered:
+    return render(messages, template, tokenizer, prompt=True), []
+
+
+def _encoded(
+    messages: list[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    rendered: _Render,
+) -> tuple[str, list[Span], list[int], list[Span]]:
+    """Text, spans in it, ids and offsets of a conversation whose contents stay text."""
+    text, spans = rendered(messages, template, tokenizer)
+    ids, offsets = tokenize(tokenizer, text)
+    known = text_tokens(tokenizer, template)
+    contents = list(texts_of(messages))
+    form = tuple((m["role"], _kinds(m["content"])) for m in messages)
+    written = _written(form, template, tokenizer, len(tokenizer), rendered is _prompt)
+    if known.control(ids) == written and not known.holds_unknown(contents):
+        return text, spans, ids, offsets
+    hide, show = known.hidden(contents)
+    hidden = [message | {"content": _hidden(message["content"], hide)} for message in messages]
+    text, spans = rendered(hidden, template, tokenizer)
+    borders = sorted({0, len(text), *(place for span in spans for place in span)})
+    pieces = [known.named(text[begin:end]).translate(show) for begin, end in pairwise(borders)]
+    moved, length = {0: 0}, 0
+    for border, piece in zip(borders[1:], pieces, strict=True):
+        moved[border] = length = length + len(piece)
+    text = "".join(pieces)
+    ids, offsets = tokenize(tokenizer, text, known)
+    return text, [(moved[begin], moved[end]) for begin, end in spans], ids, offsets
+
+
+def texts_of(messages: Sequence[Message]) -> Iterator[str]:
+    """The texts of normalised messages."""
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if "text" in part)
+
+
+def _kinds(content: Any) -> tuple[str, ...] | None:
+    return None if isinstance(content, str) else tuple(part["type"] for part in content)
+
+
+def _hidden(content: Any, table: dict[int, str]) -> Any:
+    if isinstance(content, str):
+        return content.translate(table)
+    return [p | {"text": p["text"].translate(table)} if "text" in p else p for p in content]
+
+
+@lru_cache(maxsize=4096)
+def _written(
+    form: tuple[tuple[str, tuple[str, ...] | None], ...],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    prompt: bool,
+) -> list[int] | None:
+    """The control tokens that the template writes around contents of this form."""
+    plain = [
+        {"role": role, "content": "a" if kinds is None else [_plain_part(kind) for kind in kinds]}
+        for role, kinds in form
+    ]
+    try:
+        text = render(plain, template, tokenizer, prompt=prompt)
+    except ConversationError:
+        return None
+    return text_tokens(tokenizer, template).control(tokenize(tokenizer, text)[0])
+
+
+def _plain_part(kind: str) -> Message:
+    return {"type": "text", "text": "a"} if kind == "text" else {"type": kind}
+
+
 def _answers(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span]]:
     """The rendered conversation, and `(begin, end)` characters of each answer."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    if _GENERATION.search(template):
-        text, spans = _render(messages, template, tokenizer, return_assistant_tokens_mask=True)
+    if has_generation(template):
+        text, spans = _render(messages, template, tokenizer)
         if len(spans) != len(answers):
             raise ConversationError(
                 f"the chat template marks {len(spans)} generation spans, expected {len(answers)}"
             )
         return text, spans
     text, spans = render(messages, template, tokenizer), []
+    until = time.thread_time() + 2 * RENDER_LIMIT_S
     for index in answers:
+        if time.thread_time() > until:
+            raise ConversationError(
+                f"to find {len(answers)} answers without {{% generation %}} takes too long"
+            )
         prompt = render(messages[:index], template, tokenizer, prompt=True)
         answered = render(messages[: index + 1], template, tokenizer)
         if not text.startswith(answered) or not answered.startswith(prompt):
@@ -208,39 +325,68 @@ def _answers(
     return text, spans
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[list[int], list[Span]]:
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, known: TextTokens | None = None
+) -> tuple[list[int], list[Span]]:
     """Ids and character offsets; special tokens as `ProcessorMixin.apply_chat_template` adds them.
 
     That is: bos is added where the tokenizer does so and the template has not written it. An eos
     that the tokenizer would add at the end is dropped: a prompt must not end with one.
+
+    Args:
+        tokenizer: A fast one.
+        text: A rendered conversation.
+        known: Where control tokens have the names that it gave them, and all else is text.
     """
     if not tokenizer.is_fast:
         raise ConversationError(
             f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
         )
     bos = tokenizer.bos_token
-    add = not (bos and text.startswith(bos))
-    encoded = tokenizer(text, add_special_tokens=add, return_offsets_mapping=True, verbose=False)
-    ids = list(encoded["input_ids"])
-    offsets = [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
+    if known is not None:
+        add = not (bos and text.startswith(known.named(bos)))
+        ids, offsets = known.encode(text, add_special_tokens=add)
+    else:
+        add = not (bos and text.startswith(bos))
+        encoded = tokenizer(
+            text, add_special_tokens=add, return_offsets_mapping=True, verbose=False
+        )
+        ids = list(encoded["input_ids"])
+        offsets = [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
     while add and ids and offsets[-1] == (0, 0) and len(ids) > 1:
         ids, offsets = ids[:-1], offsets[:-1]
     return ids, offsets
 
 
 @lru_cache(maxsize=2)
-def _stop_tokens(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Ids that can end a turn: every special token but bos, unk and `<image>`; always eos."""
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    special |= set(tokenizer.all_special_ids)
-    special -= {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.bos_token_id}
-    special -= {tokenizer.unk_token_id}
-    return frozenset(special | ({tokenizer.eos_token_id} - {None}))
+def _ends_of_turns(template: str, tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Ids that the template ends answers with: the first control token behind an answer's text.
+
+    Bos, unk and `<image>` are none, eos always is one.
+    """
+    control = set(text_tokens(tokenizer, template).ids)
+    control -= {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.bos_token_id}
+    control |= {tokenizer.eos_token_id} - {None}
+    try:
+        text, spans = _answers([*_probe("what is it ?")] * 2, template, tokenizer)
+    except ConversationError:  # it may take one question alone
+        text, spans = _answers(_probe("what is it ?"), template, tokenizer)
+    ids, offsets = tokenize(tokenizer, text)
+    found = {tokenizer.eos_token_id} - {None}
+    for begin, end in spans:
+        place = text.find(_ANSWER, begin, end)
+        behind = begin if place < 0 else place + len(_ANSWER)
+        rest = (i for i, (at, to) in zip(ids, offsets, strict=True) if at >= behind and to > at)
+        found |= {next((index for index in rest if index in control), tokenizer.eos_token_id)}
+    return frozenset(found)
+
+
+_ANSWER = "it is red"
 
 
 def _probe(text: str) -> list[Message]:
     content = [{"type": "text", "text": text}]
-    answer = [{"type": "text", "text": "it is red"}]
+    answer = [{"type": "text", "text": _ANSWER}]
     return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
 
 
