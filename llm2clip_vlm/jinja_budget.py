@@ -58,7 +58,7 @@ def render_within_budget(
     _thread.started, _thread.look_at = None, time.monotonic() + _LOOK_S
     try:
         compiled: Any = _compiled(template, threading.get_ident())
-        names = {"messages": list(messages), "tools": None, "documents": None}
+        names: dict[str, Any] = {"messages": list(messages), "tools": None, "documents": None}
         names |= {"add_generation_prompt": False, **arguments}
         length = 0
         with compiled.environment.activate_tracker(pieces, spans):
@@ -119,7 +119,8 @@ class _Budgeted(ImmutableSandboxedEnvironment):
             loop.body.insert(0, nodes.ExprStmt(_ticking(nodes.Const(None))))
         for assign in template.find_all(nodes.Assign):
             assign.node = _ticking(assign.node)
-        return template.set_environment(self)
+        template.set_environment(self)
+        return template
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         """Measures products and powers before they are made."""

@@ -118,7 +118,7 @@ class TextTokens:
         whole = json.loads(self._tokenizer.backend_tokenizer.to_str())
         names, model = self._names, whole["model"]
         whole["truncation"] = whole["padding"] = None
-        added = {}
+        added: dict[str, int] = {}
         for token in whole["added_tokens"]:
             token["content"] = names.get(token["content"], token["content"])
             added[token["content"]] = token["id"]
@@ -135,11 +135,22 @@ class TextTokens:
                 pair for pair in pairs if names.keys().isdisjoint((*pair, "".join(pair)))
             ]
         copy = Tokenizer.from_str(json.dumps(whole))
-        return copy, {copy.token_to_id(content): index for content, index in added.items()}
+        ids = copy.get_vocab(with_added_tokens=True)
+        return copy, {ids[content]: index for content, index in added.items()}
 
 
 def _is_sign(token: str) -> bool:
     return not (token.isspace() or token.isalnum())
+
+
+def control_notice(found: Counter[str]) -> str:
+    """One line on control tokens' names that were found in texts; empty where there are none.
+
+    Args:
+        found: As :meth:`TextTokens.count`.
+    """
+    names = ", ".join(f"{name} {count} times" for name, count in found.most_common(8))
+    return f"names of control tokens in texts, read as text: {names}" if found else ""
 
 
 @lru_cache(maxsize=8)
@@ -159,6 +170,7 @@ def text_ids(
     tokenizer: PreTrainedTokenizerBase,
     texts: Sequence[str],
     *,
+    prefix: str = "",
     add_special_tokens: bool = False,
     max_length: int | None = None,
 ) -> list[list[int]]:
@@ -167,12 +179,13 @@ def text_ids(
     Args:
         tokenizer: The tokenizer.
         texts: Texts of a data file.
+        prefix: Stands before each; it is no data, and may hold control tokens.
         add_special_tokens: Let the tokenizer put its own around each.
         max_length: Cut each to so many tokens.
     """
     options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
     encoded = tokenizer(
-        list(texts),
+        [prefix + text for text in texts],
         add_special_tokens=add_special_tokens,
         return_special_tokens_mask=add_special_tokens,
         verbose=False,
@@ -180,13 +193,16 @@ def text_ids(
     )
     rows: list[list[int]] = encoded["input_ids"]
     known = text_tokens(tokenizer)
+    written = bool(prefix and known.count([prefix]))
     for number, (text, ids) in enumerate(zip(texts, rows, strict=True)):
         own = ids
         if add_special_tokens:
             mask = encoded["special_tokens_mask"][number]
             own = [index for index, put in zip(ids, mask, strict=True) if not put]
-        if known.are_in(own, text):
+        if written or known.are_in(own, text):
             rows[number], _ = known.encode(
-                text, add_special_tokens=add_special_tokens, max_length=max_length
+                known.named(prefix) + text,
+                add_special_tokens=add_special_tokens,
+                max_length=max_length,
             )
     return rows

@@ -24,6 +24,7 @@ from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
+from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder_trainer import (
     EncoderTrainer,
@@ -84,6 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main():
         print(trainable_table(model, lrs), flush=True)
         print(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
+        if notice := control_notice(tokens.control):
+            print(notice)
     if not recipe.evaluate_only:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.claim_outputs()

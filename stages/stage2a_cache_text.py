@@ -39,6 +39,7 @@ from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_siz
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text_encoder import TextEncoder, require_equal
 from llm2clip_vlm.recipe import save_resolved
+from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.caption_cache import encoder_path, load_caption_encoder
 from llm2clip_vlm.training.encoder_eval import class_prompts
 from llm2clip_vlm.training.stage_run import StageRun
@@ -88,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     writer = (part * world_size() + rank(), parts * world_size())
     cache = EmbeddingCache.build(out, unique, encoders, encoder.fingerprint, writer=writer)
     barrier()
+    if notice := control_notice(encoder.tokens.control):
+        print(notice)
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
         truncated = encoder.tokens.num_truncated

@@ -6,16 +6,28 @@ whole sample and warns. Here a conversation is tokenised once (:mod:`llm2clip_vl
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2clip_vlm.chat_template import ConversationError, Message, label, template_of
+from llm2clip_vlm.chat_template import (
+    ConversationError,
+    Message,
+    label,
+    template_of,
+    texts_of,
+)
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.visual_tokens import VisualTokens
+from llm2clip_vlm.text_tokens import text_ids
 
+MAX_CONVERSATION_CHARS = 2**20
+"""A longer conversation is refused."""
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 
 
@@ -33,13 +45,14 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
         Messages `{"role", "content": [parts]}` (system: text).
 
     Raises:
-        ConversationError: An unknown role or field, an empty answer, or roles out of turn.
+        ConversationError: An unknown role or field, an empty answer, roles out of turn, `<image>`
+            in a system turn or an answer, or a text that is damaged or too long.
     """
     messages: list[Message] = []
     for number, turn in enumerate(conversation, start=1):
         who = turn.get("role", turn.get("from"))
         value = turn.get("content", turn.get("value"))
-        if who not in _ROLES:
+        if not isinstance(who, str) or who not in _ROLES:
             raise ConversationError(
                 f"turn {number}: role {who!r}, expected one of {', '.join(_ROLES)}"
             )
@@ -51,12 +64,21 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
                 f"turn {number}: {role} after {before or 'nothing'}, expected {expected[-1]}"
             )
         parts = _to_parts(value, number)
-        if role == "assistant" and not any(part.get("text", "").strip() for part in parts):
+        if role != "user" and any(
+            part["type"] == "image" or IMAGE_TOKEN in part["text"] for part in parts
+        ):
+            raise ConversationError(f"turn {number}: {IMAGE_TOKEN} in a turn of role {role}")
+        if role == "assistant" and not any(part["text"].strip() for part in parts):
             raise ConversationError(f"turn {number}: the answer is empty")
         if role == "system":
-            messages.append({"role": role, "content": "".join(p.get("text", "") for p in parts)})
+            messages.append({"role": role, "content": "".join(p["text"] for p in parts)})
         else:
             messages.append({"role": role, "content": parts})
+    if (length := sum(map(len, texts_of(messages)))) > MAX_CONVERSATION_CHARS:
+        raise ConversationError(
+            f"{length} characters, at most {MAX_CONVERSATION_CHARS} are taken; no model here "
+            "reads that far"
+        )
     if not messages or messages[-1]["role"] != "assistant":
         raise ConversationError("the conversation does not end with an answer")
     return messages
@@ -102,8 +124,13 @@ def build_labels(
     """
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
     turns = to_messages(messages)
-    ids, labels = label(turns, template_of(processor_or_tokenizer), tokenizer)
     images = count_images(turns)
+    if literal := sum(text.count(IMAGE_TOKEN) for text in texts_of(turns)):
+        raise ConversationError(
+            f"{images + literal} {IMAGE_TOKEN} tokens after tokenisation, expected {images}; a "
+            f"text says {IMAGE_TOKEN}"
+        )
+    ids, labels = label(turns, template_of(processor_or_tokenizer), tokenizer)
     return _expand_images(ids, labels, processor_or_tokenizer, images, num_visual_tokens)
 
 
@@ -137,7 +164,7 @@ def build_plain_labels(
     template = getattr(processor, "chat_template", None) or tokenizer.chat_template or ""
     if bos is not None and ("bos_token" in template or tokenizer("a")["input_ids"][0] == bos):
         ids = [bos, *ids]
-    words = tokenizer(caption.strip(), add_special_tokens=False)["input_ids"]
+    words = text_ids(tokenizer, [caption.strip()])[0]
     labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
     ids = [*ids, *words, tokenizer.eos_token_id]
     return _expand_images(ids, labels, processor, num_images, num_visual_tokens)
@@ -167,11 +194,16 @@ def _to_parts(value: Any, number: int) -> list[Message]:
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
             if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
-                raise ConversationError(f"turn {number}: a part {part!r}, expected text or image")
+                raise ConversationError(
+                    f"turn {number}: a part {str(part)[:200]}, expected text or image"
+                )
+            if kind == "text":
+                _check_text(part["text"], number)
         keys = {"image": ("type",), "text": ("type", "text")}
         return [{key: part[key] for key in keys[part["type"]]} for part in value]
     if not isinstance(value, str):
         raise ConversationError(f"turn {number}: no text (`value` or `content`)")
+    _check_text(value, number)
     texts = value.split(IMAGE_TOKEN)
     if len(texts) == 2:
         texts = ["", (texts[0] + texts[1]).strip()]
@@ -180,6 +212,11 @@ def _to_parts(value: Any, number: int) -> list[Message]:
         parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": text}] if text else []
     return parts
+
+
+def _check_text(text: str, number: int) -> None:
+    if _HALF_CHARACTER.search(text):
+        raise ConversationError(f"turn {number}: damaged text (half a character)")
 
 
 def _expand_images(

@@ -29,6 +29,7 @@ from llm2clip_vlm.data.conversation import decoded_preview
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.token_table import ImageRef, TokenTable, folder_of, image_root, read_table
 from llm2clip_vlm.data.visual_tokens import VisualTokens
+from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.yaml_files import read_yaml
 
 logger = logging.getLogger(__name__)
@@ -150,6 +151,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             bad.take(len(table) + len(table.refused), table.refused)
             if table.cut:
                 logger.warning("%s: %d conversations end early", source.path, table.cut)
+            if notice := control_notice(table.control):
+                logger.warning("%s: %s", source.path, notice)
             self._tables.append(table)
             self._roots.append((image_root(source), source.follow_links))
             self._folders.append(folder_of(source))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from llm2clip_vlm.chat_template import ConversationError, Message
+from llm2clip_vlm.chat_template import ConversationError, Message, template_of, texts_of
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.bad_records import Refusals, Refused
@@ -37,6 +38,7 @@ from llm2clip_vlm.data.records import iter_rows, source_files
 from llm2clip_vlm.data.shards import PackedImage
 from llm2clip_vlm.data.table_files import file_states, is_large, kept_table, require_unchanged
 from llm2clip_vlm.data.visual_tokens import VisualTokens
+from llm2clip_vlm.text_tokens import text_tokens
 
 VERSION = 4
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
@@ -157,7 +159,7 @@ class TokenTable:
 
     Args:
         columns: As :func:`tokenise` makes them.
-        facts: What was found while they were made: `refused`, `cut`, `files`.
+        facts: What was found while they were made: `refused`, `cut`, `control`, `files`.
         path: Its file; none = there is none.
     """
 
@@ -169,6 +171,8 @@ class TokenTable:
         """Name, size and date of each of the source's files."""
         self.refused = [(str(where), str(why)) for where, why in facts["refused"]]
         """`(where, why)` of what could not be used."""
+        self.control: Counter[str] = Counter(facts["control"])
+        """Names of control tokens that stood in texts, and how often; they were read as text."""
         self.cut = int(facts["cut"])
         """Conversations that lost turns at their end."""
         self.lengths = columns["lengths"]
@@ -293,6 +297,8 @@ def tokenise(
     ids, sizes, trained, text, cut = array("i"), array("i"), array("B"), array("B"), 0
     starts, text_starts, size_starts = array("q", [0]), array("q", [0]), array("q", [0])
     lengths, counts = array("q"), array("q")
+    known = text_tokens(processor.tokenizer, "" if plain else template_of(processor))
+    control: Counter[str] = Counter()
     for record in read_instructions(source, bad):
         try:
             own, labels = _label(record, processor, plain)
@@ -307,6 +313,7 @@ def tokenise(
             bad.add(f"{folder_of(source)}{record.key}", str(error))
             continue
         cut += kept < len(own)
+        control.update(known.count(texts_of(record.messages)))
         own, labels = own[:kept], labels[:kept]
         images = own.count(image_id)
         ids.extend(own)
@@ -328,7 +335,7 @@ def tokenise(
     columns = {"ids": ids, "trained": trained, "starts": starts, "lengths": lengths}
     columns |= {"images": counts, "sizes": sizes, "size_starts": size_starts}
     columns |= {"text": text, "text_starts": text_starts}
-    facts = {"refused": bad.rows, "cut": cut, "files": files}
+    facts = {"refused": bad.rows, "cut": cut, "control": control, "files": files}
     return {name: np.asarray(column) for name, column in columns.items()}, facts
 
 

@@ -28,6 +28,7 @@ from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.text_tokens import text_ids
 
 Texts = Callable[[Sequence[str]], Tensor]
 """Texts to `[n, d]` on the CPU, unit norm, float32."""
@@ -192,9 +193,12 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
             part = list(items[start : start + 256])
             if padding == "max_length":
                 part = [text.lower() for text in part]
-            cut += sum(len(ids) > window for ids in tokenizer(part)["input_ids"])
-            options = {"padding": padding, "max_length": window, "truncation": True}
-            tokens = tokenizer(part, return_tensors="pt", **options).to(model.device)
+            whole = text_ids(tokenizer, part, add_special_tokens=True)
+            cut += sum(len(ids) > window for ids in whole)
+            ids = text_ids(tokenizer, part, add_special_tokens=True, max_length=window)
+            tokens = tokenizer.pad(
+                {"input_ids": ids}, padding=padding, max_length=window, return_tensors="pt"
+            ).to(model.device)
             names = ("input_ids", "attention_mask")[: 1 + (padding == "longest")]
             features = model.get_text_features(**{name: tokens[name] for name in names})
             parts.append(F.normalize(features.pooler_output.float(), dim=-1).cpu())

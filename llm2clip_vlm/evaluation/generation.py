@@ -16,10 +16,18 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    GenerationConfig,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
-from llm2clip_vlm.chat_template import render, template_of
+from llm2clip_vlm.chat_template import prompt_ids, render, template_of, tokenize
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.data.visual_tokens import VisualTokens
+from llm2clip_vlm.text_tokens import text_ids
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +48,9 @@ class Prompt:
     """One `<image>` for each image; it ends where the answer begins."""
     images: tuple[Image.Image, ...] = ()
     """In the order of their placeholders."""
+    ids: tuple[int, ...] | None = None
+    """Its tokens with one `<image>` for each image, where they are not those of :attr:`text`:
+    something that is said in it has a control token's name, and stays text."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,10 @@ class Generator:
         self.tokenizer = processor.tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.image_token: str = getattr(processor, "image_token", IMAGE_TOKEN)
+        self.image_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self._visual: VisualTokens | None = None  # other models' processors count by themselves
+        if isinstance(processor, LlavaProcessor | LlavaNextProcessor):
+            self._visual = VisualTokens(processor)
         self.template = template_of(processor)
         own: Any = model.generation_config
         eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
@@ -136,12 +151,17 @@ class Generator:
                     )
             plain.append({"role": message["role"], "content": parts})
         text = render(plain, self.template, self.tokenizer, prompt=True)
-        if text.count(self.image_token) != len(images):
+        ids = None
+        if self._visual is not None:
+            safe = prompt_ids(plain, self.template, self.tokenizer)
+            ids = None if safe == tokenize(self.tokenizer, text)[0] else tuple(safe)
+        found = text.count(self.image_token) if ids is None else ids.count(self.image_id)
+        if found != len(images):
             raise ValueError(
                 f"chat template: expected {len(images)} {self.image_token} in the prompt, got "
-                f"{text.count(self.image_token)}: {text[:200]!r}"
+                f"{found}: {text[:200]!r}"
             )
-        return Prompt(text, tuple(images))
+        return Prompt(text, tuple(images), ids)
 
     def generate(
         self,
@@ -197,7 +217,7 @@ class Generator:
         Raises:
             ValueError: The continuation has no token.
         """
-        ids = self.tokenizer(continuation, add_special_tokens=False, return_tensors="pt").input_ids
+        ids = torch.tensor(text_ids(self.tokenizer, [continuation]), dtype=torch.long)
         if not ids.shape[1]:
             raise ValueError(f"continuation {continuation!r}: expected one token or more")
         inputs = self._encode([prompt])
@@ -245,7 +265,10 @@ class Generator:
         written = bos is not None and prompts[0].text.startswith(bos)
         images = [image for prompt in prompts for image in prompt.images]
         encoded = self.processor(
-            text=[prompt.text for prompt in prompts],
+            text=[
+                prompt.text if prompt.ids is None else self.image_token * len(prompt.images) or "a"
+                for prompt in prompts
+            ],
             images=images or None,
             padding=True,
             padding_side="left",
@@ -257,6 +280,12 @@ class Generator:
             # The tokenizer closed the prompt; the model would have nothing left to say.
             for name, value in encoded.items():
                 encoded[name] = value[:, :-1] if value.shape == ids.shape else value
+        if any(prompt.ids is not None for prompt in prompts):
+            rows = zip(prompts, encoded["input_ids"], encoded["attention_mask"], strict=True)
+            kept = [self._expanded(p) or row[seen.bool()].tolist() for p, row, seen in rows]
+            encoded |= self.tokenizer.pad(
+                {"input_ids": kept}, padding_side="left", return_tensors="pt"
+            )
         length = encoded["input_ids"].shape[1]
         if self.window is not None and length >= self.window:
             raise ValueError(
@@ -267,6 +296,18 @@ class Generator:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
+
+    def _expanded(self, prompt: Prompt) -> list[int]:
+        """A prompt's own ids, each `<image>` as many as its picture has; empty without own ids."""
+        assert self._visual is not None or prompt.ids is None
+        pictures, ids = iter(prompt.images), list[int]()
+        for index in prompt.ids or ():
+            count = 1
+            if index == self.image_id and self._visual is not None:
+                picture = next(pictures)
+                count, _ = self._visual.of(picture.height, picture.width)
+            ids += [index] * count
+        return ids
 
     def _generate_batch(
         self, prompts: Sequence[Prompt], config: GenerationConfig, until: tuple[str, ...]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat_template import user_turn
+from llm2clip_vlm.text_tokens import text_ids, text_tokens
 
 _BLOCK = 4096
 
@@ -63,6 +65,8 @@ class CaptionTokenizer:
         """The tokenizer itself."""
         self.num_truncated = 0
         """Texts cut so far."""
+        self.control: Counter[str] = Counter()
+        """Names of control tokens that stood in texts so far; they were read as text."""
         self.turn = user_turn(tokenizer) if chat else ("", "")
         """What the chat template puts before and behind a text."""
         front, behind = _special_tokens(tokenizer)
@@ -113,9 +117,10 @@ class CaptionTokenizer:
             block = list(texts[start : start + _BLOCK])
             # sentence-transformers is told of the front by a blank (training/embedder_export)
             strip = self.leaves_out_front
-            whole = [text.lstrip() if strip else self._prefix + text for text in block]
-            encoded = self.tokenizer(whole, add_special_tokens=False, verbose=False)
-            for text, ids in zip(block, encoded["input_ids"], strict=True):
+            whole = [text.lstrip() if strip else text for text in block]
+            encoded = text_ids(self.tokenizer, whole, prefix="" if strip else self._prefix)
+            self.control.update(text_tokens(self.tokenizer).count(block))
+            for text, ids in zip(block, encoded, strict=True):
                 if not ids:
                     raise TextEncoderError(f"the text {text!r} has no token; leave it out")
                 self.num_truncated += len(ids) > self._room

@@ -5,6 +5,7 @@ Stage 2's control: the same images, captions and steps, without the LLM.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from llm2clip_vlm.models.caption_tokens import pad_tokens
 from llm2clip_vlm.models.loading import load_complete, read_image_processor, read_tokenizer
+from llm2clip_vlm.text_tokens import text_ids, text_tokens
 
 _SPECIAL = ("pad", "bos", "eos")
 
@@ -141,6 +143,8 @@ class ClipTokens:
         self.tokenizer = tokenizer
         self.window_tokens = int(tokenizer.model_max_length)
         self._ids: dict[str, list[int]] = {}
+        self.control: Counter[str] = Counter()
+        """Names of control tokens that stood in captions; they were read as text."""
 
     @property
     def num_cut(self) -> int:
@@ -164,7 +168,9 @@ class ClipTokens:
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._ids]
         if new:
-            ids = self.tokenizer(new, truncation=True, max_length=self.window_tokens)["input_ids"]
+            window = self.window_tokens
+            ids = text_ids(self.tokenizer, new, add_special_tokens=True, max_length=window)
+            self.control.update(text_tokens(self.tokenizer).count(new))
             self._ids.update(zip(new, ids, strict=True))
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:

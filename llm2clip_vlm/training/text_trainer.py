@@ -22,6 +22,7 @@ from llm2clip_vlm.losses import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, pad_tokens
 from llm2clip_vlm.models.text_encoder import TextEncoder, pool
 from llm2clip_vlm.models.text_encoder_settings import Pooling
+from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.adapters import check_adapter
 from llm2clip_vlm.training.encoder_trainer import ContrastiveTrainer, Measure
 from llm2clip_vlm.training.export import lora_config
@@ -260,6 +261,8 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
             tokens.num_truncated,
             encoder.settings.max_length_tokens,
         )
+        if notice := control_notice(tokens.control):
+            logger.warning("%s", notice)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
         self._flops_per_token = sum(
