@@ -25,6 +25,7 @@ from llm2clip_vlm.data.world_text import ASK_SHORT, CHAT_TEMPLATE, build_tokeniz
 from llm2clip_vlm.data.world_text_qa import TextBatches, text_qa_accuracy
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         accuracy = text_qa_accuracy(model, tokenizer, scenes=recipe.evaluation_scenes)
         print(f"{run.stage}: text-only QA {accuracy['all']['accuracy']:.1f} % on held-out scenes")
         model.save_pretrained(out / "model")
-        tokenizer.save_pretrained(out / "model")
+        save_tokenizer(tokenizer, out / "model")
         run.finish({"language_model": fingerprint_dir(out / "model")}, {"text_qa": accuracy})
     teardown()
 

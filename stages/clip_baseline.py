@@ -23,6 +23,7 @@ from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
@@ -95,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # evaluate (what was saved, not what is in memory), hand off
     if is_main():
-        tokenizer.save_pretrained(out / "model")
+        save_tokenizer(tokenizer, out / "model")
         image_processor.save_pretrained(out / "model")
     barrier()
     saved = load_complete(CLIPModel, out / "model").eval().to(args.device)

@@ -28,6 +28,7 @@ from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.open_layers import require_attention, set_causal
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
 from llm2clip_vlm.training.adapters import merge_adapter
 from llm2clip_vlm.training.stage_run import StageRun
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main():
         merged, rounding = merge_adapter(model, dtype)
         merged.save_pretrained(out / "language_model")
-        tokenizer.save_pretrained(out / "language_model")
+        save_tokenizer(tokenizer, out / "language_model")
         trained = {"language_model": fingerprint_dir(out / "language_model")}
         found: dict[str, Any] = {"rows": len(rows)}
         if recipe.lora:

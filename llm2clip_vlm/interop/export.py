@@ -26,6 +26,7 @@ from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.text_encoder_settings import SETTINGS_NAME
 from llm2clip_vlm.models.timm_vision import RESAMPLE
+from llm2clip_vlm.models.tokenizer_files import SENTENCEPIECE, save_tokenizer
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.training.embedder_export import export_sentence_transformers
@@ -171,7 +172,11 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     torch.save(llava.llava_projector(model), folder / llava.PROJECTOR)
     weights = llava.llava_weights(model)
     _write(folder, "config.json", llava.llava_config(model, processor, "vision_tower"), weights)
-    processor.tokenizer.save_pretrained(folder)
+    save_tokenizer(processor.tokenizer, folder)
+    if (folder / SENTENCEPIECE).is_file():  # LLaVA asks for the slow tokenizer, which reads this
+        file = folder / "tokenizer_config.json"
+        named = json.loads(file.read_text(encoding="utf-8")) | {"tokenizer_class": "LlamaTokenizer"}
+        file.write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
     again, _, _ = llava.convert_llava(folder, weights, None, None, partial=False)
     opened = "`convert`, which reads LLaVA's format back"
     return Evidence(opened, logits_of(model), logits_of(again))

@@ -14,6 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, row, translate
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm import build_vlm
 
 LLAVA = (
@@ -124,7 +125,7 @@ def _decoder(
         error=InteropError,
     )
     llm.save_pretrained(place)
-    read_tokenizer(folder).save_pretrained(place)
+    save_tokenizer(read_tokenizer(folder, InteropError), place)
     return place
 
 

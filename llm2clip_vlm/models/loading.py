@@ -230,7 +230,15 @@ def read_tokenizer(path: str | Path, error: type[ValueError] = ValueError) -> An
         ValueError: (or `error`) There is none, or it is damaged.
     """
     with boundary(f"{path}: no tokenizer beside the weights", error):
-        return AutoTokenizer.from_pretrained(path, **SAFE)
+        try:
+            return AutoTokenizer.from_pretrained(path, **SAFE)
+        except (ImportError, ValueError) as failure:
+            if isinstance(failure, ImportError) or "tiktoken" in str(failure):  # tried last
+                raise ImportError(
+                    "its tokenizer is a SentencePiece file, which transformers opens with two "
+                    "packages: pip install protobuf sentencepiece"
+                ) from failure
+            raise
 
 
 def read_processor(path: str | Path, error: type[ValueError] = ValueError) -> Any:

@@ -47,6 +47,7 @@ from llm2clip_vlm.models.text_encoder_settings import (
     resolve_settings,
     save_settings,
 )
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -331,7 +332,7 @@ class TextEncoder(nn.Module):
         """
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+        save_tokenizer(self.tokenizer, directory)
         save_settings(directory, self.settings, self.tokens.fingerprint())
 
 

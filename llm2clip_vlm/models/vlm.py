@@ -54,6 +54,7 @@ from llm2clip_vlm.models.loading import (
     read_processor,
     read_tokenizer,
 )
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import matching_prefix
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
@@ -226,7 +227,7 @@ def save_vlm(
         VlmError: What was written computes something else.
     """
     _no_second_bos(processor.tokenizer, processor.chat_template)
-    processor.save_pretrained(str(directory))
+    save_tokenizer(processor, directory)
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     state = dict(model.state_dict() if state_dict is None else state_dict)
     model.save_pretrained(str(directory), state_dict=None if state_dict is None else state)
