@@ -24,7 +24,6 @@ from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderErro
 from llm2clip_vlm.models.embedder import MODULES_NAME
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.ownership import remove
 
 logger = logging.getLogger(__name__)
@@ -69,7 +68,7 @@ def export_sentence_transformers(
     settings, tokens = encoder.settings, encoder.tokens
     excluded = tokens.leaves_out_front
     prompt = " " if excluded else settings.instruction if settings.embedder else ""
-    save_tokenizer(_standalone_tokenizer(tokens, settings.max_length_tokens), target)
+    _standalone_tokenizer(tokens, settings.max_length_tokens).save_pretrained(target)
     folders = ("", "1_Pooling", "2_Normalize")
     kinds = zip(_MODULES, folders, strict=True)
     files: dict[str, Any] = {

@@ -1,0 +1,235 @@
+"""Contents of data files stay text, and templates of bad faith cost a record, not the run."""
+
+from __future__ import annotations
+
+import json
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llm2clip_vlm import jinja_budget
+from llm2clip_vlm.chat_template import (
+    ConversationError,
+    find_chat_template,
+    prompt_ids,
+    template_of,
+)
+from llm2clip_vlm.config_vlm import InstructionSource
+from llm2clip_vlm.constants import IGNORE_INDEX
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.conversation import build_labels, build_plain_labels, to_messages
+from llm2clip_vlm.data.instruction import InstructionDataset
+from llm2clip_vlm.evaluation.generation import Generator
+from llm2clip_vlm.models.caption_tokens import CaptionTokenizer
+from llm2clip_vlm.models.clip import ClipTokens
+from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.text_tokens import text_ids, text_tokens
+from tests.tiny import CHAT_TEMPLATE, llm_tokenizer, word_tokenizer
+from tests.unit.test_conversation import FAMILIES, OWN, SPECIALS, STOPS, family_tokenizer, trained
+
+NAMES = [name for name in SPECIALS if name != "<image>"]
+MARKED = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{{ '<|assistant|>' }}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% else %}"
+    "{{ '<|user|>' + m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+
+
+def turns(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+
+
+@pytest.mark.parametrize("template", OWN)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_of_control_tokens_stay_text(family: str, template: str) -> None:
+    tokenizer = family_tokenizer(family, template)
+    known = text_tokens(tokenizer, tokenizer.chat_template)
+    plain = build_labels(tokenizer, turns("what color is it ?", "red and green"))
+    rng = random.Random(family + template)
+    for _ in range(8):
+        words = [rng.choice([*NAMES, "red", "\u00c4", " ", "<|im_", "end|>"]) for _ in range(6)]
+        text = "x" + "".join(words) + "y"
+        ids, labels = build_labels(tokenizer, turns(text, text))
+        assert known.control(ids) == known.control(plain[0])
+        assert [i for i in ids if i == tokenizer.unk_token_id] == []
+        (answer,) = trained(tokenizer, ids, labels)
+        assert answer.removesuffix(STOPS[template]).strip() == text
+        messages = to_messages(turns(text, text))[:1]
+        assert (
+            prompt_ids(messages, template_of(tokenizer), tokenizer)
+            == ids[: next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]
+        )
+        caption, targets = build_plain_labels(tokenizer, text)
+        assert known.control(caption).count(tokenizer.eos_token_id) == 1
+        assert targets[-1] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_copy_gives_harmless_texts_the_tokens_that_they_have(family: str) -> None:
+    tokenizer = family_tokenizer(family)
+    known, rng = text_tokens(tokenizer), random.Random(family)
+    words = ["what", " color", " 1 < 2", "\n\n", "\u00c4rger", "[a]", " ", "\U0001f600", "is it ?"]
+    for _ in range(60):
+        text = "".join(rng.choices(words, k=rng.randint(1, 9)))
+        for add in (False, True):
+            whole = tokenizer(text, add_special_tokens=add, return_offsets_mapping=True)
+            offsets = [tuple(place) for place in whole["offset_mapping"]]
+            assert known.encode(text, add_special_tokens=add) == (whole["input_ids"], offsets)
+
+
+@pytest.mark.parametrize("kind", ["WordLevel", "Unigram", "WordPiece"])
+def test_a_vocabulary_that_holds_the_names_does_not_give_them_to_text(kind: str) -> None:
+    """Where the switch of the tokenizer alone is not enough: the name is a word of the model."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", "red", "dog", *"</s>"]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    vocabulary |= {f"##{sign}": len(pieces) + i for i, sign in enumerate("</s>")}
+    backend = {
+        "WordLevel": lambda: Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")),
+        "WordPiece": lambda: Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>")),
+        "Unigram": lambda: Tokenizer(models.Unigram([(p, 0.0) for p in pieces], unk_id=0)),
+    }[kind]()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    )
+    (ids,) = text_ids(tokenizer, ["red </s> dog"])
+    assert 2 not in ids and ids[0] == 3 and ids[-1] == 4
+
+
+def test_only_the_templates_own_end_ends_an_answer() -> None:
+    specials = ("<pad>", "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<image>", "<box>")
+    tokenizer = word_tokenizer(specials=specials, chat_template=MARKED)
+    for answer in ("<box> 1 2 <box> red dog", "red </s> dog", "red dog </s>"):
+        ids, labels = build_labels(tokenizer, turns("where is it ?", answer))
+        first = ids.index(tokenizer.convert_tokens_to_ids("<|assistant|>")) + 1
+        assert labels[first:] == ids[first:]
+        assert labels.count(tokenizer.eos_token_id) == 1 and ids[-1] == tokenizer.eos_token_id
+    thinking = CHAT_TEMPLATE.replace("{% generation %}", "{% generation %}{{ '<box>' }}")
+    tokenizer.chat_template = thinking
+    ids, labels = build_labels(tokenizer, turns("where is it ?", "red dog"))
+    assert trained(tokenizer, ids, labels) == ["<box> red dog </s>"]
+
+
+def test_captions_stay_text_in_both_text_encoders() -> None:
+    tokenizer = llm_tokenizer()
+    tokenizer.model_max_length = 12
+    texts = ["a dog", "a dog </s> <image> <|user|> cat"]
+    tokens = CaptionTokenizer(tokenizer, 32)
+    assert [row.count(3) for row in tokens(texts)] == [1, 1]
+    assert tokens.control == {"</s>": 1, "<image>": 1, "<|user|>": 1}
+    clip = ClipTokens(tokenizer)
+    clip.prepare(texts)
+    long, short = clip._ids[texts[1]], clip._ids[texts[0]]
+    assert short == tokenizer(texts[0])["input_ids"]
+    assert long.count(3) == 1 and long[-1] == 3 and len(long) == 12
+
+
+BOMBS = {
+    "loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "range": "{% for i in range(10**9) %}x{% endfor %}",
+    "product": "{{ 'a' * 10**10 }}",
+    "doubling": "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+    "{% endfor %}",
+    "macro": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
+    "replace": "{% set s = 'a' * 1000000 %}{{ s.replace('', s) }}",
+    "indent": "{% set s = 'a\n' * 1000000 %}{{ s | indent(100000) }}",
+    "undefined": "{{ nothing.at.all }}",
+    "sandbox": "{{ ''.__class__.__mro__ }}",
+    "syntax": "{% for %}",
+}
+
+
+@pytest.mark.parametrize("name", list(BOMBS))
+def test_a_template_is_rendered_within_a_budget_in_threads_too(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jinja_budget, "RENDER_LIMIT_S", 0.2)
+    tokenizer = llm_tokenizer()
+    tokenizer.chat_template = BOMBS[name] + CHAT_TEMPLATE
+    found: list[str] = []
+
+    def run() -> None:
+        with pytest.raises(ConversationError) as caught:
+            build_labels(tokenizer, turns("what ?", "red"))
+        found.append(str(caught.value))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join(30)
+    assert found and "the chat template fails here" in found[0]
+
+
+def test_a_refused_system_turn_costs_one_record_by_name(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    processor: Any = build_vlm(tiny_clip, tiny_llm)[1]
+    processor.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    rows = [{"id": f"g{i}", "conversations": turns("what ?", "red")} for i in range(3)]
+    system = {"from": "system", "value": "be brief"}
+    rows[1] = {"id": "s", "conversations": [system, *turns("what ?", "red")]}
+    rows[2] = {"id": "c", "conversations": turns("what is </s> ?", "red </s> <|user|>")}
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    bad = BadRecords(limit=1)
+    source = InstructionSource(path=str(tmp_path / "a.json"))
+    for row in rows:  # text alone
+        row.pop("image", None)
+    samples = InstructionDataset([source], processor, max_length_tokens=64, bad=bad)
+    assert len(samples) == 2 and bad.count == 1
+    assert "a.json:s" in bad.examples[0] and "no system" in bad.examples[0]
+    notices = [r.getMessage() for r in caplog.records if "read as text" in r.getMessage()]
+    assert len(notices) == 1 and "</s> 2 times, <|user|> 1 times" in notices[0]
+
+
+@pytest.mark.parametrize("who", ["system", "gpt"])
+def test_an_image_where_none_can_stand_is_a_bad_record(who: str) -> None:
+    said = {"system": "be brief", "gpt": "red"}
+    said[who] += " <image>"
+    conversation = [{"from": "system", "value": said["system"]}, *turns("what ?", said["gpt"])]
+    with pytest.raises(ConversationError, match="<image> in a turn of role"):
+        to_messages(conversation)
+
+
+def test_prompts_keep_what_is_said_as_text(tiny_clip: Path, tiny_llm: Path) -> None:
+    from PIL import Image
+
+    generator = Generator(*build_vlm(tiny_clip, tiny_llm), max_new_tokens=3)
+    picture = {"type": "image", "url": Image.new("RGB", (32, 32))}
+    said = ["what </s> <|user|> color ?", "what color ?", "<im<image>age> what ?"]
+    prompts = [
+        generator.render([{"role": "user", "content": [picture, {"type": "text", "text": t}]}])
+        for t in said
+    ]
+    assert [prompt.ids is None for prompt in prompts] == [False, True, False]
+    rows = generator._encode(prompts)
+    image, end = generator.image_id, generator.tokenizer.eos_token_id
+    for ids, seen in zip(rows["input_ids"].tolist(), rows["attention_mask"], strict=True):
+        assert ids.count(image) == 16 and end not in ids[int((seen == 0).sum()) :]
+    together = generator.generate(prompts, [{}] * 3)
+    assert together == [generator.generate([prompt], [{}])[0] for prompt in prompts]
+
+
+def test_named_templates_are_read(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    tokenizer = llm_tokenizer()
+    tokenizer.chat_template = {"default": CHAT_TEMPLATE, "tool_use": MARKED}
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    assert find_chat_template(None, again) == CHAT_TEMPLATE
+    assert find_chat_template("tool_use", again) == MARKED
+    assert build_labels(again, turns("what ?", "red")) == build_labels(
+        llm_tokenizer(), turns("what ?", "red")
+    )
+    again.chat_template = {"a": MARKED, "b": MARKED}
+    with pytest.raises(ConversationError, match="only templates named a, b"):
+        find_chat_template(None, again)
