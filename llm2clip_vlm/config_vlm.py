@@ -32,6 +32,9 @@ class VlmSection(Section):
     chat_template: str | None = None
     """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
     tokenizer."""
+    extra_tokens: list[str] = []
+    """Tokens that the data's text may use, such as `<box>`: added where the LLM has none so named,
+    and no control tokens where it has (any other control token's name in a text stays text)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the composed and the exported weights; `auto` is the LLM's, or float32 where that is
     float16. What trains without DeepSpeed is held in float32 meanwhile."""

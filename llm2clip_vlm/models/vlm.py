@@ -72,6 +72,7 @@ def build_vlm(
     image_aspect_ratio: AspectRatio | Literal["anyres"] = "square",
     image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
     chat_template: str | None = None,
+    extra_tokens: Sequence[str] = (),
     dtype: Any = None,
     projector: str | Path | None = None,
     seed: int = 0,
@@ -96,6 +97,7 @@ def build_vlm(
         image_grid_pinpoints: As :func:`~llm2clip_vlm.models.image_mode.anyres_image_processor`
             takes it; only with `anyres`.
         chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
+        extra_tokens: Tokens that texts may use; new ones are added.
         dtype: Of all weights; none or `"auto"` = the language model's, or fp32 where that is fp16.
         projector: VLM checkpoint whose projector is taken; none = a new one.
         seed: Of a new projector.
@@ -121,6 +123,7 @@ def build_vlm(
     _check_layers(tower, vision_feature_layer, vision_tower)
     if not tower.has_cls_token:
         vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
+    _keep_whole(tokenizer, extra_tokens)
     template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
     image_token_id = _add_image_token(tokenizer, llm)
     _no_second_bos(tokenizer, template)
@@ -286,6 +289,22 @@ def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
     for name, parameter in model.named_parameters():
         if matching_prefix(name, [PROJECTOR]):
             parameter.data.copy_(given[name])
+
+
+def _keep_whole(tokenizer: Any, words: Sequence[str]) -> None:
+    """Makes words ordinary tokens of a tokenizer, whether or not it had them as special ones."""
+    if not words:
+        return
+    own = {IMAGE_TOKEN, "", *map(str, tokenizer.special_tokens_map.values())}
+    if refused := own & {*words, *(word.strip() for word in words)}:
+        raise VlmError(f"extra_tokens: expected tokens of no use yet, got {sorted(refused)}")
+    extra = [str(token) for token in tokenizer.extra_special_tokens]
+    tokenizer.extra_special_tokens = [token for token in extra if token not in words]
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    for token in whole["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in words
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(whole))
+    tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
 
 
 def _add_image_token(tokenizer: Any, llm: Any) -> int:

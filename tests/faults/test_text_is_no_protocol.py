@@ -233,3 +233,23 @@ def test_named_templates_are_read(tmp_path: Path) -> None:
     again.chat_template = {"a": MARKED, "b": MARKED}
     with pytest.raises(ConversationError, match="only templates named a, b"):
         find_chat_template(None, again)
+
+
+def test_tokens_that_a_recipe_lists_stay_whole(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    from llm2clip_vlm.models.vlm import VlmError, load_vlm, save_vlm
+
+    listed = ["<box>", "<|system|>"]  # one new, one special in the tokenizer so far
+    model, processor = build_vlm(tiny_clip, tiny_llm, extra_tokens=listed)
+    save_vlm(model, processor, tmp_path / "model")
+    for holder in (processor, load_vlm(tmp_path / "model")[1]):
+        tokenizer = holder.tokenizer
+        whole = tokenizer.convert_tokens_to_ids(listed)
+        ids, labels = build_labels(holder, turns("where ?", "<box> 1 </s> <|system|> red"))
+        assert [i for i in labels if i in whole] == whole
+        assert labels.count(tokenizer.eos_token_id) == 1 and labels[-1] == ids[-1]
+        assert tokenizer.decode(ids, skip_special_tokens=True).count("<box>") == 1
+    for refused in ("</s>", "<image>", " "):
+        with pytest.raises(VlmError, match="extra_tokens"):
+            build_vlm(tiny_clip, tiny_llm, extra_tokens=[refused])
