@@ -6,10 +6,10 @@ reads its recipe; a key that the model does not know is refused.
 
 from __future__ import annotations
 
-import os
-from typing import Any, Literal, Self
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -118,6 +118,21 @@ class ZeroShotSource(ImageTextSource):
         return [template.replace("{}", name) for template in self.templates]
 
 
+def _folder(value: str) -> str:
+    """A folder to write to: not the working directory by an empty text, `~` the home, no file."""
+    if not value.strip() or "\x00" in value:
+        raise ValueError(f"expected a folder to write to, got {value!r}")
+    path = Path(value).expanduser()
+    for above in (path, *path.parents):
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"expected a folder to write to, but {above} is no folder")
+    return str(path) if value.startswith("~") else value
+
+
+OutputDir = Annotated[str, AfterValidator(_folder)]
+"""A folder that a run writes to."""
+
+
 class RecipeFile(Section):
     """What every recipe may say."""
 
@@ -130,20 +145,13 @@ class RecipeFile(Section):
     """Set when the data is the embedded world: `${world.dir}/seed-${world.seed}` is then written
     where it is missing (a pipeline passes it on to its steps)."""
 
-    @field_validator("output_dir", check_fields=False)
-    @classmethod
-    def _names_a_folder(cls, output_dir: str) -> str:
-        if not output_dir.strip():
-            raise ValueError("expected a folder, got an empty name")
-        return os.path.expanduser(output_dir)
-
 
 class RunRecipe(RecipeFile):
     """What all stages share."""
 
     deviations: dict[str, str] = Field(default_factory=dict)
     """Where and why this recipe differs from what it reproduces."""
-    output_dir: str
+    output_dir: OutputDir
     """Where checkpoints, the manifest and the results of this stage go."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""

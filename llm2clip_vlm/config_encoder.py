@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llm2clip_vlm.config import RecipeFile, Section, TextEncoderSection
+from llm2clip_vlm.config import OutputDir, RecipeFile, Section, TextEncoderSection
 
 
 class EncoderTask(Section):
@@ -176,7 +176,7 @@ class EncoderEvalRecipe(RecipeFile):
 
     stage: Literal["run_encoder"]
     """Which program reads this file (`llm2clip-vlm eval RECIPE` looks at it)."""
-    output_dir: str
+    output_dir: OutputDir
     """Where `<name>.json` of each task and `results.json` go."""
     model: str
     """Path or hub id: an `LLM2CLIPModel`, CLIP or SigLIP; for tasks without text any tower."""

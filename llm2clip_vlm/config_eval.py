@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm2clip_vlm.config import RecipeFile, RunRecipe, Section, WorldConfig
+from llm2clip_vlm.config import OutputDir, RecipeFile, RunRecipe, Section, WorldConfig
 
 
 class LmmsTask(Section):
@@ -133,7 +133,7 @@ class PipelineStep(Section):
 class PipelineRecipe(RecipeFile):
     """Programs in the order of their needs, each skipped where it is finished."""
 
-    output_dir: str
+    output_dir: OutputDir
     """Where logs and the state go."""
     jobs: int = Field(default=2, ge=1)
     """Steps at a time; each gets its share of the cores."""
@@ -148,7 +148,7 @@ class PipelineRecipe(RecipeFile):
 class ReportRecipe(RecipeFile):
     """What `eval/report.py` reads, and what it says about it. What is not given is `not run`."""
 
-    output_dir: str
+    output_dir: OutputDir
     """Where `report.html` and `report.json` go."""
     title: str = "Does an LLM's caption embedding make a better vision tower?"
     """Heading: the question."""

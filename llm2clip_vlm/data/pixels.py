@@ -134,7 +134,8 @@ class Geometry:
         """
         width, height = self.resized(size)
         left, top = (width - self.size[0]) // 2, (height - self.size[1]) // 2
-        whole = resize(pixels, (width, height), self.mode, _shown_part(pixels, size))
+        box, shown = _box(pixels, 0, 0, *size, size)
+        whole = resize(box, (width, height), self.mode, shown)
         return whole[:, top : top + self.size[1], left : left + self.size[0]].contiguous()
 
     def _fits(self, image_processor: Any) -> bool:
@@ -148,15 +149,23 @@ class Geometry:
         return got.shape == want.shape and bool((got - want.float()).abs().mean() < 1)
 
 
-def _shown_part(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> tuple[float, float] | None:
-    """Width and height that a picture fills of what was decoded at a fraction; None = all of it.
+def _part(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> int:
+    """At which part of its size a picture was decoded: 1, 2, 4 or 8."""
+    found = (pixels.shape[1], pixels.shape[0])
+    return next(p for p in (1, 2, 4, 8) if (-(-size[0] // p), -(-size[1] // p)) == found)
+
+
+def _box(
+    pixels: npt.NDArray[np.uint8], left: int, top: int, width: float, height: float, size: Any
+) -> tuple[npt.NDArray[np.uint8], tuple[float, float] | None]:
+    """A box of what was decoded, and how much of it is shown where that is no whole number.
 
     A decoder rounds up: the eighth of 1025 pixels are 129, of which the last shows an eighth.
     """
-    height, width = pixels.shape[:2]
-    part = next(p for p in (8, 4, 2, 1) if -(-size[0] // p) == width and -(-size[1] // p) == height)
-    shown = (size[0] / part, size[1] / part)
-    return None if shown == (width, height) else shown
+    part = _part(pixels, size)
+    x, y, shown = left // part, top // part, (width / part, height / part)
+    box = pixels[y : y + math.ceil(shown[1]), x : x + math.ceil(shown[0])]
+    return box, None if shown == (box.shape[1], box.shape[0]) else shown
 
 
 def resize(
@@ -232,10 +241,8 @@ class TrainingPixels:
         size = self.geometry.size
         whole = (size[0] * image.size[0] / width, size[1] * image.size[1] / height)
         pixels = self._decoded(image, whole)
-        across, down = pixels.shape[1] / image.size[0], pixels.shape[0] / image.size[1]
-        rows = slice(round(top * down), round((top + height) * down))
-        columns = slice(round(left * across), round((left + width) * across))
-        return resize(pixels[rows, columns], size, self.geometry.mode).contiguous()
+        box, shown = _box(pixels, left, top, width, height, image.size)
+        return resize(box, size, self.geometry.mode, shown).contiguous()
 
     def _decoded(self, image: EncodedImage, whole: tuple[float, float]) -> npt.NDArray[np.uint8]:
         """All of a picture, of which the tower would see `whole` as width and height."""
