@@ -251,6 +251,9 @@ def table_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, dict[str, Any]]
         with parquet.ParquetFile(path) as table:
             packed = _packed_columns(table.schema_arrow)
             plain = [name for name in table.schema_arrow.names if name not in packed]
+            count, size = table.metadata.num_rows, path.stat().st_size
+            if count > max(_MAX_ROWS_A_BYTE * size, 2**20):
+                raise OSError(f"{path}: {count} rows in {size} bytes")
             for group in range(table.num_row_groups):
                 _require_measure(path, table.metadata.row_group(group), plain)
                 at = 0  # a batch at a time: cells of a dictionary may repeat what is large
@@ -280,9 +283,6 @@ def _require_measure(path: Path, group: Any, columns: list[str]) -> None:
             raise OSError(
                 f"{path}: {column.path_in_schema} unpacks from {packed} to {unpacked} bytes"
             )
-    size = path.stat().st_size
-    if group.num_rows > max(_MAX_ROWS_A_BYTE * size, 2**20):
-        raise OSError(f"{path}: {group.num_rows} rows in {size} bytes")
 
 
 def _rows(
