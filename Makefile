@@ -19,7 +19,8 @@ export TOKENIZERS_PARALLELISM := false
 LMMS_EVAL := lmms_eval==0.7.3
 LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewriter pytz sacrebleu scipy tenacity
 
-# What the parity tests compare with; their torchvision stays out for the same reason.
+# What the parity tests compare with. It lies apart: accelerate's command imports a timm that it finds,
+# and that wants a torchvision.
 PEERS := ftfy open_clip_torch timm wcwidth
 
 .DEFAULT_GOAL := help
@@ -39,7 +40,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	fi
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,dev]' $(LMMS_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps $(LMMS_EVAL)
-	$(BIN)/python -m pip install --quiet --no-deps -c $(CONSTRAINTS) $(PEERS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers -c $(CONSTRAINTS) $(PEERS)
 	@touch $@
 
 demo: $(STAMP) ## the whole road on the embedded world: four stages, lmms-eval, runs/demo/report.html

@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 from transformers.utils import is_timm_available
 
+from tests.peers import library
+
 SIZE_PX = 32
 PATCH_PX = 8
 WIDTH = 32
@@ -92,9 +94,9 @@ def build_tower(kind: str, directory: str | Path, seed: int = 0) -> Path:
 
 
 def _build_timm(kind: str, folder: Path) -> Path:
-    timm = pytest.importorskip("timm", exc_type=ImportError)
     if not is_timm_available():
         pytest.skip("transformers finds no timm that works (it wants torchvision too)")
+    timm = library("timm")
     from safetensors.torch import save_file
 
     architecture = {

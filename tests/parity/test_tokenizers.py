@@ -85,9 +85,7 @@ def test_without_protobuf_one_error_says_what_to_install(vicuna: Path) -> None:
         "read_tokenizer(sys.argv[1])"
     )
     command = [sys.executable, "-c", program, str(vicuna)]
-    run = subprocess.run(
-        command, check=False, capture_output=True, text=True, timeout=120, check=False
-    )
+    run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
     assert run.returncode == 1
     assert "pip install protobuf sentencepiece" in run.stderr.splitlines()[-1]
 
@@ -150,9 +148,7 @@ def test_transformers_4_gives_the_same_ids_logits_and_answer(
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         torch.save(inputs, folder / "inputs.pt")
         command = [python, "-c", OLD, str(folder), TEXT]
-        run = subprocess.run(
-            command, check=False, capture_output=True, text=True, timeout=300, check=False
-        )
+        run = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
         assert run.returncode == 0, run.stderr
         told = json.loads(run.stdout.splitlines()[-1])
         got = torch.load(folder / "old.pt", weights_only=True)

@@ -16,6 +16,7 @@ from llm2clip_vlm.interop.keys import translate
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 
 SIZES = pytest.mark.parametrize("size", [224, 336])
+from tests.peers import library
 
 
 def build(size: int = 28, **values: int) -> Eva02VisionModel:
@@ -116,7 +117,7 @@ def test_equals_the_definition_written_naively(size: int, patch: int) -> None:
 @SIZES
 @torch.no_grad()
 def test_equals_timm(size: int) -> None:
-    timm = pytest.importorskip("timm", exc_type=ImportError)
+    timm = library("timm")
     theirs = timm.create_model(
         "eva02_large_patch14_clip_336",
         num_classes=0,
