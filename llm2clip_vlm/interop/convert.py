@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, SiglipVisionConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.fingerprint import fingerprint_file
@@ -23,10 +24,11 @@ from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, 
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.timm_vit import TANH_GELU
-from llm2clip_vlm.interop.weights import read_weights, verify_hashes
+from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
-from llm2clip_vlm.models.loading import to_dtype
+from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
 from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm import load_vlm
 
 FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
@@ -81,7 +83,9 @@ def convert(
             f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
         )
     config = _config(source if source.is_dir() else source.parent)
-    if source.is_dir() and "mm_vision_tower" not in config and _architecture(config).endswith(LLM):
+    llm = "mm_vision_tower" not in config and _architecture(config).endswith(LLM)
+    llm = llm and source.is_dir() and not list(source.glob("*.gguf"))
+    if llm and weight_files(source)[0].suffix == ".safetensors":
         raise InteropError(
             f"{source}: a language model of transformers already ({_architecture(config)}), which "
             "needs no conversion: name it as it is (`language_model`)"
@@ -90,6 +94,8 @@ def convert(
     with certificate.new_folder(out) as folder:
         if is_gguf(source):
             evidence = convert_gguf(source, folder, settings or {})
+        elif llm:
+            evidence = _language_model(source, folder)
         elif source.is_dir() and _is_text_encoder(config):
             evidence = _text_encoder(source, folder)
         else:
@@ -103,6 +109,21 @@ def convert(
                 given, remote = dict(settings or {}), trust_remote_code
                 evidence = _encoder(source, folder, weights, config, given, partial, remote)
         return certificate.certify(folder, "convert", source, evidence)
+
+
+def _language_model(source: Path, folder: Path) -> Evidence:
+    """A language model of transformers with pickled weights, of which tensors alone are read."""
+    config = read_config(source, InteropError)
+    given = {"config": config, "dtype": "auto", "error": InteropError}
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = load_complete(kind, source, state_dict=read_weights(source), **given).eval()
+    model.save_pretrained(folder)
+    save_tokenizer(read_tokenizer(source, InteropError), folder)
+    again = load_complete(kind, folder, dtype="auto", error=InteropError).eval()
+    ids = torch.arange(min(16, config.vocab_size))[None]
+    with torch.no_grad():
+        expected, got = ({"logits": made(ids).logits.float()} for made in (model, again))
+    return Evidence("transformers", expected, got, {"format": "language model"})
 
 
 def _config(folder: Path) -> dict[str, Any]:

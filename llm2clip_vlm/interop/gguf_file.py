@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from llm2clip_vlm.interop.certificate import Evidence
 from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -75,7 +76,7 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         pad_token_id=tokenizer.pad_token_id,
     )
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
     again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
     told = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     text = "Two dogs play in the snow.\nA photo"

@@ -15,7 +15,7 @@ from torch import Tensor
 from llm2clip_vlm.files import read_json, require_regular
 
 WEIGHTS = "model.safetensors"
-_INDEX = f"{WEIGHTS}.index.json"
+INDEX = f"{WEIGHTS}.index.json"
 
 _SIZES = re.compile(
     r"n_(embd|head|heads|layer|layers|inner|ctx|positions)|d_model|d_ff|depth|head_dim"
@@ -96,6 +96,21 @@ def shards_of(index: Path, error: type[ValueError]) -> list[Path]:
     return sorted(index.parent / shard for shard in shards)
 
 
+def refuse_gguf(path: Path, error: type[ValueError]) -> None:
+    """Refuse a GGUF file, or a folder with nothing else, where a model directory is needed.
+
+    Raises:
+        ValueError: (as `error`) Names the command that makes a directory of it.
+    """
+    inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
+    file = path if path.suffix == ".gguf" else next(iter(inside), None)
+    if file is not None and not (path / "config.json").exists():
+        raise error(
+            f"{file}: a GGUF file; make an ordinary directory of it first: "
+            f"llm2clip-vlm convert {file} NEW"
+        )
+
+
 def weights_of_folder(
     folder: Path, config: Mapping[str, Any], error: type[ValueError]
 ) -> dict[str, Tensor]:
@@ -117,15 +132,15 @@ def weights_of_folder(
         )
     if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
         files: Iterable[Path] = [folder / WEIGHTS]
-    elif (folder / _INDEX).exists():
-        files = shards_of(folder / _INDEX, error)
+    elif (folder / INDEX).exists():
+        files = shards_of(folder / INDEX, error)
     else:
         pickled = next((file.name for file in sorted(folder.glob("pytorch_model*.bin"))), None)
         raise error(
             f"{folder}: there is no {WEIGHTS}"
             + (
-                f"; {pickled} is a pickle, which is not opened. Where you trust it, write it anew: "
-                "`AutoModel...from_pretrained(DIR).save_pretrained(NEW)` of transformers"
+                f"; {pickled} is a pickle and not opened. `llm2clip-vlm convert {folder} NEW` "
+                "reads nothing but tensors from it and writes safetensors"
                 if pickled
                 else ", whole or in shards; is the download complete?"
             )

@@ -28,7 +28,14 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from llm2clip_vlm.models.checkpoint_files import check_sizes, read_config_file, weights_of_folder
+from llm2clip_vlm.models.checkpoint_files import (
+    INDEX,
+    WEIGHTS,
+    check_sizes,
+    read_config_file,
+    refuse_gguf,
+    weights_of_folder,
+)
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 """Arguments of every `from_pretrained`: no Python file of a checkpoint runs, nobody is asked."""
@@ -79,6 +86,8 @@ def load_complete(
     _refuse(path, type(model).__name__, found, optional, error)
     if source is not None and not local:
         folder = Path(cached_file(path, "config.json") or "").parent
+        if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+            return model  # the hub's own conversion of pickled weights lies in another revision
         _check_names(model_class, folder, optional, error, arguments)
     return model
 
@@ -213,6 +222,7 @@ def read_config(path: str | Path, error: type[ValueError] = ValueError) -> Any:
         ValueError: (or `error`) There is none that transformers or this package knows, or its
             numbers are none that a model can have.
     """
+    refuse_gguf(Path(path), error)
     if Path(path).is_dir() and (Path(path) / "config.json").exists():
         read_config_file(Path(path), error)
     remedy = (

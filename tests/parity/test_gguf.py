@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from llm2clip_vlm.cli import main
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.models.loading import load_complete, read_config
 
 gguf = pytest.importorskip("gguf", reason="needs gguf (pip install gguf)")
 
@@ -152,6 +154,32 @@ def test_what_would_be_lost_or_is_damaged_is_refused(
     assert main(["convert", str(tmp_path / "cut.gguf"), str(tmp_path / "out")]) != 0
     assert "damaged or cut short" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_gguf_elsewhere_is_refused_with_the_command(whole: bool, tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF")
+    with pytest.raises(ValueError, match=r"llm2clip-vlm convert \S*m\.gguf NEW"):
+        read_config(path if whole else tmp_path)
+
+
+def test_pickled_weights_of_a_language_model_are_written_anew(
+    tiny_llm: Path, tmp_path: Path
+) -> None:
+    old = shutil.copytree(tiny_llm, tmp_path / "old")
+    want: Any = AutoModelForCausalLM.from_pretrained(old)
+    torch.save(want.state_dict(), old / "pytorch_model.bin")
+    (old / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"is a pickle .*llm2clip-vlm convert \S*old NEW"):
+        load_complete(AutoModelForCausalLM, old)
+    convert(old, tmp_path / "new")
+    again = load_complete(AutoModelForCausalLM, tmp_path / "new")
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, want(ids).logits)
+    files = {path.name for path in (tmp_path / "new").iterdir()}
+    assert {"model.safetensors", "tokenizer.json", "generation_config.json"} <= files
 
 
 def test_a_language_model_needs_no_conversion(tiny_llm: Path, tmp_path: Path) -> None:
