@@ -9,6 +9,8 @@ TORCH := torch==2.13.0
 # Where a machine without an NVIDIA GPU finds torch without CUDA; pip's own indexes are asked, too.
 CPU_INDEX ?= https://download.pytorch.org/whl/cpu
 ARGS ?=
+# Test processes (pytest-xdist); a file's tests stay together.
+TEST_JOBS ?= 2
 
 # DeepSpeed looks for ninja on PATH, and programs are found by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -64,10 +66,10 @@ hooks: $(STAMP) ## run the same checks at every commit
 	$(BIN)/pre-commit install
 
 test: $(STAMP) ## the tests that CI runs
-	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile -m 'not slow' $(ARGS)
 
 test-all: $(STAMP) ## all tests, those that take minutes included
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 bench: $(STAMP) ## every benchmark: ours, the baseline, the ratio
 	@set -e; for program in $(filter-out benchmarks/arms.py benchmarks/keeping.py,$(wildcard benchmarks/*.py)); \
