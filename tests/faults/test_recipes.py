@@ -64,7 +64,7 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "float batch": (GOOD.replace("size: 4", "size: 4.0"), "global_batch_size: .*integer"),
     "sexagesimal": (GOOD + "seed: 1:30", "seed: .*integer"),
     "underscore": (GOOD + "seed: 1_000", "seed: .*integer"),
-    "no folder": (GOOD.replace(" out", ' ""'), "output_dir: .*empty"),
+    "no folder": (GOOD.replace(" out", ' ""'), "output_dir: .*expected a folder"),
     "null folder": (GOOD.replace(": out", ": null"), "output_dir"),
     "list": ("[1, 2]", "mapping"),
     "text": ("hello", "mapping"),

@@ -196,7 +196,7 @@ def test_a_language_model_is_no_tower(tiny_llm: Path) -> None:
 def test_a_tower_is_no_language_model(tiny_clip: Path) -> None:
     from llm2clip_vlm.models.vlm import build_vlm
 
-    with pytest.raises(ValueError, match="cannot be loaded as AutoModelForCausalLM"):
+    with pytest.raises(ValueError, match="AutoModelForCausalLM has no class for 'clip'"):
         build_vlm(tiny_clip, tiny_clip)
 
 

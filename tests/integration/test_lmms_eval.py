@@ -110,7 +110,8 @@ def test_own_metrics_and_types(first_run: Any) -> None:
     caption = result(output, "a", "l2c_world_caption")
     assert "attribute_f1" in caption["metrics"] and "object_f1" in caption["metrics"]
     images = {sample["image_id"] for sample in samples(output, "a", "mme")}
-    assert images == {f"exist-{n:05d}" for n in range(4)}  # intervals go by image
+    assert len(images) == 4  # intervals go by picture
+    assert all(image.startswith("pixels:") for image in images)
 
 
 def test_builtin_scorers_ran_with_their_own_prompts_and_useless_metrics_are_left_out(
