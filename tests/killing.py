@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import random
+import shutil
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 
@@ -54,3 +56,19 @@ def run_apart(main: Main, argv: Sequence[str], kill_after_s: float | None = None
     else:
         assert process.exitcode == 0, process.exitcode
     return time.monotonic() - started
+
+
+def kill_within(main: Main, argv: Sequence[str], folder: Path, after_s: float) -> None:
+    """Runs a program and kills it before it has ended: each try has half the time of the last.
+
+    Args:
+        main: The program.
+        argv: Its arguments.
+        folder: All that it writes, with its manifest as the last; cleared where it has ended.
+        after_s: When to kill it at first.
+    """
+    run_apart(main, argv, after_s)
+    while list(folder.rglob("manifest.json")):
+        shutil.rmtree(folder)
+        after_s /= 2
+        run_apart(main, argv, after_s)

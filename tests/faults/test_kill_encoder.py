@@ -13,7 +13,7 @@ import yaml
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from stages import stage1_text_encoder, stage2a_cache_text, stage2b_vision_encoder
-from tests.killing import MOMENTS, Main, run_apart
+from tests.killing import MOMENTS, Main, kill_within, run_apart
 from tests.tiny import WORDS, write_image
 
 TRAINER = {
@@ -40,7 +40,7 @@ class Reference(NamedTuple):
         argv = [str(self.recipe), f"output_dir={folder / 'out'}"]
         if "write_through" in self.recipe.read_text():
             argv.append(f"embedding_cache={folder / 'cache'}")
-        run_apart(self.main, argv, share * self.seconds)
+        kill_within(self.main, argv, folder, share * self.seconds)
         run_apart(self.main, argv)
         return hashes(folder)
 

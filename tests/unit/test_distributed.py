@@ -7,11 +7,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from llm2clip_vlm import distributed
+from llm2clip_vlm.losses import NO_CANDIDATE
 
 WORKER = """
 import json, sys
@@ -96,6 +100,58 @@ teardown()
 """
 
 
+def by_loops(name: str) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of the worker's case in float64, one similarity at a time."""
+    torch.manual_seed(0)
+    towers = {"image": torch.nn.Linear(6, 5), "text": torch.nn.Linear(4, 5)}
+    logit_scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+    x, y, y2, z = torch.randn(8, 6), torch.randn(8, 4), torch.randn(16, 4), torch.randn(8, 4)
+    ids = [0, 1, 2, 3, 4, 1, 6, 0]
+    hard_ids = [0, -1, NO_CANDIDATE, 2, -1, NO_CANDIDATE, 6, -1]
+    k = 2 if name in ("several", "sigmoid") else 1
+    if k == 2:
+        ids, y = [number % 11 for number in range(16)], y2
+
+    def unit(part: str, rows: Tensor) -> Tensor:
+        return F.normalize(towers[part].double()(rows.double()), dim=-1)
+
+    images, texts, negatives = unit("image", x), unit("text", y), unit("text", z)
+    scale = logit_scale.exp()
+
+    def related(i: int, t: int) -> bool:  # equal captions, but not the image's own
+        return t // k != i and ids[t] in ids[k * i : k * i + k]
+
+    def entropy(scores: dict[Any, Tensor], own: list[Any]) -> Tensor:
+        total = torch.stack(list(scores.values())).logsumexp(0)
+        right = sum(total - scores[key] for key in own) / len(own)
+        spread = sum(total - score for score in scores.values()) / len(scores)
+        share = 0.1 if name in ("contrastive", "several") else 0.0
+        return (1 - share) * right + share * spread
+
+    terms = []
+    for i in range(8):
+        own = [k * i + n for n in range(k)]
+        among: dict[Any, Tensor] = {
+            t: scale * images[i] @ texts[t] for t in range(8 * k) if not related(i, t)
+        }
+        if name == "sigmoid":
+            for t, score in among.items():
+                terms.append(F.softplus((2.0 - score) if t in own else (score - 2.0)) / 8)
+            continue
+        if name == "hard":
+            for n, number in enumerate(hard_ids):
+                if number not in (NO_CANDIDATE, ids[i]):
+                    among["hard", n] = scale * images[i] @ negatives[n]
+        terms.append(entropy(among, own) / 8 / 2)
+    for t in range(8 * k) if name != "sigmoid" else []:
+        back = {i: scale * images[i] @ texts[t] for i in range(8) if not related(i, t)}
+        terms.append(entropy(back, [t // k]) / (8 * k) / 2)
+    loss = torch.stack(terms).sum()
+    loss.backward()
+    grads = {f"{part}.{n}": p.grad for part, m in towers.items() for n, p in m.named_parameters()}
+    return loss.item(), {"logit_scale": logit_scale.grad, **grads}  # type: ignore[dict-item]
+
+
 def run_worker(folder: Path, world_size: int, repo_root: Path) -> dict[str, dict[str, list[float]]]:
     target = folder / f"{world_size}.json"
     port = str(distributed.free_port())
@@ -119,6 +175,12 @@ def test_loss_and_gradients_are_those_of_one_process(
     assert two["contrastive False"]["world"] == size
     assert len(two) == 10
     for loss in one:
+        if (name := loss.split()[0]) not in ("caption", "full"):
+            value, grads = by_loops(name)
+            assert two[loss]["loss"] == pytest.approx(value, rel=1e-5), loss
+            for part, grad in grads.items():
+                got = torch.tensor(two[loss][part], dtype=torch.float64)
+                torch.testing.assert_close(got, grad.flatten(), atol=1e-5, rtol=1e-4)
         assert two[loss].pop("loss") == pytest.approx(one[loss].pop("loss"), rel=1e-6)
         assert set(one[loss]) > {"logit_scale", "image.weight", "text.weight"}
         for name in set(one[loss]) - {"world"}:

@@ -277,28 +277,37 @@ def slow_encode(texts: list[str]) -> Tensor:
     return Encoder(dim=64)(texts)
 
 
-def in_a_child(folder: Path, kill_after_s: float | None) -> bool:
-    """Builds in a process of its own, killed with -9 after so many seconds; whether it ended."""
+def num_shards(folder: Path) -> int:
+    return len(list(folder.glob("shard-*.safetensors")))
+
+
+def in_a_child(folder: Path, kill_at: int | None, then_s: float = 0.0) -> bool:
+    """Builds in a process of its own; whether it ended.
+
+    Killed with -9 so many seconds after it has so many shards (whatever the machine's load).
+    """
     child = os.fork()
     if not child:
         texts = [f"caption {i}" for i in range(300)]
         EmbeddingCache.build(folder, texts, slow_encode, FINGERPRINT, shard_rows=10)
         os._exit(0)
-    if kill_after_s is not None:
-        time.sleep(kill_after_s)
+    if kill_at is not None:
+        until = time.monotonic() + 60
+        while num_shards(folder) < kill_at and time.monotonic() < until:
+            time.sleep(0.0005)
+        time.sleep(then_s)
         os.kill(child, signal.SIGKILL)
     return os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_builds_end_byte_identical(tmp_path: Path, kills: int) -> None:
-    started = time.monotonic()
     assert in_a_child(tmp_path / "whole", None)
-    whole_s = time.monotonic() - started
     rng = np.random.default_rng(kills)
     folder, killed, rows = tmp_path / "killed", 0, 0
     while killed < kills:
-        if in_a_child(folder, rng.uniform(0.0, whole_s / 2)):
+        # by turns at any moment from its start, and after one, two or three shards more
+        if in_a_child(folder, num_shards(folder) + killed % 4, rng.uniform(0.0, 0.02)):
             shutil.rmtree(folder)  # it was done: begin anew
             continue
         killed += 1
