@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_vlm.files import write_atomically, written_whole
+from llm2clip_vlm.files import read_json, read_text, write_atomically, written_whole
 
 
 def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
@@ -72,3 +72,24 @@ def test_what_a_killed_process_left_goes_at_the_next_write_and_no_other(tmp_path
             second.write_text("one")
         path.unlink()
     assert {item.name for item in tmp_path.iterdir()} == {"model[1]", "other"}
+
+
+def test_a_text_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("x" * 10)
+    assert read_text(tmp_path / "a", limit_bytes=10) == "x" * 10
+    with pytest.raises(ValueError, match="at most 9 bytes"):
+        read_text(tmp_path / "a", limit_bytes=9)
+
+
+def test_a_key_given_twice_needs_one_value(tmp_path: Path) -> None:
+    for text, good in (('{"a": 1, "a": 1}', True), ('{"a": 1, "a": true}', False)):
+        (tmp_path / "a.json").write_text(text)
+        if good:
+            assert read_json(tmp_path / "a.json") == {"a": 1}
+        else:
+            with pytest.raises(ValueError, match="'a' is given twice"):
+                read_json(tmp_path / "a.json")
+    (tmp_path / "a.json").write_text("[1]")
+    assert read_json(tmp_path / "a.json", list) == [1]
+    with pytest.raises(ValueError, match="expected an object in this JSON file, got a list"):
+        read_json(tmp_path / "a.json")

@@ -218,3 +218,64 @@ def test_a_stop_string_counts_after_the_newline_that_a_template_leaves(
     assert generator._answer(ids, ("\n",)).text == "red"
     assert generator._answer(ids, ("and", "\n")).text == "red"
     assert generator._answer(ids, ()).text == "red\nand blue"
+
+
+def test_an_answer_is_cut_behind_its_first_end_token_and_at_the_first_stop_string(
+    vlm: tuple[Any, Any],
+) -> None:
+    generator, decoded = make(vlm), list[list[int]]()
+
+    def decode(ids: list[int], **_: Any) -> str:
+        decoded.append(ids)
+        return " red , blue , green"
+
+    generator.tokenizer, generator.eos_ids = SimpleNamespace(decode=decode), [7, 9]
+    answer = generator._answer(torch.tensor([1, 2, 9, 3, 7]), (",",))
+    assert decoded == [[1, 2, 9]]
+    assert (answer.text, answer.num_tokens) == ("red", 3)  # the end token counts
+    assert generator._answer(torch.tensor([1, 2, 3]), ()).num_tokens == 3
+
+
+def test_each_option_reaches_the_configuration(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm, max_new_tokens=20)
+
+    def config(**options: Any) -> dict[str, Any]:
+        names = "do_sample max_new_tokens num_beams temperature top_p top_k repetition_penalty"
+        found = generator._settings(options)[1]
+        return {name: getattr(found, name) for name in names.split()}
+
+    plain = config()
+    assert (plain["do_sample"], plain["max_new_tokens"], plain["num_beams"]) == (False, 20, 1)
+    assert config(num_beams=3) == plain | {"num_beams": 3}
+    assert config(max_new_tokens=19) == plain | {"max_new_tokens": 19}
+    assert config(max_new_tokens=21) == config(temperature=0, do_sample=True, top_p=0.5) == plain
+    assert config(repetition_penalty=1.5) == plain | {"repetition_penalty": 1.5}
+    sampling = {"temperature": 0.5, "top_p": 0.25, "top_k": 3}
+    assert config(**sampling) == plain | sampling | {"do_sample": True}
+    # Prompts with other options are never answered in one batch.
+    given = [{}, {"num_beams": 3}, {"max_new_tokens": 3}, sampling, {"until": ["a"]}]
+    given += [{"repetition_penalty": 1.5}, {"temperature": 0.5}]
+    assert len({generator._settings(options)[0] for options in given}) == len(given)
+
+
+def test_answers_are_made_in_evaluation_mode_without_gradients(vlm: tuple[Any, Any]) -> None:
+    generator, seen = make(vlm), list[tuple[bool, bool]]()
+    prompt = generator.render(messages("what ?"))
+    hook = generator.model.lm_head.register_forward_hook(
+        lambda module, *_: seen.append((module.training, torch.is_grad_enabled()))
+    )
+    generator.model.train()
+    try:
+        generator.generate([prompt], [{}])
+        generator.continuation_loss(prompt, "red")
+    finally:
+        hook.remove()
+        generator.model.eval()
+    assert set(seen) == {(False, False)}
+
+
+def test_a_prompt_with_room_for_one_token_is_answered(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm)
+    prompt = generator.render(messages("what ?"))
+    generator.window = generator._encode([prompt])["input_ids"].shape[1] + 1
+    assert generator.generate([prompt], [{}])[0].num_tokens == 1

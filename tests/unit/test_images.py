@@ -5,10 +5,11 @@ from __future__ import annotations
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from llm2clip_vlm.data import images
+from llm2clip_vlm.data import cut_images, images
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image, resolve_image
 
 
@@ -114,3 +115,63 @@ def test_the_smallest_and_the_longest_picture_that_is_one() -> None:
     for size in ((7, 8), (8, 7), (8, longest + 1), (longest + 1, 8)):
         with pytest.raises(ImageError, match="expected sides of at least 8 px"):
             check(*size)
+
+
+def test_limits_of_bytes_pixels_and_scans_at_the_border(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (24, 30, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    (tmp_path / "a.jpg").write_bytes(data)
+    scans = sum(data[i : i + 2] == b"\xff\xda" for i in range(len(data)))
+    assert scans > 1
+    for module, name, most, message in (
+        (images, "MAX_IMAGE_BYTES", len(data), "bytes, expected at most"),
+        (images, "MAX_IMAGE_PIXELS", 30 * 24, "30x24 px, expected at most 719"),
+        (cut_images, "MAX_SCANS", scans, "scans"),
+    ):
+        with monkeypatch.context() as changed:
+            changed.setattr(module, name, most)
+            assert open_image(tmp_path, "a.jpg").size == (30, 24)
+            changed.setattr(module, name, most - 1)
+            with pytest.raises(ImageError, match=message):
+                open_image(tmp_path, "a.jpg")
+
+
+def test_sixteen_bits_keep_their_high_byte(tmp_path: Path) -> None:
+    values = np.array([[0, 255, 256, 0x7FFF, 0x8000, 0xFFFF]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "a.png")
+    assert np.asarray(open_image(tmp_path, "a.png"))[0, :, 0].tolist() == [0, 0, 1, 127, 128, 255]
+    Image.fromarray(values).save(tmp_path / "b.png", transparency=256)
+    assert np.asarray(open_image(tmp_path, "b.png"))[0, :, 1].tolist() == [0, 0, 255, 127, 128, 255]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_size_upright_is_that_of_the_decoded_picture(tmp_path: Path, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
+    size = (8, 16) if orientation >= 5 else (16, 8)
+    assert (
+        images.upright_size(tmp_path / "a.jpg", "a") == open_image(tmp_path, "a.jpg").size == size
+    )
+
+
+def test_chunks_of_a_webp_are_padded_to_even_bytes() -> None:
+    def webp(*chunks: bytes) -> bytes:
+        body = b"WEBP"
+        for kind, content in zip(chunks[::2], chunks[1::2], strict=True):
+            body += kind + len(content).to_bytes(4, "little") + content + b"\0" * (len(content) % 2)
+        return b"RIFF" + len(body).to_bytes(4, "little") + body
+
+    whole = webp(b"ICCP", b"odd", b"VP8 ", b"\x01" * 100)
+    cut_images.require_ends(whole)
+    holed = webp(b"ICCP", b"odd", b"VP8 ", b"\x01" * 9 + bytes(64) + b"\x01")
+    with pytest.raises(ValueError, match="64 zeros"):
+        cut_images.require_ends(holed)
+    cut_images.require_ends(webp(b"VP8 ", b"\x01" * 9 + bytes(63) + b"\x01"))
+    cut_images.require_ends(webp(b"EXIF", bytes(200), b"VP8L", b"\x01" * 9))  # no picture's data
+    with pytest.raises(ValueError, match="the WebP has no end"):
+        cut_images.require_ends(whole[:-1])

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.config_eval import ExpectedScores
-from llm2clip_vlm.evaluation.comparison import compare
+from llm2clip_vlm.evaluation.comparison import _differences, compare, flipped
 from llm2clip_vlm.evaluation.lmms_samples import metric_errors, samples_of
 from llm2clip_vlm.evaluation.retrieval import bootstrap_interval
 from llm2clip_vlm.evaluation.run_scores import Measured, Run
@@ -257,3 +257,43 @@ def test_the_jackknife_of_a_mean_is_its_clustered_error() -> None:
         ]["se"]
         is None
     )
+
+
+def test_what_seeds_can_give_at_least_and_who_is_higher() -> None:
+    a, b = run("a", {0: 0.5, 1: 0.6, 2: 0.7}), run("b", {0: 0.4, 1: 0.6, 2: 0.65})
+    assert row(a, b)["least_p"] == 2 / 2**3
+    b.scores["same"] = a.scores["same"] = a.scores["t"]  # a tie is neither won nor lost
+    a.scores["worse"], b.scores["worse"] = b.scores["t"], a.scores["t"]
+    for one in (a, b):  # two seeds only
+        one.scores["few"] = {seed: one.scores["t"][seed] for seed in (0, 1)}
+    wins = compare([a, b], [("a", "b")], 10)["wins"]["a-b"]
+    assert (wins["benchmarks"], wins["tested"], wins["higher"], wins["lower"]) == (4, 4, 2, 1)
+    assert (wins["least_p"], wins["n_seeds"]) == (0.25, 3)
+    # One benchmark of one seed: nothing is claimed of training again.
+    right = np.arange(12).reshape(6, 2) % 3 == 0
+    a.scores["one"], b.scores["one"] = (
+        run("x", {None: found}).scores["t"] for found in (right, ~right)
+    )
+    assert compare([a, b], [("a", "b")], 10)["wins"]["a-b"]["n_seeds"] == 1
+
+
+def test_flips_at_half_of_the_seeds() -> None:
+    """Half right counts as right; the clearest first."""
+    a = run("a", {0: [[1, 1, 1, 0]], 1: [[0, 0, 1, 0]]})
+    b = run("b", {0: [[0, 1, 0, 1]], 1: [[0, 1, 0, 0]]})
+    found = [(flip["doc_id"], flip["better"], flip["rates"]) for flip in flipped(a, b, "t")]
+    assert found == [(2, "a", [1.0, 0.0]), (0, "a", [0.5, 0.0]), (3, "b", [0.0, 0.5])]
+
+
+def test_each_setting_that_differs_is_named() -> None:
+    identity = ("spec_hash", "protocol", "data_hash")
+    settings = "limit overrides data settings judge generation_kwargs prompt_example versions"
+    for key in settings.split():
+        one, two = ({"spec_hash": n, "other": n, key: n} for n in (0, 1))
+        assert _differences(one, two) == ["spec_hash", key]
+        assert _differences(one, two | {"spec_hash": 0}) == []  # made by one specification
+    for key in identity:
+        assert _differences({key: 0, "data": {"a": 1}}, {key: 1, "data": {"a": 2}}) == [
+            key,
+            "data.a",
+        ]

@@ -332,3 +332,28 @@ def test_the_budget_sets_the_number_of_micro_batches() -> None:
     assert plan(max_tokens=600, max_images=3)[0].accumulation >= 24 // 3
     with pytest.raises(ValueError, match="at most 1"):
         plan(max_images=1)
+
+
+def test_rows_of_a_step_are_of_equal_length() -> None:
+    """One row would hold all; two processes share the work evenly."""
+    lengths = [8, 7, 6, 5, 4, 3, 2, 1]
+    rows = balanced_packs(lengths, 2, 36)
+    assert [sum(lengths[i] for i in row) for row in rows] == [18, 18]
+
+
+def test_a_row_and_a_micro_batch_may_be_exactly_full() -> None:
+    assert plan_packs([4, 3, 2], 9, [1, 1, 1], 3) == [[0, 1, 2]]
+    assert len(plan_packs([4, 3, 2], 8, [1, 1, 1], 3)) == 2
+    assert len(plan_packs([4, 3, 2], 9, [1, 1, 1], 2)) == 2
+    batches = PackedBatches([9], [3], global_batch_size=1, max_tokens=9, max_images=3)
+    assert list(batches) == [[0]]
+
+
+def test_both_kinds_are_spread_over_an_epoch() -> None:
+    """Text alone does not wait for its turn until all pictures have been seen."""
+    lengths, images = [5] * 320, [1] * 160 + [0] * 160
+    batches = PackedBatches(lengths, images, global_batch_size=32, max_tokens=50)
+    shares = [sum(images[i] for i in step) / len(step) for step in batches.steps(0)]
+    assert len(shares) == 10 and sum(0 < share < 1 for share in shares) >= 5
+    halves = [sum(shares[:5]), sum(shares[5:])]
+    assert min(halves) > 1

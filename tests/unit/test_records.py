@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.data import records, text_rows
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.records import (
     RowGroup,
@@ -233,3 +235,65 @@ def test_the_larger_of_both_limits_holds() -> None:
         assert (bad.count, bad.allowed) == (allowed, allowed)
         with pytest.raises(RecordError, match=rf"{allowed + 1} bad record\(s\), {allowed} allowed"):
             bad.add("a.jsonl:100", "empty caption")
+
+
+def test_a_fraction_is_of_all_sources_and_rounds_down() -> None:
+    bad = BadRecords(fraction=0.1)
+    bad.take(10, [])
+    bad.take(10, [("a:1", "x"), ("a:2", "x")])  # two of twenty
+    assert (bad.total, bad.allowed, bad.count) == (20, 2, 2)
+    with pytest.raises(RecordError, match=r"2 bad record\(s\), 1 allowed of 15 records"):
+        BadRecords(fraction=0.1).take(15, [("a:1", "x"), ("a:2", "x")])
+
+
+def test_a_run_goes_on_where_one_stopped_by_the_limit_left(tmp_path: Path) -> None:
+    ledger = tmp_path / "dropped.jsonl"
+    first = BadRecords(limit=1, ledger=ledger)
+    first.add("a:1", "x")
+    with pytest.raises(RecordError):
+        first.add("a:2", "x")
+    again = BadRecords(limit=1, ledger=ledger)
+    assert again.count == 1  # the one that stopped it is met, and counted, again
+    with pytest.raises(RecordError, match="2 bad"):
+        again.add("a:2", "x")
+    assert BadRecords(limit=2, ledger=ledger).count == 1
+
+
+def test_lines_up_to_the_limit_and_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_rows, "MAX_LINE_CHARS", 20)
+    line = '{"a": "' + "x" * 10 + '"}\n'
+    assert len(line) == 20
+    (tmp_path / "a.jsonl").write_text(line * 2)
+    assert len(list(iter_rows(tmp_path / "a.jsonl"))) == 2
+    (tmp_path / "a.jsonl").write_text(line + line.replace("x", "xx", 1))
+    with pytest.raises(RecordError, match="line 2 has more than 20"):
+        list(iter_rows(tmp_path / "a.jsonl"))
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n3\n5,6\n")
+    refused = Refused()
+    assert [row["a"] for row in iter_rows(tmp_path / "a.csv", refused)] == ["1", "5"]
+    assert refused.rows[0][0] == f"{tmp_path / 'a.csv'}:2"
+    (tmp_path / "b.jsonl").write_text('{"a": 1}\n\n[]\n')
+    refused = Refused()
+    assert len(list(iter_rows(tmp_path / "b.jsonl", refused))) == 1
+    assert refused.rows[0][0] == f"{tmp_path / 'b.jsonl'}:3"
+
+
+def test_a_large_file_that_packs_as_text_does_is_read(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    rows = [{"a": draw.randbytes(2**19).hex()} for _ in range(5)]  # 5 MiB, packed to a half
+    assert list(iter_rows(write(tmp_path / "a.jsonl.gz", rows))) == rows
+
+
+def test_limit_and_length_of_captions_at_the_border(tmp_path: Path) -> None:
+    path = str(write(tmp_path / "a.jsonl"))
+    found = [ids(CaptionSource(path=path, fields=["caption"], limit=n)) for n in (1, 3, 4, 5)]
+    assert [len(rows) for rows in found] == [1, 3, 4, 4]
+    for length, good in ((records.MAX_CAPTION_CHARS, True), (records.MAX_CAPTION_CHARS + 1, False)):
+        group = RowGroup(tmp_path, "1", [{"caption": ("ab " * length)[: length - 1] + "c"}])
+        if good:
+            assert collect_captions(group, ["caption"])
+        else:
+            with pytest.raises(RecordError, match="characters"):
+                collect_captions(group, ["caption"])

@@ -122,3 +122,15 @@ def test_the_shipped_table_loads_and_unknown_columns_are_refused(tmp_path: Path)
     wrong.write_text("source: x\ncolumns: {A: {results: [a], n: 1}}\nrows: {m: {B: 1.0}}\n")
     with pytest.raises(RecipeError, match="are no columns"):
         load_recipe(wrong, ExpectedScores)
+
+
+def test_a_prompt_must_not_have_what_the_paper_lacks(expected: ExpectedScores) -> None:
+    expected.columns["GQA"].prompt_lacks = ["OCR", "A single"]
+    (row, *_) = gate(expected, "model", {"gqa": result("exact_match", 0.62)})
+    assert row["differs"] == ["prompt has 'A single'"]
+
+
+def test_a_perfect_score_has_some_noise(expected: ExpectedScores) -> None:
+    (row, *_) = gate(expected, "model", {"gqa": result("exact_match", 1.0)})
+    assert row["noise"] == pytest.approx(1.96 * (2 * 1e-4 / 1000) ** 0.5 * 100)
+    assert row["verdict"] == "above"

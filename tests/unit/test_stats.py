@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llm2clip_vlm.evaluation.stats import (
+    EXACT_FLIPS,
     cluster_sums,
     holm,
+    jackknife_error,
     load_samples,
     mcnemar_exact,
     mean_interval,
     pair_samples,
     paired_bootstrap,
+    questions,
     rounded,
     seed_summary,
     sign_flip_test,
+    unpaired_summary,
 )
 
 
@@ -135,3 +140,70 @@ def test_samples_are_paired_by_document_not_by_line(tmp_path: Path) -> None:
         pair_samples(first, first[:1])
     with pytest.raises(ValueError, match="no such file"):
         load_samples(tmp_path / "absent.jsonl")
+
+
+def test_sign_flips_are_counted_up_to_the_limit_and_drawn_beyond() -> None:
+    values = [0.5 * (n % 4) + 0.25 for n in range(EXACT_FLIPS)]
+    flipped = [-value if n % 5 == 0 else value for n, value in enumerate(values)]
+    sums = Counter({0.0: 1})
+    for value in values:
+        sums = sums_after(sums, value)
+    at_least = sum(count for s, count in sums.items() if abs(s) >= abs(sum(flipped)))
+    assert sign_flip_test(flipped) == at_least / 2**EXACT_FLIPS
+    # Drawn, the observed pattern is one of them: 100,000 draws never give p = 0.
+    assert sign_flip_test([0.1] * 60) == pytest.approx(1 / 100_001)
+
+
+def sums_after(sums: Counter[float], value: float) -> Counter[float]:
+    """How often each sum is reached with one more value of either sign."""
+    found: Counter[float] = Counter()
+    for before, count in sums.items():
+        found[before + value] += count
+        found[before - value] += count
+    return found
+
+
+def test_unpaired_p_and_welch_by_hand() -> None:
+    a, b = [3.0, 5.0, 9.0, 6.0], [1.0, 4.0, 2.0]
+    found = unpaired_summary(a, b)
+    both, delta = [*a, *b], np.mean(a) - np.mean(b)
+    as_far = 0
+    for chosen in itertools.combinations(range(7), 4):
+        rest = [both[i] for i in range(7) if i not in chosen]
+        as_far += abs(np.mean([both[i] for i in chosen]) - np.mean(rest)) >= delta - 1e-9
+    assert found["p"] == pytest.approx(as_far / 35) and found["delta"] == pytest.approx(delta)
+    # Welch: squared errors add up; Satterthwaite's degrees of freedom.
+    from scipy.stats import t
+
+    errors = [np.var(x, ddof=1) / len(x) for x in (a, b)]
+    freedom = sum(errors) ** 2 / (errors[0] ** 2 / 3 + errors[1] ** 2 / 2)
+    half = t.ppf(0.975, freedom) * sum(errors) ** 0.5
+    assert found["ci"] == pytest.approx([delta - half, delta + half])
+    # Equally far in both directions, and ties, count: 2 of 6 divisions.
+    assert unpaired_summary([0.1, 0.2], [0.3, 0.4])["p"] == pytest.approx(2 / 6)
+    # 12 and 12 are 2.7 million divisions: 20,000 are drawn, and the observed one is there.
+    drawn = unpaired_summary(np.arange(12.0), np.arange(12.0) + 100)
+    assert drawn["p"] == pytest.approx(1 / 20_001)
+
+
+def test_jackknife_by_hand() -> None:
+    # sqrt((n - 1) / n * sum of squares around the mean): 2 / 3 * 2.
+    assert jackknife_error([[1.0, 2.0, 3.0]]) == (pytest.approx((4 / 3) ** 0.5), 3)
+    assert jackknife_error([[1.0, None, 3.0]]) == (pytest.approx(1.0), 2)
+    assert jackknife_error([[1.0, None, None]]) == (None, 1)
+    # The mean of two metrics; where the second has no picture of a group it is as it was.
+    found = jackknife_error([[1.0, 2.0, 3.0], [4.0, None, 6.0]], [2.0, 5.0])
+    assert found == (pytest.approx((2 / 3 * 2) ** 0.5), 3)
+
+
+def test_a_question_is_as_right_as_its_worst_turn() -> None:
+    turns = [
+        {"doc_id": n, "question_id": "q", "turn": n, "correct": c, "unparsable": u}
+        | {"answer": "AB"[n], "target": "AA"[n]}
+        for n, (c, u) in enumerate([(1.0, 0.0), (0.0, 1.0)])
+    ]
+    for order in (turns, turns[::-1]):
+        (whole,) = questions(order)
+        assert (whole["doc_id"], whole["correct"], whole["unparsable"]) == (0, 0.0, 1.0)
+        assert (whole["answer"], whole["target"]) == ("A | B", "A | A")
+    assert questions(turns[1:]) == []
