@@ -25,7 +25,7 @@ from llm2clip_vlm.data.visual_tokens import VisualTokens
 from llm2clip_vlm.text_tokens import text_ids
 
 MAX_CONVERSATION_CHARS = 2**20
-"""A longer conversation is refused."""
+"""A longer conversation is refused: megabytes of text are none, and hold up training."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}

@@ -43,9 +43,6 @@ from llm2clip_vlm.text_tokens import text_tokens
 VERSION = 4
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
 
-MAX_CONVERSATION_CHARS = 2**20
-"""A longer conversation is refused: megabytes of text are no conversation, and hold up training."""
-
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
 Column = npt.NDArray[Any]
@@ -116,15 +113,6 @@ def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise ConversationError("no `conversations` list of {from, value}, nor `messages`")
     messages = to_messages(turns)
-    texts = [m["content"] if isinstance(m["content"], str) else m for m in messages]
-    length = sum(
-        len(t) if isinstance(t, str) else sum(len(p.get("text", "")) for p in t["content"])
-        for t in texts
-    )
-    if length > MAX_CONVERSATION_CHARS:
-        raise ConversationError(
-            f"a conversation of {length} characters, at most {MAX_CONVERSATION_CHARS} are taken"
-        )
     placeholders = count_images(messages)
     value = row.get("image") or row.get("images") or _inline_images(turns)
     if isinstance(value, PackedImage) and value.column is not None:

@@ -30,7 +30,9 @@ RESULT_SCHEMA = 1
 
 SCORING_CODE = (
     "chat_template.py",
+    "data/cut_images.py",
     "data/images.py",
+    "data/visual_tokens.py",
     "evaluation/generation.py",
     "evaluation/llava15.py",
     "evaluation/lmms_adapter.py",
@@ -39,6 +41,8 @@ SCORING_CODE = (
     "evaluation/lmms_tasks.py",
     "evaluation/lmms_worker.py",
     "evaluation/task_helpers.py",
+    "jinja_budget.py",
+    "text_tokens.py",
 )
 """Files of this package whose change makes earlier results stale."""
 

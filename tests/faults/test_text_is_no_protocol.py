@@ -253,3 +253,16 @@ def test_tokens_that_a_recipe_lists_stay_whole(
     for refused in ("</s>", "<image>", " "):
         with pytest.raises(VlmError, match="extra_tokens"):
             build_vlm(tiny_clip, tiny_llm, extra_tokens=[refused])
+
+
+def test_a_name_within_another_and_a_cut_text() -> None:
+    tokenizer = word_tokenizer(specials=("<pad>", "<unk>", "<s>", "</s>", "<s>x"))
+    known = text_tokens(tokenizer)
+    assert known.count(["a <s>x and <s> b"]) == {"<s>x": 1, "<s>": 1}
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    for length in (4, 5, 6):
+        (ids,) = text_ids(tokenizer, ["red </s> green"], add_special_tokens=True, max_length=length)
+        assert len(ids) == length and ids[0] == bos and ids[-1] == eos
+        assert known.control(ids) == [bos, eos]
+    (plain,) = text_ids(tokenizer, ["red green"], add_special_tokens=True, max_length=3)
+    assert len(plain) == 3

@@ -193,3 +193,15 @@ def test_bf16_rounding_is_stated(tiny_llm: Path) -> None:
     assert f"rounding loses {rounding.share:.1%}" in str(rounding)
     assert merged.rotary_emb.inv_freq.dtype == torch.float32
     assert json.dumps({"share": Rounding().share}) == '{"share": 0.0}'
+
+
+def test_the_share_that_rounding_loses_by_hand() -> None:
+    """Steps of bf16 between 1 and 2 are 2**-7: of 3 / 512 the nearest is 4 / 512."""
+    rounding = Rounding()
+    assert rounding.share == 0.0
+    saved = rounding.saved(torch.ones(2), torch.ones(2) + 3 / 512, torch.bfloat16)
+    assert saved.tolist() == [1 + 4 / 512] * 2
+    assert rounding.share == pytest.approx(1 / 3)
+    rounding.saved(torch.zeros(1), torch.tensor([4 / 512]), torch.bfloat16)  # loses nothing
+    assert rounding.share == pytest.approx((2 / (2 * 9 + 16)) ** 0.5)
+    assert "in bfloat16: rounding loses 24.3% of" in str(rounding)

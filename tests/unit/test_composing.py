@@ -16,6 +16,7 @@ from transformers import (
 from llm2clip_vlm.models import vlm
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
 from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
 from tests.tiny_llms import NAMES, build_family, is_tiny
 
 FACTORS = {"granite": 1 / 8, "cohere": 1 / 16, "minicpm3": 1 / 4, "falcon_h1": 1 / 2}
@@ -175,3 +176,75 @@ def test_every_family_keeps_its_logits_or_is_refused(
         assert (
             difference(own_logits(llm, ids)[..., :words], logits_of(got, ids)[..., :words]) is None
         )
+
+
+def test_differences_are_the_worst_vectors_in_parts_of_its_length() -> None:
+    want = torch.tensor([[3.0, 4.0], [0.0, 2.0]])
+    got = want + torch.tensor([[0.0, 0.005], [0.0, 0.004]])  # 0.001 and 0.002 of their lengths
+    assert difference(want, got, 0.0021) is None
+    assert difference(want, got, 0.0019) == (
+        "they differ by 0.002 of their length (rounding explains 0.0019)"
+    )
+    assert difference(want, got) is not None
+    assert difference(want, got.bfloat16()) is None  # the coarser dtype's tolerance
+    assert difference(want.bfloat16(), got) is None
+    assert "0.12 of" in str(difference(want, (want * 1.125).bfloat16()))
+    assert constant_ratio(want, want * 3) == pytest.approx(1 / 3)
+    assert constant_ratio(want, -want) is None
+    assert constant_ratio(want, got + 1) is None
+
+
+def test_logits_are_those_of_evaluation_and_the_mode_comes_back(tiny_llm: Path) -> None:
+    llm = AutoModelForCausalLM.from_pretrained(tiny_llm, attention_dropout=0.9)
+    ids = fixed_ids(40, 9)
+    for training in (True, False):
+        llm.train(training)
+        assert torch.equal(logits_of(llm, ids), logits_of(llm, ids))
+        assert llm.training is training
+    assert fixed_ids(40, 9).tolist() == [[4, 8, 12, 16, 20, 24, 28, 32, 36]]
+
+
+def test_a_new_projector_and_newline_follow_their_seed_alone(
+    tiny_clip: Path, tiny_llm: Path
+) -> None:
+    def made(seed: int) -> dict[str, torch.Tensor]:
+        before = torch.random.get_rng_state()
+        state = build_vlm(tiny_clip, tiny_llm, image_aspect_ratio="anyres", seed=seed)[0]
+        assert torch.equal(torch.random.get_rng_state(), before)
+        new = ("multi_modal_projector", "image_newline")
+        return {n: p for n, p in state.named_parameters() if any(part in n for part in new)}
+
+    one, again, other = made(3), made(3), made(4)
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    assert not any(torch.equal(one[name], other[name]) for name in one)
+    newline = next(p for n, p in one.items() if "image_newline" in n)
+    assert 0.5 < newline.norm().item() < 2  # of length 1, as a word's embedding
+    bound = one["model.multi_modal_projector.linear_1.weight"].shape[1] ** -0.5
+    assert one["model.multi_modal_projector.linear_1.weight"].abs().max() <= bound
+
+
+def test_new_words_are_the_mean_of_the_old_and_layers_end_where_the_tower_does(
+    tiny_clip: Path, tiny_llm: Path
+) -> None:
+    old = AutoModelForCausalLM.from_pretrained(tiny_llm).get_input_embeddings().weight
+    model, _ = build_vlm(tiny_clip, tiny_llm, extra_tokens=["<one>", "<two>"])
+    new = model.get_input_embeddings().weight[len(old) :]
+    assert len(new) >= 1 and model.config.vision_feature_layer == -2
+    torch.testing.assert_close(new, old.mean(0).expand_as(new))
+    for layer in (-4, 3):  # three blocks: four hidden states
+        built = build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layer)[0]
+        assert built.config.vision_feature_layer == layer
+    for layer in (-5, 4):
+        with pytest.raises(VlmError, match="has 4 hidden states"):
+            build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layer)
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3, 1, 2, 3, [0, 1], [1, -2]], ids=str)
+def test_frozen_is_what_no_gradient_reaches(layer: Any, tiny_clip: Path, tiny_llm: Path) -> None:
+    model, _ = build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layer)
+    tower = dict(model.model.vision_tower.named_parameters())
+    pixels = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    model.model.get_image_features(pixels).pooler_output[0].sum().backward()
+    unused = {f"vision_tower.{name}" for name, p in tower.items() if p.grad is None}
+    assert set(freeze_unused_vision(model)) == unused and unused
+    assert {f"vision_tower.{n}" for n, p in tower.items() if not p.requires_grad} == unused

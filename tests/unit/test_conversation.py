@@ -17,8 +17,12 @@ from llm2clip_vlm.chat_template import (
     find_chat_template,
     render,
 )
+from llm2clip_vlm.chat_template import (
+    label as labelled,
+)
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation import (
+    MAX_CONVERSATION_CHARS,
     build_labels,
     build_plain_labels,
     count_images,
@@ -297,3 +301,49 @@ def test_preview_shows_what_is_trained() -> None:
     text = decoded_preview(ids, labels, tokenizer)
     assert "[<image> x16]" in text
     assert text.endswith("«red and green </s>»")
+
+
+def test_a_conversation_of_exactly_the_limit_is_taken() -> None:
+    def turns(length: int) -> list[dict[str, str]]:
+        return [{"from": "human", "value": "x" * (length - 3)}, {"from": "gpt", "value": "red"}]
+
+    assert len(to_messages(turns(MAX_CONVERSATION_CHARS))) == 2
+    with pytest.raises(ConversationError, match=f"{MAX_CONVERSATION_CHARS + 1} characters"):
+        to_messages(turns(MAX_CONVERSATION_CHARS + 1))
+
+
+def test_plain_has_an_image_token_for_each_image() -> None:
+    tokenizer = llm_tokenizer()
+    image = tokenizer.convert_tokens_to_ids("<image>")
+    red = tokenizer.convert_tokens_to_ids("red")
+    ids, labels = build_plain_labels(tokenizer, " red\n", num_images=2, num_visual_tokens=3)
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    assert ids == [bos, *[image] * 6, red, eos]
+    assert labels == [*[IGNORE_INDEX] * 7, red, eos]
+
+
+def test_bos_of_the_next_turn_ends_no_answer() -> None:
+    """A template that begins each turn with bos and never ends one: nothing teaches to stop."""
+    template = (
+        "{% for m in messages %}{{ bos_token }}{% if m['role'] == 'assistant' %}"
+        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}"
+        "{% endif %}{% endfor %}"
+    )
+    tokenizer = llm_tokenizer()
+    turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red"}]
+    with pytest.raises(ConversationError, match="no end-of-turn token"):
+        labelled([*turns, *turns], template, tokenizer)
+
+
+def test_all_end_tokens_of_an_answers_block_are_trained() -> None:
+    template = (
+        "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}<|im_end|>{{ eos_token }}{% endgeneration %}{% else %}"
+        "{{ m['content'] }}{% endif %}{% endfor %}"
+    )
+    tokenizer = llm_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>", "<|im_end|>"]})
+    turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red"}]
+    ids, labels = labelled(turns, template, tokenizer)
+    assert tokenizer.convert_ids_to_tokens(ids[-3:]) == ["red", "<|im_end|>", "</s>"]
+    assert labels == [IGNORE_INDEX] * (len(ids) - 3) + ids[-3:]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llm2clip_vlm.data.packing import PackedCollator
+from llm2clip_vlm.models import document_attention
 from llm2clip_vlm.models.document_attention import (
     NAME,
     install_document_attention,
@@ -157,3 +158,24 @@ def test_every_family_packs_exactly_or_says_that_it_does_not(
         return
     leak = install_packing(model)
     assert (leak is None) == (packed_difference(model) is None), leak
+
+
+def test_bounds_and_masks_by_hand() -> None:
+    """Samples of 3, 2 and 4 tokens."""
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2, 3]])
+    _, kwargs = document_attention._add_bounds(None, (), {"position_ids": positions})
+    assert kwargs["cu_seq_lens_q"].tolist() == kwargs["cu_seq_lens_k"].tolist() == [0, 3, 5, 9]
+    assert kwargs["max_length_q"] == kwargs["max_length_k"] == 4
+    assert kwargs["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 2]]
+    for given in ({}, {"position_ids": positions, "attention_mask": 1}):
+        assert document_attention._add_bounds(None, (), given) is None
+    alone = {"position_ids": torch.arange(5)[None]}
+    assert document_attention._add_bounds(None, (), alone) is None
+    states = torch.zeros(1, 2, 9, 4)
+    assert document_attention._documents(states, states, positions) == [3, 2, 4]
+    assert document_attention._documents(states, states, positions.clone() + 1) == []
+    assert document_attention._documents(states, torch.zeros(1, 2, 10, 4), positions) == []
+    allowed = torch.ones(9, 9, dtype=torch.bool).tril()
+    allowed[8, 5] = False  # a window in the last sample
+    masks = document_attention._masks(allowed[None, None], [3, 2, 4])
+    assert masks[:2] == [None, None] and torch.equal(masks[2][0, 0], allowed[5:, 5:])

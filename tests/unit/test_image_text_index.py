@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data import image_text_index, table_files
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data import image_text_index, shards, table_files
+from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.image_text import ImageTextDataset
 from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text, read_sources
 from tests.image_corpus import jpeg
@@ -230,3 +230,80 @@ def test_no_flipped_bit_of_a_table_is_served(
         if number % 10 == 0:
             assert list(read(source)) == wanted
             assert index.read_bytes() == whole
+
+
+def test_rows_beyond_the_first_batch_and_group_keep_their_image_and_number(
+    tmp_path: Path,
+) -> None:
+    """Batches of 64 rows, groups of 100: each image lies in its own row of its own group."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    images = [f"image {n}".encode() for n in range(230)]
+    table = pa.table({"image": images, "id": list(range(230))})
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=100)
+    with (
+        pa.OSFile(str(tmp_path / "a.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=100)
+    for name in ("a.parquet", "a.arrow"):
+        rows = list(shards.table_rows(tmp_path / name, Refused()))
+        assert [number for number, _ in rows] == list(range(1, 231))
+        assert [row["id"] for _, row in rows] == list(range(230))
+        assert [row["image"].read() for _, row in rows] == images
+
+
+def test_a_text_of_exactly_the_limit_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "MAX_TEXT_BYTES", 20)
+    samples = [(str(n), jpeg(40, 40), "x" * length) for n, length in enumerate((20, 21))]
+    with tarfile.open(tmp_path / "a.tar", "w") as shard:
+        for key, image, text in samples:
+            add(shard, f"{key}.jpg", image)
+            add(shard, f"{key}.txt", text.encode())
+    bad = Refused()
+    assert [key for key, _ in shards.tar_rows(tmp_path / "a.tar", bad)] == ["0"]
+    assert bad.rows[0][0].endswith("a.tar:1") and "21 bytes of text" in bad.rows[0][1]
+
+
+def test_at_most_63_kinds_of_captions(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(jpeg(40, 40))
+    for count, good in ((63, True), (64, False)):
+        row = {"id": 0, "image": "a.png", "caption": {f"kind {n}": "red" for n in range(count)}}
+        (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+        source = ImageTextSource(path=str(tmp_path / "a.jsonl"), fields=["caption"])
+        if good:
+            found = read(source)
+            assert found.has_kinds({"kind 62"}).tolist() == [True]
+            assert found.has_kinds({"kind 63"}).tolist() == [False]
+        else:
+            with pytest.raises(RecordError, match="more than 63 kinds"):
+                read(source)
+
+
+def test_other_keys_of_one_hash_are_other_records(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_text_index, "caption_id", lambda text: 7)
+    source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
+    assert [record.key for record in read(source)] == [key for key, *_ in SAMPLES]
+
+
+def test_filters_are_part_of_a_tables_name_and_the_folder_none_of_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+    source = write_folder(tmp_path / "a" / "pairs.jsonl", SAMPLES)
+    whole = read(source)
+    key = SAMPLES[3][0]
+    few = read(source.model_copy(update={"where": {source.id_field: key}}))
+    assert [record.key for record in few] == [key]
+    assert len(read(source.model_copy(update={"limit": 2}))) == 2
+    moved = read(write_folder(tmp_path / "b" / "pairs.jsonl", SAMPLES))
+    assert [r.identity for r in whole] == [r.identity for r in moved]
+    other = read(write_folder(tmp_path / "b" / "others.jsonl", SAMPLES))
+    assert not {r.identity for r in whole} & {r.identity for r in other}

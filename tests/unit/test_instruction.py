@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gzip
 import io
 import json
@@ -373,3 +374,114 @@ def test_t60_an_image_that_breaks_later_teaches_nothing_and_counts_once(
         assert "pixel_values" in data[4]
         with pytest.raises(ValueError, match="no such file"):
             data[5]
+
+
+def test_where_a_conversation_is_cut_by_hand() -> None:
+    """Two answers, `<image>` (9) of 4 and 3 tokens; lengths 7 and 7 + 6 with their images."""
+    ids = [1, 9, 5, 6, 9, 2, 7, 8]
+    labels = [-100, -100, -100, 6, -100, -100, 7, 8]
+    total = 6 + 4 + 3
+
+    def kept(room: int) -> int:
+        return token_table._fitting(ids, labels, 9, [4, 3], room)
+
+    assert kept(total) == kept(total + 1) == 8
+    assert kept(total - 1) == kept(7) == 4  # exactly full
+    with pytest.raises(ValueError, match="has 13 tokens, 7 of them visual"):
+        kept(6)
+
+
+def test_a_conversation_at_the_limit_is_whole(tmp_path: Path, processor: Any) -> None:
+    path = write_llava(tmp_path, 3)
+    whole = dataset(path, processor)
+    room = max(whole.lengths)
+    assert same(whole, dataset(path, processor, max_length_tokens=room))
+    assert whole._tables[0].cut == 0
+    turns = [{"from": "human", "value": "what ?"}, ANSWER] * 2
+    (tmp_path / "two.json").write_text(json.dumps([{"id": 0, "conversations": turns}]))
+    two = dataset(tmp_path / "two.json", processor)
+    cut = dataset(tmp_path / "two.json", processor, max_length_tokens=two.lengths[0] - 1)
+    assert (two._tables[0].cut, cut._tables[0].cut) == (0, 1)
+
+
+def test_samplings_beyond_the_number_and_fractions_round() -> None:
+    def count(**values: Any) -> int:
+        return len(chosen_rows(InstructionSource(path="x", **values), 10, 0))
+
+    assert count(sampling_strategy="end:15") == count(sampling_strategy="first:15") == 10
+    assert count(sampling_strategy="random:15%") == count(sampling_strategy="first:11%") == 2
+    assert (count(weight=0.77), count(weight=0.32), count(weight=2.27)) == (8, 3, 23)
+    random_rows = {
+        tuple(chosen_rows(InstructionSource(path="x", weight=0.5), 10, seed)) for seed in range(9)
+    }
+    assert len(random_rows) > 5
+
+
+def test_all_that_a_table_depends_on_gives_it_another_name(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_llava(tmp_path, 4)
+    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+
+    def tables() -> int:
+        return len(list((tmp_path / ".llm2clip-index").iterdir()))
+
+    def read(changed: Any = None, **values: Any) -> InstructionDataset:
+        return dataset(path, changed or processor, **values)
+
+    read()
+    for values in ({"weight": 2.0}, {"shuffle_images": True}, {"sampling_strategy": "end:1"}):
+        read(**values)
+    assert tables() == 1
+    assert len(read(limit=2)) == 2 and tables() == 2
+    other = copy.deepcopy(processor)
+    other.chat_template = other.chat_template.replace("<|assistant|>", " red ")
+    assert not same(read(other), read()) and tables() == 3
+    other = copy.deepcopy(processor)
+    other.num_additional_image_tokens += 4
+    assert read(other).lengths == [length + 4 for length in read().lengths] and tables() == 4
+    other = copy.deepcopy(processor)
+    other.tokenizer.add_tokens(["and green"])
+    read(other)
+    assert tables() == 5
+    # The same size and another content.
+    stat = path.stat()
+    path.write_text(path.read_text().replace("red", "big"))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert path.stat().st_size == stat.st_size
+    assert "«big" in read().preview(processor.tokenizer) and tables() == 5
+
+
+def test_a_source_of_exactly_the_limit_keeps_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, size in (("a", 30), ("b", 20)):
+        (tmp_path / name).write_bytes(bytes(size))
+    files = [tmp_path / "a", tmp_path / "b"]
+    for limit, large in ((50, True), (51, False)):
+        monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", limit)
+        assert table_files.is_large(files) == large
+
+
+def test_images_are_kept_up_to_the_limit(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_llava(tmp_path, 3)
+    whole = 3 * (3 * 32 * 32) * 4  # three pictures of float32
+    for limit, kept in ((whole, 3), (whole - 1, 0)):
+        monkeypatch.setattr(instruction, "PRELOAD_LIMIT_BYTES", limit)
+        assert len(dataset(path, processor)._kept) == kept
+
+
+def test_a_sample_with_a_bad_image_leaves_its_neighbours(tmp_path: Path, processor: Any) -> None:
+    path = write_llava(tmp_path, 4)
+    wanted = dataset(path, processor)
+    (tmp_path / "images" / "1.png").write_bytes(b"no picture")
+    data = dataset(path, processor, allowed=1)
+    assert [data[i]["sample_id"] for i in range(len(data))] == [
+        f"llava.json:r{i}" for i in (0, 2, 3)
+    ]
+    assert data.lengths == [wanted.lengths[i] for i in (0, 2, 3)] and data._bad.count == 1
+    assert all(
+        torch.equal(data[i]["pixel_values"], wanted[(0, 2, 3)[i]]["pixel_values"]) for i in range(3)
+    )

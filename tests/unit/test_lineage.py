@@ -147,3 +147,22 @@ def test_every_setting_of_the_pictures_is_told(trained: Path) -> None:
     before = settings_of(model, processor)["chat_template"]
     processor.chat_template += " "
     assert settings_of(model, processor)["chat_template"] != before
+
+
+def test_a_weights_fingerprint_follows_name_shape_and_value() -> None:
+    values = torch.arange(6.0)
+    base = {"model.vision_tower.a": values.view(2, 3), "model.vision_tower.b": values + 1}
+    one = weights_of(base)
+    assert one == weights_of(dict(reversed(base.items())))
+    assert one == weights_of({name: value.bfloat16() for name, value in base.items()})
+    changed = [
+        base | {"model.vision_tower.a": values.view(3, 2)},
+        base | {"model.vision_tower.a": values.view(2, 3) + 1},
+        {"model.vision_tower.a": base["model.vision_tower.b"]}
+        | {"model.vision_tower.b": base["model.vision_tower.a"]},
+        {"model.vision_tower.c": base["model.vision_tower.a"]}
+        | {"model.vision_tower.b": base["model.vision_tower.b"]},
+    ]
+    assert len({weights_of(state)["vision_tower"] for state in [base, *changed]}) == 5
+    parts = weights_of({"lm_head.weight": values, "model.image_newline": values})
+    assert set(parts) == {"language_model", "multi_modal_projector"}

@@ -206,3 +206,26 @@ def test_the_manifest_names_both_classes_without_an_alias_and_without_torch() ->
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
+
+
+def test_every_document_has_its_own_options_and_picture_in_every_batch(
+    live: dict[str, Any], monkeypatch: pytest.MonkeyPatch, visual: Any
+) -> None:
+    from llm2clip_vlm.evaluation import lmms_adapter
+
+    monkeypatch.setattr(lmms_adapter, "_BATCHES_AT_ONCE", 1)
+    adapter = Llm2ClipVlmSimple(**live, batch_size=1)
+    adapter.generator.eos_ids = []
+
+    def counts(visuals: Any) -> list[int]:
+        asked = requests(
+            adapter,
+            "generate_until",
+            lambda n: (DOCS[n]["question"], {"max_new_tokens": 2 + n}, visuals, n, "t", "test"),
+        )
+        return [found.token_counts.output_tokens for found in adapter.generate_until(asked)]
+
+    assert counts(visual) == [2, 3]
+    assert len(set(adapter.pictures.values())) == 2 and set(adapter.pictures) == {0, 1}
+    assert counts(lambda doc: visual(doc) if doc["seed"] else None) == [2, 3]
+    assert set(adapter.pictures) == {1}  # of this task alone, text without a picture has none

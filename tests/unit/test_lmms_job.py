@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import sys
 import weakref
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.evaluation import lmms_worker
+from llm2clip_vlm.evaluation import llava15, lmms_job, lmms_runner, lmms_worker
 from llm2clip_vlm.evaluation.lmms_job import (
     EvaluationError,
     Job,
@@ -27,9 +34,10 @@ from llm2clip_vlm.evaluation.lmms_job import (
 )
 from llm2clip_vlm.evaluation.lmms_rows import to_mme_rows, to_pope_rows
 from llm2clip_vlm.evaluation.lmms_runner import run_suite, worker_environment
-from llm2clip_vlm.evaluation.lmms_samples import metrics_of, samples_of, summarise
+from llm2clip_vlm.evaluation.lmms_samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.lmms_tasks import STATIC_DESPITE_MARKS, merge
 from llm2clip_vlm.evaluation.task_helpers import pixel_hash
+from llm2clip_vlm.fingerprint import file_state
 from llm2clip_vlm.recipe import load_recipe
 from tests.tiny import write_image
 
@@ -371,3 +379,254 @@ def test_metrics_leave_out_errors_names_and_the_target_rate() -> None:
         "submission,none": None,
     }
     assert metrics_of(given) == {"pope_accuracy": 0.5}
+
+
+def test_a_change_of_versions_code_or_task_file_makes_results_stale(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "tasks"
+    shutil.copytree(TASKS / "l2c_world_exist", folder / "l2c_world_exist")
+    recipe = suite(data)
+
+    def digest() -> str:
+        return spec_hash(recipe, recipe.tasks[0], folder, None)
+
+    found = [digest()]
+    for name in ("lmms_eval", "transformers"):
+        monkeypatch.setattr(lmms_job, "versions", lambda name=name: {name: "0.0"})
+        found.append(digest())
+    monkeypatch.setattr(lmms_job, "SCORING_CODE", lmms_job.SCORING_CODE[1:])
+    found.append(digest())
+    for file in ("l2c_world_exist.yaml", "utils.py"):
+        with (folder / "l2c_world_exist" / file).open("a") as handle:
+            handle.write("# changed\n")
+        found.append(digest())
+    assert len(set(found)) == len(found) == 6
+
+
+def test_the_code_that_scores_is_what_prompts_and_scorers_import() -> None:
+    package, listed = ROOT / "llm2clip_vlm", set(lmms_job.SCORING_CODE)
+    needed = {"evaluation/generation.py", "evaluation/llava15.py", "evaluation/task_helpers.py"}
+    for _ in range(3):
+        for name in list(needed):
+            text = (package / name).read_text()
+            modules = re.findall(r"^from llm2clip_vlm\.([\w.]+) import", text, re.MULTILINE)
+            needed |= {f"{module.replace('.', '/')}.py" for module in modules}
+    assert needed - {"constants.py"} <= listed
+    assert all((package / name).is_file() for name in listed)
+
+
+def test_a_result_of_another_version_or_with_changed_samples_is_made_again(
+    data: Path, model_dir: Path, tmp_path: Path
+) -> None:
+    (job,) = plan(suite(data), {"a": model_dir}, TASKS, None)
+    samples = job.samples_path(tmp_path)
+    samples.parent.mkdir(parents=True)
+    samples.write_text("{}\n")
+    whole = {"schema": 1, "spec_hash": job.spec_hash, "checkpoint": {"sha256": job.sha256}}
+    whole["files"] = {samples.name: file_state(samples)}
+    for changed, good in (({}, True), ({"schema": 2}, False), ({"schema": None}, False)):
+        job.result_path(tmp_path).write_text(json.dumps(whole | changed))
+        assert (job.result(tmp_path) is not None) == good
+    job.result_path(tmp_path).write_text(json.dumps(whole))
+    samples.write_text("{ }\n")
+    assert job.result(tmp_path) is None
+
+
+def test_the_suites_own_limit_gives_way_to_the_command_lines(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[Any] = []
+    monkeypatch.setattr(lmms_worker, "score", lambda *given: limits.append(given[-1]))
+    for name in ("quiet", "prepare", "load_adapter"):
+        monkeypatch.setattr(lmms_worker, name, lambda *_: None)
+    entry = {"task": "l2c_world_exist", "data_files": str(data)}
+    recipe = suite(data, tasks=[entry, entry | {"limit": 5, "name": "few"}])
+    jobs = [asdict(job) for job in plan(recipe, {"a": model_dir}, TASKS, None)]
+    order = {"suite": recipe.model_dump(mode="json"), "jobs": jobs, "output": "o", "tasks_dir": "t"}
+    for limit in (None, 2):
+        (tmp_path / "order").write_text(json.dumps(order | {"limit": limit}))
+        assert lmms_worker.main([str(tmp_path / "order")]) == 0
+    assert limits == [None, 5, 2, 2]
+
+
+def scored(
+    data: Path, model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch,
+    answers: list[str], *, limit: int | None = None, documents: int = 4, **values: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What the worker makes of these answers, without lmms-eval's evaluator."""
+    entry = {"task": "l2c_world_exist", "data_files": str(data)}
+    recipe = suite(data, tasks=[entry | values], max_empty=0.25)
+    (job,) = plan(recipe, {"a": model_dir}, TASKS, limit)
+    items = [logged(n, answer, float(n % 2)) for n, answer in enumerate(answers)]
+    given: dict[str, Any] = {}
+
+    def simple_evaluate(**arguments: Any) -> dict[str, Any]:
+        given.update(arguments)
+        name = "l2c_world_exist"
+        return {"samples": {name: items}, "results": {name: {"acc,none": 0.5}}}
+
+    module = SimpleNamespace(simple_evaluate=simple_evaluate)
+    monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)  # type: ignore[arg-type]
+    config = SimpleNamespace(
+        metric_list=[{"metric": "f1"}, {"metric": "acc"}],
+        test_split="test", validation_split=None, generation_kwargs={"max_new_tokens": 4},
+    )  # fmt: skip
+    task = SimpleNamespace(
+        config=config, eval_docs=range(documents), dataset={"test": object()},
+        aggregation=lambda: {"acc": np.mean},
+    )  # fmt: skip
+    model = SimpleNamespace(dtype=torch.float32, device="cpu")
+    processor = SimpleNamespace(image_processor=object())
+    generator = SimpleNamespace(model=model, processor=processor, batch_size=3, max_new_tokens=9)
+    adapter = SimpleNamespace(generator=generator, prompt_example="p", pictures={0: "x"})
+    result = lmms_worker.score(job, recipe, task, adapter, out, limit)
+    assert given["limit"] == limit and given["batch_size"] == recipe.batch_size
+    assert given["bootstrap_iters"] == 0 and given["tasks"] == [task]
+    assert json.loads(job.result_path(out).read_text()) == result == job.result(out)
+    return result
+
+
+def test_a_score_says_of_what_it_is(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(answers: list[str], **values: Any) -> dict[str, Any]:
+        return scored(data, model_dir, tmp_path / "out", monkeypatch, answers, **values)
+
+    found = make(["yes", "", "no", "no"])  # a quarter may be empty
+    assert (found["n"], found["n_empty"], found["n_errors"], found["documents"]) == (4, 1, 0, 4)
+    assert (found["primary_metric"], found["metrics"], found["score"]) == ("acc", {"acc": 0.5}, 50)
+    assert found["n_images"] == 4 and found["limit"] is None and found["prompt_example"] == "p"
+    assert found["settings"]["batch_size"] == 3 and found["settings"]["max_new_tokens"] == 9
+    assert found["generation_kwargs"] == {"max_new_tokens": 4}
+    assert found["data"]["sha256"] == data_hash(data)
+    with pytest.raises(EvaluationError, match=r"2 of 4 answers are empty, more than max_empty=0\."):
+        make(["yes", "", " ", "no"])
+    assert make(["yes", "", " ", "no"], max_empty=0.5)["n_empty"] == 2
+    with pytest.raises(EvaluationError, match="1 documents have no answer"):
+        make(["yes"] * 3)
+    assert make(["yes"] * 3, limit=3)["limit"] == 3
+    assert make(["yes"] * 4, limit=9)["n_errors"] == 0
+    with pytest.raises(EvaluationError, match="no document was answered"):
+        make([])
+
+
+def test_after_a_failure_the_rest_is_done(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    entry = {"task": "l2c_world_exist", "data_files": str(data)}
+    recipe = suite(data, tasks=[entry | {"name": name} for name in "abc"])
+    spawned: list[list[str]] = []
+
+    def spawn(suite: Any, jobs: list[Job], out: Path, *_: Any) -> int:
+        spawned.append([job.task for job in jobs])
+        for job in jobs:
+            if job.task == "b":
+                return 3
+            content = {"schema": 1, "spec_hash": job.spec_hash}
+            job.samples_path(out).write_text("")
+            job.result_path(out).write_text(
+                json.dumps(content | {"checkpoint": {"sha256": job.sha256}})
+            )
+        return 0
+
+    monkeypatch.setattr(lmms_runner, "_spawn", spawn)
+    with pytest.raises(EvaluationError, match=r"1 of 3 evaluations failed: m / b \(exit 3\)"):
+        run_suite(recipe, {"m": model_dir}, tmp_path / "out")
+    assert spawned == [["a", "b", "c"], ["c"]]
+    with pytest.raises(EvaluationError, match="m / b"):
+        run_suite(recipe, {"m": model_dir}, tmp_path / "out")
+    assert spawned[2:] == [["b"]]
+
+
+def test_a_closed_set_has_at_most_64_answers() -> None:
+    for targets, closed in ((64, True), (65, False)):
+        items = [logged(n, "never", 0.0) | {"target": str(n % targets)} for n in range(200)]
+        found = summarise(samples_of(items, ["acc"]))["n_unparsable"]
+        assert found == (200 if closed else None)
+
+
+def test_turns_and_single_documents_by_hand() -> None:
+    items = [logged(n, "a", {"index": index}) for n, index in enumerate([3, 2_000_003, 4])]
+    samples = samples_of(items, ["acc"], {"acc": lambda values: 100.0 * values[0]["index"] + 100})
+    assert [(s["question_id"], s["turn"]) for s in samples] == [("3", 0), ("3", 2), ("4", 0)]
+    assert [s["correct"] for s in samples] == [1.0] * 3  # alone its index is 0; 100 is 1
+
+
+def test_the_rows_of_one_question_stay_together_in_the_jackknife() -> None:
+    """MME's score asserts both rows of a question; here their pictures differ."""
+
+    def score(rows: list[dict[str, Any]]) -> float:
+        asked = Counter(row["question_id"] for row in rows)
+        assert set(asked.values()) == {2}
+        return float(len(asked))
+
+    items = [logged(n, "a", {"question_id": str(n // 2), "score": 1.0}) for n in range(12)]
+    pictures = {n: str(n) for n in range(12)}
+    found = metric_errors(
+        items, samples_of(items, ["acc"], {}, pictures), {"acc": 6.0}, {"acc": score}
+    )["acc"]
+    without = [value for value in found["without"] if value is not None]
+    assert sum(6 - value for value in without) == 6 and found["n"] == 12
+    assert found["se"] == pytest.approx(((len(without) - 1) * np.var(without)) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "said"),
+    [
+        ("B", 4, "B"), ("B.", 4, "B"), ("B. a dog", 4, "B"), ("The answer is C.", 4, "C"),
+        ("The answer is A. The answer is B.", 4, None), ("BA", 4, None), ("E", 4, None),
+        ("E", 5, "E"), ("b", 4, None), ("dog", 4, None), (" D ", 4, "D"),
+    ],
+)  # fmt: skip
+def test_scienceqa_answers(text: str, choices: int, said: str | None) -> None:
+    doc = {"choices": ["x"] * choices, "answer": "ABCDE".index(said or "A")}
+    found = llava15.scienceqa_results(doc, [text])
+    assert found == {"exact_match": float(said is not None), "unparsable": float(said is None)}
+    doc["answer"] = (doc["answer"] + 1) % choices
+    assert llava15.scienceqa_results(doc, [text])["exact_match"] == 0.0
+
+
+def test_llava15_parses_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+
+    def process(doc: Any, results: list[str]) -> dict[str, Any]:
+        said.extend(results)
+        return {}
+
+    for name in ("pope", "mme"):
+        module = SimpleNamespace(**{f"{name}_process_results": process})
+        monkeypatch.setitem(sys.modules, f"lmms_eval.tasks.{name}.utils", module)  # type: ignore[arg-type]
+
+    def of(parse: Any, text: str) -> tuple[str, float]:
+        unparsable = parse({}, [text])["unparsable"]
+        return said.pop(), unparsable
+
+    pope = {"Yes, it is. No.": ("yes", 0), "No, there is": ("no", 0), "it is not": ("no", 0)}
+    pope |= {"NO": ("yes", 1), "a dog": ("yes", 1), "yes": ("yes", 0), "not,": ("no", 0)}
+    assert {text: of(llava15.pope_results, text) for text in pope} == pope
+    mme = {"Yes.": ("yes", 0), " no": ("no", 0), "a no": ("no", 0), "um, no": ("other", 1)}
+    mme |= {"eh no": ("other", 1)}
+    assert {text: of(llava15.mme_results, text) for text in mme} == mme
+    doc = {"answer": "A", "data_type": "Spatial", "question_id": 3}
+    found = llava15.seedbench_results(doc, [" B\n"])
+    assert found["seed_all"] == {"pred": "B", "answer": "A", "question_id": 3}
+    assert found["seed_Spatial"] == found["seed_all"] and found["unparsable"] == 0.0
+    assert llava15.seedbench_results(doc, ["B."])["unparsable"] == 1.0
+    for text, right in {"Red.": 1, "red": 1, "red .": 0, " red.. ": 1, "reddish": 0}.items():
+        assert llava15.gqa_results({"answer": "red"}, [text]) == {"exact_match": float(right)}
+    question = {
+        "question": "Q?",
+        "hint": "nan",
+        "A": "one",
+        "B": "two",
+        "C": float("nan"),
+        "D": "x",
+    }
+    assert llava15.mmbench_text(question, {"post_prompt": "!"}) == "Q?\nA. one\nB. two!"
+    assert llava15.mmbench_text(question | {"hint": "H"}).startswith("H\nQ?\n")
+    text = llava15.plain_text(
+        {"question": "Q", "ocr_tokens": ["a", "b"]},
+        {"ocr": True, "pre_prompt": "<", "post_prompt": ">"},
+    )
+    assert text == "<Q\nReference OCR token: a, b>"

@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,16 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.constants import IGNORE_INDEX
+from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import InstructionCollator
 from llm2clip_vlm.data.packing import PackedCollator
 from llm2clip_vlm.models import vlm_loss
 from llm2clip_vlm.models.trainable import apply_trainable
 from llm2clip_vlm.models.vlm import build_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.training import vlm_run
 from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
-from llm2clip_vlm.training.trainers import VlmTrainer
+from llm2clip_vlm.training.trainers import LengthGroups, VlmTrainer
 from llm2clip_vlm.training.vlm_flops import VlmFlops
 
 ALL = ("vision_tower", "multi_modal_projector", "language_model")
@@ -255,3 +258,97 @@ def test_flops_are_those_that_torch_counts(
     with FlopCounterMode(display=False) as torchs:
         model.train()(**batch, use_cache=False).loss.backward()
     assert flops == pytest.approx(torchs.get_total_flops(), rel=0.25)
+
+
+def test_neighbours_of_similar_length_are_drawn_for_the_global_batch(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths = torch.randint(1, 99, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    one, other = LengthGroups(lengths, 8, seed=3), LengthGroups(lengths, 8, seed=4)
+    assert list(one) == list(LengthGroups(lengths, 8, seed=3)) != list(other)
+    first = list(one)
+    one.set_epoch(1)
+    assert list(one) != first and sorted(one) == list(range(64)) and len(one) == 64
+    run = trainer(model, tmp_path, samples(), size=2, accumulation=3, seed=5)
+    data = SimpleNamespace(lengths=lengths)
+    run.args.train_sampling_strategy = "group_by_length"
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
+    for data_seed, seed in ((None, 5), (9, 9)):
+        run.args.data_seed = data_seed
+        found = list(run._get_train_sampler(data))
+        assert found == list(LengthGroups(lengths, 2 * 3 * 2, seed))
+
+
+def test_flops_are_those_of_tokens_not_of_padding(model: Any) -> None:
+    apply_trainable(model, ALL)
+    items, counter = samples(4, text_only=(1,)), VlmFlops(model)
+
+    def of(batch: dict[str, Any], room: int | None = None) -> tuple[float, float, float]:
+        batch.pop("sample_ids")
+        counter.add(batch, room)
+        return counter.take()
+
+    padded, packed = (of(c(items)) for c in (InstructionCollator(0), PackedCollator()))
+    tokens = sum(len(item["input_ids"]) for item in items)
+    assert padded[0] == packed[0] == tokens
+    assert padded[1] == pytest.approx(packed[1], rel=1e-9)
+    room = 4 * max(len(item["input_ids"]) for item in items)
+    assert (padded[2], packed[2]) == (tokens / room, 1.0)
+    assert of(PackedCollator()(items), 2 * tokens)[2] == 0.5
+    # A sample and a micro-batch add up; a picture more costs what a picture costs.
+    alone = [of(InstructionCollator(0)([item]))[1] for item in items]
+    assert sum(alone) == pytest.approx(padded[1], rel=1e-9)
+    for item in items:
+        counter.add({k: v for k, v in InstructionCollator(0)([item]).items() if k != "sample_ids"})
+    assert counter.take()[:2] == (tokens, pytest.approx(padded[1], rel=1e-9))
+    doubled = InstructionCollator(0)([items[0]])
+    doubled["pixel_values"] = doubled["pixel_values"].repeat(2, 1, 1, 1)
+    assert of(doubled)[1] - alone[0] == pytest.approx(counter._image)
+
+
+def test_a_packed_plan_is_made_of_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    """25 samples in steps of 8, over one and a half epochs or nine steps."""
+    given: dict[str, Any] = {}
+    read: dict[str, Any] = {}
+
+    class Samples:
+        lengths, image_counts = [5] * 25, [1] * 25
+
+        def __init__(self, *args: Any, **values: Any) -> None:
+            read.update(values)
+
+        def __len__(self) -> int:
+            return 25
+
+    def plan(lengths: Any, images: Any, **values: Any) -> Any:
+        given.update(values)
+        return SimpleNamespace(accumulation=7)
+
+    monkeypatch.setattr(vlm_run, "InstructionDataset", Samples)
+    monkeypatch.setattr(vlm_run, "PackedBatches", plan)
+    recipe: Any = SimpleNamespace(
+        data=[], max_length_tokens=64, packing=True, seed=11, global_batch_size=8,
+        packing_max_images=6,
+    )  # fmt: skip
+    args: Any = SimpleNamespace(
+        train_sampling_strategy="random", dataloader_drop_last=False, max_steps=-1,
+        num_train_epochs=1.5, per_device_train_batch_size=2, process_index=1, world_size=4,
+    )  # fmt: skip
+    wanted = {"global_batch_size": 8, "max_tokens": 128, "max_images": 6, "seed": 11}
+    wanted |= {"epochs": 2, "rank": 1, "world_size": 4, "drop_last": False}
+
+    def build() -> dict[str, Any]:
+        vlm_run.build_vlm_data(recipe, None, BadRecords(), args, plain=True)
+        return given
+
+    assert build() == wanted and args.gradient_accumulation_steps == 7
+    assert (read["max_length_tokens"], read["plain"], read["seed"]) == (64, True, 11)
+    args.max_steps = 9
+    assert build() == wanted | {"epochs": 3}
+    args.max_steps = 8
+    assert build() == wanted
+    args.dataloader_drop_last = True
+    assert build() == wanted | {"epochs": 3, "drop_last": True}
+    args.train_sampling_strategy = "group_by_length"
+    with pytest.raises(ValueError, match="no meaning with packing"):
+        build()
