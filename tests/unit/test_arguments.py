@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config import RunRecipe
+from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.recipe import RecipeError
 from llm2clip_vlm.training import arguments as module
 from llm2clip_vlm.training.arguments import build_training_arguments, check_trainer_keys
 from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics
 from llm2clip_vlm.training.checkpoints import newest_whole
+from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
 
 
@@ -205,3 +209,26 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "m.jsonl").write_text('nonsense\n{"step": 1}\n')
     with pytest.raises(ValueError, match=r"m\.jsonl:1 is not JSON"):
         read_metrics(tmp_path / "m.jsonl")
+
+
+def test_a_run_is_seeded_and_says_what_it_left(tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "recipe.yaml"
+    file.write_text(f"output_dir: {out}\nseed: 7\nmax_bad_records: 1\ntrainer: {{use_cpu: true}}\n")
+    run = StageRun([str(file)], RunRecipe, None)
+    assert not run.finished()
+    assert run.arguments(max_steps=3).max_steps == 3
+    drawn = [torch.rand(2).tolist(), random.random(), np.random.rand()]
+    set_seed(7)
+    assert drawn == [torch.rand(2).tolist(), random.random(), np.random.rand()]
+    with pytest.raises(HandoffError, match="lies in output_dir"):
+        run.parent("model", str(out / "model"))
+    run.bad.add("a:1", "broken")
+    run.finish({"tower": "hash"}, {"score": 1.5}, pairs=3)
+    manifest = read_manifest(out)
+    assert manifest is not None
+    assert manifest["extra"] == {"bad_records": 1, "pairs": 3}
+    assert (manifest["fingerprints"], manifest["seeds"]) == ({"tower": "hash"}, {"seed": 7})
+    assert json.loads((out / "results.json").read_text()) == {"score": 1.5}
+    assert StageRun([str(file)], RunRecipe, None).finished("results.json")
+    assert not StageRun([str(file)], RunRecipe, None).finished("other.json")
+    assert not StageRun([str(file), "seed=8"], RunRecipe, None).finished()

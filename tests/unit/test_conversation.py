@@ -16,6 +16,7 @@ from llm2clip_vlm.chat_template import (
     end_of_turn_ids,
     find_chat_template,
     render,
+    tokenize,
 )
 from llm2clip_vlm.chat_template import (
     label as labelled,
@@ -347,3 +348,21 @@ def test_all_end_tokens_of_an_answers_block_are_trained() -> None:
     ids, labels = labelled(turns, template, tokenizer)
     assert tokenizer.convert_ids_to_tokens(ids[-3:]) == ["red", "<|im_end|>", "</s>"]
     assert labels == [IGNORE_INDEX] * (len(ids) - 3) + ids[-3:]
+
+
+def test_a_bare_text_begins_with_bos_and_never_ends_with_eos() -> None:
+    tokenizer = llm_tokenizer()  # adds both
+    bos, eos, red = tokenizer.convert_tokens_to_ids(["<s>", "</s>", "red"])
+    assert tokenize(tokenizer, "red") == ([bos, red], [(0, 0), (0, 3)])
+    assert tokenize(tokenizer, "<s>red")[0] == [bos, red]
+    assert tokenize(tokenizer, "red</s>")[0] == [bos, red, eos]  # the template's own stays
+
+
+def test_a_prompt_of_as_many_other_tokens_is_refused() -> None:
+    tokenizer = llm_tokenizer()
+    tokenizer.chat_template = CHAT_TEMPLATE
+    check_chat_template(tokenizer)
+    head, tail = CHAT_TEMPLATE.rsplit("<|assistant|>", 1)
+    tokenizer.chat_template = f"{head}<|user|>{tail}"
+    with pytest.raises(ConversationError, match="the chat template prompts with"):
+        check_chat_template(tokenizer)

@@ -12,6 +12,9 @@ import torch
 from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.config_vlm import Stage4Recipe
 from llm2clip_vlm.handoff import HandoffError
+from llm2clip_vlm.interop.certificate import Evidence, certify
+from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.models.checkpoint_files import check_sizes, read_config_file
 from llm2clip_vlm.models.lineage import LINEAGE_NAME, read_lineage, settings_of, weights_of
 from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.training.adapters import load_adapter, merged_state, save_adapter
@@ -166,3 +169,42 @@ def test_a_weights_fingerprint_follows_name_shape_and_value() -> None:
     assert len({weights_of(state)["vision_tower"] for state in [base, *changed]}) == 5
     parts = weights_of({"lm_head.weight": values, "model.image_newline": values})
     assert set(parts) == {"language_model", "multi_modal_projector"}
+
+
+@pytest.mark.parametrize(("largest", "most"), [(10.0, 1e-4), (0.5, 1e-5)])
+def test_certificates_let_rounding_through_and_no_more(
+    tmp_path: Path, largest: float, most: float
+) -> None:
+    """A share of the largest value, at least of 1."""
+    want = torch.tensor([0.0, -largest], dtype=torch.float64)
+    for difference, good in ((0.95 * most, True), (1.05 * most, False)):
+        got = want + torch.tensor([difference, 0.0], dtype=torch.float64)
+        evidence = Evidence("a test", {"logits": want}, {"logits": got})
+        if good:
+            found = certify(tmp_path, "export", tmp_path, evidence)["checks"]["logits"]
+            assert found == {
+                "max_difference": pytest.approx(difference),
+                "largest_value": largest,
+            }
+        else:
+            with pytest.raises(InteropError, match="differ by"):
+                certify(tmp_path, "export", tmp_path, evidence)
+
+
+def test_sizes_at_the_border(tmp_path: Path) -> None:
+    def read(**config: Any) -> Any:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return read_config_file(tmp_path, ValueError)
+
+    for key, most in (("image_size", 1 << 14), ("num_labels", 1 << 16), ("hidden_size", 1 << 24)):
+        assert read(part={key: most})
+        with pytest.raises(ValueError, match=f"part.{key}: expected a size of at most {most:,}"):
+            read(part={key: most + 1})
+    assert read(hidden_size=1) and read(head_dim=0)
+    for key, value in (("hidden_size", 0), ("head_dim", -1), ("num_hidden_layers", 0)):
+        with pytest.raises(ValueError, match=f"{key}: expected a size of 1 or more"):
+            read(**{key: value})
+    weights = dict.fromkeys("abc", torch.empty(0))
+    check_sizes({"num_hidden_layers": 3}, weights, tmp_path, ValueError)
+    with pytest.raises(ValueError, match="num_hidden_layers: 4 of them cannot be filled"):
+        check_sizes({"num_hidden_layers": 4}, weights, tmp_path, ValueError)

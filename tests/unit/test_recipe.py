@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from llm2clip_vlm import config, config_base, config_vlm
+from llm2clip_vlm import config, config_base, config_vlm, yaml_files
 from llm2clip_vlm.config import ImageTextSource, Section, Stage1Recipe, Stage2aRecipe
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.recipe import RecipeError, load_recipe, recipe_help, save_resolved, to_plain
+from llm2clip_vlm.yaml_files import parse_yaml
 
 
 class Inner(Section):
@@ -325,3 +326,20 @@ def test_help_shows_key_type_limit_default_and_docstring() -> None:
     assert len(set(lines)) > 0.5 * len(lines)
     keys = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     assert len(keys) == len(set(keys))
+
+
+def test_the_limits_of_yaml_at_the_border(tmp_path: Path) -> None:
+    deepest = yaml_files.DEEPEST
+    assert parse_yaml("[" * deepest + "]" * deepest, "x")
+    with pytest.raises(RecipeError, match=f"nested more than {deepest} deep"):
+        parse_yaml("[" * (deepest + 1) + "]" * (deepest + 1), "x")
+    most = yaml_files.LARGEST_BYTES - 1  # a value counts for one more than its characters
+    assert parse_yaml("x" * most, "x") == "x" * most
+    with pytest.raises(RecipeError, match="anchors make more than"):
+        parse_yaml("x" * (most + 1), "x")
+    for number in range(deepest + 2):
+        base = f"base: {number + 1}.yaml\n" if number <= deepest else "name: last\n"
+        (tmp_path / f"{number}.yaml").write_text(base)
+    assert load_recipe(tmp_path / "1.yaml", Outer).name == "last"
+    with pytest.raises(RecipeError, match=f"at most {deepest} parents"):
+        load_recipe(tmp_path / "0.yaml", Outer)

@@ -164,14 +164,20 @@ def sums_after(sums: Counter[float], value: float) -> Counter[float]:
 
 
 def test_unpaired_p_and_welch_by_hand() -> None:
+    draw = np.random.default_rng(0)
+    for sizes in [(4, 3), (2, 5), (3, 3)] * 4:
+        a, b = (draw.integers(0, 9, n).astype(float).tolist() for n in sizes)
+        found, both, delta = unpaired_summary(a, b), [*a, *b], np.mean(a) - np.mean(b)
+        divisions = list(itertools.combinations(range(len(both)), len(a)))
+        as_far = 0
+        for chosen in divisions:
+            rest = [both[i] for i in range(len(both)) if i not in chosen]
+            moved = np.mean([both[i] for i in chosen]) - np.mean(rest)
+            as_far += abs(moved) >= abs(delta) - 1e-9
+        assert found["p"] == pytest.approx(as_far / len(divisions))
+        assert found["delta"] == pytest.approx(delta)
     a, b = [3.0, 5.0, 9.0, 6.0], [1.0, 4.0, 2.0]
-    found = unpaired_summary(a, b)
-    both, delta = [*a, *b], np.mean(a) - np.mean(b)
-    as_far = 0
-    for chosen in itertools.combinations(range(7), 4):
-        rest = [both[i] for i in range(7) if i not in chosen]
-        as_far += abs(np.mean([both[i] for i in chosen]) - np.mean(rest)) >= delta - 1e-9
-    assert found["p"] == pytest.approx(as_far / 35) and found["delta"] == pytest.approx(delta)
+    found, delta = unpaired_summary(a, b), np.mean(a) - np.mean(b)
     # Welch: squared errors add up; Satterthwaite's degrees of freedom.
     from scipy.stats import t
 
