@@ -323,17 +323,16 @@ def test_plain_has_an_image_token_for_each_image() -> None:
     assert labels == [*[IGNORE_INDEX] * 7, red, eos]
 
 
-def test_bos_of_the_next_turn_ends_no_answer() -> None:
-    """A template that begins each turn with bos and never ends one: nothing teaches to stop."""
+def test_bos_behind_an_answer_does_not_end_it() -> None:
+    """A template that separates turns by bos teaches nobody to stop."""
     template = (
-        "{% for m in messages %}{{ bos_token }}{% if m['role'] == 'assistant' %}"
-        "{% generation %}{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}"
-        "{% endif %}{% endfor %}"
+        "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'] }}{% endgeneration %}{% else %}{{ m['content'] }}{% endif %}"
+        "{{ bos_token }}{% endfor %}"
     )
-    tokenizer = llm_tokenizer()
     turns = [{"role": "user", "content": "what ?"}, {"role": "assistant", "content": "red"}]
     with pytest.raises(ConversationError, match="no end-of-turn token"):
-        labelled([*turns, *turns], template, tokenizer)
+        labelled([*turns, *turns], template, llm_tokenizer())
 
 
 def test_all_end_tokens_of_an_answers_block_are_trained() -> None:

@@ -35,7 +35,7 @@ from llm2clip_vlm.evaluation.lmms_job import (
 from llm2clip_vlm.evaluation.lmms_rows import to_mme_rows, to_pope_rows
 from llm2clip_vlm.evaluation.lmms_runner import run_suite, worker_environment
 from llm2clip_vlm.evaluation.lmms_samples import metric_errors, metrics_of, samples_of, summarise
-from llm2clip_vlm.evaluation.lmms_tasks import STATIC_DESPITE_MARKS, merge
+from llm2clip_vlm.evaluation.lmms_tasks import STATIC_DESPITE_MARKS, merge, redirect
 from llm2clip_vlm.evaluation.task_helpers import pixel_hash
 from llm2clip_vlm.fingerprint import file_state
 from llm2clip_vlm.recipe import load_recipe
@@ -630,3 +630,50 @@ def test_llava15_parses_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
         {"ocr": True, "pre_prompt": "<", "post_prompt": ">"},
     )
     assert text == "<Q\nReference OCR token: a, b>"
+
+
+def test_a_task_reads_a_local_file_under_the_name_of_its_split(tmp_path: Path) -> None:
+    for name, loader in (("a.jsonl", "json"), ("a.json.gz", "json"), ("a.parquet", "parquet")):
+        roots = {"default": {"image_root": "x", "pre_prompt": "p"}, "other": {"image_root": "y"}}
+        config: dict[str, Any] = {"validation_split": " val ", "dataset_name": "n"}
+        config["lmms_eval_specific_kwargs"] = roots
+        redirect(config, tmp_path / name, tmp_path / "cache")
+        assert (config["dataset_path"], config["dataset_name"]) == (loader, None)
+        assert config["dataset_kwargs"] == {
+            "data_files": {"val": str(tmp_path / name)},
+            "cache_dir": str(tmp_path / "cache"),
+        }
+        assert config["test_split"] == "val"
+        assert roots["default"] == {"image_root": str(tmp_path), "pre_prompt": "p"}
+    both = {"test_split": "test", "validation_split": "val"}
+    redirect(both, tmp_path / "a.csv", None)
+    assert both["test_split"] == "test" and "cache_dir" not in both["dataset_kwargs"]
+    with pytest.raises(EvaluationError, match="neither test nor validation split"):
+        redirect({"task": "t"}, tmp_path / "a.csv", None)
+    with pytest.raises(EvaluationError, match="expected one of"):
+        redirect(dict(both), tmp_path / "a.txt", None)
+
+
+def test_overrides_go_into_mappings_and_null_removes() -> None:
+    config: dict[str, Any] = {"generation_kwargs": {"a": 1, "b": 2}, "process_docs": 3, "task": "t"}
+    given = {"generation_kwargs": {"b": None, "c": 4}, "process_docs": None, "task": "u"}
+    merge(config, given)
+    assert config == {"generation_kwargs": {"a": 1, "c": 4}, "task": "u"}
+    with pytest.raises(EvaluationError, match="no keys of an lmms-eval task"):
+        merge(config, {"generation_kwarg": {}})
+
+
+def test_rows_in_the_schemas_of_pope_and_mme_by_hand(data: Path) -> None:
+    rows = to_pope_rows(records(data)[:2], data.parent)
+    png = (data.parent / "images" / "0.png").read_bytes()
+    shared = {"image_source": "i0", "image": {"bytes": png, "path": "images/0.png"}}
+    shared |= {"category": "random"}
+    assert rows == [
+        {"id": f"0{answer}", "question_id": str(n), "answer": answer} | shared
+        | {"question": f"is there a {answer} ?"}
+        for n, answer in enumerate(("yes", "no"))
+    ]  # fmt: skip
+    first, second = to_mme_rows(records(data)[:2], data.parent)
+    assert first["question"] == "is there a yes ? Please answer yes or no."
+    assert (first["answer"], second["answer"], first["image_id"]) == ("Yes", "No", "i0")
+    assert first["question_id"] == second["question_id"] == "existence/i0-0.png"
