@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from llm2clip_vlm import __version__
-from llm2clip_vlm.files import read_text
+from llm2clip_vlm.files import find_shipped, read_text
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe import did_you_mean, recipe_help
 
@@ -43,8 +43,6 @@ STAGES = {
     "pipeline": "run several stages in order, skipping what is finished",
 }
 """Every stage program and what it does, in the order of a run."""
-
-_PACKAGE = Path(__file__).resolve().parent
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -261,11 +259,10 @@ def _known_stage(name: str) -> str:
 def _recipe_path(given: str) -> Path:
     """The recipe itself, or the shipped one of that name when run far from a checkout."""
     path = Path(given)
-    if path.exists() or path.is_absolute():
-        return path
-    name = given.removeprefix("recipes/")
-    shipped = (_PACKAGE.parent / "recipes" / name, _PACKAGE / "recipes" / name)
-    return next((place for place in shipped if place.is_file()), path)
+    if path.exists() or path.is_absolute() or given.startswith(("recipes/", "eval/")):
+        return Path(find_shipped(given))
+    shipped = Path(find_shipped(f"recipes/{given}"))
+    return shipped if shipped.is_file() else path
 
 
 if __name__ == "__main__":

@@ -14,6 +14,29 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+_PACKAGE = Path(__file__).resolve().parent
+_LONGEST_NAME = 255
+
+
+def find_shipped(name: str) -> str:
+    """The path itself, or what lies under that name in the checkout or the installed package.
+
+    Args:
+        name: As it is called in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
+            from the working directory comes first.
+
+    Returns:
+        The path, unchanged where nothing of that name is shipped.
+    """
+    folder, _, rest = name.partition("/")
+    packed = {"recipes": "recipes", "eval": "eval_assets"}.get(folder)
+    if not (packed and rest) or len(name) > _LONGEST_NAME or not name.isprintable():
+        return name
+    if Path(name).exists() or ".." in Path(name).parts:
+        return name
+    places = (_PACKAGE.parent / name, _PACKAGE / packed / rest)
+    return next((str(place) for place in places if place.exists()), name)
+
 
 @contextmanager
 def written_whole(path: str | Path) -> Iterator[Path]:

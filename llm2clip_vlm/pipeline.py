@@ -33,7 +33,7 @@ from llm2clip_vlm.config_base import ClipBaselineRecipe, LanguageModelRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import find_shipped, write_atomically
 from llm2clip_vlm.fingerprint import FileState, changed_files, file_states, fingerprint_file
 from llm2clip_vlm.handoff import is_complete
 from llm2clip_vlm.ownership import Hold, OwnershipError
@@ -109,7 +109,7 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
             ranks = [rank for rank, _ in values] or [-1]
             name, path, *needs = _filled([step.name, step.recipe or "", *step.needs], fill)
             overrides = _filled([f"{key}={value}" for key, value in step.overrides.items()], fill)
-            words = [path, *overrides, *common] if path else overrides
+            words = [find_shipped(path), *overrides, *common] if path else overrides
             arguments, outputs = (_filled(w, fill) for w in (step.arguments, step.outputs))
             order = (ranks[0], index, *ranks[1:])
             jobs.append(Job(name, step, words, arguments, outputs, needs, order))
@@ -255,6 +255,7 @@ class Pipeline:
 
     def _refuse_thawed(self) -> None:
         for path, expected in self.recipe.frozen.items():
+            path = find_shipped(path)  # noqa: PLW2901
             got = fingerprint_file(path) if Path(path).is_file() else "no file"
             if got != expected:
                 raise PipelineError(

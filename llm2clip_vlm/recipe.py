@@ -3,9 +3,10 @@
 YAML is read the 1.2 way: `1e-3` is a number, `no` is a word, a key given twice is refused. A file
 may name one parent (`base: other.yaml`, relative to itself) whose mappings it extends and whose
 lists it replaces; `a.b=value` on the command line overrides both; `${a.b}` in a text stands for
-another value of the finished recipe (`$${` writes a plain `${`). Files are limited in size and
-depth, anchors and references in what they make; numbers are finite; a secret (a token, a password)
-is refused, since recipes are written beside results.
+another value of the finished recipe (`$${` writes a plain `${`). A text that names a shipped file
+or folder (`recipes/...`, `eval/...`) means that one where the working directory has none. Files are
+limited in size and depth, anchors and references in what they make; numbers are finite; a secret
+(a token, a password) is refused, since recipes are written beside results.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from llm2clip_vlm.files import read_text, write_atomically
+from llm2clip_vlm.files import find_shipped, read_text, write_atomically
 from llm2clip_vlm.yaml_files import (
     DEEPEST,
     LARGEST_BYTES,
@@ -71,7 +72,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
             can be seen at once are listed.
     """
-    data: Any = _read(Path(path), ())
+    data: Any = _read(Path(find_shipped(str(path))), ())
     for override in overrides:
         key, equals, text = override.partition("=")
         last = key.rpartition(".")[2]
@@ -247,7 +248,7 @@ def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
         whole = _REFERENCE.fullmatch(value)
         if whole and not value.startswith("$$"):
             return refer(whole[1], trail)
-        return spend(_REFERENCE.sub(lambda match: piece(match, trail), value))
+        return spend(find_shipped(_REFERENCE.sub(lambda match: piece(match, trail), value)))
 
     return fill(data, ())
 

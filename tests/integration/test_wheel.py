@@ -137,3 +137,22 @@ trainer: {{per_device_train_batch_size: 2, max_steps: 100}}
     assert manifest["stage"] == "stage3_projector"
     assert manifest["recipe"]["trainer"]["max_steps"] == 2
     assert (tmp_path / "out" / "model" / "model.safetensors").is_file()
+
+
+def test_shipped_suites_and_pipelines_are_found_elsewhere(installed: Path, tmp_path: Path) -> None:
+    told = command(
+        installed, "eval", "--suite", "eval/suites/world.yaml", "--prefetch", cwd=tmp_path
+    )
+    assert "l2c_world" in told
+    code = (
+        "from llm2clip_vlm.pipeline import Pipeline; from llm2clip_vlm.recipe import load_recipe;"
+        "from llm2clip_vlm.config_eval import PipelineRecipe;"
+        "made = Pipeline(load_recipe('recipes/demo/pipeline.yaml', PipelineRecipe));"
+        "made._refuse_thawed();"
+        "print(*(word for job in made.jobs for word in job.command(made.root)))"
+    )
+    words = run(
+        sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)
+    ).stdout.split()
+    assert f"{installed}/llm2clip_vlm/recipes/accelerate/zero2_cpu.yaml" in words
+    assert not [word for word in words if word.startswith(("recipes/", "eval/suites/"))]

@@ -10,8 +10,11 @@ from pathlib import Path
 import pytest
 
 import llm2clip_vlm
-from llm2clip_vlm import cli, programs
+from llm2clip_vlm import cli, files, programs
+from llm2clip_vlm.config_eval import PipelineRecipe, SuiteRecipe
+from llm2clip_vlm.pipeline import Pipeline, PipelineError
 from llm2clip_vlm.preflight import doctor
+from llm2clip_vlm.recipe import load_recipe
 
 
 @pytest.fixture
@@ -31,7 +34,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                     return 3 if "code=3" in argv else None
                 ''')
         )
-    monkeypatch.setattr(cli, "_PACKAGE", tmp_path / "llm2clip_vlm")
+    monkeypatch.setattr(files, "_PACKAGE", tmp_path / "llm2clip_vlm")
     monkeypatch.setattr(programs, "_PACKAGE", tmp_path / "llm2clip_vlm")
     return tmp_path
 
@@ -201,3 +204,39 @@ def test_public_names_are_lazy_and_complete() -> None:
         assert getattr(llm2clip_vlm, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = llm2clip_vlm.nothing
+
+
+def test_what_recipes_name_is_found_as_shipped(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An installed wheel: suites, recipes of a pipeline, accelerate's files, frozen models."""
+    package = checkout / "llm2clip_vlm"
+    texts = {
+        "recipes/accelerate/ddp.yaml": "{}",
+        "recipes/demo/stage3.yaml": "{}",
+        "recipes/demo/base/model.safetensors": "weights",
+        "recipes/demo/pipeline.yaml": """
+output_dir: runs/x
+frozen: {recipes/demo/base/model.safetensors: "0000"}
+steps:
+  - {name: "s-{a}", program: stage3_projector, recipe: "recipes/demo/{a}.yaml",
+     launch: [accelerate, launch, --config_file, recipes/accelerate/ddp.yaml],
+     for_each: {a: [stage3]}, overrides: {vlm.vision_tower: recipes/demo/base}}
+""",
+        "eval_assets/suites/s.yaml": "tasks: [{task: gqa}]",
+    }
+    for name, text in texts.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    (checkout / "elsewhere").mkdir()
+    monkeypatch.chdir(checkout / "elsewhere")
+    assert load_recipe("eval/suites/s.yaml", SuiteRecipe).tasks[0].task == "gqa"
+    started = Pipeline(load_recipe("recipes/demo/pipeline.yaml", PipelineRecipe))
+    (job,) = started.jobs
+    assert job.recipe[0] == str(package / "recipes/demo/stage3.yaml")
+    assert job.recipe[1] == f"vlm.vision_tower={package / 'recipes/demo/base'}"
+    assert (job.step.launch or [])[-1] == str(package / "recipes/accelerate/ddp.yaml")
+    with pytest.raises(PipelineError, match=r"expected SHA-256 0000, got [0-9a-f]{64}"):
+        started.run()
+    for name in ("recipes/none.yaml", "recipes/../x", "eval/" + "a" * 5000, "recipes/a\0b"):
+        assert files.find_shipped(name) == name
