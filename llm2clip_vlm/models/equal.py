@@ -6,7 +6,7 @@ beside a run and notice it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from typing import Any
@@ -73,6 +73,38 @@ def visual_tokens_of(model: Any) -> Float[Tensor, "t d"]:
     return torch.cat(list(found)).cpu()
 
 
+def vlm_outputs(model: Any) -> list[Tensor]:
+    """Text logits and visual tokens of fixed inputs, by which a VLM is compared before and after.
+
+    Args:
+        model: A LLaVA; not under ZeRO-3.
+    """
+    words = model.config.get_text_config().vocab_size
+    with _no_tf32():
+        return [logits_of(model, fixed_ids(words, 11)), visual_tokens_of(model)]
+
+
+def vlm_difference(want: Sequence[Tensor], model: Any) -> str | None:
+    """How a VLM's outputs differ from what they should be; none if they do not.
+
+    Where 16 bits explain less than the difference, the model is asked how much they change in it
+    (in a mixture of experts they may choose another expert): it computes once more, in fp32.
+
+    Args:
+        want: Of :func:`vlm_outputs`.
+        model: May become fp32.
+    """
+    got = vlm_outputs(model)
+    wrong = [difference(a, b) for a, b in zip(want, got, strict=True)]
+    if any(wrong) and any(t.dtype in (torch.bfloat16, torch.float16) for t in (*want, *got)):
+        exact = vlm_outputs(model.float())
+        wrong = [
+            difference(a, c, max(HALF_TOLERANCE, 4 * _distance(c, b)))
+            for a, b, c in zip(want, got, exact, strict=True)
+        ]
+    return next(filter(None, wrong), None)
+
+
 def difference(
     want: Float[Tensor, "... d"], got: Float[Tensor, "... d"], tolerance: float | None = None
 ) -> str | None:
@@ -91,13 +123,17 @@ def difference(
         return f"expected the shape {list(want.shape)}, got {list(got.shape)}"
     if tolerance is None:
         tolerance = max(TOLERANCE.get(t.dtype, HALF_TOLERANCE) for t in (want, got))
-    want, got = want.double(), got.double()
     if not got.isfinite().all():
         return "not all of them are finite numbers"
-    worst = ((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)).max().item()
-    if worst <= tolerance:
+    if (worst := _distance(want, got)) <= tolerance:
         return None
     return f"they differ by {worst:.2g} of their length (rounding explains {tolerance:g})"
+
+
+def _distance(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) -> float:
+    """Largest difference of a vector, in parts of its length."""
+    want, got = want.double(), got.double()
+    return ((got - want).norm(dim=-1) / want.norm(dim=-1).clamp(min=1e-12)).max().item()
 
 
 def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) -> float | None:
@@ -111,6 +147,20 @@ def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) ->
         return None
     simple = float(Fraction(ratio).limit_denominator(1024))
     return simple if abs(simple / ratio - 1) < 1e-5 else float(f"{ratio:.5g}")
+
+
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """A GPU computes fp32 as exactly as the CPU below this."""
+    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [backend.allow_tf32 for backend in backends]
+    try:
+        for backend in backends:
+            backend.allow_tf32 = False
+        yield
+    finally:
+        for backend, allowed in zip(backends, before, strict=True):
+            backend.allow_tf32 = allowed
 
 
 @contextmanager

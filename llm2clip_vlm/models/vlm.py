@@ -32,7 +32,7 @@ from llm2clip_vlm.chat_template import accept_image_parts, end_of_turn_ids, find
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.handoff import refuse_bidirectional
 from llm2clip_vlm.models.composing import VLM_CLASSES, VlmError, compose
-from llm2clip_vlm.models.equal import difference, fixed_ids, logits_of, visual_tokens_of
+from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.image_mode import (
     AspectRatio,
     anyres_image_processor,
@@ -212,19 +212,22 @@ def save_vlm(
     directory: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    outputs: Sequence[Tensor] | None = None,
 ) -> None:
     """Writes weights, configs, processor and chat template as one loadable checkpoint.
 
     The weights are named as in published LLaVA checkpoints, however the model was made: composed
     or loaded under ZeRO-3 it would be saved with tower names that transformers 4 does not know and
-    fills with random weights in silence. Where they are the model's own, what was written is loaded
-    again and must compute the same.
+    fills with random weights in silence. What was written is loaded again and must compute the
+    same.
 
     Args:
         model: The model.
         processor: Its processor.
         directory: Where to; made if absent.
         state_dict: Weights by their names in memory, where the model's own are sharded.
+        outputs: What it must compute (`vlm_outputs`); none = what the model does, but nothing is
+            compared if there is a `state_dict`.
 
     Raises:
         VlmError: What was written computes something else.
@@ -239,14 +242,10 @@ def save_vlm(
             (config.dtype,) = dtypes  # of what is saved; in memory a part that trained may differ
         model.config.save_pretrained(str(directory))
     write_lineage(directory, model, processor, state)
-    if state_dict is None:
-        again, ids = (
-            load_vlm(directory)[0],
-            fixed_ids(model.config.get_text_config().vocab_size, 11),
-        )
-        wrong = difference(logits_of(model, ids), logits_of(again, ids))
-        if wrong := wrong or difference(visual_tokens_of(model), visual_tokens_of(again)):
-            raise VlmError(f"{directory}: loaded again it computes something else: {wrong}")
+    if outputs is None and state_dict is None:
+        outputs = vlm_outputs(model)
+    if outputs is not None and (wrong := vlm_difference(outputs, load_vlm(directory)[0])):
+        raise VlmError(f"{directory}: loaded again it computes something else: {wrong}")
 
 
 def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:

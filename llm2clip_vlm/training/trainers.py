@@ -14,6 +14,7 @@ from accelerate.data_loader import prepare_data_loader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from transformers.trainer_utils import TrainOutput
 
@@ -22,6 +23,7 @@ from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.data.packing import PackedBatches
 from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError, fingerprint_dir
 from llm2clip_vlm.models.document_attention import install_document_attention
+from llm2clip_vlm.models.equal import vlm_outputs
 from llm2clip_vlm.models.lineage import write_lineage
 from llm2clip_vlm.models.vlm import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
@@ -270,7 +272,9 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         if recipe.is_file():
             shutil.copy(recipe, folder)
 
-    def _save_merged(self, directory: str | Path, state: Mapping[str, Tensor]) -> None:
+    def _save_merged(
+        self, directory: str | Path, state: Mapping[str, Tensor], outputs: Any = None
+    ) -> None:
         """Adapters go into the weights; those that train in four bits into what they were."""
         model = self.model
         if getattr(model, "is_quantized", False):
@@ -278,7 +282,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             state = unquantized_state(self.model, state, model.state_dict())
         self.rounding = Rounding()
         merged = merged_state(self.model, state, self.dtype, self.rounding)
-        save_vlm(model, self.processor, directory, state_dict=merged)
+        save_vlm(model, self.processor, directory, state_dict=merged, outputs=outputs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if is_adapted(self.model):
@@ -291,13 +295,27 @@ class VlmTrainer(StrictResumeMixin, Trainer):
 
         Args:
             directory: Where to; made if absent. Adapters also go to `adapter/` beside it.
+
+        Raises:
+            VlmError: Loaded again it computes something else than the model that was trained.
         """
         state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         if distributed.is_main():
-            self._save_merged(directory, state)
+            self._save_merged(directory, state, self._outputs())
             if is_adapted(self.model):
                 save_adapter(self.model, state, Path(directory).parent / "adapter", self.base)
         distributed.barrier()
+
+    def _outputs(self) -> list[Tensor] | None:
+        """What the export must compute; none where the trained model cannot say."""
+        unlike = "ZeRO-3 has split its weights" if is_deepspeed_zero3_enabled() else ""
+        if getattr(self.model, "is_quantized", False):
+            unlike = "it trained on four bits"
+        if unlike:
+            logger.warning("the export is not compared with the model in memory: %s", unlike)
+            return None
+        with self.accelerator.autocast():
+            return vlm_outputs(self.model)
 
     def summary(self, result: TrainOutput) -> dict[str, Any]:
         """What a manifest keeps of a finished training: loss, steps, processes, ZeRO stage.

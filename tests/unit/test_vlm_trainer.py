@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -21,10 +22,12 @@ from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.instruction import InstructionCollator
 from llm2clip_vlm.data.packing import PackedCollator
 from llm2clip_vlm.models import vlm_loss
-from llm2clip_vlm.models.trainable import apply_trainable
-from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
+from llm2clip_vlm.models.trainable import apply_trainable, set_precision
+from llm2clip_vlm.models.vlm import VlmError, build_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
-from llm2clip_vlm.training import vlm_run
+from llm2clip_vlm.training import trainers, vlm_run
+from llm2clip_vlm.training.adapters import merged_state
 from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
 from llm2clip_vlm.training.trainers import LengthGroups, VlmTrainer
 from llm2clip_vlm.training.vlm_flops import VlmFlops
@@ -352,3 +355,54 @@ def test_a_packed_plan_is_made_of_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     args.train_sampling_strategy = "group_by_length"
     with pytest.raises(ValueError, match="no meaning with packing"):
         build()
+
+
+@pytest.mark.parametrize("part", ["language_model.layers.0", "vision_tower", "lm_head"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_an_export_that_lost_something_stops(
+    dtype: str,
+    part: str,
+    tiny_clip: Path,
+    tiny_llm: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, processor = build_vlm(tiny_clip, tiny_llm, dtype=dtype)
+    run = trainer(model, tmp_path, samples())
+    run.processor, run.dtype = processor, set_precision(model, run.args)
+    run.train()
+    run.export(tmp_path / "whole")
+    untrained = build_vlm(tiny_clip, tiny_llm, dtype=dtype)[0].state_dict()
+
+    def lost(model: Any, state: Any, *more: Any) -> dict[str, Any]:
+        merged = merged_state(model, state, *more)
+        return {n: untrained[n] * 0.5 if part in n else t for n, t in merged.items()}
+
+    monkeypatch.setattr(trainers, "merged_state", lost)
+    with pytest.raises(VlmError, match="loaded again it computes something else: they differ by"):
+        run.export(tmp_path / "lost")
+
+
+def test_an_export_that_cannot_be_compared_says_so(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = trainer(model, tmp_path, samples())
+    monkeypatch.setattr(trainers, "is_deepspeed_zero3_enabled", lambda: True)
+    assert run._outputs() is None
+    monkeypatch.undo()
+    model.is_quantized = True
+    assert run._outputs() is None
+    assert ["ZeRO-3" in caplog.text, "four bits" in caplog.text] == [True, True]
+
+
+def test_half_precision_is_asked_how_much_it_rounds(tiny_clip: Path, tiny_llm: Path) -> None:
+    """A mixture of experts may take another expert: by its own measure, not by a fixed one."""
+    model = build_vlm(tiny_clip, tiny_llm, dtype="bfloat16")[0]
+    want = vlm_outputs(model)
+    model.lm_head.register_forward_hook(  # a model that is badly off in 16 bits
+        lambda module, args, logits: logits * (1.2 if logits.dtype == torch.bfloat16 else 1.0)
+    )
+    assert vlm_difference(want, copy.deepcopy(model)) is None
+    with torch.no_grad():
+        model.lm_head.weight.mul_(2)
+    assert "differ by" in str(vlm_difference(want, model))
