@@ -26,6 +26,9 @@ VLM_CLASSES: dict[str, Any] = {
 }
 """By the config's `model_type`."""
 
+_FACTORS = {"logits_scaling", "logit_scale", "lm_head_multiplier", "dim_model_base"}
+"""Keys of factors on the logits: 1 changes nothing; MiniCPM3's is the width over its key."""
+
 _CONFIGS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 
 
@@ -106,7 +109,8 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
     """The VLM's text logits become the LLM's own, or are refused.
 
     LLaVA takes a decoder and its head; what an LLM does to its logits besides is lost. A constant
-    factor (Granite, Cohere, MiniCPM3, Falcon-H1) goes into the head, which is no longer tied then.
+    factor (Granite, Cohere, MiniCPM3, Falcon-H1) goes into the head, which is no longer tied then,
+    and out of the text config, by which other programs build the language model.
     """
     head, ids = model.lm_head, fixed_ids(model.config.get_text_config().vocab_size, 11)
     with torch.no_grad():  # visual tokens are no word's embedding; some decoders look words up
@@ -135,3 +139,24 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
     logger.info("%s: its logits' factor %g is in lm_head, untied from the embeddings", path, factor)
     if wrong := difference(want, logits_of(model, ids) * stretch):
         raise VlmError(f"{path}: with the factor {factor:g} in lm_head its logits: {wrong}")
+    text = model.config.text_config
+    for key in text.to_dict().keys() & _FACTORS:
+        setattr(text, key, text.hidden_size if key == "dim_model_base" else 1.0)
+    if difference(want, logits_of(_as_configured(llm, text, model.lm_head), ids) * stretch):
+        logger.warning(
+            "%s: text_config still names the factor %g of the logits: a program that builds the "
+            "language model by it (vLLM, SGLang) applies it twice",
+            path,
+            factor,
+        )
+
+
+def _as_configured(llm: Any, config: Any, head: nn.Module) -> Any:
+    """The language model as a config makes it, with the weights that there are."""
+    with torch.device("meta"):
+        model: Any = type(llm)(config)
+    decoder, weights = model.get_decoder(), llm.get_decoder()
+    decoder._modules, decoder._buffers = weights._modules, weights._buffers
+    decoder._parameters = weights._parameters
+    model.set_output_embeddings(head)
+    return model.eval()

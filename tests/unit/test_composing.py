@@ -13,7 +13,7 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from llm2clip_vlm.models import vlm
+from llm2clip_vlm.models import composing, vlm
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
 from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
@@ -47,6 +47,31 @@ def test_a_factor_of_the_logits_is_kept_in_an_untied_head(
         torch.testing.assert_close(logits_of(got, ids)[..., :words], want, atol=1e-5, rtol=1e-5)
     embedded, head = plain.get_input_embeddings().weight, plain.lm_head.weight
     assert torch.allclose(head, FACTORS[family] * embedded) is tied
+
+
+@pytest.mark.parametrize("family", [*FACTORS, "cohere2", "granitemoe", "granitemoehybrid"])
+def test_a_folded_factor_is_not_in_the_text_config(
+    family: str, tiny_clip: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM and SGLang build the language model by it, and would apply the factor twice."""
+    llm = build_family(family, tmp_path / "llm")
+    save_vlm(*build_vlm(tiny_clip, llm), tmp_path / "vlm")
+    assert "twice" not in caplog.text
+    vlm: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
+    text: Any = AutoModelForCausalLM.from_config(vlm.config.text_config).eval()
+    text.get_decoder().load_state_dict(vlm.model.language_model.state_dict())
+    text.set_output_embeddings(vlm.lm_head)
+    ids = torch.randint(8, 130, (2, 12))
+    want = own_logits(llm, ids)[..., : vlm.config.text_config.vocab_size]
+    torch.testing.assert_close(logits_of(text, ids)[..., : want.shape[-1]], want)
+
+
+def test_a_factor_that_stays_in_the_text_config_is_said(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr(composing, "_FACTORS", set[str]())
+    build_vlm(tiny_clip, build_family("granite", tmp_path))
+    assert "text_config still names the factor 0.125 of the logits" in caplog.text
 
 
 def test_a_factor_is_kept_with_anyres_and_in_bf16(tiny_clip: Path, tmp_path: Path) -> None:
