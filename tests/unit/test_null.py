@@ -6,7 +6,6 @@ the simulation. Fast tests hold exact small cases.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -211,10 +210,13 @@ def pope(rng: np.random.Generator) -> list[dict[str, Any]]:
 
 
 def verdicts(column: dict[str, Any], model: Any, trials: int, full: float) -> int:
-    """How often a run is called above or below another one of the same model."""
-    rng, called = np.random.default_rng(0), 0
-    made = [[r] if isinstance(r, dict) else r for r in (model(rng) for _ in range(trials + 1))]
-    for ours, theirs in itertools.pairwise(made):
+    """How often a run is called above or below another one of the same model.
+
+    Each run is in one pair: one that is far off would count twice else.
+    """
+    rng, called = np.random.default_rng(1), 0
+    made = [[r] if isinstance(r, dict) else r for r in (model(rng) for _ in range(2 * trials))]
+    for ours, theirs in zip(made[::2], made[1::2], strict=True):
         published = float(np.mean([other["metrics"][column["metric"]] for other in theirs])) / full
         table = {"source": "x", "columns": {"C": column}, "rows": {"m": {"C": published}}}
         names = dict(zip(column["results"], ours, strict=True))
@@ -227,7 +229,7 @@ def verdicts(column: dict[str, Any], model: Any, trials: int, full: float) -> in
 @pytest.mark.slow
 def test_the_gate_calls_mme_in_5_percent() -> None:
     column = {"results": ["mme"], "metric": "points", "metric_full": 2000, "value_full": 2000}
-    near(verdicts({**column, "n": 2114}, mme, 60, 1.0), 60, 0.05)
+    near(verdicts({**column, "n": 2114}, mme, 50, 1.0), 50, 0.05)
 
 
 @pytest.mark.slow
