@@ -138,6 +138,24 @@ def test_window_config_and_rates(recipe: Recipe, tiny_clip: Path) -> None:
     assert moved and all(name.startswith("vision_model.") for name in moved)
 
 
+def test_measures_without_dropout(recipe: Recipe, tiny_clip: Path, tmp_path: Path) -> None:
+    dropping = Path(shutil.copytree(tiny_clip, tmp_path / "dropping"))  # in training alone
+    config = json.loads((dropping / "config.json").read_text())
+    for part in ("vision_config", "text_config"):
+        config[part]["attention_dropout"] = 0.5
+    (dropping / "config.json").write_text(json.dumps(config))
+    plain = run(recipe("plain", clip=str(dropping), evaluation=[]))
+    out = run(recipe("measured", clip=str(dropping), evaluation_steps=2))
+    for name, tensor in weights(plain / "model").items():
+        assert torch.equal(weights(out / "model")[name], tensor), name  # no number was drawn
+    (last,) = [
+        r for r in read_metrics(out / "metrics.jsonl") if r["step"] == 4 and "eval" in str(r)
+    ]
+    found = json.loads((out / "results.json").read_text())["retrieval"]
+    for kind in ("short", "long"):
+        assert last[f"eval_{kind}_i2t_r1"] == found[kind]["i2t"]["r1"]
+
+
 def test_accumulation_is_refused(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="per_device_train_batch_size to 16"):
         run(recipe(global_batch_size=16))

@@ -34,6 +34,7 @@ def test_masks_hide_what_they_ask_for() -> None:
     assert (ids[hidden] == made.mask_id).all()
     assert torch.equal(torch.where(hidden, labels, ids), torch.from_numpy(made.rows).long())
     assert 0.2 < hidden.float().mean() < 0.3
+    assert len({tuple(row) for row in hidden.tolist()}) == len(made)  # each row draws for itself
     assert torch.equal(rows()[3]["labels"], labels[3])
     assert not torch.equal(rows(seed=1)[3]["labels"], labels[3])
     more = rows(mask_probability=0.6)

@@ -80,11 +80,17 @@ def losses(out: Path) -> list[float]:
     return [row["loss"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
 
 
-def test_measures_on_a_schedule_and_changes_nothing(recipe: Recipe, pairs: Path) -> None:
-    plain = run(recipe("plain"))
+def test_measures_on_a_schedule_and_changes_nothing(
+    recipe: Recipe, pairs: Path, tiny_clip: Path, tmp_path: Path
+) -> None:
+    dropping = Path(shutil.copytree(tiny_clip, tmp_path / "dropping"))  # in training alone
+    config = json.loads((dropping / "config.json").read_text())
+    config["vision_config"]["attention_dropout"] = 0.5
+    (dropping / "config.json").write_text(json.dumps(config))
+    plain = run(recipe("plain", vision_tower=str(dropping)))
     labelled = {"path": str(pairs), "templates": ["the {}"]}
     held_out = {"evaluation": [{"path": str(pairs), "limit": 10}], "zero_shot": [labelled]}
-    out = run(recipe("measured", evaluation_steps=2, **held_out))
+    out = run(recipe("measured", vision_tower=str(dropping), evaluation_steps=2, **held_out))
     assert same(weights(plain / "model"), weights(out / "model"))
     rows = {row["step"]: row for row in read_metrics(out / "metrics.jsonl") if "eval" in str(row)}
     assert list(rows) == [2, 4]

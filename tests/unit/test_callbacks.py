@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,13 @@ import pytest
 import torch
 
 from llm2clip_vlm.training import callbacks
-from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, peak_flops
+from llm2clip_vlm.training.callbacks import (
+    EachEpoch,
+    MetricsJsonl,
+    Throughput,
+    peak_flops,
+    read_metrics,
+)
 
 
 class Clock:
@@ -84,3 +91,27 @@ def test_each_epoch_is_told_to_all() -> None:
     for epoch in (None, 1.0, 2.9999999):
         callback.on_epoch_begin(None, SimpleNamespace(epoch=epoch), None)
     assert seen == [(n, e) for e in (0, 1, 3) for n in "ab"]
+
+
+def test_a_resumed_log_goes_on_where_the_checkpoint_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [50.0]
+    monkeypatch.setattr(callbacks.time, "monotonic", lambda: now[0])
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsJsonl(path)
+    state = SimpleNamespace(is_world_process_zero=True, global_step=0)
+    log.on_train_begin(None, state, None)
+    for step in (1, 2, 3):
+        now[0] += 10.0
+        state.global_step = step
+        log.on_log(None, state, None, logs={"loss": float(step)})
+    state.global_step, now[0] = 2, 1000.0
+    again = MetricsJsonl(path)
+    again.on_train_begin(None, state, None)
+    now[0] += 1.5
+    state.global_step = 3
+    again.on_log(None, state, None, logs={"loss": float("nan")})
+    rows = read_metrics(path)
+    assert [(row["step"], row["seconds"]) for row in rows] == [(1, 10.0), (2, 20.0), (3, 21.5)]
+    assert rows[2]["loss"] is None

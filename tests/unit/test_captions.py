@@ -221,3 +221,27 @@ def test_dreamlips_seven_columns(tmp_path: Path, kind: str) -> None:
     source = CaptionSource(path=str(path), fields=names)
     (found,) = read_captions(source, BadRecords(), min_captions=2)
     assert found.texts == list(row.values())
+
+
+def test_order_and_captions_each_depend_on_seed_and_epoch() -> None:
+    def of(seed: int, epoch: int) -> tuple[list[int], list[Any]]:
+        pairs = CaptionPairs([records(12), records(12, name="s")], [ANY, ANY], seed=seed)
+        return pairs.order(epoch).tolist(), [pairs[epoch, i][1:3] for i in range(24)]
+
+    order, drawn = of(0, 1)
+    assert sorted(order) == list(range(24)) != order
+    assert 0 < sum(record < 12 for record in order[:12]) < 12  # shuffled over the sources, too
+    for seed, epoch in ((0, 2), (1, 1)):
+        other = of(seed, epoch)
+        assert other[0] != order and other[1] != drawn
+    assert len({(a % 3, b % 3) for a, b in drawn}) == 6  # records do not all take the same places
+
+
+def test_two_directed_columns_have_no_negative_and_the_first_kind_names_a_text() -> None:
+    found = [CaptionRecord("r", {"anchor": ["q"], "positive": ["q", "p"]})]
+    rule = CaptionPairSource(path="x", fields=["anchor", "positive"], directed=True)
+    pairs = CaptionPairs([found], [rule], seed=0)
+    for epoch in range(8):
+        pair = pairs[epoch, 0]
+        assert (pairs.texts[pair.query], pairs.texts[pair.positive]) == ("q", "p")
+        assert pair.negative == -1

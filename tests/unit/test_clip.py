@@ -10,7 +10,13 @@ import pytest
 import torch
 from transformers import CLIPModel
 
-from llm2clip_vlm.models.clip import ClipTokens, check_tokenizer, lengthen_text_window, load_clip
+from llm2clip_vlm.models.clip import (
+    ClipTokens,
+    check_tokenizer,
+    clip_encoders,
+    lengthen_text_window,
+    load_clip,
+)
 from tests.tiny import CLIP_WINDOW_TOKENS, clip_config
 
 LONG = " ".join(["red", "green", "blue", "star"] * 10)
@@ -104,3 +110,22 @@ def test_a_vocabulary_larger_than_the_embeddings_is_refused(tiny_clip: Path) -> 
     _, tokenizer, _ = load_clip(str(tiny_clip))
     with pytest.raises(ValueError, match=r"set text_config\.vocab_size"):
         check_tokenizer(CLIPModel(clip_config(len(tokenizer) - 1)), tokenizer)
+
+
+def test_a_caption_at_the_window_and_one_below(tiny_clip: Path) -> None:
+    """At the window a caption cannot be told from one that was cut: it counts as cut."""
+    model, tokenizer, _ = load_clip(str(tiny_clip))
+    tokens = ClipTokens(tokenizer)
+    below, at = (" ".join(["red"] * n) for n in (CLIP_WINDOW_TOKENS - 3, CLIP_WINDOW_TOKENS - 2))
+    assert tokens.fits(below) and tokens.num_cut == 0
+    assert not tokens.fits(at) and tokens.num_cut == 1
+    assert tokens([at])["input_ids"].shape == (1, CLIP_WINDOW_TOKENS)
+    assert tokens([below])["input_ids"].shape == (1, CLIP_WINDOW_TOKENS - 1)
+    encode_images, encode_texts = clip_encoders(model.eval(), tokens)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        texts, images = encode_texts([below, "a star"]), encode_images(pixels)
+        raw = text_features(model, tokens, [below, "a star"])
+        shown = model.get_image_features(pixel_values=pixels).pooler_output
+    for got, want in ((texts, raw), (images, shown)):
+        torch.testing.assert_close(got, want / want.norm(dim=1, keepdim=True))

@@ -11,6 +11,7 @@ import torch
 
 from llm2clip_vlm.config_encoder import BoxSource, EncoderEvalRecipe
 from llm2clip_vlm.evaluation.detection import (
+    MAX_BOXES,
     CocoBoxes,
     TowerBackbone,
     build_detector,
@@ -211,3 +212,20 @@ def test_without_a_box_there_is_no_figure(
     for answers in ([], [right]):
         found = coco_ap(data.coco, answers, made)
         assert found["ap"] is None and found["ci"] is None
+
+
+def test_figures_keep_their_thresholds(tmp_path: Path, tiny_clip: Path, boxes: BoxSource) -> None:
+    """Every box moved by a fifth of its width: an overlap of 0.8 / 1.2 = 0.67."""
+    data = CocoBoxes(boxes, load_vision_tower(tiny_clip))
+    made = recipe(tiny_clip, tmp_path, boxes, bootstrap=0)
+    found = []
+    for box in data.coco.loadAnns(data.coco.getAnnIds(iscrowd=False)):
+        x, y, w, h = box["bbox"]
+        kept = {k: box[k] for k in ("image_id", "category_id")}
+        found.append(kept | {"bbox": [x + w / 5, y, w, h], "score": 0.9})
+    figures = coco_ap(data.coco, found, made)
+    assert figures["ap50"] == pytest.approx(100) and figures["ap75"] == pytest.approx(0)
+    assert figures["ap"] == pytest.approx(40)  # 0.50, 0.55, 0.60 and 0.65 of ten thresholds
+    from pycocotools.cocoeval import COCOeval
+
+    assert COCOeval(data.coco, data.coco, "bbox").params.maxDets[-1] == MAX_BOXES

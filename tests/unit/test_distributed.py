@@ -22,7 +22,7 @@ import json, sys
 import torch, torch.distributed as dist, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from llm2clip_vlm.distributed import (
-    gather_with_grad, is_main, max_over_ranks, rank, teardown, world_size)
+    gather_with_grad, is_main, max_over_ranks, rank, shared_out, teardown, world_size)
 from llm2clip_vlm import losses
 from llm2clip_vlm.losses import (
     NO_CANDIDATE, caption_contrastive_loss, contrastive_loss, sigmoid_loss)
@@ -94,6 +94,9 @@ with torch.no_grad():
     assert torch.equal(gather_with_grad(x[mine]), x)
     assert torch.equal(gather_with_grad(ids[mine]), ids)
 assert max_over_ranks(rank(), 9 - rank()) == [world_size() - 1, 9]
+worked = []
+assert shared_out(range(5), lambda n: worked.append(n) or n * n) == [0, 1, 4, 9, 16]
+assert worked == list(range(5))[rank() :: world_size()]
 if is_main():
     json.dump(report, open(sys.argv[1], "w"))
 teardown()

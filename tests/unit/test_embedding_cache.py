@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from llm2clip_vlm.data import embedding_shards
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache, MissingTextError
 from llm2clip_vlm.data.embedding_merge import merge_caches
 from llm2clip_vlm.data.embedding_shards import HEADER_NAME, CacheError, text_digest
+from llm2clip_vlm.handoff import HandoffError
+from llm2clip_vlm.training.caption_cache import CaptionFeatures
 
 FINGERPRINT = {"text_weights": "abc", "pooling": "mean"}
 TEXTS = [f"text {i}" for i in range(10)]
@@ -329,3 +332,19 @@ def test_a_row_that_is_no_unit_vector_is_refused_and_rounding_is_not(norm: float
         assert embedding_shards.require_unit(row * fine, ["a"], Path("cache")) is not None
     with pytest.raises(CacheError, match=r"'a' has norm .*, expected 1"):
         embedding_shards.require_unit(row * norm, ["a"], Path("cache"))
+
+
+def test_embeddings_of_prompts_stand_behind_their_caption(tmp_path: Path) -> None:
+    encoders: dict[str, Any] = {
+        name: lambda part, name=name: Encoder()([name + text for text in part])
+        for name in ("", "what ", "who ")
+    }
+    cache = EmbeddingCache.build(tmp_path, ["a dog", "two cats"], encoders, FINGERPRINT)
+    features = CaptionFeatures(cache, {}, ["what ", "who "])
+    found = features(["two cats", "a dog"])["text_features"]
+    want = [encoders[p]([text])[0] for text in ("two cats", "a dog") for p in encoders]
+    want = [row / row.norm() for row in want]
+    torch.testing.assert_close(found, torch.stack(want), atol=1e-3, rtol=0)
+    assert features.lookup(["a dog"]).shape == (1, 4)
+    with pytest.raises(HandoffError, match=r"1 of 1 captions .* with the prompt 'why '"):
+        CaptionFeatures(cache, {}, ["why "]).require(["a dog"])

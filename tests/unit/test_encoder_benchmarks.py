@@ -236,3 +236,25 @@ def test_a_name_may_not_leave_the_folder(tmp_path: Path) -> None:
     for name in ("../out.png", "../out", "nothing"):
         with pytest.raises(ImageError):
             plain_image(tmp_path / "in", name)
+
+
+def test_standard_sets_have_their_published_sizes(tmp_path: Path) -> None:
+    """Images and captions as the benchmarks' papers (and Karpathy's split) count them."""
+    sizes = {name: (b.images, b.captions) for name, b in RETRIEVAL.items()}
+    assert sizes == {
+        "flickr30k": (1000, 5000),
+        "coco": (5000, 25010),
+        "sharegpt4v": (1000, 1000),
+        "urban1k": (1000, 1000),
+        "docci": (5000, 5000),
+        "xm3600": (3600, 261375),
+        "flickr30k_cn": (1000, 5000),
+        "flickr30k_cna": (1000, 5000),
+        "coco_cn": (1000, None),
+        "coco_cn_translated": (1000, 5000),
+    }
+    for name in ("dog/a.JPG", "cat/b.png", "cat/c.txt"):
+        write_image(tmp_path / "classes" / f"{name}.png")
+        (tmp_path / "classes" / f"{name}.png").rename(tmp_path / "classes" / name)
+    _, labels = read_classified(ClassSource(data=str(tmp_path / "classes")))
+    assert labels == ["cat", "dog"]

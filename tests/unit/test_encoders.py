@@ -158,3 +158,15 @@ def test_pixels_of_the_towers_own_size_are_the_processors(
     got = torch.stack([tower_pixels(tower, r.open(), (32, 32)) for r in images])
     torch.testing.assert_close(got, pixels_of(tiny_clip, images), atol=1e-5, rtol=0)
     assert tower_pixels(tower, images[0].open(), (48, 24)).shape == (3, 24, 48)
+
+
+def test_no_gradient_and_a_text_as_long_as_the_window_is_whole(
+    tiny_clip: Path, images: list[ImageTextRecord]
+) -> None:
+    encoder = load_encoder(str(tiny_clip))
+    assert not encoder.pool(images)[0].requires_grad
+    assert not encoder.embed_images(images)[0].requires_grad
+    assert not encoder.embed_texts(["dog " * 14]).requires_grad  # 16 tokens with bos and eos
+    assert encoder.num_cut() == 0
+    encoder.embed_texts(["dog " * 15])
+    assert encoder.num_cut() == 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +13,18 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel, TrainingArguments
 
 from llm2clip_vlm.losses import contrastive_loss
-from llm2clip_vlm.training.encoder_trainer import EncoderTrainer, split_batch
+from llm2clip_vlm.training.encoder_trainer import (
+    EncoderTrainer,
+    _ClampLogitScale,
+    prepare_model,
+    split_batch,
+)
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
-from llm2clip_vlm.training.text_trainer import split_groups
+from llm2clip_vlm.training.text_trainer import CaptionContrastiveTrainer, split_groups
 
 
 class Towers(nn.Module):
@@ -146,3 +154,64 @@ def test_an_ordinary_clips_loss_is_its_own(tiny_clip: Path, tmp_path: Path, micr
     )
     value = trainer.compute_loss(model, batch | {"caption_ids": torch.arange(5)})
     torch.testing.assert_close(value.detach(), want, atol=2e-6, rtol=0)
+
+
+def test_the_scale_is_clamped_at_both_ends() -> None:
+    scale = nn.Parameter(torch.tensor(0.0))
+    for value, want in ((-1.0, 0.0), (2.0, 2.0), (9.0, math.log(100.0))):
+        with torch.no_grad():
+            scale.fill_(value)
+        _ClampLogitScale(scale).on_optimizer_step(None, None, None)
+        assert scale.item() == pytest.approx(want)
+
+
+def test_flops_are_of_one_image(tiny_clip: Path, tmp_path: Path) -> None:
+    """Counted over two images with their captions, told for one; the log multiplies by images."""
+    model = CLIPModel.from_pretrained(tiny_clip)
+    pixels, ids = torch.randn(2, 3, 32, 32), torch.tensor([[2, 5, 9, 3], [2, 6, 8, 3]])
+    parts: dict[str, Any] = {
+        "__len__": lambda self: 2,
+        "__getitems__": lambda self, rows: {"pixel_values": pixels[rows]},
+        "to_float": lambda self, values: values,
+        "caption": lambda self, row: str(row),
+    }
+    two: Any = type("Two", (), parts)()
+    found = prepare_model(model, two, lambda texts: {"input_ids": ids[: len(texts)]}, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        model(pixel_values=pixels[:1], input_ids=ids[:1], return_loss=True).loss.backward()
+    assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_text_trainers_loss_by_loops(symmetric: bool) -> None:
+    """Equal records, a hard negative that is a pair's own text, an empty slot, smoothing."""
+    torch.manual_seed(0)
+    embeds = torch.randn(4 + 4 + 2, 6, dtype=torch.float64)
+    inputs = {
+        "texts": torch.tensor([[0, 1], [2, 3], [4, 0], [6, 7]]),  # the third has the first's text
+        "records": torch.tensor([0, 1, 2, 3]),
+        "negatives": torch.tensor([9, 3]),  # the second is the positive of pair 1
+    }
+    self: Any = SimpleNamespace(
+        scale=7.0, symmetric=symmetric, args=SimpleNamespace(label_smoothing_factor=0.1)
+    )
+    got = CaptionContrastiveTrainer._loss(self, embeds, inputs, 3)
+    query, positive, hard = F.normalize(embeds, dim=-1).split([4, 4, 2])
+    alike = {(0, 2), (2, 0)}
+
+    def entropy(scores: list[Tensor], own: Tensor) -> Tensor:
+        total = torch.stack(scores).logsumexp(0)
+        return 0.9 * (total - own) + 0.1 * (total - torch.stack(scores).mean())
+
+    there, back = [], []
+    for i in range(4):
+        others = [j for j in range(4) if (i, j) not in alike]
+        scores = [7.0 * query[i] @ positive[j] for j in others]
+        scores += [7.0 * query[i] @ hard[n] for n in range(2) if (i, n) != (1, 1)]
+        own = 7.0 * query[i] @ positive[i]
+        there.append(entropy(scores, own))
+        back.append(entropy([7.0 * query[j] @ positive[i] for j in others], own))
+    want = torch.stack(there).mean()
+    if symmetric:
+        want = (want + torch.stack(back).mean()) / 2
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.config import AugmentationSection, ImageTextSource, ZeroShotSource
 from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.caption_draw import (
     caption_id,
@@ -29,6 +31,7 @@ from llm2clip_vlm.data.image_text_index import (
     read_sources,
 )
 from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from tests.image_corpus import encode, photo
 from tests.image_text_files import Samples, write_folder
 from tests.tiny import write_image
@@ -325,3 +328,97 @@ def test_one_caption_falls_where_chance_says() -> None:
     assert drawn == ["a", "a", "b", "b", "c", "c"]
     assert weighted_captions({"s": ["s"], "l": ["a", "b"]}, {}) == (["s", "a", "b"], [1.0] * 3)
     assert weighted_captions({"s": ["s"], "l": ["a", "b"]}, {"s": 1}) == (["s"], [1.0])
+
+
+def test_two_captions_depend_on_the_seed_and_the_epoch(records: ImageTextRecords) -> None:
+    def drawn(seed: int, epoch: int) -> list[list[str]]:
+        dataset = ImageTextDataset(records, processor(), seed=seed, captions_per_image=2)
+        dataset.set_epoch(epoch)
+        return [dataset._draw(i) for i in range(20)]
+
+    first = drawn(0, 0)
+    assert first == drawn(0, 0)
+    assert first != drawn(1, 0) and first != drawn(0, 1)
+
+
+def test_a_kind_without_weight_is_no_caption_and_the_limit_is_below_it(
+    records: ImageTextRecords, tmp_path: Path
+) -> None:
+    (tmp_path / "some").mkdir()
+    kinds = [{"short": ["s"], "long": ["l"]}, {"short": ["only"]}]
+    samples = [(str(i), picture(i), own) for i, own in enumerate(kinds)]
+    some = read(tmp_path / "some" / "pairs.jsonl", samples)
+    weights = {"long": 1, "short": 0}
+    assert len(ImageTextDataset(some, processor(), weights, bad=BadRecords(limit=1))) == 1
+    nbytes = 20 * 3 * 32 * 32
+    for limit, held in ((nbytes, False), (nbytes + 1, True)):
+        dataset = ImageTextDataset(records, processor(), preload_limit_bytes=limit)
+        assert (dataset._pixels is not None) == held
+
+
+def test_ids_of_captions_are_63_bits_of_blake2b() -> None:
+    texts = [f"caption {i}" for i in range(64)]
+    ids = [caption_id(text) for text in texts]
+    assert all(0 <= number < 2**63 for number in ids) and len(set(ids)) == 64
+    assert caption_id("a dog") == caption_id("a" + " dog")
+
+
+def test_choices_of_a_recipe_reach_the_training_images(
+    records: ImageTextRecords, tmp_path: Path
+) -> None:
+    values: dict[str, Any] = {"train": [ImageTextSource(path=str(tmp_path / "pairs.jsonl"))]}
+    values |= {"caption_weights": {"short": 1.0}, "seed": 5, "image_decoding": "fast"}
+    values["augmentation"] = AugmentationSection(crop_scale_min=0.5)
+    for decoding in ("fast", "exact"):
+        recipe: Any = SimpleNamespace(**values | {"image_decoding": decoding})
+        data = training_images(recipe, processor(), BadRecords(), None, captions_per_image=2)
+        assert (data.seed, data.caption_weights, data.captions_per_image) == (5, {"short": 1.0}, 2)
+        training = data._training
+        assert training is not None and (training.seed, training.scaled) == (5, decoding == "fast")
+        assert training.augmentation.crop_scale_min == 0.5
+
+
+def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
+    """Zero-shot by loops over classes and templates; no gradient; what the log keeps."""
+    samples = [(f"{i}", picture(i, 32), {"label": [("ab", "c", "de")[i % 3]]}) for i in range(9)]
+    read(tmp_path / "pairs.jsonl", samples)
+    source = ZeroShotSource(
+        path=str(tmp_path / "pairs.jsonl"), fields=["captions"], templates=["a {}", "the {}", "{}"]
+    )
+    plain = ImageTextSource(path=str(tmp_path / "pairs.jsonl"))
+    recipe: Any = SimpleNamespace(evaluation=[plain], zero_shot=[source])
+    graph: set[bool] = set()
+
+    def of_text(text: str) -> torch.Tensor:
+        vector = torch.randn(8, generator=torch.Generator().manual_seed(sum(map(ord, text))))
+        return vector / vector.norm()
+
+    def texts(some: list[str]) -> torch.Tensor:
+        graph.add(torch.is_grad_enabled())
+        return torch.stack([of_text(text) for text in some])
+
+    def images(pixels: torch.Tensor) -> torch.Tensor:
+        graph.add(torch.is_grad_enabled())
+        found = pixels[:, 0, 4, :8] - pixels[:, 1, 9, :8]
+        return found / found.norm(dim=1, keepdim=True)
+
+    report: Any = lambda *given: {"label": {way: {"r1": 7.0} for way in ("i2t", "t2i")}}  # noqa: E731
+    held_out = HeldOut(recipe, processor(), BadRecords(), report)
+    found = held_out(images, texts)
+    assert graph == {False}
+    hits = 0
+    embeds = images(held_out._zero_shot[""][1].pixel_values(range(9)))
+    for i, (_, _, captions) in enumerate(samples):
+        scores = {}
+        for name in ("ab", "c", "de"):
+            mean = sum(of_text(form.replace("{}", name)) for form in source.templates)
+            scores[name] = float(embeds[i] @ mean / mean.norm())
+        hits += max(scores, key=lambda name: scores[name]) == captions["label"][0]
+    (row,) = found["zero_shot"].values()
+    assert row == {"top1": pytest.approx(100 * hits / 9), "images": 9, "classes": 3}
+    (name,) = found["zero_shot"]
+    assert logged(found) == {
+        "label_i2t_r1": 7.0,
+        "label_t2i_r1": 7.0,
+        f"{name}_zero_shot": pytest.approx(100 * hits / 9),
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -26,6 +27,7 @@ from llm2clip_vlm.training.keeping import (
     inherit_space,
     inherit_text_tower,
     prepare_keeping,
+    probe_embeds,
 )
 from tests.tiny import WORDS
 from tests.tiny_towers import build_tower
@@ -208,3 +210,64 @@ def test_fields_reach_the_resolved_recipe(tiny_clip: Path) -> None:
     assert values["weight_average"] == {"decay": 0.999, "export": True}
     assert math.isclose(values["inherit_text"]["learning_rate"], 1e-3)
     assert json.dumps(values["patch_dropout_tail"]) == "0.1"
+
+
+def dropping(clip: Path) -> LLM2CLIPModel:
+    """A model whose tower has dropout, as it is while it trains."""
+    tower = load_vision_tower(clip).model
+    made = LLM2CLIPModel.from_vision_tower(tower, text_embed_dim=DIM, projection_dim=32)
+    for module in made.modules():
+        if hasattr(module, "dropout") and isinstance(module.dropout, float):
+            module.dropout = 0.5
+    pixels = torch.randn(2, 3, 32, 32)
+    made.train()
+    with torch.no_grad():
+        assert not torch.equal(made.get_image_features(pixels), made.get_image_features(pixels))
+    return made
+
+
+def test_teacher_and_what_is_saved_have_no_dropout(tiny_clip: Path) -> None:
+    model = dropping(tiny_clip)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        want = copy.deepcopy(model).eval().get_image_features(pixels)
+    arguments: Any = (model, 1, list, lookup, "cpu")
+    for values in (
+        {"self_distillation": {"teacher": "frozen"}},
+        {"self_distillation": {"teacher": "average"}, "weight_average": {"export": False}},
+    ):
+        keeping = prepare_keeping(recipe(tiny_clip, **values), *arguments, resumes=False)
+        model.train()
+        torch.testing.assert_close(keeping.teacher.model.get_image_features(pixels), want)
+    expected = probe_embeds(copy.deepcopy(model).eval())
+    torch.testing.assert_close(keeping.finish(model.train()), expected)
+
+
+def test_inheriting_follows_its_seed_its_rate_and_its_schedule(
+    model: LLM2CLIPModel, tiny_clip: Path
+) -> None:
+    captions = [f"{a} {b}" for a in ("red", "green", "blue") for b in ("circle", "square", "star")]
+
+    def bias(own: list[str], seed: int = 1, **values: Any) -> Tensor:
+        ours = copy.deepcopy(model)
+        chosen = recipe(tiny_clip, inherit_text=values, seed=seed)
+        prepare_keeping(chosen, ours, 1, lambda: own, lookup, "cpu", resumes=False)
+        return (ours.text_adaptor.head.bias - model.text_adaptor.head.bias).detach()
+
+    few = {"steps": 1, "batch_size": 2}
+    assert torch.equal(bias(captions, **few), bias(captions, **few))
+    assert not torch.equal(bias(captions, **few), bias(captions, seed=2, **few))
+    one = ["red star"]  # always the same batch: AdamW moves by the learning rate in each step
+    for steps, moved in ((1, 1.0), (2, 1.5)):  # the cosine's factors are 1, then 1 and 1/2
+        found = bias(one, steps=steps, batch_size=2, learning_rate=1e-4).abs().median()
+        assert found.item() == pytest.approx(moved * 1e-4, rel=0.1)
+
+
+def test_a_sigmoid_model_keeps_its_scale(tiny_clip: Path) -> None:
+    tower = load_vision_tower(tiny_clip).model
+    sigmoid = LLM2CLIPModel.from_vision_tower(
+        tower, text_embed_dim=DIM, projection_dim=32, logit_bias_init_value=-10.0,
+        logit_scale_init_value=1.0,
+    )  # fmt: skip
+    inherit_space(sigmoid, CLIPModel.from_pretrained(tiny_clip))
+    assert sigmoid.logit_scale.item() == 1.0

@@ -180,3 +180,28 @@ def test_several_captions_an_image(tmp_path: Path) -> None:
     assert firsts == {"s3", "l3a", "l3b"}
     only = ImageTextDataset(rows, CLIP, {"short": 1}, captions_per_image=2)
     assert only.__getitems__([0])["captions"] == ["s0", "s0"]
+
+
+def test_sizes_are_cut_and_the_filter_is_the_processors() -> None:
+    geometry = Geometry.of(CLIP)
+    assert geometry is not None and geometry.mode == "bicubic"
+    assert geometry.resized((500, 300)) == (106, 64)  # 106.67
+    assert geometry.resized((300, 500)) == (64, 106)
+    soft = CLIPImageProcessorPil(
+        size={"shortest_edge": 73}, crop_size={"height": 64, "width": 64}, resample=2
+    )  # as timm's crop_pct of 0.875 has it
+    other = Geometry.of(soft)
+    assert other is not None and (other.mode, other.shortest_edge) == ("bilinear", 73)
+    data = jpeg(500, 300)
+    got = TrainingPixels(other, AugmentationSection(), 0, scaled=False)(
+        EncodedImage(data, "x"), 0, 0
+    )
+    assert decibels(got, exact(soft, data)) > 47
+
+
+def test_a_crop_may_be_as_wide_or_as_high_as_the_picture() -> None:
+    rng = np.random.default_rng(0)
+    seen = {random_crop((3, 3), 0.6, rng) for _ in range(200)}
+    assert {(w, h) for _, _, w, h in seen} >= {(2, 3), (3, 2), (3, 3)}
+    assert {left for left, _, w, _ in seen if w == 2} == {0, 1}
+    assert {top for _, top, _, h in seen if h == 2} == {0, 1}

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
+from llm2clip_vlm.evaluation import probes
 from llm2clip_vlm.evaluation.probes import choose_l2, fit_logistic, linear_probe
 
 
@@ -103,3 +104,39 @@ def test_the_share_for_validation_is_what_the_strength_is_chosen_by(
     monkeypatch.setattr("llm2clip_vlm.evaluation.probes.fit_logistic", fit)
     probe(tmp_path, validation=0.5)
     assert set(sizes[:-1]) == {18} and sizes[-1] == 36
+
+
+def test_the_strength_is_chosen_on_images_that_it_was_not_fitted_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted: list[torch.Tensor] = []
+    judged: list[tuple[int, bool]] = []
+
+    def fit(features: Any, *rest: Any) -> Any:
+        fitted.append(features)
+        return fit_logistic(features, *rest)
+
+    def right(features: Any, *rest: Any) -> Any:
+        shared = (features[:, None] == fitted[-1][None]).all(-1).any()
+        judged.append((len(features), bool(shared)))
+        return probes_right(features, *rest)
+
+    probes_right = probes._right
+    monkeypatch.setattr(probes, "fit_logistic", fit)
+    monkeypatch.setattr(probes, "_right", right)
+    found = probe(tmp_path, validation=0.25, shots=[1, 6], draws=1)
+    assert found["chance_top1"] == pytest.approx(100 / 3)
+    assert not any(shared for _, shared in judged)
+    # a quarter of 36; then of each of three classes one, and four (no more, though six are fitted)
+    assert {number for number, _ in judged} == {9, 3, 12, 36}
+    assert {len(features) for features in fitted} == {27, 36, 3, 18}
+
+
+def test_few_images_are_of_their_class_and_apart() -> None:
+    labels = np.repeat([0, 1, 2], 12)
+    fit, choose = probes._few(np.random.default_rng(0), labels, 6, ["a", "b", "c"])
+    assert np.bincount(labels[fit]).tolist() == [6, 6, 6]
+    assert np.bincount(labels[choose]).tolist() == [4, 4, 4]
+    assert not set(fit) & set(choose)
+    fit, choose = probes._few(np.random.default_rng(0), labels, 1, ["a", "b", "c"])
+    assert (len(fit), len(choose)) == (3, 3)

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
+
 import numpy as np
 import pytest
 import torch
 
 from llm2clip_vlm.evaluation import retrieval
-from llm2clip_vlm.evaluation.retrieval import chance_recall, recall_at_k, retrieval_report
+from llm2clip_vlm.evaluation.retrieval import (
+    bootstrap_interval,
+    chance_recall,
+    recall_at_k,
+    retrieval_report,
+)
 
 
 def unit(rng: np.random.Generator, rows: int, width: int = 8) -> torch.Tensor:
@@ -109,3 +116,64 @@ def test_bad_input_is_named(change: dict, message: str) -> None:
     arguments = {"query_embeds": torch.eye(2), "gallery_embeds": torch.eye(2), **change}
     with pytest.raises(ValueError, match=message):
         recall_at_k(**arguments)
+
+
+def resampled(values: np.ndarray, draws: int = 20000) -> np.ndarray:
+    """Percentiles of the mean, one value at a time drawn with replacement."""
+    rng = np.random.default_rng(99)
+    rows = values[rng.integers(len(values), size=(draws, len(values)))]
+    ends: np.ndarray = np.percentile(100 * rows.mean(axis=1), [2.5, 97.5])
+    return ends
+
+
+@pytest.mark.parametrize("groups", [6, 49, 50, 200])
+def test_the_interval_has_its_size(groups: int) -> None:
+    from scipy.stats import t
+
+    values = np.random.default_rng(5).normal(size=groups)
+    low, high = bootstrap_interval(values, list(range(groups)), 20000, 1)
+    mean, ends = 100 * values.mean(), resampled(values)
+    wider = 1.0
+    if groups < 50:  # Student's t instead of 1.96, and the standard deviation's lost degree
+        wider = t.ppf(0.975, groups - 1) / 1.959964 * (groups / (groups - 1)) ** 0.5
+    want = mean + wider * (ends - mean)
+    assert [low, high] == pytest.approx(want.tolist(), abs=0.015 * (want[1] - want[0]))
+
+
+def test_report_of_embeddings_of_any_norm_by_hand() -> None:
+    rng = np.random.default_rng(4)
+    images, texts = unit(rng, 12), unit(rng, 24)
+    owners = [row // 2 for row in range(24)]
+    hits: dict = {}
+    norms = torch.linspace(0.5, 8.0, 12)[:, None]
+    found = retrieval_report(
+        images * norms, {"c": texts * 3.0}, {"c": owners}, bootstrap=400, seed=2, hits=hits
+    )["c"]
+    scores = images @ texts.T
+    own = torch.tensor(owners)
+    ranks = {"i2t": [], "t2i": []}
+    for i in range(12):
+        best = scores[i][own == i].max()
+        ranks["i2t"].append(int((scores[i][own != i] > best).sum()))
+    for j in range(24):
+        ranks["t2i"].append(int((scores[:, j] > scores[own[j], j]).sum()))
+    for way, places in ranks.items():
+        for k in (1, 5, 10):
+            share = 100 * np.mean([place < k for place in places])
+            assert found[way][f"r{k}"] == pytest.approx(share), (way, k)
+        units = list(range(12)) if way == "i2t" else owners
+        for name, k in (("ci", 1), ("ci_r10", 10)):
+            right = [place < k for place in places]
+            assert found[way][name] == pytest.approx(bootstrap_interval(right, units, 400, 2))
+        assert hits[f".c.{way}"][0] == units
+        assert hits[f".c.{way}"][1].tolist() == [place < 1 for place in places]
+    assert (found["i2t"]["queries"], found["i2t"]["gallery"]) == (12, 24)
+    assert (found["t2i"]["queries"], found["t2i"]["gallery"]) == (24, 12)
+
+
+def test_defaults_and_chance_of_a_gallery_smaller_than_k() -> None:
+    assert chance_recall(4, [1], 10) == 100.0
+    for function in (recall_at_k, retrieval_report):
+        given = inspect.signature(function).parameters
+        assert (given["bootstrap"].default, given["seed"].default) == (1000, 0)
+    assert inspect.signature(recall_at_k).parameters["ks"].default == (1, 5, 10)

@@ -235,3 +235,39 @@ def test_a_class_that_is_nowhere_does_not_count(clip: Encoder, voc: Path) -> Non
     shares = [value for value in found["iou"].values() if value is not None]
     assert found["iou"]["nowhere"] is None and len(shares) == 3 and found["iou"]["blue"] == 0.0
     assert found["miou"] == pytest.approx(sum(shares) / 3) and found["miou"] > 0
+
+
+def test_a_trained_head_judges_each_window_alone(
+    clip: Encoder, voc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batch norm is that of training: how many windows are judged together changes nothing."""
+    seeds, steps = [], []
+    manual_seed, schedule = torch.manual_seed, torch.optim.lr_scheduler.CosineAnnealingLR.step
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    monkeypatch.setattr(
+        torch.optim.lr_scheduler.CosineAnnealingLR,
+        "step",
+        lambda self, *rest: steps.append(self.last_epoch) or schedule(self, *rest),
+    )
+    options = {
+        "train_split": "train",
+        "steps": 3,
+        "batch_size": 2,
+        "learning_rate": 0.01,
+        "seed": 5,
+    }
+    several, alone = (
+        run(linear_segmentation, replace(clip, batch_size=size), voc, "segmentation", **options)
+        for size in (4, 1)
+    )
+    assert several["iou"] == pytest.approx(alone["iou"], abs=0.5)
+    assert seeds == [5, 5] and len(steps) == 2 * (3 + 1)  # the first is the schedule's own
+
+
+def test_windows_have_whole_classes_and_defaults_are_stated(clip: Encoder, voc: Path) -> None:
+    found, rng = masks(clip, voc, stride=0.25), np.random.default_rng(0)
+    assert (found.step, found.short_side) == (8, 64)
+    for row in range(6):
+        pixels, labels = found.random_window(row, rng)
+        assert pixels.shape == (3, 32, 32) and labels.shape == (32, 32)
+        assert set(labels.unique().tolist()) <= {0, 1, 2, 255}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from transformers import (
 from llm2clip_vlm.chat_template import ConversationError, user_turn
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.handoff import HandoffError, refuse_bidirectional
-from llm2clip_vlm.models import text_encoder
+from llm2clip_vlm.models import caption_tokens, text_encoder
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
 from llm2clip_vlm.models.text_encoder import TextEncoder, TextEncoderSettings, pool
 from tests.tiny import llm_tokenizer
@@ -429,3 +429,74 @@ def test_a_real_pretrained_llm(shared_data: Path) -> None:
         ["The little girl had a red ball.", "The girl had a small red ball.", "It rained all day."]
     )
     assert near @ same > near @ far
+
+
+def test_dropout_and_gradients_stay_out_of_vectors(tmp_path: Path) -> None:
+    encoder = TextEncoder.from_pretrained(build(tmp_path, attention_dropout=0.5))
+    want = encoder.encode(TEXTS)
+    encoder.backbone.train()
+    got = encoder.encode(TEXTS)
+    assert torch.equal(got, want) and not got.requires_grad
+    batch = pad_tokens(encoder.tokens(TEXTS), 0, 1)
+    encoder.backbone.train()
+    assert not torch.equal(encoder(**batch), encoder(**batch))  # dropout is there
+    raw = encoder.encode(TEXTS, normalize=False)
+    assert (raw.norm(dim=1) - 1).abs().min() > 0.1
+    torch.testing.assert_close(raw / raw.norm(dim=1, keepdim=True), want)
+    encoder.eval()
+    torch.testing.assert_close(encoder.by_length(**batch), encoder(**batch), atol=1e-5, rtol=0)
+
+
+def test_a_text_of_exactly_the_limit_is_whole(llm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(caption_tokens, "_BLOCK", 2)
+    tokens = CaptionTokenizer(llm_tokenizer(), 6)  # bos, four words, eos
+    texts = ["a red star on", "dog", "a red star on the", "cat", "a dog"]
+    found = [tokens.tokenizer.convert_ids_to_tokens(ids) for ids in tokens(texts)]
+    want = [f"<s> {text} </s>".split() for text in texts]
+    want[2].remove("the")
+    assert found == want and tokens.num_truncated == 1
+    (ids,) = tokens(["a red star on"])
+    prompted = tokens.tokenizer.convert_ids_to_tokens(tokens.add_prompt(ids, tokens.ids("the")))
+    assert prompted == "<s> the a red star </s>".split()
+
+
+def test_every_setting_is_in_the_fingerprint(llm: Path) -> None:
+    base = TextEncoder.from_pretrained(llm, max_length_tokens=32)
+    others: dict[str, Any] = {
+        "pooling": "last",
+        "max_length_tokens": 31,
+        "instruction": "a",
+        "bidirectional": False,
+        "chat": True,
+        "embedder": True,
+    }
+    assert set(others) == {field.name for field in fields(TextEncoderSettings)}
+    base.tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} {{ m['content'] }} yes{% endfor %}"
+    )
+    prints = {repr(base.fingerprint)}
+    for name, value in others.items():
+        own = TextEncoder(base.backbone, base.tokenizer, replace(base.settings, **{name: value}))
+        if name != "chat":
+            assert own.fingerprint[name] == str(value)
+        prints.add(repr(own.fingerprint))
+        if name == "chat":
+            base.tokenizer.chat_template = base.tokenizer.chat_template.replace("yes", "no")
+            again = TextEncoder(base.backbone, base.tokenizer, own.settings)
+            assert again.fingerprint["chat"] != "True" and again.fingerprint != own.fingerprint
+    assert len(prints) == 1 + len(others)
+    words = llm_tokenizer()
+    words.backend_tokenizer.normalizer = None
+    other = TextEncoder(base.backbone, words, base.settings).fingerprint
+    assert {k for k in other if other[k] != base.fingerprint[k]} == {"text_tokenizer"}
+    assert TextEncoderSettings() == TextEncoderSettings("mean", 512, "", True, False, False)
+
+
+def test_equal_vectors_in_32_bits_are_closer_than_in_16() -> None:
+    one = torch.tensor([[1.0, 0.0]])
+    near = torch.tensor([[0.999, 0.0447]])  # a cosine of 0.999
+    text_encoder.require_equal("x", one, near, "y", torch.bfloat16)
+    with pytest.raises(TextEncoderError, match=r"cosine of 0\.999"):
+        text_encoder.require_equal("x", one, near, "y", torch.float32)
+    with pytest.raises(TextEncoderError, match="cosine of nan"):
+        text_encoder.require_equal("x", one, near * torch.nan, "y")

@@ -210,3 +210,41 @@ def test_every_name_keeps_its_own_templates() -> None:
     got = class_embeds(model, ["dog", "cat"], ["a {}", "the {}", "no {}"])
     want = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
     torch.testing.assert_close(got, F.normalize(want, dim=-1))
+
+
+def test_chance_of_winoground_and_five_classes(tmp_path: Path) -> None:
+    for name in "xy":
+        write_image(tmp_path / f"{name}.png")
+    row = {"image_0": "x", "image_1": "y", "caption_0": "one", "caption_1": "two"}
+    task = {"task": "compositional", "benchmark": "winoground", "images": str(tmp_path)}
+    task["data"] = lines(tmp_path / "examples.jsonl", [row])
+    found = run(compositional, encoder(x=X, y=Y, one=X, two=Y), task, bootstrap=0)
+    assert found["chance"] == {"text": 25.0, "image": 25.0, "group": pytest.approx(100 / 6)}
+    rows = [{"image": f"{n}.png", "label": label} for n, label in (("x", "a"), ("y", "b"))]
+    names = {"a": X, "b": Z, "c": (0.0, 1.0, 1.0), "d": (0.0, 1.0, 2.0), "e": (0.0, 1.0, 3.0)}
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    model = encoder(x=X, y=Y, **names)
+    task = {"task": "zero_shot", "classes": str(tmp_path / "names.txt"), "templates": ["{}"]}
+    task["data"] = lines(tmp_path / "l.jsonl", rows)
+    found = run(classification, model, task)
+    figures = [found[name] for name in ("top1", "top5", "chance_top1")]
+    assert figures == pytest.approx([50.0, 100.0, 20.0])
+    task["data"] = lines(tmp_path / "l.jsonl", [rows[0], rows[1] | {"label": "c"}])
+    assert run(classification, model, task)["data_hash"] != found["data_hash"]
+
+
+def test_the_seed_resamples_every_task(tmp_path: Path) -> None:
+    rng = torch.Generator().manual_seed(0)
+    vectors: dict[str, Any] = {
+        f"i{i}": torch.randn(3, generator=rng).tolist() for i in range(60)
+    } | {"a": X, "b": Y}
+    for i in range(60):
+        write_image(tmp_path / f"i{i}.png")
+    rows = [{"image": f"i{i}.png", "label": "ab"[i % 2]} for i in range(60)]
+    (tmp_path / "names.txt").write_text("a\nb")
+    task = {"task": "zero_shot", "classes": str(tmp_path / "names.txt"), "templates": ["{}"]}
+    task["data"] = lines(tmp_path / "l.jsonl", rows)
+    found = [
+        run(classification, encoder(**vectors), task, seed=seed, bootstrap=31) for seed in (0, 0, 7)
+    ]
+    assert found[0]["ci_top1"] == found[1]["ci_top1"] != found[2]["ci_top1"]
