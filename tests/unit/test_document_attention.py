@@ -173,7 +173,8 @@ def test_bounds_and_masks_by_hand() -> None:
     assert document_attention._add_bounds(None, (), alone) is None
     states = torch.zeros(1, 2, 9, 4)
     assert document_attention._documents(states, states, positions) == [3, 2, 4]
-    assert document_attention._documents(states, states, positions.clone() + 1) == []
+    for begun in (positions + 1, torch.tensor([[4, 5, 6, 0, 1, 0, 1, 2, 3]])):  # after a cache
+        assert document_attention._documents(states, states, begun) == []
     assert document_attention._documents(states, torch.zeros(1, 2, 10, 4), positions) == []
     allowed = torch.ones(9, 9, dtype=torch.bool).tril()
     allowed[8, 5] = False  # a window in the last sample
