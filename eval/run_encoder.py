@@ -19,6 +19,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from llm2clip_vlm.evaluation.zero_shot import (
     compositional,
     retrieval,
 )
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.fingerprint import changed_files, file_state
 from llm2clip_vlm.ownership import MARKER_NAME, Hold
 from llm2clip_vlm.recipe import load_recipe
@@ -136,11 +137,9 @@ def left_before_markers(folder: Path) -> set[str]:
 
 def read_optional(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    with suppress(ValueError):
+        return dict(read_json(file))
+    return {}
 
 
 def sample_lines(images: Sequence[Any], right: Sequence[Any]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_dir
 from llm2clip_vlm.handoff import (
     PARENTS_NAME,
@@ -150,8 +150,7 @@ def claim_parents(
 
 def _noted(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
-        if isinstance(found := json.loads(path.read_text(encoding="utf-8")), dict):
-            return found
+        return dict(read_json(path))
     raise HandoffError(
         f"{path} is damaged, so that nobody knows what the run began with; put it back, choose "
         "another output_dir, or delete the folder"

@@ -9,6 +9,13 @@ from pydantic import Field
 from llm2clip_vlm.config import OutputDir, RecipeFile, Section, TextEncoderSection
 
 
+class ImageFolder(Section):
+    """A folder of images."""
+
+    follow_links: bool = False
+    """Follow symbolic links below the folder of images that lead out of it."""
+
+
 class EncoderTask(Section):
     """What all tasks share."""
 
@@ -16,7 +23,7 @@ class EncoderTask(Section):
     """Name of the result's file; none = the benchmark's, else the task's."""
 
 
-class RetrievalTask(EncoderTask):
+class RetrievalTask(EncoderTask, ImageFolder):
     """Image to text and text to image, hit@1, 5 and 10."""
 
     task: Literal["retrieval"]
@@ -40,7 +47,7 @@ class CraTask(RetrievalTask):
     """Which task this is."""
 
 
-class CompositionalTask(EncoderTask):
+class CompositionalTask(EncoderTask, ImageFolder):
     """Does the right caption, or image, score above its hard negative?"""
 
     task: Literal["compositional"]
@@ -53,7 +60,7 @@ class CompositionalTask(EncoderTask):
     """Folder of the images."""
 
 
-class ClassSource(Section):
+class ClassSource(ImageFolder):
     """Images with a class."""
 
     data: str
@@ -94,7 +101,7 @@ class LinearProbeTask(EncoderTask):
     """Random draws of the few images; the mean is told."""
 
 
-class SegmentationSource(Section):
+class SegmentationSource(ImageFolder):
     """Pictures with masks."""
 
     layout: Literal["voc", "ade20k"] = "voc"
@@ -143,7 +150,7 @@ class SegmentationTask(EncoderTask, SegmentationSource):
     """Of AdamW, falling to 0 along a cosine."""
 
 
-class BoxSource(Section):
+class BoxSource(ImageFolder):
     """Pictures with boxes."""
 
     annotations: str

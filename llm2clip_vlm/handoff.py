@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.fingerprint import (
     FileState,
     HandoffError,
@@ -262,7 +262,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path, object)
     except ValueError as error:
         raise HandoffError(f"{path} is not JSON ({error}); run that stage again") from None
     schema = manifest.get("schema") if isinstance(manifest, dict) else None

@@ -20,7 +20,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_text, write_atomically
 
 MARKER_NAME = ".llm2clip-vlm.json"
 """File that says which process writes into a folder, and what in it is ours."""
@@ -233,10 +233,10 @@ def remove(folder: Path, names: Iterable[str] | None = None) -> bool:
 def _content(path: Path) -> dict[str, Any]:
     """The marker's first line; empty where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8").partition("\n")[0] or "{}")
-    except FileNotFoundError:
-        return {}
-    except ValueError:
+        if not os.path.lexists(path):
+            return {}
+        found = json.loads(read_text(path).partition("\n")[0] or "{}")
+    except (ValueError, RecursionError):
         found = None
     names = found.get("names", []) if isinstance(found, dict) else None
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

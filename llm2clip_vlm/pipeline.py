@@ -33,7 +33,7 @@ from llm2clip_vlm.config_base import ClipBaselineRecipe, LanguageModelRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
-from llm2clip_vlm.files import find_shipped, write_atomically
+from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.fingerprint import FileState, changed_files, file_states, fingerprint_file
 from llm2clip_vlm.handoff import is_complete
 from llm2clip_vlm.ownership import Hold, OwnershipError
@@ -271,15 +271,12 @@ class Pipeline:
         """
         path = Path(self.recipe.output_dir) / name
         try:
-            found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+            return dict(read_json(path)) if os.path.lexists(path) else {}
         except ValueError:
-            found = None
-        if not isinstance(found, dict):
             raise OwnershipError(
                 f"{path} is no file of a pipeline, or damaged; move it away, or choose another "
                 "output_dir"
-            )
-        return found
+            ) from None
 
     def _tick(self, bar: Any, text: str, job: Job) -> None:
         self.done.add(job.name)

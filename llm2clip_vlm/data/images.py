@@ -114,7 +114,8 @@ def resolve_image(root: Path, name: str, *, follow_links: bool = False) -> Path:
     if not follow_links and not real.is_relative_to(real_root):
         raise ImageError(
             f"image {shown(name)}: a symbolic link leads out of the image root {root}; if it is "
-            "meant to, set `follow_links: true` beside the source's image_root"
+            "meant to, set `follow_links: true` beside that folder in the recipe (the rows of a "
+            "suite have no such key: copy the images there)"
         )
     if not os.path.isfile(real):  # Path.is_file raises where a name is too long
         raise ImageError(f"image {shown(name)}: no such file below {root} (is image_root right?)")

@@ -25,7 +25,9 @@ Row = dict[str, Any]
 MAX_CAPTION_CHARS = 16_384
 """A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
-_SUFFIXES = tuple(".jsonl .jsonl.gz .json .json.gz .csv .csv.gz .parquet .arrow .tar".split())
+_SUFFIXES = tuple(
+    ".jsonl .jsonl.gz .jsonlines .json .json.gz .csv .csv.gz .parquet .arrow .tar".split()
+)
 _NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
 _WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")

@@ -33,6 +33,7 @@ _MAX_COLUMN_BYTES = 128 * 2**20
 _MAX_RATIO = 100
 _MAX_ROWS_A_BYTE = 8
 _BATCH_ROWS = 64
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class PackedImage:
         """
         try:
             return self._member() if self.column is None else self._cell(self.column)
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
 
     def _member(self) -> bytes:
@@ -81,7 +82,7 @@ class PackedImage:
             return 1
         try:
             value = _column(str(self.path), self.start, self.column)[self.size].as_py()
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
         values = value if isinstance(value, list) else [value]
         cells = [cell.values() if isinstance(cell, dict) else [cell] for cell in values]
@@ -335,8 +336,19 @@ def _column(path: str, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _arrow_batches(path: str) -> list[Any]:
-    """Record batches of a file in stream format, mapped into memory, not read."""
+    """Record batches of a file in stream format, mapped into memory; what they say is checked.
+
+    Arrow believes offsets and lengths: a damaged one ends the process, or shows other memory.
+    """
     import pyarrow
 
-    with pyarrow.ipc.open_stream(pyarrow.memory_map(path)) as reader:
-        return list(reader)
+    source = pyarrow.memory_map(path)
+    with pyarrow.ipc.open_stream(source) as reader:
+        batches = list(reader)
+        whole = source.tell() == source.size()
+        source.seek(max(source.size() - len(_ARROW_END), 0))
+        if not whole or source.read() != _ARROW_END:
+            raise pyarrow.ArrowInvalid("no end mark at its end; was it cut off?")
+    for batch in batches:
+        batch.validate(full=True)
+    return batches

@@ -34,7 +34,7 @@ def text_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, Row]]:
     """Rows of a text file with their line (JSONL) or position (others), counted from 1.
 
     Args:
-        path: `.jsonl`, `.json` or `.csv`, each also `.gz`.
+        path: `.jsonl` (or `.jsonlines`), `.json` or `.csv`, each also `.gz`.
         bad: Takes lines and rows that cannot be used.
 
     Raises:
@@ -49,7 +49,7 @@ def text_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, Row]]:
         handle = io.TextIOWrapper(raw, "utf-8-sig", errors, newline="")
         if name.endswith(".csv"):
             yield from _csv_rows(path, handle, bad)
-        elif name.endswith(".jsonl"):
+        elif name.endswith((".jsonl", ".jsonlines")):
             yield from _jsonl_rows(path, handle, bad)
         else:
             yield from _json_rows(path, handle, bad)

@@ -31,7 +31,7 @@ from llm2clip_vlm.data.world import (
 )
 from llm2clip_vlm.data.world_render import render, render_masks
 from llm2clip_vlm.data.world_text import ASK_CAPTION, as_asked
-from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.files import read_json, written_whole
 
 WORLD_VERSION = 2
 """Raised when the same seed no longer gives the same bytes; part of the finished-marker."""
@@ -80,7 +80,7 @@ def file_scenes(world: WorldConfig, name: str) -> list[Scene]:
         world: The world.
         name: A key of :data:`SIZES` or :data:`SIZES_BASE`.
     """
-    marker = json.loads((world_dir(world) / "world.json").read_text(encoding="utf-8"))
+    marker = read_json(world_dir(world) / "world.json")
     count = marker["sizes"][name]
     return [scene for _, scene, _ in _scenes(world.seed, name, count)]
 
@@ -277,7 +277,7 @@ def ensure_world(world: WorldConfig, *, sizes: Mapping[str, int] | None = None) 
     }
     marker = root / "world.json"
     if marker.exists():
-        found = json.loads(marker.read_text(encoding="utf-8"))
+        found = read_json(marker)
         if found != wanted:
             raise ValueError(
                 f"{root}: holds another world (found {found}, expected {wanted}); "

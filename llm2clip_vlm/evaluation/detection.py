@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BackboneOutput
 from llm2clip_vlm.config_encoder import BoxSource, DetectionTask, EncoderEvalRecipe
 from llm2clip_vlm.data.images import open_image, read_image
 from llm2clip_vlm.evaluation.encoders import Encoder, tower_pixels
+from llm2clip_vlm.files import require_regular
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 
@@ -118,12 +119,22 @@ class CocoBoxes(Dataset[dict[str, Any]]):
     def __init__(self, source: BoxSource, tower: VisionTower) -> None:
         from pycocotools.coco import COCO
 
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
-            self.coco: Any = COCO(source.annotations)
-        self.root, self.tower = Path(source.images), tower
-        self.images: list[dict[str, Any]] = self.coco.loadImgs(sorted(self.coco.getImgIds()))
-        self.categories: list[int] = sorted(self.coco.getCatIds())
-        self.names = [kind["name"] for kind in self.coco.loadCats(self.categories)]
+        file = require_regular(source.annotations)
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
+                self.coco: Any = COCO(str(file))
+            self.images: list[dict[str, Any]] = self.coco.loadImgs(sorted(self.coco.getImgIds()))
+            self.categories: list[int] = sorted(self.coco.getCatIds())
+            self.names = [kind["name"] for kind in self.coco.loadCats(self.categories)]
+            for key, known in (("image_id", self.coco.imgs), ("category_id", self.coco.cats)):
+                if unknown := {box[key] for box in self.coco.anns.values()} - known.keys():
+                    raise ValueError(f"boxes of the {key} {min(unknown)}, which is not listed")
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{source.annotations}: expected COCO's {{images, annotations, categories}}, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        self.root, self.tower, self.follow = Path(source.images), tower, source.follow_links
 
     def __len__(self) -> int:
         return len(self.images)
@@ -139,7 +150,7 @@ class CocoBoxes(Dataset[dict[str, Any]]):
             "class_labels": torch.tensor(kinds, dtype=torch.int64),
             "boxes": boxes / torch.tensor([image["width"], image["height"]] * 2),
         }
-        picture = open_image(self.root, image["file_name"])
+        picture = open_image(self.root, image["file_name"], follow_links=self.follow)
         return {"pixel_values": tower_pixels(self.tower, picture, (side, side)), "labels": labels}
 
 
@@ -179,7 +190,7 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     for data, source in ((train, task.train), (test, task.test)):
         digest.update(Path(source.annotations).read_bytes())
         for image in data.images:
-            digest.update(read_image(data.root, image["file_name"]))
+            digest.update(read_image(data.root, image["file_name"], follow_links=data.follow))
     return {
         "protocol": f"Deformable DETR, single map of the tower at {tower.image_size_px} px "
         f"(squeezed), {trainer.state.global_step} steps, tower "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text
 from llm2clip_vlm.data.images import ImageError, resolve_image, shown
 from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.files import read_json, read_text
 from llm2clip_vlm.recipe import did_you_mean
 
 Captions = Iterator[tuple[str, str, str]]
@@ -56,38 +57,24 @@ def _several(value: Any) -> list[Any]:
 
 def _sharegpt4v(data: Path, images: Path) -> Captions:
     """The first 1,000 objects of an array of more than a gigabyte, read no further."""
-    for row in islice(_objects(data), 1000):
+    for row in islice(iter_rows(data), 1000):
         yield row["image"], ALL, row["conversations"][1]["value"].replace("\n", " ")
-
-
-def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    decoder, text = json.JSONDecoder(), ""
-    with path.open(encoding="utf-8") as handle:
-        while more := handle.read(2**20):
-            text = (text + more).lstrip("[, \r\n\t")
-            while text.startswith("{"):
-                try:
-                    value, end = decoder.raw_decode(text)
-                except ValueError:  # it goes on in what is not read yet
-                    break
-                yield value
-                text = text[end:].lstrip(", \r\n\t")
 
 
 def _urban(data: Path, images: Path) -> Captions:
     """`caption/<i>.txt`, first line, with `image/<i>.jpg`: paired by name."""
     for file in sorted((data / "caption").glob("*.txt")):
-        yield f"image/{file.stem}.jpg", ALL, file.read_text(encoding="utf-8").split("\n")[0]
+        yield f"image/{file.stem}.jpg", ALL, read_text(file).split("\n")[0]
 
 
 def _docci(data: Path, images: Path) -> Captions:
-    for row in _lines(data):
+    for row in iter_rows(data):
         if row["split"] == "test":
             yield row["image_file"], ALL, row["description"]
 
 
 def _xm3600(data: Path, images: Path) -> Captions:
-    for row in _lines(data):
+    for row in iter_rows(data):
         for locale, value in row.items():
             if isinstance(value, dict):
                 for text in _several(value["caption"]):
@@ -98,7 +85,7 @@ def _chinese_clip(data: Path, images: Path) -> Captions:
     """Chinese-CLIP's `*_texts.jsonl`, whose `image_ids` are the numbers that file names end in."""
     files = {file.stem.rpartition("_")[2]: file for file in images.rglob("*.jpg")}
     names = {int(k): f.relative_to(images).as_posix() for k, f in files.items() if k.isdecimal()}
-    for row in _lines(data):
+    for row in iter_rows(data):
         for number in _several(row["image_ids"]):
             if number not in names:
                 raise ValueError(f"{data}: image_ids: no image of number {number} below {images}")
@@ -107,17 +94,11 @@ def _chinese_clip(data: Path, images: Path) -> Captions:
 
 def _numbered(data: Path, images: Path) -> Captions:
     """Lines of `<image>#<any>#<i> <caption>`."""
-    for line in data.read_text(encoding="utf-8").split("\n"):
+    for line in read_text(data).split("\n"):
         if found := _NUMBERED.fullmatch(line.strip()):
             yield found[1].removesuffix(".jpg") + ".jpg", ALL, found[2]
         elif line.strip():
             raise ValueError(f"{data}: expected `image#i caption`, got {line[:80]!r}")
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Rows of a JSONL file; cut at line feeds alone, since captions hold other line breaks."""
-    with path.open(encoding="utf-8", newline="\n") as handle:
-        yield from (json.loads(line) for line in handle if line.strip())
 
 
 _EACH = "hit@k, every caption a query and every caption in the gallery"
@@ -160,7 +141,11 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
     root = Path(task.images) if task.images else data if data.is_dir() else data.parent
     if task.benchmark == "records":
         source = ImageTextSource(
-            path=task.data, fields=task.fields, where=task.where, image_root=str(root)
+            path=task.data,
+            fields=task.fields,
+            where=task.where,
+            image_root=str(root),
+            follow_links=task.follow_links,
         )
         protocol = f"{data.name}, {', '.join(task.fields)}, where {task.where}; {_EACH}"
         return list(read_image_text(source, BadRecords())), protocol, False
@@ -170,47 +155,55 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
         raise ValueError(f"no benchmark `{task.benchmark}`{hint} (there are: {known})")
     benchmark = RETRIEVAL[task.benchmark]
     captions: dict[str, dict[str, list[str]]] = {}
-    try:
+    with _in_format(data, task.benchmark):
         for name, kind, text in benchmark.read(data, root):
             if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f"{data}: image {shown(name)}: expected a name and a caption, got {text!r:.80}"
                 )
             captions.setdefault(name, {}).setdefault(kind, []).append(text)
-    except (KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{data}: not in the format of {task.benchmark}: {error!r}") from error
     count = sum(len(texts) for kinds in captions.values() for texts in kinds.values())
     if not count:
         raise ValueError(f"{data}: holds no caption of {task.benchmark}")
     records = [
-        ImageTextRecord(name, name, kinds, root, data.name) for name, kinds in captions.items()
+        ImageTextRecord(name, name, kinds, root, data.name, follow_links=task.follow_links)
+        for name, kinds in captions.items()
     ]
     standard = len(records) == benchmark.images and benchmark.captions in (count, None)
     return records, benchmark.protocol, standard
 
 
+@contextmanager
+def _in_format(data: Path, benchmark: str) -> Iterator[None]:
+    """The boundary around an annotation file."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ValueError(f"{data}: not in the format of {benchmark}: {error!r}") from error
+
+
 def read_compositional(task: CompositionalTask) -> list[tuple[str, list[str], list[str]]]:
     """Category, images and captions of each item, the right ones at equal positions."""
-    data = Path(task.data)
-    if task.benchmark == "winoground":
-        return [
-            (
-                row.get("collapsed_tag") or "all",
-                [f"{row[f'image_{i}']}.png" for i in (0, 1)],
-                [row[f"caption_{i}"] for i in (0, 1)],
-            )
-            for row in _lines(data)
-        ]
-    rows = [
-        (file.stem, row)
-        for file in sorted(data.glob("*.json"))
-        for row in json.loads(file.read_text(encoding="utf-8")).values()
-    ]
-    if not data.is_dir():
-        rows = [(row["task"], row | {"filename": row["image"]}) for row in _lines(data)]
-    return [
-        (kind, [row["filename"]], [row["caption"], row["negative_caption"]]) for kind, row in rows
-    ]
+    with _in_format(Path(task.data), task.benchmark):
+        items = list(_compositional(Path(task.data), task.benchmark))
+        for _, names, texts in items:
+            if not all(isinstance(text, str) and text.strip() for text in (*names, *texts)):
+                raise TypeError(f"expected names and captions, got {names} and {texts}")
+    return items
+
+
+def _compositional(data: Path, benchmark: str) -> Iterator[tuple[str, list[str], list[str]]]:
+    if benchmark == "winoground":
+        for row in iter_rows(data):
+            images, texts = ([row[f"{kind}_{i}"] for i in (0, 1)] for kind in ("image", "caption"))
+            yield row.get("collapsed_tag") or "all", [f"{image}.png" for image in images], texts
+    elif data.is_dir():
+        for file in sorted(data.glob("*.json")):
+            for row in read_json(file).values():
+                yield file.stem, [row["filename"]], [row["caption"], row["negative_caption"]]
+    else:
+        for row in iter_rows(data):
+            yield row["task"], [row["image"]], [row["caption"], row["negative_caption"]]
 
 
 def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[str]]:
@@ -222,36 +215,45 @@ def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[st
             fields=[source.label_field],
             where=source.where,
             image_root=source.images,
+            follow_links=source.follow_links,
         )
         records = list(read_image_text(rows, BadRecords()))
         return records, [record.captions[source.label_field][0] for record in records]
     files = [file for file in sorted(data.glob("*/*")) if file.suffix.lower() in _IMAGES]
     if not files:
         raise ValueError(f"{data}: expected a folder of images for each class, got none")
-    return [plain_image(data, f"{f.parent.name}/{f.name}") for f in files], [
-        file.parent.name for file in files
-    ]
+    names = [f"{file.parent.name}/{file.name}" for file in files]
+    records = [plain_image(data, name, follow_links=source.follow_links) for name in names]
+    return records, [file.parent.name for file in files]
 
 
-def plain_image(root: Path, name: str) -> ImageTextRecord:
+def plain_image(root: Path, name: str, *, follow_links: bool = False) -> ImageTextRecord:
     """An image without captions; `name` may lack its ending."""
     if not Path(name).suffix:
         found = [name + suffix for suffix in _IMAGES if (root / (name + suffix)).is_file()]
         if not found:
             raise ImageError(f"image {name!r}: none of {_IMAGES} below {root}")
         name = found[0]
-    resolve_image(root, name)
-    return ImageTextRecord(name, name, {}, root)
+    resolve_image(root, name, follow_links=follow_links)
+    return ImageTextRecord(name, name, {}, root, follow_links=follow_links)
 
 
 def read_classes(path: str) -> dict[str, str]:
-    """Class to name, in order: lines, a JSON list, or a JSON mapping."""
-    text = Path(path).read_text(encoding="utf-8")
-    lines = [line.strip() for line in text.strip().split("\n")]
-    names = json.loads(text) if path.endswith(".json") else lines
+    """Class to name, in order: lines, a JSON list, or a JSON mapping.
+
+    Raises:
+        ValueError: Something else, or a class that is listed twice: those behind it would move up.
+    """
+    listed = path.endswith(".json")
+    names = read_json(path, object) if listed else read_text(path).strip().split("\n")
+    pairs = list(names.items()) if isinstance(names, dict) else []
     if isinstance(names, list):
-        names = {name: name for name in names if isinstance(name, str)}
-    classes = names if isinstance(names, dict) else {}
-    if not classes or not all(isinstance(name, str) and name for name in classes.values()):
+        pairs = [(name, name) for name in (n.strip() if isinstance(n, str) else n for n in names)]
+    if not pairs or not all(isinstance(name, str) and name for _, name in pairs):
         raise ValueError(f"{path}: expected names of classes, one a line or as JSON")
+    classes = dict(pairs)
+    if len(classes) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{path}: {twice!r} is listed twice; tell them apart ({{class: name}})")
     return classes

@@ -22,6 +22,7 @@ import llm2clip_vlm
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import resolve_image
 from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.fingerprint import changed_files, fingerprint_dir, fingerprint_file
 from llm2clip_vlm.handoff import versions
 
@@ -86,14 +87,18 @@ class Job:
         file = self.result_path(output)
         if not file.is_file() or not self.samples_path(output).is_file():
             return None
+        damaged = f"{file} is damaged; delete it to have it made again"
         try:
-            found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            raise EvaluationError(f"{file} is damaged; delete it to have it made again") from None
-        if any(changed_files(found.get("files", {}), file.parent)):
+            found: dict[str, Any] = read_json(file)
+        except ValueError as error:
+            raise EvaluationError(f"{damaged} ({error})") from None
+        files, judged = found.get("files", {}), found.get("checkpoint", {})
+        if not (isinstance(files, dict) and isinstance(judged, dict)):
+            raise EvaluationError(damaged)
+        if any(changed_files(files, file.parent)):
             return None
         same = found.get("schema") == RESULT_SCHEMA and found.get("spec_hash") == self.spec_hash
-        return found if same and found["checkpoint"]["sha256"] == self.sha256 else None
+        return found if same and judged.get("sha256") == self.sha256 else None
 
 
 def task_yaml(name: str, tasks_dir: Path) -> Path:

@@ -21,7 +21,7 @@ import llm2clip_vlm
 from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, left_out, plan
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.ownership import MARKER_NAME, Hold
 
 logger = logging.getLogger(__name__)
@@ -109,8 +109,7 @@ def _hold(output: Path, checkpoint: str, jobs: list[Job]) -> Hold:
     folder, older = output / checkpoint, set()
     for file in () if (folder / MARKER_NAME).exists() else folder.glob("*.json"):
         with suppress(ValueError):  # a version without markers left these
-            found = json.loads(file.read_text(encoding="utf-8"))
-            if isinstance(found, dict) and {"schema", "spec_hash"} <= found.keys():
+            if {"schema", "spec_hash"} <= read_json(file).keys():
                 older |= {file.name, f"{file.stem}.samples.jsonl", GATE_NAME}
     own = [job for job in jobs if job.checkpoint == checkpoint]
     paths = [path for job in own for path in (job.result_path(output), job.samples_path(output))]

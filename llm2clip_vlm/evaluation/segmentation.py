@@ -24,6 +24,7 @@ from llm2clip_vlm.data.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder_benchmarks import plain_image, read_classes
 from llm2clip_vlm.evaluation.encoders import Encoder, data_hash, tower_pixels
 from llm2clip_vlm.evaluation.zero_shot import class_embeds
+from llm2clip_vlm.files import read_text
 
 UNJUDGED = 255
 """Mask value of pixels without a class."""
@@ -152,30 +153,36 @@ class Masks:
         self, source: SegmentationTask | ZeroShotSegmentationTask, split: str, encoder: Encoder
     ) -> None:
         self.encoder, self.skip_zero, self.root = encoder, source.skip_zero, Path(source.data)
+        self.follow = source.follow_links
         self.side = encoder.tower.image_size_px
         self.step = max(1, round(source.stride * self.side))
         self.short_side = max(source.short_side_px or 2 * self.side, self.side)
         folders = ("JPEGImages", "SegmentationClass")
         if source.layout == "voc":
             listing = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
-            stems = listing.read_text(encoding="utf-8").split() if listing.is_file() else []
+            stems = read_text(listing).split() if listing.is_file() else []
         else:
             folders = (f"images/{split}", f"annotations/{split}")
             stems = sorted(file.stem for file in (self.root / folders[1]).glob("*.png"))
         if not stems:
             raise ValueError(f"{self.root}: no split {split!r} in the layout `{source.layout}`")
         self.items = [
-            (plain_image(self.root, f"{folders[0]}/{stem}").key, f"{folders[1]}/{stem}.png")
-            for stem in stems
+            (self._image(f"{folders[0]}/{stem}"), f"{folders[1]}/{stem}.png") for stem in stems
         ]
+
+    def _image(self, name: str) -> str:
+        return plain_image(self.root, name, follow_links=self.follow).key
+
+    def _path(self, name: str) -> Path:
+        return resolve_image(self.root, name, follow_links=self.follow)
 
     def __getitem__(self, row: int) -> tuple[Float[Tensor, "3 h w"], Int[Tensor, "y x"]]:
         """A picture, and its mask in its own size with 0 as the first class."""
         picture, mask = self.items[row]
-        image = open_image(self.root, picture)
+        image = open_image(self.root, picture, follow_links=self.follow)
         scale = self.short_side / min(image.size)
         width, height = (max(self.side, round(length * scale)) for length in image.size)
-        labels = np.asarray(Image.open(resolve_image(self.root, mask)), dtype=np.int64)
+        labels = np.asarray(Image.open(self._path(mask)), dtype=np.int64)
         if labels.ndim != 2:
             raise ValueError(f"{mask}: expected one channel of class numbers, got {labels.shape}")
         if self.skip_zero:
@@ -187,7 +194,7 @@ class Masks:
         """Hash of all pictures and masks."""
         digest = hashlib.sha256()
         for name in chain.from_iterable(self.items):
-            digest.update(resolve_image(self.root, name).read_bytes())
+            digest.update(self._path(name).read_bytes())
         return data_hash(self.items, digest.hexdigest())
 
     def random_window(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -96,7 +96,10 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
         raise ValueError(f"{task.data}: holds no item of {task.benchmark}")
     names = {name: row for row, name in enumerate(dict.fromkeys(n for i in items for n in i[1]))}
     texts = {text: row for row, text in enumerate(dict.fromkeys(t for i in items for t in i[2]))}
-    pictures = [published.plain_image(Path(task.images), name) for name in names]
+    pictures = [
+        published.plain_image(Path(task.images), name, follow_links=task.follow_links)
+        for name in names
+    ]
     image_embeds, image_hash = encoder.embed_images(pictures)
     text_embeds = encoder.embed_texts(list(texts))
     right: dict[str, list[bool]] = {}

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_text, write_atomically
 from llm2clip_vlm.models.patch_dropout import PatchDropout
 
 _PEAK_FLOPS = {
@@ -229,12 +229,12 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     source = Path(path)
     if not source.is_file():
         return []
-    lines = source.read_text(encoding="utf-8").splitlines()
+    lines = read_text(source, limit_bytes=2**30).splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError, RecursionError):
             if number != len(lines):
                 raise ValueError(f"{source}:{number} is not JSON; delete the file") from None
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 
 from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.distributed import world_size
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
 from llm2clip_vlm.ownership import MARKER_NAME, remove, sign
 
@@ -54,13 +54,11 @@ def damage(folder: str | Path) -> str | None:
 def _seal(root: Path) -> dict[str, Any] | None:
     """What a checkpoint's seal says; none = nothing that can be read."""
     try:
-        seal = json.loads((root / SEAL_NAME).read_bytes())
-    except (OSError, ValueError):
+        seal: dict[str, Any] = read_json(root / SEAL_NAME)
+    except ValueError:
         return None
     keys = {"files": dict, "world_size": int}
-    if isinstance(seal, dict) and all(isinstance(seal.get(k), kind) for k, kind in keys.items()):
-        return seal
-    return None
+    return seal if all(isinstance(seal.get(k), kind) for k, kind in keys.items()) else None
 
 
 def _hashes(root: Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer, normalizers, processors
 from transformers import AutoModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError
 from llm2clip_vlm.models.embedder import MODULES_NAME
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
@@ -118,7 +119,7 @@ def _clear(target: Path) -> None:
 
 
 def _model_config(source: Path, bidirectional: bool) -> dict[str, Any]:
-    config: dict[str, Any] = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = read_json(source / "config.json")
     if config["model_type"] == "llama" and bidirectional and "eurobert" in CONFIG_MAPPING_NAMES:
         config |= {
             "model_type": "eurobert",

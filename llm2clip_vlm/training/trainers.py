@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from llm2clip_vlm import distributed
 from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.data.packing import PackedBatches
+from llm2clip_vlm.files import read_json
 from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError, fingerprint_dir
 from llm2clip_vlm.models.document_attention import install_document_attention
 from llm2clip_vlm.models.equal import vlm_outputs
@@ -233,7 +234,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         folder = args[2]  # that is resumed from
         note = Path(folder or "") / PACKING_NAME
-        if folder and note.is_file() and json.loads(note.read_text()) != (self.batches is not None):
+        if folder and note.is_file() and read_json(note, object) != (self.batches is not None):
             raise HandoffError(
                 f"{folder} was trained {'padded' if self.batches else 'packed'}, now the samples "
                 "would come in another order; go on with the packages and the kind of machine that "

@@ -258,3 +258,77 @@ def test_standard_sets_have_their_published_sizes(tmp_path: Path) -> None:
         (tmp_path / "classes" / f"{name}.png").rename(tmp_path / "classes" / name)
     _, labels = read_classified(ClassSource(data=str(tmp_path / "classes")))
     assert labels == ["cat", "dog"]
+
+
+def test_a_class_that_is_listed_twice_would_move_those_behind_it(tmp_path: Path) -> None:
+    for name, value in (("a.txt", "crane\ndog\ncrane\n"), ("a.json", ["crane", "dog", "crane"])):
+        with pytest.raises(ValueError, match="'crane' is listed twice"):
+            read_classes(str(write(tmp_path / name, value)))
+    for value in (["dog", None, "cat"], {"0": "dog", "1": 3}, [], "dog", 7):
+        path = tmp_path / "odd.json"
+        path.write_text(json.dumps(value))
+        with pytest.raises(ValueError, match="expected names of classes"):
+            read_classes(str(path))
+
+
+@pytest.mark.parametrize("benchmark", [*RETRIEVAL])
+def test_a_fifo_or_a_damaged_file_is_named(benchmark: str, tmp_path: Path) -> None:
+    import os
+
+    if benchmark == "urban1k":
+        (tmp_path / "caption").mkdir()
+        os.mkfifo(tmp_path / "caption" / "1.txt")
+        with pytest.raises(ValueError, match=r"1\.txt: .*FIFO"):
+            read(benchmark, tmp_path)
+        return
+    suffix = ".txt" if benchmark in ("flickr30k_cna", "coco_cn_translated") else ".jsonl"
+    suffix = ".json" if benchmark in ("coco", "flickr30k", "sharegpt4v") else suffix
+    os.mkfifo(tmp_path / f"fifo{suffix}")
+    with pytest.raises(ValueError, match=f"fifo{suffix}"):
+        read(benchmark, tmp_path / f"fifo{suffix}")
+    for number, text in enumerate(('{"a": [1', '["a"]', "\0\0\0", '[{"image": 3}]', "7", "\ud83d")):
+        path = tmp_path / f"{number}{suffix}"
+        path.write_bytes(text.encode("utf-8", "surrogatepass"))
+        with pytest.raises(ValueError, match=path.name):
+            read(benchmark, path)
+
+
+@pytest.mark.parametrize("benchmark", ["sugarcrepe", "winoground"])
+def test_compositional_files_of_another_form_are_named(benchmark: Any, tmp_path: Path) -> None:
+    for number, text in enumerate(('{"a": [1', '{"filename": "1"}', "[1]", '{"0": 3}', "\0")):
+        path = tmp_path / f"{number}.jsonl"
+        path.write_text(text)
+        folder = tmp_path / f"folder{number}"
+        folder.mkdir()
+        (folder / f"{number}.json").write_text(text)
+        for data in (path, folder) if benchmark == "sugarcrepe" else (path,):
+            task = CompositionalTask(
+                task="compositional", benchmark=benchmark, data=str(data), images="x"
+            )
+            with pytest.raises(ValueError, match=f"{number}"):
+                read_compositional(task)
+
+
+def test_links_are_followed_where_a_task_says_so(tmp_path: Path) -> None:
+    write_image(tmp_path / "disk" / "n01" / "a.jpg")
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val" / "n01").symlink_to(tmp_path / "disk" / "n01")
+    with pytest.raises(ImageError, match="follow_links: true"):
+        read_classified(ClassSource(data=str(tmp_path / "val")))
+    records, _ = read_classified(ClassSource(data=str(tmp_path / "val"), follow_links=True))
+    records[0].open()
+    data = write(tmp_path / "rows.json", [{"image": "n01/a.jpg", "caption": "a"}])
+    for follow in (True, False):
+        task = RetrievalTask(
+            task="retrieval",
+            benchmark="coco",
+            data=str(data),
+            images=str(tmp_path / "val"),
+            follow_links=follow,
+        )
+        (record,) = read_retrieval(task)[0]
+        if follow:
+            record.open()
+        else:
+            with pytest.raises(ImageError, match="follow_links: true"):
+                record.open()
