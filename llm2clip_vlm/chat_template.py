@@ -12,7 +12,7 @@ from __future__ import annotations
 import difflib
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
@@ -85,7 +85,9 @@ def _own_templates(holder: Any) -> dict[str, str]:
 
 
 @lru_cache(maxsize=2)
-def accept_image_parts(template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+def accept_image_parts(
+    template: str, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN
+) -> str:
     r"""The template, able to take content as a list of `{"type": "image"}` and `text` parts.
 
     A template that already does is returned as it is; before any other, the parts are joined to
@@ -96,7 +98,7 @@ def accept_image_parts(template: str, tokenizer: PreTrainedTokenizerBase) -> str
         text = render(probe, template, tokenizer)
     except ConversationError:
         text = ""
-    native = text.count(IMAGE_TOKEN) == 1 and text.count("probe") == 1 and "'type'" not in text
+    native = text.count(image_token) == 1 and text.count("probe") == 1 and "'type'" not in text
     return template if native else (_FOLDER / "_join_parts.jinja").read_text() + template
 
 
@@ -110,7 +112,8 @@ def template_of(processor_or_tokenizer: Any) -> str:
     if "default" not in own:
         raise ConversationError("no chat template; set one when the model is composed")
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-    return accept_image_parts(own["default"], tokenizer)
+    image_token = getattr(processor_or_tokenizer, "image_token", None) or IMAGE_TOKEN
+    return accept_image_parts(own["default"], tokenizer, image_token)
 
 
 def render(
@@ -180,7 +183,7 @@ def label(
         ConversationError: The template marks another number of answers, rewrites earlier turns, or
             writes no end-of-turn token; or a token joins a prompt and its answer.
     """
-    text, spans, ids, offsets = _encoded(messages, template, tokenizer, _answers)
+    text, spans, ids, offsets = _encoded(messages, template, tokenizer)
     stops = _ends_of_turns(template, tokenizer, len(tokenizer))
     begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
     labels = [IGNORE_INDEX] * len(ids)
@@ -208,41 +211,34 @@ def label(
     return ids, labels
 
 
-_Rendered = tuple[str, list[Span]]
-_Render = Callable[[list[Message], str, PreTrainedTokenizerBase], _Rendered]
-
-
-def prompt_ids(
+def prompt_text(
     messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
-) -> list[int]:
-    """Token ids of a conversation up to where the model begins to answer, as :func:`label`'s."""
-    return _encoded(messages, template, tokenizer, _prompt)[2]
+) -> tuple[str, dict[int, str]]:
+    """A conversation up to where the model begins to answer, and characters that stand for others.
 
-
-def _prompt(
-    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
-) -> _Rendered:
-    return render(messages, template, tokenizer, prompt=True), []
+    Where something that is said in it would become a control token, its first character is another
+    one; `str.translate` with the table, behind `TextTokens.named`, gives the text back.
+    """
+    text = render(messages, template, tokenizer, prompt=True)
+    hide, show = _to_hide(messages, template, tokenizer, tokenize(tokenizer, text)[0], prompt=True)
+    return (
+        render(_hidden(messages, hide), template, tokenizer, prompt=True) if hide else text
+    ), show
 
 
 def _encoded(
     messages: list[Message],
     template: str,
     tokenizer: PreTrainedTokenizerBase,
-    rendered: _Render,
 ) -> tuple[str, list[Span], list[int], list[Span]]:
-    """Text, spans in it, ids and offsets of a conversation whose contents stay text."""
-    text, spans = rendered(messages, template, tokenizer)
+    """Text, answers' spans in it, ids and offsets of a conversation whose contents stay text."""
+    text, spans = _answers(messages, template, tokenizer)
     ids, offsets = tokenize(tokenizer, text)
     known = text_tokens(tokenizer, template)
-    contents = list(texts_of(messages))
-    form = tuple((m["role"], _kinds(m["content"])) for m in messages)
-    written = _written(form, template, tokenizer, len(tokenizer), rendered is _prompt)
-    if known.control(ids) == written and not known.holds_unknown(contents):
+    hide, show = _to_hide(messages, template, tokenizer, ids)
+    if not hide:
         return text, spans, ids, offsets
-    hide, show = known.hidden(contents)
-    hidden = [message | {"content": _hidden(message["content"], hide)} for message in messages]
-    text, spans = rendered(hidden, template, tokenizer)
+    text, spans = _answers(_hidden(messages, hide), template, tokenizer)
     borders = sorted({0, len(text), *(place for span in spans for place in span)})
     pieces = [known.named(text[begin:end]).translate(show) for begin, end in pairwise(borders)]
     moved, length = {0: 0}, 0
@@ -265,7 +261,28 @@ def _kinds(content: Any) -> tuple[str, ...] | None:
     return None if isinstance(content, str) else tuple(part["type"] for part in content)
 
 
-def _hidden(content: Any, table: dict[int, str]) -> Any:
+def _to_hide(
+    messages: list[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    *,
+    prompt: bool = False,
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Tables of `TextTokens.hidden`; empty where the contents of these ids are text."""
+    known, contents = text_tokens(tokenizer, template), list(texts_of(messages))
+    form = tuple((m["role"], _kinds(m["content"])) for m in messages)
+    written = _written(form, template, tokenizer, len(tokenizer), prompt)
+    if known.control(ids) == written and not known.holds_unknown(contents):
+        return {}, {}
+    return known.hidden(contents)
+
+
+def _hidden(messages: list[Message], table: dict[int, str]) -> list[Message]:
+    return [m | {"content": _hidden_content(m["content"], table)} for m in messages]
+
+
+def _hidden_content(content: Any, table: dict[int, str]) -> Any:
     if isinstance(content, str):
         return content.translate(table)
     return [p | {"text": p["text"].translate(table)} if "text" in p else p for p in content]

@@ -10,24 +10,17 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LlavaNextProcessor,
-    LlavaProcessor,
-    PreTrainedModel,
-    ProcessorMixin,
-)
+from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from llm2clip_vlm.chat_template import prompt_ids, render, template_of, tokenize
+from llm2clip_vlm.chat_template import prompt_text, render, template_of
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.data.visual_tokens import VisualTokens
-from llm2clip_vlm.text_tokens import text_ids
+from llm2clip_vlm.text_tokens import TextTokens, text_ids, text_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +38,51 @@ class Prompt:
     """A conversation as the checkpoint's template writes it."""
 
     text: str
-    """One `<image>` for each image; it ends where the answer begins."""
+    """One placeholder for each image; it ends where the answer begins."""
     images: tuple[Image.Image, ...] = ()
     """In the order of their placeholders."""
-    ids: tuple[int, ...] | None = None
-    """Its tokens with one `<image>` for each image, where they are not those of :attr:`text`:
-    something that is said in it has a control token's name, and stays text."""
+    shown: Mapping[int, str] = field(default_factory=dict)
+    """Characters of :attr:`text` that stand for others: something that is said in it has a control
+    token's name, and stays text."""
+
+
+class _TextStays:
+    """A processor's tokenizer, for the texts of prompts with :attr:`Prompt.shown`.
+
+    The processor puts visual tokens into a text as always; then what the template and the
+    processor wrote is control, and what is said is not.
+    """
+
+    def __init__(self, tokenizer: Any, known: TextTokens, prompts: Sequence[Prompt]) -> None:
+        self._tokenizer, self._known, self._prompts = tokenizer, known, prompts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+    def __call__(
+        self, text: Sequence[str], add_special_tokens: bool = True, **options: Any
+    ) -> BatchEncoding:
+        named = [
+            (self._known.named(one).translate(dict(prompt.shown)), one)
+            for one, prompt in zip(text, self._prompts, strict=True)
+        ]
+        rows = [self._known.encode(t, add_special_tokens=add_special_tokens) for t, _ in named]
+        padding = {k: v for k, v in options.items() if k in ("padding", "padding_side")}
+        padded = self._tokenizer.pad(
+            {"input_ids": [ids for ids, _ in rows]},
+            return_tensors=options.get("return_tensors"),
+            **padding,
+        )
+
+        def token_at(row: int, char: int) -> int:
+            at = len(self._known.named(named[row][1][: char + 1])) - 1
+            ids, offsets = rows[row]
+            before = len(padded["input_ids"][row]) - len(ids)  # padding is on the left
+            return before + next(i for i, (begin, end) in enumerate(offsets) if begin <= at < end)
+
+        padded.char_to_token = token_at
+        encoded: BatchEncoding = padded
+        return encoded
 
 
 @dataclass(frozen=True)
@@ -104,11 +136,8 @@ class Generator:
         self.tokenizer = processor.tokenizer
         self.batch_size, self.max_new_tokens = batch_size, max_new_tokens
         self.image_token: str = getattr(processor, "image_token", IMAGE_TOKEN)
-        self.image_id: int = self.tokenizer.convert_tokens_to_ids(self.image_token)
-        self._visual: VisualTokens | None = None  # other models' processors count by themselves
-        if isinstance(processor, LlavaProcessor | LlavaNextProcessor):
-            self._visual = VisualTokens(processor)
         self.template = template_of(processor)
+        self._known = text_tokens(self.tokenizer, self.template)
         own: Any = model.generation_config
         eos = self.tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
         self.eos_ids: list[int] = [eos] if isinstance(eos, int) else list(eos or ())
@@ -122,8 +151,9 @@ class Generator:
 
         Args:
             messages: `{"role", "content": [{"type": "text", "text"} | {"type": "image", "url"}]}`;
-                `url` holds a PIL image. A literal `<image>` inside a text is removed: it would be
-                taken for a picture.
+                `url` holds a PIL image. Control tokens' names and `<image>` inside a text stay
+                text; where the tokenizer cannot do that (a slow one), `<image>` is removed, which
+                would be taken for a picture.
 
         Returns:
             The prompt, ending with the template's generation prompt.
@@ -137,10 +167,7 @@ class Generator:
             parts: list[dict[str, str]] = []
             for part in message["content"]:
                 if part["type"] == "text":
-                    text = part["text"]
-                    for placeholder in {self.image_token, IMAGE_TOKEN}:
-                        text = text.replace(placeholder, "")
-                    parts.append({"type": "text", "text": strip_control(text)})
+                    parts.append({"type": "text", "text": strip_control(self._said(part["text"]))})
                 elif part["type"] == "image" and isinstance(part["url"], Image.Image):
                     images.append(part["url"].convert("RGB"))
                     parts.append({"type": "image"})
@@ -150,18 +177,25 @@ class Generator:
                         f"{type(part.get('url')).__name__}; video and audio are not supported"
                     )
             plain.append({"role": message["role"], "content": parts})
-        text = render(plain, self.template, self.tokenizer, prompt=True)
-        ids = None
-        if self._visual is not None:
-            safe = prompt_ids(plain, self.template, self.tokenizer)
-            ids = None if safe == tokenize(self.tokenizer, text)[0] else tuple(safe)
-        found = text.count(self.image_token) if ids is None else ids.count(self.image_id)
-        if found != len(images):
+        if self.tokenizer.is_fast:
+            text, shown = prompt_text(plain, self.template, self.tokenizer)
+        else:
+            text, shown = render(plain, self.template, self.tokenizer, prompt=True), {}
+        if (found := text.count(self.image_token)) != len(images):
             raise ValueError(
                 f"chat template: expected {len(images)} {self.image_token} in the prompt, got "
                 f"{found}: {text[:200]!r}"
             )
-        return Prompt(text, tuple(images), ids)
+        return Prompt(text, tuple(images), shown)
+
+    def _said(self, text: str) -> str:
+        """A text of a message, without what would be taken for a picture all the same."""
+        if self.image_token not in text or (
+            self.tokenizer.is_fast and self.image_token in self._known.tokens
+        ):
+            return text
+        logger.warning("%s in a question would be taken for a picture; removed", self.image_token)
+        return text.replace(self.image_token, "")
 
     def generate(
         self,
@@ -264,28 +298,24 @@ class Generator:
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
         written = bos is not None and prompts[0].text.startswith(bos)
         images = [image for prompt in prompts for image in prompt.images]
-        encoded = self.processor(
-            text=[
-                prompt.text if prompt.ids is None else self.image_token * len(prompt.images) or "a"
-                for prompt in prompts
-            ],
-            images=images or None,
-            padding=True,
-            padding_side="left",
-            add_special_tokens=not written,
-            return_tensors="pt",
-        )
+        if any(prompt.shown for prompt in prompts):
+            self.processor.tokenizer = _TextStays(self.tokenizer, self._known, prompts)
+        try:
+            encoded = self.processor(
+                text=[prompt.text for prompt in prompts],
+                images=images or None,
+                padding=True,
+                padding_side="left",
+                add_special_tokens=not written,
+                return_tensors="pt",
+            )
+        finally:
+            self.processor.tokenizer = self.tokenizer
         ids = encoded["input_ids"]
         if not written and eos is not None and bool((ids[:, -1] == eos).all()):
             # The tokenizer closed the prompt; the model would have nothing left to say.
             for name, value in encoded.items():
                 encoded[name] = value[:, :-1] if value.shape == ids.shape else value
-        if any(prompt.ids is not None for prompt in prompts):
-            rows = zip(prompts, encoded["input_ids"], encoded["attention_mask"], strict=True)
-            kept = [self._expanded(p) or row[seen.bool()].tolist() for p, row, seen in rows]
-            encoded |= self.tokenizer.pad(
-                {"input_ids": kept}, padding_side="left", return_tensors="pt"
-            )
         length = encoded["input_ids"].shape[1]
         if self.window is not None and length >= self.window:
             raise ValueError(
@@ -296,18 +326,6 @@ class Generator:
         if "pixel_values" in inputs:
             inputs["pixel_values"] = inputs["pixel_values"].to(self.model.dtype)
         return inputs
-
-    def _expanded(self, prompt: Prompt) -> list[int]:
-        """A prompt's own ids, each `<image>` as many as its picture has; empty without own ids."""
-        assert self._visual is not None or prompt.ids is None
-        pictures, ids = iter(prompt.images), list[int]()
-        for index in prompt.ids or ():
-            count = 1
-            if index == self.image_id and self._visual is not None:
-                picture = next(pictures)
-                count, _ = self._visual.of(picture.height, picture.width)
-            ids += [index] * count
-        return ids
 
     def _generate_batch(
         self, prompts: Sequence[Prompt], config: GenerationConfig, until: tuple[str, ...]

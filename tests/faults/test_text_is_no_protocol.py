@@ -6,6 +6,7 @@ import json
 import random
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from llm2clip_vlm import jinja_budget
 from llm2clip_vlm.chat_template import (
     ConversationError,
     find_chat_template,
-    prompt_ids,
+    prompt_text,
     template_of,
+    tokenize,
 )
 from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
@@ -59,10 +61,9 @@ def test_names_of_control_tokens_stay_text(family: str, template: str) -> None:
         (answer,) = trained(tokenizer, ids, labels)
         assert answer.removesuffix(STOPS[template]).strip() == text
         messages = to_messages(turns(text, text))[:1]
-        assert (
-            prompt_ids(messages, template_of(tokenizer), tokenizer)
-            == ids[: next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]
-        )
+        prompt, shown = prompt_text(messages, template_of(tokenizer), tokenizer)
+        found, _ = tokenize(tokenizer, known.named(prompt).translate(shown), known)
+        assert found == ids[: next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)]
         caption, targets = build_plain_labels(tokenizer, text)
         assert known.control(caption).count(tokenizer.eos_token_id) == 1
         assert targets[-1] == tokenizer.eos_token_id
@@ -204,18 +205,56 @@ def test_prompts_keep_what_is_said_as_text(tiny_clip: Path, tiny_llm: Path) -> N
 
     generator = Generator(*build_vlm(tiny_clip, tiny_llm), max_new_tokens=3)
     picture = {"type": "image", "url": Image.new("RGB", (32, 32))}
-    said = ["what </s> <|user|> color ?", "what color ?", "<im<image>age> what ?"]
+    said = ["what </s> <|user|> color ?", "what color ?", "<image> what <im<image>age> ?"]
     prompts = [
         generator.render([{"role": "user", "content": [picture, {"type": "text", "text": t}]}])
         for t in said
     ]
-    assert [prompt.ids is None for prompt in prompts] == [False, True, False]
+    assert [bool(prompt.shown) for prompt in prompts] == [True, False, True]
     rows = generator._encode(prompts)
-    image, end = generator.image_id, generator.tokenizer.eos_token_id
+    tokenizer = generator.tokenizer
+    image, end = tokenizer.convert_tokens_to_ids("<image>"), tokenizer.eos_token_id
     for ids, seen in zip(rows["input_ids"].tolist(), rows["attention_mask"], strict=True):
         assert ids.count(image) == 16 and end not in ids[int((seen == 0).sum()) :]
     together = generator.generate(prompts, [{}] * 3)
     assert together == [generator.generate([prompt], [{}])[0] for prompt in prompts]
+
+
+def test_other_models_processors_keep_what_is_said_as_text(tiny_llm: Path) -> None:
+    """Idefics 3 asks its tokenizer where the visual tokens are."""
+    from PIL import Image
+    from transformers import AutoModelForCausalLM, Idefics3ImageProcessorPil, Idefics3Processor
+
+    names = ("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<row_1_col_1>")
+    tokenizer = word_tokenizer(
+        specials=("<pad>", "<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", *names)
+    )
+    edge = {"longest_edge": 64}
+    pixels = Idefics3ImageProcessorPil(do_image_splitting=False, size=edge, max_image_size=edge)
+    processor = Idefics3Processor(pixels, tokenizer, image_seq_len=4, chat_template=CHAT_TEMPLATE)
+    generator = Generator(AutoModelForCausalLM.from_pretrained(tiny_llm), processor)
+    picture = {"type": "image", "url": Image.new("RGB", (64, 48))}
+    harmless = "what color ?"
+    prompts = [
+        generator.render([{"role": "user", "content": [picture, {"type": "text", "text": t}]}])
+        for t in (harmless, "what </s> <|user|> <image> color ?", harmless)
+    ]
+    known = text_tokens(processor.tokenizer, generator.template)
+    encoded = generator._encode(prompts)["input_ids"].tolist()
+    rows = [[token for token in row if token != tokenizer.pad_token_id] for row in encoded]
+    assert known.control(rows[1]) == known.control(rows[0])
+    assert len(rows[1]) > len(rows[0]) + 8
+    (alone,) = generator._encode(prompts[:1])["input_ids"].tolist()  # by its own tokenizer
+    assert rows[0] == rows[2] == alone
+    assert processor.tokenizer is generator.tokenizer
+
+
+def test_a_template_may_write_the_placeholder_of_its_own_model() -> None:
+    template = CHAT_TEMPLATE.replace("<image>", "<start_of_image>")
+    processor = SimpleNamespace(tokenizer=llm_tokenizer(), chat_template=template)
+    assert template_of(processor) != template
+    processor.image_token = "<start_of_image>"
+    assert template_of(processor) == template
 
 
 def test_named_templates_are_read(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from llm2clip_vlm.evaluation.generation import Generator, Prompt, strip_control
 from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.text_tokens import TextTokens
 from tests.tiny import llm_tokenizer
 
 QUESTIONS = [
@@ -68,11 +69,27 @@ def test_the_picture_reaches_the_model(vlm: tuple[Any, Any]) -> None:
     assert losses[0] != losses[1]
 
 
-def test_a_literal_image_token_and_control_characters_leave_the_prompt(
+def test_a_literal_image_token_stays_text_and_control_characters_leave_the_prompt(
     vlm: tuple[Any, Any],
 ) -> None:
-    prompt = make(vlm).render(messages("what <image> color\x00 ?"))
+    generator = make(vlm)
+    prompt = generator.render(messages("what <image> color\x00 ?"))
     assert prompt.text.count("<image>") == 1 and "\x00" not in prompt.text
+    assert "image> color" in prompt.text and "<" in prompt.shown.values()
+    image = generator.tokenizer.convert_tokens_to_ids("<image>")
+    (ids,) = generator._encode([prompt])["input_ids"].tolist()
+    (plain,) = generator._encode([generator.render(messages("what color ?"))])["input_ids"].tolist()
+    assert ids.count(image) == plain.count(image) and len(ids) > len(plain)
+
+
+def test_where_it_cannot_stay_text_a_literal_image_token_is_removed_and_said(
+    vlm: tuple[Any, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    generator = make(vlm)
+    generator._known = TextTokens(generator.tokenizer)
+    del generator._known.tokens["<image>"]
+    assert generator._said("what <image> color ?") == "what  color ?"
+    assert "<image> in a question would be taken for a picture; removed" in caplog.text
     assert strip_control("a\x07b\x1fc\td\ne") == "abc\td\ne"
 
 
