@@ -152,7 +152,7 @@ def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) ->
 @contextmanager
 def _no_tf32() -> Iterator[None]:
     """A GPU computes fp32 as exactly as the CPU below this."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
         for backend in backends:
