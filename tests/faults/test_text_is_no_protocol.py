@@ -305,3 +305,12 @@ def test_a_name_within_another_and_a_cut_text() -> None:
         assert known.control(ids) == [bos, eos]
     (plain,) = text_ids(tokenizer, ["red green"], add_special_tokens=True, max_length=3)
     assert len(plain) == 3
+
+
+def test_what_is_control_and_what_is_a_word() -> None:
+    tokenizer = word_tokenizer()
+    tokenizer.add_tokens(["<|turn|>", "word"])  # not special
+    turn, word = tokenizer.convert_tokens_to_ids(["<|turn|>", "word"])
+    plain, known = text_tokens(tokenizer), text_tokens(tokenizer, "{{ '<|turn|> word' }}")
+    assert tokenizer.unk_token_id not in plain.ids and tokenizer.eos_token_id in plain.ids
+    assert known.ids - plain.ids == {turn} and word not in known.ids
