@@ -404,3 +404,32 @@ def test_the_caption_ranked_first_is_shown(
     assert "The embedded world, seed 0" in html
     _, html = make(program, run, tmp_path, **{**changes, "examples": 0})
     assert "<article" not in html
+
+
+def test_texts_of_others_stay_texts_and_no_socket_is_opened(
+    program: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Questions, answers, types and titles with tags, by `report` and by `compare`."""
+    import socket
+
+    def refuse(*given: Any) -> None:
+        raise AssertionError(f"a socket: {given}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    evil = "<script>alert(1)</script>"
+    run = write_run(tmp_path / "run", seeds=(0,))
+    for file in run.rglob("*.samples.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        texts = ("question", "answer", "target")
+        write_lines(file, [row | {key: evil + row[key] for key in texts} for row in rows])
+        result = file.with_name(file.name.replace(".samples.jsonl", ".json"))
+        write_json(result, json.loads(result.read_text()) | {"title": evil})
+    (tmp_path / "page").mkdir()
+    _, page = make(program, run, tmp_path / "page")
+    folders = sorted({file.parent for file in run.rglob("*.samples.jsonl")})[:2]
+    compare = load_program(Path(__file__).parents[2], "compare")
+    names = [f"r{number}={folder}" for number, folder in enumerate(folders)]
+    assert compare.main([*names, "--out", str(tmp_path / "compared")]) == 0
+    pages = [page, (tmp_path / "compared" / "compare.html").read_text()]
+    assert all("<script>alert" not in text and "&lt;script&gt;alert" in text for text in pages)
