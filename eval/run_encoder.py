@@ -74,8 +74,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, results = Path(recipe.output_dir), {}
     written = {"results.json", *(f"{name}.json" for name in names), *files_of(out, names)}
     hold = Hold(out, "encoder evaluation", written, older=left_before_markers(out))
-    if recipe.world is not None:
-        ensure_world(recipe.world)
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(
         recipe.model,
@@ -84,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=getattr(torch, recipe.dtype),
         batch_size=recipe.batch_size,
     )
+    if recipe.world is not None:
+        ensure_world(recipe.world)
     for name, task in zip(names, recipe.tasks, strict=True):
         settings = task.model_dump()
         common = [VERSION, encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]

@@ -167,19 +167,28 @@ def plan(
         if names[index] not in skipped
     }
     jobs = []
-    for name, path in checkpoints.items():
-        if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
-            raise EvaluationError(f"checkpoint name {name!r}: expected letters, digits, _ - .")
-        folder = Path(path)
-        if not (folder / "config.json").is_file():
-            raise EvaluationError(
-                f"checkpoint {name}: expected a model directory at {folder}, found no "
-                "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"
-            )
+    check_checkpoints(checkpoints)
+    for name, folder in checkpoints.items():
         digest = fingerprint_dir(folder)
         for index, spec in specs.items():
             jobs.append(Job(name, str(folder), digest, index, names[index], spec))
     return jobs
+
+
+def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
+    """Look for the checkpoints, before anything takes time.
+
+    Raises:
+        EvaluationError: One is not there, or its name is no file name.
+    """
+    for name, folder in checkpoints.items():
+        if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
+            raise EvaluationError(f"checkpoint name {name!r}: expected letters, digits, _ - .")
+        if not (Path(folder) / "config.json").is_file():
+            raise EvaluationError(
+                f"checkpoint {name}: expected a model directory at {folder}, found no "
+                "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"
+            )
 
 
 def left_out(suite: SuiteRecipe) -> list[str]:

@@ -20,7 +20,13 @@ from typing import Any
 import llm2clip_vlm
 from llm2clip_vlm.config_eval import SuiteRecipe
 from llm2clip_vlm.data.world_files import ensure_world
-from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, left_out, plan
+from llm2clip_vlm.evaluation.lmms_job import (
+    EvaluationError,
+    Job,
+    check_checkpoints,
+    left_out,
+    plan,
+)
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.ownership import MARKER_NAME, Hold
 
@@ -67,6 +73,7 @@ def run_suite(
     """
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise EvaluationError(f"limit: expected a whole number of documents, got {limit!r}")
+    check_checkpoints(checkpoints)
     tasks, out = assets_dir() / "tasks", Path(output)
     files = [task.data_files for task in suite.tasks if task.data_files]
     if suite.world is not None and not all(Path(file).is_file() for file in files):
