@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageFile
 
 from llm2clip_vlm.data.cut_images import require_all_rows, require_ends, tiff_jpegs
 
@@ -338,7 +338,11 @@ def _simplejpeg() -> Any:
 
 @contextmanager
 def _as_image_error(name: str) -> Iterator[None]:
-    """Whatever a decoder says becomes an `ImageError` with the image's name."""
+    """Whatever a decoder says becomes an `ImageError` with the image's name.
+
+    Pillow's switch for cut pictures is off meanwhile: other packages turn it on when imported.
+    """
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
         yield
     except ImageError:
@@ -346,6 +350,8 @@ def _as_image_error(name: str) -> Iterator[None]:
     except Exception as error:  # the one boundary around decoders, which raise what they like
         why = _ADDRESS.sub("", f"{type(error).__name__}: {error}")  # so that reasons are equal
         raise ImageError(f"image {name} does not decode: {why}") from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

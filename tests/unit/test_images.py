@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageFile
 
 from llm2clip_vlm.data import cut_images, images
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image, resolve_image
@@ -86,7 +86,12 @@ def test_damaged_files_are_one_error(tmp_path: Path, content: bytes) -> None:
         open_image(tmp_path, "a.png")
 
 
-def test_truncated_file_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lenient", [False, True])
+def test_truncated_file_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lenient: bool
+) -> None:
+    """Also where another package has told Pillow to let it pass (lmms-eval does when imported)."""
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)
     Image.effect_noise((64, 64), 50).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     (tmp_path / "a.jpg").write_bytes(data[: len(data) // 2])
