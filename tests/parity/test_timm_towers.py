@@ -56,7 +56,10 @@ def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path, timm_towers: A
     torch.testing.assert_close(again(pixel_values=pixels).pooler_output, found.pooler_output)
 
 
-@pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip"])
+@pytest.mark.parametrize(
+    "kind",
+    ["timm", *(pytest.param(k, marks=pytest.mark.slow) for k in ("timm_eva", "timm_siglip"))],
+)
 def test_a_tower_goes_through_stage_2b_and_resumes(
     kind: str, recipe: Recipe, tmp_path: Path, timm_towers: Any
 ) -> None:
