@@ -49,8 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(__doc__)
     recipe = load_recipe(words[0], ReportRecipe, words[1:])
     facts = collect(recipe)
-    if recipe.world is not None and recipe.examples:
-        add_examples(facts, world_dir(recipe.world))
+    pictures = recipe.photographs
+    if recipe.world is not None:
+        pictures = pictures or str(world_dir(recipe.world) / "pairs_test.jsonl")
+    if pictures and recipe.examples:
+        add_examples(facts, pictures)
     out = Path(recipe.output_dir)
     page = render("report.html", facts=facts, charts=charts(facts))
     whole = json.dumps(as_json(facts), indent=2, ensure_ascii=False)
@@ -73,8 +76,8 @@ def collect(recipe: ReportRecipe) -> Facts:
             f"headline, tower_models: {sorted(lost)}: expected towers of {list(recipe.towers)}"
         )
     retrieval = read_retrieval(recipe.towers)
-    if "long" not in (kinds := retrieval[recipe.headline[0]]):
-        raise ReportError(f"towers: expected captions of the kind long, got {list(kinds)}")
+    if recipe.captions not in (kinds := retrieval[recipe.headline[0]]):
+        raise ReportError(f"captions: {recipe.captions}: expected one of {list(kinds)}")
     vlms = {
         f"{t}-s{seed}": path for t, found in recipe.vlms.items() for seed, path in found.items()
     }
@@ -90,7 +93,7 @@ def collect(recipe: ReportRecipe) -> Facts:
     return Facts(
         recipe,
         retrieval=retrieval,
-        verdict=retrieval_verdict(retrieval, recipe.headline),
+        verdict=retrieval_verdict(retrieval, recipe.headline, recipe.captions),
         cra=read_cra(recipe.stage1) if recipe.stage1 else None,
         scores=scores,
         encoders={
@@ -99,6 +102,7 @@ def collect(recipe: ReportRecipe) -> Facts:
             if Path(folder, "results.json").is_file()
         },
         seconds=read_seconds(recipe.seconds, stages),
+        costs=read_optional(recipe.costs) or {},
         manifests={name: manifest for name, manifest in manifests.items() if manifest},
         ladder=read_optional(recipe.ladder),
         ab=read_optional(recipe.ab),
@@ -106,14 +110,14 @@ def collect(recipe: ReportRecipe) -> Facts:
     )
 
 
-def add_examples(facts: Facts, world: Path) -> None:
+def add_examples(facts: Facts, pictures: str) -> None:
     """What three towers retrieve for the first test pictures, and what their first VLMs answer."""
     recipe, task, own = facts.recipe, facts.recipe.headline_task, facts.recipe.tower_models
     shown = recipe.order()[:3]
     facts.retrieved = retrieved_captions(
         {name: Path(own.get(name, f"{recipe.towers[name]}/model")) for name in shown},
-        read_image_text(ImageTextSource(path=str(world / "pairs_test.jsonl")), BadRecords(0)),
-        "long",
+        read_image_text(ImageTextSource(path=pictures), BadRecords(0)),
+        recipe.captions,
         recipe.examples,
         EmbeddingCache.open(recipe.cache) if recipe.cache else None,
     )

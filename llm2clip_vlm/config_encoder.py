@@ -185,6 +185,8 @@ class EncoderEvalRecipe(RecipeFile):
     """Which program reads this file (`llm2clip-vlm eval RECIPE` looks at it)."""
     output_dir: OutputDir
     """Where `<name>.json` of each task and `results.json` go."""
+    data_dir: str = "."
+    """Folder that tasks may name as `${data_dir}`."""
     model: str
     """Path or hub id: an `LLM2CLIPModel`, CLIP or SigLIP; for tasks without text any tower."""
     text_encoder: str | TextEncoderSection | None = None

@@ -183,6 +183,12 @@ class ReportRecipe(RecipeFile):
     """The last committed A/B, as `eval/ab.py` writes it."""
     seconds: str | None = None
     """JSON of the pipeline: step to seconds; without it the stages' manifests are asked."""
+    costs: str | None = None
+    """JSON of the pipeline: step to seconds, CPU seconds and peak memory."""
+    captions: str = "long"
+    """Kind of caption of the answer (a column of the towers' `evaluation`)."""
+    photographs: str | None = None
+    """Captioned pictures to show retrieval on; none = the world's test pictures."""
     examples: int = Field(default=6, ge=0)
     """Pictures shown with retrieved captions, and questions shown with answers."""
     not_shown: list[str] = Field(default_factory=list)

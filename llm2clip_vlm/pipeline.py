@@ -52,6 +52,9 @@ RECIPES: dict[str, type[RunRecipe]] = {
 }
 """Programs that read a stage recipe and leave a manifest."""
 
+COSTS_NAME = "costs.json"
+"""What each job took, in the run that ended it: `seconds`, `cpu_seconds` of all its processes,
+`peak_memory_gb` of the largest of them."""
 OUTPUTS_NAME = "outputs.json"
 """File beside the logs: what each job's outputs were when it ended."""
 
@@ -200,6 +203,7 @@ class Pipeline:
         self.done: set[str] = set()
         self.running: list[Job] = []
         self.seconds: dict[str, float] = {}
+        self.costs: dict[str, dict[str, float]] = {}
         self._left: dict[str, dict[str, FileState]] = {}
 
     def run(self) -> dict[str, float]:
@@ -217,7 +221,8 @@ class Pipeline:
         times = self._read("seconds.json")
         logs = [f"{job.name}.log" for job in self.jobs]
         # A version without markers left the times beside the logs.
-        hold = Hold(self.logs, "a pipeline", [*logs, OUTPUTS_NAME], older=logs if times else ())
+        own = [*logs, OUTPUTS_NAME, *(self._cost_file(job).name for job in self.jobs)]
+        hold = Hold(self.logs, "a pipeline", own, older=logs if times else ())
         self._left = self._read(f"logs/{OUTPUTS_NAME}")
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in previous.items():
@@ -235,7 +240,7 @@ class Pipeline:
                         else:
                             self._start(job)
                     for job in self._ended():
-                        self._tick(bar, f"{job.name}: done in {self.seconds[job.name]:.0f} s", job)
+                        self._tick(bar, f"{job.name}: {told(self.costs[job.name])}", job)
                     shares = [
                         (job.name, progress_of(job.log, job.log_start)) for job in self.running
                     ]
@@ -305,6 +310,7 @@ class Pipeline:
             "OMP_NUM_THREADS": str(share),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
+            "LLM2CLIP_VLM_COST": str(self._cost_file(job).absolute()),
         }
         for name, first in (("PYTHONPATH", self.root), ("PATH", Path(sys.executable).parent)):
             environment[name] = os.pathsep.join(filter(None, (str(first), os.environ.get(name))))
@@ -336,12 +342,21 @@ class Pipeline:
                     f"step {job.name!r} ended with exit code {code}; the end of {job.log}:\n  {end}"
                 )
             self.seconds[job.name] = round(time.monotonic() - job.started, 1)
-            old = self._read("seconds.json")
-            path = Path(self.recipe.output_dir) / "seconds.json"
-            write_atomically(path, json.dumps({**old, **self.seconds}, indent=2) + "\n")
+            self._note("seconds.json", self.seconds)
+            used = dict(read_json(self._cost_file(job)))
+            self.costs[job.name] = {"seconds": self.seconds[job.name], **used}
+            self._note(COSTS_NAME, self.costs)
             self._left[job.name] = file_states(output_files(job))
             write_atomically(self.logs / OUTPUTS_NAME, json.dumps(self._left) + "\n")
             yield job
+
+    def _cost_file(self, job: Job) -> Path:
+        return self.logs / f"{job.name}.cost.json"
+
+    def _note(self, name: str, found: dict[str, Any]) -> None:
+        """Join what this run found to what earlier ones did, by job."""
+        text = json.dumps({**self._read(name), **found}, indent=2) + "\n"
+        write_atomically(Path(self.recipe.output_dir) / name, text)
 
     def _stop_all(self) -> None:
         for job in self.running:
@@ -350,6 +365,12 @@ class Pipeline:
         for job in self.running:
             assert job.process is not None
             job.process.wait()
+
+
+def told(cost: dict[str, float]) -> str:
+    """A job's cost in words."""
+    more = f"{cost['cpu_seconds']:.0f} CPU s, {cost['peak_memory_gb']:.1f} GB"
+    return f"done in {cost['seconds']:.0f} s ({more})"
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -4,13 +4,17 @@
 holds and never writes to. When that is closed (by intent, or by the kernel after any signal), the
 command and all that it has started, in whichever session, get SIGTERM, and SIGKILL 10 seconds
 later. It imports nothing of the package, so it costs a few milliseconds.
+
+What the command has cost is written, as JSON, to the file that LLM2CLIP_VLM_COST names.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import json
 import os
+import resource
 import select
 import signal
 import subprocess
@@ -37,6 +41,14 @@ def main(command: list[str]) -> int:
             _end(process)
             break
     code = process.wait()
+    if cost := os.environ.get("LLM2CLIP_VLM_COST"):
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        unit = 1 if sys.platform == "darwin" else 1024
+        found = {
+            "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+            "peak_memory_gb": round(used.ru_maxrss * unit / 1e9, 2),  # of the largest process
+        }
+        Path(cost).write_text(json.dumps(found) + "\n")
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

@@ -30,12 +30,14 @@ class Verdict:
 def retrieval_verdict(
     retrieval: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]],
     headline: Sequence[str],
+    kind: str = "long",
 ) -> Verdict:
-    """Whether the first tower retrieves better with long captions, with intervals apart.
+    """Whether the first tower retrieves better, with intervals apart.
 
     Args:
         retrieval: From :func:`~llm2clip_vlm.evaluation.report_inputs.read_retrieval`.
         headline: Two towers.
+        kind: Kind of caption.
 
     Returns:
         `above` only where the 95 % intervals of R@1 are apart in both directions; `below` likewise
@@ -45,7 +47,7 @@ def retrieval_verdict(
     signs: dict[str, int] = {}
     numbers = []
     for direction, arrow in DIRECTIONS.items():
-        first, second = (retrieval[name]["long"][direction] for name in headline)
+        first, second = (retrieval[name][kind][direction] for name in headline)
         numbers.append(f"{arrow} {first['r1']:.1f} % against {second['r1']:.1f} %")
         (low, high), (least, most) = (found.get("ci") or (0, 100) for found in (first, second))
         signs[arrow] = int(low > most) - int(high < least)
@@ -65,9 +67,14 @@ def retrieval_verdict(
             words = f"Partly: {a} and {b} differ in one direction of retrieval only"
             tail = f"apart in {next(arrow for arrow, sign in signs.items() if sign)}"
     figures = ", ".join(numbers)
-    what = f"R@1 with long captions of unseen pictures: {figures}"
-    short = f"long-caption R@1 of {a} against {b}: {figures} ({tail})"
+    what = f"R@1 with {worded(kind)} of unseen pictures: {figures}"
+    short = f"R@1 with {worded(kind)} of {a} against {b}: {figures} ({tail})"
     return Verdict(state, f"{words} ({what}; {tail}).", short)
+
+
+def worded(kind: str) -> str:
+    """A kind of caption for people."""
+    return "captions" if kind == "captions" else f"{kind.replace('_', ' ')} captions"
 
 
 @dataclass
@@ -86,6 +93,8 @@ class Facts:
     """Task to checkpoint to result, the headline's task first; empty = no VLM."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step to wall time."""
+    costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Step to seconds, CPU seconds and peak memory; empty = not measured."""
     encoders: dict[str, Run] = field(default_factory=dict)
     """Tower to results of its other tasks."""
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -150,7 +159,7 @@ def charts(facts: Facts) -> dict[str, Any]:
         drawn["cra"] = bar_chart(groups, "Caption separability", 100)
     drawn["retrieval"] = bar_chart(
         {
-            f"{kind.replace('_', ' ')} captions, {arrow}": [
+            f"{worded(kind)}, {arrow}": [
                 _recall(facts, tower, kind, way) for tower in facts.retrieval
             ]
             for kind in facts.retrieval[recipe.headline[0]]
