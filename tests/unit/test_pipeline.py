@@ -174,7 +174,9 @@ def test_steps_run_after_what_they_need(root: Path, capsys: pytest.CaptureFixtur
     assert set(json.loads((root / "runs" / "seconds.json").read_text())) == {"a", "b", "c"}
     costs = json.loads((root / "runs" / "costs.json").read_text())
     assert set(costs) == {"a", "b", "c"}
-    assert all(cost["cpu_seconds"] > 0 < cost["peak_memory_gb"] < 10 for cost in costs.values())
+    assert all(
+        0 <= cost["cpu_seconds"] < 60 and cost["peak_memory_gb"] < 10 for cost in costs.values()
+    )
     assert "[3/3] c: done in" in capsys.readouterr().out
     assert " 40%" in (root / "runs" / "logs" / "a.log").read_text()
 
