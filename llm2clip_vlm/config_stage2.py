@@ -84,6 +84,10 @@ class EncoderRecipe(RunRecipe):
     image_decoding: Literal["fast", "exact"] = "fast"
     """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
     quarter of their size (43 to 52 dB from `exact`), `exact` is the image processor to the bit."""
+    feature_cache: str | Literal[False] | None = None
+    """Where the tower does not train (and no crop is drawn): folder of its pooled features, which
+    runs may share; each picture is decoded exactly and encoded once, and a step costs the heads
+    alone. None = `<output_dir>/features`; false = the tower runs in every step."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """Held-out images for retrieval, each caption key apart."""
     evaluation_steps: int | None = Field(default=None, ge=1)

@@ -50,11 +50,12 @@ _PACKAGES = (
 # Beside a manifest, but no output: what a run may write anew without computing anything anew.
 _NO_OUTPUTS = frozenset(
     {MANIFEST_NAME, PARENTS_NAME, RESOLVED_NAME}
-    | set("checkpoints composed failures dropped.jsonl encode_cost.jsonl".split())
+    | set("checkpoints composed failures features dropped.jsonl encode_cost.jsonl".split())
 )
 # Keys that change where a run writes or what it says, never what it computes.
 _NEUTRAL_KEYS = frozenset(
-    "base output_dir notes deviations hang_timeout_s max_bad_records max_bad_fraction".split()
+    "base output_dir notes deviations hang_timeout_s max_bad_records max_bad_fraction "
+    "feature_cache".split()
 )
 _NEUTRAL_TRAINER_KEYS = frozenset(
     "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "

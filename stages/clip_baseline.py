@@ -1,8 +1,10 @@
 """Ordinary CLIP training with its own text tower: the base of the demo, and stage 2's controls.
 
 Paper: LLM2CLIP v6, table "fine-tuned CLIP" (the same images, captions and steps, without the LLM).
-Needs: a CLIPModel directory, or a config with a tokenizer; image-text records.
-Writes: `<output_dir>/model/` (CLIPModel, tokenizer, image processor), `vision_tower/`,
+Needs: a CLIPModel directory, or a config with a tokenizer, or any vision tower with the config of
+a text tower and a tokenizer; image-text records.
+Writes: `<output_dir>/model/` (CLIPModel, around another tower a VisionTextDualEncoderModel, with
+tokenizer and image processor), `vision_tower/`,
 `results.json` (retrieval with its own text tower), `metrics.jsonl`, `manifest.json`.
 
     python stages/clip_baseline.py RECIPE.yaml key=value ...
@@ -13,17 +15,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from transformers import CLIPModel
+import torch
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_base import ClipBaselineRecipe
 from llm2clip_vlm.distributed import barrier, is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir
-from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
+from llm2clip_vlm.models.clip import ClipTokens, clip_around_tower, clip_encoders, load_clip
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
@@ -33,6 +37,7 @@ from llm2clip_vlm.training.encoder_trainer import (
     prepare_model,
 )
 from llm2clip_vlm.training.export import export_vision_tower
+from llm2clip_vlm.training.frozen_tower import frozen_tower
 from llm2clip_vlm.training.keeping import (
     probe_embeds,
     require_as_exported,
@@ -48,30 +53,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     recipe, out = run.recipe, run.out
     if run.finished():
         return
-    run.parent(
-        "clip", recipe.clip if isinstance(recipe.clip, str) else str(recipe.tokenizer), run.stage
-    )
+    if recipe.vision_tower is not None:
+        run.parent("vision_tower", recipe.vision_tower, run.stage, "stage2b_vision_encoder")
+        run.parents["tokenizer"] = str(recipe.tokenizer)
+    else:
+        clip = recipe.clip if isinstance(recipe.clip, str) else str(recipe.tokenizer)
+        run.parent("clip", clip, run.stage)
     args = run.arguments(dataloader_drop_last=True)
     check_contrastive_arguments(args)
 
     # model
-    model, tokenizer, image_processor = load_clip(
-        recipe.clip, recipe.tokenizer, recipe.text_window_tokens
-    )
+    model, tokenizer, image_processor = load_start(recipe)
 
     # trainable
-    rates = dict(recipe.learning_rates)
-    projections = rates.pop("projections", None)
-    lrs: dict[str, float] = {str(part): lr for part, lr in rates.items()}
+    lrs: dict[str, float] = {str(part): lr for part, lr in recipe.learning_rates.items() if lr}
+    projections = lrs.pop("projections", None)
     if projections is not None:
         lrs |= dict.fromkeys(("visual_projection", "text_projection", "logit_scale"), projections)
     apply_trainable(model, lrs)
 
     # data
+    frozen = frozen_tower(recipe, model.vision_model, image_processor, args.device)
     tokens = ClipTokens(tokenizer)
-    dataset = training_images(recipe, image_processor, run.bad, tokens)
+    dataset = training_images(recipe, image_processor, run.bad, tokens, features=frozen)
     tokens.prepare(dataset.captions())
-    held_out = HeldOut(recipe, image_processor, run.bad, retrieval_report)
+    held_out = HeldOut(recipe, image_processor, run.bad, retrieval_report, frozen)
 
     # trainer, train
     trainer = EncoderTrainer(
@@ -99,14 +105,31 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_tokenizer(tokenizer, out / "model")
         image_processor.save_pretrained(out / "model")
     barrier()
-    saved = load_complete(CLIPModel, out / "model").eval().to(args.device)
-    require_as_trained(trained, saved, out / "model")
+    saved = load_complete(type(model), out / "model").eval().to(args.device)
+    require_as_trained(trained, saved, out / "model", frozen)
     results = held_out(*clip_encoders(saved, tokens))
     if is_main():
         exported = export_vision_tower(saved, image_processor, out / "vision_tower")
         require_as_exported(saved, exported)
         run.finish({"vision_tower": fingerprint_dir(exported)}, results, pairs=len(dataset))
     teardown()
+
+
+def load_start(recipe: ClipBaselineRecipe) -> tuple[Any, Any, Any]:
+    """Model, tokenizer and image processor that training starts from."""
+    if recipe.vision_tower is None:
+        return load_clip(recipe.clip or {}, recipe.tokenizer, recipe.text_window_tokens)
+    tower = load_vision_tower(
+        recipe.vision_tower, dtype=torch.float32, image_size_px=recipe.image_size_px
+    )
+    model, tokenizer = clip_around_tower(
+        tower.model,
+        recipe.text_model or {},
+        str(recipe.tokenizer),
+        projection_dim=recipe.projection_dim,
+        logit_scale_init=recipe.logit_scale_init,
+    )
+    return model, tokenizer, tower.image_processor
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ from llm2clip_vlm.training.encoder_trainer import (
     prepare_model,
 )
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
+from llm2clip_vlm.training.frozen_tower import frozen_tower
 from llm2clip_vlm.training.keeping import (
     prepare_keeping,
     require_as_exported,
@@ -79,25 +80,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # trainable
-    lrs = recipe.learning_rates.model_dump() | {"logit_scale": recipe.learning_rates.text_adaptor}
+    lrs = recipe.learning_rates.model_dump(
+        exclude={"vision_tower"} if recipe.tower_training == "frozen" else None
+    ) | {"logit_scale": recipe.learning_rates.text_adaptor}
     if recipe.loss == "sigmoid":
         lrs["logit_bias"] = recipe.learning_rates.text_adaptor
-    if recipe.tower_training == "frozen":
-        del lrs["vision_tower"]
     if loop and in_loop:
         loop.attach(model, args)
         lrs["text_encoder"] = in_loop.learning_rate
     apply_trainable(model, lrs)
 
     # data
+    frozen = frozen_tower(recipe, model.vision_tower, tower.image_processor, args.device)
     dataset = training_images(
         recipe,
         tower.image_processor,
         run.bad,
         captions if captions.in_workers else None,
         captions_per_image=recipe.captions_per_image,
+        features=frozen,
     )
-    held_out = HeldOut(recipe, tower.image_processor, run.bad, retrieval_report)
+    held_out = HeldOut(recipe, tower.image_processor, run.bad, retrieval_report, frozen)
     captions.require([*dataset.captions(), *held_out.texts()])
     keeping = prepare_keeping(
         recipe,
@@ -133,15 +136,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # evaluate (what was saved, not what is in memory), hand off
     saved = load_complete(LLM2CLIPModel, out / "model").eval().to(args.device)
-    require_as_trained(trained, saved, out / "model")
+    require_as_trained(trained, saved, out / "model", frozen)
     results = held_out(*saved.encoders(captions.lookup))
     captions.finish()
     if is_main():
         tower.image_processor.save_pretrained(out / "model")
         exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
         require_as_exported(saved, exported)
-        text = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
-        hashes = {"vision_tower": fingerprint_dir(exported), **text}
+        hashes = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
+        hashes |= {"vision_tower": fingerprint_dir(exported)}
         run.finish(hashes, results, pairs=len(dataset))
     teardown()
 

@@ -36,6 +36,9 @@ _CHUNK = 256
 TextInputs = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Captions of a batch to the model's text arguments (cached embeddings, or token ids)."""
 
+PictureFeatures = Callable[[ImageTextRecords, BadRecords], tuple[list[int], Tensor]]
+"""Records to the positions of those whose pictures can be used, and a frozen tower's features."""
+
 
 class ImageTextDataset(Dataset[dict[str, Any]]):
     """Images with captions, drawn anew every epoch.
@@ -62,6 +65,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         augmentation: Random crop, of training alone.
         fast: Decode and resize by :class:`TrainingPixels` what is not held in memory; otherwise
             as the image processor does, to the bit.
+        features: What the model takes for pictures; none = `pixel_values`.
 
     Raises:
         ValueError: No record, a weighted kind that no record has, too many bad images, or an
@@ -81,6 +85,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         captions_per_image: int = 1,
         augmentation: AugmentationSection | None = None,
         fast: bool = False,
+        features: PictureFeatures | None = None,
     ) -> None:
         self.bad = BadRecords() if bad is None else bad
         self.caption_weights = dict(caption_weights or {})
@@ -98,7 +103,10 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         augmentation = augmentation or AugmentationSection()
         augments = augmentation.crop_scale_min < 1
         limit = PRELOAD_LIMIT_BYTES if preload_limit_bytes is None else preload_limit_bytes
-        if limit and not augments:
+        if features is not None:
+            kept, self._pixels = features(self.records, self.bad)
+            self.records = self.records.take(kept)
+        elif limit and not augments:
             self._preload(limit)
         if self._pixels is None and (fast or augments):
             geometry = Geometry.of(image_processor)

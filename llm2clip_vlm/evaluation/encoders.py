@@ -30,6 +30,9 @@ from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.text_tokens import text_ids
 
+_CLIP = ("clip", "vision-text-dual-encoder")
+"""`model_type` of what has CLIP's text tower."""
+
 Texts = Callable[[Sequence[str]], Tensor]
 """Texts to `[n, d]` on the CPU, unit norm, float32."""
 
@@ -134,7 +137,7 @@ def load_encoder(
     hashes = {"model": fingerprint_dir(path) if Path(path).is_dir() else path}
     fields: dict[str, Any] = {"project": nn.Identity()}
     kind = read_config(path).model_type
-    if kind in ("llm2clip", "clip", "siglip", "siglip2"):
+    if kind in ("llm2clip", "siglip", "siglip2", *_CLIP):
         model = load_complete(AutoModel, path, dtype=dtype).eval().to(device)
         fields["project"] = getattr(model, "visual_projection", fields["project"])
         if kind != "llm2clip":
@@ -180,9 +183,10 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
     """
     tokenizer = read_tokenizer(path)
     window = int(model.config.text_config.max_position_embeddings)
-    if model.config.model_type == "clip":
+    clip = model.config.model_type in _CLIP
+    if clip:
         check_tokenizer(model, tokenizer)
-    padding = "longest" if model.config.model_type == "clip" else "max_length"
+    padding = "longest" if clip else "max_length"
     cut = 0
 
     @torch.no_grad()

@@ -12,12 +12,33 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPModel
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
 
 from llm2clip_vlm.models.caption_tokens import pad_tokens
-from llm2clip_vlm.models.loading import load_complete, read_image_processor, read_tokenizer
+from llm2clip_vlm.models.loading import (
+    load_complete,
+    read_config,
+    read_image_processor,
+    read_tokenizer,
+    to_dtype,
+)
 from llm2clip_vlm.text_tokens import text_ids, text_tokens
+
+Clip = CLIPModel | VisionTextDualEncoderModel
+"""A vision tower with its own text tower: OpenAI's pair, or any tower with CLIP's text tower."""
+END_TOKEN = "<|end_of_caption|>"
+"""Name of the end token of a text tower whose tokenizer puts none behind a text."""
 
 _SPECIAL = ("pad", "bos", "eos")
 
@@ -26,13 +47,13 @@ def load_clip(
     clip: str | Mapping[str, Any],
     tokenizer: str | Path | None = None,
     text_window_tokens: int | None = None,
-) -> tuple[CLIPModel, Any, Any]:
+) -> tuple[Clip, Any, Any]:
     """A CLIP to train, in fp32, with its tokenizer and image processor.
 
     Args:
-        clip: A `CLIPModel` directory or hub id, or `CLIPConfig` arguments to start from nothing;
-            the vocabulary's size and special tokens, where not given, are the tokenizer's, and the
-            towers' `projection_dim` is the config's.
+        clip: Directory or hub id of a `CLIPModel` or of what :func:`clip_around_tower` made, or
+            `CLIPConfig` arguments to start from nothing; the vocabulary's size and special tokens,
+            where not given, are the tokenizer's, and the towers' `projection_dim` is the config's.
         tokenizer: Directory of tokenizer and image processor; needed with a config, and else taken
             from `clip` where not given.
         text_window_tokens: See :func:`lengthen_text_window`; none keeps the window.
@@ -55,7 +76,9 @@ def load_clip(
     if isinstance(clip, Mapping):
         model = CLIPModel(_config_for(clip, text_tokenizer))
     else:
-        model = load_complete(CLIPModel, clip, dtype=torch.float32)
+        dual = read_config(clip).model_type == VisionTextDualEncoderConfig.model_type
+        model_class = VisionTextDualEncoderModel if dual else CLIPModel
+        model = load_complete(model_class, clip, dtype=torch.float32)
     if text_window_tokens is not None:
         lengthen_text_window(model, text_window_tokens)
     text_config: Any = model.config.text_config
@@ -64,9 +87,74 @@ def load_clip(
     return model, text_tokenizer, image_processor
 
 
-def _config_for(arguments: Mapping[str, Any], tokenizer: Any) -> CLIPConfig:
+def clip_around_tower(
+    tower: PreTrainedModel,
+    text_model: Mapping[str, Any],
+    tokenizer: str | Path,
+    *,
+    projection_dim: int,
+    logit_scale_init: float,
+) -> tuple[VisionTextDualEncoderModel, PreTrainedTokenizerBase]:
+    """Any vision tower with a CLIP text transformer from nothing.
+
+    Its pooled output is projected as in `LLM2CLIPModel`, so that the two differ in the text alone.
+
+    Args:
+        tower: Copied, not shared; its dtype is the model's.
+        text_model: `CLIPTextConfig` arguments; vocabulary and special tokens are the tokenizer's.
+        tokenizer: Directory; where it puts no end token behind a text, it gets one more.
+        projection_dim: Width of the joint space.
+        logit_scale_init: Stored logarithm at the start.
+
+    Returns:
+        Model and tokenizer (cutting at the window).
+    """
+    text_tokenizer = _with_end_token(read_tokenizer(tokenizer))
+    known = {"bos_token_id": None} | _special_of(text_tokenizer)
+    text = CLIPTextConfig(**known | dict(text_model))
+    text_tokenizer.model_max_length = text.max_position_embeddings
+    config = VisionTextDualEncoderConfig(
+        vision_config=tower.config.to_dict() | {"_name_or_path": ""},
+        text_config=text.to_dict(),
+        projection_dim=projection_dim,
+        logit_scale_init_value=logit_scale_init,
+    )
+    model: Any = VisionTextDualEncoderModel(config)
+    model.vision_model.load_state_dict(tower.state_dict())
+    for head in (model.visual_projection, model.text_projection):
+        nn.init.normal_(head.weight, std=head.in_features**-0.5)
+    check_tokenizer(model, text_tokenizer)
+    return to_dtype(model, tower.dtype), text_tokenizer
+
+
+def _with_end_token(tokenizer: Any) -> Any:
+    """The tokenizer, or one that closes texts with a token of their own, where CLIP pools.
+
+    Id 2 cannot be that token: CLIP's config takes it for "the highest id".
+    """
+    ids = tokenizer("a")["input_ids"]
+    if ids[-1] == tokenizer.eos_token_id != 2 and ids.count(ids[-1]) == 1:
+        return tokenizer
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        unk_token=tokenizer.unk_token,
+        eos_token=END_TOKEN,
+        pad_token=END_TOKEN,
+    )
+    made.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"$A {END_TOKEN}", special_tokens=[(END_TOKEN, made.eos_token_id)]
+    )
+    return made
+
+
+def _special_of(tokenizer: Any) -> dict[str, int]:
+    """What a text tower's config takes from the tokenizer."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
-    text = {"vocab_size": len(tokenizer)} | {k: v for k, v in special.items() if v is not None}
+    return {"vocab_size": len(tokenizer)} | {k: v for k, v in special.items() if v is not None}
+
+
+def _config_for(arguments: Mapping[str, Any], tokenizer: Any) -> CLIPConfig:
+    text = _special_of(tokenizer)
     values = dict(arguments)
     shared = {k: v for k, v in values.items() if k == "projection_dim"}
     values["text_config"] = text | shared | dict(values.get("text_config") or {})
@@ -75,7 +163,7 @@ def _config_for(arguments: Mapping[str, Any], tokenizer: Any) -> CLIPConfig:
 
 
 @torch.no_grad()
-def lengthen_text_window(model: CLIPModel, window_tokens: int) -> None:
+def lengthen_text_window(model: Clip, window_tokens: int) -> None:
     """Give the text tower more positions, in place.
 
     Args:
@@ -85,7 +173,7 @@ def lengthen_text_window(model: CLIPModel, window_tokens: int) -> None:
     Raises:
         ValueError: Fewer than the model has.
     """
-    embeddings = model.text_model.embeddings
+    embeddings: Any = model.text_model.embeddings
     old = embeddings.position_embedding.weight
     if window_tokens < old.shape[0]:
         raise ValueError(
@@ -100,7 +188,7 @@ def lengthen_text_window(model: CLIPModel, window_tokens: int) -> None:
     text_config.max_position_embeddings = window_tokens
 
 
-def check_tokenizer(model: CLIPModel, tokenizer: Any) -> None:
+def check_tokenizer(model: Clip, tokenizer: Any) -> None:
     """Refuse a tokenizer whose end token is not where the text tower pools.
 
     The tower takes the first `eos_token_id`, or with the legacy value 2 the highest id. Where
@@ -190,7 +278,7 @@ class ClipTokens:
 
 
 def clip_encoders(
-    model: CLIPModel, tokens: ClipTokens
+    model: Clip, tokens: ClipTokens
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
     """How an ordinary CLIP embeds images and captions, unit norm.
 

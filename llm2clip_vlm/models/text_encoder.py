@@ -201,7 +201,7 @@ class TextEncoder(nn.Module):
         Computed at first use and kept; read it after the weights have their final values.
         """
         return {
-            "text_weights": _hash_state(self.backbone.state_dict()),
+            "text_weights": hash_state(self.backbone.state_dict()),
             "text_tokenizer": self.tokens.fingerprint(),
             **{name: str(value) for name, value in self.settings.to_dict().items()},
             **({"chat": repr(self.tokens.turn)} if self.settings.chat else {}),
@@ -379,7 +379,8 @@ def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterabl
         yield batch
 
 
-def _hash_state(state: Mapping[str, Tensor]) -> str:
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """sha256 of a model's weights: names, dtypes, shapes and bytes."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

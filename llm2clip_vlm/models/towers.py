@@ -24,6 +24,7 @@ from transformers import (
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    VisionTextDualEncoderModel,
 )
 
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
@@ -111,6 +112,11 @@ def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
     return tower
 
 
+def _dual_encoder(path: str, dtype: Any) -> PreTrainedModel:
+    tower: PreTrainedModel = _complete(VisionTextDualEncoderModel, path, dtype).vision_model
+    return tower
+
+
 _ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Towers that interpolate their positions themselves, to the size of the image they get."""
 
@@ -126,6 +132,7 @@ LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
     "timm_wrapper": from_timm_checkpoint,
     TimmVisionConfig.model_type: partial(_complete, AutoModel),
     "llm2clip": _llm2clip,
+    "vision-text-dual-encoder": _dual_encoder,
 }
 """`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
 

@@ -17,7 +17,12 @@ from torch import Tensor
 from llm2clip_vlm.config import ImageTextSource, ZeroShotSource
 from llm2clip_vlm.config_stage2 import EncoderRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.image_text import ImageTextDataset, TextInputs, caption_galleries
+from llm2clip_vlm.data.image_text import (
+    ImageTextDataset,
+    PictureFeatures,
+    TextInputs,
+    caption_galleries,
+)
 from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text, read_sources
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.distributed import shared_out
@@ -38,6 +43,7 @@ def training_images(
     text_inputs: TextInputs | None,
     *,
     captions_per_image: int = 1,
+    features: PictureFeatures | None = None,
 ) -> ImageTextDataset:
     """A recipe's training pairs.
 
@@ -47,6 +53,7 @@ def training_images(
         bad: Takes what cannot be used.
         text_inputs: Captions to the model's text arguments; none = the training process does this.
         captions_per_image: In a batch.
+        features: Of a frozen tower; none = the dataset gives pictures.
     """
     return ImageTextDataset(
         read_sources(recipe.train, bad),
@@ -58,6 +65,7 @@ def training_images(
         captions_per_image=captions_per_image,
         augmentation=recipe.augmentation,
         fast=recipe.image_decoding == "fast",
+        features=features,
     )
 
 
@@ -69,13 +77,20 @@ class HeldOut:
         image_processor: The tower's.
         bad: Takes what cannot be used, images that turn out so while they are encoded too.
         report: Embeddings to retrieval metrics; the stage passes it in.
+        features: Of a frozen tower: what `encode_images` gets instead of `pixel_values`.
     """
 
     def __init__(
-        self, recipe: EncoderRecipe, image_processor: Any, bad: BadRecords, report: Report
+        self,
+        recipe: EncoderRecipe,
+        image_processor: Any,
+        bad: BadRecords,
+        report: Report,
+        features: PictureFeatures | None = None,
     ) -> None:
         def read(source: ImageTextSource) -> ImageTextDataset:
-            return ImageTextDataset(read_image_text(source, bad), image_processor, bad=bad)
+            records = read_image_text(source, bad)
+            return ImageTextDataset(records, image_processor, bad=bad, features=features)
 
         self._bad, self._report = bad, report
         self._retrieval = {name: read(s) for name, s in _named(recipe.evaluation)}

@@ -19,11 +19,11 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import CLIPModel, TrainerCallback
+from transformers import TrainerCallback
 
 from llm2clip_vlm.config_stage2 import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.losses import cosine_loss, relational_distillation
-from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
+from llm2clip_vlm.models.clip import Clip, ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.patch_dropout import PatchDropout
@@ -31,6 +31,7 @@ from llm2clip_vlm.models.text_encoder import require_equal
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.training.callbacks import PatchDropoutTail, WeightAverage
 from llm2clip_vlm.training.export import vision_tower_of
+from llm2clip_vlm.training.frozen_tower import FrozenTower
 
 logger = logging.getLogger(__name__)
 
@@ -113,19 +114,25 @@ def probe_embeds(model: Any) -> Float[Tensor, "2 d"]:
     return found if torch.is_tensor(found) else found.pooler_output
 
 
-def require_as_trained(trained: Tensor, saved: Any, directory: Path) -> None:
+def require_as_trained(
+    trained: Tensor, saved: Any, directory: Path, frozen: FrozenTower | None = None
+) -> None:
     """Refuse a saved model that gives other embeddings than the one that was trained.
 
     Args:
         trained: Of :func:`probe_embeds`, before saving.
         saved: The model, loaded again.
         directory: Where from.
+        frozen: Whose features it was trained on, and takes for pictures from here on.
 
     Raises:
         ValueError: Names what differs.
     """
     remedy = "it was not written as it was trained; go on from the last checkpoint"
     require_equal(str(directory), trained, probe_embeds(saved), remedy, saved.dtype)
+    if frozen is not None:
+        frozen.require(vision_tower_of(saved))
+        frozen.attach(vision_tower_of(saved))
 
 
 def require_as_exported(model: Any, directory: Path) -> None:
@@ -206,7 +213,7 @@ def prepare_keeping(
 
 
 @torch.no_grad()
-def inherit_space(model: LLM2CLIPModel, clip: CLIPModel) -> None:
+def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
     """Start in CLIP's own joint space: its image projection and, for softmax, its scale, in place.
 
     Args:
@@ -229,7 +236,7 @@ def inherit_space(model: LLM2CLIPModel, clip: CLIPModel) -> None:
 
 def inherit_text_tower(
     model: LLM2CLIPModel,
-    clip: CLIPModel,
+    clip: Clip,
     tokens: ClipTokens,
     captions: Sequence[str],
     lookup: Callable[[list[str]], Tensor],

@@ -43,7 +43,7 @@ R = TypeVar("R", bound=RunRecipe)
 
 _DURING = frozenset(
     {RESOLVED_NAME, PARENTS_NAME}
-    | set("checkpoints composed dropped.jsonl failures metrics.jsonl".split())
+    | set("checkpoints composed dropped.jsonl failures features metrics.jsonl".split())
 )
 _AT_THE_END = frozenset(
     {MANIFEST_NAME}

@@ -14,11 +14,17 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
+from eval import run_encoder
+from llm2clip_vlm.data.image_text import ImageTextDataset
 from llm2clip_vlm.handoff import HandoffError, read_manifest
+from llm2clip_vlm.models.clip import load_clip
 from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.training.callbacks import read_metrics
+from llm2clip_vlm.training.export import vision_tower_of
+from llm2clip_vlm.training.keeping import probe_embeds
 from stages import clip_baseline
-from tests.tiny import WORDS, write_image
+from tests.tiny import WORDS, word_tokenizer, write_image
+from tests.tiny_towers import build_tower
 
 Recipe = Callable[..., Path]
 
@@ -159,3 +165,77 @@ def test_measures_without_dropout(recipe: Recipe, tiny_clip: Path, tmp_path: Pat
 def test_accumulation_is_refused(recipe: Recipe) -> None:
     with pytest.raises(ValueError, match="per_device_train_batch_size to 16"):
         run(recipe(global_batch_size=16))
+
+
+def test_any_tower_with_a_text_transformer_from_nothing(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control of a tower that came without text, and of a tokenizer without an end token."""
+    tower, tokenizer = build_tower("eva02", tmp_path / "tower"), tmp_path / "tokenizer"
+    word_tokenizer(specials=("<pad>", "<unk>", "</s>", "<s>")).save_pretrained(tokenizer)
+    file = tokenizer / "tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"post_processor": None}))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    text = sizes | {"num_hidden_layers": 1, "max_position_embeddings": 24}
+    given = {"vision_tower": str(tower), "text_model": text, "tokenizer": str(tokenizer)}
+    pairs = [{"path": str(tmp_path / "pairs.jsonl")}]
+
+    def written(name: str, **changes: Any) -> Path:
+        values = {"projection_dim": 8, "evaluation": pairs} | given | changes
+        path = recipe(name, **values)
+        plain = yaml.safe_load(path.read_text())
+        path.write_text(yaml.safe_dump({k: v for k, v in plain.items() if k != "clip"}))
+        return path
+
+    batches: dict[str, list[Any]] = {}
+    draw = ImageTextDataset.__getitems__
+
+    def noted(dataset: Any, rows: Any) -> Any:
+        batch = draw(dataset, rows)
+        batches.setdefault(name, []).append((list(rows), batch["caption_ids"].tolist()))
+        return batch
+
+    monkeypatch.setattr(ImageTextDataset, "__getitems__", noted)
+    name = "control"
+    out = run(written("control"))
+    retrieval = json.loads((out / "results.json").read_text())["retrieval"]
+    manifest = read_manifest(out)
+    assert manifest is not None and set(manifest["outputs"]) == {"model", "vision_tower"}
+    assert {"vision_tower", "tokenizer"} <= set(manifest["parents"])
+    assert str(tmp_path) not in (out / "model" / "config.json").read_text()
+    assert load_vision_tower(out / "vision_tower").hidden_size == 32
+    model, ended, _ = load_clip(str(out / "model"))  # as the report's examples do
+    assert torch.equal(
+        probe_embeds(vision_tower_of(model)),
+        probe_embeds(load_vision_tower(out / "model").model),
+    )
+    ids = ended([" ".join(WORDS[:40])], truncation=True)["input_ids"][0]
+    assert len(ids) == 24 and ids[-1] == ended.eos_token_id == len(ended) - 1
+    # the program that judges encoders finds what the stage found
+    task = {"task": "retrieval", "benchmark": "records", "data": pairs[0]["path"]}
+    values = {"stage": "run_encoder", "output_dir": str(tmp_path / "eval"), "bootstrap": 0}
+    values |= {"model": str(out / "model"), "tasks": [task]}
+    (tmp_path / "eval.yaml").write_text(yaml.safe_dump(values))
+    run_encoder.main([str(tmp_path / "eval.yaml")])
+    judged = json.loads((tmp_path / "eval" / "results.json").read_text())
+    print(judged, retrieval)
+    assert str(retrieval["short"]["i2t"]["r1"]) in json.dumps(judged)
+
+    # the weights at the start follow from the seed; a part without a rate stays
+    first = {}
+    for name, changes in (("same", {}), ("other", {"seed": 1}), ("frozen", {"seed": 2})):
+        rates = {"text_model": 1e-3, "projections": 1e-3} if name == "frozen" else {}
+        short = {"evaluation": []} | changes | ({"learning_rates": rates} if rates else {})
+        first[name] = weights(run(written(name, **short)) / "model")
+    first["control"] = weights(out / "model")
+    key = "text_model.embeddings.token_embedding.weight"
+    assert torch.equal(first["same"][key], first["control"][key])
+    assert not torch.equal(first["other"][key], first["control"][key])
+    assert batches["same"] == batches["control"] != batches["other"]
+    before = load_vision_tower(tower).model.state_dict()
+    moved = [
+        n for n, t in before.items() if not torch.equal(t, first["frozen"][f"vision_model.{n}"])
+    ]
+    assert moved == []
+    with pytest.raises(ValueError, match="needs `text_model` and `tokenizer`"):
+        run(written("none", text_model=None))
