@@ -26,7 +26,7 @@ LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewr
 PEERS := ftfy open_clip_torch timm wcwidth
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ab real-mini check hooks test test-all bench build
+.PHONY: help setup demo ab check hooks test test-all bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,9 +50,6 @@ demo: $(STAMP) ## the whole road on the embedded world: four stages, lmms-eval, 
 
 ab: $(STAMP) ## the full comparison of towers over seeds (resumable): docs/results/ab.json
 	$(BIN)/python stages/pipeline.py recipes/demo/ab.yaml $(ARGS)
-
-real-mini: $(STAMP) ## the same stages on real photographs and texts
-	$(BIN)/python stages/pipeline.py recipes/real_mini/pipeline.yaml $(ARGS)
 
 check: $(STAMP) ## format, lint, types, layers, declared dependencies
 	$(BIN)/ruff format --check

@@ -156,15 +156,15 @@ def test_a_failing_task_is_named_the_others_finish_and_the_exit_code_is_1(
     (world / "no_answer.jsonl").write_text(json.dumps({"id": 1, "image": row["image"]}) + "\n")
     suite.write_text(
         "tasks:\n"
-        f"- {{task: l2c_easy_vqa, data_files: {world}/no_answer.jsonl}}\n"
+        f"- {{task: l2c_photo_vqa, data_files: {world}/no_answer.jsonl}}\n"
         f"- {{task: l2c_world_vqa, data_files: {world}/vqa_test.jsonl, limit: 3}}\n"
     )
     given = (f"--suite={suite}", f"--checkpoint=a={checkpoints['a']}")
     output = place / "broken"
     finished = run("eval/run_lmms.py", "--output", output, *given, "max_empty=1.0")
     assert finished.returncode == 1
-    assert "a / l2c_easy_vqa (exit 1)" in finished.stderr and "question" in finished.stderr
-    assert not (output / "a" / "l2c_easy_vqa.json").exists()
+    assert "a / l2c_photo_vqa (exit 1)" in finished.stderr and "question" in finished.stderr
+    assert not (output / "a" / "l2c_photo_vqa.json").exists()
     assert result(output, "a", "l2c_world_vqa")["n"] == 3
     assert run("eval/run_lmms.py", "--output", output, *given, "tasks.0.tusk=1").returncode == 1
 

@@ -106,12 +106,6 @@ def test_existence_scores() -> None:
     assert exist.f1(items[3:]) == 0.0 and found[0]["type"] == "popular"
 
 
-def test_easy_vqa_kinds() -> None:
-    easy = load("tasks/l2c_easy_vqa/utils.py")
-    kinds = [easy.process_results({"answer": a}, ["red"])["type"] for a in ("yes", "circle", "red")]
-    assert kinds == ["yes_no", "shape", "colour"]
-
-
 def test_prompt_picture_and_exact_match(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "x.png")
     record = {"question": " what ? ", "image": "images/x.png", "answer": "Red"}
