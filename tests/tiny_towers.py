@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers.utils import is_timm_available
 
 from tests.peers import library
 
@@ -94,8 +93,6 @@ def build_tower(kind: str, directory: str | Path, seed: int = 0) -> Path:
 
 
 def _build_timm(kind: str, folder: Path) -> Path:
-    if not is_timm_available():
-        pytest.skip("transformers finds no timm that works (it wants torchvision too)")
     timm = library("timm")
     from safetensors.torch import save_file
 

@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from llm2clip_vlm.evaluation.generation import Answer, Generator, Prompt
 from llm2clip_vlm.evaluation.task_helpers import pixel_hash
+from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete, read_processor
 
 _BATCHES_AT_ONCE = 8
@@ -53,6 +54,7 @@ def load_checkpoint(
     """
     from transformers import AutoModelForImageTextToText
 
+    register()  # the tower's `model_type` may be known to us, or to another package, alone
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
     return model.to(chosen).eval(), read_processor(pretrained)

@@ -35,6 +35,9 @@ def parser(command: str) -> argparse.ArgumentParser:
             help="a field of the tower's config that the file does not say",
         )
         made.add_argument(
+            "--image-size", type=int, metavar="PX", help="the same as --set image_size=PX"
+        )
+        made.add_argument(
             "--partial", action="store_true", help="let weights be missing or strange"
         )
         made.add_argument("--sha256", help="hash that the file must have")
@@ -57,12 +60,15 @@ def main(command: str, words: Sequence[str]) -> int:
     else:
         from llm2clip_vlm.interop.convert import convert
 
+        settings = dict(arguments.set)
+        if arguments.image_size is not None:
+            settings["image_size"] = arguments.image_size
         certificate = convert(
             arguments.checkpoint,
             arguments.out,
             vision_tower=arguments.vision_tower,
             language_model=arguments.language_model,
-            settings=dict(arguments.set),
+            settings=settings,
             partial=arguments.partial,
             sha256=arguments.sha256,
             trust_remote_code=arguments.trust_remote_code,

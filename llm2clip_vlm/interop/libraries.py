@@ -13,6 +13,7 @@ from llm2clip_vlm.interop.eva02 import EVA02_TIMM
 from llm2clip_vlm.interop.keys import InteropError, Row, translate
 from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
 from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.models.timm_library import import_timm, torchvision_stub
 
 _TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {
     "clip_vision_model": (CLIP_TIMM, "vit_{}_patch{}_clip_{}", "vit_large_patch14_clip_336"),
@@ -166,10 +167,10 @@ def library_features(
     """
     weights = {name: tensor.float() for name, tensor in weights.items()}
     try:
-        import timm
-
+        timm = import_timm()
         if library == "open_clip":
-            import open_clip
+            with torchvision_stub():
+                import open_clip
     except ImportError:
         return None
     projection = None

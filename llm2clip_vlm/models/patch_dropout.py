@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from llm2clip_vlm.models.timm_library import import_timm
 from llm2clip_vlm.models.trainable import block_list
 
 
@@ -34,8 +35,9 @@ class PatchDropout:
         self._timm: Any = None
         inner: Any = getattr(tower, "timm_model", None)
         if inner is not None:
-            from timm import layers
-
+            layers = import_timm().layers
+            if tower.config.feature_map:  # type: ignore[union-attr]
+                raise ValueError("patch_dropout: a CNN has no patches to drop; expected 0")
             rotary = inner.patch_drop is None  # timm then wants the numbers of the patches too
             kind = layers.PatchDropoutWithIndices if rotary else layers.PatchDropout
             inner.patch_drop = self._timm = kind(rate, num_prefix_tokens).train(tower.training)

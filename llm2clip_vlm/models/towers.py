@@ -43,7 +43,8 @@ from llm2clip_vlm.models.resolution import (
 )
 from llm2clip_vlm.models.timm_vision import (
     TimmVisionConfig,
-    from_timm_checkpoint,
+    from_timm_layout,
+    read_timm_layout,
     timm_image_processor,
 )
 from llm2clip_vlm.recipe import did_you_mean
@@ -129,7 +130,6 @@ LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
     "siglip2_vision_model": _siglip2,
     **dict.fromkeys(_ANY_SIZE, partial(_complete, AutoModel)),
     Eva02VisionConfig.model_type: partial(_complete, Eva02VisionModel),
-    "timm_wrapper": from_timm_checkpoint,
     TimmVisionConfig.model_type: partial(_complete, AutoModel),
     "llm2clip": _llm2clip,
     "vision-text-dual-encoder": _dual_encoder,
@@ -166,14 +166,20 @@ def load_vision_tower(
     """
     path = str(path_or_id)
     loaders = LOADERS | register()
-    config = read_config(path, TowerError)
-    if config.model_type not in loaders:
-        raise TowerError(
-            f"{path}: model_type {config.model_type!r} is not a known vision tower"
-            f"{did_you_mean(config.model_type, loaders)} (known are {sorted(loaders)})"
-        )
-    model = loaders[config.model_type](path, "auto" if dtype is None else dtype)
-    processor = _load_processor(path, config, model.config)
+    dtype = "auto" if dtype is None else dtype
+    if timm := read_timm_layout(path, TowerError):
+        model: PreTrainedModel = from_timm_layout(timm, path, dtype, TowerError)
+        processor = timm_image_processor(timm["pretrained_cfg"])
+        check_image_processor(processor, path, TowerError)
+    else:
+        kind = read_config(path, TowerError).model_type
+        if kind not in loaders:
+            raise TowerError(
+                f"{path}: model_type {kind!r} is not a known vision tower"
+                f"{did_you_mean(kind, loaders)} (known are {sorted(loaders)})"
+            )
+        model = loaders[kind](path, dtype)
+        processor = _load_processor(path, model.config)
     if image_size_px is not None:
         model = _resize(path, model, image_size_px)
         resize_processor(processor, image_size_px)
@@ -263,6 +269,9 @@ def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
         return cast("PreTrainedModel", model)
     if size % config.patch_size:
         raise TowerError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
+    if getattr(config, "feature_map", False):
+        model.config.image_size = size
+        return cast("PreTrainedModel", model)
     weights = model.state_dict()
     name = next((name for name in _POSITIONS if name in weights), None)
     if name is None or any(hasattr(p, "ds_id") for p in model.parameters()):
@@ -284,12 +293,8 @@ def _side(value: Any) -> int:
     return int(sides.pop())
 
 
-def _load_processor(path: str, config: Any, tower_config: Any) -> Any:
+def _load_processor(path: str, tower_config: Any) -> Any:
     """The checkpoint's image processor; where it makes no square pictures, one that does."""
-    if config.model_type == "timm_wrapper":
-        processor = timm_image_processor(config.pretrained_cfg)
-        check_image_processor(processor, path, TowerError)
-        return processor
     processor = read_image_processor(path, TowerError)
     if hasattr(processor, "max_num_patches"):
         side = {"height": tower_config.image_size, "width": tower_config.image_size}

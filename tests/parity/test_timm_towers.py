@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers.utils
-from transformers.utils import import_utils
 
-from llm2clip_vlm.models import timm_vision, towers
 from llm2clip_vlm.models.towers import load_vision_tower
-from tests import tiny_towers
 from tests.integration.test_keeping import ALL
 from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
 from tests.tiny_towers import build_tower
@@ -22,27 +17,9 @@ from tests.tiny_towers import build_tower
 __all__ = ["data", "recipe"]  # fixtures
 
 
-@pytest.fixture
-def timm_towers(timm: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """transformers takes timm for absent where torchvision is, which no ViT needs."""
-    for module in (import_utils, transformers.utils, tiny_towers):
-        monkeypatch.setattr(module, "is_timm_available", lambda: True)
-    monkeypatch.setitem(import_utils.BACKENDS_MAPPING, "timm", (lambda: True, ""))
-    here = "transformers.models.timm_wrapper"
-    config = importlib.import_module(f"{here}.configuration_timm_wrapper")
-    for name in ("ImageNetInfo", "infer_imagenet_subset"):
-        monkeypatch.setattr(config, name, getattr(timm.data, name), raising=False)
-    modeling = importlib.import_module(f"{here}.modeling_timm_wrapper")
-    monkeypatch.setattr(modeling, "timm", timm, raising=False)
-    for module in (timm_vision, towers):
-        if hasattr(module, "TimmWrapperModel"):  # a placeholder that asks for torchvision
-            monkeypatch.setattr(module, "TimmWrapperModel", modeling.TimmWrapperModel)
-    return timm
-
-
 @pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip"])
 @torch.no_grad()
-def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path, timm_towers: Any) -> None:
+def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path) -> None:
     folder = build_tower(kind, tmp_path / "tower")
     tower = load_vision_tower(folder, torch.float32)
     pixels = torch.randn(2, 3, tower.image_size_px, tower.image_size_px)
@@ -61,7 +38,7 @@ def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path, timm_towers: A
     ["timm", *(pytest.param(k, marks=pytest.mark.slow) for k in ("timm_eva", "timm_siglip"))],
 )
 def test_a_tower_goes_through_stage_2b_and_resumes(
-    kind: str, recipe: Recipe, tmp_path: Path, timm_towers: Any
+    kind: str, recipe: Recipe, tmp_path: Path
 ) -> None:
     tower = build_tower(kind, tmp_path / "tower")
     trainer = {"max_steps": 4, "save_steps": 2}

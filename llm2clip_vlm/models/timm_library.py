@@ -1,0 +1,93 @@
+"""timm and open_clip where torchvision is absent or broken, which no model of theirs needs."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+from transformers.utils import is_torchvision_available
+
+_BROKEN = (ImportError, RuntimeError, OSError, AttributeError)
+"""What `import torchvision` raises: absent, made for another torch, a bad shared library."""
+
+
+class _Stub(ModuleType):
+    """A module in which every name is an empty class."""
+
+    __path__: list[str] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        if name == "InterpolationMode":  # members are the keys of tables made at import
+            return enum.Enum(name, "NEAREST NEAREST_EXACT BILINEAR BICUBIC BOX HAMMING LANCZOS")
+        return type(name, (), {})
+
+
+class _Finder(MetaPathFinder, Loader):
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        ours = name.partition(".")[0] == "torchvision"
+        return ModuleSpec(name, self, is_package=True) if ours else None
+
+    def create_module(self, spec: ModuleSpec) -> _Stub:
+        return _Stub(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def _forget_torchvision() -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+
+
+@contextmanager
+def torchvision_stub() -> Iterator[None]:
+    """Let timm and open_clip be imported without torchvision.
+
+    timm imports its data pipeline and a class of frozen BatchNorm from it, open_clip its
+    transforms, none of which a model runs. A torchvision that works is left alone; where there is
+    none, there is none afterwards either, and transformers has asked for it before.
+    """
+    is_torchvision_available()  # cached
+    try:
+        importlib.import_module("torchvision")
+    except _BROKEN:
+        pass
+    else:
+        yield
+        return
+    _forget_torchvision()
+    finder = _Finder()
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        _forget_torchvision()
+
+
+def import_timm() -> Any:
+    """The library timm.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    with torchvision_stub():
+        try:
+            import timm
+        except ModuleNotFoundError as failure:
+            if failure.name != "timm":
+                raise
+            raise ImportError(
+                "this vision tower is built by timm, which is not installed: "
+                "pip install --no-deps timm (it needs no torchvision here)"
+            ) from None
+    return timm
