@@ -92,10 +92,10 @@ def test_stage_2b_with_cached_features(
 def test_the_control_with_cached_features(control_recipe: control.Recipe, seen: list[int]) -> None:
     rates = {"vision_model": 0.0, "text_model": 1e-3, "projections": 1e-3}
     every = control.run(control_recipe("every", learning_rates=rates, feature_cache=False))
-    per_run = sum(seen)
+    assert seen.count(8) >= 4
     seen.clear()
     close(every, control.run(control_recipe("cached", learning_rates=rates)))
-    assert sum(seen) < per_run - 8
+    assert sorted(n for n in seen if n > 2) == [24]  # beside noise and what is compared
 
 
 def test_what_changed_is_noticed(tiny_clip: Path, tmp_path: Path, seen: list[int]) -> None:
