@@ -25,7 +25,7 @@ from llm2clip_vlm.evaluation.comparison import Run, compare, difference_chart, r
 from llm2clip_vlm.evaluation.comparison_pages import comparison_pages
 from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS, ReportError
 from llm2clip_vlm.evaluation.stats import rounded
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.handoff import read_manifest, recipe_hash
 from llm2clip_vlm.recipe import load_recipe
 
@@ -39,9 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [read_tower(recipe, tower) for tower in recipe.towers]
     found = whole(recipe, runs)
     output = Path(recipe.output)
+    kept = {key: value for key, value in found.items() if key not in ("runs", "wins")}
+    if recipe.block is not None:
+        kept = read_json(output) | {recipe.block: rounded(kept)}
+        write_atomically(output, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+        print(f"{output}: {recipe.block}")
+        return 0
     chart = standalone(difference_chart(found, recipe.pairs[0]))
     write_atomically(output.with_suffix(".svg"), chart)
-    kept = {key: value for key, value in found.items() if key not in ("runs", "wins")}
     write_atomically(output, json.dumps(rounded(kept), indent=1, ensure_ascii=False) + "\n")
     pages = comparison_pages(runs, found)
     for name, text in pages.items():
@@ -77,7 +82,7 @@ def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:
     Raises:
         ReportError: Two checkpoints were not evaluated alike.
     """
-    if len(recipe.retrieval_only) == len(recipe.towers):
+    if len(recipe.retrieval_only) == len(recipe.towers) and recipe.block is None:
         raise ReportError("retrieval_only: no tower has a VLM; there is nothing to compare")
     found = compare(runs, recipe.pairs, recipe.resamples)
     for task, pairs in found["ab"].items():

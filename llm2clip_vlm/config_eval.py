@@ -227,6 +227,9 @@ class AbRecipe(RecipeFile):
     """Bootstrap draws of the comparison within a seed."""
     output: str = "docs/results/ab.json"
     """Where the result goes; the chart lies beside it, as `.svg`."""
+    block: str | None = None
+    """Key of an earlier `output` below which this result goes; all else there stays as it is, and
+    no chart or page is written. None = the result is the whole file."""
     pages: str
     """Folder of the comparison for people and papers (`compare.html`, `compare.md`)."""
 

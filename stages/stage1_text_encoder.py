@@ -6,8 +6,10 @@ Needs: any Hugging Face decoder LLM, and records with at least two captions of o
 Writes: `<output_dir>/text_encoder/` (merged and bidirectional; what stage 2a reads), `adapter/`
     (the LoRA alone, for the causal base: PEFT does not keep `is_causal`),
     `sentence_transformers/` (the same vectors for `SentenceTransformer(...)`, without this
-    package), `results.json` (`cra`: caption retrieval before and after, with its interval),
-    `metrics.jsonl`, `recipe.resolved.yaml`, `manifest.json`.
+    package), `results.json` (`cra`: caption retrieval with its interval, of the LLM as it came, by
+    causal and by bidirectional attention, and `after` training; `before` is the one that trains),
+    `measured.json` (the same as soon as it is known), `metrics.jsonl`, `recipe.resolved.yaml`,
+    `manifest.json`.
 
     python stages/stage1_text_encoder.py RECIPE.yaml key=value ...
     accelerate launch --num_processes 8 stages/stage1_text_encoder.py RECIPE.yaml key=value ...
@@ -34,6 +36,8 @@ from llm2clip_vlm.data.captions import (
 )
 from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
 from llm2clip_vlm.evaluation.retrieval import recall_at_k
+from llm2clip_vlm.models.caption_tokens import TextEncoderError
+from llm2clip_vlm.models.open_layers import turned
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
 from llm2clip_vlm.training.adapters import Rounding, merge_adapter
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main():
         print(trainable_table(model))
         print(f"{sum(map(len, sources))} records, {len(pairs.texts)} captions")
-    results = caption_accuracy(encoder, held_out, "before")
+    results = before_training(run, encoder, held_out)
 
     # trainer, train
     trainer = CaptionContrastiveTrainer(
@@ -85,6 +89,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra")["cra"]},
         callbacks=[run.metrics],
     )
+    if is_main():
+        print(trainer.lengths, flush=True)
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # hand off, evaluate (what was saved, not what is in memory)
@@ -101,9 +107,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         what, again = f"{run.out}/text_encoder", encoder.encode(PROBE_TEXTS)
         remedy = "the encoder was not written as it was trained; go on from the last checkpoint"
         require_equal(what, live, again, remedy, encoder.backbone.dtype)
-    results |= caption_accuracy(encoder, held_out, "after")
+    results |= separability(run, encoder, held_out, "after", of=encoder.fingerprint)
     if is_main():
-        print(f"caption retrieval accuracy {results or 'not evaluated'}")
         found["cra"] = results
         run.finish(encoder.fingerprint, found, captions=len(pairs.texts))
     teardown()
@@ -136,6 +141,44 @@ def hand_off(
     return live, rounding
 
 
+def before_training(
+    run: StageRun[Stage1Recipe], encoder: TextEncoder, records: Sequence[CaptionRecord]
+) -> dict[str, Any]:
+    """What the LLM gives as it came: by its own attention and, where it has both, by the other.
+
+    Most decoders never were bidirectional, so `raw_causal` is what training has to beat.
+    """
+    own = encoder.settings.bidirectional
+    names = {False: "raw_causal", True: "raw_bidirectional", "partial": "raw_partial"}
+    found = separability(run, encoder, records, names[own])
+    before = {key.replace(names[own], "before"): value for key, value in found.items()}
+    for way in (False, True):
+        if way == own or encoder.settings.embedder or not records:
+            continue
+        try:
+            with turned(encoder.backbone, way):
+                found |= separability(run, encoder, records, names[way])
+        except TextEncoderError as error:
+            if is_main():
+                print(f"no {names[way]}: {error}", flush=True)
+    return before | found
+
+
+def separability(
+    run: StageRun[Stage1Recipe],
+    encoder: TextEncoder,
+    records: Sequence[CaptionRecord],
+    name: str,
+    of: Any = None,
+) -> dict[str, Any]:
+    """:func:`caption_accuracy`, kept and told as soon as it is known."""
+    found = run.measured(name, lambda: caption_accuracy(encoder, records, name), of)
+    if is_main():
+        told = f"{found[name]:.1f} % {found[f'{name}_ci']}" if found else "not evaluated"
+        print(f"caption separability, {name}: {told}", flush=True)
+    return found
+
+
 def caption_accuracy(
     encoder: TextEncoder, records: Sequence[CaptionRecord], name: str
 ) -> dict[str, Any]:
@@ -146,7 +189,7 @@ def caption_accuracy(
     texts = queries + gallery
     share = -(-len(texts) // world_size())
     parts = [texts[start : start + share] for start in range(0, len(texts), share)]
-    embeds = torch.cat(shared_out(parts, encoder.encode))
+    embeds = torch.cat(shared_out(parts, lambda p: encoder.encode(p, show_progress=is_main())))
     found = recall_at_k(embeds[: len(queries)], embeds[len(queries) :], positives, ks=1)
     return {
         name: found.recall[1],

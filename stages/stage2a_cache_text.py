@@ -91,6 +91,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     barrier()
     if notice := control_notice(encoder.tokens.control):
         print(notice)
+    if is_main() and encoder.tokens.longest:
+        print(encoder.tokens.lengths())
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
         truncated = encoder.tokens.num_truncated

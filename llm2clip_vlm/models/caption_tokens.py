@@ -65,6 +65,10 @@ class CaptionTokenizer:
         """The tokenizer itself."""
         self.num_truncated = 0
         """Texts cut so far."""
+        self.longest = 0
+        """Tokens of the longest text so far, before it was cut."""
+        self.max_length_tokens = max_length_tokens
+        """Special tokens and instruction included."""
         self.control: Counter[str] = Counter()
         """Names of control tokens that stood in texts so far; they were read as text."""
         self.turn = user_turn(tokenizer) if chat else ("", "")
@@ -124,8 +128,20 @@ class CaptionTokenizer:
                 if not ids:
                     raise TextEncoderError(f"the text {text!r} has no token; leave it out")
                 self.num_truncated += len(ids) > self._room
+                self.longest = max(self.longest, len(self.front) + len(ids) + len(self.behind))
                 tokens.append([*self.front, *ids[: self._room], *self.behind])
         return tokens
+
+    def lengths(self, cut_before: int = 0) -> str:
+        """A line about the texts so far.
+
+        Args:
+            cut_before: :attr:`num_truncated` before those that the line is about.
+        """
+        return (
+            f"text encoder: max_length_tokens {self.max_length_tokens}; the longest text has "
+            f"{self.longest} tokens, {self.num_truncated - cut_before} texts were cut"
+        )
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a piece of text alone, without special tokens."""

@@ -7,7 +7,8 @@ nothing of its other layers: each one is asked apart, in the same forward pass.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -95,6 +96,28 @@ def set_causal(model: nn.Module, is_causal: bool) -> None:
     for module in model.modules():
         if isinstance(getattr(module, "is_causal", None), bool):
             module.is_causal = is_causal
+
+
+@contextmanager
+def turned(model: Any, bidirectional: bool) -> Iterator[None]:
+    """A decoder with the other attention, in place and for a while.
+
+    Args:
+        model: Loaded with `config.is_causal`.
+        bidirectional: What it is meanwhile.
+
+    Raises:
+        TextEncoderError: It cannot be that.
+    """
+    before = model.config.is_causal
+    try:
+        model.config.is_causal = not bidirectional
+        set_causal(model, not bidirectional)
+        require_attention(model, bidirectional)
+        yield
+    finally:
+        model.config.is_causal = before
+        set_causal(model, before)
 
 
 def attention_kind(answers: Mapping[str, set[bool]]) -> bool | Literal["partial"] | None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,13 +24,14 @@ from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.records import source_files
 from llm2clip_vlm.data.world_files import ensure_world
-from llm2clip_vlm.distributed import is_main
-from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.distributed import is_main, shared_out
+from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.handoff import (
     PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,
     is_complete,
+    meaning,
     verify_parent,
     write_manifest,
 )
@@ -40,10 +42,12 @@ from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.checkpoints import newest_whole
 
 R = TypeVar("R", bound=RunRecipe)
+R2 = TypeVar("R2")
 
 _DURING = frozenset(
     {RESOLVED_NAME, PARENTS_NAME}
-    | set("checkpoints composed dropped.jsonl failures features metrics.jsonl".split())
+    | set("checkpoints composed dropped.jsonl failures features measured.json".split())
+    | {"metrics.jsonl"}
 )
 _AT_THE_END = frozenset(
     {MANIFEST_NAME}
@@ -206,6 +210,31 @@ class StageRun(Generic[R]):
         return BadRecords.beside(
             self.out, recipe.max_bad_records, recipe.max_bad_fraction, resumes=resumes
         )
+
+    def measured(self, name: str, measure: Callable[[], R2], of: Any = None) -> R2:
+        """A result that is kept in `measured.json` at once, and not computed again after a kill.
+
+        Call it on all ranks.
+
+        Args:
+            name: What the file calls it.
+            measure: Gives it; called on all ranks, or on none. JSON.
+            of: What it depends on beside recipe, data and parents.
+        """
+        path = self.out / "measured.json"
+        known: dict[str, Any] = read_json(path) if is_main() and path.is_file() else {}
+        plain = json.dumps([meaning(self.recipe), self._data, of], sort_keys=True)
+        key = hashlib.sha256(plain.encode()).hexdigest()
+        row = known.get(name, {})
+        kept = row["found"] if row.get("of") == key else None
+        (kept,) = shared_out([kept], lambda mine: mine)  # the main process's
+        if kept is None:
+            kept = measure()
+            if is_main():
+                known[name] = {"of": key, "found": kept}
+                write_atomically(path, json.dumps(known, indent=2) + "\n")
+        found: R2 = kept
+        return found
 
     def finish(
         self,

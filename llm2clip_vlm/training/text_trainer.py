@@ -254,13 +254,10 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         self.symmetric = symmetric
         self.micro_batch_tokens = micro_batch_tokens
         tokens = encoder.tokens
+        cut = tokens.num_truncated
         table = TokenTable(train_dataset.texts, tokens)
-        logger.info(
-            "%d different captions, %d cut at %d tokens",
-            len(train_dataset.texts),
-            tokens.num_truncated,
-            encoder.settings.max_length_tokens,
-        )
+        self.lengths = tokens.lengths(cut)
+        """A line about the training captions."""
         if notice := control_notice(tokens.control):
             logger.warning("%s", notice)
         if args.gradient_checkpointing:

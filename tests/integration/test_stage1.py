@@ -16,10 +16,20 @@ import pytest
 import torch
 import yaml
 
-from llm2clip_vlm.config import CaptionPairSource, LoraSection
-from llm2clip_vlm.data.captions import CRA_PROTOCOL, CaptionPair, CaptionPairs, CaptionRecord
+from llm2clip_vlm.config import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
+from llm2clip_vlm.data.bad_records import BadRecords
+from llm2clip_vlm.data.captions import (
+    CRA_PROTOCOL,
+    CaptionPair,
+    CaptionPairs,
+    CaptionRecord,
+    read_captions,
+)
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import CacheError
+from llm2clip_vlm.data.image_text_index import read_image_text
+from llm2clip_vlm.evaluation.encoders import load_encoder
+from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
@@ -105,7 +115,14 @@ def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
     cra = json.loads((out / "results.json").read_text())["cra"]
     assert (cra["queries"], cra["gallery"]) == (22, 44)
     assert cra["protocol"] == CRA_PROTOCOL
-    assert cra["after"] > cra["before"]
+    assert cra["after"] > cra["before"] == cra["raw_bidirectional"] != cra["raw_causal"]
+    causal = TextEncoder.from_pretrained(tiny_llm, bidirectional=False)
+    records = list(read_captions(CaptionSource(path=str(trained / "val.jsonl")), BadRecords()))
+    stage = load(Path(__file__).parents[2], "stage1_text_encoder")
+    alone = stage.caption_accuracy(causal, records, "raw_causal")
+    assert (
+        alone["raw_causal"] == cra["raw_causal"] and alone["raw_causal_ci"] == cra["raw_causal_ci"]
+    )
     assert (out / "sentence_transformers" / "modules.json").is_file()
     assert cra["after_ci"][0] <= cra["after"] <= cra["after_ci"][1]
     manifest = read_manifest(out)
@@ -121,6 +138,108 @@ def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
     base.backbone = PeftModel.from_pretrained(base.backbone, out / "adapter").eval()
     text = ["a red star"]
     torch.testing.assert_close(base.encode(text), encoder.encode(text), atol=1e-5, rtol=0)
+
+
+def test_what_was_measured_is_not_measured_again(
+    trained: Path, tmp_path: Path, repo_root: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed while it trains has said what there was before, and keeps it."""
+    stage, recipe = load(repo_root, "stage1_text_encoder"), str(trained / "stage1.yaml")
+    words = [recipe, f"output_dir={tmp_path / 'out'}"]
+    with monkeypatch.context() as broken:
+        broken.setattr(stage.CaptionContrastiveTrainer, "train", _killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            stage.main(words)
+    printed = capsys.readouterr()
+    for name in ("raw_bidirectional", "raw_causal"):
+        assert f"caption separability, {name}: " in printed.out
+    assert "66/66" in printed.err  # the bar of what is encoded
+    assert "max_length_tokens 512; the longest text has 19 tokens, 0 texts were cut" in printed.out
+    known = json.loads((tmp_path / "out" / "measured.json").read_text())
+    encoded: list[int] = []
+    encode = TextEncoder.encode
+
+    def counted(self: TextEncoder, texts: list[str], **keys: Any) -> torch.Tensor:
+        encoded.append(len(texts))
+        return encode(self, texts, **keys)
+
+    monkeypatch.setattr(TextEncoder, "encode", counted)
+    stage.main(words)
+    assert encoded.count(66) == 1  # after training alone
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["cra"]
+    before = {k: v for row in known.values() for k, v in row["found"].items()}
+    assert before.items() <= found.items()
+    assert found == json.loads((trained / "stage1" / "results.json").read_text())["cra"]
+    (tmp_path / "out" / "manifest.json").unlink()
+    encoded.clear()
+    stage.main(words)  # the hand-off again, of the same encoder
+    assert 66 not in encoded
+
+
+def _killed(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError("killed")
+
+
+def test_the_causal_road(
+    trained: Path, tmp_path: Path, tiny_llm: Path, tiny_clip: Path, repo_root: Path
+) -> None:
+    """Paper v6 table 6: the same stages without bidirectional attention, to the judged encoder."""
+    keys = {"text_encoder": {"language_model": str(tiny_llm), "bidirectional": False}}
+    recipe = write_recipe(tmp_path, tiny_llm, **keys)
+    load(repo_root, "stage1_text_encoder").main([str(recipe)])
+    out = tmp_path / "stage1"
+    cra = json.loads((out / "results.json").read_text())["cra"]
+    theirs = json.loads((trained / "stage1" / "results.json").read_text())["cra"]
+    for name in ("raw_causal", "raw_bidirectional"):
+        assert cra[name] == theirs[name]
+    assert cra["before"] == cra["raw_causal"]
+    encoder = TextEncoder.from_pretrained(out / "text_encoder")
+    assert encoder.settings.bidirectional is False
+    hidden = encoder.backbone(input_ids=torch.arange(5, 15).repeat(2, 1)).last_hidden_state
+    changed = torch.arange(5, 15).repeat(2, 1)
+    changed[:, -1] = 3
+    assert torch.equal(
+        hidden[:, :-1], encoder.backbone(input_ids=changed).last_hidden_state[:, :-1]
+    )
+    config = json.loads((out / "sentence_transformers" / "config.json").read_text())
+    assert config["model_type"] == "llama" and config.get("is_causal") is not False
+    again = TextEncoder.from_pretrained(out / "sentence_transformers")
+    assert again.settings.bidirectional is False
+    texts = ["a red star", "there is a ring . its color is blue"]
+    torch.testing.assert_close(again.encode(texts), encoder.encode(texts), atol=1e-5, rtol=0)
+
+    rows = []
+    for i in range(16):
+        write_image(tmp_path / f"{i}.png", seed=i)
+        rows.append({"image": f"{i}.png", "captions": [f"a {COLOURS[i % 8]} {SHAPES[i // 8]}"]})
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text_encoder = str(out / "text_encoder")
+    load(repo_root, "stage2a_cache_text").main(
+        [str(cache_recipe(tmp_path, text_encoder, [{"path": str(pairs)}]))]
+    )
+    plain = {
+        "stage": "stage2b_vision_encoder",
+        "output_dir": str(tmp_path / "tower"),
+        "global_batch_size": 8,
+        "vision_tower": str(tiny_clip),
+        "embedding_cache": str(tmp_path / "cache"),
+        "projection_dim": 16,
+        "train": [{"path": str(pairs)}],
+        "evaluation": [{"path": str(pairs)}],
+        "trainer": {"per_device_train_batch_size": 8, "max_steps": 2, "disable_tqdm": True},
+    }
+    (tmp_path / "stage2b.yaml").write_text(yaml.safe_dump(plain))
+    load(repo_root, "stage2b_vision_encoder").main([str(tmp_path / "stage2b.yaml")])
+    retrieval = json.loads((tmp_path / "tower" / "results.json").read_text())["retrieval"]
+    judged = load_encoder(str(tmp_path / "tower" / "model"), text_encoder)
+    records = read_image_text(ImageTextSource(path=str(pairs)), BadRecords())
+    images, _ = judged.embed_images(records)
+    embeds = judged.embed_texts([text for row in rows for text in row["captions"]])
+    found = retrieval_report(images, {"captions": embeds}, {"captions": torch.arange(16)})
+    assert found["captions"]["i2t"]["r1"] == retrieval["captions"]["i2t"]["r1"]
+    with pytest.raises(HandoffError, match="bidirectional"):
+        load_encoder(str(tmp_path / "tower" / "model"), str(trained / "stage1" / "text_encoder"))
 
 
 def test_stage1_does_not_run_twice(

@@ -74,6 +74,22 @@ def test_retrieval_is_compared_the_same_way(program: ModuleType, run: Path, tmp_
     assert "within_seed" not in found["ab"]["retrieval_long_i2t"][HEADLINE]
 
 
+def test_a_part_goes_into_the_whole(program: ModuleType, run: Path, tmp_path: Path) -> None:
+    """Arms that were run again stand beside what was not."""
+    whole = make(program, run, tmp_path)
+    before = {f: f.read_bytes() for f in (tmp_path / "ab.svg", run / "compared/compare.md")}
+    arms = {"pairs": [["llm2clip", "base"]], "towers": ["llm2clip", "base"], "block": "again"}
+    arms["retrieval"] = {
+        t: p for t, p in ab_recipe(run)["retrieval"].items() if t != "control_long"
+    }
+    found = make(program, run, tmp_path, **arms, retrieval_only=["llm2clip", "base"])
+    again = found.pop("again")
+    assert found == whole and all(f.read_bytes() == text for f, text in before.items())
+    task = "retrieval_long_i2t"
+    assert again["accuracies"]["llm2clip"][task] == whole["accuracies"]["llm2clip"][task]
+    assert set(again["ab"][task]) == {"llm2clip-base"} and "l2c_world_vqa" not in again["ab"]
+
+
 def test_within_seed_is_secondary(program: ModuleType, run: Path, tmp_path: Path) -> None:
     found = make(program, run, tmp_path)["ab"]
     rows = found["l2c_world_vqa"][HEADLINE]["within_seed"]
