@@ -133,10 +133,17 @@ def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
             missing += [str(file) for file in files.values() if not file.is_file()]
             there = {seed: dict(read_json(f)) for seed, f in files.items() if f.is_file()}
             if there:
-                scores = [float(result["score"]) for result in there.values()]
+                scores = [score(task, result) for result in there.values()]
                 found.setdefault(task, {})[tower] = scores
                 found[task].setdefault("seeds", {})[tower] = list(there)
     return found
+
+
+def score(task: str, result: dict[str, Any]) -> float:
+    """What the table shows: per cent right; of captions CIDEr, times 100 as is usual."""
+    if task == "captions":
+        return 100 * float(result["metrics"]["flickr_CIDEr"])
+    return float(result["score"])
 
 
 def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:

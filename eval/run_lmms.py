@@ -71,8 +71,8 @@ def main(argv: list[str] | None = None) -> int:
         output, limit = arguments.output, arguments.limit
         results = run_suite(suite, checkpoints, output, limit)
         print_table(results)
-        if names := left_out(suite):
-            print(f"not run, for want of a judge: {', '.join(names)}")
+        for name, lacking in left_out(suite).items():
+            print(f"{name}: not run, for want of {lacking}")
         if expected is not None:
             for name, found in results.items():
                 columns = gate(expected, row, found)
@@ -94,8 +94,8 @@ def print_prefetch(suite: SuiteRecipe) -> None:
     for task in suite.tasks:
         config = load_config(task_yaml(task.task, assets_dir() / "tasks"))
         name = config.get("dataset_name") or "all of it"
-        if (task.name or task.task) in skipped:
-            print(f"# {task.task}: needs a judge")
+        if lacking := skipped.get(task.name or task.task):
+            print(f"# {task.task}: needs {lacking}")
         elif task.data_files:
             print(f"# {task.task}: reads {task.data_files}")
         else:

@@ -18,6 +18,8 @@ class LmmsTask(Section):
     """Name of its result; none = the task's. One task twice in a suite needs two names."""
     judge: bool = False
     """Its score comes from another model; see the suite's `judge`."""
+    program: str | None = None
+    """Program that its scorer starts (`java`); a task without it is left out, by name."""
     data_files: str | None = None
     """Local file (parquet, json, jsonl) that replaces the task's own data set."""
     limit: int | None = Field(default=None, ge=1)

@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,10 +192,15 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
             )
 
 
-def left_out(suite: SuiteRecipe) -> list[str]:
-    """Results that a suite without a judge does not make."""
-    asked = suite.judge == "environment"
-    return [task.name or task.task for task in suite.tasks if task.judge and not asked]
+def left_out(suite: SuiteRecipe) -> dict[str, str]:
+    """Results that a suite does not make here, and what it lacks for them."""
+    found = {}
+    for task in suite.tasks:
+        if task.judge and suite.judge != "environment":
+            found[task.name or task.task] = "a judge"
+        elif task.program and shutil.which(task.program) is None:
+            found[task.name or task.task] = task.program
+    return found
 
 
 def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | None) -> str:
@@ -210,7 +216,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         )
     folder = task_yaml(task.task, tasks_dir).parent
     parts = {
-        "task": task.model_dump(mode="json", exclude={"data_files", "title", "name"}),
+        "task": task.model_dump(mode="json", exclude={"data_files", "title", "name", "program"}),
         "limit": limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),

@@ -81,8 +81,8 @@ def run_suite(
     jobs = plan(suite, checkpoints, tasks, limit)
     pending = [job for job in jobs if job.result(out) is None]
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
-    if skipped := left_out(suite):
-        logger.warning("not run, for want of a judge (suite's `judge`): %s", ", ".join(skipped))
+    for name, lacking in left_out(suite).items():
+        logger.warning("%s: not run, for want of %s", name, lacking)
     holds = [
         _hold(out, name, [job for job in jobs if job.checkpoint == name]) for name in checkpoints
     ]

@@ -95,13 +95,13 @@ def test_without_a_judge_its_tasks_are_left_out_by_name(
     task = {"task": "l2c_world_exist", "data_files": str(data)}
     tasks = [task, {"task": "mmvet", "judge": True}]
     quiet = suite(data, tasks=tasks)
-    assert left_out(quiet) == ["mmvet"]
+    assert left_out(quiet) == {"mmvet": "a judge"}
     assert [job.task for job in plan(quiet, {"a": model_dir}, TASKS, None)] == ["l2c_world_exist"]
     asked = suite(data, tasks=tasks, judge="environment")
     with pytest.raises(EvaluationError, match="OPENAI_API_KEY"):
         plan(asked, {"a": model_dir}, TASKS, None)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
-    assert left_out(asked) == []
+    assert left_out(asked) == {}
     assert len(plan(asked, {"a": model_dir}, TASKS, None)) == 2
 
 
@@ -683,3 +683,10 @@ def test_rows_in_the_schemas_of_pope_and_mme_by_hand(data: Path) -> None:
     assert first["question"] == "is there a yes ? Please answer yes or no."
     assert (first["answer"], second["answer"], first["image_id"]) == ("Yes", "No", "i0")
     assert first["question_id"] == second["question_id"] == "existence/i0-0.png"
+
+
+def test_a_task_whose_scorer_needs_an_absent_program_is_left_out_by_name(tmp_path: Path) -> None:
+    tasks = [{"task": "flickr30k_test", "program": name} for name in ("sh", "no-such-program")]
+    tasks[1]["name"] = "captions"
+    suite = SuiteRecipe.model_validate({"tasks": tasks})
+    assert left_out(suite) == {"captions": "no-such-program"}
