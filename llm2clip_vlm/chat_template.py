@@ -139,8 +139,8 @@ def _render(
         raise ConversationError(f"the chat template{of} fails here: {error}") from error
 
 
-def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """What the tokenizer's own template writes before and behind a user's text.
+def user_turn(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> tuple[str, str]:
+    """What a template, by default the tokenizer's own, writes before and behind a user's text.
 
     Taken from a later turn of a conversation, so that no system prompt and no date is in it.
 
@@ -152,13 +152,13 @@ def user_turn(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
 
     Paper: LLM2CLIP released code, which knows Llama 3's header by the model's name.
     """
-    template = find_chat_template(None, tokenizer)
-    turns = [{"role": "user", "content": "first"}, {"role": "assistant", "content": "second"}]
-    end = render(turns, template, tokenizer).rpartition("second")[2]
-    more = render([*turns, {"role": "user", "content": "third"}], template, tokenizer)
-    rest = more.rpartition("second")[2]
+    template = accept_image_parts(template or find_chat_template(None, tokenizer), tokenizer)
+    turns = _probe("first")
+    end = render(turns, template, tokenizer).rpartition(_ANSWER)[2]
+    more = render([*turns, _probe("third")[0]], template, tokenizer)
+    rest = more.rpartition(_ANSWER)[2]
     before, found, behind = rest.removeprefix(end).partition("third")
-    if not found or not rest.startswith(end) or "second" not in more:
+    if not found or not rest.startswith(end) or _ANSWER not in more:
         raise ConversationError(
             f"the chat template writes {rest!r} after an answer, expected {end!r} and a user's "
             "turn; leave `chat` out"

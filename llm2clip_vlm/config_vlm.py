@@ -32,6 +32,10 @@ class VlmSection(Section):
     chat_template: str | None = None
     """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
     tokenizer."""
+    system_prompt: str | None = None
+    """System prompt of conversations that bring none: none = what the template writes by itself,
+    `""` = not even that, else this text, as the template writes a system turn. It becomes part of
+    the template that is trained and exported."""
     extra_tokens: list[str] = []
     """Tokens that the data's text may use, such as `<box>`: added where the LLM has none so named,
     and no control tokens where it has (any other control token's name in a text stays text)."""

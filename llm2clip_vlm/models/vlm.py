@@ -54,6 +54,7 @@ from llm2clip_vlm.models.loading import (
     read_processor,
     read_tokenizer,
 )
+from llm2clip_vlm.models.system_prompt import with_system_prompt
 from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import matching_prefix
@@ -72,6 +73,7 @@ def build_vlm(
     image_aspect_ratio: AspectRatio | Literal["anyres"] = "square",
     image_grid_pinpoints: Sequence[Sequence[int]] | None = None,
     chat_template: str | None = None,
+    system_prompt: str | None = None,
     extra_tokens: Sequence[str] = (),
     dtype: Any = None,
     projector: str | Path | None = None,
@@ -97,6 +99,7 @@ def build_vlm(
         image_grid_pinpoints: As :func:`~llm2clip_vlm.models.image_mode.anyres_image_processor`
             takes it; only with `anyres`.
         chat_template: As :func:`~llm2clip_vlm.chat_template.find_chat_template` takes it.
+        system_prompt: As :func:`~llm2clip_vlm.models.system_prompt.with_system_prompt` takes it.
         extra_tokens: Tokens that texts may use; new ones are added.
         dtype: Of all weights; none or `"auto"` = the language model's, or fp32 where that is fp16.
         projector: VLM checkpoint whose projector is taken; none = a new one.
@@ -111,7 +114,7 @@ def build_vlm(
         TowerError: As `load_vision_tower` and `anyres_image_processor`.
         HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
             projector was trained beside another tower, LLM, template, layer or image mode.
-        ConversationError: There is no chat template.
+        ConversationError: There is no chat template, or it takes no such system prompt.
 
     Paper: LLaVA-1.5 section 3.2 (MLP projector); LLaVA-NeXT (AnyRes).
 
@@ -126,6 +129,7 @@ def build_vlm(
     _keep_whole(tokenizer, extra_tokens)
     template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
     image_token_id = _add_image_token(tokenizer, llm)
+    template = with_system_prompt(template, system_prompt, tokenizer)
     _no_second_bos(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
     num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
