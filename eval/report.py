@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_pages(out, "report", {"report.html": page, "report.json": whole + "\n"})
     separability = ""
     if cra := facts.cra:
-        separability = f"caption separability {cra['before']:.1f} → {cra['after']:.1f} %; "
+        separability = f"caption separability {cra['after']:.1f} % ({facts.untrained_shown}); "
     print(f"{separability}{facts.verdict.short}; report: {out / 'report.html'}")
     return 0
 

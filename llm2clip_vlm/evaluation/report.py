@@ -110,6 +110,19 @@ class Facts:
     answers: list[Example] = field(default_factory=list)
     """Questions answered."""
 
+    @property
+    def untrained(self) -> dict[str, str]:
+        """What :attr:`cra` has of the LLM as it came: words to key."""
+        ways = ("causal", "bidirectional", "partial")
+        found = {f"raw LLM, {w}": f"raw_{w}" for w in ways if f"raw_{w}" in (self.cra or {})}
+        return found or {"before stage 1": "before"}  # of an older run
+
+    @property
+    def untrained_shown(self) -> str:
+        """The same with its figures."""
+        figures = self.cra or {}
+        return ", ".join(f"{w} {figures[key]:.1f} %" for w, key in self.untrained.items())
+
     def results(self, task: str, tower: str) -> list[dict[str, Any]]:
         """Results of a task, seed by seed."""
         return [self.scores[task][f"{tower}-s{seed}"] for seed in self.recipe.vlms[tower]]
@@ -151,9 +164,10 @@ def charts(facts: Facts) -> dict[str, Any]:
     recipe, task = facts.recipe, facts.recipe.headline_task
     drawn: dict[str, Any] = {"types": "", "ab": "", "encoders": ""}
     if cra := facts.cra:
+        named = facts.untrained | {"after stage 1": "after"}
         bars = [
-            Mark(f"{when} stage 1", cra[when], cra.get(f"{when}_ci"), colour)
-            for when, colour in (("before", 2), ("after", 0))
+            Mark(label, cra[name], cra.get(f"{name}_ci"), 0 if name == "after" else 2 + place)
+            for place, (label, name) in enumerate(named.items())
         ]
         groups = {"One caption finds its paraphrase": bars}
         drawn["cra"] = bar_chart(groups, "Caption separability", 100)
