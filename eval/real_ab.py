@@ -29,6 +29,8 @@ from llm2clip_vlm.files import read_json, write_atomically
 
 TEXTS = ("raw_causal", "raw_bidirectional", "stage1_causal", "stage1_bidirectional")
 """Text encoders: SmolLM2 as it is with each kind of attention, and after stage 1."""
+SHARED = "stage1_bidirectional"
+"""The one of `make real`, which has its cache."""
 TOWERS = (*TEXTS, "control_long")
 """What a tower was trained against."""
 VLMS = ("base", "control_long", "llm2clip", "llm2clip_shuffled", "text_only")
@@ -83,14 +85,19 @@ def commit() -> str | None:
 
 def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:
     """Caption retrieval accuracy (`data/captions.py`) of the cached embeddings."""
-    files = {"photos": data / "flickr8k_val/index.jsonl", "long": data / "long_texts.jsonl"}
+    sources = {
+        "photos": (data / "flickr8k_val/index.jsonl", run / "cache"),
+        "long": (data / "long_texts.jsonl", run / "long"),
+    }
     found: dict[str, Any] = {"protocol": CRA_PROTOCOL}
-    for kind, file in files.items():
+    for kind, (file, caches) in sources.items():
         records = read_captions(CaptionSource(path=str(file)), BadRecords(0), min_captions=2)
         queries, gallery, positives = retrieval_task(records)
         found[kind] = {}
         for arm in TEXTS:
-            folder = run / "cache" / arm
+            folder = caches / arm
+            if kind == "photos" and arm == SHARED:
+                folder = data.parent / "stage2a"
             if not (folder / "manifest.json").is_file():
                 missing.append(str(folder))
                 continue

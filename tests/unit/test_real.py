@@ -186,9 +186,9 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     def encode(part: list[str]) -> torch.Tensor:
         return torch.eye(8)[[texts[text] for text in part]]  # one place an image
 
-    for arm in ("raw_causal", "stage1_bidirectional"):
-        EmbeddingCache.build(run / "cache" / arm, list(texts), {"": encode}, {"weights": arm})
-        (run / "cache" / arm / "manifest.json").write_text("{}")
+    for folder in (run / "cache/raw_causal", run / "long/raw_causal", tmp_path / "stage2a"):
+        EmbeddingCache.build(folder, list(texts), {"": encode}, {"weights": folder.name})
+        (folder / "manifest.json").write_text("{}")
     for seed in range(2):
         for arm, r1 in (("stage1_bidirectional", 30.0), ("control_long", 10.0)):
             folder = run / "towers" / f"{arm}-s{seed}"
@@ -204,6 +204,8 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     found = read(output)
     assert found["separability"]["photos"]["raw_causal"]["r1"] == 100.0
     assert found["separability"]["photos"]["raw_causal"]["n"] == 3
+    assert found["separability"]["long"].keys() == {"raw_causal"}
+    assert found["separability"]["photos"].keys() == {"raw_causal", "stage1_bidirectional"}
     assert found["retrieval"]["control_long"]["i2t"]["r1"] == [10.0, 11.0]
     assert found["tests"]["i2t_r1_llm2clip_minus_control_long"]["delta"] == 20.0
     assert "raw_causal" not in found["retrieval"]
