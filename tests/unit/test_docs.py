@@ -61,8 +61,11 @@ def check_recipe(program: str, words: list[str]) -> None:
 
 
 def check_make(words: list[str]) -> None:
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert set(words) <= set(targets)
+    text = (ROOT / "Makefile").read_text()
+    names = {word for word in words if "=" not in word}
+    assert names <= set(re.findall(r"^([\w-]+):", text, re.MULTILINE))
+    given = {word.partition("=")[0] for word in words} - names
+    assert given <= set(re.findall(r"^(\w+) \?=", text, re.MULTILINE))
 
 
 def check_python(words: list[str]) -> None:
