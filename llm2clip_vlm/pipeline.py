@@ -303,7 +303,7 @@ class Pipeline:
                 yield job
 
     def _start(self, job: Job) -> None:
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         share = cores if job.step.all_cores else max(1, cores // self.recipe.jobs)
         environment = {
             **os.environ,
@@ -365,6 +365,13 @@ class Pipeline:
         for job in self.running:
             assert job.process is not None
             job.process.wait()
+
+
+def usable_cores() -> int:
+    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def told(cost: dict[str, float]) -> str:

@@ -26,6 +26,7 @@ from llm2clip_vlm.pipeline import (
     expand,
     finished,
     progress_of,
+    usable_cores,
 )
 from llm2clip_vlm.recipe import load_recipe
 
@@ -447,3 +448,14 @@ def test_somebody_elses_files_are_no_pipelines(root: Path) -> None:
         with pytest.raises(OwnershipError, match=r"seconds\.json is no file of a pipeline"):
             Pipeline(recipe, root).run()
     assert not (root / "order.txt").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity on this system")
+def test_a_step_gets_the_cores_that_the_pipeline_may_use() -> None:
+    before = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(before)})
+        assert usable_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+    assert usable_cores() == len(before)
