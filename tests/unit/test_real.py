@@ -58,7 +58,8 @@ def data(tmp_path: Path) -> Path:
     names = photographs(root / "coco_mini", 3)
     kept = ["train", "test", "val"]
     rows(root / "coco_mini/index.jsonl", [
-        {"image": name, "split": split} for name, split in zip(names, kept, strict=True)
+        {"image": name, "split": split, "permissive": split != "val", "captions": ["one"]}
+        for name, split in zip(names, kept, strict=True)
     ])  # fmt: skip
     rows(root / "coco_mini/templated_presence_count.jsonl", [
         {"image": name, "split": "train", "type": "count", "question": "How many?", "answer": 2}
@@ -103,6 +104,8 @@ def test_what_is_measured_on_is_not_trained_on(data: Path, tmp_path: Path) -> No
     assert [json.loads(line)["image"] for line in (out / "coco/index.jsonl").open()] == [
         "images/1.jpg"
     ]
+    shown = [json.loads(line)["image"] for line in (out / "gallery/index.jsonl").open()]
+    assert shown == ["images/1.jpg"]  # held out, and free to be shown
     assert read(out / "prepared.json")["counts"]["daquar_train"] == 2
     assert not (tmp_path / "language_model").exists()
 
