@@ -29,7 +29,7 @@ from llm2clip_vlm.files import read_json, write_atomically
 
 TEXTS = ("raw_causal", "raw_bidirectional", "stage1_causal", "stage1_bidirectional")
 """Text encoders: SmolLM2 as it is with each kind of attention, and after stage 1."""
-SHARED = "stage1_bidirectional"
+SHARED = "stage1_causal"
 """The one of `make real`, which has its cache."""
 TOWERS = (*TEXTS, "control_long")
 """What a tower was trained against."""
@@ -102,8 +102,8 @@ def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:
                 missing.append(str(folder))
                 continue
             cache = EmbeddingCache.open(folder)
-            embeds = (cache.lookup(texts).float() for texts in (queries, gallery))
-            got = recall_at_k(*embeds, positives, ks=1)
+            embeds = [cache.lookup(texts).float() for texts in (queries, gallery)]
+            got = recall_at_k(embeds[0], embeds[1], positives, ks=1)
             found[kind][arm] = {"r1": got.recall[1], "ci": list(got.ci[1]), "n": len(queries)}
     return found
 

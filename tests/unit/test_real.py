@@ -208,7 +208,7 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert found["separability"]["photos"]["raw_causal"]["r1"] == 100.0
     assert found["separability"]["photos"]["raw_causal"]["n"] == 3
     assert found["separability"]["long"].keys() == {"raw_causal"}
-    assert found["separability"]["photos"].keys() == {"raw_causal", "stage1_bidirectional"}
+    assert found["separability"]["photos"].keys() == {"raw_causal", "stage1_causal"}
     assert found["retrieval"]["control_long"]["i2t"]["r1"] == [10.0, 11.0]
     assert found["tests"]["i2t_r1_llm2clip_minus_control_long"]["delta"] == 20.0
     assert "raw_causal" not in found["retrieval"]
