@@ -47,7 +47,8 @@ def export_sentence_transformers(
     own: a transformers that would encode causally does not know it (it came on 2026-03-04, after
     the switch `is_causal`) and refuses. Other models carry `is_causal: false`, and a tokenizer that
     transformers 4 refuses; 5.0 and 5.1 would load them and encode causally (sentence-transformers
-    warns).
+    warns). Weights stay in the encoder's dtype and are computed with in float32, so that norms are
+    1; `model_kwargs={"dtype": "bfloat16"}` is the user's to give.
 
     Args:
         encoder: The encoder.
@@ -81,6 +82,8 @@ def export_sentence_transformers(
         "sentence_bert_config.json": {
             "max_seq_length": settings.max_length_tokens,
             "do_lower_case": False,
+            # pooling and Normalize keep the model's dtype: in bf16 a norm is off by up to 0.004
+            "model_args": {"dtype": "float32"},
         },
         f"{folders[1]}/config.json": {
             "word_embedding_dimension": encoder.hidden_size,
@@ -102,7 +105,8 @@ def export_sentence_transformers(
     if not why and (why := _other_vectors(encoder, target)):
         # without padding transformers builds no mask for sdpa, and some models then are causal
         eager = {"attn_implementation": "eager"}
-        content = files["sentence_bert_config.json"] | {"model_args": eager}
+        content = files["sentence_bert_config.json"]
+        content["model_args"] |= eager
         (target / "sentence_bert_config.json").write_text(json.dumps(content, indent=2) + "\n")
         why = _other_vectors(encoder, target, **eager)
     if why:

@@ -27,6 +27,7 @@ TEXTS = ["A red star", "a very large dog and a small cat on the left", " dog ", 
 EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-instruction": ("llama", {"instruction": "describe the picture"}),
+    "llama-bf16": ("llama", {"dtype": "bfloat16"}),
     "llama-no-eos": ("llama", {"eos": False}),
     "llama-chat": ("llama", {"chat": True, "max_length_tokens": 6}),
     "qwen2-eos": ("qwen2", {"pooling": "eos"}),
@@ -110,7 +111,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tor
     if importlib.util.find_spec("sentence_transformers") is None:
         pytest.skip("needs sentence-transformers (pip install sentence-transformers)")
     root = tmp_path_factory.mktemp("shelf")
-    ours = {name: exported(root, name).encode(TEXTS) for name in EXPORTS}
+    ours = {name: exported(root, name).float().encode(TEXTS) for name in EXPORTS}
     foreign_models(root)
     command = [sys.executable, "-c", SCRIPT, str(root), json.dumps(TEXTS), json.dumps(FOREIGN)]
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -127,7 +128,8 @@ def test_exports_open_in_sentence_transformers(
 ) -> None:
     root, ours = shelf
     for found in torch.load(root / f"export-{name}.pt"):
-        torch.testing.assert_close(found, ours[name], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found, ours[name], atol=1e-6, rtol=0)
+        torch.testing.assert_close(found.norm(dim=-1), torch.ones(4), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("name", FOREIGN)
