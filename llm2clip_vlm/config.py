@@ -284,3 +284,10 @@ class Stage2aRecipe(RunRecipe):
     without it then finds nothing to encode and writes the manifest."""
     batch_tokens: int = Field(default=16384, ge=1)
     """Tokens per forward pass, padding counted; texts are sorted by length."""
+
+    @model_validator(mode="after")
+    def _slice_is_one_of_its_number(self) -> Self:
+        part, parts = map(int, (self.slice or "0/1").split("/"))
+        if part >= parts:
+            raise ValueError(f"slice: expected i/n with i from 0 to {parts - 1}, got {self.slice}")
+        return self

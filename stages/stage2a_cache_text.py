@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     unique = list(dict.fromkeys(texts))
     if is_main():
         print(f"{len(texts)} texts, {len(unique)} different ones", flush=True)
+    if not unique:
+        raise ValueError(f"{out}: no text to embed; expected a caption in `sources` or `zero_shot`")
 
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
     encoder = load_caption_encoder(recipe.text_encoder, device)

@@ -171,6 +171,9 @@ class EmbeddingCache:
         mine = [
             (n, part) for n, part in zip(numbers, parts, strict=False) if n % writer[1] == writer[0]
         ]
+        if not mine and writer[1] > 1:
+            why = f"{len(todo)} rows are lacking, which make {len(parts)} shards of {shard_rows}"
+            logger.warning("%s: writer %d/%d has nothing to do: %s", directory, *writer, why)
         # Without a shard a writer still says what the cache is.
         for number, part in mine or ([] if header else [(-1, todo[:1])]):
             keys, rows = _encoded(part, encoders, None if header is None else header.dim)

@@ -106,6 +106,24 @@ def test_slices_make_the_bytes_of_one_build(
     assert "shard-00003.safetensors: sha256 is" in capsys.readouterr().err
 
 
+def test_a_slice_without_work_says_so(
+    recipe_2a: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["embed", "build", str(recipe_2a), "slice=1/2"]) == 0
+    say = (
+        f"writer 1/2 has nothing to do: {2 * PAIRS} rows are lacking, which make 1 shards of 16384"
+    )
+    assert say in caplog.text
+    assert main(["embed", "build", str(recipe_2a), "slice=2/2"]) == 2
+    assert "slice: expected i/n with i from 0 to 1, got 2/2" in capsys.readouterr().err
+    assert main(["embed", "build", str(recipe_2a)]) == 0
+    caplog.clear()
+    assert main(["embed", "build", str(recipe_2a), "slice=0/2", "max_bad_records=1"]) == 0
+    assert "writer 0/2 has nothing to do: 0 rows are lacking" in caplog.text
+    assert main(["embed", "build", str(recipe_2a), "sources=[]", "max_bad_records=2"]) == 2
+    assert "no text to embed; expected a caption in `sources`" in capsys.readouterr().err
+
+
 def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from tests.unit.test_embedding_import import write
 
