@@ -40,8 +40,10 @@ from llm2clip_vlm.data.table_files import file_states, is_large, kept_table, req
 from llm2clip_vlm.data.visual_tokens import VisualTokens
 from llm2clip_vlm.text_tokens import text_tokens
 
-VERSION = 4
+VERSION = 5
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
+
+_PAIR = ("user", "assistant")
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
@@ -110,8 +112,13 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
 
 def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     turns = row.get("conversations") or row.get("messages")
+    asked = None if turns else row.get("texts")
+    if asked:  # The Cauldron's pairs; the row's pictures stand before the first
+        turns = [{"role": who, "content": pair[who]} for pair in asked for who in _PAIR]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise ConversationError("no `conversations` list of {from, value}, nor `messages`")
+        raise ConversationError(
+            "no `conversations` list of {from, value}, nor `messages`, nor `texts`"
+        )
     messages = to_messages(turns)
     placeholders = count_images(messages)
     value = row.get("image") or row.get("images") or _inline_images(turns)
@@ -123,6 +130,9 @@ def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     images = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(image, ImageRef) for image in images):
         raise ConversationError("`image` is neither a name nor a list of names")
+    if asked and not placeholders:
+        messages[0]["content"][:0] = [{"type": "image"} for _ in images]
+        placeholders = len(images)
     if placeholders != len(images):
         raise ConversationError(
             f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"

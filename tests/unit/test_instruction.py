@@ -125,6 +125,13 @@ def write_formats(folder: Path, count: int = 6) -> dict[str, Path]:
     parquet.write_table(
         pa.table({"conversations": turns, "image": [names(r) for r in rows]}), found["paths"]
     )
+    found["cauldron"] = folder / "cauldron.parquet"
+    said = [[turn["value"].removeprefix("<image>\n") for turn in row] for row in turns]
+    pairs = [
+        [{"user": q, "assistant": a, "source": "x"} for q, a in zip(t[::2], t[1::2], strict=True)]
+        for t in said
+    ]
+    parquet.write_table(pa.table({"images": lists, "texts": pairs}), found["cauldron"])
     found["tar"] = folder / "shard-0.tar"
     with tarfile.open(found["tar"], "w") as shard:
         for n, row in enumerate(rows):
@@ -141,7 +148,7 @@ def test_every_format_gives_the_same_samples(tmp_path: Path, processor: Any) -> 
     found = write_formats(tmp_path)
     wanted = dataset(found["json"], processor)
     assert wanted.image_counts == [1, 1, 0, 2, 1, 1]
-    for name in ("jsonl.gz", "messages", "inline", "parquet", "paths"):
+    for name in ("jsonl.gz", "messages", "inline", "parquet", "paths", "cauldron"):
         assert same(wanted, dataset(found[name], processor)), name
     shard = dataset(tmp_path / "shard-*.tar", processor, allowed=1)  # one image a sample there
     assert len(shard) == 5

@@ -2,8 +2,9 @@
 
 The table was written from the sources named, not from the recipes: C.1 and the sections and
 tables of LLM2CLIP v6 (2411.04997v6), files of its repository, table 9 and section 3.3 of
-LLaVA-1.5 (2310.03744), scripts of LLaVA (v1_5) and Open-LLaVA-NeXT (v1_6). HF = a default of
-Hugging Face's TrainingArguments that the script leaves as it is.
+LLaVA-1.5 (2310.03744), scripts of LLaVA (v1_5) and Open-LLaVA-NeXT (v1_6), README, models/config.py
+and train.py of nanoVLM's first release. HF = a default of Hugging Face's TrainingArguments that the
+script leaves as it is.
 """
 
 from __future__ import annotations
@@ -16,7 +17,19 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[2] / "recipes"
-FOLDERS = ("paper_v6", "released_code", "llava15", "llava_next")
+FOLDERS = ("paper_v6", "released_code", "llava15", "llava_next", "nano")
+_NANO: dict[str, tuple[Any, str]] = {
+    "global_batch_size": (256, "config.py: batch_size"),
+    "max_length_tokens": (128 - 49 + 14 * 14, "config.py: lm_max_length; every patch a token"),
+    "trainable.multi_modal_projector": (2e-3, "config.py: lr_mp"),
+    "trainer.lr_scheduler_type": ("cosine_with_min_lr", "train.py: get_lr"),
+    "trainer.lr_scheduler_kwargs.min_lr_rate": (0.1, "train.py: get_lr"),
+    "trainer.warmup_steps": (0.03, "train.py: get_lr"),
+    "trainer.weight_decay": (0.01, "torch.optim.AdamW's, which train.py leaves as it is"),
+    "trainer.max_grad_norm": (0.0, "train.py: none"),
+    "trainer.bf16": (True, "train.py: autocast"),
+    "trainer.per_device_train_batch_size": (64, "memory, same updates"),
+}
 
 PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
     "paper_v6/stage1.yaml": {
@@ -238,6 +251,20 @@ PUBLISHED: dict[str, dict[str, tuple[Any, str]]] = {
         "trainer.per_device_train_batch_size": (4, "7b/finetune.sh"),
     },
     "llava_next/stage4_llama3_8b.yaml": {"max_length_tokens": (6144, "8b/finetune.sh")},
+    "nano/stage3.yaml": _NANO
+    | {
+        "vlm.vision_tower": ("google/siglip-base-patch16-224", "README"),
+        "vlm.vision_feature_layer": (-1, "vision_transformer.py: after the last block"),
+        "plain": (True, "declared: nanoVLM has no such stage"),
+        "trainer.num_train_epochs": (1, "declared: nanoVLM has no such stage"),
+    },
+    "nano/stage3_clip.yaml": {"vlm.vision_feature_layer": (-2, "pretrain.sh")},
+    "nano/stage4.yaml": _NANO
+    | {
+        "trainable.vision_tower": (1e-4, "config.py: lr_backbones"),
+        "trainable.language_model": (1e-4, "config.py: lr_backbones"),
+        "trainer.num_train_epochs": (2, "declared: 5 in config.py"),
+    },
 }
 
 OURS = {
@@ -313,13 +340,14 @@ EXPECTED_ROWS = {
     "llm2clip_paper_llm2clip": "VQAv2 79.80, GQA 63.15, VizWiz 52.37, SQA-I 69.92, TextVQA 58.35, "
     "POPE random 88.55, POPE adversarial 82.76, POPE popular 87.75, MME 1505.82, MMBench 68.29, "
     "MMBench-CN 60.40, LLaVA-W 62.7, MM-Vet 34.8, SEED all 60.96, SEED image 68.80",
+    "nanovlm_222m": "MMStar 35.3",
 }
-"""LLaVA-1.5, tables 3 and 4 (POPE by its three splits); LLM2CLIP v6, table 5."""
+"""LLaVA-1.5, tables 3 and 4 (POPE by its three splits); LLM2CLIP v6, table 5; nanoVLM's README."""
 
 
 @pytest.mark.parametrize("row", EXPECTED_ROWS)
 def test_expected_rows_are_the_papers(row: str) -> None:
-    path = ROOT.parent / "eval" / "expected" / "llava15.yaml"
+    path = ROOT.parent / "eval" / "expected" / ("nano.yaml" if "nano" in row else "llava15.yaml")
     given = yaml.safe_load(path.read_text(encoding="utf-8"))["rows"][row]
     for part in EXPECTED_ROWS[row].split(", "):
         column, _, value = part.rpartition(" ")
