@@ -112,7 +112,7 @@ def test_what_changed_is_noticed(tiny_clip: Path, tmp_path: Path, seen: list[int
         for name, value in changes.items():
             setattr(tower.image_processor, name, value)
         frozen = FrozenTower(tower.model, tower.image_processor, tmp_path / "cache")
-        bad = BadRecords(max_bad_records=1)
+        bad = BadRecords(limit=1)
         kept, found = frozen(records, bad)
         assert kept == [0, 1, 2, 3] and bad.count == 1
         with torch.no_grad():
@@ -144,5 +144,5 @@ def test_what_changed_is_noticed(tiny_clip: Path, tmp_path: Path, seen: list[int
     with pytest.raises(HandoffError, match="damaged; remove it"):
         features()
     shard.rename(shard.with_stem(hashlib.sha256(shard.read_bytes()).hexdigest()[:32]))
-    with pytest.raises(HandoffError, match=r"0\.png.* not what the tower gives"):
+    with pytest.raises(HandoffError, match="not what the tower gives"):
         features()
