@@ -22,6 +22,7 @@ from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text_index import read_image_text
+from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
 from llm2clip_vlm.evaluation.comparison import read_run
@@ -29,7 +30,10 @@ from llm2clip_vlm.evaluation.examples import answered_questions, retrieved_capti
 from llm2clip_vlm.evaluation.pages import render
 from llm2clip_vlm.evaluation.report import Facts, charts, retrieval_verdict
 from llm2clip_vlm.evaluation.report_inputs import (
+    SAMPLES,
     ReportError,
+    encoder_chances,
+    guesses,
     read_cra,
     read_optional,
     read_retrieval,
@@ -61,7 +65,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     separability = ""
     if cra := facts.cra:
         separability = f"caption separability {cra['after']:.1f} % ({facts.untrained_shown}); "
-    print(f"{separability}{facts.verdict.short}; report: {out / 'report.html'}")
+    found = [verdict.short for verdict in (facts.verdict, facts.vlm_verdict()) if verdict]
+    print(f"{separability}{'; VLM: '.join(found)}; report: {out / 'report.html'}")
     return 0
 
 
@@ -86,20 +91,22 @@ def collect(recipe: ReportRecipe) -> Facts:
         if (task := recipe.headline_task) not in scores:
             raise ReportError(f"headline_task: {task}: expected one of {list(scores)}")
         scores = {task: scores[task], **scores}
+    first = Path(str(recipe.evaluation), next(iter(vlms), ""))
     stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
     for stage, folders in ("stage2", recipe.towers), ("stage3", recipe.stage3), ("stage4", vlms):
         stages |= {f"{stage}-{name}": folder for name, folder in folders.items()}
     manifests = {name: read_manifest(folder) for name, folder in recipe.towers.items()}
+    encoders = {n: f for n, f in recipe.encoders.items() if Path(f, "results.json").is_file()}
     return Facts(
         recipe,
         retrieval=retrieval,
         verdict=retrieval_verdict(retrieval, recipe.headline, recipe.captions),
         cra=read_cra(recipe.stage1) if recipe.stage1 else None,
         scores=scores,
-        encoders={
-            name: read_run(name, {folder: None})
-            for name, folder in recipe.encoders.items()
-            if Path(folder, "results.json").is_file()
+        guesses={task: guesses(iter_rows(first / f"{task}{SAMPLES}")) for task in scores},
+        encoders={name: read_run(name, {folder: None}) for name, folder in encoders.items()},
+        encoder_chances={
+            t: c for path in encoders.values() for t, c in encoder_chances(path).items()
         },
         seconds=read_seconds(recipe.seconds, stages),
         costs=read_optional(recipe.costs) or {},
@@ -164,6 +171,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
     return {
         "schema": 1,
         "finding": facts.verdict.sentence,
+        "finding_vlm": vlm.sentence if (vlm := facts.vlm_verdict()) else None,
         "verdict": facts.verdict.state,
         "headline": recipe.headline,
         "world": recipe.world.model_dump() if recipe.world else None,
@@ -173,6 +181,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
             name: {task: run.values(task)[0] for task in run.scores}
             for name, run in facts.encoders.items()
         },
+        "without_the_picture": facts.guesses,
         "vlm": {t: {task: facts.accuracies(task)[t] for task in facts.scores} for t in recipe.vlms},
         "vlm_by_type": {
             tower: {task: by_type(tower, task) for task in facts.scores} for tower in recipe.vlms

@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipeline.run()
     except KeyboardInterrupt:
         raise SystemExit("pipeline: stopped; the same command goes on from here") from None
-    print(f"pipeline: all steps of {path} are finished ({time.monotonic() - started:.0f} s)")
-    print(pipeline.last_words())
+    seconds = time.monotonic() - started
+    minutes = sum(cost["cpu_seconds"] for cost in pipeline.costs.values()) / 60
+    print(f"pipeline: all steps of {path} are finished")
+    print(f"{pipeline.last_words()} ({seconds:.0f} s, {minutes:.1f} CPU minutes)".lstrip())
 
 
 if __name__ == "__main__":

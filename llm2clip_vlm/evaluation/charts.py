@@ -19,6 +19,8 @@ from typing import Any
 
 _SHAPES = "osD^vP"
 _DASHES = ("-", "--", ":", "-.", (0, (4, 2, 1, 2, 1, 2)), (0, (1, 3)))
+_DASHED = ("- -", "· · ·", "- ·")
+"""How the first dashes are written."""
 _WIDTH = 760.0
 _ROW = 28.0
 _BELOW = 28.0
@@ -69,13 +71,20 @@ class Line:
     """Number of the series."""
 
 
-def bar_chart(groups: Mapping[str, Sequence[Mark]], title: str, limit: float | None = None) -> str:
+def bar_chart(
+    groups: Mapping[str, Sequence[Mark]],
+    title: str,
+    limit: float | None = None,
+    guesses: Mapping[str, Mapping[str, float]] | None = None,
+) -> str:
     """Horizontal bars in groups, with whiskers for intervals and rings for single values.
 
     Args:
         groups: Heading to its bars, values from 0 up.
         title: For readers who do not see the chart.
         limit: Right end of the axis; none = from the values.
+        guesses: Heading to what needs no model (chance, a rule) and its value: lines across the
+            group's bars, named beside the heading.
 
     Returns:
         An `<svg>` element.
@@ -87,6 +96,7 @@ def bar_chart(groups: Mapping[str, Sequence[Mark]], title: str, limit: float | N
         for heading, bars in groups.items():
             _text(axes, heading, 0, y + 21, -150, weight="bold")
             y += 22
+            _guesses(axes, (guesses or {}).get(heading, {}), y, y + 24 * len(bars))
             for bar in bars:
                 y += 24
                 _text(axes, bar.label, 0, y, -8, ha="right", color=_colour("muted"))
@@ -99,12 +109,13 @@ def bar_chart(groups: Mapping[str, Sequence[Mark]], title: str, limit: float | N
         return _svg(figure, title)
 
 
-def dot_chart(series: Sequence[Line], title: str) -> str:
+def dot_chart(series: Sequence[Line], title: str, guess: Line | None = None) -> str:
     """Values from 0 to 100, one row a name; series differ in colour and shape.
 
     Args:
         series: Names (`x`, the same for all) with their values.
         title: For readers who do not see the chart.
+        guess: What needs no model, for the same names: an upright dash in each row.
 
     Returns:
         An `<svg>` element, the legend on top.
@@ -116,6 +127,7 @@ def dot_chart(series: Sequence[Line], title: str) -> str:
         axes.set(xlim=(-1, 101), ylim=(len(names) - 0.5, -0.5))
         axes.set_yticks(range(len(names)), map(_drawable, names), color=_colour("ink"))
         handles: list[Any] = []
+        labels = [_drawable(line.label) for line in (*series, *([guess] if guess else []))]
         for place, line in enumerate(series):
             # Spread over the row's height, so that equal values stay visible.
             at = [row + (place - (len(series) - 1) / 2) * 0.2 for row in range(len(names))]
@@ -123,8 +135,12 @@ def dot_chart(series: Sequence[Line], title: str) -> str:
             dots = axes.plot(line.y, at, _SHAPES[line.colour], ms=9, **look)
             handles += dots
             _tip(f"{line.label}: {', '.join(f'{value:.1f}' for value in line.y)}", *dots)
-        labels = [_drawable(line.label) for line in series]
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(series))
+        if guess is not None:
+            look = {"color": _colour("ink"), "ms": 22, "mew": 1.5, "ls": "", "clip_on": False}
+            dashes = axes.plot(guess.y, range(len(names)), "|", zorder=1, **look)
+            handles += dashes
+            _tip(f"{guess.label}: {', '.join(f'{value:.1f}' for value in guess.y)}", *dashes)
+        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(labels))
         return _svg(figure, title)
 
 
@@ -250,6 +266,16 @@ def _text(
     axes.annotate(
         _drawable(text), (x, y), (shift, 0), **place, **({"va": "center_baseline"} | look)
     )
+
+
+def _guesses(axes: Any, values: Mapping[str, float], top: float, bottom: float) -> None:
+    """Lines across a group of bars, named right of its heading."""
+    names = [f"{_DASHED[n]} {name} {value:.1f}" for n, (name, value) in enumerate(values.items())]
+    _text(axes, "   ".join(names), 1, top - 1, 64, ha="right", color=_colour("muted"), size=12)
+    for number, (name, value) in enumerate(values.items(), start=1):
+        look = {"color": _colour("ink"), "ls": _DASHES[number], "lw": 1.5, "clip_on": False}
+        line = axes.plot([value] * 2, [top + 12, bottom + 12], zorder=4, **look)
+        _tip(f"{name}: {value:.1f}", *line)
 
 
 def _interval(axes: Any, mark: Mark, y: float) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ class Verdict:
     """What a comparison says."""
 
     state: str
-    """`above`, `below`, `mixed` or `overlapping`."""
+    """`above`, `below`, `mixed` or `overlapping`; of VLMs `undecided` (one training) or not."""
     sentence: str
     """In words, with the numbers."""
     short: str
@@ -91,12 +92,16 @@ class Facts:
     """Caption separability; None = no stage 1."""
     scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Task to checkpoint to result, the headline's task first; empty = no VLM."""
+    guesses: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """Task to what needs no picture to what it gets, by type of question (`""` = all)."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step to wall time."""
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
     """Step to seconds, CPU seconds and peak memory; empty = not measured."""
     encoders: dict[str, Run] = field(default_factory=dict)
     """Tower to results of its other tasks."""
+    encoder_chances: dict[str, float] = field(default_factory=dict)
+    """Task to what guessing gets in it, where that is known."""
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tower to its manifest."""
     ladder: dict[str, Any] | None = None
@@ -135,6 +140,31 @@ class Facts:
             if task in self.scores
         }
 
+    def vlm_verdict(self) -> Verdict | None:
+        """What this run and the A/B say of the headline's VLMs; None = none was scored."""
+        (a, b), task = self.recipe.headline, self.recipe.headline_task
+        found = self.accuracies(task)
+        if a not in found or b not in found:
+            return None
+        count = min(len(found[a]), len(found[b]))
+        means = ", ".join(f"{name} {np.mean(found[name]):.1f} %" for name in (a, b))
+        state = f"{self.title(task)} {means} ({count} trainings each)"
+        if count == 1:
+            state = "not decided by this run"
+        effect = ((self.ab or {}).get("ab", {}).get(task) or {}).get(f"{a}-{b}")
+        short = other = "the A/B over training seeds was not run"
+        if effect is not None:
+            figures = "{delta:+.1f} points [{ci[0]:+.1f}, {ci[1]:+.1f}]".format(**effect)
+            short = f"A/B over {effect['n_seeds']} seeds: {figures}"
+            other = (
+                f"the committed A/B over {effect['n_seeds']} training seeds, not part of this run: "
+                f"{a} minus {b} = {figures}, p = {effect['p']:.2g} (exact sign-flip test, the seed "
+                "as the unit)"
+            )
+        why = ", which has one training each and so settles nothing" if count == 1 else ""
+        sentence = f"As the eyes of a VLM: {state}{why}. {other[0].upper()}{other[1:]}."
+        return Verdict("decided" if count > 1 else "undecided", sentence, f"{state} ({short})")
+
     def title(self, task: str) -> str:
         """A task's name for people, with the cut where one was made."""
         result = next(iter(self.scores.get(task, {}).values()), {})
@@ -150,6 +180,8 @@ class Facts:
             "One VLM was trained for each tower: a difference between them may be the luck of one "
             "training seed, whatever its interval over questions.": 1 in seeds,
             "No VLM was evaluated.": not self.scores,
+            "Another processor gives other figures, by some points where a VLM is short of "
+            "convergence: it rounds sums otherwise, and training carries that on.": True,
             "The A/B over training seeds was not run, so nothing is claimed of the VLMs.": self.ab
             is None,
             "The ladder of validity was not run.": self.ladder is None,
@@ -169,18 +201,16 @@ def charts(facts: Facts) -> dict[str, Any]:
             Mark(label, cra[name], cra.get(f"{name}_ci"), 0 if name == "after" else 2 + place)
             for place, (label, name) in enumerate(named.items())
         ]
-        groups = {"One caption finds its paraphrase": bars}
-        drawn["cra"] = bar_chart(groups, "Caption separability", 100)
-    drawn["retrieval"] = bar_chart(
-        {
-            f"{worded(kind)}, {arrow}": [
-                _recall(facts, tower, kind, way) for tower in facts.retrieval
-            ]
-            for kind in facts.retrieval[recipe.headline[0]]
-            for way, arrow in DIRECTIONS.items()
-        },
-        "Retrieval R@1 of each tower",
-    )
+        heading = "One caption finds its paraphrase"
+        chance = {heading: {"chance": 100 / cra["queries"]}} if "queries" in cra else {}
+        drawn["cra"] = bar_chart({heading: bars}, "Caption separability", 100, chance)
+    first, groups, chances = facts.retrieval[recipe.headline[0]], {}, {}
+    for kind, way in product(first, DIRECTIONS):
+        name = f"{worded(kind)}, {DIRECTIONS[way]}"
+        groups[name] = [_recall(facts, tower, kind, way) for tower in facts.retrieval]
+        if "chance_r1" in first[kind][way]:
+            chances[name] = {"chance": first[kind][way]["chance_r1"]}
+    drawn["retrieval"] = bar_chart(groups, "Retrieval R@1 of each tower", guesses=chances)
     tasks = {
         task: seeds[None].title for r in facts.encoders.values() for task, seeds in r.scores.items()
     }
@@ -193,13 +223,22 @@ def charts(facts: Facts) -> dict[str, Any]:
             ]
             for task, title in tasks.items()
         }
-        drawn["encoders"] = bar_chart(groups, "Other tasks of the encoders", 100)
+        chances = {
+            title: {"chance": facts.encoder_chances[task]}
+            for task, title in tasks.items()
+            if task in facts.encoder_chances
+        }
+        drawn["encoders"] = bar_chart(groups, "Other tasks of the encoders", 100, chances)
     if facts.scores:
         groups = {
             facts.title(name): [_score(facts, name, tower) for tower in recipe.vlms]
             for name in facts.scores
         }
-        drawn["scores"] = bar_chart(groups, "Score of each VLM", 100)
+        guesses = {
+            facts.title(name): {rule: kinds[""] for rule, kinds in facts.guesses[name].items()}
+            for name in facts.scores
+        }
+        drawn["scores"] = bar_chart(groups, "Score of each VLM", 100, guesses)
         kinds = list(next(iter(facts.scores[task].values()))["by_type"])
         if len(kinds) > 1:
             names = [kind.replace("_", " ") for kind in kinds]
@@ -207,7 +246,9 @@ def charts(facts: Facts) -> dict[str, Any]:
                 Line(tower, names, [_by_type(facts, tower, k) for k in kinds], recipe.colour(tower))
                 for tower in recipe.vlms
             ]
-            drawn["types"] = dot_chart(rows, "By type of question")
+            rule, found = max(facts.guesses[task].items(), key=lambda g: g[1][""], default=("", {}))
+            guess = Line(rule, names, [found[kind] for kind in kinds]) if found else None
+            drawn["types"] = dot_chart(rows, "By type of question", guess)
     if facts.ab is not None:
         drawn["ab"] = difference_chart(facts.ab, recipe.headline)
     drawn["curves"] = {

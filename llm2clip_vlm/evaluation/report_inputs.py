@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from llm2clip_vlm import files
+from llm2clip_vlm.evaluation.task_helpers import normalise
 from llm2clip_vlm.handoff import read_manifest
 
 SAMPLES = ".samples.jsonl"
 """Ending of a file with one answer a line; the task's result is beside it."""
+
+OFTEN = 20
+"""From so many questions on, a wording has a commonest answer of its own."""
 
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 """Directions of retrieval and how they are written."""
@@ -133,6 +139,51 @@ def read_scores(
                     "not asked the same; run eval/run_lmms.py for all of them with one suite"
                 )
     return scores
+
+
+def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """What answers get that were given without a look at the picture.
+
+    Args:
+        samples: Of one checkpoint; their questions and targets are read.
+
+    Returns:
+        `{name: {"": per cent of all, type: per cent of its questions}}`: the commonest answer
+        always; and the commonest one of each wording, or of the type for a wording asked less than
+        :data:`OFTEN` times. Both are known from the tested questions, which flatters the rule.
+        Empty where answers are graded, not right or wrong.
+    """
+    rows = list(samples)
+    if any(row["correct"] not in (0, 1) for row in rows):
+        return {}
+    asked = Counter(row["question"] for row in rows)
+    rules = {
+        "one answer always": [""] * len(rows),
+        "best rule without the picture": [
+            row["question"] if asked[row["question"]] >= OFTEN else row["type"] for row in rows
+        ],
+    }
+    shares = {}
+    for name, groups in rules.items():
+        targets = [normalise(str(row["target"])) for row in rows]
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        for group, target in zip(groups, targets, strict=True):
+            counts[group][target] += 1
+        right: dict[str, list[bool]] = defaultdict(list)
+        for row, group, target in zip(rows, groups, targets, strict=True):
+            for kind in {"", row["type"]}:
+                right[kind].append(target == counts[group].most_common(1)[0][0])
+        shares[name] = {kind: 100 * fmean(found) for kind, found in right.items()}
+    return shares
+
+
+def encoder_chances(folder: str | Path) -> dict[str, float]:
+    """What guessing gets in the tasks of `eval/run_encoder.py`, where their results say it."""
+    found = read_json(Path(folder) / "results.json", "eval/run_encoder.py")["results"]
+    chances = {
+        task: result.get("chance_top1", result.get("chance_miou")) for task, result in found.items()
+    }
+    return {task: float(chance) for task, chance in chances.items() if chance is not None}
 
 
 def read_seconds(pipeline: str | None, stages: Mapping[str, str | None]) -> dict[str, float]:

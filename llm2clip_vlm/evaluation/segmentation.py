@@ -260,7 +260,7 @@ def _judge(
         best = F.interpolate(found[None], size=labels.shape, mode="bilinear")[0].argmax(0)
         counts.append(overlaps(best.numpy(), labels.numpy(), len(names)))
     total, ci = np.sum(counts, axis=0), None
-    ious = class_iou(total).tolist()
+    ious, there = class_iou(total).tolist(), total[2]
     if recipe.bootstrap:
         rng = np.random.default_rng(recipe.seed)
         draws = rng.multinomial(images, np.full(images, 1 / images), recipe.bootstrap)
@@ -272,6 +272,8 @@ def _judge(
         "data_hash": masks.fingerprint(),
         "miou": float(np.nanmean(ious)),
         "ci": ci,
+        # What the commonest class gets if every pixel is said to be of it.
+        "chance_miou": 100.0 * float(there.max() / max(1, there.sum()) / max(1, (there > 0).sum())),
         "pixel_accuracy": 100.0 * float(total[0].sum() / max(1, total[2].sum())),
         "iou": {n: None if np.isnan(iou) else iou for n, iou in zip(names, ious, strict=True)},
         "images": images,

@@ -21,7 +21,7 @@ from llm2clip_vlm.evaluation.examples import (
     sample_pictures,
 )
 from llm2clip_vlm.evaluation.pages import clock, data_uri
-from llm2clip_vlm.evaluation.report_inputs import ReportError, read_scores, read_seconds
+from llm2clip_vlm.evaluation.report_inputs import ReportError, guesses, read_scores, read_seconds
 from tests.report_fixtures import (
     KINDS,
     RATES,
@@ -115,7 +115,9 @@ def test_absent_inputs_are_not_run_and_no_p_is_printed(
     assert re.search(rf"<h2>Vision-language models</h2>\s*{NOT_RUN}", html)
 
 
-def test_the_committed_ab_is_labelled(program: ModuleType, run: Path, tmp_path: Path) -> None:
+def test_the_committed_ab_is_labelled(
+    program: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     effect = {"delta": 9.0, "ci": [7.0, 11.0], "p": 0.0078, "deltas_by_seed": [8.0, 10.0]}
     ab = {
         "date": "2031-02-03T04:05:06+00:00",
@@ -130,6 +132,47 @@ def test_the_committed_ab_is_labelled(program: ModuleType, run: Path, tmp_path: 
     assert f"Not part of this run: 8 training seeds for each tower, {label}" in html
     assert "= +9.0 points [+7.0, +11.0], p = 0.0078" in html
     assert "+9.0 [+7.0, +11.0]" in html
+    said = capsys.readouterr().out
+    assert "VLM: not decided by this run (A/B over 8 seeds: +9.0 points [+7.0, +11.0])" in said
+
+
+def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    whole = {"results": {"parts": {"miou": 41.5, "chance_miou": 2.8}}}
+    write_json(tmp_path / "encoder/results.json", whole)
+    found, html = make(program, run, tmp_path, encoders={"base": str(tmp_path / "encoder")})
+    drawn = {
+        re.search('aria-label="([^"]+)"', svg)[1]: svg  # type: ignore[index]
+        for svg in re.findall(r"<svg[^>]*aria-label.*?</svg>", html, re.DOTALL)
+    }
+    scores = [title for title in drawn if "loss" not in title]
+    assert len(scores) == 5
+    rules = found["without_the_picture"]["l2c_world_vqa"]
+    best = rules["best rule without the picture"]
+    assert found["without_the_picture"]["l2c_world_caption"] == {}, "graded answers have no rule"
+    for title, what in {
+        "Caption separability": "chance: 0.1",
+        "Retrieval R@1 of each tower": "chance: 0.1",
+        "Other tasks of the encoders": "chance: 2.8",
+        "Score of each VLM": f"best rule without the picture: {best['']:.1f}",
+        "By type of question": f"best rule without the picture: {best['colour_of_shape']:.1f}, ",
+    }.items():
+        assert f"<title>{what}" in drawn[title], title
+
+
+def test_rules_without_the_picture() -> None:
+    def ask(question: str, target: str, count: int) -> list[dict[str, Any]]:
+        sample = {"question": question, "target": target, "type": question[0], "correct": 0.0}
+        return [sample] * count
+
+    often = ask("a1", "Yes", 15) + ask("a1", "no", 5) + ask("a2", "no", 18) + ask("a2", "yes", 2)
+    rarely = ask("b1", "red", 1) + ask("b2", "red", 1) + ask("b3", "blue", 1)
+    found = guesses([*often, *rarely])
+    assert found["one answer always"] == pytest.approx({"": 2300 / 43, "a": 57.5, "b": 0})
+    best = found["best rule without the picture"]
+    assert best == pytest.approx({"": 3500 / 43, "a": 82.5, "b": 200 / 3})
+    assert guesses([*often, {**often[0], "correct": 0.5}]) == {}
 
 
 def test_other_tasks_of_encoders_are_shown_where_they_were_run(
@@ -157,6 +200,7 @@ def test_each_choice_changes_the_report(program: ModuleType, run: Path, tmp_path
         program,
         run,
         tmp_path,
+        seeds=(0, 1),
         headline=["control_long", "llm2clip"],
         headline_task="l2c_world_caption",
         title="<b>Other & title</b>",
@@ -254,8 +298,11 @@ def test_the_vlm_is_never_a_claim_without_the_ab(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
     _, one = make(program, run, tmp_path)
-    assert "one training each, which settles nothing" in one
+    assert "As the eyes of a VLM: not decided by this run" in one
     assert "The A/B over training seeds was not run." in one
+    assert "Another processor gives other figures" in one
+    answer = one.split("The answer")[1].split("<section")[0]
+    assert "World VQA" not in answer, "a figure of one training stands as an answer"
     _, two = make(program, run, tmp_path, seeds=(0, 1))
     assert "2 trainings each" in two and "rings are seeds" in two
     assert "bootstrap by picture. No p value" in " ".join(one.split())
