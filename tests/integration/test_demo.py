@@ -1,0 +1,40 @@
+"""The demo as it is shipped: what its report must show on any processor (about ten minutes)."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import REPO_ROOT
+
+
+@pytest.mark.slow
+def test_the_demo_shows_what_it_is_for(tmp_path: Path) -> None:
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
+    places = [f"output_dir={tmp_path}/demo", f"world.dir={tmp_path}/world"]
+    command = [sys.executable, "stages/pipeline.py", "recipes/demo/pipeline.yaml", *places]
+    done = subprocess.run(
+        command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=7200, check=False
+    )
+    assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    last = done.stdout.splitlines()[-1]
+    assert "VLM: not decided by this run (A/B over 8 seeds: +4.1" in last
+    assert f"{tmp_path}/demo/report.html" in last
+    assert re.search(r"\(\d+ s, \d+\.\d CPU minutes\)$", last)
+
+    # Figures differ between processors by some points: these bounds leave room for it.
+    found = json.loads((tmp_path / "demo" / "report.json").read_text())
+    cra = found["cra"]
+    assert cra["after"] > 90 and cra["after"] > 30 + max(cra["raw_causal"], cra["before"])
+    assert found["verdict"] == "above"
+    rivals = [found["retrieval"][name]["long"] for name in ("llm2clip", "control_long", "base")]
+    for way in ("i2t", "t2i"):
+        ours, control, base = (rival[way]["r1"] for rival in rivals)
+        assert ours > 1.5 * control and control > base
+    always = found["without_the_picture"]["l2c_world_vqa"]["one answer always"][""]
+    assert all(scores["l2c_world_vqa"][0] > always for scores in found["vlm"].values())
