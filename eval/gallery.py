@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tower", action="append", required=True, metavar="NAME=DIR")
-    parser.add_argument("--cache", required=True, help="stage 2a's directory")
+    parser.add_argument("--cache", help="stage 2a's directory, for a tower of stage 2b")
     parser.add_argument("--data", required=True, type=Path, help="folder with index.jsonl")
     parser.add_argument("--output", required=True, type=Path, help="JPEG to write")
     parser.add_argument("--photographs", type=int, default=4, help="how many")
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         read_image_text(ImageTextSource(path=str(index)), BadRecords(0)),
         "captions",
         chosen[-1] + 1,
-        EmbeddingCache.open(given.cache),
+        EmbeddingCache.open(given.cache) if given.cache else None,
     )
     given.output.parent.mkdir(parents=True, exist_ok=True)
     given.output.write_bytes(drawn([found[number] for number in chosen]))

@@ -13,6 +13,7 @@ from PIL import Image
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.programs import find_program, load_program
+from tests.tiny import build_clip
 
 SENTENCES = (
     "A dog runs. It is brown. The grass is wet. A ball lies there. Trees stand. The sky is grey."
@@ -216,3 +217,26 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert "cache/raw_bidirectional" in missing and "control_long-s2" in missing
     assert "text_only-s0/l2c_daquar.json" in missing
     assert "text_only-s0/captions.json" not in missing
+
+
+# --- the picture --------------------------------------------------------------------------------
+
+
+def test_the_picture_shows_photographs_under_cc_by_alone(tmp_path: Path) -> None:
+    build_clip(tmp_path / "tower/model")
+    names = photographs(tmp_path / "shown", 3)
+    licences = ["Attribution-ShareAlike License", "Attribution License", "Attribution License"]
+    rows(tmp_path / "shown/index.jsonl", [
+        {"id": name, "image": name, "license": licence, "flickr_url": f"http://example.org/{name}",
+         "captions": [f"a {colour} circle"]}
+        for name, licence, colour in zip(names, licences, ["red", "blue", "green"], strict=True)
+    ])  # fmt: skip
+    program = load_program(find_program("gallery"))
+    words = ["--tower", f"one={tmp_path / 'tower'}", "--data", str(tmp_path / "shown")]
+    output = tmp_path / "docs/real.jpg"
+    program.main([*words, "--output", str(output), "--photographs", "2"])
+    assert Image.open(output).format == "JPEG"
+    told = output.with_suffix(".md").read_text()
+    assert "0.jpg" not in told and "1.jpg" in told and "http://example.org/images/2.jpg" in told
+    with pytest.raises(ValueError, match="2 photographs are under CC BY, expected at least 4"):
+        program.main([*words, "--output", str(output)])
