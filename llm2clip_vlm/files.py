@@ -63,7 +63,22 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         if partial.is_file():
             with partial.open("rb") as handle:
                 os.fsync(handle.fileno())
+        else:
+            let_read(partial)
         partial.replace(target)
+
+
+def let_read(folder: Path) -> None:
+    """Give weights the rights of their folder: safetensors 0.8 lets nobody but the owner read.
+
+    Args:
+        folder: With all below it; another user's files stay as they are.
+
+    See https://github.com/safetensors/safetensors/issues/782.
+    """
+    for file in folder.rglob("*.safetensors"):
+        with suppress(OSError):
+            file.chmod(folder.stat().st_mode & 0o666)
 
 
 @contextmanager

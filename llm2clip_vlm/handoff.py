@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.files import let_read, read_json, write_atomically
 from llm2clip_vlm.fingerprint import (
     FileState,
     HandoffError,
@@ -110,6 +110,7 @@ def write_manifest(
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    let_read(folder)
     plain = to_plain(recipe)
     world = {"world.seed": plain["world"]["seed"]} if plain.get("world") else {}
     manifest = {

@@ -52,6 +52,18 @@ def test_a_folder_appears_with_all_its_files_and_replaces_none(tmp_path: Path) -
     assert [item.name for item in tmp_path.iterdir()] == ["world"]
 
 
+@pytest.mark.parametrize("rights", [0o755, 0o2770, 0o700])
+def test_whoever_may_read_a_folder_may_read_its_weights(tmp_path: Path, rights: int) -> None:
+    """safetensors 0.8 writes files of mode 0600 whatever the umask."""
+    with written_whole(tmp_path / "model") as folder:
+        (folder / "vision_tower").mkdir(parents=True)
+        folder.chmod(rights)
+        weights = folder / "vision_tower" / "model.safetensors"
+        weights.touch(0o600)
+    weights = tmp_path / "model" / "vision_tower" / "model.safetensors"
+    assert weights.stat().st_mode & 0o777 == rights & 0o666
+
+
 def test_what_a_killed_process_left_goes_at_the_next_write_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "model[1]"
     if (child := os.fork()) == 0:

@@ -60,6 +60,7 @@ def test_the_manifest_holds_what_the_next_stage_asks_for(tmp_path: Path) -> None
     make_model(tmp_path / "out" / "model")
     make_model(tmp_path / "out" / "checkpoints")
     (tmp_path / "out" / "logs").mkdir()
+    (weights := tmp_path / "out" / "model" / "model.safetensors").chmod(0o600)
     recipe = make_recipe(tmp_path / "out", seed=7, world=WorldConfig(seed=3))
     path = finish(tmp_path / "out", recipe, extra={"cut": 2})
     assert path == tmp_path / "out" / MANIFEST_NAME
@@ -73,6 +74,7 @@ def test_the_manifest_holds_what_the_next_stage_asks_for(tmp_path: Path) -> None
     assert manifest["outputs"] == {"model": fingerprint_dir(tmp_path / "out" / "model")}
     assert manifest["seeds"] == {"seed": 7, "world.seed": 3}
     assert manifest["seconds"] == 1.235
+    assert weights.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
     assert manifest["extra"] == {"cut": 2}
     assert {"python", "torch", "transformers"} <= set(manifest["versions"])
     assert [item.name for item in (tmp_path / "out").glob(".*")] == []
