@@ -29,6 +29,13 @@ PREFIX_TOKENS = {
 }
 """Kind to tokens before the patches (CLS and registers)."""
 
+CNNS = {
+    "timm_cnn": "test_efficientnet",
+    "timm_convnext": "test_convnext",
+    "timm_resnet": "test_resnet",
+}
+"""Kinds that are no ViTs, with timm's architectures: 32 px, 8 px a place, one hidden state."""
+
 KINDS = pytest.mark.parametrize("kind", list(PREFIX_TOKENS))
 """Runs a test once for every kind."""
 
@@ -96,11 +103,14 @@ def _build_timm(kind: str, folder: Path) -> Path:
     timm = library("timm")
     from safetensors.torch import save_file
 
-    architecture = {
-        "timm": "vit_base_patch16_224",
-        "timm_eva": "eva02_base_patch14_224",
-        "timm_siglip": "vit_base_patch16_siglip_224",
-    }[kind]
+    architecture = (
+        CNNS.get(kind)
+        or {
+            "timm": "vit_base_patch16_224",
+            "timm_eva": "eva02_base_patch14_224",
+            "timm_siglip": "vit_base_patch16_siglip_224",
+        }[kind]
+    )
     arguments = {
         "img_size": SIZE_PX,
         "patch_size": PATCH_PX,
@@ -108,11 +118,16 @@ def _build_timm(kind: str, folder: Path) -> Path:
         "depth": DEPTH,
         "num_heads": 2,
     }
+    if kind in CNNS:
+        arguments = {"output_stride": PATCH_PX}
     model = timm.create_model(architecture, num_classes=0, **arguments)
+    for buffer in model.buffers():  # BatchNorm's statistics: nobody's default
+        if buffer.is_floating_point():
+            buffer.uniform_(0.5, 1.5)
     config = {
         "architecture": architecture,
         "num_classes": 0,
-        "num_features": WIDTH,
+        "num_features": model.num_features,
         "model_args": arguments,
         "pretrained_cfg": {
             "input_size": [3, SIZE_PX, SIZE_PX],

@@ -18,12 +18,12 @@ from llm2clip_vlm.files import read_json
 from llm2clip_vlm.fingerprint import fingerprint_file
 from llm2clip_vlm.interop import certificate, libraries, official
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
-from llm2clip_vlm.interop.efficientnet import convert_efficientnet, is_efficientnet
 from llm2clip_vlm.interop.export import save_encoder, save_llava
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.llava import convert_llava
+from llm2clip_vlm.interop.timm_cnn import convert_cnn, is_cnn
 from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
@@ -106,8 +106,8 @@ def convert(
             elif any("mm_projector." in name for name in weights):
                 made = convert_llava(source, weights, vision_tower, language_model, partial)
                 evidence = _vlm(folder, *made)
-            elif is_efficientnet(weights):
-                evidence = convert_efficientnet(source, folder, weights, settings or {})
+            elif is_cnn(weights, settings or {}):
+                evidence = convert_cnn(source, folder, weights, config, settings or {})
             else:
                 given, remote = dict(settings or {}), trust_remote_code
                 evidence = _encoder(source, folder, weights, config, given, partial, remote)

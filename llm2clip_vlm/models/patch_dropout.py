@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from llm2clip_vlm.models.timm_library import import_timm
-from llm2clip_vlm.models.trainable import block_list
+from llm2clip_vlm.models.trainable import block_list, is_feature_map
 
 
 class PatchDropout:
@@ -36,7 +36,7 @@ class PatchDropout:
         inner: Any = getattr(tower, "timm_model", None)
         if inner is not None:
             layers = import_timm().layers
-            if tower.config.feature_map:  # type: ignore[union-attr]
+            if is_feature_map(tower):
                 raise ValueError("patch_dropout: a CNN has no patches to drop; expected 0")
             rotary = inner.patch_drop is None  # timm then wants the numbers of the patches too
             kind = layers.PatchDropoutWithIndices if rotary else layers.PatchDropout

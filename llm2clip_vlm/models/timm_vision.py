@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -85,7 +86,7 @@ class TimmVisionModel(PreTrainedModel):
     def __init__(self, config: TimmVisionConfig) -> None:
         super().__init__(config)
         size = {} if config.feature_map else {"img_size": config.image_size}
-        self.timm_model = _create(config.architecture, config.model_args, **size)
+        self.timm_model = create_timm(config.architecture, config.model_args, **size)
         self.post_init()
 
     @torch.no_grad()
@@ -95,8 +96,35 @@ class TimmVisionModel(PreTrainedModel):
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # type: ignore[operator]
 
-    def _set_gradient_checkpointing(self, enable: bool = True, *args: Any, **kwargs: Any) -> None:
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether timm computes activations again in the backward pass.
+
+        transformers sets it, also inside of a LLaVA. Layers of BatchNorm that train take the same
+        batch twice into their statistics then.
+        """
+        return bool(getattr(self.timm_model, "grad_checkpointing", False))
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, enable: bool) -> None:
         self.timm_model.set_grad_checkpointing(enable)
+
+    def parameter_stages(self) -> tuple[dict[str, int], int]:
+        """Stage of each parameter of a CNN: 0 the stem, 1 the first stage, ...
+
+        Returns:
+            Name to stage, and their number; what timm puts behind the last has one more.
+        """
+        stages, number = _stages(self.timm_model)
+        return {f"timm_model.{name}": stage for name, stage in stages.items()}, number
+
+    def unused_in_features(self) -> list[str]:
+        """Parameters that a CNN's tokens do not depend on: those of the pooled output's own."""
+        with torch.device("meta"):
+            copy = type(self)(self.config).eval()  # type: ignore[arg-type]
+        pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size, device="meta")
+        copy(pixels).last_hidden_state.sum().backward()
+        return [name for name, parameter in copy.named_parameters() if parameter.grad is None]
 
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
@@ -147,8 +175,28 @@ class TimmVisionModel(PreTrainedModel):
         )
 
 
-def _create(architecture: str, given: Mapping[str, Any] | None, **more: Any) -> Any:
-    """Timm's model without classifier and without pretrained weights."""
+def _stages(model: Any) -> tuple[dict[str, int], int]:
+    """Stage of each parameter as timm's own matcher groups them, and the number of stages."""
+    names = [*(name for name, _ in model.named_parameters()), "~"]
+    stand_in = SimpleNamespace(named_parameters=lambda: zip(names, names, strict=True))
+    matcher = model.group_matcher(coarse=True)
+    stages = import_timm().models.group_parameters(stand_in, matcher, reverse=True)
+    behind = stages.pop("~")  # matches nothing, as what follows the last stage
+    return stages, behind - 1
+
+
+def create_timm(architecture: str, given: Mapping[str, Any] | None = None, **more: Any) -> Any:
+    """A model of timm without classifier and without pretrained weights.
+
+    Args:
+        architecture: timm's name.
+        given: Arguments of `timm.create_model`, as a checkpoint's config has them.
+        more: Others.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: There is none of this name, or an argument would make it open files.
+    """
     timm = import_timm()
     if not (_NAME.fullmatch(architecture) and timm.is_model(architecture)):
         raise ValueError(
@@ -194,7 +242,7 @@ def timm_config(
     """
     values = {"architecture": written["architecture"], "model_args": written.get("model_args")}
     with torch.device("meta"), boundary(f"{path}: timm cannot build it", error):
-        inner = _create(values["architecture"], values["model_args"])
+        inner = create_timm(values["architecture"], values["model_args"])
     if hasattr(inner, "blocks") and hasattr(inner, "patch_embed"):
         return TimmVisionConfig(
             **values,
@@ -218,7 +266,7 @@ def timm_config(
     return TimmVisionConfig(
         **values,
         hidden_size=width,
-        num_hidden_layers=len(inner.feature_info),
+        num_hidden_layers=_stages(inner)[1],
         image_size=side,
         patch_size=side // rows,
         has_cls_token=False,

@@ -45,6 +45,7 @@ from llm2clip_vlm.models.timm_vision import (
     TimmVisionConfig,
     from_timm_layout,
     read_timm_layout,
+    timm_config,
     timm_image_processor,
 )
 from llm2clip_vlm.recipe import did_you_mean
@@ -73,7 +74,8 @@ class VisionTower:
     image_size_px: int
     """Side of an image."""
     num_hidden_layers: int
-    """Transformer blocks; `hidden_states` has one more entry."""
+    """Transformer blocks; `hidden_states` has one more entry. A CNN has its last map there alone,
+    so 0."""
     num_prefix_tokens: int
     """Tokens before the patches: CLS, if there is one, then registers."""
     has_cls_token: bool
@@ -152,10 +154,11 @@ def load_vision_tower(
 
     Args:
         path_or_id: Directory (of any name) or hub id of a CLIP, SigLIP, SigLIP2, EVA02-CLIP,
-            DINOv2, DINOv3 or timm model, of an `LLM2CLIPModel`, or of what another package adds.
+            DINOv2, DINOv3 or timm model (ViT or CNN), of an `LLM2CLIPModel`, or of what another
+            package adds.
         dtype: Weights' dtype (`torch.float32`, `"bfloat16"`); none keeps the checkpoint's.
         image_size_px: Another resolution: positions are interpolated, the image processor resizes
-            to it.
+            to it. Of a CNN any multiple of its stride.
 
     Returns:
         The tower in evaluation mode and what it tells of itself.
@@ -184,6 +187,19 @@ def load_vision_tower(
         model = _resize(path, model, image_size_px)
         resize_processor(processor, image_size_px)
     return _describe(path, model.eval(), processor)
+
+
+def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
+    """Whether a checkpoint is a CNN, as its config says; no weights are read.
+
+    Args:
+        path_or_id: As :func:`load_vision_tower` takes it.
+    """
+    path = str(path_or_id)
+    register()
+    timm = read_timm_layout(path, TowerError)
+    config = timm_config(timm, path, TowerError) if timm else read_config(path, TowerError)
+    return bool(getattr(config, "feature_map", False))
 
 
 def _describe(path: str, model: Any, processor: Any) -> VisionTower:
@@ -269,7 +285,7 @@ def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
         return cast("PreTrainedModel", model)
     if size % config.patch_size:
         raise TowerError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
-    if getattr(config, "feature_map", False):
+    if getattr(config, "feature_map", False):  # any multiple of its stride
         model.config.image_size = size
         return cast("PreTrainedModel", model)
     weights = model.state_dict()

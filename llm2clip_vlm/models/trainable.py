@@ -41,6 +41,11 @@ def matching_prefix(name: str, prefixes: Collection[str]) -> str | None:
     return max(found, key=len) if found else None
 
 
+def is_feature_map(tower: nn.Module) -> bool:
+    """Whether a module is a CNN, whose last map's places are the tokens."""
+    return bool(getattr(getattr(tower, "config", None), "feature_map", False))
+
+
 def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
     """Where a tower's transformer blocks are: its longest list of modules of one class.
 
@@ -71,6 +76,8 @@ def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
 def layers_of(model: nn.Module, part: str = "") -> tuple[dict[str, int], int]:
     """Layer of each of a tower's parameters: 0 before its blocks, 1 for the first, ...
 
+    The layers of a CNN are its stages, as timm groups them.
+
     Args:
         model: As :func:`block_list`; its parameters come in the order of the forward pass.
         part: As :func:`block_list`.
@@ -81,6 +88,11 @@ def layers_of(model: nn.Module, part: str = "") -> tuple[dict[str, int], int]:
     Raises:
         ValueError: As :func:`block_list`.
     """
+    for name, module in model.named_modules():
+        stages = getattr(module, "parameter_stages", None) if is_feature_map(module) else None
+        if stages is not None and (not part or matching_prefix(name, [part])):
+            found, depth = stages()
+            return {f"{name}.{inner}".removeprefix("."): at for inner, at in found.items()}, depth
     blocks, depth = block_list(model, part)
     layers: dict[str, int] = {}
     layer = 0

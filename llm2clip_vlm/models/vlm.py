@@ -56,7 +56,7 @@ from llm2clip_vlm.models.loading import (
 )
 from llm2clip_vlm.models.system_prompt import with_system_prompt
 from llm2clip_vlm.models.tokenizer_files import save_tokenizer
-from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.models.towers import is_feature_map_checkpoint, load_vision_tower
 from llm2clip_vlm.models.trainable import matching_prefix
 from llm2clip_vlm.models.vlm_gradients import install_text_only_guard
 
@@ -89,7 +89,7 @@ def build_vlm(
         vision_tower: As :func:`~llm2clip_vlm.models.towers.load_vision_tower` takes it.
         language_model: Directory or hub id of a causal LLM with a fast tokenizer.
         vision_feature_layer: Index into the tower's hidden states (LLaVA-1.5: -2), or several,
-            whose features are concatenated.
+            whose features are concatenated. A CNN has one hidden state, its last map: -1 alone.
         vision_feature_select_strategy: `default` drops the CLS token where the tower has one,
             `full` keeps all. Registers (DINO) are kept by both.
         image_size_px: As `load_vision_tower` takes it.
@@ -121,9 +121,11 @@ def build_vlm(
     Example:
         >>> model, processor = build_vlm("runs/stage2b/vision_tower", "base/llm")  # doctest: +SKIP
     """
+    if is_feature_map_checkpoint(vision_tower):
+        _check_layers(1, vision_feature_layer, vision_tower)  # before minutes of loading
     llm, tokenizer = _load_language_model(str(language_model), dtype)
     tower = load_vision_tower(vision_tower, dtype=llm.dtype, image_size_px=image_size_px)
-    _check_layers(tower, vision_feature_layer, vision_tower)
+    _check_layers(tower.num_hidden_layers + 1, vision_feature_layer, vision_tower)
     if not tower.has_cls_token:
         vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
     _keep_whole(tokenizer, extra_tokens)
@@ -270,8 +272,12 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     return llm, tokenizer
 
 
-def _check_layers(tower: VisionTower, layers: int | list[int], path: str | Path) -> None:
-    total = tower.num_hidden_layers + 1
+def _check_layers(total: int, layers: int | list[int], path: str | Path) -> None:
+    if total == 1 and layers != -1:
+        raise VlmError(
+            f"vision_feature_layer {layers}: {path} is a convolutional net, of which the last map "
+            "alone has the shape of the tokens; put `vlm.vision_feature_layer: -1` into the recipe"
+        )
     chosen = [layers] if isinstance(layers, int) else layers
     if not chosen or any(not -total <= layer < total for layer in chosen):
         raise VlmError(

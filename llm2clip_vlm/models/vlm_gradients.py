@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm.models.image_mode import one_picture
-from llm2clip_vlm.models.trainable import layers_of
+from llm2clip_vlm.models.trainable import is_feature_map, layers_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +31,8 @@ def freeze_unused_vision(model: Any) -> list[str]:
         Names of the parameters that were trainable and no longer are.
     """
     tower = model.model.vision_tower
+    if is_feature_map(tower):
+        return _freeze(tower, set(tower.unused_in_features()), "which the last map does not need")
     chosen = model.config.vision_feature_layer
     chosen = [chosen] if isinstance(chosen, int) else chosen
     try:
@@ -42,13 +44,18 @@ def freeze_unused_vision(model: Any) -> list[str]:
         logger.info("%d blocks, %d hidden layers: unused ones are not known", depth, total)
         return []
     used = max(i if i >= 0 else total + 1 + i for i in chosen)
+    unused = {name for name, layer in layers.items() if layer > used or name == _NEVER_USED}
+    return _freeze(tower, unused, f"above layer {used}")
+
+
+def _freeze(tower: Any, unused: set[str], why: str) -> list[str]:
     frozen = []
     for name, parameter in tower.named_parameters():
-        if (layers[name] > used or name == _NEVER_USED) and parameter.requires_grad:
+        if name in unused and parameter.requires_grad:
             parameter.requires_grad_(False)
             frozen.append(f"vision_tower.{name}")
     if frozen:
-        logger.info("frozen, %d tower parameters above layer %d are unused", len(frozen), used)
+        logger.info("frozen, %d unused tower parameters %s", len(frozen), why)
     return frozen
 
 
