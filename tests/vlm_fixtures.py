@@ -130,3 +130,21 @@ def losses(output_dir: Path) -> list[float]:
     """Loss of each step, from `metrics.jsonl`."""
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [row["loss"] for row in rows if "loss" in row]
+
+
+def files_with_paths(root: Path, *folders: Path) -> list[Path]:
+    """Files of exports that name a folder of this machine.
+
+    Args:
+        root: The folder that no path of may be written anywhere.
+        folders: Where the exports are; what stays here (a run's manifest, recipe and checkpoints)
+            is left out.
+    """
+    stays = ("manifest.json", "recipe.yaml", "parents.json", "checkpoints", "results.json")
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    return [
+        path
+        for path in files
+        if not any(part in stays for part in path.relative_to(root).parts)
+        and str(root).encode() in path.read_bytes()
+    ]

@@ -84,12 +84,27 @@ def load_complete(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
     _refuse(path, type(model).__name__, found, optional, error)
+    forget_paths(model.config)
+    model.name_or_path = model.config._name_or_path  # which PEFT writes into an adapter
     if source is not None and not local:
         folder = Path(cached_file(path, "config.json") or "").parent
         if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
             return model  # the hub's own conversion of pickled weights lies in another revision
         _check_names(model_class, folder, optional, error, arguments)
     return model
+
+
+def forget_paths(config: Any) -> None:
+    """Take the folders of this machine out of a config and the configs in it, which are saved.
+
+    Args:
+        config: Of a model that was loaded; hub ids stay.
+    """
+    if Path(config._name_or_path or "").exists():
+        config._name_or_path = ""
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            forget_paths(part)
 
 
 def _check_names(

@@ -31,6 +31,7 @@ from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import (
     check_image_processor,
+    forget_paths,
     load_complete,
     read_config,
     read_image_processor,
@@ -186,6 +187,7 @@ def load_vision_tower(
     if image_size_px is not None:
         model = _resize(path, model, image_size_px)
         resize_processor(processor, image_size_px)
+    forget_paths(model.config)  # a loader of another package may not have done it
     return _describe(path, model.eval(), processor)
 
 

@@ -1,81 +1,191 @@
-"""The swap is one line: CLIP, SigLIP and EVA02 towers through stages 3 and 4, opened by others."""
+"""The swap is one line: every tower goes through stages 2b, 3 and 4, export, eval and compare."""
 
 from __future__ import annotations
 
+import importlib
+import json
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from tests.tiny_towers import build_tower
-from tests.vlm_fixtures import environment, losses, run_here, write_llava, write_recipe
+from llm2clip_vlm import cli
+from llm2clip_vlm.interop.export import export
+from llm2clip_vlm.models.vlm import VlmError, build_vlm
+from tests.integration.test_stage2b import Recipe, data, recipe, run, weights
+from tests.peers import PEERS
+from tests.tiny_towers import CNNS, build_tower
+from tests.vlm_fixtures import (
+    environment,
+    files_with_paths,
+    losses,
+    run_here,
+    write_llava,
+    write_recipe,
+)
 
-KINDS = ("clip", "siglip", "eva02")
+__all__ = ["data", "recipe"]  # fixtures
+
+PLUGIN = """
+from transformers import AutoConfig, AutoModel
+from tests.unit.test_foreign_tower import PlainConfig, PlainTower
+AutoConfig.register("plain_tower", PlainConfig, exist_ok=True)
+AutoModel.register(PlainConfig, PlainTower, exist_ok=True)
+def load(path, dtype):
+    return PlainTower.from_pretrained(path, dtype=dtype)
+"""
 READER = """
 import sys
 from transformers import AutoModelForImageTextToText, AutoProcessor
-if sys.argv[1] == "register":
-    import llm2clip_vlm
-    llm2clip_vlm.register()
-for path in sys.argv[2:]:
+for path in sys.argv[1:]:
     model, info = AutoModelForImageTextToText.from_pretrained(path, output_loading_info=True)
     assert type(model).__name__ == "LlavaForConditionalGeneration"
     assert not info["missing_keys"] and not info["unexpected_keys"], info
     assert AutoProcessor.from_pretrained(path).chat_template
-print("opened", len(sys.argv[2:]))
+print("opened", len(sys.argv[1:]))
 """
+OURS = {"eva02", "timm", "timm_cnn", "timm_convnext", "timm_resnet", "plugin"}
+"""What transformers alone does not know."""
 
 
-@pytest.fixture(scope="module")
-def swapped(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> dict[str, Path]:
-    """The same two recipes for each tower; what differs is `vlm.vision_tower`."""
-    work = tmp_path_factory.mktemp("swap")
+@pytest.fixture
+def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with a tower of its own, installed for this process and for others."""
+    folder = tmp_path / "site"
+    (folder / "plain_plugin-1.dist-info").mkdir(parents=True)
+    (folder / "plain_plugin.py").write_text(PLUGIN)
+    (folder / "plain_plugin-1.dist-info" / "METADATA").write_text("Name: plain\nVersion: 1\n")
+    (folder / "plain_plugin-1.dist-info" / "entry_points.txt").write_text(
+        "[llm2clip_vlm.vision_towers]\nplain_tower = plain_plugin:load\n"
+    )
+    monkeypatch.syspath_prepend(folder)
+    return folder
+
+
+def original(kind: str, clip: Path, folder: Path) -> Path:
+    if kind != "plugin":
+        return build_tower(kind, folder)
+    made = importlib.import_module("plain_plugin")
+    made.PlainTower(made.PlainConfig()).save_pretrained(folder)
+    shutil.copy(clip / "preprocessor_config.json", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        pytest.param(("timm_cnn", "eva02"), id="cnn and eva02"),
+        pytest.param(
+            ("clip", "siglip", "siglip2", "dinov2", "timm", "timm_convnext", "plugin"),
+            marks=pytest.mark.slow,
+            id="all others",
+        ),
+    ],
+)
+def test_every_tower_goes_the_whole_road(
+    kinds: Sequence[str],
+    recipe: Recipe,
+    plugin: Path,
+    tiny_clip: Path,
+    tiny_llm: Path,
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
     shared = {
-        "data": [{"path": str(write_llava(work, 8, text_only=(3,)))}],
+        "data": [{"path": str(write_llava(tmp_path, 8, text_only=(3,)))}],
         "trainer": {"max_steps": 2},
     }
-    stage3 = write_recipe(
-        work / "stage3.yaml",
-        output_dir=str(work / "x"),
-        vlm={"vision_tower": "x", "language_model": str(tiny_llm)},
-        trainable={"multi_modal_projector": 1e-2},
-        **shared,
+    models = {}
+    for kind in kinds:
+        out = tmp_path / kind
+        tower = original(kind, tiny_clip, out / "xyz")
+        steps = {"max_steps": 1, "save_strategy": "no"}
+        layers = {} if kind == "plugin" else {"layer_decay": 0.9}
+        two = run(
+            recipe(
+                f"{kind}/two", vision_tower=str(tower), trainer=steps, projection_dim=8, **layers
+            )
+        )
+        stage3 = write_recipe(
+            tmp_path / "stage3.yaml",
+            output_dir=str(out / "three"),
+            vlm={
+                "vision_tower": str(two / "vision_tower"),
+                "language_model": str(tiny_llm),
+                "vision_feature_layer": -1 if kind in CNNS else -2,
+            },
+            trainable={"multi_modal_projector": 1e-2},
+            **shared,
+        )
+        stage4 = write_recipe(
+            tmp_path / "stage4.yaml",
+            output_dir=str(out / "four"),
+            checkpoint=str(out / "three" / "model"),
+            image_aspect_ratio="pad",
+            trainable=dict.fromkeys(
+                ("vision_tower", "multi_modal_projector", "language_model"), 1e-2
+            ),
+            **shared,
+        )
+        run_here("stage3_projector", stage3)
+        frozen, kept = weights(two / "vision_tower"), weights(out / "three" / "model")
+        there = {
+            name: name.removeprefix("vision_model.") for name in frozen
+        }  # CLIP's published names
+        for name, inner in there.items():
+            (found,) = (k for k in kept if "vision_tower" in k and k.endswith(f".{inner}"))
+            assert kept[found].equal(frozen[name]), name  # statistics of BatchNorm, too
+        run_here("stage4_instruction", stage4)
+        assert all(0 < loss < 20 for loss in losses(out / "four"))
+        export(out / "four", "transformers", out / "export")
+        models[kind] = out / "export"
+        assert not files_with_paths(
+            tmp_path, out / "two", out / "three", out / "four", models[kind]
+        )
+
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(
+            json.dumps({"id": i, "image": f"images/{i}.png", "question": "red ?", "answer": "red"})
+            + "\n"
+            for i in (0, 1)
+        )
     )
-    stage4 = write_recipe(
-        work / "stage4.yaml",
-        output_dir=str(work / "x"),
-        checkpoint="x",
-        image_aspect_ratio="pad",
-        trainable={"vision_tower": 1e-3, "multi_modal_projector": 1e-2, "language_model": 1e-2},
-        **shared,
+    rows = f"data_files: {tmp_path}/rows.jsonl, overrides: {{}}"
+    (tmp_path / "suite.yaml").write_text(f"tasks:\n- {{task: l2c_photo_vqa, {rows}}}\n")
+    paths = [environment()["PYTHONPATH"], str(plugin), str(PEERS)]
+    outside = environment() | {"PYTHONPATH": ":".join(paths)}
+    evaluation = ["eval/run_lmms.py", f"--suite={tmp_path}/suite.yaml", "max_empty=1.0"]
+    evaluation += [f"--output={tmp_path}/eval"]
+    evaluation += [f"--checkpoint={kind}={path}" for kind, path in models.items()]
+    done = subprocess.run(
+        [sys.executable, *evaluation],
+        env=outside,
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
     )
-    found = {}
-    for kind in KINDS:
-        three, four = work / kind / "three", work / kind / "four"
-        tower = build_tower(kind, work / kind / "xyz")
-        run_here("stage3_projector", stage3, f"vlm.vision_tower={tower}", f"output_dir={three}")
-        run_here("stage4_instruction", stage4, f"checkpoint={three}/model", f"output_dir={four}")
-        found[kind] = four
-    return found
+    assert done.returncode == 0, done.stderr[-3000:]
+    scores = [str(tmp_path / "eval" / kind) for kind in kinds]
+    assert cli.main(["compare", *scores, "--out", str(tmp_path / "compared")]) == 0
+
+    for plain in (True, False):  # what transformers opens alone, and what it does not
+        chosen = [str(path) for kind, path in models.items() if (kind not in OURS) is plain]
+        if plain and not chosen:
+            continue
+        command = [sys.executable, "-c", READER, *(chosen if plain else chosen[:1])]
+        alone = subprocess.run(command, env=outside, capture_output=True, text=True, check=False)
+        assert (f"opened {len(chosen)}" in alone.stdout) is plain, alone.stderr[-2000:]
 
 
-def test_every_tower_trains(swapped: dict[str, Path]) -> None:
-    first = [losses(out)[0] for out in swapped.values()]
-    assert all(0 < loss < 20 for loss in first)
-    assert len(set(first)) == len(KINDS)
-
-
-def read(how: str, *paths: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", READER, how, *map(str, paths)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-
-
-def test_each_opens_in_transformers(swapped: dict[str, Path]) -> None:
-    """T80, T82: EVA02 is no model of transformers; with `register()` it opens, too."""
-    models = {kind: out / "model" for kind, out in swapped.items()}
-    assert "opened 2" in read("plain", models["clip"], models["siglip"]).stdout
-    assert "opened 3" in read("register", *models.values()).stdout
-    alone = read("plain", models["eva02"])
-    assert alone.returncode != 0
-    assert "eva02_clip_vision_model" in alone.stderr
+@pytest.mark.parametrize("layers", [-2, 0, [-1]])
+def test_a_cnn_has_one_layer_and_the_error_says_which(
+    layers: int | list[int], tmp_path: Path
+) -> None:
+    """Before the language model is read, which here is not even there."""
+    tower = build_tower("timm_cnn", tmp_path / "tower")
+    with pytest.raises(VlmError, match=r"put `vlm.vision_feature_layer: -1`"):
+        build_vlm(tower, tmp_path / "absent", vision_feature_layer=layers)
