@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from llm2clip_vlm.torchvision_guard import watch
+
 if TYPE_CHECKING:
     from llm2clip_vlm.data.conversation import build_labels
     from llm2clip_vlm.data.embedding_cache import EmbeddingCache
@@ -57,6 +59,9 @@ _HOME = {
     "recall_at_k": "evaluation.retrieval",
     "register": "models.llm2clip",
 }
+
+
+watch()
 
 
 def __getattr__(name: str) -> Any:

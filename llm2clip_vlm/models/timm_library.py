@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,8 +14,7 @@ from typing import Any
 
 from transformers.utils import is_torchvision_available
 
-_BROKEN = (ImportError, RuntimeError, OSError, AttributeError)
-"""What `import torchvision` raises: absent, made for another torch, a bad shared library."""
+from llm2clip_vlm.torchvision_guard import hide_broken_torchvision
 
 
 class _Stub(ModuleType):
@@ -43,9 +42,7 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
-def _forget_torchvision() -> None:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-        del sys.modules[name]
+_ABSENT: Any = object()
 
 
 @contextmanager
@@ -54,24 +51,24 @@ def torchvision_stub() -> Iterator[None]:
 
     timm imports its data pipeline and a class of frozen BatchNorm from it, open_clip its
     transforms, none of which a model runs. A torchvision that works is left alone; where there is
-    none, there is none afterwards either, and transformers has asked for it before.
+    none, there is none afterwards either.
     """
-    is_torchvision_available()  # cached
-    try:
-        importlib.import_module("torchvision")
-    except _BROKEN:
-        pass
-    else:
+    hide_broken_torchvision()
+    is_torchvision_available()  # cached: open_clip imports transformers, which would ask below
+    if importlib.util.find_spec("torchvision") is not None:
         yield
         return
-    _forget_torchvision()
+    before = sys.modules.pop("torchvision", _ABSENT)
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:
         yield
     finally:
         sys.meta_path.remove(finder)
-        _forget_torchvision()
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        if before is not _ABSENT:
+            sys.modules["torchvision"] = before
 
 
 def import_timm() -> Any:

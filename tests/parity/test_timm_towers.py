@@ -12,12 +12,12 @@ import torch
 from llm2clip_vlm.models.towers import load_vision_tower
 from tests.integration.test_keeping import ALL
 from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
-from tests.tiny_towers import build_tower
+from tests.tiny_towers import CNNS, build_tower
 
 __all__ = ["data", "recipe"]  # fixtures
 
 
-@pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip"])
+@pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip", *CNNS])
 @torch.no_grad()
 def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path) -> None:
     folder = build_tower(kind, tmp_path / "tower")
@@ -26,16 +26,23 @@ def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path) -> None:
     inner: Any = tower.model.timm_model
     found = tower.model(pixel_values=pixels, output_hidden_states=True)
     torch.testing.assert_close(found.pooler_output, inner(pixels))
+    if kind in CNNS:
+        maps = inner.forward_features(pixels)
+        torch.testing.assert_close(found.last_hidden_state, maps.flatten(2).transpose(1, 2))
     assert len(found.hidden_states) == tower.num_hidden_layers + 1
     tower.model.save_pretrained(tmp_path / "again")
     tower.image_processor.save_pretrained(tmp_path / "again")
     again = load_vision_tower(tmp_path / "again").model
-    torch.testing.assert_close(again(pixel_values=pixels).pooler_output, found.pooler_output)
+    assert torch.equal(again(pixel_values=pixels).pooler_output, found.pooler_output)
+    assert same(again.state_dict(), tower.model.state_dict())  # statistics of BatchNorm, too
 
 
 @pytest.mark.parametrize(
     "kind",
-    ["timm", *(pytest.param(k, marks=pytest.mark.slow) for k in ("timm_eva", "timm_siglip"))],
+    [
+        "timm",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("timm_eva", "timm_siglip", "timm_cnn")),
+    ],
 )
 def test_a_tower_goes_through_stage_2b_and_resumes(
     kind: str, recipe: Recipe, tmp_path: Path
@@ -54,5 +61,7 @@ def test_a_tower_goes_through_stage_2b_and_resumes(
     frozen = run(recipe("frozen", vision_tower=str(tower), tower_training="frozen"))
     original = load_vision_tower(tower, torch.float32).model.state_dict()
     assert same(original, load_vision_tower(frozen / "vision_tower").model.state_dict())
+    if kind in CNNS:
+        return  # no linear layers
     lora = {"r": 2, "alpha": 4, "target_modules": "all-linear"}
     run(recipe("lora", vision_tower=str(tower), tower_training="lora", tower_lora=lora))
