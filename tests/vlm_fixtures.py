@@ -132,19 +132,18 @@ def losses(output_dir: Path) -> list[float]:
     return [row["loss"] for row in rows if "loss" in row]
 
 
-def files_with_paths(root: Path, *folders: Path) -> list[Path]:
-    """Files of exports that name a folder of this machine.
+def files_with_paths(*folders: Path) -> list[Path]:
+    """Files of exports that name a folder of the tests (two levels down, as all of theirs begin).
 
     Args:
-        root: The folder that no path of may be written anywhere.
-        folders: Where the exports are; what stays here (a run's manifest, recipe and checkpoints)
-            is left out.
+        folders: Where the exports are; what stays here (a run's manifest, recipe, results and
+            checkpoints) is left out.
     """
-    stays = ("manifest.json", "recipe.yaml", "parents.json", "checkpoints", "results.json")
-    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    stays = ("manifest.json", "recipe.yaml", "parents.json", "results.json", "checkpoints")
+    files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     return [
-        path
-        for path in files
-        if not any(part in stays for part in path.relative_to(root).parts)
-        and str(root).encode() in path.read_bytes()
+        file
+        for file in files
+        if not any(part in stays for part in file.parts)
+        and str(Path(*file.parts[:3])).encode() in file.read_bytes()
     ]

@@ -27,6 +27,7 @@ from llm2clip_vlm.models.clip import check_tokenizer
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.timm_vision import read_timm_layout
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.text_tokens import text_ids
 
@@ -136,7 +137,7 @@ def load_encoder(
     tower.model.to(device)  # type: ignore[arg-type]
     hashes = {"model": fingerprint_dir(path) if Path(path).is_dir() else path}
     fields: dict[str, Any] = {"project": nn.Identity()}
-    kind = read_config(path).model_type
+    kind = None if read_timm_layout(path) else read_config(path).model_type
     if kind in ("llm2clip", "siglip", "siglip2", *_CLIP):
         model = load_complete(AutoModel, path, dtype=dtype).eval().to(device)
         fields["project"] = getattr(model, "visual_projection", fields["project"])

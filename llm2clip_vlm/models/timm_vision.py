@@ -217,13 +217,15 @@ def read_timm_layout(path: str, error: type[ValueError] = ValueError) -> dict[st
         error: What is raised.
 
     Raises:
-        ValueError: (as `error`) There is no readable config.json.
+        ValueError: (as `error`) A local config.json is damaged.
     """
     if (Path(path) / "config.json").exists():
         written = read_config_file(Path(path), error)
     else:
-        with boundary(f"{path}: no readable config.json", error):
+        try:
             written = PreTrainedConfig.get_config_dict(path, **SAFE)[0]
+        except (OSError, ValueError):
+            return None  # whoever reads it next says what is wrong
     return written if {"architecture", "pretrained_cfg"} <= written.keys() else None
 
 

@@ -36,6 +36,7 @@ from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
 from tests.tiny import WORDS, write_image
+from tests.vlm_fixtures import files_with_paths
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]
 SHAPES = ["circle", "square", "triangle", "star", "cross", "heart", "diamond", "ring"]
@@ -126,6 +127,8 @@ def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
         alone["raw_causal"] == cra["raw_causal"] and alone["raw_causal_ci"] == cra["raw_causal_ci"]
     )
     assert (out / "sentence_transformers" / "modules.json").is_file()
+    exports = ("text_encoder", "adapter", "sentence_transformers")
+    assert not files_with_paths(*(out / name for name in exports))
     assert cra["after_ci"][0] <= cra["after"] <= cra["after_ci"][1]
     manifest = read_manifest(out)
     assert manifest is not None

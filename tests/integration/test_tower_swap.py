@@ -142,9 +142,7 @@ def test_every_tower_goes_the_whole_road(
         assert all(0 < loss < 20 for loss in losses(out / "four"))
         export(out / "four", "transformers", out / "export")
         models[kind] = out / "export"
-        assert not files_with_paths(
-            tmp_path, out / "two", out / "three", out / "four", models[kind]
-        )
+        assert not files_with_paths(out / "two", out / "three", out / "four", models[kind])
 
     (tmp_path / "rows.jsonl").write_text(
         "".join(
