@@ -139,7 +139,7 @@ def files_with_paths(*folders: Path) -> list[Path]:
         folders: Where the exports are; what stays here (a run's manifest, recipe, results and
             checkpoints) is left out.
     """
-    stays = ("manifest.json", "recipe.yaml", "parents.json", "results.json", "checkpoints")
+    stays = ("manifest.json", "recipe.resolved.yaml", "parents.json", "results.json", "checkpoints")
     files = [file for folder in folders for file in folder.rglob("*") if file.is_file()]
     return [
         file
