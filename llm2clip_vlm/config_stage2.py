@@ -124,6 +124,10 @@ class Stage2bRecipe(EncoderRecipe):
     """Share of the patches that the tower does not see while it trains (FLIP, 2212.00794)."""
     patch_dropout_tail: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps, at the end, that see all patches again."""
+    heads_from: str | None = None
+    """`model/` of an earlier stage 2b against the same text encoder: its adaptor, projections and
+    scale are the start. With one whose tower was frozen, new heads do not pull at a tower that they
+    cannot read yet (linear probing, then fine-tuning: arXiv 2202.10054)."""
     inherit_text: InheritanceSection | None = None
     """Representation inheritance, before the images come; none = a new joint space."""
     self_distillation: SelfDistillationSection | None = None
@@ -166,6 +170,14 @@ class Stage2bRecipe(EncoderRecipe):
             raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
         if (self.write_through or self.text_in_loop) and self.caption_prompts:
             raise ValueError("caption_prompts need stage 2a's complete cache")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_have_one_start(self) -> Self:
+        if self.heads_from is not None and self.inherit_text is not None:
+            raise ValueError(
+                "heads_from and inherit_text: expected one start of the heads, got two"
+            )
         return self
 
     @model_validator(mode="after")

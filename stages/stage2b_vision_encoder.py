@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -21,10 +22,10 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.evaluation.retrieval import retrieval_report
-from llm2clip_vlm.handoff import fingerprint_dir
+from llm2clip_vlm.handoff import HandoffError, fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
 from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop, encoder_path
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if run.finished():
         return
     run.parent("vision_tower", recipe.vision_tower, "clip_baseline", "stage2b_vision_encoder")
+    heads = recipe.heads_from and run.parent("heads", recipe.heads_from, run.stage)
     in_loop = recipe.text_in_loop
     if encoder := in_loop.text_encoder if in_loop else recipe.write_through:
         # a cache that fills itself is no parent: it may grow on for another run
@@ -66,15 +68,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tower = load_vision_tower(
         recipe.vision_tower, dtype=torch.float32, image_size_px=recipe.image_size_px
     )
-    model = LLM2CLIPModel.from_vision_tower(
-        tower.model,
-        text_embed_dim=captions.dim,
-        projection_dim=recipe.projection_dim,
-        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
-        adaptor_expansion=recipe.text_adaptor.expansion,
-        logit_scale_init_value=recipe.logit_scale_init,
-        logit_bias_init_value=recipe.logit_bias_init if recipe.loss == "sigmoid" else None,
-    )
+    model = around(recipe, tower, captions, heads)
     lora = (
         add_lora(model.vision_tower, recipe.tower_lora, "tower_lora") if recipe.tower_lora else None
     )
@@ -147,6 +141,41 @@ def main(argv: Sequence[str] | None = None) -> None:
         hashes |= {"vision_tower": fingerprint_dir(exported)}
         run.finish(hashes, results, pairs=len(dataset))
     teardown()
+
+
+def around(recipe: Stage2bRecipe, tower: VisionTower, captions: Any, before: Any) -> LLM2CLIPModel:
+    """The model around a tower, with new heads or those of `heads_from`.
+
+    Args:
+        recipe: Of the stage.
+        tower: The tower.
+        captions: What gives the text embeddings.
+        before: Manifest of `heads_from`, where it has one.
+
+    Raises:
+        HandoffError: `heads_from` was trained against another text encoder.
+        ValueError: Its heads have other shapes.
+    """
+    model = LLM2CLIPModel.from_vision_tower(
+        tower.model,
+        text_embed_dim=captions.dim,
+        projection_dim=recipe.projection_dim,
+        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
+        adaptor_expansion=recipe.text_adaptor.expansion,
+        logit_scale_init_value=recipe.logit_scale_init,
+        logit_bias_init_value=recipe.logit_bias_init if recipe.loss == "sigmoid" else None,
+    )
+    if recipe.heads_from is None:
+        return model
+    texts = before["fingerprints"] if before else {}
+    for name, value in captions.fingerprints.items():
+        if (was := texts.get(f"text_encoder.{name}", value)) != value:
+            raise HandoffError(
+                f"heads_from: {recipe.heads_from} was trained against another text encoder ({name} "
+                f"{was!s:.16}, this run's is {value!s:.16}); train it again against this one"
+            )
+    model.take_heads(recipe.heads_from)
+    return model
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from transformers.utils import ModelOutput
 
 from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
-from llm2clip_vlm.models.loading import to_dtype
+from llm2clip_vlm.models.loading import load_complete, to_dtype
 from llm2clip_vlm.models.text_adaptor import TextAdaptor
 from llm2clip_vlm.models.timm_vision import TimmVisionConfig, TimmVisionModel
 
@@ -158,6 +159,28 @@ class LLM2CLIPModel(PreTrainedModel):
         model.vision_tower.load_state_dict(tower.state_dict())
         made: LLM2CLIPModel = to_dtype(model, tower.dtype)
         return made
+
+    @torch.no_grad()
+    def take_heads(self, folder: str | Path) -> None:
+        """Begin with another model's adaptor, projections and scale; the tower stays.
+
+        Args:
+            folder: Of an `LLM2CLIPModel`.
+
+        Raises:
+            ValueError: Its heads have other shapes.
+        """
+        given = load_complete(type(self), str(folder), dtype=self.dtype).state_dict()
+        own = self.state_dict()
+        heads = {name: own[name] for name in own if not name.startswith("vision_tower.")}
+        for name, tensor in heads.items():
+            if name not in given or given[name].shape != tensor.shape:
+                got = tuple(given[name].shape) if name in given else "none"
+                raise ValueError(
+                    f"{folder}: {name}: expected {tuple(tensor.shape)}, got {got}; give this run "
+                    "the text_adaptor, projection_dim, loss and text encoder that it was made with"
+                )
+            tensor.copy_(given[name])
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

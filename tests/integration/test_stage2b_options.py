@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,11 +15,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel
 
+from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.data import image_text
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
 from tests.integration.test_stage2b import encode, run, same, weights
 from tests.tiny import WORDS, write_image
@@ -202,3 +207,28 @@ def test_torch_compile_of_the_trainer(recipe: Recipe) -> None:
     got = losses(run(recipe("compiled", trainer=compiled)))
     assert counters["stats"]["unique_graphs"] > 0
     assert got == pytest.approx(plain, abs=1e-4)
+
+
+def test_heads_begin_where_an_earlier_run_left_them(
+    recipe: Recipe, pairs: Path, tmp_path: Path
+) -> None:
+    first = run(recipe("first", tower_training="frozen", trainer={"max_steps": 6}))
+    # Nothing moves at a rate of 0, so the start can be seen in the end.
+    still = dict.fromkeys(("vision_tower", "visual_projection", "text_adaptor"), 0.0)
+    start = {"heads_from": str(first / "model"), "trainer": {"max_steps": 2}}
+    second = run(recipe("second", learning_rates=still, **start))
+    same(weights(first / "model"), weights(second / "model"))
+    manifest = read_manifest(second)
+    assert manifest is not None and "heads" in manifest["parents"]
+
+    with pytest.raises(ValueError, match=r"visual_projection.weight: expected \(8, 32\), got \(16"):
+        run(recipe("narrow", projection_dim=8, **start))
+    # A cache of a stage says which text encoder filled it.
+    stage = load_program(find_program("stage2b_vision_encoder"))
+    given = load_recipe(recipe("stranger", **start), Stage2bRecipe, [])
+    tower = load_vision_tower(given.vision_tower, dtype=torch.float32)
+    embeds = SimpleNamespace(dim=encode(["a"]).shape[1], fingerprints={"text_weights": "another"})
+    with pytest.raises(HandoffError, match="trained against another text encoder"):
+        stage.around(given, tower, embeds, {"fingerprints": {"text_encoder.text_weights": "one"}})
+    embeds.fingerprints = {"text_weights": "one"}
+    stage.around(given, tower, embeds, {"fingerprints": {"text_encoder.text_weights": "one"}})
