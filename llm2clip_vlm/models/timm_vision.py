@@ -258,19 +258,21 @@ def timm_config(
     with torch.no_grad():
         maps = inner.eval().forward_features(torch.empty(1, 3, side, side, device="meta"))
         pooled = inner.forward_head(maps) if maps.ndim == 4 else maps
-    width, rows = inner.num_features, maps.shape[-1]
-    if maps.shape != (1, width, rows, rows) or side % rows or pooled.shape != (1, width):
+    width, stride = inner.num_features, inner.feature_info[-1]["reduction"]
+    rows = side // stride
+    if side % stride or maps.shape != (1, width, rows, rows) or pooled.shape != (1, width):
         raise error(
             f"{path}: {values['architecture']} makes {tuple(maps.shape)} of a {side} px image and "
-            f"{tuple(pooled.shape)} pooled; expected blocks of tokens (a ViT), or a square map "
-            f"[1, {width}, rows, rows] that is pooled to the same width (a CNN)"
+            f"{tuple(pooled.shape)} pooled; expected blocks of tokens (a ViT), or a map "
+            f"[1, {width}, {rows}, {rows}] that is pooled to the same width (a CNN), of an image "
+            "whose size is a multiple of the stride"
         )
     return TimmVisionConfig(
         **values,
         hidden_size=width,
         num_hidden_layers=_stages(inner)[1],
         image_size=side,
-        patch_size=side // rows,
+        patch_size=stride,
         has_cls_token=False,
         feature_map=True,
     )

@@ -181,6 +181,12 @@ def test_any_multiple_of_the_stride_is_a_size(tmp_path: Path) -> None:
     assert found.shape[1] == tower.num_patches == 36
     with pytest.raises(TowerError, match="no multiple of"):
         load_vision_tower(folder, image_size_px=50)
+    file = folder / "config.json"
+    written = json.loads(file.read_text())
+    written["pretrained_cfg"]["input_size"] = [3, 30, 30]
+    file.write_text(json.dumps(written))
+    with pytest.raises(TowerError, match="size is a multiple of the stride"):
+        load_vision_tower(folder)
     with pytest.raises(ValueError, match="no patches to drop"):
         PatchDropout(tower.model, 0.5, 0)
 
