@@ -26,6 +26,7 @@ from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.fingerprint import changed_files, fingerprint_dir, fingerprint_file
 from llm2clip_vlm.handoff import versions
+from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 
 RESULT_SCHEMA = 1
 """Version of the result files."""
@@ -186,6 +187,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
             raise EvaluationError(f"checkpoint name {name!r}: expected letters, digits, _ - .")
         if not (Path(folder) / "config.json").is_file():
+            refuse_gguf(Path(folder), EvaluationError)
             raise EvaluationError(
                 f"checkpoint {name}: expected a model directory at {folder}, found no "
                 "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"

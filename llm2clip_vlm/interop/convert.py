@@ -26,6 +26,7 @@ from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.timm_cnn import convert_cnn, is_cnn
 from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
+from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -83,6 +84,8 @@ def convert(
         raise InteropError(
             f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
         )
+    if source.is_dir():
+        refuse_gguf(source, InteropError)
     config = _config(source if source.is_dir() else source.parent)
     llm = "mm_vision_tower" not in config and _architecture(config).endswith(LLM)
     llm = llm and source.is_dir() and not list(source.glob("*.gguf"))

@@ -21,6 +21,7 @@ from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
+from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -60,6 +61,7 @@ def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
     places = [path, path / "model", path / "text_encoder"]
     source = next((place for place in places if (place / "config.json").is_file()), None)
     if source is None:
+        refuse_gguf(path, InteropError)
         raise InteropError(f"{path}: no config.json there, in model/ or in text_encoder/")
     verify_hashes(source)
     kind, model, processor = _load(source)

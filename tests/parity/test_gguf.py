@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm2clip_vlm.cli import main
+from llm2clip_vlm.evaluation.lmms_job import check_checkpoints
 from llm2clip_vlm.interop.convert import convert
+from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.loading import load_complete, read_config
+from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vlm import build_vlm, load_vlm
 
 gguf = pytest.importorskip("gguf", reason="needs gguf (pip install gguf)")
 
@@ -157,11 +163,26 @@ def test_what_would_be_lost_or_is_damaged_is_refused(
 
 
 @pytest.mark.parametrize("whole", [True, False])
-def test_a_gguf_elsewhere_is_refused_with_the_command(whole: bool, tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    path.write_bytes(b"GGUF")
-    with pytest.raises(ValueError, match=r"llm2clip-vlm convert \S*m\.gguf NEW"):
-        read_config(path if whole else tmp_path)
+def test_a_gguf_elsewhere_is_refused_with_the_command(
+    whole: bool, tmp_path: Path, tiny_clip: Path, tiny_llm: Path
+) -> None:
+    (path := tmp_path / "m.gguf").write_bytes(b"GGUF")
+    given = path if whole else tmp_path
+    doors: list[Callable[[], Any]] = [
+        lambda: read_config(given),
+        lambda: TextEncoder.from_pretrained(given),
+        lambda: load_vision_tower(given),
+        lambda: build_vlm(tiny_clip, given),
+        lambda: build_vlm(given, tiny_llm),
+        lambda: load_vlm(given),
+        lambda: check_checkpoints({"one": given}),
+        lambda: export(given, "transformers", tmp_path / "out"),
+    ]
+    if not whole:
+        doors.append(lambda: convert(given, tmp_path / "out"))
+    for door in doors:
+        with pytest.raises(ValueError, match=r"llm2clip-vlm convert \S*m\.gguf NEW"):
+            door()
 
 
 def test_pickled_weights_of_a_language_model_are_written_anew(
