@@ -114,17 +114,16 @@ def split_of(scene: Scene) -> str:
 
 def draw_scene(rng: np.random.Generator, split: str) -> Scene:
     """A random scene that belongs to `split` (rejection sampling on the attribute hash)."""
+    colours, backgrounds = list(COLOURS), list(BACKGROUNDS)
     while True:
         count = int(rng.integers(2, 5))
-        colours = rng.permutation(list(COLOURS))[:count]
-        shapes = rng.permutation(SHAPES)[:count]
-        cells = rng.permutation(4)[:count]
-        patterns = rng.choice(PATTERNS, count)
+        sizes = len(colours), len(SHAPES), 4
+        c, s, cells = (rng.permutation(size)[:count].tolist() for size in sizes)
+        p = rng.integers(len(PATTERNS), size=count).tolist()
         things = tuple(
-            Thing(str(c), str(s), str(p), int(cell))
-            for c, s, p, cell in zip(colours, shapes, patterns, cells, strict=True)
+            Thing(colours[c[i]], SHAPES[s[i]], PATTERNS[p[i]], cells[i]) for i in range(count)
         )
-        scene = Scene(things, str(rng.choice(list(BACKGROUNDS))))
+        scene = Scene(things, backgrounds[int(rng.integers(len(backgrounds)))])
         if split_of(scene) == split:
             return scene
 
