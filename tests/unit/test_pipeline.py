@@ -226,7 +226,7 @@ def test_jobs_at_a_time(root: Path, jobs: int, all_cores: bool, expected: int) -
 
 
 def test_threads_are_shared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr("llm2clip_vlm.pipeline.usable_cores", lambda: 8)
     recipe = pipeline(step("a", all_cores=True), step("b", needs=["a"]), jobs=4)
     Pipeline(recipe, root).run()
     threads = {
