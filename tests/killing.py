@@ -25,10 +25,10 @@ PRELOADED = [
 
 _random = random.Random(0)
 MOMENTS = [
-    pytest.param(share, marks=[pytest.mark.slow] if number > 1 else [])
+    pytest.param(share, marks=[pytest.mark.slow] if number > 0 else [])
     for number, share in enumerate(_random.random() for _ in range(20))
 ]
-"""Shares of a run's time at which it is killed: two of them always, twenty in `make test-all`."""
+"""Shares of a run's time at which it is killed: one of them always, twenty in `make test-all`."""
 
 
 def run_apart(main: Main, argv: Sequence[str], kill_after_s: float | None = None) -> float:

@@ -134,6 +134,7 @@ def test_processes_would_have_other_numbers_of_chunks(stage1: Path) -> None:
     assert min(counts) > 1, counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ARMS)
 def test_stage1_in_two_processes_equals_one(stage1: Path, arm: str) -> None:
     out = stage1.parent / arm

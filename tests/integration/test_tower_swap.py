@@ -77,7 +77,7 @@ def original(kind: str, clip: Path, folder: Path) -> Path:
 @pytest.mark.parametrize(
     "kinds",
     [
-        pytest.param(("timm_cnn",), id="cnn"),
+        pytest.param(("timm_cnn",), marks=pytest.mark.slow, id="cnn"),
         pytest.param(
             ("eva02", "clip", "siglip", "siglip2", "dinov2", "timm", "timm_convnext", "plugin"),
             marks=pytest.mark.slow,

@@ -18,7 +18,7 @@ print(load_vision_tower(sys.argv[1]).num_patches, sys.modules.get("torchvision")
 """
 
 
-@pytest.mark.parametrize("torchvision", ["absent", "broken"])
+@pytest.mark.parametrize("torchvision", ["absent", pytest.param("broken", marks=pytest.mark.slow)])
 def test_a_tower_of_timm_loads(torchvision: str, tmp_path: Path) -> None:
     tower = build_tower("timm_cnn", tmp_path / "tower")
     if torchvision == "broken":
