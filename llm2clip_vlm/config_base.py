@@ -62,6 +62,15 @@ class ClipBaselineRecipe(EncoderRecipe):
             raise ValueError("`text_model` and `image_size_px` belong to `vision_tower`")
         return self
 
+    @model_validator(mode="after")
+    def _blocks_of_a_tower_that_trains(self) -> Self:
+        if self.tower_last_blocks is not None and not self.learning_rates.get("vision_model"):
+            raise ValueError(
+                "tower_last_blocks: expected with a learning rate of `vision_model`, which is "
+                "frozen; remove one of the two"
+            )
+        return self
+
 
 class TextPhase(Section):
     """One phase of the base language model's curriculum."""

@@ -88,6 +88,9 @@ class EncoderRecipe(RunRecipe):
     """Where the tower does not train (and no crop is drawn): folder of its pooled features, which
     runs may share; each picture is decoded exactly and encoded once, and a step costs the heads
     alone. None = `<output_dir>/features`; false = the tower runs in every step."""
+    tower_last_blocks: int | None = Field(default=None, ge=1)
+    """Train only this many of the tower's last blocks (stages of a CNN) and what follows them; what
+    comes before stays in evaluation mode and costs no backward pass. None = all."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """Held-out images for retrieval, each caption key apart."""
     evaluation_steps: int | None = Field(default=None, ge=1)
@@ -194,6 +197,15 @@ class Stage2bRecipe(EncoderRecipe):
     def _patches_are_dropped_in_training(self) -> Self:
         if self.tower_training == "frozen" and self.patch_dropout:
             raise ValueError("patch_dropout acts in a tower that trains; tower_training is frozen")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_train_whole(self) -> Self:
+        if self.tower_training != "full" and self.tower_last_blocks is not None:
+            raise ValueError(
+                "tower_last_blocks: expected with tower_training: full, got "
+                f"{self.tower_training!r}; remove one of the two"
+            )
         return self
 
     @model_validator(mode="after")

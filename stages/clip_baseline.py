@@ -28,7 +28,7 @@ from llm2clip_vlm.models.clip import ClipTokens, clip_around_tower, clip_encoder
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
+from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder_trainer import (
@@ -71,6 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if projections is not None:
         lrs |= dict.fromkeys(("visual_projection", "text_projection", "logit_scale"), projections)
     apply_trainable(model, lrs)
+    if recipe.tower_last_blocks is not None:
+        train_last_blocks(model, "vision_model", recipe.tower_last_blocks)
 
     # data
     frozen = frozen_tower(recipe, model.vision_model, image_processor, args.device)

@@ -26,7 +26,7 @@ from llm2clip_vlm.handoff import HandoffError, fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
-from llm2clip_vlm.models.trainable import apply_trainable, trainable_table
+from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop, encoder_path
 from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder_trainer import (
@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         loop.attach(model, args)
         lrs["text_encoder"] = in_loop.learning_rate
     apply_trainable(model, lrs)
+    if recipe.tower_last_blocks is not None:
+        train_last_blocks(model, "vision_tower", recipe.tower_last_blocks)
 
     # data
     frozen = frozen_tower(recipe, model.vision_tower, tower.image_processor, args.device)

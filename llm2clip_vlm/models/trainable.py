@@ -211,8 +211,8 @@ def train_last_blocks(model: nn.Module, part: str, count: int) -> None:
     training -= {0, depth + 1}
     if count > len(training):
         raise ValueError(
-            f"trainable.{part}.last_blocks: expected at most {len(training)}, the blocks that "
-            f"train, got {count}"
+            f"last blocks of {part}: expected at most {len(training)}, the blocks that train, got "
+            f"{count}"
         )
     first = sorted(training)[-count]
     for name, layer in layers.items():

@@ -79,7 +79,7 @@ def test_data_are_looked_for_before_anything_is_made(tmp_path: Path, three: Thre
 
 def test_a_refused_run_leaves_its_folder_to_the_next(tmp_path: Path, three: Three) -> None:
     recipe = three(trainable={"language_model": {"lr": 1e-2, "last_blocks": 99}})
-    with pytest.raises(ValueError, match="last_blocks"):
+    with pytest.raises(ValueError, match="last blocks of language_model"):
         run_here("stage3_projector", recipe)
     run_here("stage3_projector", three())
     assert (tmp_path / "out" / MANIFEST_NAME).is_file()
@@ -152,7 +152,7 @@ def test_what_a_killed_run_composed_is_replaced_but_nothing_of_mine(
 ) -> None:
     out = tmp_path / "out"
     recipe = three(trainable={"language_model": {"lr": 1e-2, "last_blocks": 99}})
-    with pytest.raises(ValueError, match="last_blocks"):  # after composing
+    with pytest.raises(ValueError, match="last blocks of language_model"):  # after composing
         run_here("stage3_projector", recipe)
     assert (out / "composed" / "model.safetensors").is_file()
     (out / "composed" / "mine.bin").write_text("mine")

@@ -142,6 +142,12 @@ def test_window_config_and_rates(recipe: Recipe, tiny_clip: Path) -> None:
     frozen = weights(run(recipe("part", learning_rates={"vision_model": 1e-3})) / "model")
     moved = {name for name in before if not torch.equal(before[name], frozen[name])}
     assert moved and all(name.startswith("vision_model.") for name in moved)
+    last = weights(run(recipe("last", tower_last_blocks=1)) / "model")
+    moved = {name for name in before if not torch.equal(before[name], last[name])}
+    shallow = {name for name in moved if name.startswith("vision_model.encoder.layers.0.")}
+    assert not shallow and any(name.startswith("vision_model.encoder") for name in moved)
+    with pytest.raises(ValueError, match="tower_last_blocks: expected with a learning rate"):
+        run(recipe("held", tower_last_blocks=1, learning_rates={"text_model": 1e-3}))
 
 
 def test_measures_without_dropout(recipe: Recipe, tiny_clip: Path, tmp_path: Path) -> None:

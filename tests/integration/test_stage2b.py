@@ -26,7 +26,7 @@ from llm2clip_vlm.recipe import load_recipe
 from llm2clip_vlm.training.callbacks import read_metrics
 from llm2clip_vlm.training.checkpoints import seal_checkpoint
 from stages import stage2b_vision_encoder
-from tests.tiny import write_image
+from tests.tiny import NUM_VISION_LAYERS, write_image
 
 DIM = 12
 PAIRS = 40
@@ -209,6 +209,20 @@ def test_frozen_tower_stays_and_the_rest_trains(recipe: Recipe, tiny_clip: Path)
     out = run(recipe(tower_training="frozen", trainer={"max_steps": 2}))
     tower = CLIPVisionModel.from_pretrained(out / "vision_tower")
     assert same(tower.state_dict(), CLIPModel.from_pretrained(tiny_clip).vision_model.state_dict())
+
+
+def test_only_the_last_blocks_of_the_tower_train(recipe: Recipe, tiny_clip: Path) -> None:
+    out = run(recipe(tower_last_blocks=1, trainer={"max_steps": 2}))
+    tower = CLIPVisionModel.from_pretrained(out / "vision_tower").state_dict()
+    base = CLIPModel.from_pretrained(tiny_clip).vision_model.state_dict()
+    changed = {name for name in tower if not torch.equal(tower[name], base[name])}
+    last = f"encoder.layers.{NUM_VISION_LAYERS - 1}."
+    assert any(last in name for name in changed)
+    assert all(last in name or "post_layernorm" in name for name in changed)
+    with pytest.raises(ValueError, match="last blocks of vision_tower: expected at most"):
+        run(recipe("more", tower_last_blocks=99))
+    with pytest.raises(ValueError, match="tower_last_blocks: expected with tower_training: full"):
+        run(recipe("frozen", tower_last_blocks=1, tower_training="frozen"))
 
 
 def test_lora_is_merged_and_resumes(recipe: Recipe, tiny_clip: Path) -> None:
