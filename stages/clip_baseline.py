@@ -71,8 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if projections is not None:
         lrs |= dict.fromkeys(("visual_projection", "text_projection", "logit_scale"), projections)
     apply_trainable(model, lrs)
-    if recipe.tower_last_blocks is not None:
-        train_last_blocks(model, "vision_model", recipe.tower_last_blocks)
+    train_last_blocks(model, "vision_model", recipe.tower_last_blocks)
 
     # data
     frozen = frozen_tower(recipe, model.vision_model, image_processor, args.device)

@@ -74,17 +74,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # trainable
-    lrs = recipe.learning_rates.model_dump(
-        exclude={"vision_tower"} if recipe.tower_training == "frozen" else None
-    ) | {"logit_scale": recipe.learning_rates.text_adaptor}
-    if recipe.loss == "sigmoid":
-        lrs["logit_bias"] = recipe.learning_rates.text_adaptor
+    lrs = rates_of(recipe)
     if loop and in_loop:
         loop.attach(model, args)
         lrs["text_encoder"] = in_loop.learning_rate
     apply_trainable(model, lrs)
-    if recipe.tower_last_blocks is not None:
-        train_last_blocks(model, "vision_tower", recipe.tower_last_blocks)
+    train_last_blocks(model, "vision_tower", recipe.tower_last_blocks)
 
     # data
     frozen = frozen_tower(recipe, model.vision_tower, tower.image_processor, args.device)
@@ -143,6 +138,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         hashes |= {"vision_tower": fingerprint_dir(exported)}
         run.finish(hashes, results, pairs=len(dataset))
     teardown()
+
+
+def rates_of(recipe: Stage2bRecipe) -> dict[str, float]:
+    """Learning rate of each part that trains, by its name in the model."""
+    frozen = {"vision_tower"} if recipe.tower_training == "frozen" else None
+    lrs: dict[str, float] = recipe.learning_rates.model_dump(exclude=frozen)
+    lrs["logit_scale"] = recipe.learning_rates.text_adaptor
+    if recipe.loss == "sigmoid":
+        lrs["logit_bias"] = recipe.learning_rates.text_adaptor
+    return lrs
 
 
 def around(recipe: Stage2bRecipe, tower: VisionTower, captions: Any, before: Any) -> LLM2CLIPModel:

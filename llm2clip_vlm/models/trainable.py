@@ -194,17 +194,20 @@ def set_precision(model: nn.Module, args: Any, *, named_fp16: bool = False) -> t
     return torch.float32 if half else max(found, key=found.count)
 
 
-def train_last_blocks(model: nn.Module, part: str, count: int) -> None:
+def train_last_blocks(model: nn.Module, part: str, count: int | None) -> None:
     """Freeze what comes before the last blocks of a part that train.
 
     Args:
         model: The model, with `requires_grad` set.
         part: The part's name, as recipes know it.
-        count: Blocks that go on training; what follows them (norms, `lm_head`) does, too.
+        count: Blocks that go on training; what follows them (norms, `lm_head`) does, too. None =
+            all, nothing is frozen.
 
     Raises:
         ValueError: Fewer blocks than that train.
     """
+    if count is None:
+        return
     layers, depth = layers_of(model, part)
     parameters = dict(model.named_parameters())
     training = {layer for name, layer in layers.items() if parameters[name].requires_grad}

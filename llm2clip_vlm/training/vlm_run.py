@@ -174,8 +174,7 @@ def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
     apply_trainable(model, parts)
     freeze_unused_vision(model)
     for name, part in parts.items():
-        if part.last_blocks is not None:
-            train_last_blocks(model, name, part.last_blocks)
+        train_last_blocks(model, name, part.last_blocks)
     return parts
 
 
