@@ -100,8 +100,7 @@ class TimmVisionModel(PreTrainedModel):
     def gradient_checkpointing(self) -> bool:
         """Whether timm computes activations again in the backward pass.
 
-        transformers sets it, also inside of a LLaVA. Layers of BatchNorm that train take the same
-        batch twice into their statistics then.
+        transformers sets it, also inside of a LLaVA.
         """
         return bool(getattr(self.timm_model, "grad_checkpointing", False))
 

@@ -107,7 +107,7 @@ class FrozenTower:
         missing = [row for digest, row in first.items() if digest not in known]
         parts = [missing[at : at + _SHARD] for at in range(0, len(missing), _SHARD)]
         hidden = not is_main() or not parts
-        with tqdm(None, "frozen tower", len(missing), unit="img", disable=hidden or None) as bar:
+        with tqdm(None, "frozen tower", len(missing), unit="img", disable=hidden) as bar:
 
             def encode(rows: Sequence[int]) -> dict[bytes, Tensor]:
                 found: dict[bytes, Tensor] = {}
