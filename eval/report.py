@@ -111,7 +111,6 @@ def collect(recipe: ReportRecipe) -> Facts:
         seconds=read_seconds(recipe.seconds, stages),
         costs=read_optional(recipe.costs) or {},
         manifests={name: manifest for name, manifest in manifests.items() if manifest},
-        ladder=read_optional(recipe.ladder),
         ab=read_optional(recipe.ab),
         curves=curves(recipe),
     )
@@ -188,7 +187,6 @@ def as_json(facts: Facts) -> dict[str, Any]:
         },
         "seeds": {tower: list(seeds) for tower, seeds in recipe.vlms.items()},
         "seconds": facts.seconds,
-        "ladder": facts.ladder,
         "ab": facts.ab,
         "not_shown": facts.not_shown(),
     }

@@ -1,4 +1,4 @@
-"""The recipe models of pipelines, evaluation suites, the A/B, the ladder and the report."""
+"""The recipe models of pipelines, evaluation suites, the A/B and the report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm2clip_vlm.config import OutputDir, RecipeFile, RunRecipe, Section, WorldConfig
+from llm2clip_vlm.config import OutputDir, RecipeFile, Section
 
 
 class LmmsTask(Section):
@@ -179,8 +179,6 @@ class ReportRecipe(RecipeFile):
     """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each of `vlms`."""
     headline_task: str = "l2c_world_vqa"
     """lmms-eval task of the answer; its questions are shown."""
-    ladder: str | None = None
-    """JSON of the ladder of validity: rung to `{title, value, goal, passed}`."""
     ab: str | None = None
     """The last committed A/B, as `eval/ab.py` writes it."""
     seconds: str | None = None
@@ -251,18 +249,3 @@ class AbRecipe(RecipeFile):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected each seed once, got {self.seeds}")
         return self
-
-
-class LadderTowerRecipe(RunRecipe):
-    """The oracle and the supervised tower of the ladder of validity."""
-
-    stage: Literal["ladder_tower"] = "ladder_tower"
-    """Which program reads this file."""
-    kind: Literal["oracle", "supervised"]
-    """`oracle`: pictures that spell the attributes; `supervised`: trained on attribute labels."""
-    world: WorldConfig = Field(default_factory=WorldConfig)
-    """The embedded world."""
-    vision_tower: str
-    """The base tower; the oracle only names it."""
-    vision_feature_layer: int = -2
-    """Hidden state that the labels are read from."""

@@ -27,7 +27,7 @@ from llm2clip_vlm.ownership import foreign, remove, unsigned
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.vlm_run import compose_once, train_vlm
 
-TOWER_STAGES = ("stage2b_vision_encoder", "clip_baseline", "ladder_tower")
+TOWER_STAGES = ("stage2b_vision_encoder", "clip_baseline")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -197,7 +197,6 @@ def report_recipe(root: Path, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
             for tower in RATES
         },
         "evaluation": str(root / "eval"),
-        "ladder": str(root / "ladder.json"),
         "ab": str(root / "ab.json"),
         "seconds": str(root / "seconds.json"),
     }

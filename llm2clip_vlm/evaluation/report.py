@@ -104,8 +104,6 @@ class Facts:
     """Task to what guessing gets in it, where that is known."""
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tower to its manifest."""
-    ladder: dict[str, Any] | None = None
-    """Rungs; None = not run."""
     ab: dict[str, Any] | None = None
     """The committed A/B; None = not run."""
     curves: dict[str, list[Line]] = field(default_factory=dict)
@@ -184,7 +182,6 @@ class Facts:
             "convergence: it rounds sums otherwise, and training carries that on.": True,
             "The A/B over training seeds was not run, so nothing is claimed of the VLMs.": self.ab
             is None,
-            "The ladder of validity was not run.": self.ladder is None,
             "Pictures and texts are procedural and small, and so are the models: nothing here says "
             "how large the effect is with real weights on photographs.": self.recipe.world,
         }

@@ -14,7 +14,6 @@ from llm2clip_vlm.config import RunRecipe, Section
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.config_eval import (
     AbRecipe,
-    LadderTowerRecipe,
     PipelineRecipe,
     ReportRecipe,
     SuiteRecipe,
@@ -35,7 +34,6 @@ FILES = sorted(
 MODELS: dict[str, type[BaseModel]] = {
     **RECIPES,
     "ab": AbRecipe,
-    "ladder_tower": LadderTowerRecipe,
     "pipeline": PipelineRecipe,
     "report": ReportRecipe,
     "run_encoder": EncoderEvalRecipe,

@@ -59,20 +59,17 @@ NOT_RUN = '<p class="absent">not run</p>'
 
 def test_json_has_the_pinned_keys(program: ModuleType, run: Path, tmp_path: Path) -> None:
     write_json(tmp_path / "seconds.json", {"stage1": 3.0, "eval": 4})
-    write_json(tmp_path / "ladder.json", {"text_qa": {"value": 96.0, "passed": True}})
     found, _ = make(
         program,
         run,
         tmp_path,
         seeds=(1, 0),
         seconds=str(tmp_path / "seconds.json"),
-        ladder=str(tmp_path / "ladder.json"),
     )
     assert found["cra"]["before"] == 20.5 and found["cra"]["after"] == 96.9
     assert found["retrieval"]["llm2clip"]["long"]["t2i"]["r1"] == 65.0
     assert found["retrieval"]["base"]["short"]["i2t"]["ci"][1] == pytest.approx(4.24)
     assert found["seconds"] == {"stage1": 3.0, "eval": 4.0}
-    assert found["ladder"]["text_qa"]["passed"] is True
     for tower in RATES:
         by_seed = [
             json.loads((run / f"eval/{tower}-s{seed}/l2c_world_vqa.json").read_text())["score"]
@@ -104,8 +101,8 @@ def test_absent_inputs_are_not_run_and_no_p_is_printed(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
     found, html = make(program, run, tmp_path)
-    assert found["ab"] is None and found["ladder"] is None
-    for heading in ("The last committed A/B", "The ladder of validity", "Captions retrieved"):
+    assert found["ab"] is None
+    for heading in ("The last committed A/B", "Captions retrieved"):
         assert re.search(rf"<h2>{heading}</h2>\s*{NOT_RUN}", html), heading
     assert not re.search(r"\bp\s*[=<]\s*0|\bp 0\.", html)
     assert any("The A/B over training seeds was not run" in s for s in found["not_shown"])
