@@ -20,7 +20,7 @@ from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, Proce
 
 from llm2clip_vlm.chat_template import prompt_text, render, template_of
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.text_tokens import TextTokens, text_ids, text_tokens
+from llm2clip_vlm.text_tokens import TextTokens, text_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def strip_control(text: str) -> str:
 
 
 class Generator:
-    """Generates and scores with one model and its processor.
+    """Generates with one model and its processor.
 
     Attributes:
         model: A `LlavaForConditionalGeneration` or another image-text-to-text model.
@@ -237,34 +237,6 @@ class Generator:
                 if progress is not None:
                     progress(len(batch))
         return [answers[index] for index in range(len(prompts))]
-
-    def continuation_loss(self, prompt: Prompt, continuation: str) -> tuple[float, bool]:
-        """Mean negative log-likelihood of a continuation, in nats a token.
-
-        Args:
-            prompt: From :meth:`render`.
-            continuation: The text whose tokens are scored.
-
-        Returns:
-            The loss, and whether greedy decoding would produce exactly these tokens.
-
-        Raises:
-            ValueError: The continuation has no token.
-        """
-        ids = torch.tensor(text_ids(self.tokenizer, [continuation]), dtype=torch.long)
-        if not ids.shape[1]:
-            raise ValueError(f"continuation {continuation!r}: expected one token or more")
-        inputs = self._encode([prompt])
-        ids = ids.to(inputs["input_ids"].device)
-        for name, extra in (("input_ids", ids), ("attention_mask", torch.ones_like(ids))):
-            inputs[name] = torch.cat([inputs[name], extra], dim=1)
-        for name in ("mm_token_type_ids", "token_type_ids"):
-            if name in inputs:
-                inputs[name] = torch.cat([inputs[name], torch.zeros_like(ids)], dim=1)
-        with _evaluating(self.model):
-            logits = self.model(**inputs).logits[0, -ids.shape[1] - 1 : -1].float()
-        loss = torch.nn.functional.cross_entropy(logits, ids[0])
-        return float(loss), bool((logits.argmax(-1) == ids[0]).all())
 
     def _settings(self, given: Mapping[str, Any]) -> tuple[str, GenerationConfig, tuple[str, ...]]:
         unknown = set(given) - _KNOWN - _IGNORED - set(_SAMPLING)

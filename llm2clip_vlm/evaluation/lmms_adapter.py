@@ -1,14 +1,12 @@
-"""The lmms-eval model classes: a thin skin over :class:`~.generation.Generator`.
+"""The lmms-eval model class: a thin skin over :class:`~.generation.Generator`.
 
 Importing this module imports lmms-eval's `api`, without the side effects of its evaluator; nothing
 else in the library does at import. `lmms-eval --model llm2clip_vlm --model_args pretrained=DIR`
-finds the classes by the entry point in :mod:`.lmms_manifest`.
+finds the class by the entry point in :mod:`.lmms_manifest`.
 
 Where lmms-eval 0.7 and its documents disagree, the code below follows what runs:
 
 * chat requests carry six arguments, `(ctx, doc_to_messages, gen_kwargs, doc_id, task, split)`;
-* a log-likelihood request wants a *loss* (its scorer takes the minimum), and the pair must travel
-  inside a `GenerationResult`, else the evaluator turns it into a string;
 * `clean()` deletes every module attribute after one evaluation.
 """
 
@@ -24,7 +22,6 @@ import torch
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.model_utils.gen_metrics import log_metrics
-from PIL import Image
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
@@ -60,8 +57,10 @@ def load_checkpoint(
     return model.to(chosen).eval(), read_processor(pretrained)
 
 
-class _Adapter(lmms):
-    """What the chat and the simple class share."""
+class Llm2ClipVlmChat(lmms):
+    """Answers chat requests, in which a task hands over messages: lmms-eval's default."""
+
+    is_simple = False
 
     def __init__(
         self,
@@ -156,68 +155,23 @@ class _Adapter(lmms):
         tokens = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
         log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)
-        return [_result(answer) for answer in answers]
-
-    def generate_until_multi_round(self, requests: list[Instance]) -> list[Any]:
-        """Not supported: no task of our suites asks for it."""
-        raise NotImplementedError("multi-round tasks are not supported by llm2clip_vlm")
-
-    def _document(self, task: str, split: str, doc_id: int) -> Any:
-        return self.task_dict[task][split][doc_id]
-
-
-class Llm2ClipVlmChat(_Adapter):
-    """The class that lmms-eval takes by default: tasks hand over messages."""
-
-    is_simple = False
+        return [
+            GenerationResult(answer.text, TokenCounts(output_tokens=answer.num_tokens))
+            for answer in answers
+        ]
 
     def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
         """Answer chat requests, in their order."""
         arguments = [request.args for request in requests]
         generator = self._generator()
         prompts = (
-            generator.render(doc_to_messages(self._document(task, split, doc_id)))
+            generator.render(doc_to_messages(self.task_dict[task][split][doc_id]))
             for _, doc_to_messages, _, doc_id, task, split in arguments
         )
         return self._answer(prompts, [(args[2], args[3]) for args in arguments])
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
-        """Refused: lmms-eval hands log-likelihood tasks to simple models only."""
-        raise NotImplementedError("log-likelihood tasks need `--force_simple`")
+        """Not supported: no task of our suites asks for it."""
+        raise NotImplementedError("llm2clip_vlm answers single-round generation tasks only")
 
-
-class Llm2ClipVlmSimple(_Adapter):
-    """The class behind `--force_simple`: tasks hand over a text and pictures."""
-
-    is_simple = True
-
-    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer simple requests, in their order."""
-        arguments = [request.args for request in requests]
-        prompts = (
-            self._prompt(context, doc_to_visual(self._document(task, split, doc_id)))
-            for context, _, doc_to_visual, doc_id, task, split in arguments
-        )
-        return self._answer(prompts, [(args[1], args[3]) for args in arguments])
-
-    def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Mean loss and greedy flag of each continuation, wrapped so that the pair survives."""
-        results = []
-        for request in tqdm(requests, disable=self.rank != 0, desc="scoring", unit="choice"):
-            context, target, doc_to_visual, doc_id, task, split = request.args
-            document = self._document(task, split, doc_id)
-            prompt = self._prompt(context, doc_to_visual(document))
-            self.prompt_example = self.prompt_example or prompt.text
-            text = target(document) if callable(target) else target
-            pair: Any = self._generator().continuation_loss(prompt, str(text))
-            results.append(GenerationResult(text=pair))
-        return results
-
-    def _prompt(self, context: str, visuals: list[Image.Image] | None) -> Prompt:
-        content: list[dict[str, Any]] = [{"type": "image", "url": v} for v in visuals or []]
-        content.append({"type": "text", "text": context})
-        return self._generator().render([{"role": "user", "content": content}])
-
-
-def _result(answer: Answer) -> GenerationResult:
-    return GenerationResult(answer.text, TokenCounts(output_tokens=answer.num_tokens))
+    generate_until_multi_round = loglikelihood

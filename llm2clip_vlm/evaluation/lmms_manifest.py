@@ -16,12 +16,8 @@ MODEL_ID = "llm2clip_vlm"
 
 
 def manifest() -> ModelManifest:
-    """Names the adapter's two classes for lmms-eval's registry."""
+    """Names the adapter's class for lmms-eval's registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    module = "llm2clip_vlm.evaluation.lmms_adapter"
-    return ModelManifest(
-        model_id=MODEL_ID,
-        simple_class_path=f"{module}.Llm2ClipVlmSimple",
-        chat_class_path=f"{module}.Llm2ClipVlmChat",
-    )
+    path = "llm2clip_vlm.evaluation.lmms_adapter.Llm2ClipVlmChat"
+    return ModelManifest(model_id=MODEL_ID, chat_class_path=path)

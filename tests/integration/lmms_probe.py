@@ -17,11 +17,7 @@ import torch
 from PIL import ImageFile
 
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
-from llm2clip_vlm.evaluation.lmms_adapter import (
-    Llm2ClipVlmChat,
-    Llm2ClipVlmSimple,
-    load_checkpoint,
-)
+from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
 from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, task_yaml
 from llm2clip_vlm.evaluation.lmms_tasks import build_task, load_config, merge, refuse_judge
 from llm2clip_vlm.evaluation.lmms_worker import quiet, score
@@ -71,29 +67,6 @@ def random_state() -> list[Any]:
     return [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
 
 
-def multiple_choice(adapter: Any, vqa: Path) -> dict[str, Any]:
-    """A log-likelihood task through the evaluator; simple classes only."""
-    from lmms_eval.api.task import ConfigurableTask
-    from lmms_eval.evaluator import simple_evaluate
-
-    config = load_config(task_yaml("l2c_world_vqa", TASKS))
-    for key in ("generation_kwargs", "process_results", "metric_list"):
-        config.pop(key)
-    extra = {"output_type": "multiple_choice", "doc_to_choice": ["red", "four", "yes"]}
-    merge(config, {**extra, "metric_list": [{"metric": "acc"}], "doc_to_target": "answer"})
-    config["dataset_kwargs"] = {"data_files": {"test": str(vqa)}}
-    config["lmms_eval_specific_kwargs"]["default"]["image_root"] = str(vqa.parent)
-    found = simple_evaluate(
-        model=adapter,
-        tasks=[ConfigurableTask(config=config, model_name="llm2clip_vlm")],
-        task_manager=object(),
-        limit=3,
-        bootstrap_iters=0,
-    )
-    logged = found["samples"]["l2c_world_vqa"][0]
-    return {"pairs": logged["filtered_resps"], "acc": found["results"]["l2c_world_vqa"]["acc,none"]}
-
-
 def main() -> None:
     checkpoint, world = sys.argv[1], Path(sys.argv[2])
     vqa = world / "vqa_test.jsonl"
@@ -113,11 +86,6 @@ def main() -> None:
     found["again"] = answers(chat, task)
     found["one_by_one"] = answers(Llm2ClipVlmChat(**live, batch_size=1), task)
 
-    from lmms_eval.api.task import ConfigurableTask
-
-    simple_task = ConfigurableTask(config=dict(task.config.__dict__), model_name="llm2clip_vlm")
-    found["simple"] = answers(Llm2ClipVlmSimple(**live), simple_task)
-
     before = random_state()
     job = Job("a", checkpoint, "sha", 0, "l2c_world_vqa", "spec")
     suite = SuiteRecipe(tasks=[LmmsTask(task="l2c_world_vqa", data_files=str(vqa))])
@@ -133,7 +101,6 @@ def main() -> None:
     )
     found["stale_result_left"] = job.result_path(Path(sys.argv[3])).exists()
 
-    found["multiple_choice"] = multiple_choice(Llm2ClipVlmSimple(**live), vqa)
     found["multiple_choice_chat"] = refusal(
         lambda: build("l2c_world_vqa", vqa, output_type="multiple_choice", generation_kwargs=None)
     )

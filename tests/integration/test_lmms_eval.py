@@ -196,18 +196,16 @@ def test_trap_chat_requests_have_six_arguments(probe: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_batch_size_and_class_do_not_change_answers_and_a_live_model_survives(
+def test_batch_size_does_not_change_answers_and_a_live_model_survives(
     probe: dict[str, Any],
 ) -> None:
-    assert probe["batched"] == probe["one_by_one"] == probe["simple"] == probe["again"]
+    assert probe["batched"] == probe["one_by_one"] == probe["again"]
     assert len(set(probe["batched"])) > 1
     assert probe["base_clean_deletes_modules"]  # why the adapter overrides clean()
 
 
 @pytest.mark.slow
-def test_trap_multiple_choice_needs_the_wrapped_pair(probe: dict[str, Any]) -> None:
-    pairs = probe["multiple_choice"]["pairs"]
-    assert all(loss > 0 and isinstance(greedy, bool) for loss, greedy in pairs)
+def test_multiple_choice_is_refused(probe: dict[str, Any]) -> None:
     assert "only generate_until is scored" in probe["multiple_choice_chat"]
 
 

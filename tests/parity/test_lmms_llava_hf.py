@@ -16,14 +16,14 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from lmms_eval.api.instance import Instance
 
-from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, Llm2ClipVlmSimple
+from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat
 from llm2clip_vlm.models.vlm import build_vlm, save_vlm
 from tests.tiny import write_image
 
 WORDS = ["dog", "cat", "blue circle", "red star on the left"]
 
 
-def answers(adapter: Any, docs: list[dict[str, Any]], chat: bool) -> list[str]:
+def answers(adapter: Any, docs: list[dict[str, Any]]) -> list[str]:
     adapter.task_dict = {"t": {"test": docs}}
 
     def visual(doc: dict[str, Any]) -> list[Image.Image]:
@@ -36,7 +36,7 @@ def answers(adapter: Any, docs: list[dict[str, Any]], chat: bool) -> list[str]:
     asked = []
     for n, doc in enumerate(docs):
         options = {"max_new_tokens": 5, "until": ["\n\n"]}
-        first = (doc["question"], messages, options) if chat else (doc["question"], options, visual)
+        first = (doc["question"], messages, options)
         meta = {"task": "t", "doc_id": n, "repeats": 1}
         arguments = (*copy.copy(first), n, "t", "test")
         asked.append(Instance("generate_until", arguments=arguments, idx=0, metadata=meta))
@@ -44,17 +44,14 @@ def answers(adapter: Any, docs: list[dict[str, Any]], chat: bool) -> list[str]:
     return [getattr(answer, "text", answer) for answer in found]
 
 
-@pytest.mark.parametrize("chat", [False, True])
 def test_builtin_llava_hf_gives_the_same_answers(
-    chat: bool, tiny_clip: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # It imports decord for videos, which nobody asks for here.
     monkeypatch.setitem(sys.modules, "decord", types.ModuleType("decord"))
     sys.modules["decord"].VideoReader = sys.modules["decord"].cpu = None  # type: ignore[attr-defined]
-    if chat:
-        from lmms_eval.models.chat.llava_hf import LlavaHf
-    else:
-        from lmms_eval.models.simple.llava_hf import LlavaHf
+    from lmms_eval.models.chat.llava_hf import LlavaHf
+
     model, processor = build_vlm(tiny_clip, tiny_llm, image_aspect_ratio="pad")
     torch.manual_seed(3)
     with torch.no_grad():
@@ -68,8 +65,7 @@ def test_builtin_llava_hf_gives_the_same_answers(
     theirs = LlavaHf(
         pretrained=str(tmp_path / "model"), device="cpu", device_map="cpu", batch_size=1
     )
-    ours = Llm2ClipVlmChat if chat else Llm2ClipVlmSimple
-    want = answers(ours(pretrained=str(tmp_path / "model"), device="cpu"), docs, chat)
-    got = answers(theirs, docs, chat)
+    want = answers(Llm2ClipVlmChat(pretrained=str(tmp_path / "model"), device="cpu"), docs)
+    got = answers(theirs, docs)
     assert len(set(want)) > 1 and all(want)
     assert [text.strip() for text in got] == [text.strip() for text in want]

@@ -1,4 +1,4 @@
-"""The adapter's two classes with hand-made requests; lmms-eval's evaluator is not imported."""
+"""The adapter with hand-made requests; lmms-eval's evaluator is not imported."""
 
 from __future__ import annotations
 
@@ -11,13 +11,9 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
-from lmms_eval.api.instance import Instance, unwrap_generation_output
+from lmms_eval.api.instance import Instance
 
-from llm2clip_vlm.evaluation.lmms_adapter import (
-    Llm2ClipVlmChat,
-    Llm2ClipVlmSimple,
-    load_checkpoint,
-)
+from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
 from llm2clip_vlm.evaluation.lmms_manifest import MODEL_ID, manifest
 from llm2clip_vlm.models.vlm import build_vlm
 from tests.tiny import write_image
@@ -50,45 +46,35 @@ def visual(tmp_path: Path) -> Any:
     return doc_to_visual
 
 
-def requests(adapter: Any, kind: str, arguments: Any) -> list[Instance]:
-    adapter.task_dict = {"t": {"test": DOCS}}
-    meta = {"task": "t", "doc_id": 0, "repeats": 1}
-    return [
-        Instance(request_type=kind, arguments=arguments(n), idx=0, metadata=meta)
-        for n in range(len(DOCS))
-    ]
-
-
-def chat_texts(adapter: Any, visual: Any) -> list[str]:
+def texts_of(
+    adapter: Any, visual: Any, options: Any = lambda n: OPTIONS, value: Any = lambda r: r.text
+) -> list[Any]:
     def to_messages(doc: dict[str, Any]) -> list[dict[str, Any]]:
         parts = [{"type": "image", "url": image} for image in visual(doc)]
         return [{"role": "user", "content": [*parts, {"type": "text", "text": doc["question"]}]}]
 
-    asked = requests(
-        adapter, "generate_until", lambda n: ("unused", to_messages, OPTIONS, n, "t", "test")
-    )
-    return [result.text for result in adapter.generate_until(asked)]
+    adapter.task_dict = {"t": {"test": DOCS}}
+    meta = {"task": "t", "doc_id": 0, "repeats": 1}
+    asked = [
+        Instance(
+            request_type="generate_until",
+            arguments=("unused", to_messages, options(n), n, "t", "test"),
+            idx=0,
+            metadata=meta,
+        )
+        for n in range(len(DOCS))
+    ]
+    return [value(result) for result in adapter.generate_until(asked)]
 
 
-def simple_texts(adapter: Any, visual: Any) -> list[str]:
-    asked = requests(
-        adapter,
-        "generate_until",
-        lambda n: (DOCS[n]["question"], OPTIONS, visual, n, "t", "test"),
-    )
-    return [result.text for result in adapter.generate_until(asked)]
-
-
-def test_chat_and_simple_agree_and_a_live_adapter_survives_clean(
-    live: dict[str, Any], visual: Any
-) -> None:
-    chat, simple = Llm2ClipVlmChat(**live), Llm2ClipVlmSimple(**live)
-    assert not chat.is_simple and simple.is_simple
-    first = chat_texts(chat, visual)
-    assert all(first) and first == simple_texts(simple, visual)
+def test_a_live_adapter_survives_clean(live: dict[str, Any], visual: Any) -> None:
+    chat = Llm2ClipVlmChat(**live)
+    assert not chat.is_simple
+    first = texts_of(chat, visual)
+    assert all(first)
     assert "<image>" in chat.prompt_example and "dog" in chat.prompt_example
     chat.clean()
-    assert chat_texts(chat, visual) == first
+    assert texts_of(chat, visual) == first
     assert live["model"].device.type == "cpu"
 
 
@@ -96,10 +82,10 @@ def test_pretrained_gives_the_same_and_says_so_when_it_was_cleaned(
     checkpoint: Path, live: dict[str, Any], visual: Any
 ) -> None:
     loaded = Llm2ClipVlmChat(pretrained=str(checkpoint), batch_size="2", device="cpu")
-    assert chat_texts(loaded, visual) == chat_texts(Llm2ClipVlmChat(**live), visual)
+    assert texts_of(loaded, visual) == texts_of(Llm2ClipVlmChat(**live), visual)
     loaded.clean()
     with pytest.raises(RuntimeError, match="cleaned"):
-        chat_texts(loaded, visual)
+        texts_of(loaded, visual)
 
 
 def test_options_reach_the_generator(checkpoint: Path) -> None:
@@ -113,9 +99,7 @@ def test_options_reach_the_generator(checkpoint: Path) -> None:
 
 
 def test_text_only_documents_are_answered(live: dict[str, Any]) -> None:
-    texts = simple_texts(Llm2ClipVlmSimple(**live), lambda doc: [])
-    nothing = simple_texts(Llm2ClipVlmSimple(**live), lambda doc: None)
-    assert all(texts) and texts == nothing
+    assert all(texts_of(Llm2ClipVlmChat(**live), lambda doc: []))
 
 
 def test_many_documents_are_rendered_a_few_batches_at_a_time(
@@ -123,47 +107,23 @@ def test_many_documents_are_rendered_a_few_batches_at_a_time(
 ) -> None:
     from llm2clip_vlm.evaluation import lmms_adapter
 
-    whole = simple_texts(Llm2ClipVlmSimple(**live), visual)
+    whole = texts_of(Llm2ClipVlmChat(**live), visual)
     monkeypatch.setattr(lmms_adapter, "_BATCHES_AT_ONCE", 1)
-    adapter = Llm2ClipVlmSimple(**live, batch_size=1)
+    adapter = Llm2ClipVlmChat(**live, batch_size=1)
     sizes = []
     generate = adapter.generator.generate
     adapter.generator.generate = lambda prompts, *rest: (
         sizes.append(len(prompts)),
         generate(prompts, *rest),
     )[1]
-    assert simple_texts(adapter, visual) == whole and sizes == [1, 1]
-
-
-def test_loglikelihood_is_a_loss_that_survives_the_evaluators_unwrapping(
-    live: dict[str, Any], visual: Any
-) -> None:
-    adapter = Llm2ClipVlmSimple(**live)
-    asked = requests(
-        adapter,
-        "loglikelihood",
-        lambda n: (
-            DOCS[n]["question"],
-            " yes" if n else (lambda doc: "no"),
-            visual,
-            n,
-            "t",
-            "test",
-        ),
-    )
-    for result in adapter.loglikelihood(asked):
-        (loss, greedy), _ = unwrap_generation_output(result)
-        assert loss > 0 and isinstance(greedy, bool)
-    # The trap this guards against: a bare pair becomes a string.
-    assert isinstance(unwrap_generation_output((1.5, True))[0], str)
+    assert texts_of(adapter, visual) == whole and sizes == [1, 1]
 
 
 def test_unsupported_requests_and_bad_arguments_are_refused(live: dict[str, Any]) -> None:
     chat = Llm2ClipVlmChat(**live)
-    with pytest.raises(NotImplementedError, match="force_simple"):
-        chat.loglikelihood([])
-    with pytest.raises(NotImplementedError, match="multi-round"):
-        chat.generate_until_multi_round([])
+    for asked in (chat.loglikelihood, chat.generate_until_multi_round):
+        with pytest.raises(NotImplementedError, match="single-round generation"):
+            asked([])
     with pytest.raises(ValueError, match="either `pretrained`"):
         Llm2ClipVlmChat()
     with pytest.raises(ValueError, match="either `pretrained`"):
@@ -185,14 +145,10 @@ def test_a_checkpoint_with_missing_weights_is_refused(checkpoint: Path, tmp_path
         load_checkpoint(str(broken), device="cpu")
 
 
-def test_the_manifest_names_both_classes_without_an_alias_and_without_torch() -> None:
+def test_the_manifest_names_the_class_without_an_alias_and_without_torch() -> None:
     found = manifest()
     assert found.model_id == MODEL_ID == "llm2clip_vlm" and found.aliases == ()
-    paths = (found.chat_class_path, found.simple_class_path)
-    assert [path.rpartition(".")[2] for path in paths if path] == [
-        "Llm2ClipVlmChat",
-        "Llm2ClipVlmSimple",
-    ]
+    assert found.chat_class_path.endswith(".Llm2ClipVlmChat") and not found.simple_class_path
     code = (
         "import sys\n"
         "from llm2clip_vlm.evaluation.lmms_manifest import manifest\n"
@@ -202,7 +158,6 @@ def test_the_manifest_names_both_classes_without_an_alias_and_without_torch() ->
         "registry = ModelRegistryV2()\n"
         "registry.register_manifest(manifest())\n"
         "assert not registry.get_model_class('llm2clip_vlm').is_simple\n"
-        "assert registry.get_model_class('llm2clip_vlm', force_simple=True).is_simple\n"
     )
     root = Path(__file__).resolve().parents[2]
     subprocess.run([sys.executable, "-c", code], check=True, cwd=root)
@@ -214,18 +169,16 @@ def test_every_document_has_its_own_options_and_picture_in_every_batch(
     from llm2clip_vlm.evaluation import lmms_adapter
 
     monkeypatch.setattr(lmms_adapter, "_BATCHES_AT_ONCE", 1)
-    adapter = Llm2ClipVlmSimple(**live, batch_size=1)
+    adapter = Llm2ClipVlmChat(**live, batch_size=1)
     adapter.generator.eos_ids = []
 
     def counts(visuals: Any) -> list[int]:
-        asked = requests(
-            adapter,
-            "generate_until",
-            lambda n: (DOCS[n]["question"], {"max_new_tokens": 2 + n}, visuals, n, "t", "test"),
+        options = [{"max_new_tokens": 2 + n} for n in range(len(DOCS))]
+        return texts_of(
+            adapter, visuals, options.__getitem__, lambda r: r.token_counts.output_tokens
         )
-        return [found.token_counts.output_tokens for found in adapter.generate_until(asked)]
 
     assert counts(visual) == [2, 3]
     assert len(set(adapter.pictures.values())) == 2 and set(adapter.pictures) == {0, 1}
-    assert counts(lambda doc: visual(doc) if doc["seed"] else None) == [2, 3]
+    assert counts(lambda doc: visual(doc) if doc["seed"] else []) == [2, 3]
     assert set(adapter.pictures) == {1}  # of this task alone, text without a picture has none
