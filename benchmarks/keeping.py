@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +25,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoImageProcessor
 
-from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.data.world import COLOURS, SHAPES, SHORT_FORMS
-from llm2clip_vlm.data.world_files import file_scenes, world_dir
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+from world.files import WorldConfig, file_scenes, world_dir
+from world.scenes import COLOURS, SHAPES, SHORT_FORMS
 
 CLASSES = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 

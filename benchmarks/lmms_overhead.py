@@ -41,11 +41,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from llm2clip_vlm.config import WorldConfig
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import open_image
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.data.world_files import SIZES, ensure_world
 from llm2clip_vlm.evaluation.generation import Generator
 from llm2clip_vlm.evaluation.lmms_adapter import load_checkpoint
 from llm2clip_vlm.evaluation.lmms_job import task_yaml
@@ -53,6 +51,9 @@ from llm2clip_vlm.evaluation.lmms_runner import assets_dir, run_suite
 from llm2clip_vlm.evaluation.lmms_tasks import build_task
 from llm2clip_vlm.evaluation.lmms_worker import quiet
 from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
+from world.files import SIZES, WorldConfig, ensure_world
 
 TASK, BATCH, TOKENS, WIDTH = "l2c_world_exist", 64, 4, 256
 TOKENIZER = Path(__file__).resolve().parents[1] / "recipes/demo/base/models/language_model"

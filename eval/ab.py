@@ -77,7 +77,7 @@ def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:
 
     Returns:
         What :func:`~llm2clip_vlm.evaluation.comparison.compare` returns, and `git`, `recipe_hash`,
-        `notes`, `world`, `towers`, `seeds`, `headline`, `smallest_p` and `checkpoints`.
+        `notes`, `data`, `towers`, `seeds`, `headline`, `smallest_p` and `checkpoints`.
 
     Raises:
         ReportError: Two checkpoints were not evaluated alike.
@@ -94,7 +94,7 @@ def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:
         "git": git_state(Path(recipe.output)),
         "recipe_hash": recipe_hash(recipe),
         "notes": recipe.notes,
-        "world": recipe.world.model_dump() if recipe.world else None,
+        "data": recipe.data,
         "towers": recipe.towers,
         "seeds": recipe.seeds,
         "headline": recipe.pairs[0],

@@ -23,7 +23,6 @@ from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.data.world_files import world_dir
 from llm2clip_vlm.evaluation.charts import Line
 from llm2clip_vlm.evaluation.comparison import read_run
 from llm2clip_vlm.evaluation.examples import answered_questions, retrieved_captions
@@ -53,11 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise SystemExit(__doc__)
     recipe = load_recipe(words[0], ReportRecipe, words[1:])
     facts = collect(recipe)
-    pictures = recipe.photographs
-    if recipe.world is not None:
-        pictures = pictures or str(world_dir(recipe.world) / "pairs_test.jsonl")
-    if pictures and recipe.examples:
-        add_examples(facts, pictures)
+    if recipe.photographs and recipe.examples:
+        add_examples(facts, recipe.photographs)
     out = Path(recipe.output_dir)
     page = render("report.html", facts=facts, charts=charts(facts))
     whole = json.dumps(as_json(facts), indent=2, ensure_ascii=False)
@@ -173,7 +169,7 @@ def as_json(facts: Facts) -> dict[str, Any]:
         "finding_vlm": vlm.sentence if (vlm := facts.vlm_verdict()) else None,
         "verdict": facts.verdict.state,
         "headline": recipe.headline,
-        "world": recipe.world.model_dump() if recipe.world else None,
+        "data": recipe.data,
         "cra": facts.cra,
         "retrieval": facts.retrieval,
         "encoders": {

@@ -27,7 +27,6 @@ import torch
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.detection import detection
 from llm2clip_vlm.evaluation.encoders import data_hash, load_encoder
 from llm2clip_vlm.evaluation.probes import linear_probe
@@ -82,8 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         dtype=getattr(torch, recipe.dtype),
         batch_size=recipe.batch_size,
     )
-    if recipe.world is not None:
-        ensure_world(recipe.world)
     for name, task in zip(names, recipe.tasks, strict=True):
         settings = task.model_dump()
         common = [VERSION, encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]

@@ -31,9 +31,7 @@ from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe import did_you_mean, recipe_help
 
 STAGES = {
-    "world": "write the embedded procedural world",
-    "base_language_model": "pre-train the demo's language model on text",
-    "clip_baseline": "ordinary CLIP training: the demo's base and control towers",
+    "clip_baseline": "ordinary CLIP training: what stage 2 is compared with",
     "stage0_mntp": "let an LLM guess masked tokens before stage 1 (optional)",
     "stage1_text_encoder": "turn an LLM into a text encoder",
     "stage2a_cache_text": "cache its caption embeddings",

@@ -18,19 +18,6 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class WorldConfig(Section):
-    """The embedded procedural world (`llm2clip_vlm/data/world.py`), written once per seed."""
-
-    seed: int = 0
-    """Seed of scenes, wording and rendering. Splits are disjoint in attributes for all seeds."""
-    dir: str = "runs/world"
-    """Directory below which `seed-<seed>/` is written."""
-    part: Literal["road", "base", "dense"] = "road"
-    """`road`: what the stages and the evaluation read. `base`: the pictures with short captions
-    that the base CLIP is pre-trained on, in `seed-<seed>-base/`. `dense`: pictures with classes,
-    masks and boxes for `eval/run_encoder.py`, in `seed-<seed>-dense/`."""
-
-
 class CaptionSource(Section):
     """A file of texts: `.jsonl`, `.json`, `.csv` (also `.gz`), `.parquet`, or webdataset `.tar`.
 
@@ -141,9 +128,8 @@ class RecipeFile(Section):
     notes: str = ""
     """What this recipe shows or reproduces, on which hardware, in how many hours, with which
     numbers, and what these may be compared with."""
-    world: WorldConfig | None = None
-    """Set when the data is the embedded world: `${world.dir}/seed-${world.seed}` is then written
-    where it is missing (a pipeline passes it on to its steps)."""
+    variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
+    """Values for `${variables.<name>}` in this file; they compute nothing by themselves."""
 
 
 class RunRecipe(RecipeFile):

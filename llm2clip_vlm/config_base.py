@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm2clip_vlm.config import RunRecipe, Section
 from llm2clip_vlm.config_stage2 import EncoderRecipe
 
 
@@ -70,29 +69,3 @@ class ClipBaselineRecipe(EncoderRecipe):
                 "frozen; remove one of the two"
             )
         return self
-
-
-class TextPhase(Section):
-    """One phase of the base language model's curriculum."""
-
-    steps: int = Field(ge=1)
-    """Optimizer steps."""
-    documents: int = Field(default=32, ge=1)
-    """Documents per step."""
-    mixture: dict[str, float]
-    """Weight of each kind of document (`llm2clip_vlm/data/world_text.py`)."""
-
-
-class LanguageModelRecipe(RunRecipe):
-    """Pre-training of the demo's base language model on text alone."""
-
-    stage: Literal["base_language_model"] = "base_language_model"
-    """Which program reads this file."""
-    config: dict[str, Any]
-    """`LlamaConfig` arguments; vocabulary and special ids come from the tokenizer."""
-    window_tokens: int = Field(default=256, ge=16)
-    """Longest text that the tokenizer takes."""
-    phases: list[TextPhase]
-    """The curriculum, in order."""
-    evaluation_scenes: int = Field(default=300, ge=1)
-    """Held-out scenes, ten questions each, of the text-only examination."""

@@ -141,8 +141,8 @@ class PipelineRecipe(RecipeFile):
     """Steps at a time; each gets its share of the cores."""
     steps: list[PipelineStep]
     """The programs."""
-    variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
-    """Values for `${variables.<name>}` in this file."""
+    common: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Overrides for the recipes of all steps, such as `{variables.data: ${variables.data}}`."""
     frozen: dict[str, str] = Field(default_factory=dict)
     """Files that must be these: path to SHA-256. Another file is refused before anything runs."""
 
@@ -154,6 +154,8 @@ class ReportRecipe(RecipeFile):
     """Where `report.html` and `report.json` go."""
     title: str = "Does an LLM's caption embedding make a better vision tower?"
     """Heading: the question."""
+    data: str = ""
+    """What it was trained and measured on, for readers, such as `photographs of Flickr8k`."""
     stage1: str | None = None
     """Stage 1's output directory."""
     cache: str | None = None
@@ -177,8 +179,8 @@ class ReportRecipe(RecipeFile):
     """Tower's name to `{"<seed>": stage 4's output directory}`."""
     evaluation: str | None = None
     """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each of `vlms`."""
-    headline_task: str = "l2c_world_vqa"
-    """lmms-eval task of the answer; its questions are shown."""
+    headline_task: str = ""
+    """lmms-eval task of the answer, needed where VLMs were evaluated; its questions are shown."""
     ab: str | None = None
     """The last committed A/B, as `eval/ab.py` writes it."""
     seconds: str | None = None
@@ -188,7 +190,7 @@ class ReportRecipe(RecipeFile):
     captions: str = "long"
     """Kind of caption of the answer (a column of the towers' `evaluation`)."""
     photographs: str | None = None
-    """Captioned pictures to show retrieval on; none = the world's test pictures."""
+    """Captioned pictures to show retrieval on; None: none are shown."""
     examples: int = Field(default=6, ge=0)
     """Pictures shown with retrieved captions, and questions shown with answers."""
     not_shown: list[str] = Field(default_factory=list)
@@ -225,6 +227,8 @@ class AbRecipe(RecipeFile):
     """Kinds of caption of `results.json`; R@1 in both directions is compared."""
     resamples: int = Field(default=10_000, ge=100)
     """Bootstrap draws of the comparison within a seed."""
+    data: str = ""
+    """What they were trained and measured on, for readers."""
     output: str = "docs/results/ab.json"
     """Where the result goes; the chart lies beside it, as `.svg`."""
     block: str | None = None

@@ -55,7 +55,7 @@ _NO_OUTPUTS = frozenset(
 # Keys that change where a run writes or what it says, never what it computes.
 _NEUTRAL_KEYS = frozenset(
     "base output_dir notes deviations hang_timeout_s max_bad_records max_bad_fraction "
-    "feature_cache".split()
+    "feature_cache variables".split()
 )
 _NEUTRAL_TRAINER_KEYS = frozenset(
     "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
@@ -112,7 +112,6 @@ def write_manifest(
     folder.mkdir(parents=True, exist_ok=True)
     let_read(folder)
     plain = to_plain(recipe)
-    world = {"world.seed": plain["world"]["seed"]} if plain.get("world") else {}
     manifest = {
         "schema": _SCHEMA,
         "stage": stage,
@@ -130,7 +129,7 @@ def write_manifest(
         },
         "files": _output_states(folder),
         "versions": versions(),
-        "seeds": {"seed": plain.get("seed"), **world},
+        "seeds": {"seed": plain.get("seed")},
         "seconds": round(seconds, 3),
         "extra": dict(extra or {}),
     }

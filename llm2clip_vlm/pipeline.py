@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from llm2clip_vlm import supervise
 from llm2clip_vlm.config import MntpRecipe, RunRecipe, Stage1Recipe, Stage2aRecipe
-from llm2clip_vlm.config_base import ClipBaselineRecipe, LanguageModelRecipe
+from llm2clip_vlm.config_base import ClipBaselineRecipe
 from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
@@ -41,7 +41,6 @@ from llm2clip_vlm.programs import find_program
 from llm2clip_vlm.recipe import load_recipe
 
 RECIPES: dict[str, type[RunRecipe]] = {
-    "base_language_model": LanguageModelRecipe,
     "clip_baseline": ClipBaselineRecipe,
     "stage0_mntp": MntpRecipe,
     "stage1_text_encoder": Stage1Recipe,
@@ -99,8 +98,7 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
     Raises:
         PipelineError: Two jobs of one name, a need that no job fulfils, or a circle of needs.
     """
-    world = recipe.world
-    common = [f"world.seed={world.seed}", f"world.dir={world.dir}"] if world else []
+    common = [f"{key}={value}" for key, value in recipe.common.items()]
     jobs: list[Job] = []
     for index, step in enumerate(recipe.steps):
         if math.prod(map(len, step.for_each.values())) > _MOST_JOBS:

@@ -1,4 +1,4 @@
-"""Where the programs of `stages/` and `eval/` lie, in a checkout and in an installed wheel."""
+"""Where the programs of `stages/`, `eval/`, `demo/` lie, in a checkout and in a wheel."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ def find_program(name: str, root: Path | None = None) -> Path:
 
     Args:
         name: Without its ending, such as `stage1_text_encoder` or `run_lmms`.
-        root: A folder with `stages/` and `eval/` that is asked first.
+        root: A folder with `stages/`, `eval/` and `demo/` that is asked first.
 
     Raises:
         FileNotFoundError: There is none of this name; the message lists those there are.
     """
     roots = [_PACKAGE.parent] if root is None else [root, _PACKAGE.parent]
-    folders = [place / kind for place in roots for kind in ("stages", "eval")]
-    folders += [_PACKAGE / "stages", _PACKAGE / "eval_assets"]
+    folders = [place / kind for place in roots for kind in ("stages", "eval", "demo")]
+    folders += [_PACKAGE / "stages", _PACKAGE / "eval_assets", _PACKAGE / "demo"]
     for folder in folders:
         if (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
@@ -31,7 +31,7 @@ def find_program(name: str, root: Path | None = None) -> Path:
 
 
 def load_program(path: Path) -> ModuleType:
-    """Import a program from its file (`stages` and `eval` are no packages in a checkout)."""
+    """Import a program from its file (these folders are no packages in a checkout)."""
     name = f"llm2clip_vlm_program_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None

@@ -3,7 +3,7 @@
 Needs: what the recipe's steps need. Writes: `<output_dir>/logs/<step>.log`, `seconds.json`,
 `costs.json` (with CPU seconds and peak memory), and what the steps write.
 
-    python stages/pipeline.py recipes/demo/pipeline.yaml world.seed=1
+    python stages/pipeline.py recipes/demo/pipeline.yaml variables.world_seed=1
 """
 
 from __future__ import annotations

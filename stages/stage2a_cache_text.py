@@ -34,7 +34,6 @@ from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import HEADER_NAME, cache_names
 from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text_encoder import TextEncoder, require_equal
@@ -55,8 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     if is_main():
         run.hold(shared=recipe.slice is not None, older=[*cache_names(out), COST_NAME])
-        if recipe.world is not None:
-            ensure_world(recipe.world)
         run.note_data()
         save_resolved(recipe, out / "recipe.resolved.yaml")
     barrier()

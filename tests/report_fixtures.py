@@ -41,8 +41,8 @@ def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
 
 def write_world(root: Path, pictures: int = 8) -> Path:
     """`pairs_test.jsonl` and `vqa_test.jsonl` with pictures, as the world has them."""
-    from llm2clip_vlm.data.world import draw_scene, long_caption, questions, short_caption
-    from llm2clip_vlm.data.world_render import render
+    from world.pictures import render
+    from world.scenes import draw_scene, long_caption, questions, short_caption
 
     pairs, rows = [], []
     for index in range(pictures):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-SHIPPED = ("llm2clip_vlm", "stages", "eval")
+SHIPPED = ("llm2clip_vlm", "stages", "eval", "demo")
 """Folders that travel in the wheel."""
 OTHERS = ("benchmarks", "tests", "tools")
 """Folders that only a checkout has: they may use every extra."""

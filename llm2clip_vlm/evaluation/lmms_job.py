@@ -237,9 +237,7 @@ def data_hash(file: Path) -> str:
         EvaluationError: The file or an image is missing.
     """
     if not file.is_file():
-        raise EvaluationError(
-            f"data file {file}: not there; set world.dir or data_dir, or write it"
-        )
+        raise EvaluationError(f"data file {file}: not there; set data_dir, or write it")
     digest = hashlib.sha256(fingerprint_file(file).encode())
     if file.suffix != ".parquet":
         images = {str(row["image"]): None for row in iter_rows(file) if row.get("image")}

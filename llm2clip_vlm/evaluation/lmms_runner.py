@@ -19,7 +19,6 @@ from typing import Any
 
 import llm2clip_vlm
 from llm2clip_vlm.config_eval import SuiteRecipe
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.lmms_job import (
     EvaluationError,
     Job,
@@ -75,9 +74,6 @@ def run_suite(
         raise EvaluationError(f"limit: expected a whole number of documents, got {limit!r}")
     check_checkpoints(checkpoints)
     tasks, out = assets_dir() / "tasks", Path(output)
-    files = [task.data_files for task in suite.tasks if task.data_files]
-    if suite.world is not None and not all(Path(file).is_file() for file in files):
-        ensure_world(suite.world)
     jobs = plan(suite, checkpoints, tasks, limit)
     pending = [job for job in jobs if job.result(out) is None]
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))

@@ -182,8 +182,6 @@ class Facts:
             "convergence: it rounds sums otherwise, and training carries that on.": True,
             "The A/B over training seeds was not run, so nothing is claimed of the VLMs.": self.ab
             is None,
-            "Pictures and texts are procedural and small, and so are the models: nothing here says "
-            "how large the effect is with real weights on photographs.": self.recipe.world,
         }
         return [text for text, holds in sentences.items() if holds] + self.recipe.not_shown
 

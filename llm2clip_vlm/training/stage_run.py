@@ -23,7 +23,6 @@ from llm2clip_vlm.config import RunRecipe
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.records import source_files
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.distributed import is_main, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.handoff import (
@@ -122,7 +121,7 @@ class StageRun(Generic[R]):
         return verify_parent(path, *stages)
 
     def arguments(self, **forced: Any) -> TrainingArguments:
-        """Claim the output directory, write the embedded world if the recipe has one, and seed.
+        """Claim the output directory, and seed.
 
         Args:
             **forced: Trainer arguments that the stage fixes.
@@ -142,9 +141,6 @@ class StageRun(Generic[R]):
         self.args = build_training_arguments(self.recipe, **forced)
         if is_main():
             self.hold()
-        if self.recipe.world is not None:
-            with self.args.main_process_first(local=False, desc="writing the world"):
-                ensure_world(self.recipe.world)
         self.note_data()
         if is_main():
             resumes = self.checkpoint is not None

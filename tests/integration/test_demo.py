@@ -16,7 +16,7 @@ from tests.conftest import REPO_ROOT
 @pytest.mark.slow
 def test_the_demo_shows_what_it_is_for(tmp_path: Path) -> None:
     pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
-    places = [f"output_dir={tmp_path}/demo", f"world.dir={tmp_path}/world"]
+    places = [f"output_dir={tmp_path}/demo", f"variables.world_dir={tmp_path}/world"]
     command = [sys.executable, "stages/pipeline.py", "recipes/demo/pipeline.yaml", *places]
     done = subprocess.run(
         command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=7200, check=False

@@ -17,8 +17,8 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
-from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.data.world_files import ensure_world
+from world.files import WorldConfig, ensure_world
+
 from llm2clip_vlm.models.vlm import build_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,7 +43,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 def run_lmms(output: Path, world: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
     base = ["eval/run_lmms.py", "--output", output]
-    return run(*base, *more, f"world.dir={world.parent}", "max_empty=1.0")
+    return run(*base, *more, f"data_dir={world}", "max_empty=1.0")
 
 
 @pytest.fixture(scope="module")

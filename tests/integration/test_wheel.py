@@ -16,7 +16,7 @@ from llm2clip_vlm import cli
 
 pytestmark = pytest.mark.slow
 
-SOURCES = ("llm2clip_vlm", "stages", "recipes", "eval", "pyproject.toml", "README.md")
+SOURCES = ("llm2clip_vlm", "stages", "recipes", "eval", "demo", "pyproject.toml", "README.md")
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:

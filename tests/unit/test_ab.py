@@ -105,10 +105,10 @@ def test_within_seed_is_secondary(program: ModuleType, run: Path, tmp_path: Path
 def test_origin_is_recorded_and_files_are_whole(
     program: ModuleType, run: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    found = make(program, run, tmp_path, world={"seed": 3, "dir": "runs/world"}, notes="why")
+    found = make(program, run, tmp_path, data="drawn", notes="why")
     assert found["git"]["commit"] is None or re.fullmatch("[0-9a-f]{40}", found["git"]["commit"])
     assert re.match(r"\d{4}-\d\d-\d\dT", found["date"]) and len(found["recipe_hash"]) == 64
-    assert found["world"]["seed"] == 3 and found["notes"] == "why"
+    assert found["data"] == "drawn" and found["notes"] == "why"
     origin = found["checkpoints"]["llm2clip-s2"]
     assert origin["sha256"] == "c" * 64 and origin["spec_hash"]["l2c_world_vqa"] == "s"
     ElementTree.fromstring((tmp_path / "ab.svg").read_text())

@@ -11,10 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from world.files import WorldConfig, ensure_world
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.evaluation.comparison import compare, flip_examples, flipped, read_run
 from llm2clip_vlm.evaluation.stats import holm, mcnemar_exact
 from tests.report_fixtures import load_program, write_json, write_lines, write_run

@@ -14,7 +14,7 @@ import pytest
 
 from llm2clip_vlm import fingerprint
 from llm2clip_vlm.claims import claim_output_dir, claim_parents, refuse_changed_outputs
-from llm2clip_vlm.config import RunRecipe, Stage1Recipe, TextEncoderSection, WorldConfig
+from llm2clip_vlm.config import RunRecipe, Stage1Recipe, TextEncoderSection
 from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
 from llm2clip_vlm.fingerprint import changed_files, file_states
 from llm2clip_vlm.handoff import (
@@ -61,7 +61,7 @@ def test_the_manifest_holds_what_the_next_stage_asks_for(tmp_path: Path) -> None
     make_model(tmp_path / "out" / "checkpoints")
     (tmp_path / "out" / "logs").mkdir()
     (weights := tmp_path / "out" / "model" / "model.safetensors").chmod(0o600)
-    recipe = make_recipe(tmp_path / "out", seed=7, world=WorldConfig(seed=3))
+    recipe = make_recipe(tmp_path / "out", seed=7)
     path = finish(tmp_path / "out", recipe, extra={"cut": 2})
     assert path == tmp_path / "out" / MANIFEST_NAME
     manifest = read_manifest(tmp_path / "out")
@@ -72,7 +72,7 @@ def test_the_manifest_holds_what_the_next_stage_asks_for(tmp_path: Path) -> None
     assert manifest["recipe_hash"] == recipe_hash(recipe)
     assert manifest["fingerprints"] == {"text_encoder": "abc"}
     assert manifest["outputs"] == {"model": fingerprint_dir(tmp_path / "out" / "model")}
-    assert manifest["seeds"] == {"seed": 7, "world.seed": 3}
+    assert manifest["seeds"] == {"seed": 7}
     assert manifest["seconds"] == 1.235
     assert weights.stat().st_mode & 0o777 == (tmp_path / "out").stat().st_mode & 0o666
     assert manifest["extra"] == {"cut": 2}

@@ -20,7 +20,6 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
-from llm2clip_vlm.config import WorldConfig
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.evaluation import llava15, lmms_job, lmms_runner, lmms_worker
@@ -211,11 +210,10 @@ def test_what_is_missing_is_named_before_the_start(
 
     with pytest.raises(EvaluationError, match=r"no\s+config.json"):
         run_suite(suite(data), {"a": tmp_path / "absent"}, tmp_path / "out")
-    drawn = suite(data).model_copy(update={"world": WorldConfig(dir=str(tmp_path / "world"))})
+    drawn = suite(data)
     drawn.tasks[0].data_files = str(tmp_path / "not_drawn_yet.jsonl")
     with pytest.raises(EvaluationError, match=r"found no config\.json"):
         run_suite(drawn, {"a": tmp_path / "absent"}, tmp_path / "out")
-    assert not (tmp_path / "world").exists()
     with pytest.raises(EvaluationError, match="checkpoint name"):
         run_suite(suite(data), {"a/b": model_dir}, tmp_path / "out")
     with pytest.raises(EvaluationError, match=r"absent\.jsonl"):

@@ -119,15 +119,15 @@ def test_needs_take_variables_and_stars() -> None:
     assert needs == {"t0": [], "t1": [], "u0": ["t0"], "u1": ["t1"], "all": ["t0", "t1", "u1"]}
 
 
-def test_the_world_goes_to_steps_with_a_recipe_only() -> None:
+def test_common_overrides_go_to_steps_with_a_recipe_only() -> None:
     with_recipe, without = expand(
         pipeline(
             {"name": "a", "program": "work", "recipe": "r.yaml"},
             {"name": "b", "program": "work"},
-            world={"seed": 7, "dir": "w"},
+            common={"variables.data": "w", "seed": 7},
         )
     )
-    assert with_recipe.recipe == ["r.yaml", "world.seed=7", "world.dir=w"]
+    assert with_recipe.recipe == ["r.yaml", "variables.data=w", "seed=7"]
     assert without.recipe == []
 
 

@@ -285,7 +285,7 @@ caption_weights: {short: 1, long: 0.5}
 
 
 def test_the_resolved_recipe_loads_back_equal(tmp_path: Path) -> None:
-    write(tmp_path, "seed: 5\nworld: {seed: 3}", "parent.yaml")
+    write(tmp_path, "seed: 5\nvariables: {a: 3}", "parent.yaml")
     recipe = load_recipe(write(tmp_path, FULL), Stage2bRecipe)
     assert recipe.deviations["a"] == "no 5 ${kept}"
     resolved = tmp_path / "deep" / "recipe.resolved.yaml"

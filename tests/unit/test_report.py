@@ -120,12 +120,12 @@ def test_the_committed_ab_is_labelled(
         "date": "2031-02-03T04:05:06+00:00",
         "git": {"commit": "0123456789abcdef", "dirty": True},
         "seeds": list(range(8)),
-        "world": {"seed": 5},
+        "data": "the drawn world, seed 5",
         "titles": {"l2c_world_vqa": "World VQA"},
         "ab": {"l2c_world_vqa": {"llm2clip-control_long": {**effect, "n_seeds": 8}}},
     }
     _, html = make(program, run, tmp_path, ab=str(write_json(tmp_path / "ab.json", ab)))
-    label = "world seed 5, made 2031-02-03 at commit 0123456789ab with changes"
+    label = "the drawn world, seed 5, made 2031-02-03 at commit 0123456789ab with changes"
     assert f"Not part of this run: 8 training seeds for each tower, {label}" in html
     assert "= +9.0 points [+7.0, +11.0], p = 0.0078" in html
     assert "+9.0 [+7.0, +11.0]" in html
@@ -438,7 +438,8 @@ def test_the_caption_ranked_first_is_shown(
 
     # The whole page, and what `examples`, `cache`, `world` and `tower_models` do in it.
     changes: dict[str, Any] = {
-        "world": {"seed": 0, "dir": str(tmp_path / "world")},
+        "data": "Drawn & coloured",
+        "photographs": str(tmp_path / "world/seed-0/pairs_test.jsonl"),
         "cache": str(tmp_path / "cache"),
         "tower_models": {
             "llm2clip": str(tmp_path / "model"),
@@ -449,7 +450,7 @@ def test_the_caption_ranked_first_is_shown(
     }
     _, html = make(program, run, tmp_path, **changes)
     assert html.count('<article class="card">') == 4 and html.count("data:image/png") == 4
-    assert "The embedded world, seed 0" in html
+    assert "Drawn &amp; coloured" in html
     _, html = make(program, run, tmp_path, **{**changes, "examples": 0})
     assert "<article" not in html
 

@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image
+from world.files import WorldConfig, ensure_world
+from world.scenes import SHAPES
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.data.world import SHAPES
-from llm2clip_vlm.data.world_files import ensure_world
 from llm2clip_vlm.ownership import MARKER_NAME
 from tests.tiny import build_clip
 

@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.config_base import TextPhase
-from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data import world_files
-from llm2clip_vlm.data.world import (
+from world import files as world_files
+from world.files import DESCRIBED_EVERY, WorldConfig, ensure_world, file_scenes, world_dir
+from world.pictures import render
+from world.questions import TextBatches
+from world.scenes import (
     BACKGROUNDS,
     CELLS,
     COLOURS,
@@ -41,9 +40,7 @@ from llm2clip_vlm.data.world import (
     split_of,
     vocabulary,
 )
-from llm2clip_vlm.data.world_files import DESCRIBED_EVERY, ensure_world, file_scenes, world_dir
-from llm2clip_vlm.data.world_render import render
-from llm2clip_vlm.data.world_text import (
+from world.texts import (
     ASK_CAPTION,
     ASK_SHORT,
     KINDS,
@@ -51,7 +48,9 @@ from llm2clip_vlm.data.world_text import (
     build_tokenizer,
     document,
 )
-from llm2clip_vlm.data.world_text_qa import TextBatches
+
+from llm2clip_vlm.config_base import TextPhase
+from llm2clip_vlm.constants import IGNORE_INDEX
 
 SIZES = dict.fromkeys(world_files.SIZES, 6) | {"text": 12, "pairs_train": 8, "exist_test": 40}
 SPECIALS = {
@@ -497,7 +496,7 @@ def test_text_scenes_are_never_drawn_as_pictures(monkeypatch: pytest.MonkeyPatch
         asked.append(split)
         return original(rng, split)
 
-    monkeypatch.setattr("llm2clip_vlm.data.world_text.draw_scene", spy)
+    monkeypatch.setattr("world.texts.draw_scene", spy)
     for kind in KINDS:
         document(kind, np.random.default_rng(0))
     assert set(asked) == {"text"}

@@ -1,4 +1,4 @@
-"""The embedded world on disk, in the formats that real data has."""
+"""The drawn world on disk, in the formats that real data has."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from llm2clip_vlm.config import WorldConfig
-from llm2clip_vlm.data.world import (
+from llm2clip_vlm.files import read_json, written_whole
+from world.pictures import render, render_masks
+from world.scenes import (
     COLOURS,
     SHAPES,
     SYNONYMS,
@@ -29,9 +30,7 @@ from llm2clip_vlm.data.world import (
     questions,
     short_caption,
 )
-from llm2clip_vlm.data.world_render import render, render_masks
-from llm2clip_vlm.data.world_text import ASK_CAPTION, as_asked
-from llm2clip_vlm.files import read_json, written_whole
+from world.texts import ASK_CAPTION, as_asked
 
 WORLD_VERSION = 2
 """Raised when the same seed no longer gives the same bytes; part of the finished-marker."""
@@ -60,6 +59,21 @@ LONG_CAPTIONS = 4
 
 DESCRIBED_EVERY = 4
 """Every how many pictures of `instruct` stage 4 also asks for a description."""
+
+
+@dataclass(frozen=True)
+class WorldConfig:
+    """Which world, and where it is written."""
+
+    seed: int = 0
+    """Seed of scenes, wording and rendering. Splits are disjoint in attributes for all seeds."""
+    dir: str = "runs/world"
+    """Directory below which `seed-<seed>/` is written."""
+    part: Literal["road", "base", "dense"] = "road"
+    """`road`: what the stages and the evaluation read. `base`: the pictures with short captions
+    that the base CLIP is pre-trained on, in `seed-<seed>-base/`. `dense`: pictures with classes,
+    masks and boxes for `eval/run_encoder.py`, in `seed-<seed>-dense/`."""
+
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
@@ -281,7 +295,7 @@ def ensure_world(world: WorldConfig, *, sizes: Mapping[str, int] | None = None) 
         if found != wanted:
             raise ValueError(
                 f"{root}: holds another world (found {found}, expected {wanted}); "
-                "delete the folder or choose another `world.dir`"
+                "delete the folder or choose another `dir`"
             )
         return root
     try:
@@ -293,6 +307,6 @@ def ensure_world(world: WorldConfig, *, sizes: Mapping[str, int] | None = None) 
         if not marker.exists():  # else another process was faster; its world is the same
             raise ValueError(
                 f"{root}: expected to write the world there ({error}); delete what lies there, or "
-                "choose another `world.dir`"
+                "choose another `dir`"
             ) from None
     return root

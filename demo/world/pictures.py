@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 from PIL import Image
 
-from llm2clip_vlm.data.world import BACKGROUNDS, COLOURS, Scene
+from world.scenes import BACKGROUNDS, COLOURS, Scene
 
 _CELL_PX = 16
 

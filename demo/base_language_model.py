@@ -6,7 +6,7 @@ so that the shipped weights can be made again.
 Needs: nothing. Writes: `<output_dir>/model/` (LlamaForCausalLM, tokenizer, chat template),
 `results.json` (text-only QA on held-out scenes), `metrics.jsonl`, `manifest.json`.
 
-    python stages/base_language_model.py recipes/demo/base/language_model.yaml key=value ...
+    python demo/base_language_model.py recipes/demo/base/language_model.yaml key=value ...
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from operator import itemgetter
 import torch
 from torch.utils.data import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
+from world.questions import TextBatches, text_qa_accuracy
+from world.recipe import LanguageModelRecipe
+from world.texts import ASK_SHORT, CHAT_TEMPLATE, build_tokenizer
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_base import LanguageModelRecipe
-from llm2clip_vlm.data.world_text import ASK_SHORT, CHAT_TEMPLATE, build_tokenizer
-from llm2clip_vlm.data.world_text_qa import TextBatches, text_qa_accuracy
 from llm2clip_vlm.distributed import is_main, teardown
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.tokenizer_files import save_tokenizer

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from llm2clip_vlm.config_base import TextPhase
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.world import Question, draw_scene, long_caption, questions
-from llm2clip_vlm.data.world_text import Segments, document
+from world.recipe import TextPhase
+from world.scenes import Question, draw_scene, long_caption, questions
+from world.texts import Segments, document
 
 _SCENES_AT_ONCE = 50
 

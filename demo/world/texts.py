@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llm2clip_vlm.data.world import (
+from world.scenes import (
     CELLS,
     Scene,
     Thing,

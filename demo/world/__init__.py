@@ -1,0 +1,1 @@
+"""The drawn world: pictures of coloured shapes with captions, questions and conversations."""
