@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from pydantic import BaseModel
+from world.recipe import LanguageModelRecipe
 
 from llm2clip_vlm.config import RunRecipe, Section
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
@@ -34,12 +35,13 @@ FILES = sorted(
 MODELS: dict[str, type[BaseModel]] = {
     **RECIPES,
     "ab": AbRecipe,
+    "base_language_model": LanguageModelRecipe,
     "pipeline": PipelineRecipe,
     "report": ReportRecipe,
     "run_encoder": EncoderEvalRecipe,
     "run_lmms": SuiteRecipe,
 }
-PROGRAM = re.compile(r"\b(?:stages|eval)/(\w+)\.py")
+PROGRAM = re.compile(r"\b(?:stages|eval|demo)/(\w+)\.py")
 
 
 def name(path: Path) -> str:
@@ -73,7 +75,7 @@ def program_of(path: Path) -> str:
     """The program that reads a file: lmms-eval's runner, or the first that its comment names."""
     if path.is_relative_to(ROOT / "eval" / "suites"):
         return "run_lmms"
-    found = PROGRAM.findall(header(path))
+    found = [name for name in PROGRAM.findall(header(path)) if name != "draw_world"]
     assert found, f"{name(path)}: the opening comment has no launch line with a program"
     return str(found[0])
 

@@ -16,6 +16,7 @@ from world import files as world_files
 from world.files import DESCRIBED_EVERY, WorldConfig, ensure_world, file_scenes, world_dir
 from world.pictures import render
 from world.questions import TextBatches
+from world.recipe import TextPhase
 from world.scenes import (
     BACKGROUNDS,
     CELLS,
@@ -49,7 +50,6 @@ from world.texts import (
     document,
 )
 
-from llm2clip_vlm.config_base import TextPhase
 from llm2clip_vlm.constants import IGNORE_INDEX
 
 SIZES = dict.fromkeys(world_files.SIZES, 6) | {"text": 12, "pairs_train": 8, "exist_test": 40}
