@@ -44,12 +44,10 @@ from transformers import (
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import open_image
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.evaluation.generation import Generator
-from llm2clip_vlm.evaluation.lmms_adapter import load_checkpoint
-from llm2clip_vlm.evaluation.lmms_job import task_yaml
-from llm2clip_vlm.evaluation.lmms_runner import assets_dir, run_suite
-from llm2clip_vlm.evaluation.lmms_tasks import build_task
-from llm2clip_vlm.evaluation.lmms_worker import quiet
+from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
+from llm2clip_vlm.evaluation.vlm.generation import Generator
+from llm2clip_vlm.evaluation.vlm.jobs import assets_dir, run_suite, task_yaml
+from llm2clip_vlm.evaluation.vlm.worker import build_task, quiet
 from llm2clip_vlm.models.vlm import build_vlm, save_vlm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))

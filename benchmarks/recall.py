@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from arms import finish, ratio, take_turns
 from torch import Tensor
 
-from llm2clip_vlm.evaluation.retrieval import retrieval_report
+from llm2clip_vlm.metrics.retrieval import retrieval_report
 
 WIDTH, KS, BATCH, UNTIED = 512, (1, 5, 10), 64, 400
 GOALS = {"ratio": 20.0, "memory_ratio": 10.0, "difference": 1e-9}

@@ -20,13 +20,13 @@ from typing import Any
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_eval import AbRecipe
-from llm2clip_vlm.evaluation.charts import standalone
-from llm2clip_vlm.evaluation.comparison import Run, compare, difference_chart, read_run
-from llm2clip_vlm.evaluation.comparison_pages import comparison_pages
-from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS, ReportError
-from llm2clip_vlm.evaluation.stats import rounded
+from llm2clip_vlm.evaluation.report.charts import standalone
+from llm2clip_vlm.evaluation.report.comparison import compare, difference_chart
+from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages
+from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.handoff import read_manifest, recipe_hash
+from llm2clip_vlm.metrics.statistics import rounded
 from llm2clip_vlm.recipe import load_recipe
 
 
@@ -76,8 +76,9 @@ def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:
     """The comparison with what it stands on.
 
     Returns:
-        What :func:`~llm2clip_vlm.evaluation.comparison.compare` returns, and `git`, `recipe_hash`,
-        `notes`, `data`, `towers`, `seeds`, `headline`, `smallest_p` and `checkpoints`.
+        What :func:`~llm2clip_vlm.evaluation.report.comparison.compare` returns, and `git`,
+        `recipe_hash`, `notes`, `data`, `towers`, `seeds`, `headline`, `smallest_p` and
+        `checkpoints`.
 
     Raises:
         ReportError: Two checkpoints were not evaluated alike.

@@ -24,7 +24,7 @@ from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.evaluation.examples import Example, retrieved_captions
+from llm2clip_vlm.evaluation.report.examples import Example, retrieved_captions
 from llm2clip_vlm.files import write_atomically
 
 LICENCE = "Attribution License"

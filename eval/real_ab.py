@@ -21,11 +21,11 @@ from typing import Any
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import CaptionSource
 from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import CRA_PROTOCOL, read_captions, retrieval_task
+from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.evaluation.retrieval import recall_at_k
-from llm2clip_vlm.evaluation.stats import rounded, seed_summary
 from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
+from llm2clip_vlm.metrics.statistics import rounded, seed_summary
 
 TEXTS = ("raw_causal", "raw_bidirectional", "stage1_causal", "stage1_bidirectional")
 """Text encoders: SmolLM2 as it is with each kind of attention, and after stage 1."""
@@ -84,15 +84,14 @@ def commit() -> str | None:
 
 
 def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:
-    """Caption retrieval accuracy (`data/captions.py`) of the cached embeddings."""
+    """Caption retrieval accuracy (`metrics/separability.py`) of the cached embeddings."""
     sources = {
         "photos": (data / "flickr8k_val/index.jsonl", run / "cache"),
         "long": (data / "long_texts.jsonl", run / "long"),
     }
-    found: dict[str, Any] = {"protocol": CRA_PROTOCOL}
+    found: dict[str, Any] = {"protocol": PROTOCOL}
     for kind, (file, caches) in sources.items():
         records = read_captions(CaptionSource(path=str(file)), BadRecords(0), min_captions=2)
-        queries, gallery, positives = retrieval_task(records)
         found[kind] = {}
         for arm in TEXTS:
             folder = caches / arm
@@ -101,10 +100,9 @@ def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:
             if not (folder / "manifest.json").is_file():
                 missing.append(str(folder))
                 continue
-            cache = EmbeddingCache.open(folder)
-            embeds = [cache.lookup(texts).float() for texts in (queries, gallery)]
-            got = recall_at_k(embeds[0], embeds[1], positives, ks=1)
-            found[kind][arm] = {"r1": got.recall[1], "ci": list(got.ci[1]), "n": len(queries)}
+            lookup = EmbeddingCache.open(folder).lookup
+            got = caption_separability([record.texts for record in records], lookup)
+            found[kind][arm] = {"r1": got.recall[1], "ci": list(got.ci[1]), "n": len(records)}
     return found
 
 

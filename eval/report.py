@@ -23,12 +23,10 @@ from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.evaluation.charts import Line
-from llm2clip_vlm.evaluation.comparison import read_run
-from llm2clip_vlm.evaluation.examples import answered_questions, retrieved_captions
-from llm2clip_vlm.evaluation.pages import render
-from llm2clip_vlm.evaluation.report import Facts, charts, retrieval_verdict
-from llm2clip_vlm.evaluation.report_inputs import (
+from llm2clip_vlm.evaluation.report.charts import Line
+from llm2clip_vlm.evaluation.report.examples import answered_questions, retrieved_captions
+from llm2clip_vlm.evaluation.report.facts import Facts, charts, retrieval_verdict
+from llm2clip_vlm.evaluation.report.inputs import (
     SAMPLES,
     ReportError,
     encoder_chances,
@@ -36,9 +34,11 @@ from llm2clip_vlm.evaluation.report_inputs import (
     read_cra,
     read_optional,
     read_retrieval,
+    read_run,
     read_scores,
     read_seconds,
 )
+from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.ownership import write_pages
 from llm2clip_vlm.recipe import load_recipe

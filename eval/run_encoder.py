@@ -27,11 +27,11 @@ import torch
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
-from llm2clip_vlm.evaluation.detection import detection
-from llm2clip_vlm.evaluation.encoders import data_hash, load_encoder
-from llm2clip_vlm.evaluation.probes import linear_probe
-from llm2clip_vlm.evaluation.segmentation import linear_segmentation, zero_shot_segmentation
-from llm2clip_vlm.evaluation.zero_shot import (
+from llm2clip_vlm.evaluation.encoder.detection import detection
+from llm2clip_vlm.evaluation.encoder.encoders import data_hash, load_encoder
+from llm2clip_vlm.evaluation.encoder.probes import linear_probe
+from llm2clip_vlm.evaluation.encoder.segmentation import linear_segmentation, zero_shot_segmentation
+from llm2clip_vlm.evaluation.encoder.zero_shot import (
     caption_accuracy,
     classification,
     compositional,

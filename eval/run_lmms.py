@@ -21,9 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.config_eval import ExpectedScores, SuiteRecipe
-from llm2clip_vlm.evaluation.lmms_job import left_out
-from llm2clip_vlm.evaluation.lmms_runner import GATE_NAME, assets_dir, run_suite
-from llm2clip_vlm.evaluation.score_gate import gate, gate_table
+from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, assets_dir, left_out, run_suite
+from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
 from llm2clip_vlm.ownership import write_pages
 from llm2clip_vlm.recipe import load_recipe
 
@@ -87,8 +86,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def print_prefetch(suite: SuiteRecipe) -> None:
     """What `hf download` must fetch before `HF_HUB_OFFLINE=1`, and which local files are read."""
-    from llm2clip_vlm.evaluation.lmms_job import task_yaml
-    from llm2clip_vlm.evaluation.lmms_tasks import load_config
+    from llm2clip_vlm.evaluation.vlm.jobs import task_yaml
+    from llm2clip_vlm.evaluation.vlm.worker import load_config
 
     skipped = left_out(suite)
     for task in suite.tasks:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from llm2clip_vlm.data.conversation import build_labels
     from llm2clip_vlm.data.embedding_cache import EmbeddingCache
     from llm2clip_vlm.data.packing import plan_packs
-    from llm2clip_vlm.evaluation.retrieval import recall_at_k
     from llm2clip_vlm.losses import contrastive_loss
+    from llm2clip_vlm.metrics.retrieval import recall_at_k
     from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
     from llm2clip_vlm.models.text_adaptor import TextAdaptor
     from llm2clip_vlm.models.text_encoder import TextEncoder
@@ -56,7 +56,7 @@ _HOME = {
     "load_recipe": "recipe",
     "load_vision_tower": "models.towers",
     "plan_packs": "data.packing",
-    "recall_at_k": "evaluation.retrieval",
+    "recall_at_k": "metrics.retrieval",
     "register": "models.llm2clip",
 }
 

@@ -29,7 +29,7 @@ class RetrievalTask(EncoderTask, ImageFolder):
     task: Literal["retrieval"]
     """Which task this is."""
     benchmark: str
-    """A key of `evaluation/encoder_benchmarks.py`, or `records`: any file of stage 2's kinds."""
+    """A key of `evaluation/encoder/benchmarks.py`, or `records`: any file of stage 2's kinds."""
     data: str
     """The benchmark's annotation file or folder."""
     images: str | None = None
@@ -41,7 +41,7 @@ class RetrievalTask(EncoderTask, ImageFolder):
 
 
 class CraTask(RetrievalTask):
-    """Caption retrieval accuracy of the text encoder alone (pinned in `data/captions.py`)."""
+    """Caption retrieval accuracy of the text encoder alone (`metrics/separability.py`)."""
 
     task: Literal["cra"]  # type: ignore[assignment]
     """Which task this is."""

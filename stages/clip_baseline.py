@@ -22,7 +22,6 @@ import torch
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_base import ClipBaselineRecipe
 from llm2clip_vlm.distributed import barrier, is_main, teardown
-from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.clip import ClipTokens, clip_around_tower, clip_encoders, load_clip
 from llm2clip_vlm.models.loading import load_complete
@@ -78,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = ClipTokens(tokenizer)
     dataset = training_images(recipe, image_processor, run.bad, tokens, features=frozen)
     tokens.prepare(dataset.captions())
-    held_out = HeldOut(recipe, image_processor, run.bad, retrieval_report, frozen)
+    held_out = HeldOut(recipe, image_processor, run.bad, frozen)
 
     # trainer, train
     trainer = EncoderTrainer(

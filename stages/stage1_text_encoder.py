@@ -24,18 +24,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config import Stage1Recipe
 from llm2clip_vlm.data.captions import (
-    CRA_PROTOCOL,
     CaptionPairs,
     CaptionRecord,
     read_captions,
-    retrieval_task,
 )
 from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
-from llm2clip_vlm.evaluation.retrieval import recall_at_k
+from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.models.caption_tokens import TextEncoderError
 from llm2clip_vlm.models.open_layers import turned
 from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
@@ -185,18 +184,19 @@ def caption_accuracy(
     """CRA in %: the share of first captions that find another caption of their image first."""
     if not records:
         return {}
-    queries, gallery, positives = retrieval_task(records)
-    texts = queries + gallery
-    share = -(-len(texts) // world_size())
-    parts = [texts[start : start + share] for start in range(0, len(texts), share)]
-    embeds = torch.cat(shared_out(parts, lambda p: encoder.encode(p, show_progress=is_main())))
-    found = recall_at_k(embeds[: len(queries)], embeds[len(queries) :], positives, ks=1)
+
+    def embed(texts: list[str]) -> Tensor:
+        share = -(-len(texts) // world_size())
+        parts = [texts[start : start + share] for start in range(0, len(texts), share)]
+        return torch.cat(shared_out(parts, lambda p: encoder.encode(p, show_progress=is_main())))
+
+    found = caption_separability([record.texts for record in records], embed)
     return {
         name: found.recall[1],
         f"{name}_ci": list(found.ci[1]),
-        "queries": len(queries),
-        "gallery": len(gallery),
-        "protocol": CRA_PROTOCOL,
+        "queries": len(records),
+        "gallery": found.gallery,
+        "protocol": PROTOCOL,
     }
 
 

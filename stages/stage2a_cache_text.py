@@ -40,7 +40,7 @@ from llm2clip_vlm.models.text_encoder import TextEncoder, require_equal
 from llm2clip_vlm.recipe import save_resolved
 from llm2clip_vlm.text_tokens import control_notice
 from llm2clip_vlm.training.caption_cache import encoder_path, load_caption_encoder
-from llm2clip_vlm.training.encoder_eval import class_prompts
+from llm2clip_vlm.training.encoder_eval import prompts_of
 from llm2clip_vlm.training.stage_run import StageRun
 
 
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     read = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
     texts = [text for record in read for text in record.texts]
     for source in recipe.zero_shot:
-        texts += class_prompts(read_image_text(source, run.bad), source)
+        texts += prompts_of(read_image_text(source, run.bad), source)
     unique = list(dict.fromkeys(texts))
     if is_main():
         print(f"{len(texts)} texts, {len(unique)} different ones", flush=True)

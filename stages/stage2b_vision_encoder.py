@@ -21,7 +21,6 @@ import torch
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.distributed import is_main, teardown
-from llm2clip_vlm.evaluation.retrieval import retrieval_report
 from llm2clip_vlm.handoff import HandoffError, fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete
@@ -91,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         captions_per_image=recipe.captions_per_image,
         features=frozen,
     )
-    held_out = HeldOut(recipe, tower.image_processor, run.bad, retrieval_report, frozen)
+    held_out = HeldOut(recipe, tower.image_processor, run.bad, frozen)
     captions.require([*dataset.captions(), *held_out.texts()])
     keeping = prepare_keeping(
         recipe,

@@ -18,10 +18,6 @@ from llm2clip_vlm.data.records import collect_captions, iter_records
 
 logger = logging.getLogger(__name__)
 
-CRA_PROTOCOL = "first caption as query, all other captions as gallery, hit@1"
-"""The released material defines caption retrieval accuracy in two ways that differ by 40 points, so
-ours is named in every result."""
-
 
 @dataclass(frozen=True)
 class CaptionRecord:
@@ -84,28 +80,6 @@ def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
             f"no text in {fields[1]!r} beside that in {fields[0]!r}; a pair of equal texts "
             "teaches nothing"
         )
-
-
-def retrieval_task(
-    records: Sequence[CaptionRecord],
-) -> tuple[list[str], list[str], list[set[int]]]:
-    """Queries, gallery and right answers of caption retrieval accuracy (:data:`CRA_PROTOCOL`).
-
-    Args:
-        records: Records with at least two different captions.
-
-    Returns:
-        Each record's first caption (queries); all other captions (gallery); for each query the
-        gallery rows of its record, and those of equal text in others.
-
-    Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not told.
-    """
-    gallery = [text for record in records for text in record.texts[1:]]
-    rows: dict[str, set[int]] = {}
-    for row, text in enumerate(gallery):
-        rows.setdefault(text, set()).add(row)
-    positives = [set().union(*(rows.get(t, ()) for t in record.texts)) for record in records]
-    return [record.texts[0] for record in records], gallery, positives
 
 
 class CaptionPair(NamedTuple):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_vlm.config import ImageTextSource, ZeroShotSource
@@ -26,12 +25,11 @@ from llm2clip_vlm.data.image_text import (
 from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text, read_sources
 from llm2clip_vlm.data.images import ImageError
 from llm2clip_vlm.distributed import shared_out
+from llm2clip_vlm.metrics.retrieval import recall_at_k, retrieval_report
+from llm2clip_vlm.metrics.zero_shot import class_embeds, class_prompts
 
 Encode = Callable[[Any], Tensor]
 """`pixel_values`, or a list of captions, to unit-norm embeddings."""
-
-Report = Callable[[Tensor, Mapping[str, Tensor], Mapping[str, Any]], Mapping[str, Any]]
-"""`retrieval_report(image_embeds, text_embeds_by_key, text_to_image_by_key)`."""
 
 _BATCH = 256
 
@@ -76,7 +74,6 @@ class HeldOut:
         recipe: Its `evaluation` and `zero_shot`.
         image_processor: The tower's.
         bad: Takes what cannot be used, images that turn out so while they are encoded too.
-        report: Embeddings to retrieval metrics; the stage passes it in.
         features: Of a frozen tower: what `encode_images` gets instead of `pixel_values`.
     """
 
@@ -85,14 +82,13 @@ class HeldOut:
         recipe: EncoderRecipe,
         image_processor: Any,
         bad: BadRecords,
-        report: Report,
         features: PictureFeatures | None = None,
     ) -> None:
         def read(source: ImageTextSource) -> ImageTextDataset:
             records = read_image_text(source, bad)
             return ImageTextDataset(records, image_processor, bad=bad, features=features)
 
-        self._bad, self._report = bad, report
+        self._bad = bad
         self._retrieval = {name: read(s) for name, s in _named(recipe.evaluation)}
         self._zero_shot = {name: (s, read(s)) for name, s in _named(recipe.zero_shot)}
 
@@ -100,7 +96,7 @@ class HeldOut:
         """All that will be encoded, each once."""
         found = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]
         for source, dataset in self._zero_shot.values():
-            found += class_prompts(dataset.records, source)
+            found += prompts_of(dataset.records, source)
         return list(dict.fromkeys(found))
 
     @torch.no_grad()
@@ -113,25 +109,23 @@ class HeldOut:
 
         Returns:
             `retrieval`: caption kind (with its source's name where there are several) to what
-            `report` says of it; `zero_shot`, if asked for: `top1` in %, of each source.
+            `retrieval_report` says of it; `zero_shot`, if asked for: `top1` in %, of each source.
         """
         results: dict[str, Any] = {"retrieval": {}}
         for name, dataset in self._retrieval.items():
             images, records = self._images(dataset, encode_images)
             galleries = caption_galleries(records)
             texts = {kind: _texts(texts, encode_texts) for kind, (texts, _) in galleries.items()}
-            owners = {kind: torch.tensor(own) for kind, (_, own) in galleries.items()}
-            found = self._report(images, texts, owners)
+            owners = {kind: own for kind, (_, own) in galleries.items()}
+            found = retrieval_report(images, texts, owners)
             results["retrieval"] |= {f"{name}{kind}": values for kind, values in found.items()}
         for name, (source, dataset) in self._zero_shot.items():
             images, records = self._images(dataset, encode_images)
             labels, names = [_captions(record)[0] for record in records], _classes(dataset.records)
-            each = len(source.templates)
-            prompts = _texts(class_prompts(dataset.records, source), encode_texts)
-            centres = F.normalize(prompts.unflatten(0, (-1, each)).mean(1), dim=-1)
-            best = (images @ centres.T).argmax(1).tolist()
-            hits = sum(names[i] == label for i, label in zip(best, labels, strict=True))
-            row = {"top1": 100 * hits / len(labels), "images": len(labels), "classes": len(names)}
+            classes = class_embeds(lambda t: _texts(t, encode_texts), names, source.templates)
+            wanted = [names.index(label) for label in labels]
+            top1 = recall_at_k(images, classes, wanted, 1, bootstrap=0).recall[1]
+            row = {"top1": top1, "images": len(labels), "classes": len(names)}
             results.setdefault("zero_shot", {})[name.rstrip("/") or source.fields[0]] = row
         return results
 
@@ -186,14 +180,14 @@ def _captions(record: ImageTextRecord) -> list[str]:
     return list(chain.from_iterable(record.captions.values()))
 
 
-def class_prompts(records: Iterable[ImageTextRecord], source: ZeroShotSource) -> list[str]:
+def prompts_of(records: Iterable[ImageTextRecord], source: ZeroShotSource) -> list[str]:
     """The prompts of all classes, those of a class one after the other.
 
     Args:
         records: Labelled images.
         source: Where they are from.
     """
-    return [prompt for name in _classes(records) for prompt in source.prompts(name)]
+    return class_prompts(_classes(records), source.templates)
 
 
 def logged(results: Mapping[str, Any]) -> dict[str, float]:

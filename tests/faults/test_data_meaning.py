@@ -26,7 +26,7 @@ from llm2clip_vlm.data.image_text_index import read_image_text
 from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.records import iter_records, iter_rows
 from llm2clip_vlm.data.token_table import read_instructions
-from llm2clip_vlm.evaluation.encoder_benchmarks import read_retrieval
+from llm2clip_vlm.evaluation.encoder.benchmarks import read_retrieval
 from llm2clip_vlm.recipe import RecipeError, load_recipe
 from tests.image_corpus import encode, jpeg, photo
 

@@ -297,7 +297,7 @@ def test_no_file_of_a_checkpoint_runs_and_nobody_is_asked(
         import sys
         from pathlib import Path
         from transformers import AutoModel, AutoModelForCausalLM, CLIPModel
-        from llm2clip_vlm.evaluation.lmms_adapter import load_checkpoint
+        from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
         from llm2clip_vlm.models.loading import *
         from llm2clip_vlm.models.vlm import load_vlm
         for folder in sorted(Path(sys.argv[1]).iterdir()):
@@ -332,8 +332,8 @@ def test_local_files_open_no_socket(tiny_llm: Path, tiny_clip: Path, tmp_path: P
         import socket, sys
         def refuse(*given, **named): raise AssertionError(f"a socket: {given}")
         socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
-        from llm2clip_vlm.evaluation.encoders import load_encoder
-        from llm2clip_vlm.evaluation.lmms_adapter import load_checkpoint
+        from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
+        from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
         from llm2clip_vlm.models.clip import load_clip
         from llm2clip_vlm.models.text_encoder import TextEncoder
         from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm

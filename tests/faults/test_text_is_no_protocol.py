@@ -24,7 +24,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.conversation import build_labels, build_plain_labels, to_messages
 from llm2clip_vlm.data.instruction import InstructionDataset
-from llm2clip_vlm.evaluation.generation import Generator
+from llm2clip_vlm.evaluation.vlm.generation import Generator
 from llm2clip_vlm.models.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.models.clip import ClipTokens
 from llm2clip_vlm.models.vlm import build_vlm

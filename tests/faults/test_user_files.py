@@ -14,7 +14,7 @@ import pytest
 
 from llm2clip_vlm.claims import _noted
 from llm2clip_vlm.data.records import RecordError, iter_rows
-from llm2clip_vlm.evaluation.lmms_job import Job
+from llm2clip_vlm.evaluation.vlm.jobs import Job
 from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.ownership import Hold
 from llm2clip_vlm.training.callbacks import read_metrics
@@ -99,7 +99,7 @@ def test_damaged_json_of_a_run_is_named(name: str, tmp_path: Path) -> None:
 
 
 def test_a_fifo_in_a_folder_of_results_is_not_waited_for(tmp_path: Path) -> None:
-    from llm2clip_vlm.evaluation.lmms_runner import _hold
+    from llm2clip_vlm.evaluation.vlm.jobs import _hold
     from llm2clip_vlm.programs import find_program, load_program
 
     folder = tmp_path / "base"

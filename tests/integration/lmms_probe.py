@@ -17,10 +17,16 @@ import torch
 from PIL import ImageFile
 
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
-from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
-from llm2clip_vlm.evaluation.lmms_job import EvaluationError, Job, task_yaml
-from llm2clip_vlm.evaluation.lmms_tasks import build_task, load_config, merge, refuse_judge
-from llm2clip_vlm.evaluation.lmms_worker import quiet, score
+from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
+from llm2clip_vlm.evaluation.vlm.jobs import EvaluationError, Job, task_yaml
+from llm2clip_vlm.evaluation.vlm.worker import (
+    build_task,
+    load_config,
+    merge,
+    quiet,
+    refuse_judge,
+    score,
+)
 
 TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
 
@@ -94,7 +100,7 @@ def main() -> None:
     found["limit"] = [scored["n"], scored["limit"], scored["documents"]]
     nothing = Llm2ClipVlmChat(**live)
     nothing.generator._answer = lambda *_: __import__(  # type: ignore[union-attr]
-        "llm2clip_vlm.evaluation.generation", fromlist=["Answer"]
+        "llm2clip_vlm.evaluation.vlm.generation", fromlist=["Answer"]
     ).Answer("", 1)
     found["empty"] = refusal(
         lambda: score(job, suite, task, nothing, output=Path(sys.argv[3]), limit=2)

@@ -21,7 +21,6 @@ from transformers import AutoModel
 from llm2clip_vlm.config import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.captions import (
-    CRA_PROTOCOL,
     CaptionPair,
     CaptionPairs,
     CaptionRecord,
@@ -30,9 +29,10 @@ from llm2clip_vlm.data.captions import (
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import CacheError
 from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.evaluation.encoders import load_encoder
-from llm2clip_vlm.evaluation.retrieval import retrieval_report
+from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.handoff import HandoffError, read_manifest
+from llm2clip_vlm.metrics.retrieval import retrieval_report
+from llm2clip_vlm.metrics.separability import PROTOCOL
 from llm2clip_vlm.models.text_encoder import TextEncoder
 from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
 from tests.tiny import WORDS, write_image
@@ -117,7 +117,7 @@ def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
     assert losses[-1] < losses[0] - 0.5
     cra = json.loads((out / "results.json").read_text())["cra"]
     assert (cra["queries"], cra["gallery"]) == (22, 44)
-    assert cra["protocol"] == CRA_PROTOCOL
+    assert cra["protocol"] == PROTOCOL
     assert cra["after"] > cra["before"] == cra["raw_bidirectional"] != cra["raw_causal"]
     causal = TextEncoder.from_pretrained(tiny_llm, bidirectional=False)
     records = list(read_captions(CaptionSource(path=str(trained / "val.jsonl")), BadRecords()))

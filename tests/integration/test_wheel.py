@@ -91,7 +91,7 @@ def test_the_entry_points_are_declared(wheel: Path) -> None:
         (name,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
         text = archive.read(name).decode()
     assert "llm2clip-vlm = llm2clip_vlm.cli:main" in text
-    assert "llm2clip_vlm = llm2clip_vlm.evaluation.lmms_manifest:manifest" in text
+    assert "llm2clip_vlm = llm2clip_vlm.evaluation.vlm:manifest" in text
 
 
 def test_the_command_works_elsewhere(installed: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from llm2clip_vlm.cli import main
-from llm2clip_vlm.evaluation.lmms_job import check_checkpoints
+from llm2clip_vlm.evaluation.vlm.jobs import check_checkpoints
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError

@@ -25,7 +25,7 @@ from llm2clip_vlm.data.conversation import build_labels
 from llm2clip_vlm.data.instruction import InstructionCollator, InstructionDataset
 from llm2clip_vlm.data.packing import PackedCollator
 from llm2clip_vlm.data.visual_tokens import VisualTokens
-from llm2clip_vlm.evaluation.generation import Generator
+from llm2clip_vlm.evaluation.vlm.generation import Generator
 from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError

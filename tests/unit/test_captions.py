@@ -19,8 +19,8 @@ from llm2clip_vlm.data.captions import (
     CaptionRecord,
     EpochSampler,
     read_captions,
-    retrieval_task,
 )
+from llm2clip_vlm.metrics.separability import caption_task
 
 LENGTHS = ("short", "long")
 ANY = CaptionPairSource(path="x")
@@ -125,13 +125,13 @@ def test_weights_mix_sources() -> None:
     assert len(heavier) == 18
 
 
-def test_retrieval_task_is_first_against_all_others() -> None:
+def test_caption_task_is_first_against_all_others() -> None:
     found = [
         CaptionRecord("k", {"short": ["a", "a"], "long": ["b", "c"]}),
         CaptionRecord("l", {"short": ["d"], "long": ["b"]}),
         CaptionRecord("m", {"short": ["e", "a"]}),
     ]
-    queries, gallery, positives = retrieval_task(found)
+    queries, gallery, positives = caption_task([record.texts for record in found])
     assert (queries, gallery) == (["a", "d", "e"], ["b", "c", "b", "a"])
     # Equal texts are right wherever they stand, the query's own text too.
     assert positives == [{0, 1, 2, 3}, {0, 2}, {3}]

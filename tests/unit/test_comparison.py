@@ -14,8 +14,9 @@ import pytest
 from world.files import WorldConfig, ensure_world
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.evaluation.comparison import compare, flip_examples, flipped, read_run
-from llm2clip_vlm.evaluation.stats import holm, mcnemar_exact
+from llm2clip_vlm.evaluation.report.comparison import compare, flip_examples, flipped
+from llm2clip_vlm.evaluation.report.inputs import read_run
+from llm2clip_vlm.metrics.statistics import holm, mcnemar_exact
 from tests.report_fixtures import load_program, write_json, write_lines, write_run
 from tests.tiny import build_clip
 

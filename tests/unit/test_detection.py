@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llm2clip_vlm.config_encoder import BoxSource, EncoderEvalRecipe
-from llm2clip_vlm.evaluation.detection import (
+from llm2clip_vlm.evaluation.encoder.detection import (
     MAX_BOXES,
     CocoBoxes,
     TowerBackbone,
@@ -19,7 +19,7 @@ from llm2clip_vlm.evaluation.detection import (
     detection,
     predict,
 )
-from llm2clip_vlm.evaluation.encoders import load_encoder
+from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.models.towers import load_vision_tower
 from tests.tiny import write_image
 from tests.tiny_towers import build_tower
@@ -142,7 +142,7 @@ def test_training_and_its_flags(
         weights.update({n: w.clone() for n, w in model.state_dict().items()})
         return predict(model, *rest)
 
-    monkeypatch.setattr("llm2clip_vlm.evaluation.detection.predict", keep)
+    monkeypatch.setattr("llm2clip_vlm.evaluation.encoder.detection.predict", keep)
     modes: list[bool] = []
     forward = TowerBackbone.forward
 

@@ -115,11 +115,11 @@ def check_eval(words: list[str]) -> None:
     if not words[0].startswith("--"):
         load_recipe(words[0], EncoderEvalRecipe, words[1:])
         return
-    from llm2clip_vlm.evaluation import lmms_runner
+    from llm2clip_vlm.evaluation.vlm import jobs as lmms_jobs
 
     asked: list[Any] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lmms_runner, "run_suite", lambda *args, **more: asked.append(args) or {})
+        patch.setattr(lmms_jobs, "run_suite", lambda *args, **more: asked.append(args) or {})
         assert cli.main(["eval", *words]) == 0
     suite, checkpoints, _, _ = asked[0]
     assert suite.tasks

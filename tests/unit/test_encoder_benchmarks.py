@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip_vlm.config_encoder import ClassSource, CompositionalTask, RetrievalTask
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.evaluation.encoder_benchmarks import (
+from llm2clip_vlm.evaluation.encoder.benchmarks import (
     RETRIEVAL,
     plain_image,
     read_classes,

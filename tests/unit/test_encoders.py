@@ -17,7 +17,7 @@ from transformers import AutoModel, SiglipConfig, SiglipModel
 from llm2clip_vlm.config import TextEncoderSection
 from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.evaluation.encoders import load_encoder, tower_pixels
+from llm2clip_vlm.evaluation.encoder.encoders import load_encoder, tower_pixels
 from llm2clip_vlm.fingerprint import HandoffError
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text_encoder import TextEncoder

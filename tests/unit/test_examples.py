@@ -13,8 +13,8 @@ FRESH = """
 import sys
 from pathlib import Path
 from llm2clip_vlm.data.image_text_index import ImageTextRecord
-from llm2clip_vlm.evaluation.examples import retrieved_captions
-from llm2clip_vlm.evaluation.report_inputs import ReportError
+from llm2clip_vlm.evaluation.report.examples import retrieved_captions
+from llm2clip_vlm.evaluation.report.inputs import ReportError
 
 folder = Path(sys.argv[1])
 record = ImageTextRecord("k", "a.png", {"short": ["a dog"]}, folder)

@@ -402,8 +402,7 @@ def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
         found = pixels[:, 0, 4, :8] - pixels[:, 1, 9, :8]
         return found / found.norm(dim=1, keepdim=True)
 
-    report: Any = lambda *given: {"label": {way: {"r1": 7.0} for way in ("i2t", "t2i")}}  # noqa: E731
-    held_out = HeldOut(recipe, processor(), BadRecords(), report)
+    held_out = HeldOut(recipe, processor(), BadRecords())
     found = held_out(images, texts)
     assert graph == {False}
     hits = 0
@@ -417,8 +416,14 @@ def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
     (row,) = found["zero_shot"].values()
     assert row == {"top1": pytest.approx(100 * hits / 9), "images": 9, "classes": 3}
     (name,) = found["zero_shot"]
+    recalls = {way: found["retrieval"]["label"][way]["r1"] for way in ("i2t", "t2i")}
     assert logged(found) == {
-        "label_i2t_r1": 7.0,
-        "label_t2i_r1": 7.0,
+        "label_i2t_r1": recalls["i2t"],
+        "label_t2i_r1": recalls["t2i"],
         f"{name}_zero_shot": pytest.approx(100 * hits / 9),
     }
+    # Embeddings that collapsed to one point know nothing: a tie is a miss.
+    collapsed = held_out(
+        lambda pixels: torch.ones(len(pixels), 1), lambda some: torch.ones(len(some), 1)
+    )
+    assert collapsed["zero_shot"][name]["top1"] == 0.0

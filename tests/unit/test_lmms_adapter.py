@@ -13,8 +13,8 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from lmms_eval.api.instance import Instance
 
-from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
-from llm2clip_vlm.evaluation.lmms_manifest import MODEL_ID, manifest
+from llm2clip_vlm.evaluation.vlm import MODEL_ID, manifest
+from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
 from llm2clip_vlm.models.vlm import build_vlm
 from tests.tiny import write_image
 
@@ -105,7 +105,7 @@ def test_text_only_documents_are_answered(live: dict[str, Any]) -> None:
 def test_many_documents_are_rendered_a_few_batches_at_a_time(
     live: dict[str, Any], monkeypatch: pytest.MonkeyPatch, visual: Any
 ) -> None:
-    from llm2clip_vlm.evaluation import lmms_adapter
+    from llm2clip_vlm.evaluation.vlm import adapter as lmms_adapter
 
     whole = texts_of(Llm2ClipVlmChat(**live), visual)
     monkeypatch.setattr(lmms_adapter, "_BATCHES_AT_ONCE", 1)
@@ -151,7 +151,7 @@ def test_the_manifest_names_the_class_without_an_alias_and_without_torch() -> No
     assert found.chat_class_path.endswith(".Llm2ClipVlmChat") and not found.simple_class_path
     code = (
         "import sys\n"
-        "from llm2clip_vlm.evaluation.lmms_manifest import manifest\n"
+        "from llm2clip_vlm.evaluation.vlm import manifest\n"
         "manifest()\n"
         "from lmms_eval.models.registry_v2 import ModelRegistryV2\n"
         "assert 'torch' not in sys.modules\n"
@@ -166,7 +166,7 @@ def test_the_manifest_names_the_class_without_an_alias_and_without_torch() -> No
 def test_every_document_has_its_own_options_and_picture_in_every_batch(
     live: dict[str, Any], monkeypatch: pytest.MonkeyPatch, visual: Any
 ) -> None:
-    from llm2clip_vlm.evaluation import lmms_adapter
+    from llm2clip_vlm.evaluation.vlm import adapter as lmms_adapter
 
     monkeypatch.setattr(lmms_adapter, "_BATCHES_AT_ONCE", 1)
     adapter = Llm2ClipVlmChat(**live, batch_size=1)

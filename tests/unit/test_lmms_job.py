@@ -22,21 +22,23 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.evaluation import llava15, lmms_job, lmms_runner, lmms_worker
-from llm2clip_vlm.evaluation.lmms_job import (
+from llm2clip_vlm.evaluation.vlm import jobs as lmms_jobs
+from llm2clip_vlm.evaluation.vlm import llava15
+from llm2clip_vlm.evaluation.vlm import worker as lmms_worker
+from llm2clip_vlm.evaluation.vlm.jobs import (
     EvaluationError,
     Job,
     data_hash,
     left_out,
     plan,
+    run_suite,
     spec_hash,
     task_yaml,
+    worker_environment,
 )
-from llm2clip_vlm.evaluation.lmms_rows import to_mme_rows, to_pope_rows
-from llm2clip_vlm.evaluation.lmms_runner import run_suite, worker_environment
-from llm2clip_vlm.evaluation.lmms_samples import metric_errors, metrics_of, samples_of, summarise
-from llm2clip_vlm.evaluation.lmms_tasks import STATIC_DESPITE_MARKS, merge, redirect
-from llm2clip_vlm.evaluation.task_helpers import pixel_hash
+from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash, to_mme_rows, to_pope_rows
+from llm2clip_vlm.evaluation.vlm.worker import STATIC_DESPITE_MARKS, merge, redirect
 from llm2clip_vlm.fingerprint import file_state
 from llm2clip_vlm.recipe import load_recipe
 from tests.tiny import write_image
@@ -357,9 +359,9 @@ def test_answers_without_a_score_or_twice_are_refused() -> None:
 
 def test_functions_in_overrides_are_ours_or_lmms_evals() -> None:
     config: dict[str, Any] = {"doc_to_text": "x"}
-    merge(config, {"doc_to_text": "!function llm2clip_vlm.evaluation.llava15.plain_text"})
+    merge(config, {"doc_to_text": "!function llm2clip_vlm.evaluation.vlm.llava15.plain_text"})
     assert config["doc_to_text"]({"question": "Q"}, {"post_prompt": "!"}) == "Q!"
-    for text in ("os.system", "llm2clip_vlm.evaluation.llava15.none", "llm2clip_vlm.no.such"):
+    for text in ("os.system", "llm2clip_vlm.evaluation.vlm.llava15.none", "llm2clip_vlm.no.such"):
         with pytest.raises(EvaluationError, match=text.rpartition(".")[2]):
             merge(config, {"metric_list": [{"aggregation": f"!function {text}"}]})
 
@@ -397,9 +399,9 @@ def test_a_change_of_versions_code_or_task_file_makes_results_stale(
 
     found = [digest()]
     for name in ("lmms_eval", "transformers"):
-        monkeypatch.setattr(lmms_job, "versions", lambda name=name: {name: "0.0"})
+        monkeypatch.setattr(lmms_jobs, "versions", lambda name=name: {name: "0.0"})
         found.append(digest())
-    monkeypatch.setattr(lmms_job, "SCORING_CODE", lmms_job.SCORING_CODE[1:])
+    monkeypatch.setattr(lmms_jobs, "SCORING_CODE", lmms_jobs.SCORING_CODE[1:])
     found.append(digest())
     for file in ("l2c_world_exist.yaml", "utils.py"):
         with (folder / "l2c_world_exist" / file).open("a") as handle:
@@ -409,8 +411,12 @@ def test_a_change_of_versions_code_or_task_file_makes_results_stale(
 
 
 def test_the_code_that_scores_is_what_prompts_and_scorers_import() -> None:
-    package, listed = ROOT / "llm2clip_vlm", set(lmms_job.SCORING_CODE)
-    needed = {"evaluation/generation.py", "evaluation/llava15.py", "evaluation/task_helpers.py"}
+    package, listed = ROOT / "llm2clip_vlm", set(lmms_jobs.SCORING_CODE)
+    needed = {
+        "evaluation/vlm/generation.py",
+        "evaluation/vlm/llava15.py",
+        "evaluation/vlm/task_helpers.py",
+    }
     for _ in range(3):
         for name in list(needed):
             text = (package / name).read_text()
@@ -534,7 +540,7 @@ def test_after_a_failure_the_rest_is_done(
             )
         return 0
 
-    monkeypatch.setattr(lmms_runner, "_spawn", spawn)
+    monkeypatch.setattr(lmms_jobs, "_spawn", spawn)
     with pytest.raises(EvaluationError, match=r"1 of 3 evaluations failed: m / b \(exit 3\)"):
         run_suite(recipe, {"m": model_dir}, tmp_path / "out")
     assert spawned == [["a", "b", "c"], ["c"]]

@@ -15,12 +15,11 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.config_eval import ExpectedScores
-from llm2clip_vlm.evaluation.comparison import _differences, compare, flipped
-from llm2clip_vlm.evaluation.lmms_samples import metric_errors, samples_of
-from llm2clip_vlm.evaluation.retrieval import bootstrap_interval
-from llm2clip_vlm.evaluation.run_scores import Measured, Run
-from llm2clip_vlm.evaluation.score_gate import gate
-from llm2clip_vlm.evaluation.stats import jackknife_error, unpaired_summary
+from llm2clip_vlm.evaluation.report.comparison import _differences, compare, flipped
+from llm2clip_vlm.evaluation.report.inputs import Measured, Run
+from llm2clip_vlm.evaluation.vlm.samples import metric_errors, samples_of
+from llm2clip_vlm.evaluation.vlm.score_gate import gate
+from llm2clip_vlm.metrics.statistics import bootstrap_interval, jackknife_error, unpaired_summary
 
 
 def run(name: str, seeds: dict[int | None, Any]) -> Run:

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
-from llm2clip_vlm.evaluation import probes
-from llm2clip_vlm.evaluation.probes import choose_l2, fit_logistic, linear_probe
+from llm2clip_vlm.evaluation.encoder import probes
+from llm2clip_vlm.evaluation.encoder.probes import choose_l2, fit_logistic, linear_probe
 
 
 def blobs(per_class: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -101,7 +101,7 @@ def test_the_share_for_validation_is_what_the_strength_is_chosen_by(
         sizes.append(len(features))
         return fit_logistic(features, *rest)
 
-    monkeypatch.setattr("llm2clip_vlm.evaluation.probes.fit_logistic", fit)
+    monkeypatch.setattr("llm2clip_vlm.evaluation.encoder.probes.fit_logistic", fit)
     probe(tmp_path, validation=0.5)
     assert set(sizes[:-1]) == {18} and sizes[-1] == 36
 

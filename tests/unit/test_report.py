@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llm2clip_vlm.evaluation import charts, report
-from llm2clip_vlm.evaluation.charts import Line, Mark
-from llm2clip_vlm.evaluation.examples import (
+from llm2clip_vlm.evaluation.report import charts, facts
+from llm2clip_vlm.evaluation.report.charts import Line, Mark
+from llm2clip_vlm.evaluation.report.examples import (
     answered_questions,
     retrieved_captions,
     sample_pictures,
 )
-from llm2clip_vlm.evaluation.pages import clock, data_uri
-from llm2clip_vlm.evaluation.report_inputs import ReportError, guesses, read_scores, read_seconds
+from llm2clip_vlm.evaluation.report.inputs import ReportError, guesses, read_scores, read_seconds
+from llm2clip_vlm.evaluation.report.pages import clock, data_uri
 from tests.report_fixtures import (
     KINDS,
     RATES,
@@ -286,7 +286,7 @@ def towers(first: tuple[float, float], second: tuple[float, float]) -> dict[str,
     ],
 )
 def test_verdict(first: Any, second: Any, state: str, words: str) -> None:
-    found = report.retrieval_verdict(towers(first, second), ("a", "b"))
+    found = facts.retrieval_verdict(towers(first, second), ("a", "b"))
     assert found.state == state and words in found.sentence
     assert f"{first[0]:.1f} % against {second[0]:.1f} %" in found.short
 

@@ -7,7 +7,7 @@ from html import escape
 
 import pytest
 
-from llm2clip_vlm.evaluation.charts import (
+from llm2clip_vlm.evaluation.report.charts import (
     Line,
     Mark,
     bar_chart,

@@ -8,13 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from llm2clip_vlm.evaluation import retrieval
-from llm2clip_vlm.evaluation.retrieval import (
-    bootstrap_interval,
-    chance_recall,
-    recall_at_k,
-    retrieval_report,
-)
+from llm2clip_vlm.metrics import retrieval
+from llm2clip_vlm.metrics.retrieval import chance_recall, recall_at_k, retrieval_report
+from llm2clip_vlm.metrics.statistics import bootstrap_interval
 
 
 def unit(rng: np.random.Generator, rows: int, width: int = 8) -> torch.Tensor:

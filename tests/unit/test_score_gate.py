@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import t
 
 from llm2clip_vlm.config_eval import ExpectedScores
-from llm2clip_vlm.evaluation.score_gate import gate, gate_table
+from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
 from llm2clip_vlm.recipe import RecipeError, load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,8 @@ from PIL import Image
 from torch.nn import Linear
 
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe
-from llm2clip_vlm.evaluation.encoders import Encoder, load_encoder
-from llm2clip_vlm.evaluation.segmentation import (
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
+from llm2clip_vlm.evaluation.encoder.segmentation import (
     Masks,
     _judge,
     _pool_each,

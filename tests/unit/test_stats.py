@@ -10,17 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip_vlm.evaluation.stats import (
+from llm2clip_vlm.evaluation.vlm.samples import load_samples, pair_samples, questions
+from llm2clip_vlm.metrics.statistics import (
     EXACT_FLIPS,
     cluster_sums,
     holm,
     jackknife_error,
-    load_samples,
     mcnemar_exact,
     mean_interval,
-    pair_samples,
     paired_bootstrap,
-    questions,
     rounded,
     seed_summary,
     sign_flip_test,

@@ -19,7 +19,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.conversation import build_labels
 from llm2clip_vlm.data.instruction import InstructionDataset
-from llm2clip_vlm.evaluation.generation import Generator
+from llm2clip_vlm.evaluation.vlm.generation import Generator
 from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.models.system_prompt import with_system_prompt
 from llm2clip_vlm.models.vlm import build_vlm, load_vlm

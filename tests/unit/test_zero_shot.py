@@ -20,15 +20,14 @@ from llm2clip_vlm.config_encoder import (
     RetrievalTask,
     ZeroShotTask,
 )
-from llm2clip_vlm.evaluation.zero_shot import (
+from llm2clip_vlm.evaluation.encoder.zero_shot import (
     caption_accuracy,
-    class_embeds,
     classification,
     compositional,
-    mean_per_class,
     retrieval,
-    score,
 )
+from llm2clip_vlm.metrics.statistics import accuracy
+from llm2clip_vlm.metrics.zero_shot import class_embeds, mean_per_class
 from tests.tiny import write_image
 
 
@@ -174,20 +173,19 @@ def test_classification_by_names(tmp_path: Path) -> None:
 
 def test_a_class_is_the_mean_of_its_templates() -> None:
     model = encoder(a_dog=X, the_dog=Y)
-    got = class_embeds(model, ["dog"], ["a {}", "the {}"])
+    got = class_embeds(model.embed_texts, ["dog"], ["a {}", "the {}"])
     torch.testing.assert_close(got, F.normalize(torch.tensor([[1.0, 1.0, 0.0]]), dim=-1))
     with pytest.raises(ValueError, match="'a dog': expected one"):
-        class_embeds(model, ["dog"], ["a dog"])
+        class_embeds(model.embed_texts, ["dog"], ["a dog"])
 
 
 def test_scores_and_their_intervals() -> None:
-    made = recipe({"task": "cra", "benchmark": "records", "data": "x"}, seed=1)
     right = [True] * 30 + [False] * 10
-    alone = score(right, list(range(40)), made)
+    alone = accuracy(right, range(40), 1000, seed=1)
     low, high = alone["ci"]
     assert alone["score"] == 75.0 and low < 75 < high
-    assert score(right, list(range(40)), made.model_copy(update={"seed": 2}))["ci"] != alone["ci"]
-    low, high = score(right, [i // 10 for i in range(40)], made)["ci"]
+    assert accuracy(right, range(40), 1000, seed=2)["ci"] != alone["ci"]
+    low, high = accuracy(right, [i // 10 for i in range(40)], 1000, seed=1)["ci"]
     assert high - low > 2 * (alone["ci"][1] - alone["ci"][0]) / 1.5
     rows = torch.tensor([0, 0, 0, 1]).numpy()
     assert mean_per_class(torch.tensor([True, True, True, False]).numpy(), rows) == 50.0
@@ -207,7 +205,7 @@ def test_the_recipe_keeps_its_types() -> None:
 def test_every_name_keeps_its_own_templates() -> None:
     """Two names in three templates: a mix-up of rows and columns gives other classes."""
     model = encoder(a_dog=X, the_dog=X, no_dog=Y, a_cat=Z, the_cat=Z, no_cat=Y)
-    got = class_embeds(model, ["dog", "cat"], ["a {}", "the {}", "no {}"])
+    got = class_embeds(model.embed_texts, ["dog", "cat"], ["a {}", "the {}", "no {}"])
     want = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 2.0]])
     torch.testing.assert_close(got, F.normalize(want, dim=-1))
 

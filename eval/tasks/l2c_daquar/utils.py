@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from llm2clip_vlm.evaluation.task_helpers import (
+from llm2clip_vlm.evaluation.vlm.task_helpers import (
     doc_to_text,
     doc_to_visual,
     exact_match,

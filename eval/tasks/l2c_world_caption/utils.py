@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm2clip_vlm.evaluation.task_helpers import doc_to_visual
+from llm2clip_vlm.evaluation.vlm.task_helpers import doc_to_visual
 
 __all__ = [
     "doc_to_target",

@@ -1,4 +1,4 @@
-"""The entry point `lmms_eval.models` -> `llm2clip_vlm.evaluation.lmms_manifest:manifest`.
+"""The entry point `lmms_eval.models` -> `llm2clip_vlm.evaluation.vlm:manifest`.
 
 lmms-eval loads it whenever its models are imported, so it imports neither torch nor the adapter.
 There is no alias on purpose: lmms-eval looks prompts up by the name that was typed.
@@ -19,5 +19,5 @@ def manifest() -> ModelManifest:
     """Names the adapter's class for lmms-eval's registry."""
     from lmms_eval.models.registry_v2 import ModelManifest
 
-    path = "llm2clip_vlm.evaluation.lmms_adapter.Llm2ClipVlmChat"
+    path = "llm2clip_vlm.evaluation.vlm.adapter.Llm2ClipVlmChat"
     return ModelManifest(model_id=MODEL_ID, chat_class_path=path)

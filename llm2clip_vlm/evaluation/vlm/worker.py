@@ -1,4 +1,4 @@
-"""The subprocess that talks to lmms-eval: `python -P -m llm2clip_vlm.evaluation.lmms_worker JOBS`.
+"""The subprocess that talks to lmms-eval: `python -P -m llm2clip_vlm.evaluation.vlm.worker JOBS`.
 
 One process for all checkpoints and tasks, since importing lmms-eval costs 9 s; a process of its
 own, since the import changes torch.distributed's timeout, the seeds, the warnings and PIL. It stops
@@ -8,6 +8,9 @@ at the first failure; the runner notes it and starts another process for the res
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib
+import inspect
 import json
 import os
 import sys
@@ -17,8 +20,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config_eval import SuiteRecipe
-from llm2clip_vlm.evaluation.lmms_job import (
+from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
+from llm2clip_vlm.evaluation.vlm import MODEL_ID
+from llm2clip_vlm.evaluation.vlm.jobs import (
     JUDGE,
     RESULT_SCHEMA,
     EvaluationError,
@@ -26,20 +30,18 @@ from llm2clip_vlm.evaluation.lmms_job import (
     data_hash,
     task_yaml,
 )
-from llm2clip_vlm.evaluation.lmms_samples import (
-    metric_errors,
-    metrics_of,
-    samples_of,
-    summarise,
-)
-from llm2clip_vlm.evaluation.lmms_tasks import build_task
+from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.fingerprint import file_state
 from llm2clip_vlm.handoff import versions
 
+_NO_MANAGER: Any = object()
+"""Given in place of lmms-eval's task manager, which would index 1,700 files; task objects need
+none."""
+
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the jobs of a file that :mod:`.lmms_runner` wrote.
+    """Run the jobs of a file that :mod:`llm2clip_vlm.evaluation.vlm.jobs` wrote.
 
     Returns:
         0; a failure leaves as its own exception.
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_adapter(path: str, suite: SuiteRecipe) -> Any:
     """A checkpoint behind lmms-eval's interface, which several tasks may use in turn."""
-    from llm2clip_vlm.evaluation.lmms_adapter import Llm2ClipVlmChat, load_checkpoint
+    from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
 
     model, processor = load_checkpoint(path, dtype=suite.dtype, device=suite.device)
     return Llm2ClipVlmChat(
@@ -97,7 +99,7 @@ def prepare(suite: SuiteRecipe, job: Job, tasks_dir: Path, scratch: Path) -> Any
     spec = suite.tasks[job.task_index]
     data = Path(spec.data_files) if spec.data_files else None
     if data is not None and spec.convert:
-        from llm2clip_vlm.evaluation.lmms_rows import write_parquet
+        from llm2clip_vlm.evaluation.vlm.task_helpers import write_parquet
 
         source, data = data, scratch / f"{job.task}.parquet"
         write_parquet(source, spec.convert, data)
@@ -203,11 +205,6 @@ def score(
     return result
 
 
-_NO_MANAGER: Any = object()
-"""Given in place of lmms-eval's task manager, which would index 1,700 files; task objects need
-none."""
-
-
 def _refuse(job: Job, counts: Mapping[str, Any], max_empty: float) -> None:
     if counts["n_errors"]:
         raise EvaluationError(
@@ -233,6 +230,161 @@ def _settings(adapter: Any) -> dict[str, Any]:
         "processor": type(processor).__name__,
         "image_processor": type(processor.image_processor).__name__,
     }
+
+
+LOADERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+"""Loader of `datasets` for each kind of local file, gzipped or not."""
+
+JUDGE_MARKS = ("OPENAI_API", "AZURE_", "llm_judge", "get_chat_response")
+"""Text in a scorer's folder that means: another model is asked. Without its key lmms-eval prints
+nonsense (0.0 or even 100.0), so such tasks are refused."""
+
+STATIC_DESPITE_MARKS = frozenset({"mmbench_en_dev_static", "l2c_mmbench_cn_dev_static"})
+"""Tasks whose scorer shares a file with a judge and never calls it."""
+
+
+def load_config(yaml: Path) -> dict[str, Any]:
+    """A task's YAML with includes merged and functions imported.
+
+    A hub token is dropped: it makes public data sets fail without a login.
+    """
+    from lmms_eval.utils import load_yaml_config
+
+    config: dict[str, Any] = load_yaml_config(str(yaml), mode="full")
+    kwargs = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
+    config["dataset_kwargs"] = kwargs or None
+    return config
+
+
+def refuse_judge(name: str, config: Mapping[str, Any]) -> None:
+    """Refuse a task whose score comes from another model.
+
+    Raises:
+        EvaluationError: A file in its scorer's folder mentions a judge.
+    """
+    if name in STATIC_DESPITE_MARKS:
+        return
+    functions = [config.get("process_results")]
+    functions += [metric.get("aggregation") for metric in config.get("metric_list") or []]
+    # The whole folder: a scorer may reach its judge through a module beside it.
+    folders = {Path(inspect.getfile(given)).parent for given in functions if callable(given)}
+    for file in sorted(file for folder in folders for file in folder.glob("*.py")):
+        marks = [mark for mark in JUDGE_MARKS if mark in file.read_text(encoding="utf-8")]
+        if marks:
+            raise EvaluationError(
+                f"task {name}: its scorer asks a judge model ({marks[0]} in {file.name}); mark it "
+                "`judge: true` and give the suite `judge: environment`"
+            )
+
+
+def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None:
+    """Make a task read a local file instead of its own data set.
+
+    Args:
+        config: Changed in place; the split keeps its name.
+        data: Parquet, JSON lines, JSON or CSV. Its folder becomes the task's `image_root`.
+        cache_dir: Where `datasets` keeps its copy; none = its usual place.
+
+    Raises:
+        EvaluationError: A file of another kind, or a task without a split.
+    """
+    suffix = Path(data.name.removesuffix(".gz")).suffix
+    if suffix not in LOADERS:
+        raise EvaluationError(f"data file {data}: expected one of {', '.join(LOADERS)}")
+    split = config.get("test_split") or config.get("validation_split")
+    if split is None:
+        raise EvaluationError(f"task {config.get('task')}: has neither test nor validation split")
+    config["dataset_path"], config["dataset_name"] = LOADERS[suffix], None
+    config["dataset_kwargs"] = {"data_files": {str(split).strip(): str(data.resolve())}}
+    config["test_split"] = str(split).strip()
+    if cache_dir is not None:
+        config["dataset_kwargs"]["cache_dir"] = str(cache_dir)
+    kwargs = config.get("lmms_eval_specific_kwargs") or {}
+    if "image_root" in kwargs.get("default", {}):
+        kwargs["default"]["image_root"] = str(data.resolve().parent)
+
+
+def merge(config: dict[str, Any], overrides: Mapping[str, Any], *, inside: bool = False) -> None:
+    """Lay a suite's overrides over a task's configuration, in place.
+
+    A text `!function MODULE.NAME` stands for a function of this package or of lmms-eval.
+
+    Raises:
+        EvaluationError: A key that lmms-eval's `TaskConfig` does not have, or no such function.
+    """
+    from lmms_eval.api.task import TaskConfig
+
+    if not inside:
+        known = {field.name for field in dataclasses.fields(TaskConfig)}
+        if unknown := sorted(set(overrides) - known):
+            raise EvaluationError(f"overrides: {unknown} are no keys of an lmms-eval task")
+    for key, value in overrides.items():
+        if value is None:
+            config.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(config.get(key), dict):
+            merge(config[key], value, inside=True)
+        else:
+            config[key] = _with_functions(value)
+
+
+def _with_functions(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_with_functions(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _with_functions(item) for key, item in value.items()}
+    if not (isinstance(value, str) and value.startswith("!function ")):
+        return value
+    module, _, name = value.removeprefix("!function ").strip().rpartition(".")
+    if module.partition(".")[0] not in ("llm2clip_vlm", "lmms_eval"):
+        raise EvaluationError(f"overrides: {value}: expected a function of llm2clip_vlm, lmms_eval")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise EvaluationError(f"overrides: {value}: {error}") from None
+
+
+def build_task(
+    spec: LmmsTask,
+    yaml: Path,
+    data: Path | None,
+    cache_dir: Path | None = None,
+    *,
+    judge: bool = False,
+) -> Any:
+    """The lmms-eval task object of a suite's entry, for the chat adapter.
+
+    Args:
+        spec: The suite's entry.
+        yaml: The task's file, from :func:`~llm2clip_vlm.evaluation.vlm.jobs.task_yaml`.
+        data: Local file to read instead (already converted), or None for the task's own data.
+        cache_dir: As for :func:`redirect`.
+        judge: There is a judge, so tasks marked as needing one may be built.
+
+    Returns:
+        A `ConfigurableMessagesTask`.
+
+    Raises:
+        EvaluationError: A judge task, another output than text, or a bad override.
+        Exception: Whatever kept the data set from loading (lmms-eval retries, then hides it).
+    """
+    from lmms_eval.api.task import ConfigurableMessagesTask
+    from tenacity import RetryError
+
+    config = load_config(yaml)
+    if not (judge and spec.judge):
+        refuse_judge(spec.task, config)
+    merge(config, spec.overrides)
+    if data is not None:
+        redirect(config, data, cache_dir)
+    if config.get("output_type", "generate_until") != "generate_until":
+        raise EvaluationError(
+            f"task {spec.task}: output_type {config['output_type']}; only generate_until is scored "
+            "(lmms-eval 0.7 breaks multiple_choice; use the task's generating variant)"
+        )
+    try:
+        return ConfigurableMessagesTask(config=config, model_name=MODEL_ID)
+    except RetryError as error:
+        error.reraise()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Importing this module imports lmms-eval's `api`, without the side effects of its evaluator; nothing
 else in the library does at import. `lmms-eval --model llm2clip_vlm --model_args pretrained=DIR`
-finds the class by the entry point in :mod:`.lmms_manifest`.
+finds the class by the entry point in :mod:`llm2clip_vlm.evaluation.vlm`.
 
 Where lmms-eval 0.7 and its documents disagree, the code below follows what runs:
 
@@ -25,8 +25,8 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from llm2clip_vlm.evaluation.generation import Answer, Generator, Prompt
-from llm2clip_vlm.evaluation.task_helpers import pixel_hash
+from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator, Prompt
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete, read_processor
 

@@ -11,14 +11,19 @@ import math
 import tempfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.lmms_job import EvaluationError
-from llm2clip_vlm.evaluation.retrieval import bootstrap_interval
-from llm2clip_vlm.evaluation.stats import PIXELS, jackknife_error, questions
-from llm2clip_vlm.evaluation.task_helpers import normalise
+from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.evaluation.vlm.jobs import EvaluationError
+from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
+from llm2clip_vlm.metrics.statistics import bootstrap_interval, jackknife_error
+
+PIXELS = "pixels:"
+"""How the `image_id` of a sample begins whose picture is told by a hash of its pixels."""
 
 logger = logging.getLogger(__name__)
 
@@ -253,3 +258,112 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for kind, values in sorted(by_type.items())
         },
     }
+
+
+@dataclass(frozen=True)
+class PairedSamples:
+    """The same documents answered by two checkpoints."""
+
+    correct_a: np.ndarray
+    """float[n] in 0..1."""
+    correct_b: np.ndarray
+    """float[n] in 0..1."""
+    image_ids: list[str]
+    """The image of each document, by its pixels where one of the two tells it so."""
+    pictures_known: bool = True
+    """Whether the images are told by their pixels, not by a column or the document's number."""
+
+
+def load_samples(path: str | Path) -> list[dict[str, Any]]:
+    """Read a `<task>.samples.jsonl` of `eval/run_lmms.py` or `eval/run_encoder.py`.
+
+    Returns:
+        One sample a question: the turns of one question are joined by :func:`questions`.
+
+    Raises:
+        RecordError: The file is missing or damaged.
+        ValueError: It holds no sample, one document twice, or a score that is no number.
+    """
+    samples = list(iter_rows(path))
+    if not samples:
+        raise ValueError(f"{path}: expected one sample a line, got an empty file")
+    seen: set[Any] = set()
+    for sample in samples:
+        if sample["doc_id"] in seen:
+            raise ValueError(f"{path}: document {sample['doc_id']} is there twice; evaluate again")
+        seen.add(sample["doc_id"])
+        score = sample["correct"]
+        if not isinstance(score, int | float) or not math.isfinite(score):
+            raise ValueError(
+                f"{path}: document {sample['doc_id']}: expected a score from 0 to 1, got {score}; "
+                "evaluate again"
+            )
+    return questions(samples)
+
+
+def questions(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Join the turns of one question, as MMBench asks it: right only if every turn is.
+
+    Args:
+        samples: Those with a `question_id` are turns; the first of each has `turn` 0.
+
+    Returns:
+        One sample a question, with the first turn's fields; as MMBench's own score does, turns
+        without their first one (a run over the first documents only) are left out.
+    """
+    found: dict[Any, dict[str, Any]] = {}
+    for sample in sorted(samples, key=lambda sample: sample.get("turn") or 0):
+        key = sample.get("question_id")
+        if key is None:
+            found[None, sample["doc_id"]] = dict(sample)
+        elif not sample["turn"]:
+            found[key] = dict(sample)
+        elif whole := found.get(key):
+            whole["correct"] = min(whole["correct"], sample["correct"])
+            whole["answer"] = f"{whole['answer']} | {sample['answer']}"
+            whole["target"] = f"{whole['target']} | {sample['target']}"
+            if whole["unparsable"] is not None:
+                whole["unparsable"] = max(whole["unparsable"], sample["unparsable"])
+    return list(found.values())
+
+
+def pair_samples(
+    samples_a: Sequence[Mapping[str, Any]], samples_b: Sequence[Mapping[str, Any]]
+) -> PairedSamples:
+    """Align the samples of two checkpoints by document.
+
+    Args:
+        samples_a: From :func:`load_samples`.
+        samples_b: The same task on the same data.
+
+    Returns:
+        Scores in the order of `samples_a`.
+
+    Raises:
+        ValueError: The documents differ in number, question, target or picture: not the same data.
+    """
+    others = {sample["doc_id"]: sample for sample in samples_b}
+    if len(others) != len(samples_a):
+        raise ValueError(
+            f"samples: expected the same documents, got {len(samples_a)} and {len(others)}; "
+            "evaluate both checkpoints with one suite and one --limit"
+        )
+    hashed = [
+        all(str(sample["image_id"]).startswith(PIXELS) for sample in side)
+        for side in (samples_a, samples_b)
+    ]
+    keys = ["question", "target"] + ["image_id"] * (hashed[0] == hashed[1])
+    for sample in samples_a:
+        other = others.get(sample["doc_id"])
+        if other is None or any(sample[k] != other[k] for k in keys):
+            raise ValueError(
+                f"samples: document {sample['doc_id']} differs between the two runs "
+                f"({sample['question']!r}): they were made on different data"
+            )
+    told = samples_a if hashed[0] else [others[sample["doc_id"]] for sample in samples_a]
+    return PairedSamples(
+        correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
+        correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
+        image_ids=[str(sample["image_id"]) for sample in told],
+        pictures_known=any(hashed),
+    )

@@ -6,8 +6,14 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm2clip_vlm.evaluation.comparison import ALPHA, Run, difference_chart, flip_examples, flipped
-from llm2clip_vlm.evaluation.pages import render
+from llm2clip_vlm.evaluation.report.comparison import (
+    ALPHA,
+    difference_chart,
+    flip_examples,
+    flipped,
+)
+from llm2clip_vlm.evaluation.report.inputs import Run
+from llm2clip_vlm.evaluation.report.pages import render
 
 FLIPS_SHOWN = 6
 """Flipped samples on the page, of each run, benchmark and pair."""
@@ -18,7 +24,7 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
 
     Args:
         runs: What was compared.
-        found: From :func:`~llm2clip_vlm.evaluation.comparison.compare`.
+        found: From :func:`~llm2clip_vlm.evaluation.report.comparison.compare`.
 
     Returns:
         `compare.html`, `compare.md` and `compare.json` to their texts.

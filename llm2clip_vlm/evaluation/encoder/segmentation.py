@@ -21,10 +21,10 @@ from llm2clip_vlm.config_encoder import (
     ZeroShotSegmentationTask,
 )
 from llm2clip_vlm.data.images import open_image, resolve_image
-from llm2clip_vlm.evaluation.encoder_benchmarks import plain_image, read_classes
-from llm2clip_vlm.evaluation.encoders import Encoder, data_hash, tower_pixels
-from llm2clip_vlm.evaluation.zero_shot import class_embeds
+from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash, tower_pixels
 from llm2clip_vlm.files import read_text
+from llm2clip_vlm.metrics.zero_shot import class_embeds
 
 UNJUDGED = 255
 """Mask value of pixels without a class."""
@@ -41,7 +41,7 @@ def zero_shot_segmentation(
     Paper: MaskCLIP (2112.01071) section 3.2; LLM2CLIP v6 table 4.
     """
     names = list(read_classes(task.classes).values())
-    texts = class_embeds(encoder, names, task.templates).to(encoder.tower.model.device)
+    texts = class_embeds(encoder.embed_texts, names, task.templates).to(encoder.tower.model.device)
 
     def scores(windows: Tensor) -> Tensor:
         patches = patch_grid(encoder, windows, last_values=task.last_attention == "value")

@@ -1,8 +1,8 @@
 """Prompts and parses of LLaVA-1.5's own evaluation scripts, where lmms-eval's tasks differ.
 
-Suites name these functions in a task's `overrides`
-(`process_results: "!function llm2clip_vlm.evaluation.llava15.pope_results"`); lmms-eval calls them
-as it calls its own. What they still leave unlike the paper stands under the suite's `deviations`.
+Suites name these functions in a task's `overrides`, as
+`"!function llm2clip_vlm.evaluation.vlm.llava15.pope_results"`; lmms-eval calls them as it calls its
+own. What they still leave unlike the paper stands under the suite's `deviations`.
 
 Paper: arXiv 2310.03744; LLaVA `llava/eval/*.py`, `scripts/convert_*.py`, `docs/Evaluation.md`.
 """

@@ -12,9 +12,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm2clip_vlm.config_encoder import ClassSource, EncoderEvalRecipe, LinearProbeTask
-from llm2clip_vlm.evaluation.encoder_benchmarks import read_classified
-from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
-from llm2clip_vlm.evaluation.zero_shot import label_rows, mean_per_class, score
+from llm2clip_vlm.evaluation.encoder.benchmarks import read_classified
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
+from llm2clip_vlm.metrics.statistics import accuracy
+from llm2clip_vlm.metrics.zero_shot import label_rows, mean_per_class
 
 VALIDATION_SHOTS = 4
 """Few-shot: at most so many further images a class choose the regularisation (CoOp, 2109.01134)."""
@@ -107,7 +108,7 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
         f"L2 swept on {task.validation:.0%} of train, then fitted on all (CLIP A.3); few-shot: "
         f"swept on at most {VALIDATION_SHOTS} more images a class, fitted without them",
         "data_hash": data_hash(train_hash, test_hash),
-        "top1": score(right.numpy(), list(range(len(test))), recipe),
+        "top1": accuracy(right.numpy(), range(len(test)), recipe.bootstrap, recipe.seed),
         "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
         "l2": l2,
         "samples": {"": (list(range(len(test))), right.numpy())},

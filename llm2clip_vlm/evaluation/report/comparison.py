@@ -18,23 +18,20 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.charts import Mark, forest_chart
-from llm2clip_vlm.evaluation.examples import Example, sample_pictures
-from llm2clip_vlm.evaluation.report_inputs import ReportError
-from llm2clip_vlm.evaluation.run_scores import Measured, Run, read_run, run_seconds
-from llm2clip_vlm.evaluation.stats import (
+from llm2clip_vlm.evaluation.report.charts import Mark, forest_chart
+from llm2clip_vlm.evaluation.report.examples import Example, sample_pictures
+from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
+from llm2clip_vlm.evaluation.vlm.samples import pair_samples
+from llm2clip_vlm.metrics.statistics import (
     cluster_sums,
     holm,
     is_binary,
     mcnemar_exact,
-    pair_samples,
     paired_bootstrap,
     seed_summary,
     sign_flip_test,
     unpaired_summary,
 )
-
-__all__ = ["ALPHA", "Run", "compare", "difference_chart", "flip_examples", "flipped", "read_run"]
 
 ALPHA = 0.05
 """A difference counts as won or lost where its p value, corrected by Holm, is below this."""

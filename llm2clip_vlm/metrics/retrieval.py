@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llm2clip_vlm.metrics.statistics import bootstrap_interval
+
 TIE_TOLERANCE = 1e-6
 """Scores of unit vectors that are closer than this are a tie: equal rows of a matrix product may
 differ in the last bit, depending on where they stand."""
 
 _CHUNK_ELEMENTS = 2**23
 
-FEW_IMAGES = 50
-"""Below this many images percentiles of a bootstrap are too narrow (five: 85 % instead of 95)."""
 
 Rivals = tuple[np.ndarray, np.ndarray]
 """For each query: wrong items above its best positive, and wrong ones that tie with it."""
@@ -42,6 +42,8 @@ class RecallResult:
     """Share of queries whose best positive ties with a wrong item."""
     chance: dict[int, float] = field(default_factory=dict)
     """k -> per cent expected from a gallery in random order."""
+    gallery: int = 0
+    """Items in the gallery."""
 
 
 def recall_at_k(
@@ -176,8 +178,8 @@ def retrieval_report(
             hits[f".{kind}.i2t"] = (asked.tolist(), i2t.hits[1])
             hits[f".{kind}.t2i"] = (owners, t2i.hits[1])
         report[kind] = {
-            "i2t": _summary(i2t, len(asked), len(texts)),
-            "t2i": _summary(t2i, len(texts), len(images)),
+            "i2t": _summary(i2t),
+            "t2i": _summary(t2i),
         }
     return report
 
@@ -204,10 +206,11 @@ def _result(
         hits=hits,
         tie_rate=float((ties > 0).mean()),
         chance={k: chance_recall(gallery_size, sizes, k) for k in cutoffs},
+        gallery=gallery_size,
     )
 
 
-def _summary(result: RecallResult, queries: int, gallery: int) -> dict[str, Any]:
+def _summary(result: RecallResult) -> dict[str, Any]:
     return {
         **{f"r{k}": value for k, value in result.recall.items()},
         "ci": list(result.ci[1]) if result.ci else None,
@@ -215,8 +218,8 @@ def _summary(result: RecallResult, queries: int, gallery: int) -> dict[str, Any]
         "chance_r1": result.chance[1],
         "chance_r10": result.chance[10],
         "tie_rate": result.tie_rate,
-        "queries": queries,
-        "gallery": gallery,
+        "queries": len(result.hits[1]),
+        "gallery": result.gallery,
     }
 
 
@@ -314,54 +317,3 @@ class _Side:
         """Wrong items above, wrong items that tie."""
         above = self.above - self.equals
         return above[0].numpy(), (above[1] - above[0]).numpy()
-
-
-def cluster_codes(groups: Sequence[Hashable]) -> np.ndarray:
-    """Number the groups 0, 1, ... in order of appearance.
-
-    Returns:
-        int[n], the number of each entry's group.
-    """
-    numbers: dict[Hashable, int] = {}
-    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
-
-
-def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    groups: Sequence[Hashable],
-    resamples: int,
-    seed: int,
-) -> tuple[float, float]:
-    """95 % interval of the mean when whole groups are drawn with replacement.
-
-    Percentiles of the draws; below :data:`FEW_IMAGES` groups they are moved away from the mean by
-    what Student's t and the lost degree of freedom ask for. No interval of this kind has a width
-    where all values are equal.
-
-    Args:
-        values: [n], 0..1 or differences of such.
-        groups: [n], each value's image: values of one image are not independent.
-        resamples: How many draws.
-        seed: Seed of the draws; the same seed and groups give the same draws.
-
-    Returns:
-        `(low, high)` in per cent.
-    """
-    codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
-    sums, counts = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
-    clusters, mean = len(sums), 100.0 * sums.sum() / counts.sum()
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 500):
-        size = min(500, resamples - start)
-        weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
-        means.append(weights @ sums / (weights @ counts))
-    ends = np.percentile(100.0 * np.concatenate(means), [2.5, 97.5])
-    if 1 < clusters < FEW_IMAGES:
-        from scipy.stats import norm, t
-
-        wider = t.ppf(0.975, clusters - 1) / norm.ppf(0.975) * np.sqrt(clusters / (clusters - 1))
-        ends = mean + wider * (ends - mean)
-    # A mean of shares is one, too.
-    low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
-    return float(low), float(high)

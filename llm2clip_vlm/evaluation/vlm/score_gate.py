@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from llm2clip_vlm.config_eval import ExpectedColumn, ExpectedScores
-from llm2clip_vlm.evaluation.stats import jackknife_error
+from llm2clip_vlm.metrics.statistics import jackknife_error
 
 Z_95 = 1.96
 """For the binomial's noise."""
@@ -26,7 +26,7 @@ def gate(
     Args:
         expected: The published table.
         row: Which of its models.
-        results: Name -> result, as :func:`~.lmms_runner.run_suite` returns them.
+        results: Name -> result, from :func:`~llm2clip_vlm.evaluation.vlm.jobs.run_suite`.
 
     Returns:
         For each column of the row `{column, ours, published, noise, noise_of, verdict, differs}`:

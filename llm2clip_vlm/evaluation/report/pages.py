@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from llm2clip_vlm.evaluation.charts import chart_css
+from llm2clip_vlm.evaluation.report.charts import chart_css
 
 THUMBNAIL_PX = 192
 """Longest side of a picture in a page."""
@@ -56,7 +56,7 @@ def rows(table: Mapping[str, Mapping[str, Any]], *keys: str) -> list[list[Any]]:
 @cache
 def _environment() -> Environment:
     environment = Environment(
-        loader=PackageLoader("llm2clip_vlm.evaluation"),
+        loader=PackageLoader("llm2clip_vlm.evaluation.report"),
         autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -16,8 +16,8 @@ from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.data.images import EncodedImage, open_image
 from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.data.shards import PackedImage
-from llm2clip_vlm.evaluation.report_inputs import ReportError
-from llm2clip_vlm.evaluation.stats import load_samples
+from llm2clip_vlm.evaluation.report.inputs import ReportError
+from llm2clip_vlm.evaluation.vlm.samples import load_samples
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_image_processor
@@ -137,7 +137,7 @@ def sample_pictures(
     Args:
         data_file: Its rows are known by `id`, or by place and question; `image` is a path below
             the file's folder, or bytes in a table. None, or a file that is not there = no pictures.
-        samples: From :func:`~llm2clip_vlm.evaluation.stats.load_samples`.
+        samples: From :func:`~llm2clip_vlm.metrics.statistics.load_samples`.
 
     Returns:
         `doc_id` to picture, without those that the file does not have.

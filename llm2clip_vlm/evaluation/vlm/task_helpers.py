@@ -1,18 +1,22 @@
-"""Existence questions in the schemas of lmms-eval's built-in `pope` and `mme` tasks.
+"""What the tasks under `eval/tasks/` share: prompt, picture, exact match, other tasks' schemas.
 
-Their prompts and scorers then run on our pictures. The result is the *pope scorer on world data*,
-never a POPE score.
+lmms-eval calls these with a document and the task's `lmms_eval_specific_kwargs`. The runner puts
+the data file's folder there as `image_root`. Existence questions may be rewritten in the schemas of
+the built-in `pope` and `mme` tasks, whose prompts and scorers then run on our pictures: the result
+is the *pope scorer on world data*, never a POPE score.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.data.images import resolve_image
-from llm2clip_vlm.data.records import iter_rows
+from PIL import Image
+
+from llm2clip_vlm.data.images import open_image, resolve_image
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,41 @@ MME_CATEGORY = "existence"
 
 MME_SUFFIX = " Please answer yes or no."
 """Ends every question of MME; the task replaces it by its own prompt."""
+
+
+def doc_to_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.Image]:
+    """The document's picture; its path may not leave `image_root`."""
+    return [open_image(Path(kwargs["image_root"]), doc["image"])]
+
+
+def no_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.Image]:
+    """No picture: asks what the words alone give away."""
+    return []
+
+
+def doc_to_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
+    """The document's question between the task's `pre_prompt` and `post_prompt`."""
+    question = doc["question"].strip()
+    return f"{kwargs.get('pre_prompt', '')}{question}{kwargs.get('post_prompt', '')}"
+
+
+def pixel_hash(images: Iterable[Image.Image]) -> str:
+    """The same for the same pictures, whatever file, row or column they came from."""
+    digest = hashlib.sha256()
+    for image in images:
+        pixels = image.convert("RGB")
+        digest.update(f"{pixels.size}".encode() + pixels.tobytes())
+    return digest.hexdigest()[:32]
+
+
+def normalise(answer: str) -> str:
+    """Lower case, outer white space removed, inner runs of it one space."""
+    return " ".join(answer.lower().split())
+
+
+def exact_match(doc: Mapping[str, Any], results: list[str]) -> float:
+    """1.0 where the answer equals the document's `answer` after :func:`normalise`."""
+    return float(normalise(results[0]) == normalise(doc["answer"]))
 
 
 def to_pope_rows(records: Iterable[Mapping[str, Any]], root: Path) -> list[dict[str, Any]]:
@@ -107,6 +146,8 @@ def write_parquet(source: Path, kind: str, target: Path) -> None:
     """
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
+
+    from llm2clip_vlm.data.records import iter_rows
 
     rows = CONVERTERS[kind](iter_rows(source), source.parent)
     features = {name: Value("string") for name in rows[0]} | {"image": ImageFeature()}

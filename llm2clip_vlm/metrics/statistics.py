@@ -11,35 +11,82 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.evaluation.retrieval import bootstrap_interval, cluster_codes
+FEW_IMAGES = 50
+"""Below this many images percentiles of a bootstrap are too narrow (five: 85 % instead of 95)."""
+
+
+def cluster_codes(groups: Sequence[Hashable]) -> np.ndarray:
+    """Number the groups 0, 1, ... in order of appearance.
+
+    Returns:
+        int[n], the number of each entry's group.
+    """
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+
+
+def bootstrap_interval(
+    values: Sequence[float] | np.ndarray,
+    groups: Sequence[Hashable],
+    resamples: int,
+    seed: int,
+) -> tuple[float, float]:
+    """95 % interval of the mean when whole groups are drawn with replacement.
+
+    Percentiles of the draws; below :data:`FEW_IMAGES` groups they are moved away from the mean by
+    what Student's t and the lost degree of freedom ask for. No interval of this kind has a width
+    where all values are equal.
+
+    Args:
+        values: [n], 0..1 or differences of such.
+        groups: [n], each value's image: values of one image are not independent.
+        resamples: How many draws.
+        seed: Seed of the draws; the same seed and groups give the same draws.
+
+    Returns:
+        `(low, high)` in per cent.
+    """
+    codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
+    sums, counts = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
+    clusters, mean = len(sums), 100.0 * sums.sum() / counts.sum()
+    rng = np.random.default_rng(seed)
+    means = []
+    for start in range(0, resamples, 500):
+        size = min(500, resamples - start)
+        weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
+        means.append(weights @ sums / (weights @ counts))
+    ends = np.percentile(100.0 * np.concatenate(means), [2.5, 97.5])
+    if 1 < clusters < FEW_IMAGES:
+        from scipy.stats import norm, t
+
+        wider = t.ppf(0.975, clusters - 1) / norm.ppf(0.975) * np.sqrt(clusters / (clusters - 1))
+        ends = mean + wider * (ends - mean)
+    # A mean of shares is one, too.
+    low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
+    return float(low), float(high)
+
 
 EXACT_FLIPS = 20
 """Up to this many differences all sign patterns are written out."""
-PIXELS = "pixels:"
-"""How the `image_id` of a sample begins whose picture is told by a hash of its pixels."""
+
 EXACT_DIVISIONS = 200_000
 """Up to this many divisions of the seeds into two runs all are written out (8 and 8: 12,870)."""
 
 
-@dataclass(frozen=True)
-class PairedSamples:
-    """The same documents answered by two checkpoints."""
+def accuracy(
+    right: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], resamples: int, seed: int
+) -> dict[str, Any]:
+    """Per cent right with its interval, whole groups (images) resampled.
 
-    correct_a: np.ndarray
-    """float[n] in 0..1."""
-    correct_b: np.ndarray
-    """float[n] in 0..1."""
-    image_ids: list[str]
-    """The image of each document, by its pixels where one of the two tells it so."""
-    pictures_known: bool = True
-    """Whether the images are told by their pixels, not by a column or the document's number."""
+    Returns:
+        `{"score", "ci"}`; `ci` is None without resamples.
+    """
+    found = list(bootstrap_interval(right, groups, resamples, seed)) if resamples else None
+    return {"score": 100.0 * float(np.mean(right)), "ci": found}
 
 
 def paired_bootstrap(
@@ -269,101 +316,6 @@ def rounded(value: Any, places: int = 6) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(item, places) for key, item in value.items()}
     return [rounded(item, places) for item in value] if isinstance(value, list) else value
-
-
-def load_samples(path: str | Path) -> list[dict[str, Any]]:
-    """Read a `<task>.samples.jsonl` of `eval/run_lmms.py` or `eval/run_encoder.py`.
-
-    Returns:
-        One sample a question: the turns of one question are joined by :func:`questions`.
-
-    Raises:
-        RecordError: The file is missing or damaged.
-        ValueError: It holds no sample, one document twice, or a score that is no number.
-    """
-    samples = list(iter_rows(path))
-    if not samples:
-        raise ValueError(f"{path}: expected one sample a line, got an empty file")
-    seen: set[Any] = set()
-    for sample in samples:
-        if sample["doc_id"] in seen:
-            raise ValueError(f"{path}: document {sample['doc_id']} is there twice; evaluate again")
-        seen.add(sample["doc_id"])
-        score = sample["correct"]
-        if not isinstance(score, int | float) or not math.isfinite(score):
-            raise ValueError(
-                f"{path}: document {sample['doc_id']}: expected a score from 0 to 1, got {score}; "
-                "evaluate again"
-            )
-    return questions(samples)
-
-
-def questions(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Join the turns of one question, as MMBench asks it: right only if every turn is.
-
-    Args:
-        samples: Those with a `question_id` are turns; the first of each has `turn` 0.
-
-    Returns:
-        One sample a question, with the first turn's fields; as MMBench's own score does, turns
-        without their first one (a run over the first documents only) are left out.
-    """
-    found: dict[Any, dict[str, Any]] = {}
-    for sample in sorted(samples, key=lambda sample: sample.get("turn") or 0):
-        key = sample.get("question_id")
-        if key is None:
-            found[None, sample["doc_id"]] = dict(sample)
-        elif not sample["turn"]:
-            found[key] = dict(sample)
-        elif whole := found.get(key):
-            whole["correct"] = min(whole["correct"], sample["correct"])
-            whole["answer"] = f"{whole['answer']} | {sample['answer']}"
-            whole["target"] = f"{whole['target']} | {sample['target']}"
-            if whole["unparsable"] is not None:
-                whole["unparsable"] = max(whole["unparsable"], sample["unparsable"])
-    return list(found.values())
-
-
-def pair_samples(
-    samples_a: Sequence[Mapping[str, Any]], samples_b: Sequence[Mapping[str, Any]]
-) -> PairedSamples:
-    """Align the samples of two checkpoints by document.
-
-    Args:
-        samples_a: From :func:`load_samples`.
-        samples_b: The same task on the same data.
-
-    Returns:
-        Scores in the order of `samples_a`.
-
-    Raises:
-        ValueError: The documents differ in number, question, target or picture: not the same data.
-    """
-    others = {sample["doc_id"]: sample for sample in samples_b}
-    if len(others) != len(samples_a):
-        raise ValueError(
-            f"samples: expected the same documents, got {len(samples_a)} and {len(others)}; "
-            "evaluate both checkpoints with one suite and one --limit"
-        )
-    hashed = [
-        all(str(sample["image_id"]).startswith(PIXELS) for sample in side)
-        for side in (samples_a, samples_b)
-    ]
-    keys = ["question", "target"] + ["image_id"] * (hashed[0] == hashed[1])
-    for sample in samples_a:
-        other = others.get(sample["doc_id"])
-        if other is None or any(sample[k] != other[k] for k in keys):
-            raise ValueError(
-                f"samples: document {sample['doc_id']} differs between the two runs "
-                f"({sample['question']!r}): they were made on different data"
-            )
-    told = samples_a if hashed[0] else [others[sample["doc_id"]] for sample in samples_a]
-    return PairedSamples(
-        correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
-        correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
-        image_ids=[str(sample["image_id"]) for sample in told],
-        pictures_known=any(hashed),
-    )
 
 
 def _same_length(

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from llm2clip_vlm.config_eval import ReportRecipe
-from llm2clip_vlm.evaluation.charts import Line, Mark, bar_chart, dot_chart, line_chart
-from llm2clip_vlm.evaluation.comparison import Run, difference_chart
-from llm2clip_vlm.evaluation.examples import Example
-from llm2clip_vlm.evaluation.report_inputs import DIRECTIONS
+from llm2clip_vlm.evaluation.report.charts import Line, Mark, bar_chart, dot_chart, line_chart
+from llm2clip_vlm.evaluation.report.comparison import difference_chart
+from llm2clip_vlm.evaluation.report.examples import Example
+from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Run
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def retrieval_verdict(
     """Whether the first tower retrieves better, with intervals apart.
 
     Args:
-        retrieval: From :func:`~llm2clip_vlm.evaluation.report_inputs.read_retrieval`.
+        retrieval: From :func:`~llm2clip_vlm.evaluation.report.inputs.read_retrieval`.
         headline: Two towers.
         kind: Kind of caption.
 

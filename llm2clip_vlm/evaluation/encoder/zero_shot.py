@@ -6,30 +6,24 @@ against the model.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float
-from torch import Tensor
 
 from llm2clip_vlm.config import CaptionSource
 from llm2clip_vlm.config_encoder import CompositionalTask, CraTask, RetrievalTask, ZeroShotTask
 from llm2clip_vlm.config_encoder import EncoderEvalRecipe as Recipe
 from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import CRA_PROTOCOL, CaptionRecord, read_captions, retrieval_task
+from llm2clip_vlm.data.captions import CaptionRecord, read_captions
 from llm2clip_vlm.data.image_text import caption_galleries
-from llm2clip_vlm.evaluation import encoder_benchmarks as published
-from llm2clip_vlm.evaluation.encoders import Encoder, data_hash
-from llm2clip_vlm.evaluation.retrieval import (
-    TIE_TOLERANCE,
-    bootstrap_interval,
-    recall_at_k,
-    retrieval_report,
-)
+from llm2clip_vlm.evaluation.encoder import benchmarks as published
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
+from llm2clip_vlm.metrics.retrieval import TIE_TOLERANCE, recall_at_k, retrieval_report
+from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
+from llm2clip_vlm.metrics.statistics import accuracy
+from llm2clip_vlm.metrics.zero_shot import class_embeds, label_rows, mean_per_class
 
 Result = dict[str, Any]
 
@@ -71,21 +65,22 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
     several = [record for record in several if len(record.texts) > 1]
     if not several:
         raise ValueError(f"{task.data}: CRA needs images with at least two different captions")
-    queries, gallery, positives = retrieval_task(several)
-    embed = encoder.captions or encoder.embed_texts
-    found = recall_at_k(
-        embed(queries), embed(gallery), positives, 1, bootstrap=recipe.bootstrap, seed=recipe.seed
+    found = caption_separability(
+        [record.texts for record in several],
+        encoder.captions or encoder.embed_texts,
+        bootstrap=recipe.bootstrap,
+        seed=recipe.seed,
     )
     return {
-        "protocol": f"{CRA_PROTOCOL}; {protocol}",
+        "protocol": f"{PROTOCOL}; {protocol}",
         "standard_set": standard,
         "data_hash": data_hash([[r.key, r.captions] for r in several]),
         "cra": found.recall[1],
         "samples": {"": ([record.key for record in several], found.hits[1])},
         "ci": found.ci.get(1),
         "tie_rate": found.tie_rate,
-        "queries": len(queries),
-        "gallery": len(gallery),
+        "queries": len(several),
+        "gallery": found.gallery,
     }
 
 
@@ -129,7 +124,10 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
     return {
         "protocol": f"{task.benchmark}: right above wrong, a tie is wrong; mean over categories",
         "data_hash": data_hash(items, image_hash),
-        "all": {way: score(values, groups, recipe) for way, values in right.items()},
+        "all": {
+            way: accuracy(values, groups, recipe.bootstrap, recipe.seed)
+            for way, values in right.items()
+        },
         "mean": {way: float(np.mean([k[way] for k in by_kind.values()])) for way in right},
         "categories": by_kind,
         "samples": {f".{way}": (groups, values) for way, values in right.items()},
@@ -144,7 +142,7 @@ def classification(task: ZeroShotTask, encoder: Encoder, recipe: Recipe) -> Resu
     classes = published.read_classes(task.classes)
     records, labels = published.read_classified(task)
     wanted = label_rows(labels, classes, task.classes)
-    weights = class_embeds(encoder, list(classes.values()), task.templates)
+    weights = class_embeds(encoder.embed_texts, list(classes.values()), task.templates)
     images, image_hash = encoder.embed_images(records)
     ks = [k for k in (1, 5) if k <= len(classes)]
     found = recall_at_k(images, weights, wanted, ks, bootstrap=recipe.bootstrap, seed=recipe.seed)
@@ -161,45 +159,3 @@ def classification(task: ZeroShotTask, encoder: Encoder, recipe: Recipe) -> Resu
         "tie_rate": found.tie_rate,
         "images": len(records),
     }
-
-
-def class_embeds(
-    encoder: Encoder, names: Sequence[str], templates: Sequence[str]
-) -> Float[Tensor, "classes d"]:
-    """One unit vector a class: the mean over the templates.
-
-    Raises:
-        ValueError: A template without `{}`.
-
-    Paper: CLIP (2103.00020) section 3.1.4.
-    """
-    if bad := [template for template in templates if template.count("{}") != 1]:
-        raise ValueError(f"templates: {bad[0]!r}: expected one `{{}}` where the name goes")
-    texts = [template.replace("{}", name) for name in names for template in templates]
-    embeds = encoder.embed_texts(texts).unflatten(0, (len(names), len(templates)))
-    return F.normalize(embeds.mean(1), dim=-1)
-
-
-def label_rows(labels: Sequence[str], classes: Mapping[str, str], where: str) -> list[int]:
-    """Position of each label's class.
-
-    Raises:
-        ValueError: A label that is no class.
-    """
-    rows = {name: row for row, name in enumerate(classes)}
-    if unknown := sorted(set(labels) - set(rows)):
-        raise ValueError(f"{where}: has no class {unknown[0]!r}, which images are labelled with")
-    return [rows[label] for label in labels]
-
-
-def mean_per_class(right: np.ndarray, labels: np.ndarray) -> float:
-    """Per cent right, each class of equal weight."""
-    return 100.0 * float(np.mean([right[labels == label].mean() for label in np.unique(labels)]))
-
-
-def score(right: Sequence[bool] | np.ndarray, groups: Sequence[Hashable], recipe: Recipe) -> Result:
-    """Per cent right with its interval, whole groups (images) resampled."""
-    found: Result = {"score": 100.0 * float(np.mean(right)), "ci": None}
-    if recipe.bootstrap:
-        found["ci"] = list(bootstrap_interval(right, groups, recipe.bootstrap, recipe.seed))
-    return found

@@ -1,0 +1,1 @@
+"""Benchmarks of vision towers and image-text encoders."""

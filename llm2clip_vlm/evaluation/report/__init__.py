@@ -1,0 +1,1 @@
+"""Comparisons and reports as charts and pages."""

@@ -1,0 +1,1 @@
+"""One protocol for each metric: retrieval, zero-shot, separability, and their statistics."""

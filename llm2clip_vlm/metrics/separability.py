@@ -1,0 +1,57 @@
+"""Caption separability (caption retrieval accuracy, CRA): do captions of one image find each other?
+
+Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not told.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from llm2clip_vlm.metrics.retrieval import RecallResult, recall_at_k
+
+PROTOCOL = "first caption as query, all other captions as gallery, hit@1"
+"""The released material defines caption retrieval accuracy in two ways that differ by 40 points, so
+ours is named in every result."""
+
+
+def caption_task(
+    captions: Sequence[Sequence[str]],
+) -> tuple[list[str], list[str], list[set[int]]]:
+    """Queries, gallery and right answers (:data:`PROTOCOL`).
+
+    Args:
+        captions: Of each image at least two, all different.
+
+    Returns:
+        Each image's first caption (queries); all other captions (gallery); for each query the
+        gallery rows of its image, and those of equal text in others.
+    """
+    gallery = [text for texts in captions for text in texts[1:]]
+    rows: dict[str, set[int]] = {}
+    for row, text in enumerate(gallery):
+        rows.setdefault(text, set()).add(row)
+    positives = [set().union(*(rows.get(text, ()) for text in texts)) for texts in captions]
+    return [texts[0] for texts in captions], gallery, positives
+
+
+def caption_separability(
+    captions: Sequence[Sequence[str]],
+    embed: Callable[[list[str]], Tensor],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> RecallResult:
+    """The share of first captions that find another caption of their image first.
+
+    Args:
+        captions: As for :func:`caption_task`.
+        embed: All texts, queries first, to unit vectors.
+        bootstrap: Resamples for the interval; 0 = no interval.
+        seed: Seed of the resampling.
+    """
+    queries, gallery, positives = caption_task(captions)
+    embeds = embed(queries + gallery)
+    one, other = embeds[: len(queries)], embeds[len(queries) :]
+    return recall_at_k(one, other, positives, 1, bootstrap=bootstrap, seed=seed)
