@@ -21,8 +21,7 @@ from typing import Any
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.config_eval import AbRecipe
 from llm2clip_vlm.evaluation.report.charts import standalone
-from llm2clip_vlm.evaluation.report.comparison import compare, difference_chart
-from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages
+from llm2clip_vlm.evaluation.report.comparison import compare, comparison_pages, difference_chart
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.handoff import read_manifest, recipe_hash

@@ -39,7 +39,7 @@ from llm2clip_vlm.evaluation.encoder.zero_shot import (
 )
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.fingerprint import changed_files, file_state
-from llm2clip_vlm.ownership import MARKER_NAME, Hold
+from llm2clip_vlm.ownership import Hold
 from llm2clip_vlm.recipe import load_recipe
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -54,7 +54,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 VERSION = 2
-"""Of the results; to be raised when a score or a hash is computed in another way."""
+"""Version of the results; raised when a score or a hash is computed in another way."""
 
 _DETAILS = frozenset({"kinds", "categories", "iou", "images", "chance", "items", "queries"})
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"tasks: name {odd[0]!r}: expected letters, digits, _ and -")
     out, results = Path(recipe.output_dir), {}
     written = {"results.json", *(f"{name}.json" for name in names), *files_of(out, names)}
-    hold = Hold(out, "encoder evaluation", written, older=left_before_markers(out))
+    hold = Hold(out, "encoder evaluation", written)
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(
         recipe.model,
@@ -113,23 +113,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def files_of(folder: Path, names: Sequence[str]) -> set[str]:
-    """What lies in a folder and is called as tasks call their files."""
+    """Files of a folder that have the names of these tasks' files."""
     there = os.listdir(folder) if folder.is_dir() else []
     patterns = [end for name in names for end in (f"{name}.json", f"{name}*.samples.jsonl")]
     return {file for file in there if any(fnmatch.fnmatch(file, end) for end in patterns)}
-
-
-def left_before_markers(folder: Path) -> set[str]:
-    """What a version without ownership markers has left in a folder."""
-    files = [] if (folder / MARKER_NAME).exists() else sorted(folder.glob("*.json"))
-    kept: set[str] = set()
-    for file in files:
-        found = read_optional(file)
-        if {"key", "task", "checkpoint"} <= found.keys():
-            kept |= files_of(folder, [file.stem])
-        elif file.name == "results.json" and {"model", "fingerprints", "results"} == found.keys():
-            kept.add(file.name)
-    return kept
 
 
 def read_optional(file: Path) -> dict[str, Any]:

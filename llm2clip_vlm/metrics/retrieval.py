@@ -30,7 +30,7 @@ Rivals = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class RecallResult:
-    """What :func:`recall_at_k` found."""
+    """Result of :func:`recall_at_k`."""
 
     recall: dict[int, float]
     """k -> per cent of queries with a positive in the first k, ties counted against the model."""

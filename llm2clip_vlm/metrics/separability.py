@@ -1,6 +1,6 @@
 """Caption separability (caption retrieval accuracy, CRA): do captions of one image find each other?
 
-Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not told.
+Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not stated.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def mean_interval(deltas: Sequence[float] | np.ndarray) -> tuple[float, float]:
 
 
 def seed_summary(deltas: Sequence[float]) -> dict[str, Any]:
-    """What an A/B across seeds reports.
+    """Summary of an A/B across seeds.
 
     Args:
         deltas: Differences of the two towers, one a seed, in percentage points.
@@ -256,7 +256,7 @@ def seed_summary(deltas: Sequence[float]) -> dict[str, Any]:
 
 
 def unpaired_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
-    """What a comparison of runs with different seeds reports.
+    """Summary of a comparison of runs with different seeds.
 
     Args:
         a: Scores in per cent, one a seed; at least two.

@@ -51,7 +51,7 @@ def training_images(
         bad: Takes what cannot be used.
         text_inputs: Captions to the model's text arguments; none = the training process does this.
         captions_per_image: In a batch.
-        features: Of a frozen tower; none = the dataset gives pictures.
+        features: Patch features of a frozen tower. None: the dataset gives pictures.
     """
     return ImageTextDataset(
         read_sources(recipe.train, bad),
@@ -74,7 +74,7 @@ class HeldOut:
         recipe: Its `evaluation` and `zero_shot`.
         image_processor: The tower's.
         bad: Takes what cannot be used, images that turn out so while they are encoded too.
-        features: Of a frozen tower: what `encode_images` gets instead of `pixel_values`.
+        features: Those of a frozen tower, which `encode_images` gets instead of `pixel_values`.
     """
 
     def __init__(

@@ -11,7 +11,6 @@ from llm2clip_vlm.evaluation.report.charts import (
     Line,
     Mark,
     bar_chart,
-    dot_chart,
     forest_chart,
     line_chart,
     standalone,
@@ -28,7 +27,6 @@ def test_a_name_is_drawn_literally(name: str) -> None:
     mark = Mark(name, 1.0, (0.5, 2.0), note=name)
     charts = [
         bar_chart({name: [mark]}, name),
-        dot_chart([Line(name, [name, "z"], [1.0, 2.0])], name),
         line_chart([Line(name, [1, 2], [1.0, 2.0]), Line("b", [1, 2], [2.0, 1.0], 1)], name),
         forest_chart({name: [mark]}, name, (name, name)),
     ]

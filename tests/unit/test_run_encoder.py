@@ -14,7 +14,6 @@ from world.files import WorldConfig, ensure_world
 from world.scenes import SHAPES
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.ownership import MARKER_NAME
 from tests.tiny import build_clip
 
 WAYS = ("i2t", "t2i")
@@ -145,8 +144,6 @@ def test_nothing_of_the_users_is_lost(
         stamp = result.stat().st_mtime_ns
     assert evaluate(tmp_path, [task], "bootstrap=6", model=str(tiny_clip)) == 0
     assert result.stat().st_mtime_ns == stamp
-    (out / MARKER_NAME).unlink()  # as a version without markers left it
-    assert evaluate(tmp_path, [task], "bootstrap=5", model=str(tiny_clip)) == 0
 
 
 def test_errors_are_one_message(

@@ -162,7 +162,7 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 class _Trainer(Trainer):
     def compute_loss_context_manager(self) -> Any:
-        """Comes behind `model.train()`: a frozen tower has no dropout, nor what else that means."""
+        """Runs after `model.train()`, and puts a frozen tower back into evaluation mode."""
         model: Any = self.model
         set_evaluation_mode(frozen_modules(model))
         return super().compute_loss_context_manager()

@@ -114,6 +114,7 @@ def load_encoder(
     path: str,
     text_encoder: str | TextEncoderSection | None = None,
     *,
+    captions: Texts | None = None,
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
@@ -124,6 +125,7 @@ def load_encoder(
         path: Directory or hub id of an `LLM2CLIPModel`, a CLIP, a SigLIP, or any vision tower
             (which then has no text side).
         text_encoder: For an `LLM2CLIPModel`.
+        captions: In its place: looks up what the text encoder made of captions (stage 2a's cache).
         device: Where to.
         dtype: Of the weights.
         batch_size: Images a forward pass.
@@ -146,7 +148,10 @@ def load_encoder(
         elif text_encoder is not None:
             encoder = _caption_encoder(path, text_encoder, device)
             hashes["text_encoder"] = data_hash(encoder.fingerprint)
-            fields |= _llm_side(model, encoder)
+            tokens, captions = encoder.tokens, encoder.encode
+            fields |= {"captions": captions, "num_cut": lambda: tokens.num_truncated}
+        if kind == "llm2clip" and captions is not None:
+            fields["texts"] = _through_adaptor(model, captions)
     return Encoder(tower=tower, fingerprints=hashes, batch_size=batch_size, **fields)
 
 
@@ -165,14 +170,13 @@ def _caption_encoder(path: str, text_encoder: str | TextEncoderSection, device: 
     return encoder
 
 
-def _llm_side(model: LLM2CLIPModel, encoder: TextEncoder) -> dict[str, Any]:
+def _through_adaptor(model: LLM2CLIPModel, captions: Texts) -> Texts:
     @torch.no_grad()
     def texts(items: Sequence[str]) -> Tensor:
-        features = encoder.encode(items).to(model.device, model.dtype).split(4096)
+        features = captions(items).to(model.device, model.dtype).split(4096)
         return torch.cat([model.get_text_features(part).float().cpu() for part in features])
 
-    cut = encoder.tokens
-    return {"texts": texts, "captions": encoder.encode, "num_cut": lambda: cut.num_truncated}
+    return texts
 
 
 def _own_side(path: str, model: Any) -> dict[str, Any]:

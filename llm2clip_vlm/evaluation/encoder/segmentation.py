@@ -134,7 +134,7 @@ def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 @torch.no_grad()
 def _pool_each(model: Any, patches: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """What the tower's pooling makes of each patch alone; others' last state is normed already."""
+    """Applies the tower's pooling to each patch alone; others' last state is normed already."""
     if model.config.model_type == "siglip_vision_model":
         pooled: Tensor = model.head(patches[:, None])
         return pooled

@@ -2,7 +2,7 @@
 
 Every colour is one of `templates/colours.css` and is written as its CSS variable, so that the same
 drawing follows a light or dark surrounding; texts stay texts. Marks carry their numbers as
-tooltips, and colour never stands alone: bars are labelled, dots differ in shape, lines in dash.
+tooltips, and colour never stands alone: bars are labelled, lines differ in dash.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-_SHAPES = "osD^vP"
 _DASHES = ("-", "--", ":", "-.", (0, (4, 2, 1, 2, 1, 2)), (0, (1, 3)))
 _DASHED = ("- -", "· · ·", "- ·")
 """How the first dashes are written."""
@@ -63,8 +62,8 @@ class Line:
 
     label: str
     """Its name; equal names share an entry of the legend."""
-    x: Sequence[Any]
-    """Rising numbers, or names."""
+    x: Sequence[float]
+    """Rising."""
     y: Sequence[float]
     """As long as `x`."""
     colour: int = 0
@@ -106,41 +105,6 @@ def bar_chart(
                 _text(axes, f"{bar.value:.1f}", reach, y, 7, "data", weight="bold")
             y += 8
         axes.set_xlim(0, limit)
-        return _svg(figure, title)
-
-
-def dot_chart(series: Sequence[Line], title: str, guess: Line | None = None) -> str:
-    """Values from 0 to 100, one row a name; series differ in colour and shape.
-
-    Args:
-        series: Names (`x`, the same for all) with their values.
-        title: For readers who do not see the chart.
-        guess: What needs no model, for the same names: an upright dash in each row.
-
-    Returns:
-        An `<svg>` element, the legend on top.
-    """
-    names = series[0].x
-    with _style():
-        figure, [axes] = _rows(_ROW * len(names), left=190, right=24, top=30)
-        axes.yaxis.set_visible(True)
-        axes.set(xlim=(-1, 101), ylim=(len(names) - 0.5, -0.5))
-        axes.set_yticks(range(len(names)), map(_drawable, names), color=_colour("ink"))
-        handles: list[Any] = []
-        labels = [_drawable(line.label) for line in (*series, *([guess] if guess else []))]
-        for place, line in enumerate(series):
-            # Spread over the row's height, so that equal values stay visible.
-            at = [row + (place - (len(series) - 1) / 2) * 0.2 for row in range(len(names))]
-            look = {"color": _colour(f"c{line.colour}"), "mec": _colour("bg"), "clip_on": False}
-            dots = axes.plot(line.y, at, _SHAPES[line.colour], ms=9, **look)
-            handles += dots
-            _tip(f"{line.label}: {', '.join(f'{value:.1f}' for value in line.y)}", *dots)
-        if guess is not None:
-            look = {"color": _colour("ink"), "ms": 22, "mew": 1.5, "ls": "", "clip_on": False}
-            dashes = axes.plot(guess.y, range(len(names)), "|", zorder=1, **look)
-            handles += dashes
-            _tip(f"{guess.label}: {', '.join(f'{value:.1f}' for value in guess.y)}", *dashes)
-        axes.legend(handles, labels, loc="lower left", bbox_to_anchor=(0, 1), ncols=len(labels))
         return _svg(figure, title)
 
 

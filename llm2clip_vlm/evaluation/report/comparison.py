@@ -9,6 +9,7 @@ unit: paired sign-flip test and bootstrap tell these checkpoints apart, and noth
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -21,6 +22,7 @@ import numpy as np
 from llm2clip_vlm.evaluation.report.charts import Mark, forest_chart
 from llm2clip_vlm.evaluation.report.examples import Example, sample_pictures
 from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
+from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.evaluation.vlm.samples import pair_samples
 from llm2clip_vlm.metrics.statistics import (
     cluster_sums,
@@ -33,10 +35,14 @@ from llm2clip_vlm.metrics.statistics import (
     unpaired_summary,
 )
 
+FLIPS_SHOWN = 6
+"""Flipped samples on the page, of each run, benchmark and pair."""
+
 ALPHA = 0.05
 """A difference counts as won or lost where its p value, corrected by Holm, is below this."""
 
 _IDENTITY = ("spec_hash", "protocol", "data_hash")
+
 _SETTINGS = (
     "limit",
     "overrides",
@@ -273,3 +279,78 @@ def difference_chart(found: Mapping[str, Any], pair: Sequence[str]) -> str:
     drawn = {f"{head}{times}": rows for head, rows in panels.items() if rows}
     title, labels = f"{pair[0]} minus {pair[1]}{times}", (f"{pair[1]} better", f"{pair[0]} better")
     return forest_chart(drawn, title, labels) if drawn else ""
+
+
+def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str, str]:
+    """A comparison as files.
+
+    Args:
+        runs: What was compared.
+        found: From :func:`compare`.
+
+    Returns:
+        `compare.html`, `compare.md` and `compare.json` to their texts.
+    """
+    by_name = {run.name: run for run in runs}
+    pairs = {pair: (wins["a"], wins["b"]) for pair, wins in found["wins"].items()}
+    flips: dict[str, dict[str, Any]] = {}
+    shown = {}
+    for task, rows in found["ab"].items():
+        for pair in rows if ":" not in task else ():
+            a, b = (by_name[name] for name in pairs[pair])
+            flips.setdefault(task, {})[pair] = flipped(a, b, task)
+            if examples := flip_examples(a, b, task, FLIPS_SHOWN):
+                shown[pair, found["titles"][task]] = examples
+    sentences = {
+        pair: f"{w['a']} is above {w['b']} on {w['won']} of {w['benchmarks']} benchmarks, "
+        f"below on {w['lost']} (p < {ALPHA} after Holm's correction over them); "
+        f"{w['benchmarks'] - w['won'] - w['lost']} undecided."
+        for pair, w in found["wins"].items()
+    }
+    facts = {
+        "found": found,
+        "alpha": ALPHA,
+        "count": FLIPS_SHOWN,
+        "pairs": pairs,
+        "sentences": sentences,
+        "states": {
+            pair: "above" if w["won"] > w["lost"] else "below" if w["lost"] > w["won"] else ""
+            for pair, w in found["wins"].items()
+        },
+        "wins": [
+            [
+                " minus ".join(pairs[pair]),
+                *(w[key] for key in ("benchmarks", "higher", "lower", "won", "lost")),
+            ]
+            for pair, w in found["wins"].items()
+        ],
+        "charts": {pair: difference_chart(found, names) for pair, names in pairs.items()},
+        "flips": flips,
+        "shown": shown,
+        "stages": list(dict.fromkeys(s for run in found["runs"].values() for s in run["seconds"])),
+        "notes": [
+            f"{' minus '.join(pairs[pair])}: with {seeds} seeds no p is below {floor:.2g}, so that "
+            f"after correction over {w['tested']} benchmarks none can be won: name fewer "
+            "beforehand, or train more seeds."
+            for pair, w in found["wins"].items()
+            for seeds, floor in [(w["n_seeds"], w["least_p"])]
+            if seeds > 1 and floor * w["tested"] >= ALPHA
+        ]
+        + [
+            f"{found['titles'][task]}, {pair}: not evaluated alike, these differ: "
+            f"{', '.join(row['differs'])}."
+            for task, rows in found["ab"].items()
+            for pair, row in rows.items()
+            if row.get("differs")
+        ]
+        + [
+            f"{found['titles'][task]}, {pair}: the samples do not tell pictures by their pixels; "
+            "questions of one picture may count as independent: evaluate again."
+            for task, rows in found["ab"].items()
+            for pair, row in rows.items()
+            if row.get("pictures_unknown")
+        ],
+    }
+    whole = json.dumps({**found, "flips": flips}, indent=1, ensure_ascii=False)
+    pages = {name: render(name, **facts) for name in ("compare.html", "compare.md")}
+    return {**pages, "compare.json": whole + "\n"}

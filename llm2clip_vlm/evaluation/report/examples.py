@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
@@ -16,13 +15,11 @@ from llm2clip_vlm.data.image_text_index import ImageTextRecord
 from llm2clip_vlm.data.images import EncodedImage, open_image
 from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.report.inputs import ReportError
 from llm2clip_vlm.evaluation.vlm.samples import load_samples
-from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
-from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
-from llm2clip_vlm.models.loading import load_complete, read_config, read_image_processor
-
-_BATCH = 256
+from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, register
+from llm2clip_vlm.models.loading import read_config
 
 
 @dataclass(frozen=True)
@@ -39,7 +36,6 @@ class Example:
     """Model to what it said, and whether that is right."""
 
 
-@torch.no_grad()
 def retrieved_captions(
     models: Mapping[str, Path],
     records: Sequence[ImageTextRecord],
@@ -64,27 +60,19 @@ def retrieved_captions(
     """
     register()
     texts, owners = caption_galleries(records)[kind]
-    pictures = [record.open() for record in records[:count]]
     best: dict[str, list[int]] = {}
     for name, folder in models.items():
-        if read_config(folder).model_type == LLM2CLIPConfig.model_type:
-            if cache is None:
-                raise ReportError(f"{folder}: captions need stage 2a's directory; set `cache`")
-            model = load_complete(LLM2CLIPModel, folder).eval()
-            processor = read_image_processor(folder)
-            encode_images, encode_texts = model.encoders(cache.lookup)
-        else:
-            clip, tokenizer, processor = load_clip(str(folder))
-            encode_images, encode_texts = clip_encoders(clip.eval(), ClipTokens(tokenizer))
-        pixels = processor(images=pictures, return_tensors="pt")["pixel_values"]
-        parts = [encode_texts(texts[at : at + _BATCH]) for at in range(0, len(texts), _BATCH)]
-        best[name] = (encode_images(pixels) @ torch.cat(parts).T).argmax(dim=1).tolist()
+        if read_config(folder).model_type == LLM2CLIPConfig.model_type and cache is None:
+            raise ReportError(f"{folder}: captions need stage 2a's directory; set `cache`")
+        encoder = load_encoder(str(folder), captions=cache.lookup if cache else None)
+        images, _ = encoder.embed_images(records[:count])
+        best[name] = (images @ encoder.embed_texts(texts).T).argmax(dim=1).tolist()
     examples = []
-    for number, picture in enumerate(pictures):
+    for number, record in enumerate(records[:count]):
         right = [text for text, owner in zip(texts, owners, strict=True) if owner == number]
         found = {name: texts[rows[number]] for name, rows in best.items()}
         marked = {name: (text, text in right) for name, text in found.items()}
-        examples.append(Example(picture, right[0], right[0], marked))
+        examples.append(Example(record.open(), right[0], right[0], marked))
     return examples
 
 

@@ -1,4 +1,4 @@
-"""What a report of a whole run says: its facts, and the words and charts that follow from them."""
+"""Facts of a report on a whole run, and the words and charts that follow from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_vlm.config_eval import ReportRecipe
-from llm2clip_vlm.evaluation.report.charts import Line, Mark, bar_chart, dot_chart, line_chart
+from llm2clip_vlm.evaluation.report.charts import Line, Mark, bar_chart, line_chart
 from llm2clip_vlm.evaluation.report.comparison import difference_chart
 from llm2clip_vlm.evaluation.report.examples import Example
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Run
@@ -18,7 +18,7 @@ from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Run
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison says."""
+    """Outcome of a comparison, in words."""
 
     state: str
     """`above`, `below`, `mixed` or `overlapping`; of VLMs `undecided` (one training) or not."""
@@ -236,14 +236,16 @@ def charts(facts: Facts) -> dict[str, Any]:
         drawn["scores"] = bar_chart(groups, "Score of each VLM", 100, guesses)
         kinds = list(next(iter(facts.scores[task].values()))["by_type"])
         if len(kinds) > 1:
-            names = [kind.replace("_", " ") for kind in kinds]
-            rows = [
-                Line(tower, names, [_by_type(facts, tower, k) for k in kinds], recipe.colour(tower))
-                for tower in recipe.vlms
-            ]
             rule, found = max(facts.guesses[task].items(), key=lambda g: g[1][""], default=("", {}))
-            guess = Line(rule, names, [found[kind] for kind in kinds]) if found else None
-            drawn["types"] = dot_chart(rows, "By type of question", guess)
+            groups = {
+                kind.replace("_", " "): [
+                    Mark(tower, _by_type(facts, tower, kind), colour=recipe.colour(tower))
+                    for tower in recipe.vlms
+                ]
+                for kind in kinds
+            }
+            guesses = {kind.replace("_", " "): {rule: found[kind]} for kind in kinds if found}
+            drawn["types"] = bar_chart(groups, "By type of question", 100, guesses)
     if facts.ab is not None:
         drawn["ab"] = difference_chart(facts.ab, recipe.headline)
     drawn["curves"] = {

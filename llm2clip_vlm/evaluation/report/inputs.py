@@ -1,4 +1,4 @@
-"""What a report stands on, read from where the stages and the lmms-eval runner left it."""
+"""Inputs of comparisons and reports: results of stages and evaluations, read from disk."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 
 
 class ReportError(ValueError):
-    """A result that a report was told to show is not there, or does not fit the others."""
+    """A result that a report needs is missing, or does not fit the others."""
 
 
 def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
@@ -230,19 +230,19 @@ class Measured:
     samples: Sequence[Mapping[str, Any]] = ()
     """One a document; empty where single answers were not kept."""
     result: Mapping[str, Any] = field(default_factory=dict)
-    """What the runner wrote beside the samples."""
+    """The result that lies beside the samples."""
 
 
 @dataclass
 class Run:
-    """What is compared: a checkpoint, or one for each training seed."""
+    """One side of a comparison: a checkpoint, or one for each training seed."""
 
     name: str
     """For people."""
     places: Sequence[str]
     """Folders of results, with `{seed}` in them where there are several seeds."""
     fixed: bool = False
-    """What it has without a seed was not trained: training again would not change it."""
+    """Results without a seed are of an untrained model: training again would not change them."""
     scores: dict[str, dict[int | None, Measured]] = field(default_factory=dict)
     """Benchmark (`<task>`, `<task>:<question type>`, `retrieval_<kind>_<direction>`) to seed (None:
     not trained again) to what was measured."""

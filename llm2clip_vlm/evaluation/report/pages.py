@@ -62,6 +62,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"clock": clock, "data_uri": data_uri, "mean": fmean, "rows": rows}
+    environment.filters |= {
+        "clock": clock,
+        "data_uri": data_uri,
+        "interval": lambda ends: "[{:+.1f}, {:+.1f}]".format(*ends) if ends else "-",
+        "mean": fmean,
+        "p_value": lambda p: "-" if p is None else f"{p:.2g}",
+        "rows": rows,
+    }
     environment.globals["colours"] = chart_css()
     return environment

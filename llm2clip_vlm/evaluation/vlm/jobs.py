@@ -21,7 +21,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from llm2clip_vlm.data.records import iter_rows
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.fingerprint import changed_files, fingerprint_dir, fingerprint_file
 from llm2clip_vlm.handoff import versions
-from llm2clip_vlm.ownership import MARKER_NAME, Hold
+from llm2clip_vlm.ownership import Hold
 
 logger = logging.getLogger(__name__)
 
@@ -310,9 +309,7 @@ def run_suite(
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
     for name, lacking in left_out(suite).items():
         logger.warning("%s: not run, for want of %s", name, lacking)
-    holds = [
-        _hold(out, name, [job for job in jobs if job.checkpoint == name]) for name in checkpoints
-    ]
+    holds = [_hold(out, name, jobs) for name in checkpoints]
     failed: list[tuple[Job, int]] = []
     while pending:
         code = _spawn(suite, pending, out, tasks, limit)
@@ -340,15 +337,9 @@ def run_suite(
 
 def _hold(output: Path, checkpoint: str, jobs: list[Job]) -> Hold:
     """A checkpoint's folder, in which nothing is overwritten that no evaluation has written."""
-    folder, older = output / checkpoint, set()
-    for file in () if (folder / MARKER_NAME).exists() else folder.glob("*.json"):
-        with suppress(ValueError):  # a version without markers left these
-            if {"schema", "spec_hash"} <= read_json(file).keys():
-                older |= {file.name, f"{file.stem}.samples.jsonl", GATE_NAME}
     own = [job for job in jobs if job.checkpoint == checkpoint]
     paths = [path for job in own for path in (job.result_path(output), job.samples_path(output))]
-    names = {GATE_NAME, *(path.name for path in paths)}
-    return Hold(folder, "evaluation", names, older=older)
+    return Hold(output / checkpoint, "evaluation", {GATE_NAME, *(path.name for path in paths)})
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:

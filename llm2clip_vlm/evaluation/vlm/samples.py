@@ -23,7 +23,7 @@ from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
 from llm2clip_vlm.metrics.statistics import bootstrap_interval, jackknife_error
 
 PIXELS = "pixels:"
-"""How the `image_id` of a sample begins whose picture is told by a hash of its pixels."""
+"""Prefix of an `image_id` that is a hash of the picture's pixels."""
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _turn(item: Mapping[str, Any], metrics: Sequence[str]) -> tuple[str | None, 
 
 
 def _alone(value: Mapping[str, Any], aggregation: Callable[..., Any] | None) -> float | None:
-    """What a task's metric is for one document alone, between 0 and 1."""
+    """A task's metric for one document alone, between 0 and 1."""
     if aggregation is None:
         return None
     found = float(_aggregate(aggregation, [{**value, "index": 0} if "index" in value else value]))
@@ -271,7 +271,7 @@ class PairedSamples:
     image_ids: list[str]
     """The image of each document, by its pixels where one of the two tells it so."""
     pictures_known: bool = True
-    """Whether the images are told by their pixels, not by a column or the document's number."""
+    """Whether pixels identify the images, not a column or the document's number."""
 
 
 def load_samples(path: str | Path) -> list[dict[str, Any]]:
@@ -360,10 +360,10 @@ def pair_samples(
                 f"samples: document {sample['doc_id']} differs between the two runs "
                 f"({sample['question']!r}): they were made on different data"
             )
-    told = samples_a if hashed[0] else [others[sample["doc_id"]] for sample in samples_a]
+    known = samples_a if hashed[0] else [others[sample["doc_id"]] for sample in samples_a]
     return PairedSamples(
         correct_a=np.array([sample["correct"] for sample in samples_a], dtype=np.float64),
         correct_b=np.array([others[s["doc_id"]]["correct"] for s in samples_a], dtype=np.float64),
-        image_ids=[str(sample["image_id"]) for sample in told],
+        image_ids=[str(sample["image_id"]) for sample in known],
         pictures_known=any(hashed),
     )
