@@ -29,7 +29,6 @@ from llm2clip_vlm.evaluation.report.facts import Facts, charts, retrieval_verdic
 from llm2clip_vlm.evaluation.report.inputs import (
     SAMPLES,
     ReportError,
-    encoder_chances,
     guesses,
     read_cra,
     read_optional,
@@ -101,9 +100,6 @@ def collect(recipe: ReportRecipe) -> Facts:
         scores=scores,
         guesses={task: guesses(iter_rows(first / f"{task}{SAMPLES}")) for task in scores},
         encoders={name: read_run(name, {folder: None}) for name, folder in encoders.items()},
-        encoder_chances={
-            t: c for path in encoders.values() for t, c in encoder_chances(path).items()
-        },
         seconds=read_seconds(recipe.seconds, stages),
         costs=read_optional(recipe.costs) or {},
         manifests={name: manifest for name, manifest in manifests.items() if manifest},

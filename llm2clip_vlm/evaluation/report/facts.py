@@ -100,8 +100,6 @@ class Facts:
     """Step to seconds, CPU seconds and peak memory; empty = not measured."""
     encoders: dict[str, Run] = field(default_factory=dict)
     """Tower to results of its other tasks."""
-    encoder_chances: dict[str, float] = field(default_factory=dict)
-    """Task to what guessing gets in it, where that is known."""
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tower to its manifest."""
     ab: dict[str, Any] | None = None
@@ -219,9 +217,11 @@ def charts(facts: Facts) -> dict[str, Any]:
             for task, title in tasks.items()
         }
         chances = {
-            title: {"chance": facts.encoder_chances[task]}
-            for task, title in tasks.items()
-            if task in facts.encoder_chances
+            tasks[task]: {"chance": float(seeds[None].result[key])}
+            for run in facts.encoders.values()
+            for task, seeds in run.scores.items()
+            for key in ("chance_top1", "chance_miou")
+            if key in seeds[None].result
         }
         drawn["encoders"] = bar_chart(groups, "Other tasks of the encoders", 100, chances)
     if facts.scores:

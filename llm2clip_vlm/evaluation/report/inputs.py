@@ -183,15 +183,6 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     return shares
 
 
-def encoder_chances(folder: str | Path) -> dict[str, float]:
-    """What guessing gets in the tasks of `eval/run_encoder.py`, where their results say it."""
-    found = read_json(Path(folder) / "results.json", "eval/run_encoder.py")["results"]
-    chances = {
-        task: result.get("chance_top1", result.get("chance_miou")) for task, result in found.items()
-    }
-    return {task: float(chance) for task, chance in chances.items() if chance is not None}
-
-
 def read_seconds(pipeline: str | None, stages: Mapping[str, str | None]) -> dict[str, float]:
     """What each step cost.
 
