@@ -4,7 +4,7 @@ Purpose: separability of captions by each text encoder, retrieval of each tower 
     VLM seed by seed, and the comparisons between arms with the seed as the unit (t interval, exact
     sign-flip test). What is not there yet is named under `missing`, and nothing stands for it.
 Needs: a run folder of that pipeline. Writes: `<output>` (JSON) and prints a table.
-Launch: python eval/real_ab.py --run runs/real_ab --output docs/results/real.json
+Launch: python demo/real_ab.py --run runs/real_ab --output docs/results/real.json
 """
 
 from __future__ import annotations

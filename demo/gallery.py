@@ -5,7 +5,7 @@ Purpose: the first photographs of a folder whose licence is CC BY, beside them w
 Needs: towers of stage 2b and `clip_baseline.py`, stage 2a's cache with the captions, a folder with
     `index.jsonl` (`image`, `captions`, `license`, `flickr_url`) such as `runs/real/data/gallery`.
 Writes: `<output>` (JPEG) and `<output>.md`, which names each photograph's source and licence.
-Launch: python eval/gallery.py --tower NAME=DIR ... --cache DIR --data DIR --output FILE
+Launch: python demo/gallery.py --tower NAME=DIR ... --cache DIR --data DIR --output FILE
 """
 
 from __future__ import annotations
