@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -307,7 +308,7 @@ def _info_nce(
     own = _own_columns(rows, k, gather)
     candidates = together(keys)
     columns = len(candidates)
-    row_ids = None if ids is None else ids.view(-1, k)
+    row_ids = None if ids is None else rearrange(ids, "(n k) -> n k", k=k)
     all_ids = None if ids is None else together(ids)
     candidate_ids = all_ids
     if negatives is not None:
@@ -323,8 +324,10 @@ def _info_nce(
             forward = _dense(rows, candidates, scale, own, excluded, label_smoothing)
             if not symmetric:
                 return forward
-            own = _own_columns(rows, 1, gather).repeat_interleave(k, 0)
-            excluded = _exclusion(ids, None if all_ids is None else all_ids.view(-1, k), own)
+            own = repeat(_own_columns(rows, 1, gather), "n own -> (n k) own", k=k)
+            excluded = _exclusion(
+                ids, None if all_ids is None else rearrange(all_ids, "(n k) -> n k", k=k), own
+            )
             backward = _dense(keys, together(rows), scale, own, excluded, label_smoothing)
             return (forward + backward) / 2
         scale = torch.as_tensor(scale, dtype=torch.float32, device=rows.device)
@@ -337,7 +340,8 @@ def _info_nce(
             step,
             label_smoothing > 0,
         )
-        own_scores = (rows[:, None].float() * keys.view(len(rows), k, -1).float()).sum(-1) * scale
+        own_keys = rearrange(keys, "(n k) d -> n k d", k=k)
+        own_scores = (rows[:, None].float() * own_keys.float()).sum(-1) * scale
         smooth = label_smoothing
         loss = row_lse - (1 - smooth) * own_scores.mean(1) - smooth * row_sum / row_count
         if not symmetric:

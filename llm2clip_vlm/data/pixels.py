@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -187,7 +188,8 @@ def resize(
     Returns:
         `[3, height, width]` uint8.
     """
-    image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy()).permute(2, 0, 1)
+    image = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
+    image = rearrange(image, "h w c -> c h w")
     if (pixels.shape[1], pixels.shape[0]) == size:
         return image
     if shown is None:

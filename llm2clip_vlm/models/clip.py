@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import repeat
 from tokenizers.processors import TemplateProcessing
 from torch import Tensor, nn
 from transformers import (
@@ -180,7 +181,7 @@ def lengthen_text_window(model: Clip, window_tokens: int) -> None:
             f"text_window_tokens is {window_tokens}, but the text tower has {old.shape[0]} "
             "positions already; the window can only be lengthened"
         )
-    weight = torch.cat([old, old[-1:].expand(window_tokens - old.shape[0], -1)]).clone()
+    weight = torch.cat([old, repeat(old[-1], "d -> n d", n=window_tokens - len(old))]).clone()
     embeddings.position_embedding = nn.Embedding.from_pretrained(weight, freeze=False)
     positions = torch.arange(window_tokens, device=weight.device)[None]
     embeddings.register_buffer("position_ids", positions, persistent=False)

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -68,10 +69,10 @@ def rope_tables(config: Eva02VisionConfig, device: Any = None) -> tuple[Tensor, 
     exponents = torch.arange(0, head_dim // 2, 2, device=device).float() / (head_dim // 2)
     positions = torch.arange(grid, device=device) / grid * config.rope_grid
     angles = positions[:, None] * config.rope_theta**-exponents
-    angles = angles.repeat_interleave(2, dim=-1)
-    shape = (grid, grid, head_dim // 2)
-    both = torch.cat([angles[:, None].expand(shape), angles[None].expand(shape)], dim=-1)
-    both = both.flatten(0, 1)
+    # Two neighbouring channels turn by one angle.
+    rows = repeat(angles, "y d -> (y x) (d pair)", x=grid, pair=2)
+    columns = repeat(angles, "x d -> (y x) (d pair)", y=grid, pair=2)
+    both = torch.cat([rows, columns], dim=-1)
     return both.cos(), both.sin()
 
 
@@ -86,8 +87,8 @@ def rotate(
         sin: Likewise.
     """
     prefix, patches = x.split([x.shape[-2] - cos.shape[-2], cos.shape[-2]], dim=-2)
-    pairs = patches.unflatten(-1, (-1, 2))
-    turned = torch.stack([-pairs[..., 1], pairs[..., 0]], dim=-1).flatten(-2)
+    first, second = rearrange(patches, "... (d pair) -> pair ... d", pair=2)
+    turned = rearrange([-second, first], "pair ... d -> ... (d pair)")
     return torch.cat([prefix, patches * cos + turned * sin], dim=-2)
 
 
@@ -107,13 +108,14 @@ class Eva02Attention(nn.Module):
     def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """Args: x: `[b, n, d]`; position_embeddings: cosine and sine. Returns: `[b, n, d]`."""
         q, k, v = (
-            projection(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+            rearrange(projection(x), "b n (heads d) -> b heads n d", heads=self.num_heads)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         cos, sin = position_embeddings
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        out: Tensor = self.proj(self.inner_attn_ln(attended))
+        attended = F.scaled_dot_product_attention(q, k, v)
+        joined = rearrange(attended, "b heads n d -> b n (heads d)")
+        out: Tensor = self.proj(self.inner_attn_ln(joined))
         return out
 
 
@@ -178,7 +180,7 @@ class Eva02PatchEmbed(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """Args: pixel_values: `[b, 3, h, w]`. Returns: `[b, patches, d]`."""
-        return self.proj(pixel_values).flatten(2).transpose(1, 2)
+        return rearrange(self.proj(pixel_values), "b d y x -> b (y x) d")
 
 
 class Eva02VisionModel(PreTrainedModel):
@@ -244,7 +246,8 @@ class Eva02VisionModel(PreTrainedModel):
                 " the tower for another resolution with load_vision_tower(..., image_size_px=...)"
             )
         patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
-        x = torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1)
+        cls_token = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(patches))
+        x = torch.cat([cls_token, patches], dim=1)
         x = x + self.pos_embed
         cos, sin = rope_tables(config, x.device)
         wanted = output_hidden_states is not None and output_hidden_states is not False

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from einops import repeat
 from torch import nn
 from transformers import __version__
 
@@ -73,8 +74,8 @@ def _run(model: Any, modules: list[tuple[str, nn.Module]], padding: int) -> dict
     probes = {name: _Probe(module, len(ids)) for name, module in modules}
     try:
         model(
-            input_ids=ids.repeat(_ROWS, 1),
-            attention_mask=mask.repeat(_ROWS, 1),
+            input_ids=repeat(ids, "n -> rows n", rows=_ROWS),
+            attention_mask=repeat(mask, "n -> rows n", rows=_ROWS),
             use_cache=False,
         )
     finally:

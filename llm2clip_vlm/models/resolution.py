@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
+from einops import rearrange
 from torch import Tensor
 from transformers.utils import is_torchvision_available
 
@@ -24,13 +25,13 @@ def resize_positions(table: Tensor, old_grid: int, new_grid: int) -> Tensor:
     Returns:
         `[..., prefix + new_grid**2, width]` in the same dtype.
     """
-    rows = table.flatten(0, -2)
+    rows = rearrange(table, "... n d -> (... n) d")
     prefix = len(rows) - old_grid**2
-    grid = rows[prefix:].float().T.unflatten(1, (old_grid, old_grid))[None]
+    grid = rearrange(rows[prefix:].float(), "(y x) d -> 1 d y x", y=old_grid)
     size, smaller = (new_grid, new_grid), new_grid < old_grid
     resized = F.interpolate(grid, size=size, mode="bicubic", antialias=smaller)
-    both = torch.cat([rows[:prefix], resized[0].flatten(1).T.to(table.dtype)])
-    return both.reshape(*table.shape[:-2], len(both), -1)
+    patches = rearrange(resized, "1 d y x -> (y x) d").to(table.dtype)
+    return torch.cat([rows[:prefix], patches]).reshape(*table.shape[:-2], -1, table.shape[-1])
 
 
 def image_processor_class(name: str) -> Any:

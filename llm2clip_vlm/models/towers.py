@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -103,8 +104,8 @@ def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
     given, size = naflex.config, naflex.config.patch_size
     weights = naflex.state_dict()
     name = "embeddings.patch_embedding.weight"
-    patches = weights[name].unflatten(1, (size, size, given.num_channels))
-    weights[name] = patches.permute(0, 3, 1, 2).contiguous()
+    patches = rearrange(weights[name], "d (y x c) -> d c y x", y=size, x=size)
+    weights[name] = patches.contiguous()
     shared = SiglipVisionConfig.__annotations__
     values = {name: value for name, value in given.to_dict().items() if name in shared}
     config = SiglipVisionConfig(**values, image_size=math.isqrt(given.num_patches) * size)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import repeat
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -237,7 +238,7 @@ class EncoderTrainer(ContrastiveTrainer):
         def loss(embeds: Embeds) -> Tensor:
             image_embeds, text_embeds = embeds.rows
             ids = inputs["caption_ids"]  # an embedding for each prompt shares its caption's
-            ids = ids.repeat_interleave(len(text_embeds) // len(ids))
+            ids = repeat(ids, "n -> (n k)", k=len(text_embeds) // len(ids))
             given = (image_embeds, text_embeds, *embeds.shared)
             if len(embeds.shared) > 1:
                 value = sigmoid_loss(*given, caption_ids=ids, gather=gather)
