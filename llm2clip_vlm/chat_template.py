@@ -123,10 +123,10 @@ def render(
     prompt: bool = False,
 ) -> str:
     """Text of a conversation; with `prompt`, up to where the model begins to answer."""
-    return _render(messages, template, tokenizer, add_generation_prompt=prompt)[0]
+    return render_with_spans(messages, template, tokenizer, add_generation_prompt=prompt)[0]
 
 
-def _render(
+def render_with_spans(
     messages: Sequence[Message], template: str, tokenizer: PreTrainedTokenizerBase, **options: bool
 ) -> tuple[str, list[Span]]:
     """Text, and the spans of its `{% generation %}` blocks if asked for."""
@@ -318,7 +318,7 @@ def _answers(
     """The rendered conversation, and `(begin, end)` characters of each answer."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if has_generation(template):
-        text, spans = _render(messages, template, tokenizer)
+        text, spans = render_with_spans(messages, template, tokenizer)
         if len(spans) != len(answers):
             raise ConversationError(
                 f"the chat template marks {len(spans)} generation spans, expected {len(answers)}"
