@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -53,6 +54,18 @@ _AT_THE_END = frozenset(
     | set("adapter data language_model model results.json sentence_transformers".split())
     | set("text_encoder vision_tower".split())
 )
+
+_TOWER = "train stage3_projector RECIPE vlm.vision_tower={}/vision_tower"
+NEXT = {
+    "stage0_mntp": "train stage1_text_encoder RECIPE text_encoder.language_model={}/language_model",
+    "stage1_text_encoder": "train stage2a_cache_text RECIPE text_encoder={}/text_encoder",
+    "stage2a_cache_text": "train stage2b_vision_encoder RECIPE embedding_cache={}",
+    "stage2b_vision_encoder": _TOWER,
+    "clip_baseline": _TOWER,
+    "stage3_projector": "train stage4_instruction RECIPE checkpoint={}/model",
+    "stage4_instruction": "eval --suite SUITE --checkpoint NAME={}/model --output DIR",
+}
+"""The command that reads what a stage has written."""
 
 
 class StageRun(Generic[R]):
@@ -249,6 +262,8 @@ class StageRun(Generic[R]):
         if results is not None:
             write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
         print(f"{self.stage}: {self.bad.summary()}; wrote {self.out}", flush=True)
+        if command := NEXT.get(self.stage):
+            print(f"next: llm2clip-vlm {command.format(shlex.quote(str(self.out)))}", flush=True)
         write_manifest(
             self.out,
             stage=self.stage,

@@ -407,7 +407,11 @@ def test_stage2a_caches_every_text_once(
     model = trained / "stage1" / "text_encoder"
     recipe = cache_recipe(tmp_path, str(model), sources)
     stage.main([str(recipe)])
-    assert "258 texts, 192 different ones" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "258 texts, 192 different ones" in said
+    assert (
+        f"next: llm2clip-vlm train stage2b_vision_encoder RECIPE embedding_cache={tmp_path}" in said
+    )
     encoder = TextEncoder.from_pretrained(model)
     cache = EmbeddingCache.open(tmp_path / "cache", encoder.fingerprint)
     cache.verify()

@@ -12,9 +12,10 @@ import pytest
 import llm2clip_vlm
 from llm2clip_vlm import cli, files, programs
 from llm2clip_vlm.config_eval import PipelineRecipe, SuiteRecipe
-from llm2clip_vlm.pipeline import Pipeline, PipelineError
+from llm2clip_vlm.pipeline import RECIPES, Pipeline, PipelineError
 from llm2clip_vlm.preflight import doctor
 from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.training.stage_run import NEXT
 
 
 @pytest.fixture
@@ -106,6 +107,15 @@ def test_evaluation_commands_are_forwarded_whole(
 ) -> None:
     assert cli.main([command, "--help", "--model", "x"]) == 0
     assert capsys.readouterr().out == f"{program} ['--help', '--model', 'x']\n"
+
+
+def test_the_next_command_is_one_that_reads_what_a_stage_wrote() -> None:
+    for stage, command in NEXT.items():
+        assert stage in cli.STAGES
+        verb, *words = command.format("OUT").split()
+        if verb == "train":
+            keys, fields = words[-1].partition("=")[0].split("."), RECIPES[words[0]].model_fields
+            assert words[:2] == [words[0], "RECIPE"] and keys[0] in fields, command
 
 
 def test_help_shows_the_stages_docstring_and_keys(
