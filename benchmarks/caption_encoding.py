@@ -30,7 +30,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("LLM2CLIP_SHARED_DATA", ROOT.parent / "shared" / "data")) / "text"

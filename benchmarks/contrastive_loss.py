@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from arms import finish, ratio, take_turns
 from torch import Tensor
 
-from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.losses.contrastive import contrastive_loss
 
 WIDTH, SCALE, GAP, SATURATED_GAP = 768, 100.0, 0.15, 0.3
 GOALS = {"ratio": 0.3, "time_ratio": 1.0, "gradient_error": 5e-6}

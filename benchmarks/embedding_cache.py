@@ -35,10 +35,10 @@ import torch
 from arms import finish, take_turns
 from torch import Tensor
 
-from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_fill import FillingCache
 from llm2clip_vlm.data.embedding_import import SUFFIX, import_official
+from llm2clip_vlm.data.reading.bad_records import BadRecords
 
 DIM = 4096
 COLUMNS = ("shortSV_captions", "longSV_captions")

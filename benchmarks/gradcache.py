@@ -21,9 +21,9 @@ from arms import finish, ratio, take_turns
 from torch import Tensor
 from transformers import CLIPVisionConfig
 
-from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.losses.contrastive import contrastive_loss
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from llm2clip_vlm.training.encoder_trainer import split_batch
+from llm2clip_vlm.training.encoder.encoder_trainer import split_batch
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 
 TEXT_DIM, CHUNKS = 256, (1, 2, 8)

@@ -31,10 +31,10 @@ import torch
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llm2clip_vlm.config import AugmentationSection
-from llm2clip_vlm.data import images
-from llm2clip_vlm.data.images import EncodedImage
-from llm2clip_vlm.data.pixels import Geometry, PixelTable, TrainingPixels, process_images
+from llm2clip_vlm.data.reading import images
+from llm2clip_vlm.data.reading.images import EncodedImage
+from llm2clip_vlm.data.reading.pixels import Geometry, PixelTable, TrainingPixels, process_images
+from llm2clip_vlm.recipe.base import AugmentationSection
 
 CASES = {"": (512, 384, 336), "_1024": (1024, 768, 224)}
 QUALITY = 88

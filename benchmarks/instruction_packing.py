@@ -37,10 +37,10 @@ from arms import finish
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.instruction import InstructionCollator
-from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
-from llm2clip_vlm.models import vlm_loss
-from llm2clip_vlm.models.document_attention import install_document_attention
+from llm2clip_vlm.data.conversation.instruction import InstructionCollator
+from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
+from llm2clip_vlm.models.vlm import vlm_loss
+from llm2clip_vlm.models.vlm.document_attention import install_document_attention
 
 GOALS = {"ratio": 2.0, "time_ratio_grouped": 1.15, "fill": 0.95}
 RANKS, SIZE, MAX_TOKENS, VISUAL, SCALE, TRAINED = 8, 16, 2048, 576, 8, 0.35

@@ -27,7 +27,7 @@ from transformers import AutoImageProcessor
 
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from world.files import WorldConfig, file_scenes, world_dir

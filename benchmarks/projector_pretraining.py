@@ -32,13 +32,13 @@ from transformers import (
     TrainingArguments,
 )
 
-from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.instruction import InstructionCollator
-from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
+from llm2clip_vlm.data.conversation.instruction import InstructionCollator
+from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.models.trainable import apply_trainable
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
-from llm2clip_vlm.training.trainers import VlmTrainer
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.recipe.vlm import PartTraining
+from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 
 VISUAL, IMAGE, STEPS = 144, 7, 2
 GOALS = {"ratio": 1.5}

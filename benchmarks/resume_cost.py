@@ -22,7 +22,7 @@ from arms import finish, take_turns
 from torch import Generator
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler
 
-from llm2clip_vlm.data.packing import PackedBatches
+from llm2clip_vlm.data.conversation.packing import PackedBatches
 
 RANKS, STEP = 8, 128
 

@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.models.vlm_loss import install_supervised_loss
+from llm2clip_vlm.models.vlm.vlm_loss import install_supervised_loss
 
 VOCABULARY, WIDTH, TRAINED = 128_256, 256, 0.35
 GOALS = {"ratio": 0.25, "time_ratio": 1.0}

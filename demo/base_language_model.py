@@ -24,9 +24,9 @@ from world.texts import ASK_SHORT, CHAT_TEMPLATE, build_tokenizer
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.distributed import is_main, teardown
-from llm2clip_vlm.handoff import fingerprint_dir
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import trainable_table
+from llm2clip_vlm.runs.manifest import fingerprint_dir
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
 

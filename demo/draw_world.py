@@ -14,7 +14,7 @@ from typing import get_args, get_type_hints
 from world.files import WorldConfig, ensure_world
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.yaml_files import parse_value
+from llm2clip_vlm.recipe.yaml_files import parse_value
 
 
 def main(argv: Sequence[str] | None = None) -> None:

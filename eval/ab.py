@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_eval import AbRecipe
 from llm2clip_vlm.evaluation.report.charts import standalone
 from llm2clip_vlm.evaluation.report.comparison import compare, comparison_pages, difference_chart
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.handoff import read_manifest, recipe_hash
 from llm2clip_vlm.metrics.statistics import rounded
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.report import AbRecipe
+from llm2clip_vlm.runs.manifest import read_manifest, recipe_hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:

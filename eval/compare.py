@@ -20,7 +20,7 @@ from pathlib import Path
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.report.comparison import compare, comparison_pages
 from llm2clip_vlm.evaluation.report.inputs import read_run
-from llm2clip_vlm.ownership import write_pages
+from llm2clip_vlm.runs.ownership import write_pages
 
 
 def parser() -> argparse.ArgumentParser:

@@ -17,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.config_eval import ReportRecipe
-from llm2clip_vlm.data.bad_records import BadRecords
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.report.charts import Line
 from llm2clip_vlm.evaluation.report.examples import answered_questions, retrieved_captions
 from llm2clip_vlm.evaluation.report.facts import Facts, charts, retrieval_verdict
@@ -38,9 +36,11 @@ from llm2clip_vlm.evaluation.report.inputs import (
     read_seconds,
 )
 from llm2clip_vlm.evaluation.report.pages import render
-from llm2clip_vlm.handoff import read_manifest
-from llm2clip_vlm.ownership import write_pages
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.report import ReportRecipe
+from llm2clip_vlm.runs.manifest import read_manifest
+from llm2clip_vlm.runs.ownership import write_pages
 from llm2clip_vlm.training.callbacks import read_metrics
 
 

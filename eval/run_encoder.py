@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.evaluation.encoder.detection import detection
 from llm2clip_vlm.evaluation.encoder.encoders import data_hash, load_encoder
 from llm2clip_vlm.evaluation.encoder.probes import linear_probe
@@ -38,9 +37,10 @@ from llm2clip_vlm.evaluation.encoder.zero_shot import (
     retrieval,
 )
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.fingerprint import changed_files, file_state
-from llm2clip_vlm.ownership import Hold
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.runs.hashes import changed_files, file_state
+from llm2clip_vlm.runs.ownership import Hold
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "retrieval": retrieval,

@@ -20,11 +20,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config_eval import ExpectedScores, SuiteRecipe
 from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, assets_dir, left_out, run_suite
 from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
-from llm2clip_vlm.ownership import write_pages
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.suite import ExpectedScores, SuiteRecipe
+from llm2clip_vlm.runs.ownership import write_pages
 
 
 def main(argv: list[str] | None = None) -> int:

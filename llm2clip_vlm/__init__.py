@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 from llm2clip_vlm.torchvision_guard import watch
 
 if TYPE_CHECKING:
-    from llm2clip_vlm.data.conversation import build_labels
+    from llm2clip_vlm.data.conversation.messages import build_labels
+    from llm2clip_vlm.data.conversation.packing import plan_packs
     from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-    from llm2clip_vlm.data.packing import plan_packs
-    from llm2clip_vlm.losses import contrastive_loss
+    from llm2clip_vlm.losses.contrastive import contrastive_loss
     from llm2clip_vlm.metrics.retrieval import recall_at_k
     from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
-    from llm2clip_vlm.models.text_adaptor import TextAdaptor
-    from llm2clip_vlm.models.text_encoder import TextEncoder
-    from llm2clip_vlm.models.towers import load_vision_tower
-    from llm2clip_vlm.models.vlm import build_vlm
-    from llm2clip_vlm.recipe import RecipeError, load_recipe
+    from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
+    from llm2clip_vlm.models.text.text_encoder import TextEncoder
+    from llm2clip_vlm.models.vision.towers import load_vision_tower
+    from llm2clip_vlm.models.vlm.building import build_vlm
+    from llm2clip_vlm.recipe.reading import RecipeError, load_recipe
 
 __version__ = "0.1.0"
 
@@ -47,15 +47,15 @@ _HOME = {
     "EmbeddingCache": "data.embedding_cache",
     "LLM2CLIPConfig": "models.llm2clip",
     "LLM2CLIPModel": "models.llm2clip",
-    "RecipeError": "recipe",
-    "TextAdaptor": "models.text_adaptor",
-    "TextEncoder": "models.text_encoder",
-    "build_labels": "data.conversation",
-    "build_vlm": "models.vlm",
-    "contrastive_loss": "losses",
-    "load_recipe": "recipe",
-    "load_vision_tower": "models.towers",
-    "plan_packs": "data.packing",
+    "RecipeError": "recipe.reading",
+    "TextAdaptor": "models.text.text_adaptor",
+    "TextEncoder": "models.text.text_encoder",
+    "build_labels": "data.conversation.messages",
+    "build_vlm": "models.vlm.building",
+    "contrastive_loss": "losses.contrastive",
+    "load_recipe": "recipe.reading",
+    "load_vision_tower": "models.vision.towers",
+    "plan_packs": "data.conversation.packing",
     "recall_at_k": "metrics.retrieval",
     "register": "models.llm2clip",
 }

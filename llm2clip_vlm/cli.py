@@ -28,7 +28,7 @@ from pathlib import Path
 from llm2clip_vlm import __version__
 from llm2clip_vlm.files import find_shipped, read_text
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe import did_you_mean, recipe_help
+from llm2clip_vlm.recipe.reading import did_you_mean, recipe_help
 
 STAGES = {
     "clip_baseline": "ordinary CLIP training: what stage 2 is compared with",

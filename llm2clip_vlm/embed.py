@@ -95,7 +95,7 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 def _report(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-    from llm2clip_vlm.handoff import read_manifest
+    from llm2clip_vlm.runs.manifest import read_manifest
 
     cache = EmbeddingCache.open(arguments.cache)
     journals = sum(path.name.startswith("journal") for path in cache.files)
@@ -121,8 +121,8 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _import(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.data.bad_records import BadRecords
     from llm2clip_vlm.data.embedding_import import import_official
+    from llm2clip_vlm.data.reading.bad_records import BadRecords
 
     pairs = [field.partition("=") for field in arguments.fingerprint]
     if wrong := [name for name, equals, value in pairs if not (name and equals and value)]:

@@ -27,18 +27,18 @@ from typing import Any
 
 from tqdm import tqdm
 
-from llm2clip_vlm import supervise
-from llm2clip_vlm.config import MntpRecipe, RunRecipe, Stage1Recipe, Stage2aRecipe
-from llm2clip_vlm.config_base import ClipBaselineRecipe
-from llm2clip_vlm.config_eval import PipelineRecipe, PipelineStep
-from llm2clip_vlm.config_stage2 import Stage2bRecipe
-from llm2clip_vlm.config_vlm import Stage3Recipe, Stage4Recipe
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
-from llm2clip_vlm.fingerprint import FileState, changed_files, file_states, fingerprint_file
-from llm2clip_vlm.handoff import is_complete
-from llm2clip_vlm.ownership import Hold, OwnershipError
 from llm2clip_vlm.programs import find_program
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.base import RunRecipe
+from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.text import MntpRecipe, Stage1Recipe, Stage2aRecipe
+from llm2clip_vlm.recipe.vlm import Stage3Recipe, Stage4Recipe
+from llm2clip_vlm.runs import supervise
+from llm2clip_vlm.runs.hashes import FileState, changed_files, file_states, fingerprint_file
+from llm2clip_vlm.runs.manifest import is_complete
+from llm2clip_vlm.runs.ownership import Hold, OwnershipError
 
 RECIPES: dict[str, type[RunRecipe]] = {
     "clip_baseline": ClipBaselineRecipe,

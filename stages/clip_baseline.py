@@ -19,29 +19,29 @@ from typing import Any
 
 import torch
 
+from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_base import ClipBaselineRecipe
 from llm2clip_vlm.distributed import barrier, is_main, teardown
-from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.clip import ClipTokens, clip_around_tower, clip_encoders, load_clip
 from llm2clip_vlm.models.loading import load_complete
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
-from llm2clip_vlm.text_tokens import control_notice
-from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
-from llm2clip_vlm.training.encoder_trainer import (
-    EncoderTrainer,
-    check_contrastive_arguments,
-    prepare_model,
-)
-from llm2clip_vlm.training.export import export_vision_tower
-from llm2clip_vlm.training.frozen_tower import frozen_tower
-from llm2clip_vlm.training.keeping import (
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe
+from llm2clip_vlm.runs.manifest import fingerprint_dir
+from llm2clip_vlm.training.encoder.distillation import (
     probe_embeds,
     require_as_exported,
     require_as_trained,
 )
+from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
+from llm2clip_vlm.training.encoder.encoder_trainer import (
+    EncoderTrainer,
+    check_contrastive_arguments,
+    prepare_model,
+)
+from llm2clip_vlm.training.encoder.frozen_tower import frozen_tower
+from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.stage_run import StageRun
 
 

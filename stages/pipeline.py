@@ -13,9 +13,9 @@ import time
 from collections.abc import Sequence
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_eval import PipelineRecipe
 from llm2clip_vlm.pipeline import Pipeline
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
 
 
 def main(argv: Sequence[str] | None = None) -> None:

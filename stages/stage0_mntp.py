@@ -21,19 +21,19 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import MntpRecipe
-from llm2clip_vlm.data.captions import read_captions
-from llm2clip_vlm.data.masking import MaskedRows
+from llm2clip_vlm.data.text.captions import read_captions
+from llm2clip_vlm.data.text.masking import MaskedRows
 from llm2clip_vlm.distributed import is_main, teardown
-from llm2clip_vlm.handoff import fingerprint_dir
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
-from llm2clip_vlm.models.open_layers import require_attention, set_causal
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.text.open_layers import require_attention, set_causal
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
+from llm2clip_vlm.recipe.text import MntpRecipe
+from llm2clip_vlm.runs.manifest import fingerprint_dir
 from llm2clip_vlm.training.adapters import merge_adapter
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
-from llm2clip_vlm.training.text_trainer import add_adapter
+from llm2clip_vlm.training.text.text_trainer import add_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> None:

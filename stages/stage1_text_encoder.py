@@ -27,23 +27,19 @@ import torch
 from torch import Tensor
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import Stage1Recipe
-from llm2clip_vlm.data.captions import (
-    CaptionPairs,
-    CaptionRecord,
-    read_captions,
-)
+from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, read_captions
 from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
-from llm2clip_vlm.models.caption_tokens import TextEncoderError
-from llm2clip_vlm.models.open_layers import turned
-from llm2clip_vlm.models.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
+from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
+from llm2clip_vlm.models.text.open_layers import turned
+from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
+from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.training.adapters import Rounding, merge_adapter
-from llm2clip_vlm.training.embedder_export import export_sentence_transformers
-from llm2clip_vlm.training.encoder_trainer import check_contrastive_arguments
+from llm2clip_vlm.training.encoder.encoder_trainer import check_contrastive_arguments
 from llm2clip_vlm.training.stage_run import StageRun
-from llm2clip_vlm.training.text_trainer import CaptionContrastiveTrainer, add_adapter
+from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
+from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer, add_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -28,19 +28,19 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config import Stage2aRecipe
-from llm2clip_vlm.data.captions import read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import HEADER_NAME, cache_names
-from llm2clip_vlm.data.image_text_index import read_image_text
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
-from llm2clip_vlm.models.text_encoder import TextEncoder, require_equal
-from llm2clip_vlm.recipe import save_resolved
-from llm2clip_vlm.text_tokens import control_notice
-from llm2clip_vlm.training.caption_cache import encoder_path, load_caption_encoder
-from llm2clip_vlm.training.encoder_eval import prompts_of
+from llm2clip_vlm.models.text.text_encoder import TextEncoder, require_equal
+from llm2clip_vlm.recipe.reading import save_resolved
+from llm2clip_vlm.recipe.text import Stage2aRecipe
+from llm2clip_vlm.training.encoder.caption_cache import encoder_path, load_caption_encoder
+from llm2clip_vlm.training.encoder.encoder_eval import prompts_of
 from llm2clip_vlm.training.stage_run import StageRun
 
 

@@ -19,27 +19,27 @@ from typing import Any
 import torch
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.distributed import is_main, teardown
-from llm2clip_vlm.handoff import HandoffError, fingerprint_dir
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete
-from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
-from llm2clip_vlm.training.caption_cache import CaptionFeatures, TextInLoop, encoder_path
-from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
-from llm2clip_vlm.training.encoder_trainer import (
-    EncoderTrainer,
-    check_contrastive_arguments,
-    prepare_model,
-)
-from llm2clip_vlm.training.export import add_lora, export_vision_tower
-from llm2clip_vlm.training.frozen_tower import frozen_tower
-from llm2clip_vlm.training.keeping import (
+from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.recipe.encoder import Stage2bRecipe
+from llm2clip_vlm.runs.manifest import HandoffError, fingerprint_dir
+from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, TextInLoop, encoder_path
+from llm2clip_vlm.training.encoder.distillation import (
     prepare_keeping,
     require_as_exported,
     require_as_trained,
 )
+from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
+from llm2clip_vlm.training.encoder.encoder_trainer import (
+    EncoderTrainer,
+    check_contrastive_arguments,
+    prepare_model,
+)
+from llm2clip_vlm.training.encoder.frozen_tower import frozen_tower
+from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.stage_run import StageRun
 
 

@@ -19,13 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_vlm import Stage3Recipe
 from llm2clip_vlm.distributed import is_main
-from llm2clip_vlm.handoff import fingerprint_dir
-from llm2clip_vlm.models.vlm import build_vlm
-from llm2clip_vlm.ownership import foreign, remove, unsigned
+from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.recipe.vlm import Stage3Recipe
+from llm2clip_vlm.runs.manifest import fingerprint_dir
+from llm2clip_vlm.runs.ownership import foreign, remove, unsigned
 from llm2clip_vlm.training.stage_run import StageRun
-from llm2clip_vlm.training.vlm_run import compose_once, train_vlm
+from llm2clip_vlm.training.vlm.vlm_run import compose_once, train_vlm
 
 TOWER_STAGES = ("stage2b_vision_encoder", "clip_baseline")
 

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.config_vlm import Stage4Recipe
-from llm2clip_vlm.models.image_mode import set_image_aspect_ratio
-from llm2clip_vlm.models.vlm import load_vlm
+from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
+from llm2clip_vlm.models.vlm.building import load_vlm
+from llm2clip_vlm.recipe.vlm import Stage4Recipe
 from llm2clip_vlm.training.stage_run import StageRun
-from llm2clip_vlm.training.vlm_run import train_vlm
+from llm2clip_vlm.training.vlm.vlm_run import train_vlm
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import ImageTextSource
+from llm2clip_vlm.recipe.base import ImageTextSource
 
 Samples = Sequence[tuple[str, bytes, Any]]
 """Key, encoded image, caption or mapping of captions."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.models.timm_library import torchvision_stub
+from llm2clip_vlm.models.vision.timm_library import torchvision_stub
 
 PEERS = Path(sys.prefix) / "peers"
 """Where `make setup` puts them, out of everybody else's sight."""

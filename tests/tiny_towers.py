@@ -52,7 +52,7 @@ def build_tower(kind: str, directory: str | Path, seed: int = 0) -> Path:
     from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
     from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
-    from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
+    from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 
     torch.manual_seed(seed)
     folder = Path(directory)

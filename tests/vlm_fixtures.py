@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from llm2clip_vlm.config import LoraSection
-from llm2clip_vlm.config_vlm import Stage4Recipe
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.recipe.vlm import Stage4Recipe
 from tests.conftest import REPO_ROOT
 from tests.tiny import write_image
 

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from llm2clip_vlm.config import RunRecipe, Section
+from llm2clip_vlm.recipe.base import RunRecipe, Section
 
 
 class TextPhase(Section):

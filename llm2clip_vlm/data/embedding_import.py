@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import CacheError, read_header
-from llm2clip_vlm.data.shards import missing_end, tar_rows
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.reading.shards import missing_end, tar_rows
 
 SUFFIX = "_text_embeddings.tar"
 """Ending of the released code's files."""

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_vlm.files import write_atomically, written_whole
-from llm2clip_vlm.fingerprint import fingerprint_file
-from llm2clip_vlm.handoff import versions
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
-from llm2clip_vlm.models.image_mode import one_picture
+from llm2clip_vlm.models.vision.image_mode import one_picture
+from llm2clip_vlm.runs.hashes import fingerprint_file
+from llm2clip_vlm.runs.manifest import versions
 
 TOLERANCE = 1e-5
 """Largest difference that is let through, as a share of the largest value (at least of 1)."""

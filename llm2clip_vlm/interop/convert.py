@@ -15,23 +15,24 @@ from transformers import AutoModel, SiglipVisionConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.fingerprint import fingerprint_file
-from llm2clip_vlm.interop import certificate, libraries, official
+from llm2clip_vlm.interop import certificate, libraries
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
 from llm2clip_vlm.interop.export import save_encoder, save_llava
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
-from llm2clip_vlm.interop.layouts import image_processor, recognise, tower_config
+from llm2clip_vlm.interop.layouts import official
+from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, tower_config
+from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
+from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
-from llm2clip_vlm.interop.timm_cnn import convert_cnn, is_cnn
-from llm2clip_vlm.interop.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
-from llm2clip_vlm.models.vlm import load_vlm
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.vlm.building import load_vlm
+from llm2clip_vlm.runs.hashes import fingerprint_file
 
 FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
 """Of a tower's config: what its weights do not tell."""

@@ -19,19 +19,19 @@ from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop import certificate, libraries, llava
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.interop.timm_vit import TANH_GELU
+from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.text_encoder_settings import SETTINGS_NAME
-from llm2clip_vlm.models.timm_vision import RESAMPLE
-from llm2clip_vlm.models.tokenizer_files import SENTENCEPIECE, save_tokenizer
-from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.models.vlm import load_vlm, save_vlm
-from llm2clip_vlm.training.embedder_export import export_sentence_transformers
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder_settings import SETTINGS_NAME
+from llm2clip_vlm.models.text.tokenizer_files import SENTENCEPIECE, save_tokenizer
+from llm2clip_vlm.models.vision.timm_vision import RESAMPLE
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
 from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
+from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
 
 _SERVED = ("clip_vision_model", "siglip_vision_model", "pixtral")
 """Towers that vLLM's and SGLang's LLaVA build (`vllm/model_executor/models/llava.py`)."""

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from llm2clip_vlm.interop.certificate import Evidence
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip_vlm.interop.eva02 import EVA02_TIMM
 from llm2clip_vlm.interop.keys import InteropError, Row, translate
-from llm2clip_vlm.interop.openai_clip import OPENAI_CLIP
-from llm2clip_vlm.interop.timm_vit import CLIP_TIMM, SIGLIP_TIMM
-from llm2clip_vlm.models.timm_library import import_timm, torchvision_stub
+from llm2clip_vlm.interop.layouts.eva02 import EVA02_TIMM
+from llm2clip_vlm.interop.layouts.openai_clip import OPENAI_CLIP
+from llm2clip_vlm.interop.layouts.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.models.vision.timm_library import import_timm, torchvision_stub
 
 _TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {
     "clip_vision_model": (CLIP_TIMM, "vit_{}_patch{}_clip_{}", "vit_large_patch14_clip_336"),

@@ -14,8 +14,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, row, translate
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
-from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.vlm.building import build_vlm
 
 LLAVA = (
     row("model.mm_projector.0.{p}", "model.multi_modal_projector.linear_1.{p}"),

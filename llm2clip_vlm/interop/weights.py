@@ -13,10 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm2clip_vlm.files import read_json, require_regular
-from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
-from llm2clip_vlm.handoff import verify_parent
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.checkpoint_files import shards_of
+from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
+from llm2clip_vlm.runs.manifest import verify_parent
 
 CERTIFICATE_NAME = "parity.json"
 """The certificate in a folder that this package exported or converted."""

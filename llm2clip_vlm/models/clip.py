@@ -26,7 +26,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
-from llm2clip_vlm.models.caption_tokens import pad_tokens
+from llm2clip_vlm.chat.text_tokens import text_ids, text_tokens
 from llm2clip_vlm.models.loading import (
     load_complete,
     read_config,
@@ -34,7 +34,7 @@ from llm2clip_vlm.models.loading import (
     read_tokenizer,
     to_dtype,
 )
-from llm2clip_vlm.text_tokens import text_ids, text_tokens
+from llm2clip_vlm.models.text.caption_tokens import pad_tokens
 
 Clip = CLIPModel | VisionTextDualEncoderModel
 """A vision tower with its own text tower: OpenAI's pair, or any tower with CLIP's text tower."""

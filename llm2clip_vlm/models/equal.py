@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llm2clip_vlm.models.image_mode import one_picture
+from llm2clip_vlm.models.vision.image_mode import one_picture
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference of a token's vector, in parts of its length, that rounding explains."""

@@ -23,11 +23,11 @@ from transformers import (
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from llm2clip_vlm.losses import contrastive_loss, sigmoid_loss
-from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
+from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.loading import load_complete, to_dtype
-from llm2clip_vlm.models.text_adaptor import TextAdaptor
-from llm2clip_vlm.models.timm_vision import TimmVisionConfig, TimmVisionModel
+from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
+from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
+from llm2clip_vlm.models.vision.timm_vision import TimmVisionConfig, TimmVisionModel
 
 TOWER_ENTRY_POINTS = "llm2clip_vlm.vision_towers"
 """Entry-point group of other packages' vision towers."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from llm2clip_vlm.handoff import HandoffError
+from llm2clip_vlm.runs.manifest import HandoffError
 
 ADAPTER_NAME = "adapter.safetensors"
 

@@ -15,8 +15,8 @@ from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.config import RunRecipe
-from llm2clip_vlm.recipe import RecipeError, did_you_mean
+from llm2clip_vlm.recipe.base import RunRecipe
+from llm2clip_vlm.recipe.reading import RecipeError, did_you_mean
 
 logger = logging.getLogger(__name__)
 

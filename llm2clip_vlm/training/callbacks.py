@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from llm2clip_vlm.files import read_text, write_atomically
-from llm2clip_vlm.models.patch_dropout import PatchDropout
+from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
 
 _PEAK_FLOPS = {
     **{"B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12},

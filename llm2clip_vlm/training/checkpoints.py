@@ -15,8 +15,8 @@ from typing import Any
 from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.distributed import world_size
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
-from llm2clip_vlm.ownership import MARKER_NAME, remove, sign
+from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
+from llm2clip_vlm.runs.ownership import MARKER_NAME, remove, sign
 
 __all__ = ["SEAL_NAME", "damage", "make_room", "newest_whole", "rotate", "seal_checkpoint"]
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm2clip_vlm.config import LoraSection
+from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.training.adapters import check_adapter
 
 logger = logging.getLogger(__name__)

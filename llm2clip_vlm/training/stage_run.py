@@ -14,19 +14,20 @@ from typing import Any, Generic, TypeVar
 
 from transformers import TrainingArguments, set_seed
 
-from llm2clip_vlm.claims import (
+from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.reading.records import source_files
+from llm2clip_vlm.distributed import is_main, shared_out
+from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.recipe.base import RunRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.runs.claims import (
     claim_output_dir,
     claim_parents,
     left_before_markers,
     refuse_changed_outputs,
 )
-from llm2clip_vlm.config import RunRecipe
-from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.records import source_files
-from llm2clip_vlm.distributed import is_main, shared_out
-from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.handoff import (
+from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,
@@ -35,8 +36,7 @@ from llm2clip_vlm.handoff import (
     verify_parent,
     write_manifest,
 )
-from llm2clip_vlm.ownership import Hold, foreign
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.runs.ownership import Hold, foreign
 from llm2clip_vlm.training.arguments import build_training_arguments
 from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.checkpoints import newest_whole

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from llm2clip_vlm.cli import main
-from llm2clip_vlm.handoff import read_manifest
+from llm2clip_vlm.runs.manifest import read_manifest
 from tests.image_corpus import BROKEN, encode, jpeg, photo
 from tests.tiny import WORDS
 

@@ -18,16 +18,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llm2clip_vlm.config import CaptionSource, ImageTextSource, RunRecipe
-from llm2clip_vlm.config_encoder import RetrievalTask
-from llm2clip_vlm.config_vlm import InstructionSource
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
-from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image
-from llm2clip_vlm.data.records import iter_records, iter_rows
-from llm2clip_vlm.data.token_table import read_instructions
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, open_image
+from llm2clip_vlm.data.reading.records import iter_records, iter_rows
+from llm2clip_vlm.data.text.token_table import read_instructions
 from llm2clip_vlm.evaluation.encoder.benchmarks import read_retrieval
-from llm2clip_vlm.recipe import RecipeError, load_recipe
+from llm2clip_vlm.recipe.base import CaptionSource, ImageTextSource, RunRecipe
+from llm2clip_vlm.recipe.evaluation import RetrievalTask
+from llm2clip_vlm.recipe.reading import RecipeError, load_recipe
+from llm2clip_vlm.recipe.vlm import InstructionSource
 from tests.image_corpus import encode, jpeg, photo
 
 TURNS = [{"from": "human", "value": "what ?"}, {"from": "gpt", "value": "red"}]

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.image_text import ImageTextDataset, collate
-from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.data.images import MAX_IMAGE_BYTES, ImageError
-from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, collate
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.reading.images import MAX_IMAGE_BYTES, ImageError
+from llm2clip_vlm.data.reading.shards import PackedImage
+from llm2clip_vlm.recipe.base import ImageTextSource
 from tests.image_corpus import BROKEN, GOOD, HTML, jpeg, photo
 from tests.image_text_files import FORMATS, add, write_folder, write_parquet, write_tar
 from tests.unit.test_image_text import processor

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from llm2clip_vlm.data import images
-from llm2clip_vlm.data.images import EncodedImage, ImageError
+from llm2clip_vlm.data.reading import images
+from llm2clip_vlm.data.reading.images import EncodedImage, ImageError
 from tests.image_corpus import BROKEN, GOOD, bomb_png, encode, jpeg, orientation, photo
 
 

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPModel, CLIPVisionModel
 
 from llm2clip_vlm.models.loading import load_complete, read_image_processor, read_tokenizer
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.conftest import REPO_ROOT
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -299,7 +299,7 @@ def test_no_file_of_a_checkpoint_runs_and_nobody_is_asked(
         from transformers import AutoModel, AutoModelForCausalLM, CLIPModel
         from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
         from llm2clip_vlm.models.loading import *
-        from llm2clip_vlm.models.vlm import load_vlm
+        from llm2clip_vlm.models.vlm.building import load_vlm
         for folder in sorted(Path(sys.argv[1]).iterdir()):
             for load in (
                 read_config, read_tokenizer, read_processor, read_image_processor, load_vlm,
@@ -335,8 +335,8 @@ def test_local_files_open_no_socket(tiny_llm: Path, tiny_clip: Path, tmp_path: P
         from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
         from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
         from llm2clip_vlm.models.clip import load_clip
-        from llm2clip_vlm.models.text_encoder import TextEncoder
-        from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
+        from llm2clip_vlm.models.text.text_encoder import TextEncoder
+        from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
         clip, llm, out = sys.argv[1:]
         model, processor = build_vlm(clip, llm)
         save_vlm(model, processor, out)

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.claims import PARENTS_NAME
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.data.bad_records import RecordError
-from llm2clip_vlm.handoff import RESOLVED_NAME, HandoffError
-from llm2clip_vlm.ownership import MARKER_NAME, OwnershipError
+from llm2clip_vlm.data.reading.bad_records import RecordError
+from llm2clip_vlm.runs.claims import PARENTS_NAME
+from llm2clip_vlm.runs.manifest import RESOLVED_NAME, HandoffError
+from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
 from tests.vlm_fixtures import run_here, write_llava, write_recipe
 
 Three = Callable[..., Path]

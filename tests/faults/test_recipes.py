@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_vlm.config_eval import PipelineRecipe
-from llm2clip_vlm.config_vlm import InstructionSource, Stage3Recipe
-from llm2clip_vlm.data.bad_records import RecordError
-from llm2clip_vlm.data.instruction import expand_mixtures
+from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.reading.bad_records import RecordError
 from llm2clip_vlm.pipeline import PipelineError, expand
-from llm2clip_vlm.recipe import RecipeError, load_recipe, save_resolved
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe
+from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved
+from llm2clip_vlm.recipe.vlm import InstructionSource, Stage3Recipe
 from tests.conftest import REPO_ROOT
 
 GOOD = """\
@@ -183,9 +183,9 @@ def test_memory_of_a_recipe_that_explodes(tmp_path: Path) -> None:
         (tmp_path / "r.yaml").write_text(content)
         program = (
             "import resource, sys; resource.setrlimit(resource.RLIMIT_AS, (400 << 20,) * 2)\n"
-            "from llm2clip_vlm.config_vlm import Stage3Recipe\n"
+            "from llm2clip_vlm.recipe.vlm import Stage3Recipe\n"
             "from llm2clip_vlm.cli import guard\n"
-            "from llm2clip_vlm.recipe import load_recipe\n"
+            "from llm2clip_vlm.recipe.reading import load_recipe\n"
             f"sys.exit(guard(lambda: load_recipe({str(tmp_path / 'r.yaml')!r}, Stage3Recipe)))"
         )
         done = subprocess.run(

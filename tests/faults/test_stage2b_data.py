@@ -10,9 +10,9 @@ import pytest
 import torch
 import yaml
 
-from llm2clip_vlm.data.bad_records import RecordError
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.handoff import read_manifest
+from llm2clip_vlm.data.reading.bad_records import RecordError
+from llm2clip_vlm.runs.manifest import read_manifest
 from stages import clip_baseline, stage2b_vision_encoder
 from tests.faults.test_image_text_inputs import MIXED
 from tests.image_corpus import BROKEN
@@ -55,7 +55,7 @@ def recipe(tmp_path: Path, tiny_clip: Path) -> Path:
 def test_the_manifest_counts_each_broken_image_once(
     recipe: Path, limit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", limit_bytes)
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.dataset.PRELOAD_LIMIT_BYTES", limit_bytes)
     stage2b_vision_encoder.main([str(recipe), "max_bad_fraction=0.9"])
     out = recipe.parent / "run"
     rows = [json.loads(line) for line in (out / "dropped.jsonl").open()]
@@ -73,7 +73,7 @@ def test_the_manifest_counts_each_broken_image_once(
 def test_more_than_a_hundredth_stops_the_run(
     recipe: Path, limit_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", limit_bytes)
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.dataset.PRELOAD_LIMIT_BYTES", limit_bytes)
     with pytest.raises(RecordError, match=r"1 bad record\(s\), 0 allowed of 46 records"):
         stage2b_vision_encoder.main([str(recipe)])
     assert (recipe.parent / "run" / "dropped.jsonl").is_file()
@@ -93,7 +93,7 @@ def test_the_recipe_says_how_pictures_are_decoded(
         seen.append(kwargs)
         raise Stop
 
-    monkeypatch.setattr("llm2clip_vlm.training.encoder_eval.ImageTextDataset", dataset)
+    monkeypatch.setattr("llm2clip_vlm.training.encoder.encoder_eval.ImageTextDataset", dataset)
     values = yaml.safe_load(recipe.read_text())
     if stage is clip_baseline:
         values = {name: values[name] for name in ("output_dir", "train", "trainer")}

@@ -11,24 +11,19 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm import jinja_budget
-from llm2clip_vlm.chat_template import (
-    ConversationError,
-    find_chat_template,
-    prompt_text,
-    template_of,
-    tokenize,
-)
-from llm2clip_vlm.config_vlm import InstructionSource
+from llm2clip_vlm.chat import jinja_budget
+from llm2clip_vlm.chat.labels import prompt_text, tokenize
+from llm2clip_vlm.chat.template import ConversationError, find_chat_template, template_of
+from llm2clip_vlm.chat.text_tokens import text_ids, text_tokens
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.conversation import build_labels, build_plain_labels, to_messages
-from llm2clip_vlm.data.instruction import InstructionDataset
+from llm2clip_vlm.data.conversation.instruction import InstructionDataset
+from llm2clip_vlm.data.conversation.messages import build_labels, build_plain_labels, to_messages
+from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.vlm.generation import Generator
-from llm2clip_vlm.models.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.models.clip import ClipTokens
-from llm2clip_vlm.models.vlm import build_vlm
-from llm2clip_vlm.text_tokens import text_ids, text_tokens
+from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
+from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.recipe.vlm import InstructionSource
 from tests.tiny import CHAT_TEMPLATE, llm_tokenizer, word_tokenizer
 from tests.unit.test_conversation import FAMILIES, OWN, SPECIALS, STOPS, family_tokenizer, trained
 
@@ -277,7 +272,7 @@ def test_named_templates_are_read(tmp_path: Path) -> None:
 def test_tokens_that_a_recipe_lists_stay_whole(
     tiny_clip: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
-    from llm2clip_vlm.models.vlm import VlmError, load_vlm, save_vlm
+    from llm2clip_vlm.models.vlm.building import VlmError, load_vlm, save_vlm
 
     listed = ["<box>", "<|system|>"]  # one new, one special in the tokenizer so far
     model, processor = build_vlm(tiny_clip, tiny_llm, extra_tokens=listed)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.claims import _noted
-from llm2clip_vlm.data.records import RecordError, iter_rows
+from llm2clip_vlm.data.reading.records import RecordError, iter_rows
 from llm2clip_vlm.evaluation.vlm.jobs import Job
-from llm2clip_vlm.handoff import read_manifest
-from llm2clip_vlm.ownership import Hold
+from llm2clip_vlm.runs.claims import _noted
+from llm2clip_vlm.runs.manifest import read_manifest
+from llm2clip_vlm.runs.ownership import Hold
 from llm2clip_vlm.training.callbacks import read_metrics
 from llm2clip_vlm.training.checkpoints import SEAL_NAME, _seal
 
@@ -51,8 +51,8 @@ def test_damaged_offsets_of_an_arrow_file_do_not_end_the_process(tmp_path: Path)
         (tmp_path / f"{at}.arrow").write_bytes(changed)
     code = (
         "import sys; from pathlib import Path\n"
-        "from llm2clip_vlm.data.bad_records import RecordError\n"
-        "from llm2clip_vlm.data.records import iter_rows\n"
+        "from llm2clip_vlm.data.reading.bad_records import RecordError\n"
+        "from llm2clip_vlm.data.reading.records import iter_rows\n"
         "for path in sorted(Path(sys.argv[1]).glob('*.arrow')):\n"
         "    try: list(iter_rows(path))\n"
         "    except RecordError: pass\n"

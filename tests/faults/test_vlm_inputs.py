@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import llm2clip_vlm.data
-from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data import instruction
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.instruction import InstructionDataset
+from llm2clip_vlm.data.conversation import instruction
+from llm2clip_vlm.data.conversation.instruction import InstructionDataset
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.recipe.vlm import InstructionSource
 from tests.image_corpus import BROKEN, GOOD
 from tests.tiny import write_image
 from tests.vlm_fixtures import write_llava
@@ -85,7 +85,7 @@ def write(folder: Path, *rows: Any) -> InstructionSource:
 
 @pytest.fixture(scope="module")
 def processor(tiny_clip: Path, tiny_llm: Path) -> Any:
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     return build_vlm(tiny_clip, tiny_llm)[1]
 
@@ -150,8 +150,8 @@ def test_t52_t07_one_modality_and_nothing_trained(
     tmp_path: Path, tiny_clip: Path, tiny_llm: Path, text_only: Any
 ) -> None:
     """Packed batches of one modality; where all labels are ignored, loss and gradient are 0."""
-    from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     model, processor = build_vlm(tiny_clip, tiny_llm)
     source = InstructionSource(path=str(write_llava(tmp_path, 8, text_only=text_only)))
@@ -172,7 +172,7 @@ def test_t52_t07_one_modality_and_nothing_trained(
 
 def test_t04_the_loss_of_five_tokens_by_hand(tiny_clip: Path, tiny_llm: Path) -> None:
     """Labels are shifted once: token t is predicted from those before it."""
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     model, _ = build_vlm(tiny_clip, tiny_llm)
     ids = torch.tensor([[2, 9, 11, 13, 3]])
@@ -184,19 +184,19 @@ def test_t04_the_loss_of_five_tokens_by_hand(tiny_clip: Path, tiny_llm: Path) ->
 
 
 def test_t54_nothing_sleeps_in_the_data_path() -> None:
-    for path in Path(llm2clip_vlm.data.__file__).parent.glob("*.py"):
+    for path in Path(llm2clip_vlm.data.__file__).parent.rglob("*.py"):
         assert "sleep(" not in path.read_text(), path
 
 
 def test_a_language_model_is_no_tower(tiny_llm: Path) -> None:
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     with pytest.raises(ValueError, match="model_type 'llama' is not a known vision tower"):
         build_vlm(tiny_llm, tiny_llm)
 
 
 def test_a_tower_is_no_language_model(tiny_clip: Path) -> None:
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     with pytest.raises(ValueError, match="AutoModelForCausalLM has no class for 'clip'"):
         build_vlm(tiny_clip, tiny_clip)
@@ -207,7 +207,7 @@ def test_a_bidirectional_text_encoder_is_no_decoder(
 ) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     config = AutoConfig.from_pretrained(tiny_llm)
     config.is_causal = False
@@ -222,7 +222,7 @@ def test_a_language_model_without_head_is_refused(
 ) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     AutoModel.from_pretrained(tiny_llm).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny_llm).save_pretrained(tmp_path)
@@ -232,14 +232,14 @@ def test_a_language_model_without_head_is_refused(
 
 @pytest.mark.parametrize("layer", [4, -5])
 def test_a_layer_that_does_not_exist(tiny_clip: Path, tiny_llm: Path, layer: int) -> None:
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     with pytest.raises(ValueError, match="4 hidden states"):
         build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layer)
 
 
 def test_only_a_llava_is_a_vlm_checkpoint(tmp_path: Path, tiny_clip: Path) -> None:
-    from llm2clip_vlm.models.vlm import load_vlm
+    from llm2clip_vlm.models.vlm.building import load_vlm
 
     with pytest.raises(ValueError, match="model_type 'clip', expected llava or llava_next"):
         load_vlm(tiny_clip)

@@ -18,8 +18,8 @@ import yaml
 from llm2clip_vlm.cli import main
 from llm2clip_vlm.data import embedding_cache
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.handoff import read_manifest
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
 from tests.integration.test_stage2b import same, weights
 from tests.tiny import WORDS, write_image

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
 
 from eval import run_encoder
-from llm2clip_vlm.data.image_text import ImageTextDataset
-from llm2clip_vlm.handoff import HandoffError, read_manifest
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
 from llm2clip_vlm.models.clip import load_clip
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
+from llm2clip_vlm.training.encoder.distillation import probe_embeds
 from llm2clip_vlm.training.export import vision_tower_of
-from llm2clip_vlm.training.keeping import probe_embeds
 from stages import clip_baseline
 from tests.tiny import WORDS, word_tokenizer, write_image
 from tests.tiny_towers import build_tower

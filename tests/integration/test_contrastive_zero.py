@@ -15,14 +15,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llm2clip_vlm.config import Stage1Recipe
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import CaptionPairs, read_captions
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.captions import CaptionPairs, read_captions
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.training.callbacks import read_metrics
-from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable
+from llm2clip_vlm.training.text.text_trainer import PairCollator, TokenTable
 from tests.conftest import REPO_ROOT
 from tests.tiny import WORDS, write_image
 from tests.vlm_fixtures import run_here, run_stage

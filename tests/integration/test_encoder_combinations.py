@@ -17,10 +17,10 @@ import yaml
 from torch.nn.functional import normalize
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.handoff import read_manifest
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
-from llm2clip_vlm.training.encoder_trainer import EncoderTrainer
+from llm2clip_vlm.training.encoder.encoder_trainer import EncoderTrainer
 from llm2clip_vlm.training.export import export_vision_tower
 from stages import stage1_text_encoder, stage2a_cache_text, stage2b_vision_encoder
 from tests.integration.test_keeping import ALL

@@ -13,12 +13,12 @@ import torch
 from safetensors.torch import load, save
 from transformers import CLIPVisionModel
 
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.image_text_index import read_image_text
-from llm2clip_vlm.fingerprint import HandoffError
-from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.training.frozen_tower import FrozenTower
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.runs.hashes import HandoffError
+from llm2clip_vlm.training.encoder.frozen_tower import FrozenTower
 from tests.integration import test_clip_baseline as control
 from tests.integration.test_stage2b_options import Recipe, losses, pairs, recipe, run, weights
 from tests.tiny import write_image

@@ -19,7 +19,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from world.files import WorldConfig, ensure_world
 
-from llm2clip_vlm.models.vlm import build_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"vqa_test": 4, "exist_test": 4, "caption_test": 3}

@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
-from llm2clip_vlm.config_eval import SuiteRecipe
-from llm2clip_vlm.models.vlm import build_vlm
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.suite import SuiteRecipe
 from tests.lmms_rows import ANSWERS, ROWS
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,10 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.masking import MaskedRows
-from llm2clip_vlm.handoff import HandoffError, refuse_bidirectional
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.data.text.masking import MaskedRows
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.programs import load_program
+from llm2clip_vlm.runs.manifest import HandoffError, refuse_bidirectional
 from tests.tiny import llm_tokenizer
 
 TEXTS = ["a red star on the left", "two blue circles and a small dog"] * 40

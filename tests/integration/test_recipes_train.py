@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.handoff import read_manifest
 from llm2clip_vlm.pipeline import RECIPES
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
 from tests.conftest import REPO_ROOT
 from tests.tiny import HIDDEN_SIZE, llama_config, llm_tokenizer, write_image
@@ -97,7 +97,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Callable
             part.save_pretrained(folder / kind)
 
     def vlm(kind: str) -> None:
-        from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+        from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 
         tower, llm, shape = kind.removeprefix("vlm:").split("+")
         strategy = "full" if tower == "siglip" else "default"

@@ -18,23 +18,18 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from llm2clip_vlm.config import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import (
-    CaptionPair,
-    CaptionPairs,
-    CaptionRecord,
-    read_captions,
-)
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
 from llm2clip_vlm.data.embedding_shards import CacheError
-from llm2clip_vlm.data.image_text_index import read_image_text
+from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, CaptionRecord, read_captions
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
-from llm2clip_vlm.handoff import HandoffError, read_manifest
 from llm2clip_vlm.metrics.retrieval import retrieval_report
 from llm2clip_vlm.metrics.separability import PROTOCOL
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.training.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
+from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
+from llm2clip_vlm.training.text.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
 from tests.tiny import WORDS, write_image
 from tests.vlm_fixtures import files_with_paths
 

@@ -18,11 +18,11 @@ import yaml
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPVisionModel
 
-from llm2clip_vlm.config_stage2 import Stage2bRecipe
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.handoff import HandoffError, read_manifest, write_manifest
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.encoder import Stage2bRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.runs.manifest import HandoffError, read_manifest, write_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
 from llm2clip_vlm.training.checkpoints import seal_checkpoint
 from stages import stage2b_vision_encoder

@@ -15,15 +15,15 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModel
 
-from llm2clip_vlm.config_stage2 import Stage2bRecipe
-from llm2clip_vlm.data import image_text
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.handoff import HandoffError, read_manifest
+from llm2clip_vlm.data.image_text import dataset as image_text
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.encoder import Stage2bRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
 from tests.integration.test_stage2b import encode, run, same, weights
 from tests.tiny import WORDS, write_image

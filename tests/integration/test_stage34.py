@@ -71,7 +71,7 @@ def changed_parts(before: Path, after: Path) -> set[str]:
 def test_stage3_trains_the_projector_alone(
     stage3: tuple[Path, Path, str], tmp_path: Path, tiny_clip: Path, tiny_llm: Path
 ) -> None:
-    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 
     _, out, _ = stage3
     save_vlm(*build_vlm(tiny_clip, tiny_llm, seed=0), tmp_path / "model")
@@ -87,7 +87,7 @@ def test_stage3_says_what_it_does(stage3: tuple[Path, Path, str]) -> None:
 def test_stage3_leaves_a_manifest_and_no_scratch(
     stage3: tuple[Path, Path, str], tiny_clip: Path, tiny_llm: Path
 ) -> None:
-    from llm2clip_vlm.handoff import fingerprint_dir, read_manifest
+    from llm2clip_vlm.runs.manifest import fingerprint_dir, read_manifest
 
     _, out, _ = stage3
     manifest = read_manifest(out)
@@ -146,7 +146,7 @@ def test_stage4_keeps_the_fingerprints_and_the_aspect_ratio(
 ) -> None:
     from transformers import AutoProcessor
 
-    from llm2clip_vlm.handoff import read_manifest
+    from llm2clip_vlm.runs.manifest import read_manifest
 
     recipe, out = stage4_recipe(work, "pad", image_aspect_ratio="pad")
     run_here("stage4_instruction", recipe)
@@ -182,13 +182,13 @@ def test_a_killed_run_resumes_exactly(stage3: tuple[Path, Path, str], work: Path
 
 
 def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: Path) -> None:
-    from llm2clip_vlm.config_vlm import Stage4Recipe
-    from llm2clip_vlm.data.bad_records import BadRecords
-    from llm2clip_vlm.models.vlm import load_vlm
-    from llm2clip_vlm.recipe import load_recipe
+    from llm2clip_vlm.data.reading.bad_records import BadRecords
+    from llm2clip_vlm.models.vlm.building import load_vlm
+    from llm2clip_vlm.recipe.reading import load_recipe
+    from llm2clip_vlm.recipe.vlm import Stage4Recipe
     from llm2clip_vlm.training.arguments import build_training_arguments
-    from llm2clip_vlm.training.trainers import LengthGroups, VlmTrainer
-    from llm2clip_vlm.training.vlm_run import build_vlm_data, prepare_trainable
+    from llm2clip_vlm.training.vlm.vlm_run import build_vlm_data, prepare_trainable
+    from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups, VlmTrainer
 
     rates = {
         "vision_tower": {"lr": 1e-5, "weight_decay": 0.3, "last_blocks": 1},
@@ -226,7 +226,7 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
 
 
 def test_length_groups_are_alike_and_the_same_everywhere() -> None:
-    from llm2clip_vlm.training.trainers import LengthGroups
+    from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups
 
     lengths = torch.randint(1, 1000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     sampler, other = (LengthGroups(lengths, 8, seed=3) for _ in range(2))
@@ -245,7 +245,7 @@ def test_t73_packing_is_on_by_default_and_computes_the_same_updates(
     stage3: tuple[Path, Path, str], work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every step has all 16 samples, so packed in few rows or in many, it is the same step."""
-    from llm2clip_vlm.config_vlm import VlmRecipe
+    from llm2clip_vlm.recipe.vlm import VlmRecipe
 
     assert VlmRecipe.model_fields["packing"].default is True
     everything = {**PROJECTOR, "language_model": 1e-2, "vision_tower": 1e-3}
@@ -283,7 +283,7 @@ def test_a_model_that_would_mix_packed_samples_is_padded_and_resumes(
     stage3: tuple[Path, Path, str], work: Path, tiny_clip: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As `packing: false` in groups of length, said in one line and kept in the manifest."""
-    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
     from tests.tiny_llms import build_family
 
     save_vlm(*build_vlm(tiny_clip, build_family("lfm2", work / "lfm2")), work / "lfm2-vlm")
@@ -330,8 +330,8 @@ def test_a_checkpoint_with_adapters_opens_as_it_lies(
     """T32: merged, with everything beside it; the adapters are apart, with their base's name."""
     from safetensors import safe_open
 
-    from llm2clip_vlm.handoff import fingerprint_dir
-    from llm2clip_vlm.models.vlm import load_vlm
+    from llm2clip_vlm.models.vlm.building import load_vlm
+    from llm2clip_vlm.runs.manifest import fingerprint_dir
 
     saving = {"save_strategy": "steps", "save_steps": 4}
     recipe, out = stage4_recipe(
@@ -350,7 +350,7 @@ def test_a_checkpoint_with_adapters_opens_as_it_lies(
 
 
 def test_four_bits_train_and_come_back_whole(stage3: tuple[Path, Path, str], work: Path) -> None:
-    from llm2clip_vlm.models.vlm import load_vlm
+    from llm2clip_vlm.models.vlm.building import load_vlm
 
     changes = {"trainable": BOTH, "language_model_lora": LORA, "load_in_4bit": True}
     recipe, out = stage4_recipe(work, "four-bits", **changes)

@@ -14,7 +14,7 @@ import pytest
 
 from llm2clip_vlm import cli
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.models.vlm import VlmError, build_vlm
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
 from tests.integration.test_stage2b import Recipe, data, recipe, run, weights
 from tests.peers import PEERS
 from tests.tiny_towers import CNNS, build_tower

@@ -145,8 +145,9 @@ def test_shipped_suites_and_pipelines_are_found_elsewhere(installed: Path, tmp_p
     )
     assert "l2c_world" in told
     code = (
-        "from llm2clip_vlm.pipeline import Pipeline; from llm2clip_vlm.recipe import load_recipe;"
-        "from llm2clip_vlm.config_eval import PipelineRecipe;"
+        "from llm2clip_vlm.pipeline import Pipeline;"
+        "from llm2clip_vlm.recipe.reading import load_recipe;"
+        "from llm2clip_vlm.recipe.pipeline import PipelineRecipe;"
         "made = Pipeline(load_recipe('recipes/demo/pipeline.yaml', PipelineRecipe));"
         "made._refuse_thawed();"
         "print(*(word for job in made.jobs for word in job.command(made.root)))"

@@ -32,7 +32,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, tiny_llm: Pa
     """A composed VLM; with 1,100 words its logits are those of trained tokens alone."""
     from transformers import AutoModelForCausalLM
 
-    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 
     folder = tmp_path_factory.mktemp("zero")
     shutil.copytree(tiny_llm, folder / "llm")
@@ -204,7 +204,7 @@ def test_anyres_with_a_process_of_text_alone(
 ) -> None:
     from PIL import Image
 
-    from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 
     checkpoint = work / "anyres"
     if not checkpoint.is_dir():

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.models.text_adaptor import TextAdaptor
-from llm2clip_vlm.models.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from tests.parity import reference
 
 TEXTS = ["a red dog .", "two blue circles on the left", "a photo", "a big green star"]

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.patch_dropout import PatchDropout
-from llm2clip_vlm.models.towers import TowerError, load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks
+from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
+from llm2clip_vlm.models.vision.towers import TowerError, load_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import build_tower
 

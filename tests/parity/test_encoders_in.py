@@ -16,8 +16,8 @@ from transformers import AutoModel
 
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.interop.layouts import LAYOUTS, tower_config
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.interop.layouts.tables import LAYOUTS, tower_config
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.parity import reference
 
 Weights = dict[str, Tensor]
@@ -275,7 +275,7 @@ def test_caption_contrastive_llama_becomes_a_text_encoder(tmp_path: Path) -> Non
     """The releases name remote code; the weights are a Llama's without head."""
     from transformers import LlamaModel
 
-    from llm2clip_vlm.models.text_encoder import TextEncoder
+    from llm2clip_vlm.models.text.text_encoder import TextEncoder
     from tests.tiny import llama_config, llm_tokenizer
 
     tokenizer = llm_tokenizer()

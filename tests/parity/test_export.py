@@ -25,9 +25,9 @@ from llm2clip_vlm.interop.libraries import (
     timm_arguments,
     timm_weights,
 )
-from llm2clip_vlm.models.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.tiny_towers import build_tower
 
 KINDS = ("clip", "siglip", "eva02")
@@ -301,7 +301,7 @@ torch.save(model.encode(texts, convert_to_tensor=True), sys.argv[2])
 @pytest.mark.slow
 def test_sentence_transformers_in_a_fresh_process(tmp_path: Path, tiny_llm: Path) -> None:
     pytest.importorskip("sentence_transformers")
-    from llm2clip_vlm.models.text_encoder import TextEncoder
+    from llm2clip_vlm.models.text.text_encoder import TextEncoder
 
     encoder = TextEncoder.from_pretrained(tiny_llm, pooling="mean", chat=True)
     encoder.save_pretrained(tmp_path / "run" / "text_encoder")

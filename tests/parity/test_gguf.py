@@ -19,9 +19,9 @@ from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.loading import load_complete, read_config
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm
 
 gguf = pytest.importorskip("gguf", reason="needs gguf (pip install gguf)")
 

@@ -17,7 +17,7 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 from lmms_eval.api.instance import Instance
 
 from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat
-from llm2clip_vlm.models.vlm import build_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 from tests.tiny import write_image
 
 WORDS = ["dog", "cat", "blue circle", "red star on the left"]

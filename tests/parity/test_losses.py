@@ -15,7 +15,7 @@ from tests.vlm_fixtures import environment
 WORKER = """
 import importlib.util, json, os, sys
 import torch, torch.distributed as dist, torch.nn.functional as F
-from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.losses.contrastive import contrastive_loss
 
 spec = importlib.util.spec_from_file_location("clip_loss", sys.argv[1])
 theirs = importlib.util.module_from_spec(spec)

@@ -16,10 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.fingerprint import HandoffError, fingerprint_file
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.weights import InteropError, read_weights
+from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
 from tests.parity import reference
 from tests.tiny_towers import build_tower
 
@@ -221,9 +221,9 @@ def test_remote_code_is_refused_without_a_question(
 ) -> None:
     """transformers would ask on the terminal; nobody is asked, and nothing runs."""
     from llm2clip_vlm.models.clip import load_clip
-    from llm2clip_vlm.models.text_encoder import TextEncoder
-    from llm2clip_vlm.models.towers import load_vision_tower
-    from llm2clip_vlm.models.vlm import load_vlm
+    from llm2clip_vlm.models.text.text_encoder import TextEncoder
+    from llm2clip_vlm.models.vision.towers import load_vision_tower
+    from llm2clip_vlm.models.vlm.building import load_vlm
 
     monkeypatch.setattr("builtins.input", lambda *text: pytest.fail("asked"))
     folder = tmp_path / "release"

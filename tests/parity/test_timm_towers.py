@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.integration.test_keeping import ALL
 from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
 from tests.tiny_towers import CNNS, build_tower

@@ -13,11 +13,15 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from llm2clip_vlm.data.conversation import build_labels, build_plain_labels, decoded_preview
+from llm2clip_vlm.data.conversation.messages import (
+    build_labels,
+    build_plain_labels,
+    decoded_preview,
+)
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.models.loading import read_tokenizer
-from llm2clip_vlm.models.tokenizer_files import save_tokenizer
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from tests.tiny import llama_config
 
 TURNS = [

@@ -22,7 +22,7 @@ from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import read_weights
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from tests.tiny import llama_config, llm_tokenizer, write_image
 from tests.tiny_towers import build_tower
 

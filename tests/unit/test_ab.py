@@ -12,7 +12,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from llm2clip_vlm.config_eval import AbRecipe
+from llm2clip_vlm.recipe.report import AbRecipe
 from tests.report_fixtures import ab_recipe, load_program, write_json, write_lines, write_run
 
 HEADLINE = "llm2clip-control_long"

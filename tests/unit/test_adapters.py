@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
-from llm2clip_vlm.config import LoraSection
-from llm2clip_vlm.config_vlm import Stage4Recipe
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.recipe.vlm import Stage4Recipe
 from llm2clip_vlm.training.adapters import (
     Rounding,
     load_adapter,
@@ -22,8 +22,8 @@ from llm2clip_vlm.training.adapters import (
     save_adapter,
 )
 from llm2clip_vlm.training.export import add_lora
-from llm2clip_vlm.training.text_trainer import add_adapter
-from llm2clip_vlm.training.vlm_run import prepare_trainable
+from llm2clip_vlm.training.text.text_trainer import add_adapter
+from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 from tests.tiny import llama_config, llm_tokenizer
 from tests.tiny_towers import build_tower
 
@@ -129,7 +129,7 @@ def test_a_merged_text_encoder_is_the_trained_one(
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", ["clip", "siglip", "dinov2", "eva02"])
 def test_a_merged_tower_is_the_trained_one(kind: str, use_dora: bool, tmp_path: Path) -> None:
-    from llm2clip_vlm.models.towers import load_vision_tower
+    from llm2clip_vlm.models.vision.towers import load_vision_tower
 
     tower = load_vision_tower(build_tower(kind, tmp_path / kind)).model
     lora = LoraSection(r=4, alpha=16, dropout=0.0, use_dora=use_dora)

@@ -17,25 +17,25 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
-from llm2clip_vlm.chat_template import ConversationError
-from llm2clip_vlm.config_vlm import InstructionSource, VlmSection
+from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.conversation import build_labels
-from llm2clip_vlm.data.instruction import InstructionCollator, InstructionDataset
-from llm2clip_vlm.data.packing import PackedCollator
-from llm2clip_vlm.data.visual_tokens import VisualTokens
+from llm2clip_vlm.data.conversation.instruction import InstructionCollator, InstructionDataset
+from llm2clip_vlm.data.conversation.messages import build_labels
+from llm2clip_vlm.data.conversation.packing import PackedCollator
+from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
+from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.vlm.generation import Generator
-from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.models.image_mode import set_image_aspect_ratio
-from llm2clip_vlm.models.lineage import weights_of
-from llm2clip_vlm.models.towers import TowerError
-from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
+from llm2clip_vlm.models.vision.towers import TowerError
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.lineage import weights_of
+from llm2clip_vlm.recipe.vlm import InstructionSource, VlmSection
+from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.adapters import merged_state, save_adapter, unquantized_state
-from llm2clip_vlm.training.vlm_flops import VlmFlops
-from llm2clip_vlm.training.vlm_run import prepare_trainable
+from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
+from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 from tests.image_text_files import add
 from tests.tiny_towers import PREFIX_TOKENS, build_tower
 from tests.vlm_fixtures import COLOURS, lora_recipe, losses, run_here, write_recipe
@@ -318,7 +318,7 @@ def test_a_large_file_keeps_the_sizes(
 ) -> None:
     path = write_photos(tmp_path)
     small = read(path, anyres[1])
-    monkeypatch.setattr("llm2clip_vlm.data.table_files.TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr("llm2clip_vlm.data.reading.table_files.TABLE_FILE_FROM_BYTES", 0)
     for _ in range(2):  # made, then read
         large = read(path, anyres[1])
         assert large.lengths == small.lengths

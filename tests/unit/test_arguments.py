@@ -15,9 +15,9 @@ import torch
 from transformers import TrainingArguments, set_seed
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.config import RunRecipe
-from llm2clip_vlm.handoff import HandoffError, read_manifest
-from llm2clip_vlm.recipe import RecipeError
+from llm2clip_vlm.recipe.base import RunRecipe
+from llm2clip_vlm.recipe.reading import RecipeError
+from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training import arguments as module
 from llm2clip_vlm.training.arguments import build_training_arguments, check_trainer_keys
 from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics

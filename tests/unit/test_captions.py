@@ -12,15 +12,10 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.config import CaptionPairSource, CaptionSource
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.captions import (
-    CaptionPairs,
-    CaptionRecord,
-    EpochSampler,
-    read_captions,
-)
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, EpochSampler, read_captions
 from llm2clip_vlm.metrics.separability import caption_task
+from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
 LENGTHS = ("short", "long")
 ANY = CaptionPairSource(path="x")

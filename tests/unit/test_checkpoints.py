@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_vlm.handoff import HandoffError
+from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.checkpoints import (
     SEAL_NAME,
     damage,

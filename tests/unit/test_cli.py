@@ -11,10 +11,11 @@ import pytest
 
 import llm2clip_vlm
 from llm2clip_vlm import cli, files, programs
-from llm2clip_vlm.config_eval import PipelineRecipe, SuiteRecipe
 from llm2clip_vlm.pipeline import RECIPES, Pipeline, PipelineError
 from llm2clip_vlm.preflight import doctor
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.suite import SuiteRecipe
 from llm2clip_vlm.training.stage_run import NEXT
 
 
@@ -194,7 +195,7 @@ def test_starting_the_command_and_the_package_is_light() -> None:
         import sys
         import llm2clip_vlm
         assert "pydantic" not in sys.modules
-        import llm2clip_vlm.cli, llm2clip_vlm.config
+        import llm2clip_vlm.cli, llm2clip_vlm.recipe.base
         heavy = {"torch", "transformers", "numpy", "peft", "deepspeed", "lmms_eval"}
         assert not heavy & set(sys.modules), heavy & set(sys.modules)
     """

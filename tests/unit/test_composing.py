@@ -13,10 +13,11 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
-from llm2clip_vlm.models import composing, vlm
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
-from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.models.vlm import building as vlm
+from llm2clip_vlm.models.vlm import composing
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from tests.tiny_llms import NAMES, build_family, is_tiny
 
 FACTORS = {"granite": 1 / 8, "cohere": 1 / 16, "minicpm3": 1 / 4, "falcon_h1": 1 / 2}
@@ -33,7 +34,7 @@ def test_a_factor_of_the_logits_is_kept_in_an_untied_head(
     """Granite's multiplier of the embeddings lives in its decoder, and stays there."""
     tied = family != "minicpm3"
     llm = build_family(family, tmp_path / "llm", tie_word_embeddings=tied)
-    with caplog.at_level("INFO", "llm2clip_vlm.models.composing"):
+    with caplog.at_level("INFO", "llm2clip_vlm.models.vlm.composing"):
         model, processor = build_vlm(tiny_clip, llm)
     assert f"factor {FACTORS[family]:g} is in lm_head" in caplog.text
     save_vlm(model, processor, tmp_path / "vlm")

@@ -9,20 +9,16 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.chat_template import (
+from llm2clip_vlm.chat.labels import check_chat_template, end_of_turn_ids, tokenize
+from llm2clip_vlm.chat.labels import label as labelled
+from llm2clip_vlm.chat.template import (
     ConversationError,
     accept_image_parts,
-    check_chat_template,
-    end_of_turn_ids,
     find_chat_template,
     render,
-    tokenize,
-)
-from llm2clip_vlm.chat_template import (
-    label as labelled,
 )
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.conversation import (
+from llm2clip_vlm.data.conversation.messages import (
     MAX_CONVERSATION_CHARS,
     build_labels,
     build_plain_labels,

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_vlm.config_encoder import BoxSource, EncoderEvalRecipe
 from llm2clip_vlm.evaluation.encoder.detection import (
     MAX_BOXES,
     CocoBoxes,
@@ -20,7 +19,8 @@ from llm2clip_vlm.evaluation.encoder.detection import (
     predict,
 )
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.evaluation import BoxSource, EncoderEvalRecipe
 from tests.tiny import write_image
 from tests.tiny_towers import build_tower
 

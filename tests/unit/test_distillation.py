@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm import losses
-from llm2clip_vlm.losses import cosine_loss, relational_distillation
+from llm2clip_vlm.losses import contrastive as losses
+from llm2clip_vlm.losses.contrastive import cosine_loss, relational_distillation
 
 
 def embeds(seed: int, rows: int = 6, width: int = 4) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.losses import NO_CANDIDATE
+from llm2clip_vlm.losses.contrastive import NO_CANDIDATE
 
 WORKER = """
 import json, sys
@@ -23,8 +23,8 @@ import torch, torch.distributed as dist, torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from llm2clip_vlm.distributed import (
     gather_with_grad, is_main, max_over_ranks, rank, shared_out, teardown, world_size)
-from llm2clip_vlm import losses
-from llm2clip_vlm.losses import (
+from llm2clip_vlm.losses import contrastive as losses
+from llm2clip_vlm.losses.contrastive import (
     NO_CANDIDATE, caption_contrastive_loss, contrastive_loss, sigmoid_loss)
 
 class Towers(torch.nn.Module):

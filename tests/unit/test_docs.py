@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm import cli, embed
-from llm2clip_vlm.config import RunRecipe
-from llm2clip_vlm.config_encoder import EncoderEvalRecipe
-from llm2clip_vlm.config_eval import PipelineRecipe
 from llm2clip_vlm.interop import command
 from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.base import RunRecipe
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.training.arguments import check_trainer_keys
 
 ROOT = Path(__file__).resolve().parents[2]

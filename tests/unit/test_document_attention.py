@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_vlm.data.packing import PackedCollator
-from llm2clip_vlm.models import document_attention
-from llm2clip_vlm.models.document_attention import (
+from llm2clip_vlm.data.conversation.packing import PackedCollator
+from llm2clip_vlm.models.equal import difference, logits_of
+from llm2clip_vlm.models.vlm import document_attention
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
+from llm2clip_vlm.models.vlm.document_attention import (
     NAME,
     install_document_attention,
     install_packing,
 )
-from llm2clip_vlm.models.equal import difference, logits_of
-from llm2clip_vlm.models.vlm import VlmError, build_vlm
 from tests.tiny_llms import NAMES, build_family, is_tiny
 from tests.unit.test_vlm_trainer import samples
 

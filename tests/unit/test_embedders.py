@@ -16,10 +16,10 @@ import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, BertConfig, BertModel, Qwen3Config, Qwen3Model
 
-from llm2clip_vlm.models.caption_tokens import TextEncoderError
-from llm2clip_vlm.models.embedder import read_embedder
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.training.embedder_export import export_sentence_transformers
+from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
+from llm2clip_vlm.models.text.embedder import read_embedder
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
 from tests.tiny import llm_tokenizer, word_tokenizer
 from tests.unit.test_text_encoder import build
 

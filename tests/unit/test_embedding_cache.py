@@ -24,8 +24,8 @@ from llm2clip_vlm.data import embedding_shards
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache, MissingTextError
 from llm2clip_vlm.data.embedding_merge import merge_caches
 from llm2clip_vlm.data.embedding_shards import HEADER_NAME, CacheError, text_digest
-from llm2clip_vlm.handoff import HandoffError
-from llm2clip_vlm.training.caption_cache import CaptionFeatures
+from llm2clip_vlm.runs.manifest import HandoffError
+from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures
 
 FINGERPRINT = {"text_weights": "abc", "pooling": "mean"}
 TEXTS = [f"text {i}" for i in range(10)]

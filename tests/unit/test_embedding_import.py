@@ -14,9 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.embedding_import import import_official
 from llm2clip_vlm.data.embedding_shards import CacheError
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 
 COLUMNS = ("shortSV_captions", "longSV_captions")
 FINGERPRINT = {"text_weights": "Llama-3-8B-Instruct-CC"}

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.config_encoder import ClassSource, CompositionalTask, RetrievalTask
-from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.evaluation.encoder.benchmarks import (
     RETRIEVAL,
     plain_image,
@@ -18,6 +17,7 @@ from llm2clip_vlm.evaluation.encoder.benchmarks import (
     read_compositional,
     read_retrieval,
 )
+from llm2clip_vlm.recipe.evaluation import ClassSource, CompositionalTask, RetrievalTask
 from tests.tiny import write_image
 
 

@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Sequence
 from transformers import AutoModel, SiglipConfig, SiglipModel
 
-from llm2clip_vlm.config import TextEncoderSection
-from llm2clip_vlm.data.image_text_index import ImageTextRecord
-from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.data.image_text.index import ImageTextRecord
+from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder, tower_pixels
-from llm2clip_vlm.fingerprint import HandoffError
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.runs.hashes import HandoffError
 from tests.tiny import word_tokenizer, write_image
 from tests.tiny_towers import build_tower
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.evaluation.vlm.task_helpers import doc_to_text, doc_to_visual, exact_match
 from tests.tiny import write_image
 

@@ -12,7 +12,7 @@ from tests.tiny import clip_config, write_image
 FRESH = """
 import sys
 from pathlib import Path
-from llm2clip_vlm.data.image_text_index import ImageTextRecord
+from llm2clip_vlm.data.image_text.index import ImageTextRecord
 from llm2clip_vlm.evaluation.report.examples import retrieved_captions
 from llm2clip_vlm.evaluation.report.inputs import ReportError
 

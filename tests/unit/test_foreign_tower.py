@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from llm2clip_vlm.models import towers
-from llm2clip_vlm.models.towers import load_vision_tower
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.models.vision import towers
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 
 
 class PlainConfig(PreTrainedConfig):

@@ -12,8 +12,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, TrainingArguments
 
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.trainable import apply_trainable, frozen_modules, set_evaluation_mode
-from llm2clip_vlm.training import encoder_trainer, text_trainer, trainers
+from llm2clip_vlm.training.encoder import encoder_trainer
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin, StrictTrainer
+from llm2clip_vlm.training.text import text_trainer
+from llm2clip_vlm.training.vlm import vlm_trainer as trainers
 
 
 class Parts(nn.Module):

@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from llm2clip_vlm.chat.text_tokens import TextTokens
 from llm2clip_vlm.evaluation.vlm.generation import Generator, Prompt, strip_control
-from llm2clip_vlm.models.vlm import build_vlm
-from llm2clip_vlm.text_tokens import TextTokens
+from llm2clip_vlm.models.vlm.building import build_vlm
 from tests.tiny import llm_tokenizer
 
 QUESTIONS = [

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel, TrainingArguments
 
-from llm2clip_vlm.losses import contrastive_loss
-from llm2clip_vlm.training.encoder_trainer import (
+from llm2clip_vlm.losses.contrastive import contrastive_loss
+from llm2clip_vlm.training.encoder.encoder_trainer import (
     EncoderTrainer,
     _ClampLogitScale,
     prepare_model,
     split_batch,
 )
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
-from llm2clip_vlm.training.text_trainer import CaptionContrastiveTrainer, split_groups
+from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer, split_groups
 
 
 class Towers(nn.Module):

@@ -12,12 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from llm2clip_vlm import fingerprint
-from llm2clip_vlm.claims import claim_output_dir, claim_parents, refuse_changed_outputs
-from llm2clip_vlm.config import RunRecipe, Stage1Recipe, TextEncoderSection
 from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
-from llm2clip_vlm.fingerprint import changed_files, file_states
-from llm2clip_vlm.handoff import (
+from llm2clip_vlm.recipe.base import RunRecipe, TextEncoderSection
+from llm2clip_vlm.recipe.text import Stage1Recipe
+from llm2clip_vlm.runs import hashes as fingerprint
+from llm2clip_vlm.runs.claims import claim_output_dir, claim_parents, refuse_changed_outputs
+from llm2clip_vlm.runs.hashes import changed_files, file_states
+from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,

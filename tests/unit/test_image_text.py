@@ -14,24 +14,24 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from llm2clip_vlm.config import AugmentationSection, ImageTextSource, ZeroShotSource
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.caption_draw import (
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, caption_galleries, collate
+from llm2clip_vlm.data.image_text.index import (
+    ImageTextRecord,
+    ImageTextRecords,
+    read_image_text,
+    read_sources,
+)
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
+from llm2clip_vlm.data.reading.images import ImageError
+from llm2clip_vlm.data.text.caption_draw import (
     caption_id,
     draw,
     draw_one,
     draw_several,
     weighted_captions,
 )
-from llm2clip_vlm.data.image_text import ImageTextDataset, caption_galleries, collate
-from llm2clip_vlm.data.image_text_index import (
-    ImageTextRecord,
-    ImageTextRecords,
-    read_image_text,
-    read_sources,
-)
-from llm2clip_vlm.data.images import ImageError
-from llm2clip_vlm.training.encoder_eval import HeldOut, logged, training_images
+from llm2clip_vlm.recipe.base import AugmentationSection, ImageTextSource, ZeroShotSource
+from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
 from tests.image_corpus import encode, photo
 from tests.image_text_files import Samples, write_folder
 from tests.tiny import write_image
@@ -146,9 +146,13 @@ def test_memory_and_disk_give_the_same_batches_to_the_bit(records: ImageTextReco
 def test_a_set_above_the_limit_stays_on_disk(
     records: ImageTextRecords, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32)
+    monkeypatch.setattr(
+        "llm2clip_vlm.data.image_text.dataset.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32
+    )
     assert ImageTextDataset(records, processor())._pixels is None
-    monkeypatch.setattr("llm2clip_vlm.data.image_text.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32 + 1)
+    monkeypatch.setattr(
+        "llm2clip_vlm.data.image_text.dataset.PRELOAD_LIMIT_BYTES", 20 * 3 * 32 * 32 + 1
+    )
     assert ImageTextDataset(records, processor())._pixels is not None
 
 
@@ -181,7 +185,7 @@ def test_a_processor_that_the_table_mimics_for_some_pictures_alone(
                 out["pixel_values"] = out["pixel_values"] + 0.25
             return out
 
-    monkeypatch.setattr("llm2clip_vlm.data.image_text._CHUNK", 2)
+    monkeypatch.setattr("llm2clip_vlm.data.image_text.dataset._CHUNK", 2)
     samples = [(str(i), picture(i, 32 + 8 * (i > 1)), "c") for i in range(4)]
     records = read(tmp_path / "pairs.jsonl", samples)
     odd = Fractions(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})

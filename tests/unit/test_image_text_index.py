@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.data import image_text_index, shards, table_files
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
-from llm2clip_vlm.data.image_text import ImageTextDataset
-from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text, read_sources
+from llm2clip_vlm.data.image_text import index as image_text_index
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
+from llm2clip_vlm.data.image_text.index import ImageTextRecords, read_image_text, read_sources
+from llm2clip_vlm.data.reading import shards, table_files
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.recipe.base import ImageTextSource
 from tests.image_corpus import jpeg
 from tests.image_text_files import FORMATS, Samples, add, write_folder, write_parquet, write_tar
 from tests.unit.test_image_text import processor

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from llm2clip_vlm.data import cut_images, images
-from llm2clip_vlm.data.images import EncodedImage, ImageError, open_image, resolve_image
+from llm2clip_vlm.data.reading import cut_images, images
+from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, open_image, resolve_image
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])

@@ -19,16 +19,18 @@ import pytest
 import torch
 import yaml
 
-from llm2clip_vlm.config_vlm import InstructionSource
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data import instruction, table_files, token_table
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.instruction import (
+from llm2clip_vlm.data.conversation import instruction
+from llm2clip_vlm.data.conversation.instruction import (
     InstructionCollator,
     InstructionDataset,
     chosen_rows,
 )
-from llm2clip_vlm.data.token_table import read_instructions
+from llm2clip_vlm.data.reading import table_files
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text import token_table
+from llm2clip_vlm.data.text.token_table import read_instructions
+from llm2clip_vlm.recipe.vlm import InstructionSource
 from tests.tiny import write_image
 from tests.vlm_fixtures import write_llava
 
@@ -37,7 +39,7 @@ ANSWER = {"from": "gpt", "value": "red"}
 
 @pytest.fixture(scope="module")
 def processor(tiny_clip: Path, tiny_llm: Path) -> Any:
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     return build_vlm(tiny_clip, tiny_llm)[1]
 

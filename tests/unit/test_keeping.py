@@ -16,13 +16,13 @@ from pydantic import ValidationError
 from torch import Tensor
 from transformers import CLIPModel, TrainerControl, TrainerState
 
-from llm2clip_vlm.config_stage2 import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.models.clip import ClipTokens, load_clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.patch_dropout import PatchDropout
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.encoder import InheritanceSection, Stage2bRecipe
 from llm2clip_vlm.training.callbacks import PatchDropoutTail, WeightAverage
-from llm2clip_vlm.training.keeping import (
+from llm2clip_vlm.training.encoder.distillation import (
     TowerTeacher,
     inherit_space,
     inherit_text_tower,

@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from llm2clip_vlm.config import LoraSection
-from llm2clip_vlm.config_vlm import Stage4Recipe
-from llm2clip_vlm.handoff import HandoffError
 from llm2clip_vlm.interop.certificate import Evidence, certify
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.checkpoint_files import check_sizes, read_config_file
-from llm2clip_vlm.models.lineage import LINEAGE_NAME, read_lineage, settings_of, weights_of
-from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.lineage import LINEAGE_NAME, read_lineage, settings_of, weights_of
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.recipe.vlm import Stage4Recipe
+from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.adapters import load_adapter, merged_state, save_adapter
-from llm2clip_vlm.training.vlm_run import prepare_trainable
+from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 from tests.tiny import build_clip, build_llm
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, CLIPModel, SiglipVisionConfig
 
 import llm2clip_vlm
-from llm2clip_vlm.losses import contrastive_loss
+from llm2clip_vlm.losses.contrastive import contrastive_loss
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.tiny_towers import build_tower
 
 

@@ -20,8 +20,7 @@ from PIL import Image
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
-from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
-from llm2clip_vlm.data.images import ImageError
+from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.evaluation.vlm import jobs as lmms_jobs
 from llm2clip_vlm.evaluation.vlm import llava15
 from llm2clip_vlm.evaluation.vlm import worker as lmms_worker
@@ -39,8 +38,9 @@ from llm2clip_vlm.evaluation.vlm.jobs import (
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash, to_mme_rows, to_pope_rows
 from llm2clip_vlm.evaluation.vlm.worker import STATIC_DESPITE_MARKS, merge, redirect
-from llm2clip_vlm.fingerprint import file_state
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
+from llm2clip_vlm.runs.hashes import file_state
 from tests.tiny import write_image
 
 ROOT = Path(__file__).resolve().parents[2]

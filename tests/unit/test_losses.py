@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm import losses
-from llm2clip_vlm.losses import (
+from llm2clip_vlm.losses import contrastive as losses
+from llm2clip_vlm.losses.contrastive import (
     caption_contrastive_loss,
     contrastive_loss,
     cosine_loss,

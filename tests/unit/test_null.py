@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm2clip_vlm.config_eval import ExpectedScores
 from llm2clip_vlm.evaluation.report.comparison import _differences, compare, flipped
 from llm2clip_vlm.evaluation.report.inputs import Measured, Run
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, samples_of
 from llm2clip_vlm.evaluation.vlm.score_gate import gate
 from llm2clip_vlm.metrics.statistics import bootstrap_interval, jackknife_error, unpaired_summary
+from llm2clip_vlm.recipe.suite import ExpectedScores
 
 
 def run(name: str, seeds: dict[int | None, Any]) -> Run:

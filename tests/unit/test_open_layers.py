@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from llm2clip_vlm.models import text_encoder
-from llm2clip_vlm.models.caption_tokens import TextEncoderError
-from llm2clip_vlm.models.open_layers import attention_kind, layers_see_behind
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.training.embedder_export import export_sentence_transformers
+from llm2clip_vlm.models.text import text_encoder
+from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
+from llm2clip_vlm.models.text.open_layers import attention_kind, layers_see_behind
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
 from tests.tiny_llms import BASE, MORE, NAMES, build_family, is_tiny
 
 TEXTS = ["a red star", "a very large dog and a small cat on the left of the beach", "dog"]

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.ownership import (
+from llm2clip_vlm.runs.ownership import (
     MARKER_NAME,
     Hold,
     OwnershipError,
@@ -29,7 +29,7 @@ from llm2clip_vlm.ownership import (
 
 HOLDER = """
 import sys, time
-from llm2clip_vlm.ownership import Hold
+from llm2clip_vlm.runs.ownership import Hold
 hold = Hold(sys.argv[1], "a test", ["a"], alone=True, shared=len(sys.argv) > 2)
 print("held", flush=True)
 time.sleep(60)

@@ -9,13 +9,13 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from llm2clip_vlm.config_vlm import PartTraining
-from llm2clip_vlm.data.instruction import InstructionCollator
-from llm2clip_vlm.data.packing import PackedBatches, PackedCollator
-from llm2clip_vlm.handoff import HandoffError
+from llm2clip_vlm.data.conversation.instruction import InstructionCollator
+from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.models.trainable import apply_trainable
-from llm2clip_vlm.models.vlm import build_vlm
-from llm2clip_vlm.training.trainers import VlmTrainer
+from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.recipe.vlm import PartTraining
+from llm2clip_vlm.runs.manifest import HandoffError
+from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 
 PARTS = {"multi_modal_projector": PartTraining(lr=1e-2), "language_model": PartTraining(lr=1e-2)}
 

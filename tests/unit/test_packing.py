@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.instruction import InstructionCollator
-from llm2clip_vlm.data.packing import (
+from llm2clip_vlm.data.conversation.instruction import InstructionCollator
+from llm2clip_vlm.data.conversation.packing import (
     PackedBatches,
     PackedCollator,
     balanced_packs,
@@ -112,7 +112,7 @@ class Samples:
 
 @pytest.fixture(scope="module")
 def vlm(tiny_clip: Path, tiny_llm: Path) -> Any:
-    from llm2clip_vlm.models.vlm import build_vlm
+    from llm2clip_vlm.models.vlm.building import build_vlm
 
     model, processor = build_vlm(tiny_clip, tiny_llm)
     return model, Samples(processor.image_token_id, 16)

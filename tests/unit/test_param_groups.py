@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.towers import load_vision_tower
 from llm2clip_vlm.models.trainable import (
     apply_trainable,
     freeze_unused,
@@ -19,6 +17,8 @@ from llm2clip_vlm.models.trainable import (
     train_last_blocks,
     trainable_table,
 )
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, build_tower

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm2clip_vlm.models.patch_dropout import PatchDropout, keep_patches
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.patch_dropout import PatchDropout, keep_patches
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
 

@@ -15,10 +15,6 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.config import Stage2aRecipe
-from llm2clip_vlm.config_eval import PipelineRecipe
-from llm2clip_vlm.handoff import write_manifest
-from llm2clip_vlm.ownership import MARKER_NAME, Hold, OwnershipError
 from llm2clip_vlm.pipeline import (
     OUTPUTS_NAME,
     Pipeline,
@@ -28,7 +24,11 @@ from llm2clip_vlm.pipeline import (
     progress_of,
     usable_cores,
 )
-from llm2clip_vlm.recipe import load_recipe
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.text import Stage2aRecipe
+from llm2clip_vlm.runs.manifest import write_manifest
+from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, OwnershipError
 
 WORK = """
 import os, sys, time

@@ -11,18 +11,18 @@ from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llm2clip_vlm.config import AugmentationSection
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.image_text import ImageTextDataset, collate
-from llm2clip_vlm.data.image_text_index import ImageTextRecords, read_image_text
-from llm2clip_vlm.data.images import EncodedImage
-from llm2clip_vlm.data.pixels import (
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, collate
+from llm2clip_vlm.data.image_text.index import ImageTextRecords, read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.reading.images import EncodedImage
+from llm2clip_vlm.data.reading.pixels import (
     Geometry,
     PixelTable,
     TrainingPixels,
     process_images,
     random_crop,
 )
+from llm2clip_vlm.recipe.base import AugmentationSection
 from tests.image_corpus import encode, jpeg, photo
 from tests.image_text_files import write_folder
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llm2clip_vlm.config import LoraSection
-from llm2clip_vlm.config_vlm import Stage4Recipe
 from llm2clip_vlm.models.trainable import set_precision
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
-from llm2clip_vlm.training.vlm_run import prepare_trainable
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.recipe.vlm import Stage4Recipe
+from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 from tests.vlm_fixtures import run_here, write_llava, write_recipe
 
 ALL = ("vision_tower", "multi_modal_projector", "language_model")

@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.evaluation.encoder import probes
 from llm2clip_vlm.evaluation.encoder.probes import choose_l2, fit_logistic, linear_probe
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 
 
 def blobs(per_class: int, spread: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

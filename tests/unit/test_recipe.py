@@ -8,11 +8,21 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from llm2clip_vlm import config, config_base, config_vlm, yaml_files
-from llm2clip_vlm.config import ImageTextSource, Section, Stage1Recipe, Stage2aRecipe
-from llm2clip_vlm.config_stage2 import Stage2bRecipe
-from llm2clip_vlm.recipe import RecipeError, load_recipe, recipe_help, save_resolved, to_plain
-from llm2clip_vlm.yaml_files import parse_yaml
+from llm2clip_vlm.recipe import base as config
+from llm2clip_vlm.recipe import encoder as config_base
+from llm2clip_vlm.recipe import vlm as config_vlm
+from llm2clip_vlm.recipe import yaml_files
+from llm2clip_vlm.recipe.base import ImageTextSource, Section
+from llm2clip_vlm.recipe.encoder import Stage2bRecipe
+from llm2clip_vlm.recipe.reading import (
+    RecipeError,
+    load_recipe,
+    recipe_help,
+    save_resolved,
+    to_plain,
+)
+from llm2clip_vlm.recipe.text import Stage1Recipe, Stage2aRecipe
+from llm2clip_vlm.recipe.yaml_files import parse_yaml
 
 
 class Inner(Section):

@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.data import records, text_rows
-from llm2clip_vlm.data.bad_records import BadRecords, RecordError, Refused
-from llm2clip_vlm.data.records import (
+from llm2clip_vlm.data.reading import records
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.reading.records import (
     RowGroup,
     collect_captions,
     get_column,
     iter_records,
     iter_rows,
 )
+from llm2clip_vlm.data.text import text_rows
+from llm2clip_vlm.recipe.base import CaptionSource
 
 ROWS: list[dict[str, Any]] = [
     {"id": 1, "image_id": 7, "split": "train", "ok": True, "caption": "a red star"},

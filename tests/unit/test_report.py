@@ -400,12 +400,12 @@ def test_the_caption_ranked_first_is_shown(
 ) -> None:
     import torch
 
-    from llm2clip_vlm.config import ImageTextSource
-    from llm2clip_vlm.data.bad_records import BadRecords
     from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-    from llm2clip_vlm.data.image_text_index import read_image_text
+    from llm2clip_vlm.data.image_text.index import read_image_text
+    from llm2clip_vlm.data.reading.bad_records import BadRecords
     from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-    from llm2clip_vlm.models.towers import load_vision_tower
+    from llm2clip_vlm.models.vision.towers import load_vision_tower
+    from llm2clip_vlm.recipe.base import ImageTextSource
 
     world = write_world(tmp_path / "world/seed-0")
     records = read_image_text(ImageTextSource(path=str(world / "pairs_test.jsonl")), BadRecords(0))

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from scipy.stats import t
 
-from llm2clip_vlm.config_eval import ExpectedScores
 from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
-from llm2clip_vlm.recipe import RecipeError, load_recipe
+from llm2clip_vlm.recipe.reading import RecipeError, load_recipe
+from llm2clip_vlm.recipe.suite import ExpectedScores
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = {

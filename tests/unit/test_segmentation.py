@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.nn import Linear
 
-from llm2clip_vlm.config_encoder import EncoderEvalRecipe
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.evaluation.encoder.segmentation import (
     Masks,
@@ -27,6 +26,7 @@ from llm2clip_vlm.evaluation.encoder.segmentation import (
     slide,
     zero_shot_segmentation,
 )
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from tests.tiny_towers import build_tower
 
 COLOURS = ((140, 90, 90), (90, 90, 140), (90, 140, 90))

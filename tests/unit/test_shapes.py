@@ -10,9 +10,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = (
-    "llm2clip_vlm.losses",
+    "llm2clip_vlm.losses.contrastive",
     "llm2clip_vlm.models.llm2clip",
-    "llm2clip_vlm.models.text_adaptor",
+    "llm2clip_vlm.models.text.text_adaptor",
 )
 TESTS = ("test_losses.py", "test_llm2clip.py", "test_text_adaptor.py")
 # What must raise our own error would raise jaxtyping's first; transformers builds its config
@@ -45,7 +45,7 @@ def test_the_hook_sees_a_wrong_axis() -> None:
     code = (
         "import jaxtyping, torch\n"
         "with jaxtyping.install_import_hook('llm2clip_vlm.losses', 'beartype.beartype'):\n"
-        "    from llm2clip_vlm.losses import contrastive_loss\n"
+        "    from llm2clip_vlm.losses.contrastive import contrastive_loss\n"
         "contrastive_loss(torch.ones(2, 3), torch.ones(2, 4), torch.tensor(1.0))\n"
     )
     done = subprocess.run(

@@ -8,21 +8,16 @@ from typing import Any
 import pytest
 from transformers import AutoProcessor
 
-from llm2clip_vlm.chat_template import (
-    ConversationError,
-    accept_image_parts,
-    check_chat_template,
-    end_of_turn_ids,
-    find_chat_template,
-)
+from llm2clip_vlm.chat.labels import check_chat_template, end_of_turn_ids
+from llm2clip_vlm.chat.template import ConversationError, accept_image_parts, find_chat_template
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.conversation import build_labels
-from llm2clip_vlm.data.instruction import InstructionDataset
+from llm2clip_vlm.data.conversation.instruction import InstructionDataset
+from llm2clip_vlm.data.conversation.messages import build_labels
+from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.vlm.generation import Generator
-from llm2clip_vlm.handoff import HandoffError
-from llm2clip_vlm.models.system_prompt import with_system_prompt
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm
+from llm2clip_vlm.models.vlm.system_prompt import with_system_prompt
+from llm2clip_vlm.runs.manifest import HandoffError
 from tests.image_corpus import photo
 from tests.tiny import CHAT_TEMPLATE, build_llm
 from tests.unit.test_conversation import CHATML, TURNS, family_tokenizer

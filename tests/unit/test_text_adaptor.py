@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from llm2clip_vlm.models.text_adaptor import TextAdaptor
+from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
 
 
 def test_parameter_count_of_the_paper() -> None:

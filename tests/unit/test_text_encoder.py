@@ -26,12 +26,13 @@ from transformers import (
     Qwen3Config,
 )
 
-from llm2clip_vlm.chat_template import ConversationError, user_turn
-from llm2clip_vlm.config import TextEncoderSection
-from llm2clip_vlm.handoff import HandoffError, refuse_bidirectional
-from llm2clip_vlm.models import caption_tokens, text_encoder
-from llm2clip_vlm.models.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
-from llm2clip_vlm.models.text_encoder import TextEncoder, TextEncoderSettings, pool
+from llm2clip_vlm.chat.labels import user_turn
+from llm2clip_vlm.chat.template import ConversationError
+from llm2clip_vlm.models.text import caption_tokens, text_encoder
+from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
+from llm2clip_vlm.models.text.text_encoder import TextEncoder, TextEncoderSettings, pool
+from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.runs.manifest import HandoffError, refuse_bidirectional
 from tests.tiny import llm_tokenizer
 
 TEXTS = [

@@ -13,7 +13,7 @@ from tests.tiny_towers import build_tower
 
 PROGRAM = """
 import sys
-from llm2clip_vlm.models.towers import load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 print(load_vision_tower(sys.argv[1]).num_patches, sys.modules.get("torchvision"))
 """
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.models.timm_vision import timm_image_processor
+from llm2clip_vlm.models.vision.timm_vision import timm_image_processor
 
 
 @pytest.mark.parametrize(

@@ -26,12 +26,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
-from llm2clip_vlm.config import LoraSection
 from llm2clip_vlm.models import llm2clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.resolution import resize_positions
-from llm2clip_vlm.models.towers import TowerError, load_vision_tower
 from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused
+from llm2clip_vlm.models.vision.resolution import resize_positions
+from llm2clip_vlm.models.vision.towers import TowerError, load_vision_tower
+from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.models.image_mode import set_image_aspect_ratio
-from llm2clip_vlm.models.vlm import build_vlm, load_vlm, save_vlm
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision, install_text_only_guard
+from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision, install_text_only_guard
 from tests.tiny import CHAT_TEMPLATE, build_clip, llama_config, word_tokenizer
 from tests.vlm_fixtures import lora_recipe
 
@@ -272,9 +272,9 @@ def test_no_patch_is_dropped_where_there_is_no_cls_token(tmp_path: Path, tiny_ll
 def test_lora_trains_the_adapter_alone_and_merges_exactly(
     tmp_path: Path, tiny_clip: Path, tiny_llm: Path
 ) -> None:
-    from llm2clip_vlm.config import LoraSection
+    from llm2clip_vlm.recipe.base import LoraSection
     from llm2clip_vlm.training.adapters import merged_state
-    from llm2clip_vlm.training.vlm_run import prepare_trainable
+    from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 
     model, processor = build_vlm(tiny_clip, tiny_llm)
     recipe = lora_recipe(4)
@@ -312,7 +312,7 @@ def test_the_tokenizer_adds_no_bos_that_the_template_has_written(kind: str, tmp_
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-    from llm2clip_vlm.models.vlm import _no_second_bos
+    from llm2clip_vlm.models.vlm.building import _no_second_bos
     from tests.tiny import CHAT_TEMPLATE, llm_tokenizer
 
     if kind == "words":

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.models import vlm_loss
-from llm2clip_vlm.models.vlm import build_vlm
-from llm2clip_vlm.models.vlm_loss import install_supervised_loss
+from llm2clip_vlm.models.vlm import vlm_loss
+from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.models.vlm.vlm_loss import install_supervised_loss
 
 
 def batch(model: Any) -> dict[str, Any]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip_vlm.data.visual_tokens import VisualTokens
-from llm2clip_vlm.models.vlm import VlmError, build_vlm, load_vlm, save_vlm
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
 

@@ -16,21 +16,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llm2clip_vlm.config_vlm import PartTraining
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.instruction import InstructionCollator
-from llm2clip_vlm.data.packing import PackedCollator
-from llm2clip_vlm.models import vlm_loss
+from llm2clip_vlm.data.conversation.instruction import InstructionCollator
+from llm2clip_vlm.data.conversation.packing import PackedCollator
+from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.trainable import apply_trainable, set_precision
-from llm2clip_vlm.models.vlm import VlmError, build_vlm
-from llm2clip_vlm.models.vlm_gradients import freeze_unused_vision
-from llm2clip_vlm.training import trainers, vlm_run
+from llm2clip_vlm.models.vlm import vlm_loss
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
+from llm2clip_vlm.recipe.vlm import PartTraining
 from llm2clip_vlm.training.adapters import merged_state
 from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
-from llm2clip_vlm.training.trainers import LengthGroups, VlmTrainer
-from llm2clip_vlm.training.vlm_flops import VlmFlops
+from llm2clip_vlm.training.vlm import vlm_run
+from llm2clip_vlm.training.vlm import vlm_trainer as trainers
+from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
+from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups, VlmTrainer
 
 ALL = ("vision_tower", "multi_modal_projector", "language_model")
 

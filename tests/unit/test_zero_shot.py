@@ -13,13 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm.config_encoder import (
-    CompositionalTask,
-    CraTask,
-    EncoderEvalRecipe,
-    RetrievalTask,
-    ZeroShotTask,
-)
 from llm2clip_vlm.evaluation.encoder.zero_shot import (
     caption_accuracy,
     classification,
@@ -28,6 +21,13 @@ from llm2clip_vlm.evaluation.encoder.zero_shot import (
 )
 from llm2clip_vlm.metrics.statistics import accuracy
 from llm2clip_vlm.metrics.zero_shot import class_embeds, mean_per_class
+from llm2clip_vlm.recipe.evaluation import (
+    CompositionalTask,
+    CraTask,
+    EncoderEvalRecipe,
+    RetrievalTask,
+    ZeroShotTask,
+)
 from tests.tiny import write_image
 
 

@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config import ImageTextSource
-from llm2clip_vlm.config_encoder import ClassSource, CompositionalTask, RetrievalTask
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.image_text_index import ImageTextRecord, read_image_text
-from llm2clip_vlm.data.images import ImageError, resolve_image, shown
-from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.data.image_text.index import ImageTextRecord, read_image_text
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.reading.images import ImageError, resolve_image, shown
+from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import read_json, read_text
-from llm2clip_vlm.recipe import did_you_mean
+from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.recipe.evaluation import ClassSource, CompositionalTask, RetrievalTask
+from llm2clip_vlm.recipe.reading import did_you_mean
 
 Captions = Iterator[tuple[str, str, str]]
 """Image below the folder of images, kind of caption, caption."""

@@ -28,12 +28,12 @@ from transformers import (
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from llm2clip_vlm.config_encoder import BoxSource, DetectionTask, EncoderEvalRecipe
-from llm2clip_vlm.data.images import open_image, read_image
+from llm2clip_vlm.data.reading.images import open_image, read_image
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, tower_pixels
 from llm2clip_vlm.files import require_regular
-from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
+from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.recipe.evaluation import BoxSource, DetectionTask, EncoderEvalRecipe
 
 MAX_BOXES = 100
 """Boxes of an image that are judged, as COCO does."""

@@ -18,18 +18,18 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from llm2clip_vlm.config import TextEncoderSection
-from llm2clip_vlm.data.image_text_index import ImageTextRecord
-from llm2clip_vlm.data.pixels import process_images
-from llm2clip_vlm.fingerprint import HandoffError, fingerprint_dir
-from llm2clip_vlm.handoff import read_manifest
+from llm2clip_vlm.chat.text_tokens import text_ids
+from llm2clip_vlm.data.image_text.index import ImageTextRecord
+from llm2clip_vlm.data.reading.pixels import process_images
 from llm2clip_vlm.models.clip import check_tokenizer
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
-from llm2clip_vlm.models.text_encoder import TextEncoder
-from llm2clip_vlm.models.timm_vision import read_timm_layout
-from llm2clip_vlm.models.towers import VisionTower, load_vision_tower
-from llm2clip_vlm.text_tokens import text_ids
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.vision.timm_vision import read_timm_layout
+from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
+from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_dir
+from llm2clip_vlm.runs.manifest import read_manifest
 
 _CLIP = ("clip", "vision-text-dual-encoder")
 """`model_type` of what has CLIP's text tower."""

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm2clip_vlm.config_encoder import ClassSource, EncoderEvalRecipe, LinearProbeTask
 from llm2clip_vlm.evaluation.encoder.benchmarks import read_classified
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
 from llm2clip_vlm.metrics.statistics import accuracy
 from llm2clip_vlm.metrics.zero_shot import label_rows, mean_per_class
+from llm2clip_vlm.recipe.evaluation import ClassSource, EncoderEvalRecipe, LinearProbeTask
 
 VALIDATION_SHOTS = 4
 """Few-shot: at most so many further images a class choose the regularisation (CoOp, 2109.01134)."""

@@ -15,16 +15,16 @@ from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
 
-from llm2clip_vlm.config_encoder import (
-    EncoderEvalRecipe,
-    SegmentationTask,
-    ZeroShotSegmentationTask,
-)
-from llm2clip_vlm.data.images import open_image, resolve_image
+from llm2clip_vlm.data.reading.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash, tower_pixels
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.zero_shot import class_embeds
+from llm2clip_vlm.recipe.evaluation import (
+    EncoderEvalRecipe,
+    SegmentationTask,
+    ZeroShotSegmentationTask,
+)
 
 UNJUDGED = 255
 """Mask value of pixels without a class."""

@@ -12,18 +12,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from llm2clip_vlm.config import CaptionSource
-from llm2clip_vlm.config_encoder import CompositionalTask, CraTask, RetrievalTask, ZeroShotTask
-from llm2clip_vlm.config_encoder import EncoderEvalRecipe as Recipe
-from llm2clip_vlm.data.bad_records import BadRecords
-from llm2clip_vlm.data.captions import CaptionRecord, read_captions
-from llm2clip_vlm.data.image_text import caption_galleries
+from llm2clip_vlm.data.image_text.dataset import caption_galleries
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.captions import CaptionRecord, read_captions
 from llm2clip_vlm.evaluation.encoder import benchmarks as published
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
 from llm2clip_vlm.metrics.retrieval import TIE_TOLERANCE, recall_at_k, retrieval_report
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.metrics.statistics import accuracy
 from llm2clip_vlm.metrics.zero_shot import class_embeds, label_rows, mean_per_class
+from llm2clip_vlm.recipe.base import CaptionSource
+from llm2clip_vlm.recipe.evaluation import CompositionalTask, CraTask, RetrievalTask, ZeroShotTask
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe as Recipe
 
 Result = dict[str, Any]
 

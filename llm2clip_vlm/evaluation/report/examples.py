@@ -10,11 +10,11 @@ from typing import Any
 from PIL import Image
 
 from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.image_text import caption_galleries
-from llm2clip_vlm.data.image_text_index import ImageTextRecord
-from llm2clip_vlm.data.images import EncodedImage, open_image
-from llm2clip_vlm.data.records import iter_rows
-from llm2clip_vlm.data.shards import PackedImage
+from llm2clip_vlm.data.image_text.dataset import caption_galleries
+from llm2clip_vlm.data.image_text.index import ImageTextRecord
+from llm2clip_vlm.data.reading.images import EncodedImage, open_image
+from llm2clip_vlm.data.reading.records import iter_rows
+from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.report.inputs import ReportError
 from llm2clip_vlm.evaluation.vlm.samples import load_samples

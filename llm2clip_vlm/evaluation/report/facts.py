@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.config_eval import ReportRecipe
 from llm2clip_vlm.evaluation.report.charts import Line, Mark, bar_chart, line_chart
 from llm2clip_vlm.evaluation.report.comparison import difference_chart
 from llm2clip_vlm.evaluation.report.examples import Example
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Run
+from llm2clip_vlm.recipe.report import ReportRecipe
 
 
 @dataclass(frozen=True)

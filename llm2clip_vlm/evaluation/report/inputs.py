@@ -16,7 +16,7 @@ import numpy as np
 from llm2clip_vlm import files
 from llm2clip_vlm.evaluation.vlm.samples import load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
-from llm2clip_vlm.handoff import read_manifest
+from llm2clip_vlm.runs.manifest import read_manifest
 
 SAMPLES = ".samples.jsonl"
 """Ending of a file with one answer a line; the task's result is beside it."""

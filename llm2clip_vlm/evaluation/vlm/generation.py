@@ -18,9 +18,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchEncoding, GenerationConfig, PreTrainedModel, ProcessorMixin
 
-from llm2clip_vlm.chat_template import prompt_text, render, template_of
+from llm2clip_vlm.chat.labels import prompt_text
+from llm2clip_vlm.chat.template import render, template_of
+from llm2clip_vlm.chat.text_tokens import TextTokens, text_tokens
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.text_tokens import TextTokens, text_tokens
 
 logger = logging.getLogger(__name__)
 

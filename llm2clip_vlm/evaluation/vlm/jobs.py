@@ -26,13 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import llm2clip_vlm
-from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
-from llm2clip_vlm.data.images import resolve_image
-from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.data.reading.images import resolve_image
+from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.fingerprint import changed_files, fingerprint_dir, fingerprint_file
-from llm2clip_vlm.handoff import versions
-from llm2clip_vlm.ownership import Hold
+from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
+from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file
+from llm2clip_vlm.runs.manifest import versions
+from llm2clip_vlm.runs.ownership import Hold
 
 logger = logging.getLogger(__name__)
 
@@ -40,18 +40,19 @@ RESULT_SCHEMA = 1
 """Version of the result files."""
 
 SCORING_CODE = (
-    "chat_template.py",
-    "data/cut_images.py",
-    "data/images.py",
-    "data/visual_tokens.py",
+    "chat/jinja_budget.py",
+    "chat/labels.py",
+    "chat/template.py",
+    "chat/text_tokens.py",
+    "data/reading/cut_images.py",
+    "data/reading/images.py",
+    "data/conversation/visual_tokens.py",
     "evaluation/vlm/adapter.py",
     "evaluation/vlm/generation.py",
     "evaluation/vlm/llava15.py",
     "evaluation/vlm/samples.py",
     "evaluation/vlm/task_helpers.py",
     "evaluation/vlm/worker.py",
-    "jinja_budget.py",
-    "text_tokens.py",
 )
 """Files of this package whose change makes earlier results stale."""
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.data.records import iter_rows
+from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.vlm.jobs import EvaluationError
 from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
 from llm2clip_vlm.metrics.statistics import bootstrap_interval, jackknife_error

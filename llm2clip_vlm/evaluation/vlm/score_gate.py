@@ -11,8 +11,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llm2clip_vlm.config_eval import ExpectedColumn, ExpectedScores
 from llm2clip_vlm.metrics.statistics import jackknife_error
+from llm2clip_vlm.recipe.suite import ExpectedColumn, ExpectedScores
 
 Z_95 = 1.96
 """For the binomial's noise."""

@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip_vlm.data.images import open_image, resolve_image
+from llm2clip_vlm.data.reading.images import open_image, resolve_image
 
 logger = logging.getLogger(__name__)
 
@@ -147,7 +147,7 @@ def write_parquet(source: Path, kind: str, target: Path) -> None:
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
-    from llm2clip_vlm.data.records import iter_rows
+    from llm2clip_vlm.data.reading.records import iter_rows
 
     rows = CONVERTERS[kind](iter_rows(source), source.parent)
     features = {name: Value("string") for name in rows[0]} | {"image": ImageFeature()}

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.config_eval import LmmsTask, SuiteRecipe
 from llm2clip_vlm.evaluation.vlm import MODEL_ID
 from llm2clip_vlm.evaluation.vlm.jobs import (
     JUDGE,
@@ -32,8 +31,9 @@ from llm2clip_vlm.evaluation.vlm.jobs import (
 )
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.files import write_atomically
-from llm2clip_vlm.fingerprint import file_state
-from llm2clip_vlm.handoff import versions
+from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
+from llm2clip_vlm.runs.hashes import file_state
+from llm2clip_vlm.runs.manifest import versions
 
 _NO_MANAGER: Any = object()
 """Given in place of lmms-eval's task manager, which would index 1,700 files; task objects need

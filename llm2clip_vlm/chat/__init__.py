@@ -1,0 +1,1 @@
+"""Chat templates: conversations to token ids and labels."""

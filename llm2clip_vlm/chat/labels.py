@@ -1,0 +1,331 @@
+"""Conversations to token ids and labels.
+
+A conversation is rendered once and tokenised once. The answers' characters come from the template's
+`{% generation %}` markers or, where it has none, from rendering the turns before each answer; the
+tokenizer's offsets turn characters into tokens. Only the template writes control tokens: where
+contents hold their names, they are rendered with other signs in their place and tokenised as text
+(:mod:`llm2clip_vlm.chat.text_tokens`).
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llm2clip_vlm.chat.jinja_budget import (
+    RENDER_LIMIT_S,
+    has_generation,
+)
+from llm2clip_vlm.chat.template import (
+    ConversationError,
+    Message,
+    accept_image_parts,
+    find_chat_template,
+    render,
+    render_with_spans,
+    template_of,
+)
+from llm2clip_vlm.chat.text_tokens import Span, TextTokens, text_tokens
+from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+
+
+def user_turn(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> tuple[str, str]:
+    """What a template, by default the tokenizer's own, writes before and behind a user's text.
+
+    Taken from a later turn of a conversation, so that no system prompt and no date is in it.
+
+    Returns:
+        Such as `<|im_start|>user` with its line break, and `<|im_end|>` without what follows it.
+
+    Raises:
+        ConversationError: The tokenizer has no template, or it rewrites earlier turns.
+
+    Paper: LLM2CLIP released code, which knows Llama 3's header by the model's name.
+    """
+    template = accept_image_parts(template or find_chat_template(None, tokenizer), tokenizer)
+    turns = _probe("first")
+    end = render(turns, template, tokenizer).rpartition(_ANSWER)[2]
+    more = render([*turns, _probe("third")[0]], template, tokenizer)
+    rest = more.rpartition(_ANSWER)[2]
+    before, found, behind = rest.removeprefix(end).partition("third")
+    if not found or not rest.startswith(end) or _ANSWER not in more:
+        raise ConversationError(
+            f"the chat template writes {rest!r} after an answer, expected {end!r} and a user's "
+            "turn; leave `chat` out"
+        )
+    return before, behind.rstrip()
+
+
+def label(
+    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels on each answer and the token that ends it.
+
+    Args:
+        messages: Turns with roles `system`, `user` and `assistant`.
+        template: Jinja source that takes image parts.
+        tokenizer: A fast one.
+
+    Returns:
+        `(input_ids, labels)`; `IGNORE_INDEX` where nothing is trained, each `<image>` one token.
+
+    Raises:
+        ConversationError: The template marks another number of answers, rewrites earlier turns, or
+            writes no end-of-turn token; or a token joins a prompt and its answer.
+    """
+    text, spans, ids, offsets = _encoded(messages, template, tokenizer)
+    stops = _ends_of_turns(template, tokenizer, len(tokenizer))
+    begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
+    labels = [IGNORE_INDEX] * len(ids)
+    for begin, end in spans:
+        first, last = bisect_right(ends, begin), bisect_left(begins, end)
+        if first >= last:
+            raise ConversationError(f"the answer {text[begin:end]!r} has no token")
+        if text[begins[first] : begin].strip():
+            raise ConversationError(
+                f"the token {text[begins[first] : ends[first]]!r} joins prompt and answer; the "
+                "template needs a separator before the answer"
+            )
+        ended = [i for i in range(first, last) if ids[i] in stops]
+        while not ended and last < len(ids):
+            ended = [last] if ids[last] in stops else []
+            if text[begins[last] : ends[last]].strip():
+                break
+            last += 1
+        if not ended:
+            raise ConversationError(
+                f"the chat template writes no end-of-turn token after {text[begin:end][-40:]!r}, "
+                "so the model would not learn to stop; add eos_token to the template"
+            )
+        labels[first : ended[-1] + 1] = ids[first : ended[-1] + 1]
+    return ids, labels
+
+
+def prompt_text(
+    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, dict[int, str]]:
+    """A conversation up to where the model begins to answer, and characters that stand for others.
+
+    Where something that is said in it would become a control token, its first character is another
+    one; `str.translate` with the table, behind `TextTokens.named`, gives the text back.
+    """
+    text = render(messages, template, tokenizer, prompt=True)
+    hide, show = _to_hide(messages, template, tokenizer, tokenize(tokenizer, text)[0], prompt=True)
+    return (
+        render(_hidden(messages, hide), template, tokenizer, prompt=True) if hide else text
+    ), show
+
+
+def _encoded(
+    messages: list[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[str, list[Span], list[int], list[Span]]:
+    """Text, answers' spans in it, ids and offsets of a conversation whose contents stay text."""
+    text, spans = _answers(messages, template, tokenizer)
+    ids, offsets = tokenize(tokenizer, text)
+    known = text_tokens(tokenizer, template)
+    hide, show = _to_hide(messages, template, tokenizer, ids)
+    if not hide:
+        return text, spans, ids, offsets
+    text, spans = _answers(_hidden(messages, hide), template, tokenizer)
+    borders = sorted({0, len(text), *(place for span in spans for place in span)})
+    pieces = [known.named(text[begin:end]).translate(show) for begin, end in pairwise(borders)]
+    moved, length = {0: 0}, 0
+    for border, piece in zip(borders[1:], pieces, strict=True):
+        moved[border] = length = length + len(piece)
+    text = "".join(pieces)
+    ids, offsets = tokenize(tokenizer, text, known)
+    return text, [(moved[begin], moved[end]) for begin, end in spans], ids, offsets
+
+
+def texts_of(messages: Sequence[Message]) -> Iterator[str]:
+    """The texts of normalised messages."""
+    for message in messages:
+        content = message["content"]
+        parts = [{"text": content}] if isinstance(content, str) else content
+        yield from (part["text"] for part in parts if "text" in part)
+
+
+def _kinds(content: Any) -> tuple[str, ...] | None:
+    return None if isinstance(content, str) else tuple(part["type"] for part in content)
+
+
+def _to_hide(
+    messages: list[Message],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[int],
+    *,
+    prompt: bool = False,
+) -> tuple[dict[int, str], dict[int, str]]:
+    """Tables of `TextTokens.hidden`; empty where the contents of these ids are text."""
+    known, contents = text_tokens(tokenizer, template), list(texts_of(messages))
+    form = tuple((m["role"], _kinds(m["content"])) for m in messages)
+    written = _written(form, template, tokenizer, len(tokenizer), prompt)
+    if known.control(ids) == written and not known.holds_unknown(contents):
+        return {}, {}
+    return known.hidden(contents)
+
+
+def _hidden(messages: list[Message], table: dict[int, str]) -> list[Message]:
+    return [m | {"content": _hidden_content(m["content"], table)} for m in messages]
+
+
+def _hidden_content(content: Any, table: dict[int, str]) -> Any:
+    if isinstance(content, str):
+        return content.translate(table)
+    return [p | {"text": p["text"].translate(table)} if "text" in p else p for p in content]
+
+
+@lru_cache(maxsize=4096)
+def _written(
+    form: tuple[tuple[str, tuple[str, ...] | None], ...],
+    template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    size: int,
+    prompt: bool,
+) -> list[int] | None:
+    """The control tokens that the template writes around contents of this form."""
+    plain = [
+        {"role": role, "content": "a" if kinds is None else [_plain_part(kind) for kind in kinds]}
+        for role, kinds in form
+    ]
+    try:
+        text = render(plain, template, tokenizer, prompt=prompt)
+    except ConversationError:
+        return None
+    return text_tokens(tokenizer, template).control(tokenize(tokenizer, text)[0])
+
+
+def _plain_part(kind: str) -> Message:
+    return {"type": "text", "text": "a"} if kind == "text" else {"type": kind}
+
+
+def _answers(
+    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[Span]]:
+    """The rendered conversation, and `(begin, end)` characters of each answer."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    if has_generation(template):
+        text, spans = render_with_spans(messages, template, tokenizer)
+        if len(spans) != len(answers):
+            raise ConversationError(
+                f"the chat template marks {len(spans)} generation spans, expected {len(answers)}"
+            )
+        return text, spans
+    text, spans = render(messages, template, tokenizer), []
+    until = time.thread_time() + 2 * RENDER_LIMIT_S
+    for index in answers:
+        if time.thread_time() > until:
+            raise ConversationError(
+                f"to find {len(answers)} answers without {{% generation %}} takes too long"
+            )
+        prompt = render(messages[:index], template, tokenizer, prompt=True)
+        answered = render(messages[: index + 1], template, tokenizer)
+        if not text.startswith(answered) or not answered.startswith(prompt):
+            raise ConversationError(
+                f"turn {index + 1}: the chat template rewrites earlier turns, so an answer's "
+                "place cannot be found; put {% generation %} around the answer in the template"
+            )
+        spans.append((len(prompt), len(answered)))
+    return text, spans
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, text: str, known: TextTokens | None = None
+) -> tuple[list[int], list[Span]]:
+    """Ids and character offsets; special tokens as `ProcessorMixin.apply_chat_template` adds them.
+
+    That is: bos is added where the tokenizer does so and the template has not written it. An eos
+    that the tokenizer would add at the end is dropped: a prompt must not end with one.
+
+    Args:
+        tokenizer: A fast one.
+        text: A rendered conversation.
+        known: Where control tokens have the names that it gave them, and all else is text.
+    """
+    if not tokenizer.is_fast:
+        raise ConversationError(
+            f"{type(tokenizer).__name__} gives no character offsets; a fast tokenizer is needed"
+        )
+    bos = tokenizer.bos_token
+    if known is not None:
+        add = not (bos and text.startswith(known.named(bos)))
+        ids, offsets = known.encode(text, add_special_tokens=add)
+    else:
+        add = not (bos and text.startswith(bos))
+        encoded = tokenizer(
+            text, add_special_tokens=add, return_offsets_mapping=True, verbose=False
+        )
+        ids = list(encoded["input_ids"])
+        offsets = [(int(begin), int(end)) for begin, end in encoded["offset_mapping"]]
+    while add and ids and offsets[-1] == (0, 0) and len(ids) > 1:
+        ids, offsets = ids[:-1], offsets[:-1]
+    return ids, offsets
+
+
+@lru_cache(maxsize=2)
+def _ends_of_turns(template: str, tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
+    """Ids that the template ends answers with: the first control token behind an answer's text.
+
+    Bos, unk and `<image>` are none, eos always is one.
+    """
+    control = set(text_tokens(tokenizer, template).ids)
+    control -= {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.bos_token_id}
+    control |= {tokenizer.eos_token_id} - {None}
+    try:
+        text, spans = _answers([*_probe("what is it ?")] * 2, template, tokenizer)
+    except ConversationError:  # it may take one question alone
+        text, spans = _answers(_probe("what is it ?"), template, tokenizer)
+    ids, offsets = tokenize(tokenizer, text)
+    found = {tokenizer.eos_token_id} - {None}
+    for begin, end in spans:
+        place = text.find(_ANSWER, begin, end)
+        behind = begin if place < 0 else place + len(_ANSWER)
+        rest = (i for i, (at, to) in zip(ids, offsets, strict=True) if at >= behind and to > at)
+        found |= {next((index for index in rest if index in control), tokenizer.eos_token_id)}
+    return frozenset(found)
+
+
+_ANSWER = "it is red"
+
+
+def _probe(text: str) -> list[Message]:
+    content = [{"type": "text", "text": text}]
+    answer = [{"type": "text", "text": _ANSWER}]
+    return [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+
+
+def end_of_turn_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What `generation_config.eos_token_id` must hold: eos and the template's end-of-turn token."""
+    labels = label(_probe("what is it ?"), template, tokenizer)[1]
+    last = [token for token in labels if token != IGNORE_INDEX][-1]
+    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*eos, last]))
+
+
+def check_chat_template(processor_or_tokenizer: Any) -> None:
+    """Checks once that what a model is prompted with is what stands before a trained answer.
+
+    Raises:
+        ConversationError: As :func:`label`, or the prompt's tokens differ.
+    """
+    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
+    template = template_of(processor_or_tokenizer)
+    messages = _probe("What is it?")
+    ids, labels = label(messages, template, tokenizer)
+    prompt = render(messages[:1], template, tokenizer, prompt=True)
+    before = ids[: next(i for i, token in enumerate(labels) if token != IGNORE_INDEX)]
+    if tokenize(tokenizer, prompt)[0] != before:
+        raise ConversationError(
+            f"the chat template prompts with {prompt[-40:]!r} but trains answers after "
+            f"{tokenizer.decode(before)[-40:]!r}; is {{% generation %}} around all of the answer, "
+            "and does the prompt end in a space? Move the space to the answer"
+        )

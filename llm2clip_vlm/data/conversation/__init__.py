@@ -1,0 +1,1 @@
+"""Conversations with pictures: messages, samples, packed rows."""

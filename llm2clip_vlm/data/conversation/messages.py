@@ -1,0 +1,242 @@
+"""Conversations to token ids and labels.
+
+LLaVA re-tokenises split strings and adds up their lengths; where the sums disagree it masks the
+whole sample and warns. Here a conversation is tokenised once (:mod:`llm2clip_vlm.chat.labels`).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from llm2clip_vlm.chat.labels import label, texts_of
+from llm2clip_vlm.chat.template import ConversationError, Message, template_of
+from llm2clip_vlm.chat.text_tokens import text_ids
+from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
+
+MAX_CONVERSATION_CHARS = 2**20
+"""A longer conversation is refused: megabytes of text are none, and hold up training."""
+
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
+
+
+def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Normalises LLaVA turns (`from`, `value`) or chat messages (`role`, `content`).
+
+    Text with `<image>` is split into parts. As LLaVA does (`preprocess_multimodal`), the single
+    image of a turn goes to its front; several images stay where they are, in order (LLaVA would
+    drop all but one).
+
+    Args:
+        conversation: Turns with roles human/gpt or user/assistant, and optionally system first.
+
+    Returns:
+        Messages `{"role", "content": [parts]}` (system: text).
+
+    Raises:
+        ConversationError: An unknown role or field, an empty answer, roles out of turn, `<image>`
+            in a system turn or an answer, or a text that is damaged or too long.
+    """
+    messages: list[Message] = []
+    for number, turn in enumerate(conversation, start=1):
+        who = turn.get("role", turn.get("from"))
+        value = turn.get("content", turn.get("value"))
+        if not isinstance(who, str) or who not in _ROLES:
+            raise ConversationError(
+                f"turn {number}: role {who!r}, expected one of {', '.join(_ROLES)}"
+            )
+        role = _ROLES[who]
+        before = messages[-1]["role"] if messages else None
+        expected = {None: ("system", "user"), "user": ("assistant",)}.get(before, ("user",))
+        if role not in expected:
+            raise ConversationError(
+                f"turn {number}: {role} after {before or 'nothing'}, expected {expected[-1]}"
+            )
+        parts = _to_parts(value, number)
+        if role != "user" and any(
+            part["type"] == "image" or IMAGE_TOKEN in part["text"] for part in parts
+        ):
+            raise ConversationError(f"turn {number}: {IMAGE_TOKEN} in a turn of role {role}")
+        if role == "assistant" and not any(part["text"].strip() for part in parts):
+            raise ConversationError(f"turn {number}: the answer is empty")
+        if role == "system":
+            messages.append({"role": role, "content": "".join(p["text"] for p in parts)})
+        else:
+            messages.append({"role": role, "content": parts})
+    if (length := sum(map(len, texts_of(messages)))) > MAX_CONVERSATION_CHARS:
+        raise ConversationError(
+            f"{length} characters, at most {MAX_CONVERSATION_CHARS} are taken; no model here "
+            "reads that far"
+        )
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ConversationError("the conversation does not end with an answer")
+    return messages
+
+
+def count_images(messages: Sequence[Message]) -> int:
+    """Number of image parts in normalised messages."""
+    return sum(
+        part["type"] == "image"
+        for message in messages
+        if not isinstance(message["content"], str)
+        for part in message["content"]
+    )
+
+
+def build_labels(
+    processor_or_tokenizer: Any,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    num_visual_tokens: int | None = None,
+) -> tuple[list[int], list[int]]:
+    """Token ids of a conversation, and labels on the assistant's tokens alone.
+
+    Trained are each answer and the end-of-turn token that the template writes after it; system,
+    user and role tokens, and the visual tokens, are `IGNORE_INDEX`.
+
+    Args:
+        processor_or_tokenizer: A `LlavaProcessor`, or a fast tokenizer with a chat template.
+        messages: LLaVA turns or chat messages, see :func:`to_messages`.
+        num_visual_tokens: Tokens in place of one `<image>`; none = as the processor has it, which
+            with AnyRes depends on the picture.
+
+    Returns:
+        `(input_ids, labels)`, lists of the same length; labels are not shifted.
+
+    Raises:
+        ConversationError: As :func:`to_messages` and :func:`~llm2clip_vlm.chat.labels.label`.
+
+    Example:
+        >>> ids, labels = build_labels(processor, [
+        ...     {"from": "human", "value": "<image> Which colour?"},
+        ...     {"from": "gpt", "value": "red"}])  # doctest: +SKIP
+    """
+    tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
+    turns = to_messages(messages)
+    images = count_images(turns)
+    if literal := sum(text.count(IMAGE_TOKEN) for text in texts_of(turns)):
+        raise ConversationError(
+            f"{images + literal} {IMAGE_TOKEN} tokens after tokenisation, expected {images}; a "
+            f"text says {IMAGE_TOKEN}"
+        )
+    ids, labels = label(turns, template_of(processor_or_tokenizer), tokenizer)
+    return _expand_images(ids, labels, processor_or_tokenizer, images, num_visual_tokens)
+
+
+def build_plain_labels(
+    processor: Any, caption: str, *, num_images: int = 1, num_visual_tokens: int | None = None
+) -> tuple[list[int], list[int]]:
+    """LLaVA's `plain` style: image and caption, no question, labels on caption and eos.
+
+    LLaVA ends the caption with a line break; here it is the tokenizer's eos, which an LLM with any
+    vocabulary can emit. Bos comes first where the chat template or the tokenizer writes one.
+
+    Args:
+        processor: A `LlavaProcessor` or a fast tokenizer.
+        caption: The answer's text.
+        num_images: Images before the caption.
+        num_visual_tokens: As in :func:`build_labels`.
+
+    Returns:
+        `(input_ids, labels)`.
+
+    Raises:
+        ConversationError: The caption is empty or holds `<image>`, or the tokenizer has no eos.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if not caption.strip() or IMAGE_TOKEN in caption:
+        raise ConversationError(f"caption {caption!r}: expected text without {IMAGE_TOKEN}")
+    if tokenizer.eos_token_id is None:
+        raise ConversationError("the tokenizer has no eos token; stage 3's plain style needs one")
+    ids = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * num_images
+    bos = tokenizer.bos_token_id
+    template = getattr(processor, "chat_template", None) or tokenizer.chat_template or ""
+    if bos is not None and ("bos_token" in template or tokenizer("a")["input_ids"][0] == bos):
+        ids = [bos, *ids]
+    words = text_ids(tokenizer, [caption.strip()])[0]
+    labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
+    ids = [*ids, *words, tokenizer.eos_token_id]
+    return _expand_images(ids, labels, processor, num_images, num_visual_tokens)
+
+
+def decoded_preview(
+    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """One sample as text: trained spans between `«` and `»`, runs of visual tokens as a count."""
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    kinds = [
+        (token != IGNORE_INDEX, index == image_id)
+        for index, token in zip(input_ids, labels, strict=True)
+    ]
+    pieces, start = [], 0
+    for (trained, image), run in groupby(kinds):
+        end = start + len(list(run))
+        text = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
+        text = f"[{IMAGE_TOKEN} x{end - start}]" if image else text
+        pieces.append(f"«{text}»" if trained else text)
+        start = end
+    return " ".join(pieces)
+
+
+def _to_parts(value: Any, number: int) -> list[Message]:
+    if isinstance(value, list):
+        for part in value:
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "image" and not (kind == "text" and isinstance(part.get("text"), str)):
+                raise ConversationError(
+                    f"turn {number}: a part {str(part)[:200]}, expected text or image"
+                )
+            if kind == "text":
+                _check_text(part["text"], number)
+        keys = {"image": ("type",), "text": ("type", "text")}
+        return [{key: part[key] for key in keys[part["type"]]} for part in value]
+    if not isinstance(value, str):
+        raise ConversationError(f"turn {number}: no text (`value` or `content`)")
+    _check_text(value, number)
+    texts = value.split(IMAGE_TOKEN)
+    if len(texts) == 2:
+        texts = ["", (texts[0] + texts[1]).strip()]
+    parts: list[Message] = []
+    for index, text in enumerate(texts):
+        parts += [{"type": "image"}] if index else []
+        parts += [{"type": "text", "text": text}] if text else []
+    return parts
+
+
+def _check_text(text: str, number: int) -> None:
+    if _HALF_CHARACTER.search(text):
+        raise ConversationError(f"turn {number}: damaged text (half a character)")
+
+
+def _expand_images(
+    ids: list[int], labels: list[int], processor: Any, expected: int, count: int | None
+) -> tuple[list[int], list[int]]:
+    """Repeats each `<image>` token `count` times; visual tokens are never trained."""
+    tokenizer = getattr(processor, "tokenizer", processor)
+    image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    image_id = -1 if image_id in (None, tokenizer.unk_token_id) else image_id
+    if (found := ids.count(image_id)) != expected:
+        raise ConversationError(
+            f"{found} {IMAGE_TOKEN} tokens after tokenisation, expected {expected}; is "
+            f"{IMAGE_TOKEN} a special token of this tokenizer?"
+        )
+    if count is None:
+        visual = VisualTokens(processor)
+        if visual.grids is not None:
+            raise ConversationError(
+                "num_visual_tokens: expected a number, as AnyRes gives each picture its own, got "
+                "none"
+            )
+        count = visual.fixed
+    pairs = [
+        (token, IGNORE_INDEX if token == image_id else target)
+        for token, target in zip(ids, labels, strict=True)
+        for _ in range(count if token == image_id else 1)
+    ]
+    return [token for token, _ in pairs], [target for _, target in pairs]

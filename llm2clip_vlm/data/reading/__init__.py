@@ -1,0 +1,1 @@
+"""Files, archives, tables and pictures of others: read, or refused by name."""

@@ -1,0 +1,326 @@
+"""Rows of JSONL, JSON, CSV, Parquet, Arrow and tar files: reading, filtering, grouping.
+
+Captions (:mod:`llm2clip_vlm.data.text.captions`) and image-text pairs share this reader, so that a
+`where`, `drop_where`, `group_by` or `limit` in a recipe means the same thing everywhere.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refusals, Refused
+from llm2clip_vlm.data.reading.shards import PackedImage, table_rows, tar_rows
+from llm2clip_vlm.data.text.text_rows import UNDECODED, text_rows
+from llm2clip_vlm.recipe.base import CaptionSource
+
+Row = dict[str, Any]
+
+MAX_CAPTION_CHARS = 16_384
+"""A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
+
+_SUFFIXES = tuple(
+    ".jsonl .jsonl.gz .jsonlines .json .json.gz .csv .csv.gz .parquet .arrow .tar".split()
+)
+_NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
+_URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
+_WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
+_VALUES_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """The rows of one record: a single one, or all that share the `group_by` value."""
+
+    file: Path
+    """File of the first row."""
+    place: str
+    """Its line, position or key there."""
+    rows: list[Row]
+    """In file order, never empty."""
+    value: str | None = None
+    """The `group_by` value."""
+
+    @property
+    def where(self) -> str:
+        """What messages and `dropped.jsonl` call the record."""
+        return f"{self.file}:{self.place}"
+
+    def name(self, id_field: str) -> str:
+        """The `group_by` value, or the id where there is none; empty without either."""
+        name = get_column(self.rows[0], id_field) if self.value is None else self.value
+        return "" if name is None else str(name)
+
+
+def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
+    """Reads a file row by row.
+
+    Args:
+        path: `.jsonl`, `.json` (an array of objects, COCO's or Karpathy's annotations), `.csv`
+            (with a header), each also `.gz`; `.parquet`, `.arrow`; or webdataset shards `.tar`.
+            A pattern reads all its files.
+        bad: Takes lines and samples that cannot be used; none = the first raises.
+
+    Yields:
+        One mapping a row, in file order. CSV values are strings.
+
+    Raises:
+        RecordError: The file is missing, of another kind, damaged, or holds something else.
+    """
+    for file in source_files(path):
+        for _, row in _located(file, BadRecords() if bad is None else bad):
+            yield row
+
+
+def get_column(row: Mapping[str, Any], name: str) -> Any:
+    """A column's value; `a.b` reaches into a mapping-valued column where no column is named so.
+
+    Returns:
+        The value, or None where the row has no such column.
+    """
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
+
+
+def iter_records(
+    source: CaptionSource, refused: Refused, *, columns: Sequence[str] = ()
+) -> Iterator[RowGroup]:
+    """Reads a source's rows through its filters.
+
+    The order is: `where`, `drop_where`, `group_by`, `limit`. A filter compares text with text
+    (`null`, `true` and numbers as JSON writes them); `True` is `true` and `2014.0` is `2014`, as
+    pandas writes them.
+
+    Args:
+        source: The file with its filters.
+        refused: Takes lines that cannot be read and rows without the `group_by` column.
+        columns: Columns beside `source.fields` that must exist somewhere in the file.
+
+    Yields:
+        One group a record, in the order in which the file first names it.
+
+    Raises:
+        RecordError: The file cannot be read, a named column or a filter's value is in none of its
+            rows (a typing error would otherwise let test data through), or no row is left, and
+            none was refused.
+    """
+    path = source.path
+    named = {*source.where, *source.drop_where, *source.fields, *columns}
+    unseen = named | ({source.group_by} if source.group_by else set())
+    filters = _Filters(source)
+    known: dict[str, None] = {}
+    found = 0
+    for group in _groups(_kept(source, refused, unseen, known, filters), source.group_by, refused):
+        if source.limit is None or found < source.limit:
+            yield group
+            found += 1
+        elif not (unseen or filters.unseen):  # to be told even where `limit` ends early
+            return
+    if known and unseen:
+        raise RecordError(
+            f"{path}: no row has a column {', '.join(sorted(unseen))!r}; the columns are "
+            f"{', '.join(known)}. Correct the source's fields or filters"
+        )
+    if known and filters.unseen:
+        column, value = min(filters.unseen)
+        none = "" if found else "no record left, "
+        raise RecordError(
+            f"{path}: {none}no row's {column!r} is {value!r}; it has "
+            f"{', '.join(map(repr, filters.met[column]))}, ... Correct the source's filters"
+        )
+    if not (found or refused.rows):
+        raise RecordError(
+            f"{path}: no record left (where={source.where}, drop_where={source.drop_where}). "
+            "Loosen the filters or check the path"
+        )
+
+
+def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[str]]:
+    """The captions of one record, by kind.
+
+    A string or a list of strings goes under its column's name, a mapping under its own keys
+    (`{"short": ["..."], "long": "..."}` gives `short` and `long`). Absent columns and null values
+    add nothing. Surrounding blanks are removed.
+
+    Args:
+        group: The record's rows.
+        fields: Columns with captions.
+
+    Returns:
+        Kind to captions, each list non-empty, in the order of `fields` and then of the rows.
+
+    Raises:
+        RecordError: A caption is no string, empty, damaged, a missing value's name, a URL or file
+            name, or longer than `MAX_CAPTION_CHARS`, or the record has none; count it with
+            `BadRecords.add(group.where, str(error))`.
+    """
+    captions: dict[str, list[str]] = {}
+    for name in fields:
+        for row in group.rows:
+            value = get_column(row, name)
+            by_kind = value if isinstance(value, Mapping) else {name: value}
+            for kind, texts in by_kind.items():
+                for given in texts if isinstance(texts, list | tuple) else [texts]:
+                    if given is None:
+                        continue
+                    text = _text(given, name)
+                    if reason := _unusable(text):
+                        raise RecordError(f"{reason} in {name!r}")
+                    captions.setdefault(str(kind), []).append(text)
+    if not captions:
+        raise RecordError(f"no caption in {list(fields)}; the columns are {list(group.rows[0])}")
+    return captions
+
+
+def _unusable(text: str) -> str:
+    """Why a text is no caption; empty where it is one."""
+    if not any(map(str.isprintable, text)):  # zero-width characters alone are none either
+        return "an empty caption"
+    if len(text) > MAX_CAPTION_CHARS:
+        return f"a caption of {len(text)} characters, at most {MAX_CAPTION_CHARS} are taken,"
+    if "\x00" in text or UNDECODED.search(text):
+        return "a caption that is damaged text (NUL, or half a character)"
+    if text.casefold() in _NO_CAPTION:
+        return f"a caption that only says {text!r}"
+    if _URL_OR_FILE.fullmatch(text):
+        return f"a caption that is a URL or a file name ({text[:80]})"
+    return ""
+
+
+def _text(value: Any, name: str) -> str:
+    if isinstance(value, PackedImage):  # a column of bytes, as some writers store text
+        try:
+            value = value.read().decode()
+        except ValueError as error:
+            raise RecordError(f"a caption in {name!r} is no UTF-8 text ({error})") from error
+    if not isinstance(value, str):
+        raise RecordError(f"a caption in {name!r} is {type(value).__name__}, expected a string")
+    return value.strip()
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+class _Filters:
+    """A source's `where` and `drop_where`, and which of their values no row had yet."""
+
+    def __init__(self, source: CaptionSource) -> None:
+        self._where = {column: _comparable(value) for column, value in source.where.items()}
+        self._drop = {c: {*map(_comparable, values)} for c, values in source.drop_where.items()}
+        self.unseen = {*self._where.items()}
+        self.unseen |= {(c, value) for c, values in self._drop.items() for value in values}
+        self.met: dict[str, list[str]] = {column: [] for column in self._where | self._drop}
+        """Some values of each column."""
+
+    def keep(self, row: Row) -> bool:
+        kept = True
+        for column, met in self.met.items():
+            given = get_column(row, column)
+            value = _comparable(given)
+            self.unseen.discard((column, value))
+            if self.unseen and len(met) < _VALUES_SHOWN and value[:80] not in met:
+                met.append(value[:80])
+            kept &= self._where.get(column, value) == value
+            kept &= value not in self._drop.get(column, ())
+        return kept
+
+
+def _comparable(value: Any) -> str:
+    """A value as people write it in a filter, whoever wrote the data."""
+    text = _as_text(value)
+    if text in ("True", "TRUE", "False", "FALSE"):
+        return text.lower()
+    whole = _WHOLE_NUMBER.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def _kept(
+    source: CaptionSource,
+    bad: Refusals,
+    unseen: set[str],
+    known: dict[str, None],
+    filters: _Filters,
+) -> Iterator[RowGroup]:
+    """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
+    located = ((file, *row) for file in source_files(source.path) for row in _located(file, bad))
+    for file, place, row in located:
+        known.update(dict.fromkeys(row))
+        if unseen:
+            unseen -= {c for c in unseen if c in row or get_column(row, c) is not None}
+        group = RowGroup(file, str(place), [row])
+        try:
+            kept = filters.keep(row)
+        except RecursionError:
+            bad.add(group.where, "values too deeply nested")
+            continue
+        if kept:
+            yield group
+
+
+def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> Iterator[RowGroup]:
+    if group_by is None:
+        yield from rows
+        return
+    groups: dict[str, RowGroup] = {}
+    for row in rows:
+        value = get_column(row.rows[0], group_by)
+        if value is None:
+            bad.add(row.where, f"no value in the group_by column {group_by!r}")
+            continue
+        key = _as_text(value)
+        groups.setdefault(key, RowGroup(row.file, row.place, [], key)).rows.extend(row.rows)
+    yield from groups.values()
+
+
+def source_files(path: str | Path) -> list[Path]:
+    """The files that a source's path means.
+
+    Args:
+        path: One file, or a pattern with `*`, `?` or `[...]`.
+
+    Returns:
+        The files, sorted. A pattern leaves out `*_text_embeddings.tar`, which lie beside shards.
+
+    Raises:
+        RecordError: No file, or one of a kind that is not read.
+    """
+    files = [Path(path)]
+    if glob.has_magic(str(path)) and not files[0].is_file():
+        found = sorted(glob.glob(str(path)))
+        files = [Path(name) for name in found if not name.endswith("_text_embeddings.tar")]
+    for file in files:
+        if not file.name.endswith(_SUFFIXES):
+            raise RecordError(
+                f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}"
+            )
+    if not files or not all(file.is_file() for file in files):
+        raise RecordError(f"{path}: no such file (from {Path.cwd()}); check the source's path")
+    return files
+
+
+def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
+    """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
+    name = path.name
+    try:
+        if name.endswith((".parquet", ".arrow")):
+            yield from table_rows(path, bad)
+            return
+        if name.endswith(".tar"):
+            yield from tar_rows(path, bad)
+            return
+        yield from text_rows(path, bad)
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError, MemoryError) as error:
+        raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error

@@ -1,0 +1,1 @@
+"""Captions: records, draws, tables of tokens."""

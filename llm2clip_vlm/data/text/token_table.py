@@ -1,0 +1,389 @@
+"""Conversations of one source, tokenised once, in columns.
+
+A source's files are read once. What training needs of a conversation (token ids, which of them are
+trained, where its images lie) goes into flat columns: in memory for small sources, in a file that
+all processes map into memory for larger ones. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from array import array
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+from torch import Tensor
+
+from llm2clip_vlm.chat.labels import texts_of
+from llm2clip_vlm.chat.template import ConversationError, Message, template_of
+from llm2clip_vlm.chat.text_tokens import text_tokens
+from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.data.conversation.messages import (
+    build_labels,
+    build_plain_labels,
+    count_images,
+    to_messages,
+)
+from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
+from llm2clip_vlm.data.reading.bad_records import Refusals, Refused
+from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
+from llm2clip_vlm.data.reading.records import iter_rows, source_files
+from llm2clip_vlm.data.reading.shards import PackedImage
+from llm2clip_vlm.data.reading.table_files import (
+    file_states,
+    is_large,
+    kept_table,
+    require_unchanged,
+)
+from llm2clip_vlm.recipe.vlm import InstructionSource
+
+VERSION = 5
+"""Of the columns and of the rules by which conversations are taken, cut or refused."""
+
+_PAIR = ("user", "assistant")
+
+ImageRef = str | PackedImage
+"""A name below the source's `image_root`, or where the bytes lie in a shard or table."""
+Column = npt.NDArray[Any]
+
+
+@dataclass(frozen=True)
+class InstructionRecord:
+    """One conversation with its images."""
+
+    key: str
+    """`file.json:id`, as messages name it."""
+    images: tuple[ImageRef, ...]
+    """In the order of their `<image>`."""
+    messages: tuple[Message, ...]
+    """Normalised by :func:`~llm2clip_vlm.data.conversation.messages.to_messages`."""
+
+
+def image_root(source: InstructionSource) -> Path:
+    """Folder that a source's image names are relative to."""
+    return Path(source.image_root) if source.image_root else Path(source.path).parent
+
+
+def folder_of(source: InstructionSource) -> str:
+    """What stands before a record's key where files of equal names are told apart."""
+    return source.path.removesuffix(Path(source.path).name)
+
+
+def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[InstructionRecord]:
+    """Reads the conversations of a source, in file order.
+
+    Args:
+        source: LLaVA's JSON, `messages`, Parquet or shards, as `docs/data-formats.md` lists them.
+        bad: Takes records that cannot be used: no conversation, unknown role, empty answer,
+            `<image>` count not that of the images, or an image name that leaves the folder, is a
+            URL, or names no file.
+
+    Raises:
+        RecordError: The file cannot be read.
+    """
+    path, root = Path(source.path), image_root(source)
+    known: set[str] = set()
+    named: set[str] = set()
+    for number, row in enumerate(iter_rows(path, bad), start=1):
+        if source.limit is not None and number > source.limit:
+            break
+        where = f"{path.name}:{row.get('id', number)}"
+        if where in named:  # ids repeat in LLaVA's files: each record counts once, not each id
+            where += f":{number}"
+        named.add(where)
+        try:
+            record = _to_record(row, where)
+            for name in {image for image in record.images if isinstance(image, str)} - known:
+                resolve_image(root, name, follow_links=source.follow_links)
+                known.add(name)
+        except (ConversationError, ImageError) as error:
+            bad.add(f"{folder_of(source)}{where}", str(error))
+            continue
+        except Exception as error:  # noqa: BLE001  (the boundary around a record)
+            bad.add(
+                f"{folder_of(source)}{where}", f"no conversation: {type(error).__name__}: {error}"
+            )
+            continue
+        yield record
+
+
+def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
+    turns = row.get("conversations") or row.get("messages")
+    asked = None if turns else row.get("texts")
+    if asked:  # The Cauldron's pairs; the row's pictures stand before the first
+        turns = [{"role": who, "content": pair[who]} for pair in asked for who in _PAIR]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise ConversationError(
+            "no `conversations` list of {from, value}, nor `messages`, nor `texts`"
+        )
+    messages = to_messages(turns)
+    placeholders = count_images(messages)
+    value = row.get("image") or row.get("images") or _inline_images(turns)
+    if isinstance(value, PackedImage) and value.column is not None:
+        # How many a table's cell holds is only known when it is read: at once for a conversation
+        # without <image>, which would be taken for text alone, else when it is its turn.
+        count = placeholders or value.count()
+        value = [replace(value, item=(i, count)) for i in range(count)] or None
+    images = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(image, ImageRef) for image in images):
+        raise ConversationError("`image` is neither a name nor a list of names")
+    if asked and not placeholders:
+        messages[0]["content"][:0] = [{"type": "image"} for _ in images]
+        placeholders = len(images)
+    if placeholders != len(images):
+        raise ConversationError(
+            f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"
+        )
+    return InstructionRecord(where, tuple(images), tuple(messages))
+
+
+def _inline_images(turns: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Images named in the parts themselves, `{"type": "image", "image": name}`."""
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    parts = [part for content in contents for part in content if isinstance(part, dict)]
+    return [
+        name
+        for part in parts
+        if part.get("type") == "image"
+        if (name := part.get("image") or part.get("path") or part.get("url"))
+    ]
+
+
+class TokenTable:
+    """Tokenised conversations of one source.
+
+    Args:
+        columns: As :func:`tokenise` makes them.
+        facts: What was found while they were made: `refused`, `cut`, `control`, `files`.
+        path: Its file; none = there is none.
+    """
+
+    def __init__(
+        self, columns: dict[str, Column], facts: dict[str, Any], path: Path | None = None
+    ) -> None:
+        self._columns, self._facts, self._path = columns, facts, path
+        self.made_of: list[list[Any]] = facts["files"]
+        """Name, size and date of each of the source's files."""
+        self.refused = [(str(where), str(why)) for where, why in facts["refused"]]
+        """`(where, why)` of what could not be used."""
+        self.control: Counter[str] = Counter(facts["control"])
+        """Names of control tokens that stood in texts, and how often; they were read as text."""
+        self.cut = int(facts["cut"])
+        """Conversations that lost turns at their end."""
+        self.lengths = columns["lengths"]
+        """Tokens of each, visual ones included."""
+        self.image_counts = columns["images"]
+        """What the tower sees of each: its images, with AnyRes their crops."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, row: int) -> tuple[Tensor, Tensor]:
+        """Ids, int64 `[t]`, each `<image>` one token, and which are trained, bool `[t]`."""
+        start, end = self._columns["starts"][row : row + 2]
+        ids, trained = (self._columns[name][start:end] for name in ("ids", "trained"))
+        return torch.from_numpy(ids).long(), torch.from_numpy(trained).bool()
+
+    def image_sizes(self, row: int) -> Tensor:
+        """Height and width of a record's images, int64 `[n, 2]`; empty where they do not matter."""
+        start, end = self._columns["size_starts"][row : row + 2]
+        return torch.from_numpy(self._columns["sizes"][start:end]).view(-1, 2).long()
+
+    def place(self, row: int) -> tuple[str, list[ImageRef]]:
+        """A record's key and its images."""
+        start, end = self._columns["text_starts"][row : row + 2]
+        key, images = json.loads(self._columns["text"][start:end].tobytes())
+        return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
+
+    def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
+        path = Path(self.made_of[file][0])
+        return PackedImage(path, start, size, column, item and tuple(item))
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Maps a table's file into memory.
+
+        Raises:
+            ValueError: It is damaged.
+        """
+        try:
+            with safe_open(path, "pt") as opened:  # which maps, where "np" copies
+                names = list(opened.keys())
+                columns = {name: opened.get_tensor(name).numpy() for name in names}
+                facts, stated = (opened.metadata()[key] for key in ("facts", "sha256"))
+                require_unchanged(path, lambda: _table_hash(columns, facts), stated)
+                return cls(columns, json.loads(facts), path)
+        except (SafetensorError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}); delete it: it is made again"
+            ) from error
+
+    def __reduce__(self) -> Any:
+        """For workers that are spawned: they map the file, too."""
+        if self._path is not None:
+            return TokenTable.open, (self._path,)
+        return TokenTable, (self._columns, self._facts)
+
+
+def read_table(
+    source: InstructionSource, processor: Any, *, max_length_tokens: int, plain: bool
+) -> TokenTable:
+    """The tokenised conversations of a source, from a table's file where it is large.
+
+    Args:
+        source: A data file.
+        processor: The `LlavaProcessor` of the model.
+        max_length_tokens: As :func:`tokenise`.
+        plain: As :func:`tokenise`.
+
+    Raises:
+        RecordError: A file cannot be read, or the table cannot be written.
+    """
+    files = source_files(source.path)
+    if not is_large(files):
+        return TokenTable(*tokenise(source, processor, max_length_tokens, plain))
+
+    def write(path: Path) -> None:
+        columns, facts = tokenise(source, processor, max_length_tokens, plain)
+        text = json.dumps(facts)
+        save_file(columns, path, {"facts": text, "sha256": _table_hash(columns, text)})
+
+    tokenizer = processor.tokenizer
+    chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
+    settings = [
+        VERSION,
+        source.model_dump(exclude=chosen),
+        [max_length_tokens, plain, VisualTokens(processor).settings, processor.chat_template],
+        [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
+    ]
+    return kept_table(files, source.index_dir, ".safetensors", settings, TokenTable.open, write)
+
+
+def _table_hash(columns: Mapping[str, Column], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, column in sorted(columns.items()):
+        digest.update(f"\0{name} {column.dtype} {column.shape}\0".encode())
+        digest.update(np.ascontiguousarray(column).data)
+    return digest.hexdigest()
+
+
+def tokenise(
+    source: InstructionSource, processor: Any, max_length_tokens: int, plain: bool
+) -> tuple[dict[str, Column], dict[str, Any]]:
+    """Reads and tokenises a source.
+
+    Args:
+        source: A data file.
+        processor: The `LlavaProcessor` of the model.
+        max_length_tokens: Text and visual tokens; a longer conversation ends with the last answer
+            that fits, one whose first answer does not is refused.
+        plain: LLaVA's `plain` style: image and first answer only.
+
+    Returns:
+        The columns of a `TokenTable`: `ids` int32 and `trained` uint8 `[tokens]`, `starts`,
+        `lengths`, `images` int64, `text` uint8 and `text_starts`, `sizes` int32 and `size_starts`;
+        and its facts.
+    """
+    bad = Refused()
+    files = file_states(source_files(source.path))
+    numbers = {name: number for number, (name, *_) in enumerate(files)}
+    image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+    visual, root = VisualTokens(processor), image_root(source)
+    ids, sizes, trained, text, cut = array("i"), array("i"), array("B"), array("B"), 0
+    starts, text_starts, size_starts = array("q", [0]), array("q", [0]), array("q", [0])
+    lengths, counts = array("q"), array("q")
+    known = text_tokens(processor.tokenizer, "" if plain else template_of(processor))
+    control: Counter[str] = Counter()
+    for record in read_instructions(source, bad):
+        try:
+            own, labels = _label(record, processor, plain)
+            shapes = [
+                _size_px(root, image, source.follow_links) if visual.grids else visual.size_px
+                for image in record.images
+            ]
+            seen = [visual.of(*shape) for shape in shapes]
+            tokens = [count for count, _ in seen]
+            kept = _fitting(own, labels, image_id, tokens, max_length_tokens)
+        except (ConversationError, ImageError) as error:
+            bad.add(f"{folder_of(source)}{record.key}", str(error))
+            continue
+        cut += kept < len(own)
+        control.update(known.count(texts_of(record.messages)))
+        own, labels = own[:kept], labels[:kept]
+        images = own.count(image_id)
+        ids.extend(own)
+        trained.extend(target != IGNORE_INDEX for target in labels)
+        places = [
+            image
+            if isinstance(image, str)
+            else [numbers[str(image.path)], image.start, image.size, image.column, image.item]
+            for image in record.images[:images]
+        ]
+        text.frombytes(json.dumps([record.key, places]).encode())
+        starts.append(len(ids))
+        text_starts.append(len(text))
+        if visual.grids:
+            sizes.extend(side for shape in shapes[:images] for side in shape)
+        size_starts.append(len(sizes))
+        lengths.append(kept + sum(tokens[:images]) - images)
+        counts.append(sum(crops for _, crops in seen[:images]))
+    columns = {"ids": ids, "trained": trained, "starts": starts, "lengths": lengths}
+    columns |= {"images": counts, "sizes": sizes, "size_starts": size_starts}
+    columns |= {"text": text, "text_starts": text_starts}
+    facts = {"refused": bad.rows, "cut": cut, "control": control, "files": files}
+    return {name: np.asarray(column) for name, column in columns.items()}, facts
+
+
+def _size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:
+    """Height and width, upright."""
+    if isinstance(image, str):
+        path = resolve_image(root, image, follow_links=follow_links)
+        width, height = upright_size(path, f"{image!r} below {root}")
+    else:
+        width, height = upright_size(image.read(), f"in {image.path.name}")
+    return height, width
+
+
+def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list[int], list[int]]:
+    if not plain:
+        return build_labels(processor, record.messages, num_visual_tokens=1)
+    answer = next(m for m in record.messages if m["role"] == "assistant")
+    caption = "".join(part.get("text", "") for part in answer["content"])
+    return build_plain_labels(
+        processor, caption, num_images=len(record.images), num_visual_tokens=1
+    )
+
+
+def _fitting(
+    ids: Sequence[int], labels: Sequence[int], image_id: int, visual: Sequence[int], max_tokens: int
+) -> int:
+    """How many tokens stay: all, or those up to the end of the last answer that fits.
+
+    `visual` has the tokens of each image in order.
+    """
+    total = len(ids) + sum(visual) - len(visual)
+    if total <= max_tokens:
+        return len(ids)
+    length = kept = 0
+    counts = iter(visual)
+    for place, token in enumerate(ids):
+        length += next(counts) if token == image_id else 1
+        if length > max_tokens:
+            break
+        if labels[place] != IGNORE_INDEX and labels[place + 1] == IGNORE_INDEX:
+            kept = place + 1
+    if not kept:
+        raise ConversationError(
+            f"the first answer ends beyond max_length_tokens = {max_tokens}; the conversation has "
+            f"{total} tokens, {sum(visual)} of them visual"
+        )
+    return kept

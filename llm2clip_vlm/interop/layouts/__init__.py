@@ -1,0 +1,1 @@
+"""Names of weights in other code, as tables read both ways."""

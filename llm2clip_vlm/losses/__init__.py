@@ -1,0 +1,1 @@
+"""Contrastive losses as pure functions."""

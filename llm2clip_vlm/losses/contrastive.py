@@ -1,0 +1,375 @@
+"""Contrastive and distillation losses as pure functions.
+
+All of them work on fp32 logits whatever the model's dtype (bf16 logits at scale 100 put 1 % of
+noise on the gradient), and count an equal text that is not the pair's own as *no* negative.
+A batch whose logits are small is computed at once; a large one in chunks of rows that are computed
+again in the backward pass, with the same value and gradient and memory that grows with the batch
+instead of its square.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from llm2clip_vlm.distributed import gather_with_grad, rank
+from llm2clip_vlm.losses.chunked import Excluded, LogSumExp
+
+DENSE_LOGITS = 2**22
+"""Logits per process up to which they are held at once (16 MiB); a chunk is about this large."""
+
+NO_CANDIDATE = -(2**63)
+"""Id of a hard negative that fills up: a candidate for no query."""
+
+
+def contrastive_loss(
+    image_embeds: Float[Tensor, "b d"],
+    text_embeds: Float[Tensor, "n d"],
+    logit_scale: Float[Tensor, ""] | float,
+    *,
+    caption_ids: Int[Tensor, " n"] | None = None,
+    label_smoothing: float = 0.0,
+    gather: bool = False,
+) -> Float[Tensor, ""]:
+    """Symmetric InfoNCE between images and texts: the mean of both directions' cross entropies.
+
+    Negatives: every other image's texts for an image, every other image for a text. Pairs whose
+    captions are equal are no negatives of each other (`caption_ids`).
+    Several positives: with k texts an image, the image's term is the mean over its k texts of
+    their cross entropy among all texts.
+    Gathered: with `gather`, the embeddings and ids of all ranks, with gradient; each rank computes
+    the rows of its own samples, so that the mean of the returned values over the ranks is the
+    global loss (see `gather_with_grad` for why no factor is needed).
+    Precision: similarities and softmax in fp32, also under autocast.
+
+    Args:
+        image_embeds: Unit-norm image embeddings.
+        text_embeds: Unit-norm text embeddings, `n = k * b`; rows `k*i .. k*i + k - 1` belong to
+            image i.
+        logit_scale: Multiplies the cosines; already exponentiated.
+        caption_ids: Equal numbers mean equal captions; none = all captions count as different.
+        label_smoothing: Share of the target spread over the candidates (masked ones excluded).
+        gather: Take the other ranks' embeddings as negatives; all ranks need equal shapes.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        ValueError: The embeddings' shapes do not fit or the batch is empty.
+
+    Paper: LLM2CLIP v6 section 3.2 (CLIP loss); released code `eva_clip/loss.py`, which leaves the
+    logits in the model's dtype and masks nothing. Several positives: DreamLIP (arXiv 2403.17007),
+    as the "out" form of SupCon (arXiv 2004.11362, equation 2).
+    """
+    _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds, several=True)
+    return _info_nce(
+        image_embeds,
+        text_embeds,
+        logit_scale,
+        ids=caption_ids,
+        label_smoothing=label_smoothing,
+        gather=gather,
+    )
+
+
+def caption_contrastive_loss(
+    query: Float[Tensor, "b d"],
+    positive: Float[Tensor, "b d"],
+    scale: Float[Tensor, ""] | float,
+    symmetric: bool = True,
+    ids: Int[Tensor, " b"] | None = None,
+    *,
+    negatives: Float[Tensor, "m d"] | None = None,
+    negative_ids: Int[Tensor, " m"] | None = None,
+    label_smoothing: float = 0.0,
+    gather: bool = False,
+) -> Float[Tensor, ""]:
+    """InfoNCE between two captions of the same image (stage 1).
+
+    Negatives: the positives of the batch's other records (symmetric: also their queries), except
+    records with an equal id, and every hard negative of the batch (queries only).
+    Gathered and precision: as in :func:`contrastive_loss`.
+
+    Args:
+        query: One caption's embedding of each record; normalised here.
+        positive: Another caption's embedding of the same record; normalised here.
+        scale: Multiplies the cosines (50 is a temperature of 0.02).
+        symmetric: Mean of both directions; false = only query to positive, as the released code.
+        ids: Record (or image) of each row; rows with equal ids are no negatives of each other.
+        negatives: Hard negatives, any number, shared by all queries; normalised here.
+        negative_ids: Id of each hard negative, which is no negative of rows with an equal id, or
+            `NO_CANDIDATE`.
+        label_smoothing: As in :func:`contrastive_loss`.
+        gather: Take the other ranks' captions as negatives; all ranks need equal shapes.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        ValueError: The embeddings' shapes do not fit or the batch is empty.
+
+    Paper: LLM2CLIP v6 section 3.1; released code `llm_caption_contrastive`, scale 50.
+    """
+    _check_pair("query", query, "positive", positive)
+    return _info_nce(
+        F.normalize(query.float(), dim=-1),
+        F.normalize(positive.float(), dim=-1),
+        scale,
+        ids=ids,
+        symmetric=symmetric,
+        label_smoothing=label_smoothing,
+        negatives=None if negatives is None else F.normalize(negatives.float(), dim=-1),
+        negative_ids=negative_ids,
+        gather=gather,
+    )
+
+
+def sigmoid_loss(
+    image_embeds: Float[Tensor, "b d"],
+    text_embeds: Float[Tensor, "n d"],
+    logit_scale: Float[Tensor, ""] | float,
+    logit_bias: Float[Tensor, ""] | float,
+    *,
+    caption_ids: Int[Tensor, " n"] | None = None,
+    gather: bool = False,
+) -> Float[Tensor, ""]:
+    """SigLIP's loss: a yes or no for every image with every text, summed and divided by the images.
+
+    Negatives, gathered and precision: as in :func:`contrastive_loss`; only texts are gathered.
+
+    Args:
+        image_embeds: Unit-norm image embeddings.
+        text_embeds: Unit-norm text embeddings; k consecutive rows belong to each image.
+        logit_scale: Multiplies the cosines; already exponentiated (SigLIP starts at 10).
+        logit_bias: Added to the logits (SigLIP starts at -10: most pairs are negatives).
+        caption_ids: Equal numbers mean equal captions, which are no negatives.
+        gather: Take the other ranks' texts as negatives; all ranks need equal shapes.
+
+    Returns:
+        The scalar loss.
+
+    Raises:
+        ValueError: The embeddings' shapes do not fit or the batch is empty.
+
+    Paper: SigLIP (arXiv 2303.15343) algorithm 1; the authors trained LLM2CLIP's SigLIP2 towers
+    with it (issue 51 of their repository), the released code has the softmax loss alone.
+    """
+    _check_pair("image_embeds", image_embeds, "text_embeds", text_embeds, several=True)
+    rows, keys = image_embeds, gather_with_grad(text_embeds) if gather else text_embeds
+    own = _own_columns(rows, len(text_embeds) // len(rows), gather)
+    key_ids = gather_with_grad(caption_ids) if gather and caption_ids is not None else caption_ids
+    excluded = _exclusion(caption_ids, key_ids, own)
+
+    def chunk_loss(start: int, end: int) -> Tensor:
+        logits = (rows[start:end].float() @ keys.float().T) * logit_scale + logit_bias
+        signs = torch.full_like(logits, -1.0).scatter_(1, own[start:end], 1.0)
+        terms = F.softplus(-signs * logits)
+        mask = excluded(start, end)
+        return (terms if mask is None else terms.masked_fill(mask, 0.0)).sum()
+
+    step = _chunk_rows(rows, keys)
+    with torch.autocast(rows.device.type, enabled=False):
+        if step == len(rows):
+            return chunk_loss(0, step) / step
+        total = rows.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(rows), step):
+            part = (start, min(start + step, len(rows)))
+            total = total + checkpoint(
+                chunk_loss, *part, use_reentrant=False, preserve_rng_state=False
+            )
+    return total / len(rows)
+
+
+def cosine_loss(embeds: Float[Tensor, "b d"], target: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
+    """One minus the mean cosine of each row with its target (distillation).
+
+    No negatives, nothing gathered: the mean over ranks is the global value. Computed in fp32.
+
+    Args:
+        embeds: Embeddings of any norm.
+        target: What each row should point at, of any norm; no gradient flows into it.
+
+    Returns:
+        The scalar loss, 0 to 2.
+
+    Raises:
+        ValueError: The shapes differ or the batch is empty.
+
+    Paper: half the mean squared error of unit vectors, as ProCLIP (2510.18795) uses it.
+    """
+    _check_pair("embeds", embeds, "target", target)
+    return 1 - F.cosine_similarity(embeds.float(), target.detach().float(), dim=-1).mean()
+
+
+def relational_distillation(
+    student: Float[Tensor, "b d"], teacher: Float[Tensor, "b t"], *, gather: bool = False
+) -> Float[Tensor, ""]:
+    """Mean squared difference of all pairs' cosines: the embeddings may turn as a whole.
+
+    Negatives: none. Gathered: with `gather` both sides of all ranks, with gradient for the student;
+    each rank computes its own rows, so that the mean over ranks is the global value.
+
+    Args:
+        student: Any norm.
+        teacher: Any norm and width, row i the same input as the student's; no gradient flows in.
+        gather: Also pairs across ranks; all ranks need equal shapes.
+
+    Returns:
+        A scalar, 0 where the student keeps every angle; the pairs of a row with itself left out.
+
+    Raises:
+        ValueError: Different numbers of rows, or fewer than two.
+
+    Paper: ProCLIP (2510.18795), pairwise distances; Park et al. 2019 (1904.05068), equation 1.
+    """
+    if len(student) != len(teacher) or len(student) < 2 - gather:
+        raise ValueError(
+            f"expected as many rows on both sides, at least two, got {len(student)}, {len(teacher)}"
+        )
+    first = rank() * len(student) if gather else 0
+    differences = []
+    for embeds, sign in ((student, 1.0), (teacher.detach(), -1.0)):
+        with torch.autocast(embeds.device.type, enabled=False):
+            unit = F.normalize(embeds.float(), dim=-1)
+            differences.append(sign * (unit @ (gather_with_grad(unit) if gather else unit).T))
+    difference = torch.add(*differences)
+    own = torch.arange(len(difference), device=difference.device)
+    mask = torch.ones_like(difference)
+    mask[own, first + own] = 0.0
+    return (difference.square() * mask).sum() / mask.sum()
+
+
+def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor, several: bool = False) -> None:
+    fits = a.ndim == b.ndim == 2 and a.shape[1] == b.shape[1] and len(a) > 0 < len(b)
+    if not fits or (len(b) % len(a) if several else len(a) != len(b)):
+        more = f", or {name_b} with k rows for each of the other's" if several else ""
+        raise ValueError(
+            f"{name_a} and {name_b} must be matrices of equal shape [batch, width] with at least "
+            f"one row{more}; got {tuple(a.shape)} and {tuple(b.shape)}"
+        )
+
+
+def _own_columns(rows: Tensor, k: int, gather: bool) -> Tensor:
+    """Where each row's k keys stand among the keys of all ranks, `[b, k]`."""
+    first = rank() * len(rows) if gather else 0
+    owners = torch.arange(first, first + len(rows), device=rows.device)
+    return owners[:, None] * k + torch.arange(k, device=rows.device)
+
+
+def _exclusion(row_ids: Tensor | None, key_ids: Tensor | None, own: Tensor) -> Excluded:
+    """Keys that share an id with a row and are not its own; ids of a row or key may be several."""
+
+    def excluded(start: int, end: int) -> Tensor | None:
+        if row_ids is None or key_ids is None:
+            return None
+        columns = own[start:end]
+        mine = row_ids.view(len(own), -1)[start:end]
+        theirs = key_ids.view(len(key_ids), -1)
+        same = torch.zeros(len(mine), len(theirs), dtype=torch.bool, device=mine.device)
+        for a in mine.T:
+            for b in theirs.T:
+                same |= (a[:, None] == b) | (b == NO_CANDIDATE)
+        return same.scatter_(1, columns, False)
+
+    return excluded
+
+
+def _chunk_rows(rows: Tensor, keys: Tensor) -> int:
+    """Rows whose logits are held at once: all of them up to `DENSE_LOGITS`."""
+    return len(rows) if len(rows) * len(keys) <= DENSE_LOGITS else max(1, DENSE_LOGITS // len(keys))
+
+
+def _info_nce(
+    rows: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    *,
+    ids: Tensor | None,
+    symmetric: bool = True,
+    label_smoothing: float = 0.0,
+    negatives: Tensor | None = None,
+    negative_ids: Tensor | None = None,
+    gather: bool,
+) -> Tensor:
+    """Cross entropy of rows over keys and negatives, and (symmetric) of keys over rows.
+
+    `keys` has k rows for each of `rows`; `ids` is that of each key, a row's are its keys'.
+    """
+    if negative_ids is not None and ids is None:
+        raise ValueError("negative_ids are given and ids are not; expected both, or none")
+    together: Callable[[Tensor], Tensor] = gather_with_grad if gather else lambda tensor: tensor
+    k = len(keys) // len(rows)
+    own = _own_columns(rows, k, gather)
+    candidates = together(keys)
+    columns = len(candidates)
+    row_ids = None if ids is None else rearrange(ids, "(n k) -> n k", k=k)
+    all_ids = None if ids is None else together(ids)
+    candidate_ids = all_ids
+    if negatives is not None:
+        candidates = torch.cat([candidates, together(negatives)])
+        if all_ids is not None:
+            if negative_ids is None:
+                negative_ids = all_ids.new_full((len(negatives),), -1)
+            candidate_ids = torch.cat([all_ids, together(negative_ids)])
+    excluded = _exclusion(row_ids, candidate_ids, own)
+    step = _chunk_rows(rows, candidates)
+    with torch.autocast(rows.device.type, enabled=False):
+        if step == len(rows):
+            forward = _dense(rows, candidates, scale, own, excluded, label_smoothing)
+            if not symmetric:
+                return forward
+            own = repeat(_own_columns(rows, 1, gather), "n own -> (n k) own", k=k)
+            excluded = _exclusion(
+                ids, None if all_ids is None else rearrange(all_ids, "(n k) -> n k", k=k), own
+            )
+            backward = _dense(keys, together(rows), scale, own, excluded, label_smoothing)
+            return (forward + backward) / 2
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=rows.device)
+        row_lse, row_sum, row_count, *of_columns = LogSumExp.apply(
+            rows.float(),
+            candidates.float(),
+            scale,
+            excluded,
+            columns if symmetric else 0,
+            step,
+            label_smoothing > 0,
+        )
+        own_keys = rearrange(keys, "(n k) d -> n k d", k=k)
+        own_scores = (rows[:, None].float() * own_keys.float()).sum(-1) * scale
+        smooth = label_smoothing
+        loss = row_lse - (1 - smooth) * own_scores.mean(1) - smooth * row_sum / row_count
+        if not symmetric:
+            return loss.mean()
+        first = rank() * len(keys) if gather else 0
+        lse, total, count = (
+            together(part[None])[:, first : first + len(keys)] for part in of_columns
+        )
+        target = (1 - smooth) * own_scores.flatten() + smooth * total.sum(0) / count.sum(0)
+        return (loss.mean() + (lse.logsumexp(0) - target).mean()) / 2
+
+
+def _dense(
+    queries: Tensor,
+    keys: Tensor,
+    scale: Tensor | float,
+    own: Tensor,
+    excluded: Excluded,
+    label_smoothing: float,
+) -> Tensor:
+    """Mean cross entropy of this rank's queries over the keys of all ranks, logits held at once."""
+    logits = (queries.float() @ keys.float().T) * scale
+    if (mask := excluded(0, len(queries))) is not None:
+        logits = logits.masked_fill(mask, float("-inf"))
+    log_probs = F.log_softmax(logits, dim=-1)
+    loss = -log_probs.gather(1, own).mean(1)
+    if label_smoothing:
+        candidates = torch.isfinite(logits)
+        spread = -log_probs.masked_fill(~candidates, 0.0).sum(-1) / candidates.sum(-1)
+        loss = (1 - label_smoothing) * loss + label_smoothing * spread
+    return loss.mean()

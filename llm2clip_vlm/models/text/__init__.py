@@ -1,0 +1,1 @@
+"""Text encoders from language models, and the text adaptor."""

@@ -1,0 +1,389 @@
+"""A decoder LLM as a text encoder: bidirectional attention, one vector a text.
+
+Any decoder of transformers that builds its mask through `create_causal_mask` serves (Llama,
+Qwen2, Qwen3, Mistral, Gemma, ...): `config.is_causal = False` makes its attention bidirectional.
+That this holds in every layer is checked by a forward pass at load, because a version or a model
+that ignores it would give causal embeddings without a word.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from tokenizers.normalizers import Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import (
+    AutoModel,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from llm2clip_vlm.models.loading import four_bits, load_complete, read_config, read_tokenizer
+from llm2clip_vlm.models.text.caption_tokens import TextEncoderError, pad_tokens
+from llm2clip_vlm.models.text.embedder import read_embedder
+from llm2clip_vlm.models.text.open_layers import (
+    attention_kind,
+    layers_see_behind,
+    require_attention,
+    set_causal,
+)
+from llm2clip_vlm.models.text.text_encoder_settings import (
+    SETTINGS_NAME,
+    Pooling,
+    TextEncoderSettings,
+    resolve_settings,
+    save_settings,
+)
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.recipe.base import TextEncoderSection
+
+logger = logging.getLogger(__name__)
+
+PROBE_TEXTS = ("a", "A dog runs on the beach.", "Two people, 3 red cats: a photo")
+"""Texts of different lengths, by which encoders are compared that should be the same."""
+
+
+def pool(
+    hidden: Float[Tensor, "b t d"], pool_mask: Bool[Tensor, "b t"], pooling: Pooling
+) -> Float[Tensor, "b d"]:
+    """One float32 vector a text from the hidden states of its pooled tokens.
+
+    Args:
+        hidden: Last hidden states.
+        pool_mask: True at tokens that count, at least one a row.
+        pooling: `mean`, `last` (which an appended eos is too) or `cls`.
+
+    Paper: LLM2CLIP v6 section 4.1 (mean); table 6 compares with the last token.
+    """
+    if pooling != "mean":
+        positions = torch.arange(pool_mask.shape[1], device=pool_mask.device)
+        chosen = pool_mask.int() if pooling == "cls" else pool_mask * positions
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, chosen.argmax(dim=1)].float()
+    weights = pool_mask.unsqueeze(-1).float()
+    return (hidden.float() * weights).sum(1) / weights.sum(1)
+
+
+class TextEncoder(nn.Module):
+    """Texts to vectors.
+
+    Which tokens a vector is made of: see :class:`CaptionTokenizer`.
+
+    Use :meth:`from_pretrained` or :meth:`from_section`.
+
+    Args:
+        backbone: A decoder without head, whose config says `is_causal`.
+        tokenizer: Its tokenizer.
+        settings: How a vector is made.
+    """
+
+    def __init__(
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TextEncoderSettings,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        """The decoder; stage 1 puts a LoRA model in its place while it trains."""
+        self.tokenizer = tokenizer
+        """Adds special tokens as its own configuration says."""
+        self.settings = settings
+        """How hidden states become a vector."""
+        self.tokens = settings.tokens(tokenizer)
+        """Texts to token ids."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device | None = None,
+        attn_implementation: str | None = None,
+        load_in_4bit: bool = False,
+        **chosen: Any,
+    ) -> Self:
+        """Loads a raw LLM, what :meth:`save_pretrained` wrote, or a sentence-transformers embedder.
+
+        Args:
+            path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
+                prompt and attention.
+            dtype: Of the weights; `auto` keeps the checkpoint's.
+            device: Where the weights go; none = CPU.
+            attn_implementation: As in transformers; none = its default.
+            load_in_4bit: Quantise linear weights to NF4 (needs bitsandbytes).
+            **chosen: Fields of :class:`TextEncoderSettings`; none = their defaults.
+
+        Raises:
+            TextEncoderError: A saved encoder has another value than the one given here; the model
+                has no single hidden size, too few positions or missing weights; its attention is
+                not what `bidirectional` says; or bitsandbytes is absent.
+        """
+        chosen = {name: value for name, value in chosen.items() if value is not None}
+        embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
+        source = embedder.model_dir if embedder else path
+        # A copy, because transformers may hand out one config object twice.
+        config = copy.deepcopy(read_config(source, TextEncoderError))
+        tokenizer = read_tokenizer(source, TextEncoderError)
+        if embedder and embedder.lower_case:
+            steps = [Lowercase(), tokenizer.backend_tokenizer.normalizer]
+            tokenizer.backend_tokenizer.normalizer = NormalizerSequence(
+                [step for step in steps if step is not None]
+            )
+        settings, tokenizer_hash = resolve_settings(path, config, tokenizer, chosen, embedder)
+        if not settings.embedder:
+            config.is_causal = not settings.bidirectional
+        backbone = load_complete(
+            AutoModel,
+            source,
+            optional="pooler.",  # of BERT, which no vector is made of
+            error=TextEncoderError,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attn_implementation or (embedder and embedder.attn_implementation),
+            **(four_bits(device, TextEncoderError) if load_in_4bit else {}),
+        )
+        if not settings.embedder:
+            set_causal(backbone, config.is_causal)
+        backbone.config.use_cache = False
+        if device is not None and not load_in_4bit:
+            backbone.to(device)
+        encoder = cls(backbone.eval(), tokenizer, settings)
+        if embedder and "bidirectional" not in chosen:
+            # its attention is what its own config makes it
+            kind = attention_kind(layers_see_behind(backbone))
+            encoder.settings = replace(settings, bidirectional=True if kind is None else kind)
+        encoder.check_attention()
+        if tokenizer_hash is not None:
+            encoder.tokens.require(tokenizer_hash, path)
+        return encoder.eval()
+
+    @classmethod
+    def from_section(
+        cls,
+        section: TextEncoderSection,
+        device: str | torch.device | None = None,
+        load_in_4bit: bool = False,
+    ) -> Self:
+        """Loads what a recipe's `text_encoder` names; what it leaves out has its default."""
+        given = {name: getattr(section, name) for name in section.model_fields_set}
+        path = given.pop("language_model")
+        return cls.from_pretrained(path, device=device, load_in_4bit=load_in_4bit, **given)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of an embedding."""
+        size: int = self.backbone.config.hidden_size
+        return size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.backbone.parameters()).device
+
+    @cached_property
+    def fingerprint(self) -> dict[str, str]:
+        """What makes this encoder's vectors: equal fields, equal vectors.
+
+        Computed at first use and kept; read it after the weights have their final values.
+        """
+        return {
+            "text_weights": hash_state(self.backbone.state_dict()),
+            "text_tokenizer": self.tokens.fingerprint(),
+            **{name: str(value) for name, value in self.settings.to_dict().items()},
+            **({"chat": repr(self.tokens.turn)} if self.settings.chat else {}),
+            "hidden_size": str(self.hidden_size),
+        }
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"],
+        pool_mask: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "b d"]:
+        """Embeddings, float32, not normalised.
+
+        Args:
+            input_ids: Right-padded tokens.
+            attention_mask: 1 at tokens, 0 at padding.
+            pool_mask: True at tokens that are pooled.
+        """
+        hidden = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return pool(hidden, pool_mask, self.settings.pooling)
+
+    def by_length(
+        self,
+        input_ids: Int[Tensor, "b t"],
+        attention_mask: Int[Tensor, "b t"],
+        pool_mask: Bool[Tensor, "b t"],
+    ) -> Float[Tensor, "b d"]:
+        """As :meth:`forward`, in four groups of like length: short texts pay for no long ones."""
+        inputs, parts = (input_ids, attention_mask, pool_mask), []
+        order = attention_mask.sum(1).argsort(descending=True)
+        for rows in order.chunk(4):
+            width = int(attention_mask[rows[0]].sum())
+            parts.append(self(*(values[rows, :width] for values in inputs)))
+        return torch.cat(parts)[order.argsort()]
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: Sequence[str],
+        batch_tokens: int = 16384,
+        show_progress: bool = False,
+        normalize: bool = True,
+    ) -> Float[Tensor, "n d"]:
+        """Embeds texts.
+
+        Texts of like length share a batch: padding costs a few per cent instead of a multiple.
+
+        Args:
+            texts: In any order.
+            batch_tokens: Tokens of a batch, padding counted; a single longer text goes alone.
+            show_progress: Draw a progress bar.
+            normalize: Scale to unit norm.
+
+        Returns:
+            float32 on the CPU, in the order of `texts`.
+
+        Raises:
+            TextEncoderError: A text has no token.
+        """
+        before = self.tokens.num_truncated
+        tokens = self.tokens(texts)
+        if cut := self.tokens.num_truncated - before:
+            logger.warning(
+                "%d of %d texts cut at max_length_tokens=%d",
+                cut,
+                len(texts),
+                self.settings.max_length_tokens,
+            )
+        embeds = torch.empty(len(texts), self.hidden_size)
+        was_training = self.backbone.training
+        self.backbone.eval()
+        try:
+            with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
+                for rows in _length_sorted_batches([len(ids) for ids in tokens], batch_tokens):
+                    batch = pad_tokens(
+                        [tokens[row] for row in rows],
+                        self.tokens.pad_token_id,
+                        self.tokens.num_front_tokens,
+                    )
+                    batch = {name: value.to(self.device) for name, value in batch.items()}
+                    embeds[rows] = self(**batch).cpu()
+                    bar.update(len(rows))
+        finally:
+            self.backbone.train(was_training)
+        return F.normalize(embeds, dim=-1) if normalize else embeds
+
+    def check_attention(self) -> None:
+        """Refuses layers that are not what `bidirectional` says, and vectors that padding changes.
+
+        Raises:
+            TextEncoderError: A layer is causal although `bidirectional` is true, or open although
+                it is false; or a text has another vector beside a longer one.
+        """
+        require_attention(self.backbone, self.settings.bidirectional)
+        self._check_padding()
+
+    @torch.no_grad()
+    def _check_padding(self) -> None:
+        """Compares vectors of texts alone with those of the same texts in a padded batch."""
+        vocabulary = cast("nn.Embedding", self.backbone.get_input_embeddings()).num_embeddings
+        lengths = (1, 2, 5, min(32, self.settings.max_length_tokens))
+        texts = [[(11 + 5 * at) % vocabulary for at in range(length)] for length in lengths]
+        with_padding, alone = (
+            torch.cat([self._vectors(part) for part in parts])
+            for parts in ([texts], [[text] for text in texts])
+        )
+        require_equal(
+            f"a text alone and beside longer ones, in {type(self.backbone).__name__}",
+            alone,
+            with_padding,
+            "its vectors would depend on their neighbours in the batch; lower max_length_tokens, "
+            "or use another attn_implementation or language model",
+            self.backbone.dtype,
+        )
+
+    def _vectors(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        batch = pad_tokens(list(tokens), self.tokens.pad_token_id, 0)
+        return self(**{name: value.to(self.device) for name, value in batch.items()})
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Writes model, tokenizer and settings; :meth:`from_pretrained` restores all of it.
+
+        The saved config says `is_causal: false` (if bidirectional), so that nobody takes the
+        directory for a decoder: stage 3 refuses it.
+        """
+        directory = Path(directory)
+        self.backbone.save_pretrained(directory)
+        save_tokenizer(self.tokenizer, directory)
+        save_settings(directory, self.settings, self.tokens.fingerprint())
+
+
+def require_equal(
+    what: str, before: Tensor, after: Tensor, remedy: str, dtype: torch.dtype = torch.float32
+) -> None:
+    """Refuses vectors that should be the same and are not.
+
+    Args:
+        what: Which vectors, for the message.
+        before: `[n, d]`.
+        after: As `before`.
+        remedy: What follows and what to do.
+        dtype: Of the weights; 16 bits get a wider tolerance.
+
+    Raises:
+        TextEncoderError: A cosine is too low.
+    """
+    after = after.to(before)
+    cosine = F.cosine_similarity(before.float(), after.float(), dim=-1).min().item()
+    least = 0.9999 if dtype == torch.float32 else 0.98
+    if not cosine >= least:
+        raise TextEncoderError(
+            f"{what}: expected equal vectors, got a cosine of {cosine:.4f} (at least {least} in "
+            f"{str(dtype).removeprefix('torch.')}): {remedy}"
+        )
+
+
+def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
+    """Rows grouped from long to short (memory peaks first), each batch within the budget.
+
+    A batch also ends where its next text is 5 % shorter than its longest, once it is large enough
+    to keep the device busy (a sixteenth of the budget).
+    """
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        longest = lengths[batch[0]] if batch else lengths[row]
+        shorter = lengths[row] < 0.95 * longest and 16 * len(batch) * longest >= batch_tokens
+        if batch and (shorter or (len(batch) + 1) * longest > batch_tokens):
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
+
+
+def hash_state(state: Mapping[str, Tensor]) -> str:
+    """sha256 of a model's weights: names, dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        flat = value.detach().cpu().contiguous().flatten()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -1,0 +1,124 @@
+"""How hidden states become one vector: given, saved beside the weights, or an embedder's own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, TextEncoderError
+from llm2clip_vlm.models.text.embedder import Embedder
+
+SETTINGS_NAME = "text_encoder.json"
+"""File beside the weights that says how they make a vector."""
+DEFAULT_MAX_LENGTH_TOKENS = 512
+"""Paper v6 C.1; less where the model has fewer positions."""
+
+_SCHEMA = 1
+_LATER = ("chat", "embedder")  # written only where set: files and caches from before stay valid
+
+Pooling = Literal["mean", "last", "eos", "cls"]
+
+
+@dataclass(frozen=True)
+class TextEncoderSettings:
+    """How hidden states become one vector; saved with the weights."""
+
+    pooling: Pooling = "mean"
+    """Mean over the pooled tokens, the last of them, an eos (appended where the tokenizer adds
+    none), or the first (some embedders)."""
+    max_length_tokens: int = DEFAULT_MAX_LENGTH_TOKENS
+    """Special tokens and instruction included."""
+    instruction: str = ""
+    """Text before every caption, attended to but not pooled."""
+    bidirectional: bool | Literal["partial"] = True
+    """False = causal attention; `partial` = only some of the layers can be bidirectional."""
+    chat: bool = False
+    """Each text is wrapped in a user turn of the tokenizer's chat template."""
+    embedder: bool = False
+    """Made by sentence-transformers: every token is pooled, the instruction's too."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """As saved and as in a fingerprint."""
+        return {k: v for k, v in asdict(self).items() if v or k not in _LATER}
+
+    def tokens(self, tokenizer: PreTrainedTokenizerBase) -> CaptionTokenizer:
+        """How this encoder tokenizes."""
+        return CaptionTokenizer(
+            tokenizer,
+            self.max_length_tokens,
+            self.instruction,
+            chat=self.chat,
+            pooling=self.pooling,
+            joined=self.embedder,
+        )
+
+
+def save_settings(directory: Path, settings: TextEncoderSettings, tokenizer_hash: str) -> None:
+    """Writes :data:`SETTINGS_NAME`."""
+    content = {"schema": _SCHEMA, **settings.to_dict(), "text_tokenizer": tokenizer_hash}
+    write_atomically(directory / SETTINGS_NAME, json.dumps(content, indent=2) + "\n")
+
+
+def resolve_settings(
+    path: str | Path,
+    config: PreTrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    chosen: Mapping[str, Any],
+    embedder: Embedder | None,
+) -> tuple[TextEncoderSettings, str | None]:
+    """Settings of an encoder, and the hash of its tokenizer where one was saved.
+
+    Args:
+        path: Directory or hub id.
+        config: Of the model.
+        tokenizer: Of the model.
+        chosen: What the caller asks for, by name.
+        embedder: Where the directory is one.
+
+    Raises:
+        TextEncoderError: What is saved differs from what was asked for; or the model has no hidden
+            size of its own or too few positions.
+    """
+    if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
+        raise TextEncoderError(
+            f"{path}: model_type {config.model_type!r} is no plain decoder (no hidden_size of its "
+            "own, or an encoder-decoder); give a Llama, Qwen2/3, Mistral or Gemma text model"
+        )
+    positions = getattr(config, "max_position_embeddings", None) or 2**31
+    own: dict[str, Any] = {"max_length_tokens": min(DEFAULT_MAX_LENGTH_TOKENS, positions)}
+    fixed: dict[str, Any] = {}
+    tokenizer_hash: str | None = None
+    saved = Path(path) / SETTINGS_NAME
+    if saved.is_file():
+        fixed = read_json(saved)
+        if fixed.pop("schema", None) != _SCHEMA:
+            raise TextEncoderError(f"{saved}: unknown schema, expected {_SCHEMA}; save it anew")
+        tokenizer_hash = fixed.pop("text_tokenizer")
+        fixed = {"chat": False, **fixed}
+    elif embedder is not None:
+        fixed = {"pooling": embedder.pooling, "chat": False, "embedder": True}
+        window = embedder.max_length_tokens or tokenizer.model_max_length
+        own = {"max_length_tokens": min(window, positions), "instruction": embedder.prompt}
+    for name, value in chosen.items():
+        if fixed.get(name, value) != value:
+            raise TextEncoderError(
+                f"{path}: {name} is {fixed[name]!r} in {SETTINGS_NAME if tokenizer_hash else 'it'},"
+                f" but {value!r} was asked for; a trained encoder keeps its own: leave {name} out"
+            )
+    settings = TextEncoderSettings(**{**own, **chosen, **fixed})
+    if settings.max_length_tokens > positions:
+        raise TextEncoderError(
+            f"max_length_tokens is {settings.max_length_tokens}, but {path} has {positions} "
+            "positions (max_position_embeddings); lower it"
+        )
+    if settings.pooling not in get_args(Pooling):
+        raise TextEncoderError(
+            f"pooling is {settings.pooling!r}, expected one of {', '.join(get_args(Pooling))}"
+        )
+    return settings, tokenizer_hash

@@ -1,0 +1,1 @@
+"""Vision towers: the contract, and those that transformers does not have."""

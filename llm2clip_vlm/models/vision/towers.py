@@ -1,0 +1,322 @@
+"""Vision towers: one contract for whatever checkpoint the images go through.
+
+Dispatch is on `config.model_type`, never on a path or a name; what a tower gives is read off a
+forward pass without weights or arithmetic, never off its type.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from einops import rearrange
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    CLIPVisionModel,
+    PreTrainedModel,
+    Siglip2VisionModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+    VisionTextDualEncoderModel,
+)
+
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
+from llm2clip_vlm.models.loading import (
+    check_image_processor,
+    forget_paths,
+    load_complete,
+    read_config,
+    read_image_processor,
+)
+from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
+from llm2clip_vlm.models.vision.resolution import (
+    image_processor_class,
+    processed_size_px,
+    resize_positions,
+    resize_processor,
+)
+from llm2clip_vlm.models.vision.timm_vision import (
+    TimmVisionConfig,
+    from_timm_layout,
+    read_timm_layout,
+    timm_config,
+    timm_image_processor,
+)
+from llm2clip_vlm.recipe.reading import did_you_mean
+
+logger = logging.getLogger(__name__)
+
+
+class TowerError(ValueError):
+    """A checkpoint that cannot be used as a vision tower; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """What every vision tower tells."""
+
+    model: PreTrainedModel
+    """The plain tower; gives `last_hidden_state`, `hidden_states` and, pooled, `pooler_output`."""
+    image_processor: Any
+    """The transformers image processor saved with it."""
+    hidden_size: int
+    """Width of the patch features."""
+    num_patches: int
+    """Patches of one image, without CLS and register tokens."""
+    patch_size_px: int
+    """Side of a patch."""
+    image_size_px: int
+    """Side of an image."""
+    num_hidden_layers: int
+    """Transformer blocks; `hidden_states` has one more entry. A CNN has its last map there alone,
+    so 0."""
+    num_prefix_tokens: int
+    """Tokens before the patches: CLS, if there is one, then registers."""
+    has_cls_token: bool
+    """Whether position 0 of the patch features is a CLS token."""
+    image_mean: tuple[float, ...]
+    """Mean that the image processor subtracts, by channel."""
+    image_std: tuple[float, ...]
+    """Standard deviation that it divides by."""
+
+    @property
+    def grid(self) -> int:
+        """Patches along a side."""
+        return self.image_size_px // self.patch_size_px
+
+
+def _complete(model_class: Any, path: str, dtype: Any, **given: Any) -> Any:
+    """The weights at `path`, or in `given` the `state_dict` of a `config`; all, or an error."""
+    return load_complete(model_class, path, error=TowerError, dtype=dtype, **given)
+
+
+def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
+    """SigLIP2's NaFlex tower, which at its own square grid computes what a SigLIP does."""
+    naflex = _complete(Siglip2VisionModel, path, dtype)
+    given, size = naflex.config, naflex.config.patch_size
+    weights = naflex.state_dict()
+    name = "embeddings.patch_embedding.weight"
+    patches = rearrange(weights[name], "d (y x c) -> d c y x", y=size, x=size)
+    weights[name] = patches.contiguous()
+    shared = SiglipVisionConfig.__annotations__
+    values = {name: value for name, value in given.to_dict().items() if name in shared}
+    config = SiglipVisionConfig(**values, image_size=math.isqrt(given.num_patches) * size)
+    return _complete(SiglipVisionModel, path, naflex.dtype, config=config, state_dict=weights)
+
+
+def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
+    tower: PreTrainedModel = _complete(LLM2CLIPModel, path, dtype).vision_tower
+    return tower
+
+
+def _dual_encoder(path: str, dtype: Any) -> PreTrainedModel:
+    tower: PreTrainedModel = _complete(VisionTextDualEncoderModel, path, dtype).vision_model
+    return tower
+
+
+_ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
+"""Towers that interpolate their positions themselves, to the size of the image they get."""
+
+LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
+    "clip": partial(_complete, CLIPVisionModel),
+    "clip_vision_model": partial(_complete, CLIPVisionModel),
+    "siglip": partial(_complete, SiglipVisionModel),
+    "siglip_vision_model": partial(_complete, SiglipVisionModel),
+    "siglip2": _siglip2,
+    "siglip2_vision_model": _siglip2,
+    **dict.fromkeys(_ANY_SIZE, partial(_complete, AutoModel)),
+    Eva02VisionConfig.model_type: partial(_complete, Eva02VisionModel),
+    TimmVisionConfig.model_type: partial(_complete, AutoModel),
+    "llm2clip": _llm2clip,
+    "vision-text-dual-encoder": _dual_encoder,
+}
+"""`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
+
+_POSITIONS = (
+    "embeddings.position_embedding.weight",
+    "embeddings.position_embeddings",
+    "pos_embed",
+    "timm_model.pos_embed",
+)
+"""Names of position tables `[..., prefix + grid**2, width]`."""
+
+
+def load_vision_tower(
+    path_or_id: str | Path, dtype: Any = None, *, image_size_px: int | None = None
+) -> VisionTower:
+    """Load the vision tower of a checkpoint with its image processor.
+
+    Args:
+        path_or_id: Directory (of any name) or hub id of a CLIP, SigLIP, SigLIP2, EVA02-CLIP,
+            DINOv2, DINOv3 or timm model (ViT or CNN), of an `LLM2CLIPModel`, or of what another
+            package adds.
+        dtype: Weights' dtype (`torch.float32`, `"bfloat16"`); none keeps the checkpoint's.
+        image_size_px: Another resolution: positions are interpolated, the image processor resizes
+            to it. Of a CNN any multiple of its stride.
+
+    Returns:
+        The tower in evaluation mode and what it tells of itself.
+
+    Raises:
+        TowerError: Unknown `model_type`, missing weights, no image processor, a processor whose
+            images do not have the tower's size, or outputs without what the contract asks for.
+    """
+    path = str(path_or_id)
+    loaders = LOADERS | register()
+    dtype = "auto" if dtype is None else dtype
+    if timm := read_timm_layout(path, TowerError):
+        model: PreTrainedModel = from_timm_layout(timm, path, dtype, TowerError)
+        processor = timm_image_processor(timm["pretrained_cfg"])
+        check_image_processor(processor, path, TowerError)
+    else:
+        kind = read_config(path, TowerError).model_type
+        if kind not in loaders:
+            raise TowerError(
+                f"{path}: model_type {kind!r} is not a known vision tower"
+                f"{did_you_mean(kind, loaders)} (known are {sorted(loaders)})"
+            )
+        model = loaders[kind](path, dtype)
+        processor = _load_processor(path, model.config)
+    if image_size_px is not None:
+        model = _resize(path, model, image_size_px)
+        resize_processor(processor, image_size_px)
+    forget_paths(model.config)  # a loader of another package may not have done it
+    return _describe(path, model.eval(), processor)
+
+
+def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
+    """Whether a checkpoint is a CNN, as its config says; no weights are read.
+
+    Args:
+        path_or_id: As :func:`load_vision_tower` takes it.
+    """
+    path = str(path_or_id)
+    register()
+    timm = read_timm_layout(path, TowerError)
+    config = timm_config(timm, path, TowerError) if timm else read_config(path, TowerError)
+    return bool(getattr(config, "feature_map", False))
+
+
+def _describe(path: str, model: Any, processor: Any) -> VisionTower:
+    """Run the tower on shapes alone and read the contract off what comes out."""
+    config = model.config
+    if absent := [name for name in ("image_size", "patch_size") if not hasattr(config, name)]:
+        raise TowerError(
+            f"{path}: its config ({type(config).__name__}) has no {' and no '.join(absent)}; a "
+            "tower's config says the side of its images and of its patches in pixels"
+        )
+    made = processed_size_px(processor)
+    size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)
+    patch = _side(config.patch_size)
+    flexible = config.model_type in _ANY_SIZE
+    if made is not None and (made % patch if flexible else made != size):
+        wanted = f"a multiple of its {patch} px patches" if flexible else f"{size} px"
+        raise TowerError(
+            f"{path}: its image processor makes {made} px images, the tower expects {wanted}. "
+            "Correct `size`/`crop_size` in preprocessor_config.json."
+        )
+    states = _hidden_states(path, model, size)
+    tokens, width = states[-1].shape[1:]
+    num_patches = (size // patch) ** 2
+    prefix = tokens - num_patches
+    if prefix < 0 or any(state.shape[1:] != (tokens, width) for state in states):
+        raise TowerError(
+            f"{path}: expected hidden states of one shape with at least {num_patches} tokens (an "
+            f"image of {size} px in patches of {patch} px), got {[tuple(s.shape) for s in states]}"
+        )
+    # What a LLaVA around the tower asks its config for.
+    for name, read in (("hidden_size", width), ("num_hidden_layers", len(states) - 1)):
+        if not hasattr(config, name):
+            setattr(config, name, read)
+    if config.hidden_size != width:
+        raise TowerError(
+            f"{path}: its config has hidden_size {config.hidden_size}, its hidden states {width}; "
+            "a LLaVA's projector is built from the config: correct it"
+        )
+    return VisionTower(
+        model=model,
+        image_processor=processor,
+        hidden_size=width,
+        num_patches=num_patches,
+        patch_size_px=patch,
+        image_size_px=size,
+        num_hidden_layers=len(states) - 1,
+        num_prefix_tokens=prefix,
+        has_cls_token=bool(getattr(config, "has_cls_token", prefix > 0)),
+        image_mean=tuple(processor.image_mean or ()),
+        image_std=tuple(processor.image_std or ()),
+    )
+
+
+@torch.no_grad()
+def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
+    """Hidden states for one image, as shapes on the meta device (also of ZeRO-3's empty shells)."""
+    tensors = {
+        name: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
+        for name, t in [*model.named_parameters(), *model.named_buffers()]
+    }
+    pixels = torch.empty(1, 3, size, size, dtype=model.dtype, device="meta")
+    arguments = {"pixel_values": pixels, "output_hidden_states": True}
+    try:
+        out = torch.func.functional_call(model, tensors, (), arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TowerError(
+            f"{path}: {type(model).__name__} does not take (pixel_values=[1, 3, {size}, {size}], "
+            f"output_hidden_states=True): {error}"
+        ) from error
+    states = getattr(out, "hidden_states", None)
+    if not states or any(state.ndim != 3 for state in states):
+        raise TowerError(
+            f"{path}: {type(model).__name__} gives no hidden_states [images, tokens, width]; a "
+            "vision tower needs the embeddings and every block's output there"
+        )
+    return tuple(states)
+
+
+def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
+    """The same tower for images of another size; a table of positions is interpolated."""
+    config = copy.deepcopy(model.config)
+    if config.model_type in _ANY_SIZE or size == _side(config.image_size):
+        return cast("PreTrainedModel", model)
+    if size % config.patch_size:
+        raise TowerError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
+    if getattr(config, "feature_map", False):  # any multiple of its stride
+        model.config.image_size = size
+        return cast("PreTrainedModel", model)
+    weights = model.state_dict()
+    name = next((name for name in _POSITIONS if name in weights), None)
+    if name is None or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise TowerError(
+            f"{path}: cannot be made to take {size} px: "
+            + ("it has no table of positions" if name is None else "it is sharded by ZeRO-3")
+        )
+    old, new = (side // config.patch_size for side in (_side(config.image_size), size))
+    weights[name] = resize_positions(weights[name], old, new)
+    config.image_size = size
+    logger.info("%s: positions interpolated from %d x %d to %d x %d", path, old, old, new, new)
+    return _complete(type(model), path, model.dtype, config=config, state_dict=weights)
+
+
+def _side(value: Any) -> int:
+    sides = {value} if isinstance(value, int) else set(value)
+    if len(sides) != 1:
+        raise TowerError(f"images and patches must be square, got {value}")
+    return int(sides.pop())
+
+
+def _load_processor(path: str, tower_config: Any) -> Any:
+    """The checkpoint's image processor; where it makes no square pictures, one that does."""
+    processor = read_image_processor(path, TowerError)
+    if hasattr(processor, "max_num_patches"):
+        side = {"height": tower_config.image_size, "width": tower_config.image_size}
+        kept = {k: getattr(processor, k) for k in ("resample", "image_mean", "image_std")}
+        return image_processor_class("SiglipImageProcessor")(size=side, **kept)
+    return processor

@@ -1,0 +1,113 @@
+"""What a projector or an adapter belongs to: fingerprints that travel with a VLM checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.models.trainable import part_name
+from llm2clip_vlm.runs.manifest import HandoffError
+
+LINEAGE_NAME = "lineage.json"
+PROJECTOR = "multi_modal_projector"
+
+
+def settings_of(model: Any, processor: Any) -> dict[str, str]:
+    """How tower, projector and LLM meet.
+
+    Args:
+        model: A LLaVA.
+        processor: Its processor.
+
+    Returns:
+        Hash of the template; feature layer and strategy; image mode (`pad`, `square` or `anyres`
+        with its grids, size, mean and standard deviation).
+    """
+    images = processor.image_processor
+    size = getattr(images, "crop_size", None) or images.size
+    sides = [size[name] for name in ("height", "width", "shortest_edge") if size.get(name)]
+    mode = "pad" if getattr(images, "do_pad", False) else "square"
+    if grids := getattr(images, "image_grid_pinpoints", None):
+        mode = f"anyres {[list(grid) for grid in grids]}"
+    template = str(processor.chat_template or "").encode()
+    return {
+        "chat_template": hashlib.sha256(template).hexdigest(),
+        "vision_feature_layer": str(model.config.vision_feature_layer),
+        "vision_feature_select_strategy": str(model.config.vision_feature_select_strategy),
+        "image_mode": f"{mode} {sides} {list(images.image_mean)} {list(images.image_std)}",
+    }
+
+
+def weights_of(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Fingerprint of each part's weights, the same in fp32 and bf16.
+
+    Args:
+        state: A LLaVA's weights by their names in memory, whole.
+    """
+    parts: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(state, key=part_name):
+        parts[part_name(name).split(".")[0]].append(name)
+    with ThreadPoolExecutor(8) as pool:
+        return {
+            part: hashlib.sha256(
+                b"".join(pool.map(lambda name: _digest(name, state[name]), names))
+            ).hexdigest()
+            for part, names in parts.items()
+        }
+
+
+def _digest(name: str, tensor: Tensor) -> bytes:
+    values = tensor.detach().cpu()
+    if values.is_floating_point():
+        values = values.to(torch.bfloat16)
+    raw = values.contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(f"{part_name(name)}{list(tensor.shape)}".encode() + raw.data).digest()
+
+
+def write_lineage(
+    directory: str | Path, model: Any, processor: Any, state: Mapping[str, Tensor]
+) -> None:
+    """Put `lineage.json` beside a checkpoint's weights.
+
+    Args:
+        directory: The checkpoint.
+        model: A LLaVA.
+        processor: Its processor.
+        state: Its weights by their names in memory, adapters merged.
+    """
+    found = weights_of(state) | settings_of(model, processor)
+    write_atomically(Path(directory) / LINEAGE_NAME, json.dumps(found, indent=2) + "\n")
+
+
+def read_lineage(directory: str | Path) -> dict[str, str] | None:
+    """What :func:`write_lineage` wrote; none for somebody else's checkpoint."""
+    path = Path(directory) / LINEAGE_NAME
+    return read_json(path) if path.is_file() else None
+
+
+def refuse_other(where: str | Path, recorded: Mapping[str, str], here: Mapping[str, str]) -> None:
+    """Refuse what was made beside something else.
+
+    Args:
+        where: Whose lineage was recorded, for the message.
+        recorded: Its lineage.
+        here: The fields to compare, as they are now.
+
+    Raises:
+        HandoffError: A field differs; the message names the first.
+    """
+    for field, value in here.items():
+        if field in recorded and recorded[field] != value:
+            raise HandoffError(
+                f"{where}: {field}: it was made with {recorded[field]}, here is {value}. Use it "
+                f"with what it was made with, or train it anew ({LINEAGE_NAME} tells the rest)"
+            )

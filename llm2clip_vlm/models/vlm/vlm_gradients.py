@@ -1,0 +1,117 @@
+"""Which parameters of a VLM get gradients: frozen where never used, kept where not used now."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+
+from llm2clip_vlm.models.trainable import is_feature_map, layers_of
+from llm2clip_vlm.models.vision.image_mode import one_picture
+
+logger = logging.getLogger(__name__)
+
+_NEVER_USED = "embeddings.mask_token"
+"""DINO's parameter below the used layer that gets no gradient all the same."""
+
+
+def freeze_unused_vision(model: Any) -> list[str]:
+    """Freezes tower parameters that the selected features do not depend on.
+
+    With `vision_feature_layer: -2` the last block and the final norm never get a gradient; left
+    trainable they stop data-parallel training with gradient checkpointing.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`.
+
+    Returns:
+        Names of the parameters that were trainable and no longer are.
+    """
+    tower = model.model.vision_tower
+    if is_feature_map(tower):
+        return _freeze(tower, set(tower.unused_in_features()), "which the last map does not need")
+    chosen = model.config.vision_feature_layer
+    chosen = [chosen] if isinstance(chosen, int) else chosen
+    try:
+        layers, depth = layers_of(tower)
+    except ValueError:  # a tower of another package, without a list of blocks
+        return []
+    total = getattr(model.config.vision_config, "num_hidden_layers", depth)
+    if depth != total:
+        logger.info("%d blocks, %d hidden layers: unused ones are not known", depth, total)
+        return []
+    used = max(i if i >= 0 else total + 1 + i for i in chosen)
+    unused = {name for name, layer in layers.items() if layer > used or name == _NEVER_USED}
+    return _freeze(tower, unused, f"above layer {used}")
+
+
+def _freeze(tower: Any, unused: set[str], why: str) -> list[str]:
+    frozen = []
+    for name, parameter in tower.named_parameters():
+        if name in unused and parameter.requires_grad:
+            parameter.requires_grad_(False)
+            frozen.append(f"vision_tower.{name}")
+    if frozen:
+        logger.info("frozen, %d unused tower parameters %s", len(frozen), why)
+    return frozen
+
+
+def install_text_only_guard(model: Any) -> None:
+    """Keeps tower and projector in the graph of batches without images.
+
+    If one process has images and another has none, their gradients do not match: ZeRO crashes or
+    hangs. Before the language model runs, a training batch without `pixel_values` gets zero times
+    the features of a blank image; values and gradients stay exactly the same. Nothing runs that
+    is not needed: with a frozen tower only the projector sees zeros (all of it under ZeRO-3,
+    whose processes must fetch the same modules in the same order).
+
+    Args:
+        model: A LLaVA; a second call changes nothing.
+    """
+    if getattr(model, "_text_only_guard", False):
+        return
+    llava = model.model
+    state = {"has_images": False}
+
+    def note_images(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        state["has_images"] = kwargs.get("pixel_values") is not None or len(args) > 1
+
+    def add_nothing(
+        module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if state["has_images"] or not llava.training or kwargs.get("inputs_embeds") is None:
+            return None
+        features = _blank_features(llava)
+        if features is None:
+            return None
+        embeds = kwargs["inputs_embeds"]
+        return args, {**kwargs, "inputs_embeds": embeds + 0.0 * features.sum().to(embeds.dtype)}
+
+    def to_own_dtype(module: Any, args: tuple[Tensor]) -> tuple[Tensor]:
+        return (args[0].to(next(module.parameters()).dtype),)  # a frozen tower may be in bf16
+
+    llava.multi_modal_projector.register_forward_pre_hook(to_own_dtype)
+    llava.register_forward_pre_hook(note_images, with_kwargs=True)
+    llava.language_model.register_forward_pre_hook(add_nothing, with_kwargs=True)
+    model._text_only_guard = True
+
+
+def _blank_features(llava: Any) -> Tensor | None:
+    """Visual tokens of a blank image through as much as trains, or None if nothing does."""
+    parameter = next(llava.multi_modal_projector.parameters())
+    like: Any = {"device": parameter.device, "dtype": parameter.dtype}
+    newline = getattr(llava, "image_newline", None)
+    tower_trains = any(p.requires_grad for p in llava.vision_tower.parameters())
+    if tower_trains or is_deepspeed_zero3_enabled():
+        crops, sizes = one_picture(llava.config)
+        side = llava.config.vision_config.image_size
+        blank = torch.zeros((crops, 3, side, side), **like)
+        return torch.cat(list(llava.get_image_features(blank, **sizes).pooler_output))
+    if any(p.requires_grad for p in llava.multi_modal_projector.parameters()):
+        blank = torch.zeros(1, 1, llava.multi_modal_projector.linear_1.in_features, **like)
+        features: Tensor = llava.multi_modal_projector(blank)
+        return features if newline is None else features + newline
+    return None

@@ -1,0 +1,1 @@
+"""Every key of every recipe; reading, merging and checking them."""

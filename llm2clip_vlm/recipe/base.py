@@ -1,0 +1,188 @@
+"""What all recipes share: sections, sources of data, text encoders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """A part of a recipe: unknown keys refused, no silent conversion between types."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class CaptionSource(Section):
+    """A file of texts: `.jsonl`, `.json`, `.csv` (also `.gz`), `.parquet`, or webdataset `.tar`.
+
+    Of a shard the fields of its JSON members are columns.
+    """
+
+    path: str
+    """File with one record a row; `*` and `?` name several (`shards/*.tar`)."""
+    fields: list[str] = Field(default_factory=lambda: ["captions"])
+    """Columns that hold captions of the same image; a list-valued column adds all its items, a
+    mapping-valued one all its values."""
+    group_by: str | None = None
+    """Column whose equal values join rows into one record (COCO: `image_id`); none = a row each."""
+    where: dict[str, str | bool | int] = Field(default_factory=dict)
+    """Keep only rows whose columns equal these values, such as `{split: train}`; a value
+    that no row has is refused, also below."""
+    drop_where: dict[str, list[str | bool | int | float]] = Field(default_factory=dict)
+    """Drop rows whose column holds one of these values (`{flickr8k_split: [val, test]}`)."""
+    weight: float = Field(default=1.0, gt=0)
+    """Sampling weight of this source relative to the others."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take at most this many records, in file order."""
+
+
+class CaptionPairSource(CaptionSource):
+    """A file that stage 1 draws pairs of texts from."""
+
+    directed: bool = False
+    """False draws two different captions of a record. True takes `fields` for
+    `[anchor, positive]` or `[anchor, positive, negative]`, in this order: the anchor is the query,
+    the negative (may be null) a hard one."""
+    prompts: dict[str, str] = Field(default_factory=dict)
+    """Text before the query alone, by direction: `query column->positive column`, or `*` for any
+    other direction (`{short->long: "Retrieve a detailed caption. "}`). Not pooled."""
+
+    @model_validator(mode="after")
+    def _directed_has_its_columns(self) -> Self:
+        if self.directed and len(self.fields) not in (2, 3):
+            raise ValueError(
+                f"fields is {self.fields} and directed is true; expected [anchor, positive] or "
+                "[anchor, positive, negative]"
+            )
+        if strange := [name for name in self.prompts if name != "*" and "->" not in name]:
+            raise ValueError(f"prompts: {strange[0]!r}: expected `query->positive` or `*`")
+        return self
+
+
+class AugmentationSection(Section):
+    """What training pictures go through, drawn anew each epoch from seed and record key."""
+
+    crop_scale_min: float = Field(default=1.0, gt=0, le=1)
+    """Random crop of at least this share of the picture's area, sides 3:4 to 4:3, resized to the
+    tower's square (released code: 0.9); 1 = no random crop."""
+
+
+class ImageTextSource(CaptionSource):
+    """Images with captions, beside them or inside the file.
+
+    Also COCO's and Karpathy's annotations (`.json`), `.parquet` and `.arrow` with image bytes, and
+    webdataset shards (`.tar`) in img2dataset's layout.
+    """
+
+    image_root: str | None = None
+    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
+    follow_links: bool = False
+    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
+    image_field: str = "image"
+    """Column with the image path."""
+    id_field: str = "id"
+    """Column with the record's key, unique in the file (`.tar`: the sample's key)."""
+    index_dir: str | None = None
+    """Folder of the index that large sources get once; none = `.llm2clip-index` beside them."""
+
+
+class ZeroShotSource(ImageTextSource):
+    """Labelled images; the classes are the different texts in the column of labels."""
+
+    fields: list[str] = Field(default_factory=lambda: ["label"], min_length=1, max_length=1)
+    """The column."""
+    templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
+    """Each `{}` becomes a class's name; a class is the mean of its prompts' embeddings."""
+
+    def prompts(self, name: str) -> list[str]:
+        """A class's prompts."""
+        return [template.replace("{}", name) for template in self.templates]
+
+
+def _folder(value: str) -> str:
+    """A folder to write to: not the working directory by an empty text, `~` the home, no file."""
+    if not value.strip() or "\x00" in value:
+        raise ValueError(f"expected a folder to write to, got {value!r}")
+    path = Path(value).expanduser()
+    for above in (path, *path.parents):
+        if above.exists() and not above.is_dir():
+            raise ValueError(f"expected a folder to write to, but {above} is no folder")
+    return str(path) if value.startswith("~") else value
+
+
+OutputDir = Annotated[str, AfterValidator(_folder)]
+"""A folder that a run writes to."""
+
+
+class RecipeFile(Section):
+    """What every recipe may say."""
+
+    base: str | None = None
+    """One parent recipe (path relative to this file) whose values this file overrides."""
+    notes: str = ""
+    """What this recipe shows or reproduces, on which hardware, in how many hours, with which
+    numbers, and what these may be compared with."""
+    variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
+    """Values for `${variables.<name>}` in this file; they compute nothing by themselves."""
+
+
+class RunRecipe(RecipeFile):
+    """What all stages share."""
+
+    deviations: dict[str, str] = Field(default_factory=dict)
+    """Where and why this recipe differs from what it reproduces."""
+    output_dir: OutputDir
+    """Where checkpoints, the manifest and the results of this stage go."""
+    seed: int = 0
+    """Seed of initialisation, shuffling and dropout."""
+    global_batch_size: int = Field(default=256, ge=1)
+    """Samples per optimizer step over all processes; accumulation follows from
+    `trainer.per_device_train_batch_size` and the number of processes."""
+    max_bad_records: int = Field(default=0, ge=0)
+    """Bad records (image, caption) skipped, counted and named before the run stops."""
+    max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
+    """Share of bad records at which the run stops, where that is more than `max_bad_records`."""
+    trainer: dict[str, Any] = Field(default_factory=dict)
+    """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
+
+
+class LoraSection(Section):
+    """A LoRA adapter (PEFT)."""
+
+    r: int = Field(default=16, ge=1)
+    """Rank. Paper v6 C.1: 16."""
+    alpha: int = Field(default=32, ge=1)
+    """Scaling numerator. Paper v6 C.1: 32."""
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+    """Dropout on the adapter's input (released code: 0.05)."""
+    target_modules: str | list[str] = "all-linear"
+    """Modules to adapt, as PEFT takes them."""
+    use_dora: bool = False
+    """DoRA: magnitude and direction of each weight are adapted apart (arXiv 2402.09353)."""
+
+
+class TextEncoderSection(Section):
+    """A decoder LLM used as a bidirectional text encoder."""
+
+    language_model: str
+    """Path or hub id of the decoder LLM (Llama, Qwen2/3, Mistral, Gemma)."""
+    pooling: Literal["mean", "last", "eos"] = "mean"
+    """Mean over caption tokens, the last token, or an eos behind the text, added where the
+    tokenizer adds none (paper v6 table 6)."""
+    max_length_tokens: int = Field(default=512, ge=2)
+    """Longer captions are cut and counted. Paper v6 C.1: 512."""
+    instruction: str = ""
+    """Text before every caption; its tokens are left out of the mean (released code)."""
+    chat: bool = False
+    """Wrap each text in a user turn of the tokenizer's own chat template; what stands before the
+    text is not pooled (released code: Llama 3's user header)."""
+    bidirectional: bool | Literal["partial"] = True
+    """Every layer; false keeps causal attention (ablation of paper v6 table 6). `partial` takes a
+    model some of whose layers stay causal (hybrids with linear attention or recurrence)."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Dtype of the saved weights; `auto` keeps the checkpoint's (float16 becomes float32 where it
+    trains). What trains without DeepSpeed is held in float32 meanwhile."""
+    attn_implementation: str | None = None
+    """As in transformers: `sdpa`, `eager`, `flash_attention_2`; none = its default."""

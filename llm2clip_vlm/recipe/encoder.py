@@ -1,0 +1,282 @@
+"""Recipes of stage 2b and its control: vision towers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm2clip_vlm.recipe.base import (
+    AugmentationSection,
+    ImageTextSource,
+    LoraSection,
+    RunRecipe,
+    Section,
+    TextEncoderSection,
+    ZeroShotSource,
+)
+
+
+class TextAdaptorSection(Section):
+    """The adaptor on cached text embeddings (paper v6 table 8; released code model.py:217-253)."""
+
+    num_blocks: int = Field(default=4, ge=0)
+    """Residual inverted-bottleneck blocks. Paper v6: 4."""
+    expansion: int = Field(default=2, ge=1)
+    """Width of a block's hidden layer over its input's (released code: 2)."""
+
+
+class LearningRates(Section):
+    """Learning rate of each group; the released code gives 1e-5 to all three."""
+
+    vision_tower: float = Field(default=1e-5, ge=0)
+    """Ignored where the tower is frozen."""
+    visual_projection: float = Field(default=1e-5, ge=0)
+    """Image head."""
+    text_adaptor: float = Field(default=1e-5, ge=0)
+    """Adaptor, text head and `logit_scale`."""
+
+
+class InheritanceSection(Section):
+    """The text adaptor first learns to give CLIP's own text embeddings (ProCLIP, 2510.18795)."""
+
+    clip: str | None = None
+    """`CLIPModel` with its tokenizer, the one that the tower comes from; none = `vision_tower`.
+    Training starts in its joint space (image projection, scale), so `projection_dim` is its."""
+    steps: int = Field(default=500, ge=1)
+    """Optimizer steps on captions alone; those that CLIP's window would cut are left out."""
+    batch_size: int = Field(default=512, ge=2)
+    """Captions a step, on every process the same."""
+    learning_rate: float = Field(default=1e-3, gt=0)
+    """Of AdamW, falling to 0 along a cosine."""
+
+
+class SelfDistillationSection(Section):
+    """A penalty on image embeddings that leave the teacher's (ProCLIP, 2510.18795)."""
+
+    teacher: Literal["frozen", "average"] = "frozen"
+    """`frozen`: the model before training; `average`: its running average (`weight_average`)."""
+    loss: Literal["cosine", "relational"] = "cosine"
+    """`cosine` holds each embedding, `relational` the angles between those of a batch."""
+    weight: float = Field(default=1.0, gt=0)
+    """Of the penalty beside the contrastive loss."""
+
+
+class WeightAverageSection(Section):
+    """Exponential moving average (EMA) of all weights that train."""
+
+    decay: float = Field(default=0.999, gt=0, lt=1)
+    """Of a late step; early ones decay faster."""
+    export: bool = True
+    """The averages are what is evaluated and saved; false keeps them for `self_distillation`."""
+
+
+class EncoderRecipe(RunRecipe):
+    """What stage 2b and its controls train on and are measured by."""
+
+    train: list[ImageTextSource]
+    """Images with captions; one caption is drawn per image and epoch."""
+    caption_weights: dict[str, float] = Field(default_factory=dict)
+    """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
+    empty = uniform over all captions."""
+    augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
+    """Random crop; off by default. Pictures are then decoded each time."""
+    image_decoding: Literal["fast", "exact"] = "fast"
+    """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
+    quarter of their size (43 to 52 dB from `exact`), `exact` is the image processor to the bit."""
+    feature_cache: str | Literal[False] | None = None
+    """Where the tower does not train (and no crop is drawn): folder of its pooled features, which
+    runs may share; each picture is decoded exactly and encoded once, and a step costs the heads
+    alone. None = `<output_dir>/features`; false = the tower runs in every step."""
+    tower_last_blocks: int | None = Field(default=None, ge=1)
+    """Train only this many of the tower's last blocks (stages of a CNN) and what follows them; what
+    comes before stays in evaluation mode and costs no backward pass. None = all."""
+    evaluation: list[ImageTextSource] = Field(default_factory=list)
+    """Held-out images for retrieval, each caption key apart."""
+    evaluation_steps: int | None = Field(default=None, ge=1)
+    """Measure every this many steps too (`eval_*` in the log); none = after training only."""
+    zero_shot: list[ZeroShotSource] = Field(default_factory=list)
+    """Labelled images for zero-shot classification, measured whenever retrieval is."""
+
+
+class TextInLoopSection(Section):
+    """The LLM trains inside stage 2b: what the paper compares the cache with."""
+
+    text_encoder: str | TextEncoderSection
+    """Stage 1's `text_encoder/`, or a raw LLM with its pooling."""
+    lora: LoraSection = Field(default_factory=LoraSection)
+    """Its adapter; merged at the end into `<output_dir>/text_encoder/`."""
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Of the adapter (paper v6 C.1: 2e-4 in stage 1)."""
+
+
+class Stage2bRecipe(EncoderRecipe):
+    """Stage 2b: the tower against the frozen LLM's cached embeddings (paper v6 section 3.2)."""
+
+    stage: Literal["stage2b_vision_encoder"] = "stage2b_vision_encoder"
+    """Which program reads this file."""
+    vision_tower: str
+    """Path or hub id of a CLIP model or a vision tower."""
+    tower_training: Literal["full", "frozen", "lora"] = "full"
+    """Paper v6: full."""
+    tower_lora: LoraSection | None = None
+    """Required with `tower_training: lora`; merged into the tower at the end."""
+    image_size_px: int | None = Field(default=None, ge=1)
+    """Another resolution than the tower's: its positions are interpolated."""
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Share of the patches that the tower does not see while it trains (FLIP, 2212.00794)."""
+    patch_dropout_tail: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps, at the end, that see all patches again."""
+    heads_from: str | None = None
+    """`model/` of an earlier stage 2b against the same text encoder: its adaptor, projections and
+    scale are the start. With one whose tower was frozen, new heads do not pull at a tower that they
+    cannot read yet (linear probing, then fine-tuning: arXiv 2202.10054)."""
+    inherit_text: InheritanceSection | None = None
+    """Representation inheritance, before the images come; none = a new joint space."""
+    self_distillation: SelfDistillationSection | None = None
+    """Keeps the tower near a teacher; none = only the contrastive loss."""
+    weight_average: WeightAverageSection | None = None
+    """None = the last weights are what is saved."""
+    embedding_cache: str | None = None
+    """Stage 2a's directory; with `write_through` it may lack captions, or not be there yet."""
+    caption_prompts: list[str] = Field(default_factory=list)
+    """Those of stage 2a's `prompts` whose embeddings of a caption are its further positives."""
+    text_in_loop: TextInLoopSection | None = None
+    """Instead of a cache: captions are encoded in every step, by an LLM that trains too."""
+    write_through: str | TextEncoderSection | None = None
+    """Stage 1's `text_encoder/`, or a raw LLM: a caption that the cache lacks is encoded when it is
+    first drawn, and kept there. None = the cache is complete before training starts."""
+    text_adaptor: TextAdaptorSection = Field(default_factory=TextAdaptorSection)
+    """Shape of the adaptor."""
+    projection_dim: int = Field(default=1280, ge=1)
+    """Width of the joint space. Paper v6: 1280."""
+    logit_scale_init: float = 2.6592
+    """Stored logarithm: ln(1/0.07), or ln(100) = 4.6052 where the pretrained one is kept."""
+    loss: Literal["softmax", "sigmoid"] = "softmax"
+    """Symmetric InfoNCE (paper v6), or SigLIP's loss with a bias (the authors' SigLIP2 towers)."""
+    logit_bias_init: float = -10.0
+    """Bias of the sigmoid loss at the start (SigLIP: -10, with `logit_scale_init` ln 10)."""
+    micro_batch_size: int | None = Field(default=None, ge=1)
+    """Images per forward pass on each process; more go through GradCache, which bounds the memory
+    and keeps the gradient of the whole batch. None = all at once."""
+    learning_rates: LearningRates = Field(default_factory=LearningRates)
+    """One per group."""
+    layer_decay: float = Field(default=1.0, gt=0, le=1)
+    """Factor on the tower's learning rate per layer from the top (released code: 0.85)."""
+    captions_per_image: int = Field(default=1, ge=1)
+    """Captions of an image in a batch, all of them its positives (DreamLIP's multi-positive loss);
+    with cached text each costs one pass of the adaptor. Paper v6: 1."""
+
+    @model_validator(mode="after")
+    def _text_has_one_source(self) -> Self:
+        if (self.embedding_cache is None) == (self.text_in_loop is None):
+            raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
+        if (self.write_through or self.text_in_loop) and self.caption_prompts:
+            raise ValueError("caption_prompts need stage 2a's complete cache")
+        return self
+
+    @model_validator(mode="after")
+    def _heads_have_one_start(self) -> Self:
+        if self.heads_from is not None and self.inherit_text is not None:
+            raise ValueError(
+                "heads_from and inherit_text: expected one start of the heads, got two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _lora_has_its_section(self) -> Self:
+        if (self.tower_training == "lora") != (self.tower_lora is not None):
+            raise ValueError(
+                f"tower_training is {self.tower_training!r} and tower_lora is "
+                f"{'absent' if self.tower_lora is None else 'present'}; `lora` needs the section, "
+                "`full` and `frozen` take none"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_are_dropped_in_training(self) -> Self:
+        if self.tower_training == "frozen" and self.patch_dropout:
+            raise ValueError("patch_dropout acts in a tower that trains; tower_training is frozen")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_train_whole(self) -> Self:
+        if self.tower_training != "full" and self.tower_last_blocks is not None:
+            raise ValueError(
+                "tower_last_blocks: expected with tower_training: full, got "
+                f"{self.tower_training!r}; remove one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _average_serves(self) -> Self:
+        taught = self.self_distillation is not None and self.self_distillation.teacher == "average"
+        if taught and self.weight_average is None:
+            raise ValueError("self_distillation.teacher is 'average': add `weight_average`")
+        if self.weight_average is not None and not (self.weight_average.export or taught):
+            raise ValueError(
+                "weight_average.export is false and no self_distillation uses the averages"
+            )
+        return self
+
+
+class ClipBaselineRecipe(EncoderRecipe):
+    """Ordinary CLIP training: pre-trains the demo's base and trains the control towers."""
+
+    stage: Literal["clip_baseline"] = "clip_baseline"
+    """Which program reads this file."""
+    clip: str | dict[str, Any] | None = None
+    """A `CLIPModel` directory to continue from, or `CLIPConfig` arguments to start from nothing;
+    none = `vision_tower` with a new text tower."""
+    vision_tower: str | None = None
+    """Instead of `clip`: path or hub id of any vision tower that stage 2b takes. The result is
+    transformers' `VisionTextDualEncoderModel`."""
+    image_size_px: int | None = Field(default=None, ge=1)
+    """With `vision_tower`: another resolution, as in stage 2b."""
+    text_model: dict[str, Any] | None = None
+    """With `vision_tower`: `CLIPTextConfig` arguments of the text tower that starts from nothing
+    (causal, pooled at the end token); vocabulary and special tokens are the tokenizer's."""
+    projection_dim: int = Field(default=512, ge=1)
+    """With `vision_tower`: width of the joint space."""
+    logit_scale_init: float = 2.6592
+    """With `vision_tower`: stored logarithm at the start, as in stage 2b."""
+    tokenizer: str | None = None
+    """Directory of the tokenizer when `clip` is a config (its image processor too) or beside
+    `vision_tower`; a tokenizer that puts no end token behind a text gets one."""
+    text_window_tokens: int | None = Field(default=None, ge=4)
+    """Lengthen the text tower to this many positions (pretrained ones kept, new ones repeat the
+    last); captions beyond the window are cut, as CLIP does."""
+    learning_rates: dict[
+        Literal["vision_model", "text_model", "projections"], Annotated[float, Field(ge=0)]
+    ] = {
+        "vision_model": 1e-5,
+        "text_model": 1e-5,
+        "projections": 1e-5,
+    }
+    """One per group; `projections` includes `logit_scale`. A part without a rate, or with 0, is
+    frozen."""
+    evaluate_only: bool = False
+    """Measure `clip` as it is: nothing is trained."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> Self:
+        if (self.clip is None) == (self.vision_tower is None):
+            raise ValueError("expected either `clip` or `vision_tower`, got both or neither")
+        needed = (self.text_model, self.tokenizer)
+        if self.vision_tower is not None and (None in needed or self.text_window_tokens):
+            raise ValueError(
+                "`vision_tower` needs `text_model` and `tokenizer`; the text window is "
+                "text_model.max_position_embeddings, not text_window_tokens"
+            )
+        if self.vision_tower is None and (self.text_model or self.image_size_px):
+            raise ValueError("`text_model` and `image_size_px` belong to `vision_tower`")
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_of_a_tower_that_trains(self) -> Self:
+        if self.tower_last_blocks is not None and not self.learning_rates.get("vision_model"):
+            raise ValueError(
+                "tower_last_blocks: expected with a learning rate of `vision_model`, which is "
+                "frozen; remove one of the two"
+            )
+        return self

@@ -1,0 +1,50 @@
+"""The recipe of a pipeline."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from llm2clip_vlm.recipe.base import OutputDir, RecipeFile, Section
+
+
+class PipelineStep(Section):
+    """One program of a pipeline."""
+
+    name: str
+    """Unique; may hold `{variable}` of `for_each`."""
+    program: str
+    """A program of `stages/` or `eval/` without its ending, such as `stage1_text_encoder`."""
+    recipe: str | None = None
+    """Recipe that the program reads; none for programs that take options only."""
+    overrides: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """`key=value` arguments after the recipe; may hold `{variable}`."""
+    arguments: list[str] = Field(default_factory=list)
+    """Further arguments, as they are; may hold `{variable}`."""
+    launch: list[str] = Field(default_factory=list)
+    """Launcher before the program, such as `[accelerate, launch, --config_file, ...]`; empty =
+    plain python."""
+    needs: list[str] = Field(default_factory=list)
+    """Steps that must be finished first; may hold `{variable}`. A name that ends in `*` stands for
+    all steps that begin so."""
+    for_each: dict[str, list[str | int]] = Field(default_factory=dict)
+    """Variables and their values: the step is run for every combination."""
+    all_cores: bool = False
+    """Run alone, with every core; otherwise up to `jobs` steps share them."""
+    outputs: list[str] = Field(default_factory=list)
+    """For a program without a manifest: files whose presence means that it is finished; empty = it
+    is run each time."""
+
+
+class PipelineRecipe(RecipeFile):
+    """Programs in the order of their needs, each skipped where it is finished."""
+
+    output_dir: OutputDir
+    """Where logs and the state go."""
+    jobs: int = Field(default=2, ge=1)
+    """Steps at a time; each gets its share of the cores."""
+    steps: list[PipelineStep]
+    """The programs."""
+    common: dict[str, str | int | float | bool] = Field(default_factory=dict)
+    """Overrides for the recipes of all steps, such as `{variables.data: ${variables.data}}`."""
+    frozen: dict[str, str] = Field(default_factory=dict)
+    """Files that must be these: path to SHA-256. Another file is refused before anything runs."""

@@ -1,0 +1,321 @@
+"""Recipes: YAML files read into typed models, with one clear error for everything that is wrong.
+
+YAML is read the 1.2 way: `1e-3` is a number, `no` is a word, a key given twice is refused. A file
+may name one parent (`base: other.yaml`, relative to itself) whose mappings it extends and whose
+lists it replaces; `a.b=value` on the command line overrides both; `${a.b}` in a text stands for
+another value of the finished recipe (`$${` writes a plain `${`). A text that names a shipped file
+or folder (`recipes/...`, `eval/...`) means that one where the working directory has none. Files are
+limited in size and depth, anchors and references in what they make; numbers are finite; a secret
+(a token, a password) is refused, since recipes are written beside results.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import math
+import re
+import reprlib
+import textwrap
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from llm2clip_vlm.files import find_shipped, read_text, write_atomically
+from llm2clip_vlm.recipe.yaml_files import DEEPEST, LARGEST_BYTES, Dumper, parse_value, parse_yaml
+from llm2clip_vlm.recipe.yaml_files import RecipeError as RecipeError  # noqa: PLC0414
+
+T = TypeVar("T", bound=BaseModel)
+
+_REFERENCE = re.compile(r"\$?\$\{([^{}]*)\}")
+_SECRET_KEY = re.compile(
+    r"(?i).*(hub|api|auth|access|refresh|bearer|session|push_to_hub|wandb|comet|hf)_?-?tokens?"
+    r"|(?!.*(pad|bos|eos|unk|cls|sep|mask|image|video|audio|box|start|end|begin|special)_token$)"
+    r".*_?token|.*(api|access|private|secret|encryption)_?-?key|.*(secret|passw(or)?d|passphrase"
+    r"|credentials?)(s|_.*)?"
+)
+_SECRET_VALUE = re.compile(
+    r"\b(hf_[A-Za-z0-9]{16,}|sk-[A-Za-z0-9_-]{20,}|gh[opsu]_[A-Za-z0-9]{20,}|AKIA[A-Z0-9]{16})\b"
+    r"|://[^/\s:@]*:[^/\s:@]+@"
+)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`; did you mean ...?` with the nearest known word, or nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ()) -> T:
+    """Read, merge, interpolate and check a recipe.
+
+    Args:
+        path: The YAML file.
+        model: The pydantic model that reads it, such as `Stage1Recipe`.
+        overrides: `dotted.key=value` items, the value written as YAML; a list item is addressed by
+            its index (`train.0.path=x.jsonl`).
+
+    Returns:
+        The recipe, with `base` resolved away.
+
+    Raises:
+        RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
+            can be seen at once are listed.
+    """
+    data: Any = _read(Path(find_shipped(str(path))), ())
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        last = key.rpartition(".")[2]
+        secret = _SECRET_KEY.fullmatch(last) or _SECRET_VALUE.search(override)
+        source = f"override `{key if secret or len(override) > 200 else override}`"
+        if not equals or not all(key.split(".")):
+            raise RecipeError(source, f"{key}: expected `dotted.key=value`")
+        data = _with(data, key.split("."), parse_value(text, source), source)
+    data = _interpolated(data, model, path)
+    if wrong := list(_refused(data)):
+        raise RecipeError(path, *wrong)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise RecipeError(path, *_explained(error, data, model)) from None
+
+
+def to_plain(recipe: BaseModel) -> dict[str, Any]:
+    """The recipe as mappings, lists and scalars, every default written out."""
+    return recipe.model_dump()
+
+
+def save_resolved(recipe: BaseModel, path: str | Path) -> None:
+    """Write the whole recipe, atomically, so that `load_recipe` gives an equal one."""
+    text = yaml.dump(to_plain(recipe), Dumper=Dumper, sort_keys=False, allow_unicode=True)
+    write_atomically(path, text.replace("${", "$${"))
+
+
+def _refused(value: Any, key: str = "") -> Iterator[str]:
+    """What no recipe may hold, whoever reads it; a secret itself is not repeated."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            inner = f"{key}.{name}".removeprefix(".")
+            if isinstance(item, str) and item and _SECRET_KEY.fullmatch(name):
+                yield f"{inner}: {_NO_SECRETS}"
+            else:
+                yield from _refused(item, inner)
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            yield from _refused(item, f"{key}.{at}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{key}: expected a finite number, got {value}"
+    elif isinstance(value, str) and _SECRET_VALUE.search(value):
+        yield f"{key}: {_NO_SECRETS}"
+
+
+_NO_SECRETS = (
+    "a secret has no place in a recipe, which is written beside the results; log in (`hf auth "
+    "login`) or set the library's environment variable (HF_TOKEN, WANDB_API_KEY)"
+)
+
+
+def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    """One file on top of its parents."""
+    wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
+    try:
+        resolved = path.resolve()
+        if resolved in children:
+            chain = " -> ".join(str(item) for item in (*children, resolved))
+            raise RecipeError(path, f"base: a recipe is its own parent: {chain}")
+        if len(children) > DEEPEST:
+            raise RecipeError(path, f"base: expected at most {DEEPEST} parents, got more")
+        text = read_text(path, limit_bytes=LARGEST_BYTES)
+    except RecipeError:
+        raise
+    except (OSError, ValueError, RuntimeError) as error:
+        told = str(error).removeprefix(f"{path}: ").removeprefix("cannot read this file: ")
+        raise RecipeError(path, f"cannot read this file{wanted_by}: {told}") from None
+    data = parse_yaml(text, path)
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise RecipeError(path, f"expected a mapping of keys, got {_shown(data)}")
+    base = data.pop("base", None)
+    if base is None:
+        return data
+    if not isinstance(base, str):
+        raise RecipeError(path, f"base: expected the path of one parent, got {_shown(base)}")
+    merged: dict[str, Any] = _merged(_read(path.parent / base, (*children, resolved)), data)
+    return merged
+
+
+def _merged(below: Any, above: Any) -> Any:
+    """Mappings extended, everything else replaced."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{name: _merged(below.get(name), item) for name, item in above.items()}}
+
+
+def _with(data: Any, parts: Sequence[str], value: Any, source: str) -> Any:
+    """A copy of `data` with `value` at a dotted key."""
+    if not parts:
+        return value
+    part, *rest = parts
+    if isinstance(data, list) and part.isdecimal() and int(part) < len(data):
+        at = int(part)
+        return [*data[:at], _with(data[at], rest, value, source), *data[at + 1 :]]
+    if isinstance(data, list):
+        raise RecipeError(source, f"{part}: expected an index below {len(data)}")
+    if not isinstance(data, dict | None):
+        raise RecipeError(source, f"{part}: {_shown(data)} is there, which has no keys")
+    data = data or {}
+    return {**data, part: _with(data.get(part), rest, value, source)}
+
+
+# --- the model and its keys ---------------------------------------------------------------------
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models inside an annotation: through unions, lists and mappings."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for part in typing.get_args(annotation):
+        yield from _models(part)
+
+
+def _below(model: type[BaseModel] | None, part: str) -> type[BaseModel] | None:
+    """The model of a part; an item of a list or mapping has the one of the whole."""
+    field = model.model_fields.get(part) if model else None
+    return next(_models(field.annotation), None) if field else model
+
+
+def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
+    """A copy without `${dotted.key}`: the finished recipe's own values, else the defaults."""
+
+    def value_at(key: str) -> Any:
+        found: Any = data
+        section: type[BaseModel] | None = model
+        for part in key.split("."):
+            field = section.model_fields.get(part) if section else None
+            if isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+                found = found[int(part)]
+            elif isinstance(found, dict) and part in found:
+                found = found[part]
+            elif isinstance(found, dict) and field is not None and not field.is_required():
+                found = field.get_default(call_default_factory=True)
+                found = found.model_dump() if isinstance(found, BaseModel) else found
+            else:
+                hint = did_you_mean(key, [*data, *model.model_fields])
+                raise RecipeError(source, f"${{{key}}}: names no value of this recipe{hint}")
+            section = _below(section, part)
+        return found
+
+    made = 0
+
+    def refer(key: str, trail: tuple[str, ...]) -> Any:
+        if key in trail:
+            raise RecipeError(source, f"${{{key}}}: refers to itself: {' -> '.join(trail)}")
+        return fill(value_at(key), (*trail, key))
+
+    def spend(value: Any) -> Any:
+        nonlocal made
+        made += 1 + (len(value) if isinstance(value, str) else 0)
+        if made > LARGEST_BYTES:
+            told = f"references (`${{...}}`) make more than {LARGEST_BYTES:,} characters of it"
+            raise RecipeError(source, told)
+        return value
+
+    def piece(match: re.Match[str], trail: tuple[str, ...]) -> str:
+        if match[0].startswith("$$"):
+            return match[0][1:]
+        found = refer(match[1], trail)
+        if not isinstance(found, str | int | float):
+            raise RecipeError(source, f"{match[0]}: inside a text it must be a scalar")
+        return str(found).lower() if isinstance(found, bool) else str(found)
+
+    def fill(value: Any, trail: tuple[str, ...]) -> Any:
+        if isinstance(value, dict):
+            return {name.replace("$${", "${"): fill(item, trail) for name, item in value.items()}
+        if isinstance(value, list):
+            return [fill(item, trail) for item in value]
+        if not isinstance(value, str):
+            return spend(value)
+        whole = _REFERENCE.fullmatch(value)
+        if whole and not value.startswith("$$"):
+            return refer(whole[1], trail)
+        return spend(find_shipped(_REFERENCE.sub(lambda match: piece(match, trail), value)))
+
+    return fill(data, ())
+
+
+def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
+    """Pydantic's errors as `dotted.key: message`, without the names of a union's branches."""
+    told: dict[str, str] = {}
+    kinds: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        here: Any = data
+        parts: list[str] = []
+        for depth, step in enumerate(item["loc"], 1):
+            inside = (isinstance(here, dict) and step in here) or (
+                isinstance(here, list) and step in range(len(here))
+            )
+            if inside:
+                here = here[step]
+            elif item["type"] != "missing" or depth < len(item["loc"]):
+                continue
+            parts.append(str(step))
+        key, message = ".".join(parts), item["msg"]
+        if item["type"] == "missing":
+            told[key] = "required, but not given"
+        elif item["type"] == "extra_forbidden":
+            section: type[BaseModel] | None = model
+            for part in parts[:-1]:
+                section = _below(section, part)
+            known = list(section.model_fields) if section else []
+            told[key] = f"unknown key{did_you_mean(parts[-1], known) or f'; known here: {known}'}"
+        elif item["type"] == "value_error":
+            told[key] = message.removeprefix("Value error, ")
+        else:
+            wanted = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message)
+            kinds.setdefault(key, []).append(wanted.removeprefix("Input should be "))
+            told[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
+    # Of a union that was given a mapping only what is wrong inside it is told.
+    return [
+        f"{key}: {message}" if key else message
+        for key, message in told.items()
+        if not any(other.startswith(f"{key}.") for other in told)
+    ]
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else reprlib.repr(value)
+
+
+def recipe_help(model: type[BaseModel], above: str = "") -> str:
+    """Every key that a recipe may hold: dotted name, type, limits, default, and its docstring.
+
+    Args:
+        model: A recipe model.
+        above: What its keys begin with.
+
+    Returns:
+        Text of two lines or more a key; `N` stands for an index and `KEY` for a name of your own.
+    """
+    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
+    lines: list[str] = []
+    for name, field in model.model_fields.items():
+        kind = re.sub(r"[a-z_\d]+\.", "", inspect.formatannotation(field.annotation))
+        limits = [
+            f" {sign} {getattr(limit, attribute)}"
+            for limit in field.metadata
+            for attribute, sign in signs.items()
+            if hasattr(limit, attribute)
+        ]
+        default = field.get_default(call_default_factory=True)
+        told = "" if isinstance(default, BaseModel) else f" = {_shown(default)}"
+        told = " (required)" if field.is_required() else told
+        lines.append(f"{above}{name}: {kind}{','.join(limits)}{told}")
+        lines.append(textwrap.indent(inspect.cleandoc(field.description or ""), "    "))
+        item = {"list": ".N", "dict": ".KEY"}.get(kind.partition("[")[0], "")
+        for section in dict.fromkeys(_models(field.annotation)):
+            lines.append(recipe_help(section, f"{above}{name}{item}."))
+    return "\n".join(lines)

@@ -1,0 +1,117 @@
+"""The recipes of the report and the A/B."""
+
+from __future__ import annotations
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from llm2clip_vlm.recipe.base import OutputDir, RecipeFile
+
+
+class ReportRecipe(RecipeFile):
+    """What `eval/report.py` reads, and what it says about it. What is not given is `not run`."""
+
+    output_dir: OutputDir
+    """Where `report.html` and `report.json` go."""
+    title: str = "Does an LLM's caption embedding make a better vision tower?"
+    """Heading: the question."""
+    data: str = ""
+    """What it was trained and measured on, for readers, such as `photographs of Flickr8k`."""
+    stage1: str | None = None
+    """Stage 1's output directory."""
+    cache: str | None = None
+    """Stage 2a's output directory; needed to show what an `LLM2CLIPModel` retrieves."""
+    towers: dict[str, str] = Field(min_length=1)
+    """Tower's name to the output directory of stage 2b or `clip_baseline` (`results.json`), in the
+    order in which they are shown."""
+    tower_notes: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to what it is, for readers."""
+    tower_models: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to its model, where that is not `<towers.NAME>/model`."""
+    headline: list[str] = Field(
+        default_factory=lambda: ["llm2clip", "control_long"], min_length=2, max_length=2
+    )
+    """The two towers of the answer: the first is asked to beat the second."""
+    encoders: dict[str, str] = Field(default_factory=dict)
+    """Tower's name to what `eval/run_encoder.py` wrote; what is not there is not shown."""
+    stage3: dict[str, str] = Field(default_factory=dict)
+    """Any label to a stage 3 output directory, for its training curve."""
+    vlms: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Tower's name to `{"<seed>": stage 4's output directory}`."""
+    evaluation: str | None = None
+    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each of `vlms`."""
+    headline_task: str = ""
+    """lmms-eval task of the answer, needed where VLMs were evaluated; its questions are shown."""
+    ab: str | None = None
+    """The last committed A/B, as `eval/ab.py` writes it."""
+    seconds: str | None = None
+    """JSON of the pipeline: step to seconds; without it the stages' manifests are asked."""
+    costs: str | None = None
+    """JSON of the pipeline: step to seconds, CPU seconds and peak memory."""
+    captions: str = "long"
+    """Kind of caption of the answer (a column of the towers' `evaluation`)."""
+    photographs: str | None = None
+    """Captioned pictures to show retrieval on; None: none are shown."""
+    examples: int = Field(default=6, ge=0)
+    """Pictures shown with retrieved captions, and questions shown with answers."""
+    not_shown: list[str] = Field(default_factory=list)
+    """Sentences for the section *What was not shown*, beside those that follow from the numbers."""
+
+    def order(self) -> list[str]:
+        """Towers by rank: the headline's two, then the others."""
+        return list(dict.fromkeys([*self.headline, *self.towers]))
+
+    def colour(self, tower: str) -> int:
+        """A tower's series in charts."""
+        order = self.order()
+        return order.index(tower) % 6 if tower in order else 0
+
+
+class AbRecipe(RecipeFile):
+    """What `eval/ab.py` compares: towers over training seeds, the seed as the unit."""
+
+    towers: list[str] = Field(min_length=2)
+    """Names, in the order in which they are shown."""
+    seeds: list[int] = Field(min_length=2)
+    """Training seeds; each reseeds stage 2 and the VLM."""
+    pairs: list[list[str]] = Field(min_length=1)
+    """Comparisons `[a, b]` (a minus b); the first is the headline."""
+    evaluation: str
+    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each VLM."""
+    tasks: list[str] = Field(min_length=1)
+    """lmms-eval tasks; those with question types are also compared type by type."""
+    retrieval: dict[str, str] = Field(default_factory=dict)
+    """Tower to its stage 2 output directory, with `{seed}` in it where it was trained again."""
+    retrieval_only: list[str] = Field(default_factory=list)
+    """Towers for which no VLM was trained: they are compared in retrieval alone."""
+    retrieval_kinds: list[str] = Field(default_factory=lambda: ["short", "long"])
+    """Kinds of caption of `results.json`; R@1 in both directions is compared."""
+    resamples: int = Field(default=10_000, ge=100)
+    """Bootstrap draws of the comparison within a seed."""
+    data: str = ""
+    """What they were trained and measured on, for readers."""
+    output: str = "docs/results/ab.json"
+    """Where the result goes; the chart lies beside it, as `.svg`."""
+    block: str | None = None
+    """Key of an earlier `output` below which this result goes; all else there stays as it is, and
+    no chart or page is written. None = the result is the whole file."""
+    pages: str
+    """Folder of the comparison for people and papers (`compare.html`, `compare.md`)."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for pair in self.pairs:
+            if len(pair) != 2 or pair[0] == pair[1] or set(pair) - set(self.towers):
+                raise ValueError(f"pairs: expected two names of {self.towers}, got {pair}")
+        if set(self.retrieval) - set(self.towers):
+            raise ValueError(
+                f"retrieval: expected names of {self.towers}, got {sorted(self.retrieval)}"
+            )
+        if set(self.retrieval_only) - set(self.retrieval):
+            raise ValueError(
+                f"retrieval_only: expected names of retrieval, got {self.retrieval_only}"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected each seed once, got {self.seeds}")
+        return self

@@ -1,0 +1,152 @@
+"""Recipes of stages 3 and 4."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from llm2clip_vlm.recipe.base import LoraSection, RunRecipe, Section
+
+
+class VlmSection(Section):
+    """Which tower and which LLM make the VLM, and how they meet."""
+
+    vision_tower: str
+    """A vision tower directory (stage 2b's `vision_tower/`), a CLIP model, or a hub id."""
+    language_model: str
+    """Path or hub id of the decoder LLM."""
+    vision_feature_layer: int | list[int] = -2
+    """Hidden layer whose patches become visual tokens (LLaVA-1.5: -2); of several, the features are
+    concatenated."""
+    vision_feature_select_strategy: Literal["default", "full"] = "default"
+    """`default` drops the CLS token where the tower has one, `full` keeps it."""
+    image_size_px: int | None = Field(default=None, ge=1)
+    """Another resolution than the tower's: its positions are interpolated (LLaVA-1.5: 336)."""
+    image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
+    """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops, `anyres`
+    shows the whole picture and then crops of it (LLaVA-NeXT)."""
+    image_grid_pinpoints: list[tuple[int, int]] | None = None
+    """Sizes `[height, width]` in pixels that `anyres` scales a picture to, multiples of the tower's
+    image size; none = LLaVA-NeXT's 1x2, 2x1, 2x2, 3x1 and 1x3 crops."""
+    chat_template: str | None = None
+    """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
+    tokenizer."""
+    system_prompt: str | None = None
+    """System prompt of conversations that bring none: none = what the template writes by itself,
+    `""` = not even that, else this text, as the template writes a system turn. It becomes part of
+    the template that is trained and exported."""
+    extra_tokens: list[str] = []
+    """Tokens that the data's text may use, such as `<box>`: added where the LLM has none so named,
+    and no control tokens where it has (any other control token's name in a text stays text)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the composed and the exported weights; `auto` is the LLM's, or float32 where that is
+    float16. What trains without DeepSpeed is held in float32 meanwhile."""
+    projector: str | None = None
+    """Start from the projector of this VLM (`model/` of stage 3) instead of a new one; refused
+    where it was trained beside another tower, LLM, template, layer or image mode."""
+
+    @model_validator(mode="after")
+    def _grids_belong_to_anyres(self) -> Self:
+        if self.image_grid_pinpoints is not None and self.image_aspect_ratio != "anyres":
+            raise ValueError(
+                "image_grid_pinpoints: expected image_aspect_ratio: anyres beside it, got "
+                f"{self.image_aspect_ratio}"
+            )
+        return self
+
+
+class InstructionSource(Section):
+    """Conversations: LLaVA's JSON, `messages`, Parquet, webdataset shards, a LLaVA-NeXT mixture."""
+
+    path: str
+    """The file or, with `*`, files, read unchanged: `.json`, `.jsonl` (also `.gz`), `.parquet`,
+    `.tar`; or a mixture `.yaml` that lists such files."""
+    image_root: str | None = None
+    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
+    follow_links: bool = False
+    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take at most this many records, in file order."""
+    sampling_strategy: str = Field(default="all", pattern=r"^(all|(first|end|random):\d+%?)$")
+    """Which records: `all`, or `first`, `end` or `random` with `:N` or `:N%` (LLaVA-NeXT)."""
+    weight: float = Field(default=1.0, gt=0)
+    """How often each of these is seen in an epoch; 0.5 = a random half of them."""
+    index_dir: str | None = None
+    """Folder for what large files are tokenised to; none = `.llm2clip-index` beside them."""
+    shuffle_images: bool = False
+    """Give each record another record's image (shows what the pictures are worth)."""
+
+
+class PartTraining(Section):
+    """How one part of the VLM trains."""
+
+    lr: float = Field(ge=0)
+    """Learning rate at the schedule's peak."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Of its matrices; none = `trainer.weight_decay`."""
+    last_blocks: int | None = Field(default=None, ge=1)
+    """Train only this many of its last used blocks and what follows them; none = all."""
+
+
+Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
+"""A part of the VLM, as Hugging Face's LLaVA names it."""
+
+
+class VlmRecipe(RunRecipe):
+    """What stages 3 and 4 share."""
+
+    data: list[InstructionSource]
+    """LLaVA JSON files."""
+    max_length_tokens: int = Field(default=2048, ge=8)
+    """Text and visual tokens of one sample; a longer conversation ends with its last answer that
+    fits, and is refused or counted where the first does not."""
+    packing: bool = True
+    """Join samples into rows without padding and without letting them see each other. A micro-batch
+    then holds `trainer.per_device_train_batch_size` x `max_length_tokens` tokens at most, and as
+    many samples as fit; a step has the same samples as without, and accumulation follows."""
+    packing_max_images: int | None = Field(default=None, ge=1)
+    """Images (with AnyRes: crops) of a packed micro-batch at most, which bounds the tower's memory;
+    none = no limit."""
+    trainable: dict[Part, Annotated[float, Field(ge=0)] | PartTraining] = Field(min_length=1)
+    """Learning rate of each part that trains, or `{lr, weight_decay, last_blocks}`; a part that is
+    not named is frozen."""
+    language_model_lora: LoraSection | None = None
+    """Adapter on the LLM instead of all its weights; merged into the final export."""
+    vision_tower_lora: LoraSection | None = None
+    """The same on the tower."""
+    hang_timeout_s: float | None = Field(default=1800.0, gt=0)
+    """Seconds without a new micro-step after which a process names its rank and samples, shows
+    where it stands, and ends; none = wait for ever."""
+
+
+class Stage3Recipe(VlmRecipe):
+    """Stage 3: the projector learns to feed the LLM (LLaVA-1.5 feature alignment)."""
+
+    stage: Literal["stage3_projector"] = "stage3_projector"
+    """Which program reads this file."""
+    vlm: VlmSection
+    """Tower and LLM."""
+    plain: bool = True
+    """LLaVA's `plain` template: the human text is dropped, the sample is image + caption; false =
+    the chat template."""
+
+
+class Stage4Recipe(VlmRecipe):
+    """Stage 4: visual instruction tuning."""
+
+    stage: Literal["stage4_instruction"] = "stage4_instruction"
+    """Which program reads this file."""
+    checkpoint: str
+    """Stage 3's `model/`, or any LLaVA or LLaVA-NeXT directory of transformers."""
+    image_aspect_ratio: Literal["square", "pad"] | None = None
+    """Change the image processor for this stage; none keeps stage 3's. Not from or to AnyRes."""
+    load_in_4bit: bool = False
+    """QLoRA: the LLM's own weights stay frozen as NF4, its adapter is merged into those of
+    `checkpoint`. Needs bitsandbytes and `language_model_lora`; not with ZeRO-3."""
+
+    @model_validator(mode="after")
+    def _four_bits_have_an_adapter(self) -> Self:
+        if self.load_in_4bit and self.language_model_lora is None:
+            raise ValueError("load_in_4bit: expected language_model_lora beside it, got none")
+        return self

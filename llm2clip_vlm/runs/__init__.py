@@ -1,0 +1,1 @@
+"""What a run leaves and holds: manifest, hashes, owner, lock."""

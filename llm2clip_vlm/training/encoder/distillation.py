@@ -1,0 +1,302 @@
+"""Keeping what CLIP knew: a teacher for the tower, and CLIP's text tower taught to the adaptor.
+
+LLM2CLIP as published loses zero-shot classification (ProCLIP's re-run: ImageNet 74.5 to 52.8 for
+ViT-L/14); both parts here are options of stage 2b.
+
+Paper: ProCLIP (2510.18795).
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import TrainerCallback
+
+from llm2clip_vlm.losses.contrastive import cosine_loss, relational_distillation
+from llm2clip_vlm.models.clip import Clip, ClipTokens, clip_encoders, load_clip
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.loading import read_config
+from llm2clip_vlm.models.text.text_encoder import require_equal
+from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
+from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.encoder import InheritanceSection, Stage2bRecipe
+from llm2clip_vlm.training.callbacks import PatchDropoutTail, WeightAverage
+from llm2clip_vlm.training.encoder.frozen_tower import FrozenTower
+from llm2clip_vlm.training.export import vision_tower_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TowerTeacher:
+    """What the tower's image embeddings should stay close to."""
+
+    model: LLM2CLIPModel
+    """Not trained, not saved: a copy of the model before training, or its running average."""
+    loss: Literal["cosine", "relational"]
+    """`cosine` holds each embedding, `relational` the angles between them."""
+    weight: float
+    """Of the penalty beside the contrastive loss."""
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """The teacher's image embeddings, on the device of the pixels."""
+        model: Any = self.model
+        embeds: Tensor = model.to(pixel_values.device).get_image_features(pixel_values)
+        return embeds
+
+    def penalty(
+        self, image_embeds: Float[Tensor, "b d"], targets: Float[Tensor, "b d"], *, gather: bool
+    ) -> Float[Tensor, ""]:
+        """The weighted distance to the teacher.
+
+        Args:
+            image_embeds: The student's.
+            targets: The teacher's, of the same images.
+            gather: Whether other processes have further images of the batch.
+        """
+        if self.loss == "cosine":
+            return self.weight * cosine_loss(image_embeds, targets)
+        return self.weight * relational_distillation(image_embeds, targets, gather=gather)
+
+
+@dataclass(frozen=True)
+class Keeping:
+    """What stage 2b's options add to its trainer."""
+
+    teacher: TowerTeacher | None
+    """For `EncoderTrainer`."""
+    average: WeightAverage | None
+    """Whose weights are saved in the end; none = the last ones."""
+    callbacks: list[TrainerCallback]
+    """For the trainer."""
+
+    def finish(self, model: LLM2CLIPModel, lora: Any = None) -> Tensor:
+        """Make the model what is saved: its averages, and no adapter.
+
+        Args:
+            model: After training.
+            lora: As `add_lora` returned it, if there is an adapter.
+
+        Returns:
+            What :func:`probe_embeds` must give of the model as it is saved.
+        """
+        if self.average is not None:
+            self.average.copy_to(model)
+        kept: Any = model if self.average is None else self.average.model
+        expected = probe_embeds(kept.eval())
+        if lora is not None:
+            lora.merge_and_unload()
+        return expected
+
+
+@torch.no_grad()
+def probe_embeds(model: Any) -> Float[Tensor, "2 d"]:
+    """Embeddings of two fixed images of noise, by which a model is compared before and after.
+
+    Args:
+        model: In evaluation mode; an `LLM2CLIPModel`, a CLIP, or a plain tower (pooled output).
+    """
+    size = vision_tower_of(model).config.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    embed = getattr(model, "get_image_features", model)
+    found = embed(pixel_values=pixels.to(model.device, model.dtype))
+    return found if torch.is_tensor(found) else found.pooler_output
+
+
+def require_as_trained(
+    trained: Tensor, saved: Any, directory: Path, frozen: FrozenTower | None = None
+) -> None:
+    """Refuse a saved model that gives other embeddings than the one that was trained.
+
+    Args:
+        trained: Of :func:`probe_embeds`, before saving.
+        saved: The model, loaded again.
+        directory: Where from.
+        frozen: Whose features it was trained on, and takes for pictures from here on.
+
+    Raises:
+        ValueError: Names what differs.
+    """
+    remedy = "it was not written as it was trained; go on from the last checkpoint"
+    require_equal(str(directory), trained, probe_embeds(saved), remedy, saved.dtype)
+    if frozen is not None:
+        frozen.require(vision_tower_of(saved))
+        frozen.attach(vision_tower_of(saved))
+
+
+def require_as_exported(model: Any, directory: Path) -> None:
+    """The same for an exported tower.
+
+    Args:
+        model: What it was exported from.
+        directory: Where :func:`export_vision_tower` wrote it.
+    """
+    tower: Any = load_vision_tower(directory, model.dtype).model
+    require_as_trained(probe_embeds(vision_tower_of(model)), tower.to(model.device), directory)
+
+
+def prepare_keeping(
+    recipe: Stage2bRecipe,
+    model: LLM2CLIPModel,
+    num_prefix_tokens: int,
+    captions: Callable[[], Sequence[str]],
+    lookup: Callable[[list[str]], Tensor],
+    device: Any,
+    *,
+    resumes: bool,
+) -> Keeping:
+    """Do what comes before the images, and make what goes along with them.
+
+    Args:
+        recipe: Its `inherit_text`, `self_distillation`, `weight_average` and `patch_dropout`.
+        model: Before training; inherits in place.
+        num_prefix_tokens: Of its tower.
+        captions: All training captions, asked for where they are needed.
+        lookup: Captions to the text encoder's embeddings.
+        device: Where to compute.
+        resumes: From a checkpoint, which has inherited already.
+
+    Returns:
+        Teacher, average and callbacks.
+
+    Raises:
+        ValueError: The CLIP to inherit from is none, or of another width.
+    """
+    if recipe.inherit_text is not None:
+        path = recipe.inherit_text.clip or recipe.vision_tower
+        if (kind := read_config(path).model_type) != "clip":
+            raise ValueError(
+                f"inherit_text: {path} is a {kind!r} model, expected a CLIPModel; set `clip`"
+            )
+        clip, tokenizer, _ = load_clip(path)
+        inherit_space(model, clip)
+        if not resumes:
+            inherit_text_tower(
+                model,
+                clip,
+                ClipTokens(tokenizer),
+                captions(),
+                lookup,
+                recipe.inherit_text,
+                seed=recipe.seed,
+                device=device,
+            )
+    callbacks: list[TrainerCallback] = []
+    average = None
+    if recipe.weight_average is not None:
+        average = WeightAverage(model, recipe.weight_average.decay)
+        callbacks.append(average)
+    teacher = None
+    if (chosen := recipe.self_distillation) is not None:
+        if chosen.teacher == "average" and average is not None:
+            teacher_model: Any = average.model
+        else:
+            teacher_model = copy.deepcopy(model)
+            del teacher_model.text_adaptor
+        teacher = TowerTeacher(teacher_model.eval(), chosen.loss, chosen.weight)
+    if recipe.patch_dropout:
+        dropout = PatchDropout(model.vision_tower, recipe.patch_dropout, num_prefix_tokens)
+        callbacks.append(PatchDropoutTail(dropout, recipe.patch_dropout_tail))
+    exported = recipe.weight_average is not None and recipe.weight_average.export
+    return Keeping(teacher, average if exported else None, callbacks)
+
+
+@torch.no_grad()
+def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
+    """Start in CLIP's own joint space: its image projection and, for softmax, its scale, in place.
+
+    Args:
+        model: Around the same CLIP's vision tower.
+        clip: Its `visual_projection` and `logit_scale` are copied.
+
+    Raises:
+        ValueError: The spaces have different widths.
+    """
+    theirs, ours = clip.visual_projection.weight, model.visual_projection.weight
+    if theirs.shape != ours.shape:
+        raise ValueError(
+            f"inherit_text: the CLIP projects {theirs.shape[1]} to {theirs.shape[0]} dimensions, "
+            f"the model {ours.shape[1]} to {ours.shape[0]}; set projection_dim and `clip` to fit"
+        )
+    ours.copy_(theirs)
+    if model.logit_bias is None:
+        model.logit_scale.copy_(clip.logit_scale)
+
+
+def inherit_text_tower(
+    model: LLM2CLIPModel,
+    clip: Clip,
+    tokens: ClipTokens,
+    captions: Sequence[str],
+    lookup: Callable[[list[str]], Tensor],
+    settings: InheritanceSection,
+    *,
+    seed: int,
+    device: Any,
+) -> float:
+    """Teach the adaptor to give, for the LLM's embedding of a caption, CLIP's text embedding.
+
+    Only captions that fit CLIP's window take part: its embedding of a beginning is not the
+    caption's. Every process computes the same, so nothing is communicated.
+
+    Args:
+        model: Its adaptor is trained, in place.
+        clip: The text tower.
+        tokens: Its tokenizer.
+        captions: To draw from.
+        lookup: Captions to the text encoder's embeddings (stage 2a's cache).
+        settings: Steps, batch, learning rate.
+        seed: Of the draws.
+        device: Where to compute.
+
+    Returns:
+        Mean cosine to CLIP's text embeddings in the last tenth of the steps.
+
+    Raises:
+        ValueError: No caption fits the window.
+    """
+    fitting = [text for text in captions if tokens.fits(text)]
+    if not fitting:
+        raise ValueError(
+            f"inherit_text: none of {len(captions)} captions fits CLIP's window of "
+            f"{tokens.window_tokens} tokens; add short captions to `train`, or leave it out"
+        )
+    _, encode_texts = clip_encoders(clip.to(device).eval(), tokens)
+    adaptor = model.to(device).text_adaptor.train()
+    optimizer = torch.optim.AdamW(adaptor.parameters(), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2
+    )
+    generator = torch.Generator().manual_seed(seed)
+    cosines = []
+    for step in range(settings.steps):
+        drawn = torch.randint(len(fitting), (settings.batch_size,), generator=generator)
+        texts = list(dict.fromkeys(fitting[index] for index in drawn.tolist()))
+        with torch.no_grad():
+            targets = encode_texts(texts)
+        embeds = model.get_text_features(lookup(texts).to(device))
+        distance = cosine_loss(embeds, targets)
+        angles = relational_distillation(embeds, targets) if len(texts) > 1 else 0.0
+        optimizer.zero_grad(set_to_none=True)
+        (distance + angles).backward()
+        optimizer.step()
+        schedule.step()
+        if step >= settings.steps - max(settings.steps // 10, 1):
+            cosines.append(1 - distance.item())
+    cosine = sum(cosines) / len(cosines)
+    logger.info(
+        "inherited at a mean cosine of %.3f; %d of %d captions fit CLIP's window",
+        *(cosine, len(fitting), len(captions)),
+    )
+    return cosine

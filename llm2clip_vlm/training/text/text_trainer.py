@@ -1,0 +1,361 @@
+"""Stage 1's trainer: two captions of one image attract, captions of other images repel."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Int
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+
+from llm2clip_vlm.chat.text_tokens import control_notice
+from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, EpochSampler
+from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
+from llm2clip_vlm.losses.contrastive import NO_CANDIDATE, caption_contrastive_loss
+from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, pad_tokens
+from llm2clip_vlm.models.text.text_encoder import TextEncoder, pool
+from llm2clip_vlm.models.text.text_encoder_settings import Pooling
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.training.adapters import check_adapter
+from llm2clip_vlm.training.encoder.encoder_trainer import ContrastiveTrainer, Measure
+from llm2clip_vlm.training.export import lora_config
+from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
+
+logger = logging.getLogger(__name__)
+
+LENGTH_GROUPS = 4
+"""Forward passes of a batch, each over captions of like length. One pass over short and long
+captions mixed would spend more than half of its tokens on padding."""
+_ROWS_PER_GROUP = 16
+_BLOCK = 16384
+
+
+class TokenTable:
+    """Token ids of many texts, made once and kept in two arrays.
+
+    Args:
+        texts: In the order by which rows are asked for.
+        tokenizer: Of the text encoder.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: CaptionTokenizer) -> None:
+        flat: list[npt.NDArray[np.int32]] = []
+        lengths: list[int] = []
+        for start in range(0, len(texts), _BLOCK):
+            tokens = tokenizer(texts[start : start + _BLOCK])
+            lengths.extend(map(len, tokens))
+            flat.append(np.fromiter((i for ids in tokens for i in ids), dtype=np.int32))
+        self._flat = np.concatenate(flat)
+        self._starts = np.cumsum([0, *lengths])
+
+    def __getitem__(self, row: int) -> npt.NDArray[np.int32]:
+        """Token ids of a text."""
+        return self._flat[self._starts[row] : self._starts[row + 1]]
+
+
+class PairCollator:
+    """Caption pairs to padded batches.
+
+    Args:
+        table: Token ids of the pairs' texts.
+        tokens: Of the text encoder; puts prompts into texts.
+        prompts: What a pair's `prompt` counts in; none = no pair has one.
+        micro_batch_tokens: Tokens of a group at most, padding counted, but for a single longer
+            text; none = :data:`LENGTH_GROUPS` groups.
+    """
+
+    def __init__(
+        self,
+        table: TokenTable,
+        tokens: CaptionTokenizer,
+        prompts: Sequence[str] = ("",),
+        micro_batch_tokens: int | None = None,
+    ) -> None:
+        self.table = table
+        self.tokens = tokens
+        self.prompts = [tokens.ids(prompt) for prompt in prompts]
+        self.micro_batch_tokens = micro_batch_tokens
+
+    def __call__(self, pairs: Sequence[CaptionPair]) -> dict[str, Any]:
+        """Sorts all texts of a batch by length and pads each group to its own longest.
+
+        Returns:
+            `groups`: arguments of the encoder for each group; `order`: int64 `[2b + m]`, where each
+            row of `[queries; positives; hard negatives]` stands in the concatenated groups;
+            `texts`: int64 `[b, 2]`; `negatives`: int64 `[m]`, the hard negatives' texts; `records`:
+            int64 `[b]`.
+        """
+        negatives = [pair.negative for pair in pairs if pair.negative >= 0]
+        prompts = [self.prompts[pair.prompt] for pair in pairs]
+        prompts += [[] for _ in range(len(pairs) + len(negatives))]
+        texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs] + negatives
+        rows: list[Any] = [self.table[text] for text in texts]
+        rows = [
+            self.tokens.add_prompt(ids, prompt) if prompt else ids
+            for ids, prompt in zip(rows, prompts, strict=True)
+        ]
+        lengths = np.array([len(ids) for ids in rows])
+        by_length = np.argsort(-lengths, kind="stable")
+        if self.micro_batch_tokens is None:
+            count = max(1, min(LENGTH_GROUPS, len(rows) // _ROWS_PER_GROUP))
+            parts = np.array_split(by_length, count)
+        else:
+            starts = _starts(lengths[by_length], self.micro_batch_tokens)
+            parts = np.split(by_length, starts[1:])
+        front = self.tokens.num_front_tokens
+        groups = [
+            pad_tokens(
+                [rows[i] for i in part],
+                self.tokens.pad_token_id,
+                [front + len(prompts[i]) for i in part],
+            )
+            for part in parts
+        ]
+        return {
+            "groups": groups,
+            "order": torch.from_numpy(np.argsort(by_length)),
+            "texts": torch.tensor([[pair.query, pair.positive] for pair in pairs]),
+            "negatives": torch.tensor(negatives, dtype=torch.int64),
+            "records": torch.tensor([pair.record for pair in pairs]),
+        }
+
+
+def _starts(lengths: npt.NDArray[np.int64], budget_tokens: int) -> list[int]:
+    """Where groups of texts start that are sorted from long to short."""
+    starts = [0]
+    for row in range(1, len(lengths)):
+        if (row + 1 - starts[-1]) * lengths[starts[-1]] > budget_tokens:
+            starts.append(row)
+    return starts
+
+
+def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
+    """The same texts in the same order in more groups: the largest is halved, again and again.
+
+    Processes whose texts have other lengths have other numbers of groups, but must run equally many
+    forward and backward passes. Where every text is alone (another process has more of them), the
+    last one is repeated behind the others, where no loss asks for it.
+
+    Args:
+        groups: Arguments of the encoder, sorted from long to short.
+        count: How many groups.
+    """
+    parts = list(groups)
+    while len(parts) < count:
+        sizes = [part["input_ids"].shape for part in parts]
+        at = max(range(len(parts)), key=lambda i: (sizes[i][0] > 1, sizes[i].numel()))
+        if sizes[at][0] == 1:
+            parts.append(parts[-1])
+            continue
+        half = (len(parts[at]["input_ids"]) + 1) // 2
+        longest = int(parts[at]["attention_mask"][half:].sum(1).max())
+        parts[at : at + 1] = [
+            {name: value[:half] for name, value in parts[at].items()},
+            {name: value[half:, :longest] for name, value in parts[at].items()},
+        ]
+    return parts
+
+
+def alike_ids(texts: Int[Tensor, "n 2"], records: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """One number a pair, equal where two pairs must not be each other's negatives.
+
+    Pairs are alike that come from one record or share a text, and those that are linked through
+    others (two images whose captions are partly equal).
+
+    Args:
+        texts: Query and positive of each pair.
+        records: Record of each pair.
+    """
+    alike = records[:, None] == records[None, :]
+    for own in texts.T:
+        for other in texts.T:
+            alike |= own[:, None] == other[None, :]
+    ids = torch.arange(len(records), device=records.device)
+    while True:
+        smallest = torch.where(alike, ids[None, :], len(ids)).amin(dim=1)
+        if torch.equal(smallest, ids):
+            return ids
+        ids = smallest
+
+
+def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
+    """A PEFT model that trains a LoRA adapter and freezes the rest.
+
+    Args:
+        backbone: The decoder.
+        lora: Rank, scaling, dropout and the layers to adapt.
+
+    Returns:
+        A `peft.PeftModel`; its Trainer checkpoints hold the adapter alone.
+
+    Raises:
+        ValueError: As :func:`~llm2clip_vlm.training.export.add_lora`.
+
+    Paper: LLM2CLIP v6 appendix C.1 (r = 16, alpha = 32).
+    """
+    from peft import TaskType, get_peft_model
+
+    kind = TaskType.FEATURE_EXTRACTION
+    model: Any = get_peft_model(backbone, lora_config(lora, task_type=kind))
+    check_adapter(model, lora.target_modules, "lora")
+    return model
+
+
+class CaptionContrastiveTrainer(ContrastiveTrainer):
+    """`transformers.Trainer` for pairs of captions, contrasted over the global batch.
+
+    Embeddings are gathered over all ranks with gradient: n processes compute the loss and the
+    gradient of one with the same global batch (dropout apart). Pairs of equal records or texts
+    are no negatives of each other. Pairs with a hard negative share it with the whole batch's
+    queries. `args.label_smoothing_factor` applies.
+
+    Args:
+        model: The encoder's backbone, or an adapter on it (:func:`add_adapter`).
+        args: Training arguments; incomplete batches must be dropped.
+        train_dataset: Caption pairs.
+        encoder: Gives tokenizer and pooling.
+        scale: Multiplies cosine similarities.
+        symmetric: Both directions.
+        micro_batch_tokens: Tokens per forward pass, padding counted; more go through GradCache
+            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
+        measure: See :class:`ContrastiveTrainer`.
+        callbacks: More callbacks.
+
+    Raises:
+        ValueError: As there.
+
+    Paper: LLM2CLIP v6 section 3.1 (supervised SimCSE); released code `llm_caption_contrastive`,
+    which adds a random third caption as a negative and keeps equal captions as negatives.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: CaptionPairs,
+        *,
+        encoder: TextEncoder,
+        scale: float,
+        symmetric: bool = True,
+        micro_batch_tokens: int | None = None,
+        measure: Measure | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        self.pairs = train_dataset
+        self.pooling: Pooling = encoder.settings.pooling
+        self.scale = scale
+        self.symmetric = symmetric
+        self.micro_batch_tokens = micro_batch_tokens
+        tokens = encoder.tokens
+        cut = tokens.num_truncated
+        table = TokenTable(train_dataset.texts, tokens)
+        self.lengths = tokens.lengths(cut)
+        """A line about the training captions."""
+        if notice := control_notice(tokens.control):
+            logger.warning("%s", notice)
+        if args.gradient_checkpointing:
+            model.enable_input_require_grads()
+        self._flops_per_token = sum(
+            (6 if p.requires_grad else 4) * p.numel()
+            for name, p in model.named_parameters()
+            if p.ndim == 2 and "embed" not in name
+        )
+        super().__init__(
+            model,
+            args,
+            train_dataset,
+            unit="tokens",
+            grad_cache=micro_batch_tokens is not None,
+            measure=measure,
+            callbacks=callbacks,
+            data_collator=PairCollator(table, tokens, train_dataset.prompts, micro_batch_tokens),
+        )
+
+    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
+        return EpochSampler(self.pairs)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Of the linear layers on a batch's tokens, forward and backward."""
+        return self._flops_per_token * _num_tokens(inputs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Contrastive loss of this rank's pairs against the global batch.
+
+        Args:
+            model: The (wrapped) model.
+            inputs: A batch of :class:`PairCollator`.
+            return_outputs: Also return an (empty) output.
+            num_items_in_batch: Not used: the batch is the unit, and nothing is accumulated.
+
+        Returns:
+            The loss, or loss and output.
+        """
+        self.throughput.add(_num_tokens(inputs), self.floating_point_ops(inputs))
+        groups: list[dict[str, Tensor]] = list(inputs["groups"])
+        count, slots = max_over_ranks(
+            len(groups), len(inputs["negatives"]), device=self.args.device
+        )
+        groups = split_groups(groups, count)
+
+        def embed(parts: Sequence[dict[str, Tensor]]) -> Embeds:
+            return Embeds((torch.cat([self._embed(model, **part) for part in parts]),))
+
+        def loss(embeds: Embeds) -> Tensor:
+            return self._loss(embeds.rows[0][inputs["order"]], inputs, slots)
+
+        cached = self.micro_batch_tokens is not None and torch.is_grad_enabled()
+        chunks = [[group] for group in groups] if cached else [groups]
+        value = cached_loss(self.accelerator, model, chunks, embed, loss)
+        return (value, {}) if return_outputs else value
+
+    def _loss(self, embeds: Tensor, inputs: dict[str, Any], slots: int) -> Tensor:
+        """Loss of `[queries; positives; hard negatives]`; all ranks fill as many negative slots."""
+        texts, records = inputs["texts"], inputs["records"]
+        query, positive, negatives = embeds.split(
+            [len(records), len(records), len(embeds) - 2 * len(records)]
+        )
+        first = rank() * len(records) if is_initialized() else 0
+        all_texts = gather_with_grad(texts)
+        ids = alike_ids(all_texts, gather_with_grad(records))
+        negative_ids = None
+        if slots:
+            empty = slots - len(negatives)
+            # A hard negative that is some pair's text is none for that pair and those like it.
+            same = (inputs["negatives"][:, None, None] == all_texts).any(-1)
+            found = torch.where(same.any(1), ids[same.int().argmax(1)], -1)
+            negative_ids = F.pad(found, (0, empty), value=NO_CANDIDATE)
+            negatives = F.pad(negatives, (0, 0, 0, empty))
+        return caption_contrastive_loss(
+            query,
+            positive,
+            self.scale,
+            self.symmetric,
+            ids=ids[first : first + len(query)],
+            negatives=negatives if slots else None,
+            negative_ids=negative_ids,
+            label_smoothing=self.args.label_smoothing_factor,
+            gather=is_initialized(),
+        )
+
+    def _embed(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, pool_mask: Tensor
+    ) -> Tensor:
+        output = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return pool(output.last_hidden_state, pool_mask, self.pooling)
+
+
+def _num_tokens(inputs: dict[str, Any]) -> int:
+    return sum(int(group["attention_mask"].sum()) for group in inputs["groups"])

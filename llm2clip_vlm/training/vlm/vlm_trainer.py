@@ -1,0 +1,360 @@
+"""The Trainer of stages 3 and 4."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.data_loader import prepare_data_loader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import TrainOutput
+
+from llm2clip_vlm import distributed
+from llm2clip_vlm.data.conversation.packing import PackedBatches
+from llm2clip_vlm.files import read_json
+from llm2clip_vlm.models.equal import vlm_outputs
+from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.document_attention import install_document_attention
+from llm2clip_vlm.models.vlm.lineage import write_lineage
+from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
+from llm2clip_vlm.models.vlm.vlm_loss import install_supervised_loss
+from llm2clip_vlm.recipe.vlm import PartTraining
+from llm2clip_vlm.runs.manifest import RESOLVED_NAME, HandoffError, fingerprint_dir
+from llm2clip_vlm.training.adapters import (
+    Rounding,
+    is_adapted,
+    load_adapter,
+    merged_state,
+    save_adapter,
+    unquantized_state,
+)
+from llm2clip_vlm.training.callbacks import Throughput
+from llm2clip_vlm.training.param_groups import build_param_groups
+from llm2clip_vlm.training.step_guard import Watchdog, keep_batch
+from llm2clip_vlm.training.strict_resume import StrictResumeMixin
+from llm2clip_vlm.training.vlm.gradient_audit import GradientAudit
+from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
+
+logger = logging.getLogger(__name__)
+
+PACKING_NAME = "packing.json"
+"""In a checkpoint: whether its micro-batches were packed."""
+
+
+class VlmTrainer(StrictResumeMixin, Trainer):
+    """`transformers.Trainer` for a LLaVA: a learning rate per part, exact token mean, packing.
+
+    The loss is the mean over all trained tokens of the global batch (`num_items_in_batch`, summed
+    over accumulation and processes), so n processes compute the gradient of one. A batch that
+    fails (loss not finite, no memory left) is kept in `failures/` beside `checkpoints/`.
+
+    Args:
+        model: A `LlavaForConditionalGeneration` with `requires_grad` set.
+        args: Training arguments; `train_sampling_strategy: group_by_length` puts samples of
+            similar length into a global batch.
+        train_dataset: With `lengths`.
+        data_collator: Of the dataset.
+        processor: Saved with each checkpoint.
+        batches: The plan of packed micro-batches; none = samples as they are sampled.
+        parts: What trains, and how.
+        checkpoint: Directory or hub id that the model was loaded from; adapters keep its
+            fingerprint.
+        dtype: Of the exported weights; none = those in memory.
+        hang_timeout_s: As in the recipe.
+        report: Takes the table of the first step's gradients.
+        callbacks: More callbacks.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: TrainingArguments,
+        train_dataset: Any,
+        data_collator: Callable[[Any], dict[str, Tensor]],
+        processor: Any,
+        *,
+        batches: PackedBatches | None = None,
+        parts: Mapping[str, PartTraining],
+        checkpoint: str | Path = "",
+        dtype: torch.dtype | None = None,
+        hang_timeout_s: float | None = None,
+        report: Callable[[str], None] = logger.info,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        install_text_only_guard(model)
+        install_supervised_loss(model)
+        if batches is not None:
+            install_document_attention(model)
+        if getattr(model, "is_quantized", False):
+            model._hf_peft_config_loaded = True  # transformers' mark: there are adapters on it
+        self.parts, self.processor, self.checkpoint = dict(parts), processor, checkpoint
+        hashed = is_adapted(model) and Path(checkpoint).is_dir()
+        self.base = fingerprint_dir(checkpoint) if hashed else str(checkpoint)
+        self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
+        self.throughput = Throughput("tokens")
+        self.flops = VlmFlops(model)
+        self.watchdog = Watchdog(hang_timeout_s)
+        self.audit: GradientAudit | None = GradientAudit(model, list(parts), report)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            data_collator=data_collator,
+            processing_class=processor,
+            callbacks=[self.throughput, *(callbacks or [])],
+        )
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or `trainer.optim`) over groups with the recipe's learning rates."""
+        if self.optimizer is None:
+            target: Any = self.model if model is None else model
+            decay = self.args.weight_decay
+            groups = build_param_groups(
+                target,
+                {name: part.lr for name, part in self.parts.items()},
+                {
+                    name: decay if part.weight_decay is None else part.weight_decay
+                    for name, part in self.parts.items()
+                },
+            )
+            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
+            arguments.pop("lr", None)
+            self.optimizer = optimizer_class(groups, lr=groups[0]["lr"], **arguments)
+        return self.optimizer
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`, under the watchdog's eyes."""
+        try:
+            result: TrainOutput = super().train(*args, **kwargs)
+        finally:
+            self.watchdog.stop()
+        return result
+
+    def training_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor:
+        """One micro-batch, watched and counted.
+
+        Raises:
+            ValueError: The loss is not finite, or in the first step a part that should train gets
+                no gradient.
+        """
+        ids = inputs.pop("sample_ids", [])
+        step = self.state.global_step + 1
+        self.watchdog.beat(f"step {step}, samples {ids}")
+        self.flops.add(inputs, None if self.batches is None else self.batches.max_tokens)
+        if self.audit is not None:
+            self.audit.see(inputs)
+        try:
+            loss: Tensor = super().training_step(model, dict(inputs), num_items_in_batch)
+        except torch.OutOfMemoryError:
+            self._keep(inputs, step, ids, "out of memory", num_items_in_batch)
+            raise
+        if not torch.isfinite(loss):
+            kept = self._keep(inputs, step, ids, f"loss {loss.item()}", num_items_in_batch)
+            raise ValueError(
+                f"step {step}: expected a finite loss, got {loss.item()} from samples {ids}; the "
+                f"batch is kept in {kept}. Look at these samples, or lower the learning rate and "
+                "go on from the last checkpoint"
+            )
+        if (
+            self.audit is not None
+            and self.accelerator.sync_gradients
+            and self.audit.check(self.args.device)
+        ):
+            self.audit = None
+        return loss
+
+    def _keep(
+        self, inputs: dict[str, Any], step: int, ids: list[str], reason: str, items: Any
+    ) -> Path:
+        checkpoints = Path(str(self.args.output_dir))
+        return keep_batch(
+            checkpoints.parent / "failures" / f"step-{step}-rank-{distributed.rank()}",
+            inputs,
+            step=step,
+            sample_ids=ids,
+            reason=reason,
+            num_items_in_batch=None if items is None else int(items),
+            weights=f"the newest of {checkpoints}, else {self.base}",
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add what was achieved since the last line; `fill` is the share that is no padding."""
+        if "loss" in logs:
+            tokens, flops, logs["fill"] = self.flops.take()
+            self.throughput.add(tokens, flops)
+        super().log(logs, start_time)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Token mean of the loss; the cache is off, without which packed samples would leak."""
+        if torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.clamp(min=1)  # nothing trained: loss 0
+        return super().compute_loss(
+            model, {**inputs, "use_cache": False}, return_outputs, num_items_in_batch
+        )
+
+    def get_train_dataloader(self) -> Any:
+        """As `Trainer.get_train_dataloader`; packed micro-batches are planned for all processes."""
+        if self.batches is None:
+            return super().get_train_dataloader()
+        workers = self.args.dataloader_num_workers
+        dataset: Any = self.train_dataset
+        loader = DataLoader(
+            dataset,
+            batch_sampler=self.batches,
+            collate_fn=self.data_collator,
+            num_workers=workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
+            persistent_workers=self.args.dataloader_persistent_workers,
+        )
+        return prepare_data_loader(
+            loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
+        )
+
+    def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        folder = args[2]  # that is resumed from
+        note = Path(folder or "") / PACKING_NAME
+        if folder and note.is_file() and read_json(note, object) != (self.batches is not None):
+            raise HandoffError(
+                f"{folder} was trained {'padded' if self.batches else 'packed'}, now the samples "
+                "would come in another order; go on with the packages and the kind of machine that "
+                "it began with, or choose another output_dir"
+            )
+        epoch, done = super()._init_training_state(max_steps, *args)
+        if self.batches is not None:
+            self.batches.resume(epoch, done)
+        return epoch, done
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            sampler: Sampler[int] | None = super()._get_train_sampler(dataset)
+            return sampler
+        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return LengthGroups(dataset.lengths, size * self.args.world_size, seed)
+
+    def _save(
+        self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
+    ) -> None:
+        """A checkpoint that opens as it lies: adapters merged, and kept beside to resume from."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = self.model.state_dict() if state_dict is None else state_dict
+        if is_adapted(self.model):
+            save_adapter(self.model, state, folder, self.base)
+            self._save_merged(folder, state)
+        else:
+            super()._save(output_dir, state_dict)
+            write_lineage(folder, self.model, self.processor, state)
+        (folder / PACKING_NAME).write_text(json.dumps(self.batches is not None))
+        recipe = Path(str(self.args.output_dir)).parent / RESOLVED_NAME
+        if recipe.is_file():
+            shutil.copy(recipe, folder)
+
+    def _save_merged(
+        self, directory: str | Path, state: Mapping[str, Tensor], outputs: Any = None
+    ) -> None:
+        """Adapters go into the weights; those that train in four bits into what they were."""
+        model = self.model
+        if getattr(model, "is_quantized", False):
+            model = load_vlm(self.checkpoint, dtype=model.lm_head.weight.dtype)[0]
+            state = unquantized_state(self.model, state, model.state_dict())
+        self.rounding = Rounding()
+        merged = merged_state(self.model, state, self.dtype, self.rounding)
+        save_vlm(model, self.processor, directory, state_dict=merged, outputs=outputs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_adapted(self.model):
+            load_adapter(self.model, resume_from_checkpoint, self.base)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def export(self, directory: str | Path) -> None:
+        """Writes the model as `from_pretrained` reads it, adapters merged. Call on all ranks.
+
+        Args:
+            directory: Where to; made if absent. Adapters also go to `adapter/` beside it.
+
+        Raises:
+            VlmError: Loaded again it computes something else than the model that was trained.
+        """
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        if distributed.is_main():
+            self._save_merged(directory, state, self._outputs())
+            if is_adapted(self.model):
+                save_adapter(self.model, state, Path(directory).parent / "adapter", self.base)
+        distributed.barrier()
+
+    def _outputs(self) -> list[Tensor] | None:
+        """What the export must compute; none where the trained model cannot say."""
+        unlike = "ZeRO-3 has split its weights" if is_deepspeed_zero3_enabled() else ""
+        if getattr(self.model, "is_quantized", False):
+            unlike = "it trained on four bits"
+        if unlike:
+            logger.warning("the export is not compared with the model in memory: %s", unlike)
+            return None
+        with self.accelerator.autocast():
+            return vlm_outputs(self.model)
+
+    def summary(self, result: TrainOutput) -> dict[str, Any]:
+        """What a manifest keeps of a finished training: loss, steps, processes, ZeRO stage.
+
+        With adapters also the share of their change that rounding lost in the export.
+        """
+        plugin = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        lost = {"merge_loss": self.rounding.share} if is_adapted(self.model) else {}
+        return lost | {
+            "training_loss": result.training_loss,
+            "steps": result.global_step,
+            "world_size": self.args.world_size,
+            "zero_stage": 0 if plugin is None else plugin.zero_stage,
+        }
+
+
+class LengthGroups(Sampler[int]):
+    """Order in which neighbours have similar lengths; the same on all processes, anew each epoch.
+
+    (transformers' own sampler draws from the global generator, which a resumed run has elsewhere.)
+    """
+
+    def __init__(self, lengths: list[int], group_size: int, seed: int) -> None:
+        """Takes the tokens of each sample, the global batch size and the seed of the order."""
+        self._lengths = lengths
+        self._group_size = group_size
+        self._seed = seed
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of an epoch; the Trainer calls it."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
+        return iter(
+            get_length_grouped_indices(self._lengths, self._group_size, generator=generator)
+        )

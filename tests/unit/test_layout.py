@@ -1,0 +1,34 @@
+"""The floor plan: small folders, small files, pages that name what is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SHIPPED = ("llm2clip_vlm", "stages", "eval", "demo")
+MODULES, LINES = 12, 400
+_NAMES = [path.stem for path in (ROOT / "llm2clip_vlm").iterdir() if path.suffix in ("", ".py")]
+NAMED = re.compile(rf"`((?:{'|'.join(_NAMES)})(?:/[\w./]*|\.py))`")
+
+
+def folders() -> list[Path]:
+    found = [folder for name in SHIPPED for folder in (ROOT / name, *(ROOT / name).rglob("*"))]
+    return [f for f in found if f.is_dir() and any(f.glob("*.py")) and f.name != "__pycache__"]
+
+
+@pytest.mark.parametrize("folder", folders(), ids=lambda folder: str(folder.relative_to(ROOT)))
+def test_a_folder_is_small(folder: Path) -> None:
+    modules = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
+    assert len(modules) <= MODULES, f"{folder.relative_to(ROOT)}: {sorted(modules)}"
+    for file in folder.glob("*.py"):
+        lines = len(file.read_text(encoding="utf-8").splitlines())
+        assert lines <= LINES, f"{file.relative_to(ROOT)} has {lines} lines, at most {LINES}"
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_name_modules_that_are_there(page: Path) -> None:
+    for name in NAMED.findall(page.read_text(encoding="utf-8")):
+        assert (ROOT / "llm2clip_vlm" / name).exists(), f"{page.name} names {name}"
