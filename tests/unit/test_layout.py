@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("llm2clip_vlm", "stages", "eval", "demo")
 MODULES, LINES = 12, 400
 _NAMES = [path.stem for path in (ROOT / "llm2clip_vlm").iterdir() if path.suffix in ("", ".py")]
-NAMED = re.compile(rf"`((?:{'|'.join(_NAMES)})(?:/[\w./]*|\.py))`")
+NAMED = re.compile(rf"`((?:{'|'.join(_NAMES)})(?:/[\w/]*)?\.py)`")
 
 
 def folders() -> list[Path]:
