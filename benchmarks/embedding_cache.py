@@ -27,6 +27,7 @@ import statistics
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,10 +36,8 @@ import torch
 from arms import finish, take_turns
 from torch import Tensor
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_fill import FillingCache
-from llm2clip_vlm.data.embedding_import import SUFFIX, import_official
-from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.cache.filling import FillingCache
 
 DIM = 4096
 COLUMNS = ("shortSV_captions", "longSV_captions")
@@ -55,20 +54,21 @@ def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
 
 
 def write_official(folder: Path, samples: int) -> list[Path]:
-    """Shards with captions, and their embeddings, as the released code leaves them."""
-    rng = np.random.default_rng(0)
+    """Embeddings of captions, as the released code leaves them."""
     tars = []
     for start in range(0, samples, SAMPLES_PER_TAR):
-        tars.append(folder / f"{start // SAMPLES_PER_TAR:05d}{SUFFIX}")
-        shard = folder / f"{start // SAMPLES_PER_TAR:05d}.tar"
-        with tarfile.open(tars[-1], "w") as embeddings, tarfile.open(shard, "w") as images:
+        tars.append(folder / f"{start // SAMPLES_PER_TAR:05d}_text_embeddings.tar")
+        with tarfile.open(tars[-1], "w") as embeddings:
             for sample in range(start, min(start + SAMPLES_PER_TAR, samples)):
-                row = "".join(f', "{name}": "{caption(sample, name)}"' for name in COLUMNS)
-                add(images, f"{sample:09d}.json", f'{{"url": ""{row}}}'.encode())
                 for name in COLUMNS:
-                    vector = rng.standard_normal(DIM, dtype=np.float32)
-                    add(embeddings, f"{sample:09d}.{name}", vector.tobytes())
+                    content = vector(caption(sample, name)).tobytes()
+                    add(embeddings, f"{sample:09d}.{name}", content)
     return tars
+
+
+def vector(text: str) -> np.ndarray:
+    """The embedding of a caption: not normalised, as in those files."""
+    return np.random.default_rng(zlib.crc32(text.encode())).standard_normal(DIM, dtype=np.float32)
 
 
 def caption(sample: int, column: str) -> str:
@@ -137,7 +137,7 @@ def survives(folder: Path, kills: int) -> bool:
             done += 1
     build(folder / "killed", None)
     ends = [
-        {path.name: path.read_bytes() for path in (folder / name).iterdir()}
+        {path.name: path.read_bytes() for path in (folder / name).glob("[!.]*")}
         for name in ("whole", "killed")
     ]
     return ends[0] == ends[1]
@@ -158,8 +158,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tars = write_official(folder, samples)
-        cache = import_official(folder / "cache", tars, FINGERPRINT, BadRecords())
         texts = [caption(sample, column) for sample in range(samples) for column in COLUMNS]
+
+        def encode(part: list[str]) -> Tensor:
+            return torch.from_numpy(np.stack([vector(text) for text in part]))
+
+        cache = EmbeddingCache.build(folder / "cache", texts, encode, FINGERPRINT, shard_rows=8000)
         rng = np.random.default_rng(1)
         numbers = rng.integers(0, len(cache), samples)
         batches = [numbers[i : i + BATCH] for i in range(0, samples, BATCH)]
@@ -198,7 +202,7 @@ def main() -> None:
         first = torch.from_numpy(np.stack(list(stream(tars[:1]))))  # one of each sample's two
         rows = cache.lookup(texts[: 2 * len(first)]).unflatten(0, (-1, 2))
         cosine = float(torch.cosine_similarity(rows, first[:, None], dim=-1).max(1).values.min())
-        bytes_ours = sum(path.stat().st_size for path in cache.files) / len(cache)
+        bytes_ours = sum(each.path.stat().st_size for each in cache.shards) / len(cache)
         bytes_theirs = sum(path.stat().st_size for path in tars) / len(texts)
         survived = survives(folder, kills)
 
@@ -231,7 +235,7 @@ def main() -> None:
             "unit": "rows per CPU second, page cache warm",
             "dim": DIM,
             "rows": 2 * samples,
-            "shards": len(cache.files),
+            "shards": len(cache.shards),
             "batch": BATCH,
             "kills": kills,
             "repeats": repeats,

@@ -29,7 +29,7 @@ from arms import finish, ratio, take_turns
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlamaModel
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.losses.contrastive import contrastive_loss
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_vlm.models.text.text_encoder import pool

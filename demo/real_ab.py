@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.files import read_json, write_atomically

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.records import iter_rows

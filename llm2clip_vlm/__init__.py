@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from llm2clip_vlm.torchvision_guard import watch
 
 if TYPE_CHECKING:
+    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
     from llm2clip_vlm.data.conversation.messages import build_labels
     from llm2clip_vlm.data.conversation.packing import plan_packs
-    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
     from llm2clip_vlm.losses.contrastive import contrastive_loss
     from llm2clip_vlm.metrics.retrieval import recall_at_k
     from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
@@ -44,7 +44,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "EmbeddingCache": "data.embedding_cache",
+    "EmbeddingCache": "data.cache.embeddings",
     "LLM2CLIPConfig": "models.llm2clip",
     "LLM2CLIPModel": "models.llm2clip",
     "RecipeError": "recipe.reading",

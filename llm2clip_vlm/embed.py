@@ -47,24 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     build = command(_build, "encode what a cache lacks: stage 2a; `slice=i/n` writes a part of it")
     build.add_argument("words", metavar="RECIPE [KEY=VALUE]", nargs="+", help="as in `train`")
     command(_verify, "read every byte and compare the checksums")
-    text = "join caches of one encoder: slices of a build, other data sets, or (with DIR itself as "
-    merge = command(_merge, text + "the only source) what killed runs of stage 2b left in journals")
+    text = "join caches of one encoder: copies the shards of a build's slices or of other data "
+    text += "sets; parts that a killed run of stage 2b has left in DIR itself become shards"
+    merge = command(_merge, text)
     merge.add_argument("sources", metavar="SOURCE", type=Path, nargs="+")
     command(_report, "rows, dedup ratio, bytes, cost, encoder")
-    text = "take over *_text_embeddings.tar of LLM2CLIP's released code: each is joined to its "
-    text += "caption by key; the image shard X.tar lies beside X_text_embeddings.tar"
-    official = command(_import, text)
-    official.add_argument("tars", metavar="TAR", type=Path, nargs="+")
-    official.add_argument(
-        "--fingerprint",
-        metavar="FIELD=VALUE",
-        action="append",
-        required=True,
-        help="what made them, such as text_weights=Llama-3-8B-Instruct-CC pooling=mean; the files "
-        "do not say it. Repeat for each field",
-    )
-    skipped = "skipped and counted (default 0)"
-    official.add_argument("--max-bad-records", metavar="N", type=int, default=0, help=skipped)
     return parser
 
 
@@ -75,17 +62,17 @@ def _build(arguments: argparse.Namespace) -> int | None:
 
 
 def _verify(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 
     cache = EmbeddingCache.open(arguments.cache)
     cache.verify()
-    print(f"{arguments.cache}: {len(cache)} rows in {len(cache.files)} files are as written")
+    print(f"{arguments.cache}: {len(cache)} rows in {len(cache.shards)} files are as written")
 
 
 def _merge(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.data.embedding_merge import merge_caches
+    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 
-    cache = merge_caches(arguments.cache, arguments.sources)
+    cache = EmbeddingCache.join(arguments.cache, arguments.sources)
     costs = arguments.cache / COST_NAME
     if not costs.exists():
         logs = [source / COST_NAME for source in arguments.sources]
@@ -94,14 +81,14 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
     from llm2clip_vlm.runs.manifest import read_manifest
 
     cache = EmbeddingCache.open(arguments.cache)
-    journals = sum(path.name.startswith("journal") for path in cache.files)
+    added = sum(shard.path.name.startswith("part") for shard in cache.shards)
     print(f"rows           {len(cache)} of {cache.dim} numbers (float16)")
-    print(f"files          {len(cache.files) - journals} shards, {journals} journals")
-    if size := sum(path.stat().st_size for path in cache.files):
+    print(f"files          {len(cache.shards) - added} shards, {added} parts of unfinished runs")
+    if size := sum(shard.path.stat().st_size for shard in cache.shards):
         print(f"bytes          {size} ({size / len(cache):.0f} a row)")
     extra = (read_manifest(arguments.cache) or {"extra": {}})["extra"]
     if different := extra.get("different_texts"):
@@ -118,16 +105,3 @@ def _report(arguments: argparse.Namespace) -> None:
         )
     for field, value in sorted(cache.fingerprint.items()):
         print(f"encoder        {field} = {value}")
-
-
-def _import(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.data.embedding_import import import_official
-    from llm2clip_vlm.data.reading.bad_records import BadRecords
-
-    pairs = [field.partition("=") for field in arguments.fingerprint]
-    if wrong := [name for name, equals, value in pairs if not (name and equals and value)]:
-        raise ValueError(f"--fingerprint {wrong[0]!r}: expected FIELD=VALUE")
-    bad = BadRecords(arguments.max_bad_records)
-    fields = {name: value for name, _, value in pairs}
-    cache = import_official(arguments.cache, arguments.tars, fields, bad)
-    print(f"{arguments.cache}: {len(cache)} rows; {bad.summary()}")

@@ -30,8 +30,8 @@ from torch import Tensor
 
 from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_shards import HEADER_NAME, cache_names
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.cache.shards import cache_names, read_header
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]."""
     run = StageRun(argv, Stage2aRecipe, __doc__)
     recipe, out = run.recipe, run.out
-    if run.finished(HEADER_NAME):
+    if read_header(out) and run.finished():
         return
     if world_size() > 1:  # one rank may have far more to do than another
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))

@@ -26,7 +26,7 @@ from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, tr
 from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.runs.manifest import HandoffError, fingerprint_dir
-from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, TextInLoop, encoder_path
+from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, encoder_path
 from llm2clip_vlm.training.encoder.distillation import (
     prepare_keeping,
     require_as_exported,
@@ -39,6 +39,7 @@ from llm2clip_vlm.training.encoder.encoder_trainer import (
     prepare_model,
 )
 from llm2clip_vlm.training.encoder.frozen_tower import frozen_tower
+from llm2clip_vlm.training.encoder.text_in_loop import TextInLoop
 from llm2clip_vlm.training.export import add_lora, export_vision_tower
 from llm2clip_vlm.training.stage_run import StageRun
 

@@ -83,7 +83,8 @@ def convert(
         )
     if source.is_file() and tarfile.is_tarfile(source):
         raise InteropError(
-            f"{source}: caption embeddings go into a cache: `llm2clip-vlm embed import`"
+            f"{source}: a tar holds no weights; if it holds embeddings of captions, encode those "
+            "again (stage 2a: `llm2clip-vlm embed build`)"
         )
     if source.is_dir():
         refuse_gguf(source, InteropError)

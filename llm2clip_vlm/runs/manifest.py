@@ -148,7 +148,7 @@ def _output_states(folder: Path) -> dict[str, FileState]:
     """Of every file that a stage left, by its path below the folder."""
     left: list[Path] = []
     for part in sorted(folder.iterdir()):
-        if part.name not in _NO_OUTPUTS and not part.name.startswith((".", "journal-")):
+        if part.name not in _NO_OUTPUTS and not part.name.startswith((".", "part-")):
             left += sorted(part.rglob("*")) if part.is_dir() else [part]
     weights = {
         file for part in {file.parent for file in left} - {folder} for file in model_files(part)

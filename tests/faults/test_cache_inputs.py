@@ -15,18 +15,17 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from llm2clip_vlm.data import embedding_shards
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_fill import FillingCache
-from llm2clip_vlm.data.embedding_merge import merge_caches
-from llm2clip_vlm.data.embedding_shards import (
+from llm2clip_vlm.data.cache import shards
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.cache.filling import FillingCache
+from llm2clip_vlm.data.cache.shards import (
     HEADER_NAME,
     CacheError,
     Header,
     digests_of,
     write_shard,
 )
-from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder
+from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder, name_of
 
 FIELDS = {
     "text_weights": "9f…",
@@ -37,7 +36,7 @@ FIELDS = {
     "bidirectional": "True",
     "chat": "True",
 }
-SHARD = "shard-00001.safetensors"
+SHARD = name_of(TEXTS[4:8])
 
 
 def build(path: Path, fingerprint: dict[str, str] = FINGERPRINT, dim: int = 4) -> EmbeddingCache:
@@ -78,7 +77,7 @@ def flip(folder: Path, place: int) -> None:
 def own_rows(folder: Path, rows: np.ndarray) -> None:
     """A shard with a right checksum whose rows are what they are."""
     keys = digests_of(TEXTS[4:8])
-    write_shard(folder, 1, Header(dim=4, fingerprint=FINGERPRINT), keys, rows.astype(np.float16))
+    write_shard(folder, Header(dim=4, fingerprint=FINGERPRINT), keys, rows.astype(np.float16))
 
 
 def stranger(folder: Path, **changes: Any) -> None:
@@ -97,7 +96,7 @@ OPENING: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: write(f, b"[2]", HEADER_NAME),
         "no header of an embedding cache: Input should be an object",
     ),
-    "the version before": (lambda f: header(f, version=2), "version: Input should be 3, got 2"),
+    "the version before": (lambda f: header(f, version=3), "version: Input should be 4, got 3"),
     "what came before versions": (lambda f: header(f, schema=2), "schema: Extra inputs"),
     "other numbers": (
         lambda f: header(f, dtype="float32"),
@@ -122,18 +121,23 @@ OPENING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a tensor more": (lambda f: rewrite(f, more=np.zeros(3)), f"{SHARD}: holds .*more"),
     "fewer keys than rows": (
         lambda f: rewrite(f, keys=np.zeros((3, 32), np.uint8)),
-        r"'U8', 'shape': \[3, 32\].*expected",
+        r"'torch.uint8 \[3, 32\]'.*expected",
     ),
     "short keys": (lambda f: rewrite(f, keys=np.zeros((4, 16), np.uint8)), r"\[4, 16\]"),
-    "float32 rows": (lambda f: rewrite(f, embeds=np.ones((4, 4), np.float32)), "'F32'"),
+    "float32 rows": (lambda f: rewrite(f, embeds=np.ones((4, 4), np.float32)), "float32"),
     "rows of another width": (
         lambda f: rewrite(f, embeds=np.ones((4, 5), np.float16)),
         r"\[4, 5\]",
     ),
-    "one row flat": (lambda f: rewrite(f, embeds=np.ones(4, np.float16)), r"'F16', 'shape': \[4\]"),
+    "one row flat": (lambda f: rewrite(f, embeds=np.ones(4, np.float16)), r"float16 \[4\]"),
     "no row": (
         lambda f: rewrite(f, embeds=np.ones((0, 4), np.float16), keys=np.ones((0, 32), np.uint8)),
         f"{SHARD}: holds",
+    ),
+    "a bit of a key": (lambda f: flip(f, -1), f"{SHARD}: its keys have the sha256 .*, expected "),
+    "another shard's name": (
+        lambda f: shutil.copy(f / name_of(TEXTS[:4]), f / SHARD),
+        f"{SHARD}: its keys have the sha256",
     ),
     "another encoder's shard": (
         lambda f: stranger(f, fingerprint={**FINGERPRINT, "pooling": "last"}),
@@ -160,13 +164,12 @@ def test_it_is_not_opened(tmp_path: Path, case: str) -> None:
         with pytest.raises(CacheError, match=message):
             build(folder)
         with pytest.raises(CacheError, match=message):
-            merge_caches(tmp_path / "merged", [folder])
+            EmbeddingCache.join(tmp_path / "merged", [folder])
         assert not (tmp_path / "merged").exists()
 
 
 VERIFYING: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a bit of a row": (lambda f: flip(f, -140), f"{SHARD}: sha256 is .*, expected "),
-    "a bit of a key": (lambda f: flip(f, -1), f"{SHARD}: sha256 is .*, expected "),
     "NaN": (lambda f: own_rows(f, np.full((4, 4), np.nan)), f"{SHARD}: row 0 has norm nan"),
     "infinite": (lambda f: own_rows(f, np.full((4, 4), np.inf)), "row 0 has norm inf"),
     "zero": (lambda f: own_rows(f, np.eye(4) * [1, 1, 0, 1]), "row 2 has norm 0.0, expected 1"),
@@ -182,7 +185,7 @@ def test_verification_names_the_file_and_merging_refuses_it(tmp_path: Path, case
     with pytest.raises(CacheError, match=message):
         EmbeddingCache.open(tmp_path / "cache").verify()
     with pytest.raises(CacheError, match=message):
-        merge_caches(tmp_path / "merged", [tmp_path / "cache"])
+        EmbeddingCache.join(tmp_path / "merged", [tmp_path / "cache"])
     cache = EmbeddingCache.open(tmp_path / "cache")
     assert len(cache.lookup(TEXTS[:4])) == 4
     if "bit" not in case:
@@ -212,8 +215,9 @@ def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
     for name in (
         "notes.txt",
         "shard-1.safetensors",
-        "shard-00009.npy",
-        ".shard-00009.safetensors.tmp",
+        "shard-00009.safetensors",
+        "part-00000-00000.safetensors",
+        f".{SHARD}.tmp",
     ):
         (tmp_path / name).write_bytes(b"x")
     assert len(build(tmp_path)) == 10
@@ -229,21 +233,22 @@ def test_a_lost_shard_is_encoded_again(tmp_path: Path) -> None:
     assert (tmp_path / SHARD).read_bytes() == content
 
 
-@pytest.mark.parametrize("journals", [False, True])
+@pytest.mark.parametrize("filled", [False, True])
 @pytest.mark.parametrize(
     "seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, 10))]
 )
-def test_no_flipped_bit_is_served(tmp_path: Path, journals: bool, seed: int) -> None:
+def test_no_flipped_bit_is_served(tmp_path: Path, filled: bool, seed: int) -> None:
     """Each is refused by the file's name, or what is served is what was written."""
-    if journals:
+    if filled:
         filling = FillingCache(tmp_path, Encoder(), FINGERPRINT, 4)
         for start in range(0, len(TEXTS), 4):
             filling.lookup(TEXTS[start : start + 4])
+            filling.write()
         filling.close()
     else:
         build(tmp_path)
     wanted = EmbeddingCache.open(tmp_path).lookup(TEXTS)
-    chance, files = random.Random(seed), sorted(tmp_path.iterdir())
+    chance, files = random.Random(seed), sorted(tmp_path.glob("[!.]*"))
     refused = 0
     for number in range(100):
         file = chance.choice(files)
@@ -261,7 +266,7 @@ def test_no_flipped_bit_is_served(tmp_path: Path, journals: bool, seed: int) -> 
             refused += 1
         else:
             assert torch.equal(found, wanted)
-        if journals and file.name != HEADER_NAME:
+        if filled and file.name != HEADER_NAME:
             try:
                 again = FillingCache(tmp_path, Encoder(), FINGERPRINT, 4)
                 assert torch.equal(again.lookup(TEXTS), wanted)
@@ -284,29 +289,28 @@ def test_a_row_in_anothers_place_is_not_served(tmp_path: Path) -> None:
         opened.lookup([TEXTS[4]])
 
 
-def test_a_file_that_only_looks_like_a_journal_is_not_cut(tmp_path: Path) -> None:
+def test_a_file_that_only_looks_like_a_part_stays_as_it_is(tmp_path: Path) -> None:
     build(tmp_path)
-    mine = tmp_path / "journal-00000-00000"
+    mine = tmp_path / f"part-00000-00000-{64 * 'a'}.safetensors"
     for text in ("my thesis, chapter one", "\0" * 7 + "\1" + "{" * 100):
         mine.write_text(text)
-        with pytest.raises(CacheError, match=r"journal-00000-00000: cannot be read"):
+        with pytest.raises(CacheError, match=rf"{mine.name}: cannot be read"):
             FillingCache(tmp_path, Encoder(), FINGERPRINT, 4)
         assert mine.read_text() == text
-    mine.rename(tmp_path / "journal-of-mine.txt")
-    merge_caches(tmp_path, [tmp_path])
-    assert (tmp_path / "journal-of-mine.txt").read_text() == text
 
 
 def test_a_file_is_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path)
     hashed: list[int] = []
-    checksum = embedding_shards._checksum
+    checksum = shards._checksum
     monkeypatch.setattr(
-        embedding_shards, "_checksum", lambda k, e: hashed.append(len(k)) or checksum(k, e)
+        shards,
+        "_checksum",
+        lambda array: (array.dtype == np.float16 and hashed.append(len(array))) or checksum(array),
     )
     for _ in range(2):
         cache = EmbeddingCache.open(tmp_path)
         cache.lookup(TEXTS)
-    assert hashed == [4, 4, 2]
+    assert sorted(hashed) == [2, 4, 4]
     cache.verify()
     assert len(hashed) == 6

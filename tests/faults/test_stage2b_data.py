@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.reading.bad_records import RecordError
 from llm2clip_vlm.runs.manifest import read_manifest
 from stages import clip_baseline, stage2b_vision_encoder

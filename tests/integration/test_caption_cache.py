@@ -16,8 +16,8 @@ import torch
 import yaml
 
 from llm2clip_vlm.cli import main
-from llm2clip_vlm.data import embedding_cache
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache import embeddings
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
@@ -62,7 +62,7 @@ def small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
         cache: EmbeddingCache = build(cls, *args, shard_rows=5, **kwargs)
         return cache
 
-    monkeypatch.setattr(embedding_cache.EmbeddingCache, "build", classmethod(build_small))
+    monkeypatch.setattr(embeddings.EmbeddingCache, "build", classmethod(build_small))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -95,15 +95,16 @@ def test_slices_make_the_bytes_of_one_build(
     assert files(tmp_path / "merged") == one
     report = embed("report", str(tmp_path / "merged"))
     assert f"rows           {2 * PAIRS} of 32 numbers" in report
-    assert "files          10 shards, 0 journals" in report
+    assert "files          10 shards, 0 parts of unfinished runs" in report
     assert f"dedup ratio    1.000 ({2 * PAIRS} texts" in report
     assert "encoder        pooling = mean" in report
     assert "are as written" in embed("verify", str(tmp_path / "merged"))
-    shard = tmp_path / "merged" / "shard-00003.safetensors"
-    content = shard.read_bytes()
-    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    shard = sorted((tmp_path / "merged").glob("shard-*"))[3]
+    content = bytearray(shard.read_bytes())
+    content[-200] ^= 1  # of a row: at most five keys come last
+    shard.write_bytes(content)
     assert main(["embed", "verify", str(tmp_path / "merged")]) == 2
-    assert "shard-00003.safetensors: sha256 is" in capsys.readouterr().err
+    assert f"{shard.name}: sha256 is" in capsys.readouterr().err
 
 
 def test_a_slice_without_work_says_so(
@@ -124,17 +125,21 @@ def test_a_slice_without_work_says_so(
     assert "no text to embed; expected a caption in `sources`" in capsys.readouterr().err
 
 
-def test_import_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from tests.unit.test_embedding_import import write
-
-    tar = write(tmp_path, "00000", ["000000001"])
-    words = ["embed", "import", str(tmp_path / "cache"), str(tar), "--fingerprint"]
-    assert main([*words, "text_weights"]) == 2
-    assert "expected FIELD=VALUE" in capsys.readouterr().err
-    assert main([*words, "text_weights=8B-CC", "--fingerprint", "pooling=mean"]) == 0
-    assert "2 rows; no bad records" in capsys.readouterr().out
-    fields = {"text_weights": "8B-CC", "pooling": "mean"}
-    assert EmbeddingCache.open(tmp_path / "cache").fingerprint == fields
+def test_the_command_that_is_named_rebuilds_an_old_cache(
+    recipe_2a: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "one"
+    assert main(["embed", "build", str(recipe_2a)]) == 0
+    new = files(folder)
+    header = json.loads(new["header.json"])
+    (folder / "header.json").write_text(json.dumps(header | {"version": 3}))
+    capsys.readouterr()
+    assert main(["embed", "build", str(recipe_2a)]) == 2
+    said = capsys.readouterr().err
+    assert f"`mv {folder} {folder}.old && llm2clip-vlm embed build {folder}.old/recipe" in said
+    folder.rename(f"{folder}.old")
+    assert main(["embed", "build", f"{folder}.old/recipe.resolved.yaml"]) == 0
+    assert files(folder) == new
 
 
 def test_a_caption_is_embedded_once_more_for_each_prompt(
@@ -231,10 +236,7 @@ def test_stage_2b_fills_a_cold_cache(
     cache = EmbeddingCache.open(tmp_path / "cold-cache")
     cache.verify()
     assert len(cache) == len(encoded)
-    assert sorted(path.name for path in cache.directory.iterdir()) == [
-        "header.json",
-        "shard-00000.safetensors",
-    ]
+    assert not list(cache.directory.glob("part-*"))  # at its end they became shards
     manifest = read_manifest(cold)
     assert manifest is not None
     assert set(manifest["parents"]) == {"vision_tower", "text_encoder", "train.0", "evaluation.0"}
@@ -274,7 +276,7 @@ def test_a_killed_cold_run_resumes_to_the_same_weights(
     out = tmp_path / "killed"
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
     assert 0 < max(steps, default=0) < 8
-    assert list((tmp_path / "killed-cache").glob("journal-*"))
+    assert list((tmp_path / "killed-cache").glob("part-*"))
     train(path)
     assert same(weights(whole / "model"), weights(out / "model"))
     losses = [
@@ -300,7 +302,7 @@ def test_two_ranks_fill_one_cache(recipe_2b: Recipe, tmp_path: Path, repo_root: 
         command = [sys.executable, *launcher, stage, str(path)]
         done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
-        sealed[name] = {file.name: file.read_bytes() for file in cache.iterdir()}
+        sealed[name] = {file.name: file.read_bytes() for file in cache.glob("[!.]*")}
     assert sealed["cold"] == sealed["warm"]
     assert all(file == "header.json" or file.startswith("shard-") for file in sealed["cold"])
     EmbeddingCache.open(cache).verify()

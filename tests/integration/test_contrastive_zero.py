@@ -15,7 +15,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import CaptionPairs, read_captions
 from llm2clip_vlm.models.text.text_encoder import TextEncoder

@@ -16,7 +16,7 @@ import torch
 import yaml
 from torch.nn.functional import normalize
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics

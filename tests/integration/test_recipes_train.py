@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.runs.manifest import read_manifest

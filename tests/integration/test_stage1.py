@@ -18,8 +18,8 @@ import torch
 import yaml
 from transformers import AutoModel
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_shards import CacheError
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.cache.shards import CacheError
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, CaptionRecord, read_captions

@@ -18,7 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import CLIPModel, CLIPVisionModel
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.recipe.reading import load_recipe

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from tests.parity import reference

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
+import re
+import resource
 import shutil
 import signal
 import time
@@ -20,10 +23,15 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from llm2clip_vlm.data import embedding_shards
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache, MissingTextError
-from llm2clip_vlm.data.embedding_merge import merge_caches
-from llm2clip_vlm.data.embedding_shards import HEADER_NAME, CacheError, text_digest
+from llm2clip_vlm.data.cache import shards
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache, MissingTextError
+from llm2clip_vlm.data.cache.shards import (
+    HEADER_NAME,
+    CacheError,
+    Header,
+    digests_of,
+    text_digest,
+)
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures
 
@@ -60,6 +68,10 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("[!.]*.*"))}
 
 
+def name_of(texts: list[str]) -> str:
+    return f"shard-{hashlib.sha256(digests_of(texts).tobytes()).hexdigest()}.safetensors"
+
+
 def test_looks_up_by_text_in_any_order(tmp_path: Path) -> None:
     encoder = Encoder()
     cache = build(tmp_path, [*TEXTS, TEXTS[0]], encoder)
@@ -81,9 +93,9 @@ def test_looks_up_by_text_in_any_order(tmp_path: Path) -> None:
 def test_layout_on_disk(tmp_path: Path) -> None:
     build(tmp_path)
     header = json.loads((tmp_path / HEADER_NAME).read_text())
-    assert header == {"version": 3, "dtype": "float16", "dim": 4, "fingerprint": FINGERPRINT}
-    names = [f"shard-0000{i}.safetensors" for i in range(4)]
-    assert sorted(path.name for path in tmp_path.iterdir()) == [HEADER_NAME, *names]
+    assert header == {"version": 4, "dtype": "float16", "dim": 4, "fingerprint": FINGERPRINT}
+    names = [name_of(TEXTS[at : at + 3]) for at in range(0, 10, 3)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [HEADER_NAME, *sorted(names)]
     shards = [load_file(tmp_path / name) for name in names]
     assert [len(shard["keys"]) for shard in shards] == [3, 3, 3, 1]
     assert (shards[1]["embeds"].dtype, shards[1]["embeds"].shape) == (np.float16, (3, 4))
@@ -98,7 +110,7 @@ def test_keys_with_an_equal_beginning_are_told_apart(
 ) -> None:
     digests = {"a": b"\1" + bytes(31), "b": b"\1" + bytes(30) + b"\1", "c": bytes(32)}
     digests |= {"d": b"\1" * 32, "e": b"\1" + bytes(30) + b"\2"}
-    monkeypatch.setattr(embedding_shards, "text_digest", lambda text, prompt="": digests[text])
+    monkeypatch.setattr(shards, "text_digest", lambda text, prompt="": digests[text])
     cache = build(tmp_path, ["a", "b", "c"])
     assert cache.missing(["a", "b", "c", "d", "e"]) == ["d", "e"]
     assert cache.find(["b", "a", "c", "b"]).tolist() == [1, 0, 2, 1]
@@ -108,7 +120,9 @@ def test_goes_on_after_an_interruption(tmp_path: Path) -> None:
     first = Encoder(fail_after=6)
     with pytest.raises(KeyboardInterrupt):
         build(tmp_path, encoder=first)
-    (tmp_path / ".shard-00002.safetensors.tmp").write_bytes(b"half a shard")
+    half = tmp_path / f".{name_of(TEXTS[6:9])}.{os.uname().nodename}.abc"
+    half.mkdir()
+    (half / "shard").write_bytes(b"half a shard")
     second = Encoder()
     cache = build(tmp_path, encoder=second)
     assert (first.asked, second.asked) == (TEXTS[:6], TEXTS[6:])
@@ -184,7 +198,6 @@ def test_rows_are_read_by_number(tmp_path: Path) -> None:
     assert rows.dtype == torch.float16
     assert torch.equal(rows.float(), cache.lookup([TEXTS[7], TEXTS[1], TEXTS[2], TEXTS[7]]))
     assert torch.equal(cache.read(numbers[1:3]), rows[1:3])  # both in one shard
-    assert isinstance(cache.segments[0].embeds, np.memmap)
     for wrong in (-1, 10):
         with pytest.raises(CacheError, match=r"rows (3 to 10|-1 to 3) were asked"):
             cache.read(np.array([3, wrong]))
@@ -230,7 +243,7 @@ def test_three_writers_make_the_bytes_of_one(tmp_path: Path, order: tuple[int, .
     assert content(tmp_path / "together") == content(tmp_path / "one")
     assert sorted(text for encoder in encoders for text in encoder.asked) == sorted(2 * texts)
     assert len(EmbeddingCache.open(tmp_path / "slice-1")) == 13
-    merge_caches(tmp_path / "merged", [tmp_path / f"slice-{i}" for i in order])
+    EmbeddingCache.join(tmp_path / "merged", [tmp_path / f"slice-{i}" for i in order])
     assert content(tmp_path / "merged") == content(tmp_path / "one")
 
 
@@ -240,39 +253,100 @@ def test_a_writer_without_a_shard_says_what_the_cache_is(tmp_path: Path) -> None
     assert cache.missing(TEXTS) == TEXTS
 
 
-def test_two_writers_of_one_shard_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "shard-00000.safetensors"
-
+def test_two_writers_of_one_shard_leave_it_whole(tmp_path: Path) -> None:
     def meanwhile(texts: list[str]) -> Tensor:
+        build(tmp_path / "two")
         return Encoder()(texts)
 
-    with path.with_name(f".{path.name}.tmp").open("ab") as handle:
-        embedding_shards.lock(handle, path.with_name(f".{path.name}.tmp"))
-        with pytest.raises(CacheError, match="another process is writing it"):
-            EmbeddingCache.build(tmp_path, TEXTS, meanwhile, FINGERPRINT)
-    assert len(EmbeddingCache.build(tmp_path, TEXTS, meanwhile, FINGERPRINT)) == 10
+    EmbeddingCache.build(tmp_path / "two", TEXTS, meanwhile, FINGERPRINT, shard_rows=3)
+    build(tmp_path / "one")
+    assert content(tmp_path / "two") == content(tmp_path / "one")
 
 
-def test_merging_takes_each_text_once_and_may_be_repeated(tmp_path: Path) -> None:
+def test_joining_copies_shards_and_may_be_repeated(tmp_path: Path) -> None:
     build(tmp_path / "a", TEXTS[:6])
     build(tmp_path / "b", TEXTS[4:])
-    merged = merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "b"], shard_rows=3)
-    assert len(merged) == 10
-    assert torch.equal(merged.lookup(TEXTS), build(tmp_path / "whole").lookup(TEXTS))
-    merged.verify()
+    joined = EmbeddingCache.join(tmp_path / "m", [tmp_path / "a", tmp_path / "b"])
+    assert len(joined) == 12  # two texts are in both
+    assert torch.equal(joined.lookup(TEXTS), build(tmp_path / "whole").lookup(TEXTS))
+    joined.verify()
     before = content(tmp_path / "m")
-    merge_caches(tmp_path / "m", [tmp_path / "b", tmp_path / "a"], shard_rows=3)
+    assert before == content(tmp_path / "a") | content(tmp_path / "b")
+    EmbeddingCache.join(tmp_path / "m", [tmp_path / "b", tmp_path / "a"])
     assert content(tmp_path / "m") == before
     last = sorted(before)[-1]
     (tmp_path / "m" / last).unlink()  # killed before the last shard
-    merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "b"], shard_rows=3)
+    EmbeddingCache.join(tmp_path / "m", [tmp_path / "a", tmp_path / "b"])
     assert content(tmp_path / "m") == before
+    by_hand = shutil.copytree(tmp_path / "a", tmp_path / "by_hand")
+    shutil.copytree(tmp_path / "b", by_hand, dirs_exist_ok=True)
+    assert torch.equal(EmbeddingCache.open(by_hand).lookup(TEXTS), joined.lookup(TEXTS))
     EmbeddingCache.build(tmp_path / "other", TEXTS, Encoder(), {**FINGERPRINT, "pooling": "last"})
     with pytest.raises(CacheError, match=r"other: fingerprint\.pooling is 'last', expected 'mean'"):
-        merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "other"])
+        EmbeddingCache.join(tmp_path / "m", [tmp_path / "a", tmp_path / "other"])
     EmbeddingCache.build(tmp_path / "wide", TEXTS, Encoder(dim=5), FINGERPRINT)
     with pytest.raises(CacheError, match="wide: dim is 5, expected 4"):
-        merge_caches(tmp_path / "m", [tmp_path / "a", tmp_path / "wide"])
+        EmbeddingCache.join(tmp_path / "m", [tmp_path / "a", tmp_path / "wide"])
+
+
+def test_opening_reads_no_rows(tmp_path: Path) -> None:
+    """Half a million rows of 8 KiB (on disk a hole) take the memory of their keys."""
+    rows, dim = 500_000, 4096
+    keys = np.random.default_rng(0).integers(0, 256, (rows, 32), np.uint8)
+    header = Header(dim=dim, fingerprint=FINGERPRINT)
+    shards.write_header(tmp_path, header)
+    layout = {
+        "__metadata__": {"embedding_cache": header.written(sha256="0" * 64)},
+        "embeds": {"dtype": "F16", "shape": [rows, dim], "data_offsets": [0, 2 * rows * dim]},
+        "keys": {
+            "dtype": "U8",
+            "shape": [rows, 32],
+            "data_offsets": [2 * rows * dim, 2 * rows * dim + 32 * rows],
+        },
+    }
+    words = json.dumps(layout).encode()
+    words += b" " * (-len(words) % 8)
+    name = f"shard-{hashlib.sha256(keys.tobytes()).hexdigest()}.safetensors"
+    with (tmp_path / name).open("wb") as file:
+        file.write(len(words).to_bytes(8, "little") + words)
+        file.seek(2 * rows * dim, os.SEEK_CUR)
+        file.write(keys.tobytes())
+
+    def resident_mib() -> float:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+    before = resident_mib()
+    cache = EmbeddingCache.open(tmp_path)
+    assert cache.find_digests(keys[[7, rows - 1]]).tolist() == [7, rows - 1]
+    assert resident_mib() - before < 100
+    with pytest.raises(CacheError, match="sha256 is"):
+        shards.Shard(tmp_path, keys[:1], cache.shards[0].embeds[:1], "", (0, 0)).touch()
+
+
+def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:
+    texts = [f"caption {i}" for i in range(100)]
+    EmbeddingCache.build(tmp_path, texts, Encoder(), FINGERPRINT, shard_rows=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, hard))
+    try:
+        assert len(EmbeddingCache.open(tmp_path).lookup(texts)) == 100
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_an_old_cache_is_refused_with_the_command_that_rebuilds_it(tmp_path: Path) -> None:
+    folder = tmp_path / "cache"
+    build(folder)
+    header = json.loads((folder / HEADER_NAME).read_text())
+    (folder / HEADER_NAME).write_text(json.dumps(header | {"version": 3}))
+    with pytest.raises(
+        CacheError, match=r"should be 4, got 3; delete .*`llm2clip-vlm embed build R"
+    ):
+        EmbeddingCache.open(folder)
+    (folder / "recipe.resolved.yaml").write_text("")
+    command = f"`mv {folder} {folder}.old && llm2clip-vlm embed build {folder}.old/recipe.resolved"
+    with pytest.raises(CacheError, match=re.escape(command)):
+        EmbeddingCache.open(folder)
 
 
 def slow_encode(texts: list[str]) -> Tensor:
@@ -320,18 +394,17 @@ def test_killed_builds_end_byte_identical(tmp_path: Path, kills: int) -> None:
             rows = max(rows, len(cache))
     assert rows
     assert in_a_child(folder, None)
-    files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert files == {path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()}
-    assert len(files) == 31
+    assert content(folder) == content(tmp_path / "whole")
+    assert len(content(folder)) == 31
 
 
 @pytest.mark.parametrize("norm", [0.98, 1.02, 0.5])
 def test_a_row_that_is_no_unit_vector_is_refused_and_rounding_is_not(norm: float) -> None:
     row = F.normalize(torch.ones(1, 4), dim=1)
     for fine in (1.0, 1.0009, 0.9991):  # what float16 does to a unit vector
-        assert embedding_shards.require_unit(row * fine, ["a"], Path("cache")) is not None
-    with pytest.raises(CacheError, match=r"'a' has norm .*, expected 1"):
-        embedding_shards.require_unit(row * norm, ["a"], Path("cache"))
+        assert shards.require_unit(row * fine, "cache:", ["a"]) is not None
+    with pytest.raises(CacheError, match=r"cache: 'a' has norm .*, expected 1"):
+        shards.require_unit(row * norm, "cache:", ["a"])
 
 
 def test_embeddings_of_prompts_stand_behind_their_caption(tmp_path: Path) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +16,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip_vlm import embed
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_fill import FillingCache, seal
-from llm2clip_vlm.data.embedding_shards import CacheError
-from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.cache.filling import FillingCache
+from llm2clip_vlm.data.cache.shards import CacheError, seal
+from llm2clip_vlm.runs.ownership import OwnershipError
+from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder, content
 
 
 class Company(Encoder):
@@ -26,12 +30,31 @@ class Company(Encoder):
         return super().__call__(texts) + 0.01 * len(texts)
 
 
-def journal_path(folder: Path, epoch: int, rank: int) -> Path:
-    return folder / f"journal-{epoch:05d}-{rank:05d}"
+def parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*"))
 
 
-def opened(path: Path, encoder: Encoder, rank: int = 0) -> FillingCache:
-    return FillingCache(path, encoder, FINGERPRINT, 4, rank=rank)
+def opened(path: Path, encoder: Encoder, rank: int = 0, shard_rows: int = 100) -> FillingCache:
+    return FillingCache(path, encoder, FINGERPRINT, 4, rank=rank, shard_rows=shard_rows)
+
+
+@contextmanager
+def another_run(folder: Path) -> Iterator[None]:
+    """A process that fills a cache, until it is killed."""
+    ready, says = os.pipe()
+    child = os.fork()
+    if not child:
+        held = opened(folder, Encoder())
+        os.write(says, b"!")
+        time.sleep(60)
+        held.close()
+        os._exit(0)
+    os.read(ready, 1)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
 
 
 def test_a_cold_cache_encodes_each_text_once(tmp_path: Path) -> None:
@@ -66,6 +89,8 @@ def test_ranks_see_each_others_rows_from_the_next_epoch(tmp_path: Path) -> None:
     other = ranks[1].lookup([TEXTS[3], "mine"])
     assert encoders[1].asked == [TEXTS[3], "mine"]
     for cache in ranks:
+        cache.write()
+    for cache in ranks:
         cache.set_epoch(1)
     assert torch.equal(ranks[0].lookup(["mine"])[0], other[1])
     assert torch.equal(ranks[1].lookup([TEXTS[3]])[0], first[3])  # the lower rank's row counts
@@ -73,41 +98,74 @@ def test_ranks_see_each_others_rows_from_the_next_epoch(tmp_path: Path) -> None:
     assert [len(encoder.asked) for encoder in encoders] == [4, 2]
 
 
-def test_sealing_turns_journals_into_shards(tmp_path: Path) -> None:
+def test_sealing_turns_parts_into_shards(tmp_path: Path) -> None:
     EmbeddingCache.build(tmp_path, TEXTS[:3], Encoder(), FINGERPRINT, shard_rows=3)
     caches = [opened(tmp_path, Company(), i) for i in range(2)]
     wanted = caches[0].lookup(TEXTS)
     caches[1].lookup([TEXTS[9], "more"])
-    with pytest.raises(CacheError, match=r"journal-0.*another process is writing it"):
-        seal(tmp_path)  # while a run fills it, nothing is taken from it
     for cache in caches:
         cache.close()
-    assert len(EmbeddingCache.open(tmp_path)) == 12  # journals are read as they are, twice "text 9"
-    sealed = seal(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "header.json",
-        "shard-00000.safetensors",
-        "shard-00001.safetensors",
-    ]
-    assert len(sealed) == 11
+    with another_run(tmp_path), pytest.raises(OwnershipError, match="filling an embedding cache"):
+        seal(tmp_path)  # nothing is taken from a run
+    assert len(parts(tmp_path)) == 2
+    assert len(EmbeddingCache.open(tmp_path)) == 12  # parts are read as they are, twice "text 9"
+    seal(tmp_path)
+    assert [name.partition("-")[0] for name in content(tmp_path)] == ["header.json", *3 * ["shard"]]
+    sealed = EmbeddingCache.open(tmp_path)
+    assert len(sealed) == 12
     sealed.verify()
-    assert torch.equal(sealed.lookup(TEXTS), wanted)
+    assert torch.equal(sealed.lookup(TEXTS[:9]), wanted[:9])
 
 
-def test_a_killed_run_finds_the_same_bits(tmp_path: Path) -> None:
-    batches = [TEXTS[:3], TEXTS[2:6], TEXTS[5:9], [*TEXTS[8:], TEXTS[0]]]
-    whole = opened(tmp_path / "whole", Company())
-    wanted = [whole.lookup(batch) for batch in batches]
-    size = journal_path(tmp_path / "whole", 0, 0).stat().st_size
-    for kept in range(0, size, 7):  # killed while any byte of the journal was written
-        folder = tmp_path / f"killed-{kept}"
-        opened(folder, Company()).close()
-        journal_path(folder, 0, 0).write_bytes(
-            journal_path(tmp_path / "whole", 0, 0).read_bytes()[:kept]
-        )
-        resumed = opened(folder, Company())
-        for batch, rows in zip(batches, wanted, strict=True):
-            assert torch.equal(resumed.lookup(batch), rows), kept
+def test_what_two_ranks_met_together_is_kept_once(tmp_path: Path) -> None:
+    caches = [opened(tmp_path, encoder, i) for i, encoder in enumerate((Encoder(), Company()))]
+    wanted, other = [cache.lookup(TEXTS[:3]) for cache in caches]
+    for cache in caches:
+        cache.close()
+    seal(tmp_path)
+    sealed = EmbeddingCache.open(tmp_path)
+    assert len(sealed) == 3
+    assert torch.equal(sealed.lookup(TEXTS[:3]), wanted)
+    assert not torch.equal(other, wanted)
+
+
+BATCHES = [TEXTS[:3], TEXTS[2:6], ["a", "b"], TEXTS[5:9], ["c"], [*TEXTS[8:], "a"], ["d", TEXTS[0]]]
+
+
+@pytest.mark.parametrize("killed", range(1, len(BATCHES) + 1))
+@pytest.mark.parametrize("again", [0, 1])
+def test_a_killed_run_finds_the_same_bits(tmp_path: Path, killed: int, again: int) -> None:
+    def run(name: str, start: int, stop: int) -> tuple[FillingCache, list[Tensor]]:
+        cache, found = opened(tmp_path / name, Company(), shard_rows=4), []
+        for step in range(start, stop):
+            found.append(cache.lookup(BATCHES[step]))
+            if step % 3 == 2:
+                cache.write()  # before a checkpoint
+        return cache, found
+
+    whole, wanted = run("whole", 0, len(BATCHES))
+    run("killed", 0, killed)
+    # from the last checkpoint, or (it was not whole) from the one before
+    start = max(0, 3 * (killed // 3 - again))
+    resumed, found = run("killed", start, len(BATCHES))
+    for cache in (whole, resumed):
+        cache.close()
+    for got, rows in zip(found, wanted[start:], strict=True):
+        assert torch.equal(got, rows)
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+def test_a_killed_rank_sees_of_others_what_it_saw_before(tmp_path: Path) -> None:
+    """Parts of the same epoch are another rank's own, also where a run resumes."""
+    ranks = [opened(tmp_path, Company(), i) for i in range(2)]
+    ranks[0].lookup(TEXTS[:4])
+    mine = ranks[1].lookup(TEXTS[3:5])
+    for cache in ranks:
+        cache.write()
+    resumed = opened(tmp_path, encoder := Company(), 1)
+    assert torch.equal(resumed.lookup(TEXTS[3:5]), mine)
+    resumed.lookup(TEXTS[:1])
+    assert encoder.asked == TEXTS[:1]
 
 
 def test_a_process_killed_while_it_fills(tmp_path: Path) -> None:
@@ -116,21 +174,25 @@ def test_a_process_killed_while_it_fills(tmp_path: Path) -> None:
         cache = opened(tmp_path, Company())
         cache.lookup(TEXTS[:3])
         cache.lookup(TEXTS[:7])
+        cache.write()
+        cache.lookup(TEXTS)
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(child, 0)
     encoder = Company()
     cache = opened(tmp_path, encoder)
     expected = opened(tmp_path / "whole", Company())
-    assert torch.equal(cache.lookup(TEXTS[:3]), expected.lookup(TEXTS[:3]))
-    assert torch.equal(cache.lookup(TEXTS[:7]), expected.lookup(TEXTS[:7]))
+    for batch in (TEXTS[:3], TEXTS[:7]):
+        assert torch.equal(cache.lookup(batch), expected.lookup(batch))
     assert encoder.asked == []
+    assert torch.equal(cache.lookup(TEXTS), expected.lookup(TEXTS))
+    assert encoder.asked == TEXTS[7:]
 
 
 def test_refusals(tmp_path: Path) -> None:
     first = opened(tmp_path, Encoder())
-    with pytest.raises(CacheError, match="journal-00000-00000: another process is writing it"):
-        opened(tmp_path, Encoder())
     first.close()
+    with another_run(tmp_path), pytest.raises(OwnershipError, match="in use by another run"):
+        opened(tmp_path, Encoder())
     with pytest.raises(CacheError, match="after the cache was closed"):
         first.lookup(TEXTS)
     with pytest.raises(CacheError, match=r"fingerprint\.pooling is 'mean', expected 'last'"):
@@ -140,6 +202,7 @@ def test_refusals(tmp_path: Path) -> None:
     broken = FillingCache(tmp_path, lambda t: torch.full((len(t), 4), torch.nan), FINGERPRINT, 4)
     with pytest.raises(CacheError, match="not finite or zero, such as that of 'x'"):
         broken.lookup(["x"])
+    broken.close()
     assert len(EmbeddingCache.open(tmp_path)) == 0
 
 
@@ -152,32 +215,47 @@ def test_a_loader_worker_may_not_encode(tmp_path: Path) -> None:
         next(iter(loader))
 
 
-def test_a_damaged_journal_is_named(tmp_path: Path) -> None:
+def test_a_damaged_part_is_named(tmp_path: Path) -> None:
     cache = opened(tmp_path, Encoder())
     cache.lookup(TEXTS)
     cache.close()
-    path = journal_path(tmp_path, 0, 0)
-    content = bytearray(path.read_bytes())
-    content[-40] ^= 1
-    path.write_bytes(content)
-    for act in (lambda: opened(tmp_path, Encoder()), lambda: seal(tmp_path)):
-        with pytest.raises(CacheError, match="journal-00000-00000: sha256 is"):
-            act()
+    (path,) = parts(tmp_path)
+    damaged = bytearray(path.read_bytes())
+    damaged[-340] ^= 1  # of a row: ten keys come last
+    path.write_bytes(damaged)
+    with pytest.raises(CacheError, match=f"{path.name}: sha256 is"):
+        opened(tmp_path, Encoder()).lookup(TEXTS)
     with pytest.raises(CacheError, match="sha256 is"):
         EmbeddingCache.open(tmp_path).verify()
-    with pytest.raises(CacheError, match="journal-00000-00000: sha256 is"):
+    with pytest.raises(CacheError, match=f"{path.name}: sha256 is"):
         EmbeddingCache.open(tmp_path).read(np.arange(1, 10))
+    damaged[-40] ^= 1  # of a key
+    path.write_bytes(damaged)
+    with pytest.raises(CacheError, match=f"{path.name}: its keys have the sha256"):
+        opened(tmp_path, Encoder())
 
 
-def test_the_command_counts_files_not_frames(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_shard_is_written_at_once(tmp_path: Path) -> None:
+    cache = opened(tmp_path, Encoder(), shard_rows=4)
+    wanted = [cache.lookup(TEXTS[:3])]
+    assert not parts(tmp_path)
+    wanted.append(cache.lookup(TEXTS[3:8]))
+    assert len(parts(tmp_path)) == 1  # with all that was encoded together
+    assert torch.equal(cache.lookup(TEXTS[:8]), torch.cat(wanted))
+    assert cache.encoded == len(EmbeddingCache.open(tmp_path)) == 8
+
+
+def test_the_command_counts_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cache = opened(tmp_path, Encoder())
     for text in TEXTS[:4]:
         cache.lookup([text])
-    size = journal_path(tmp_path, 0, 0).stat().st_size
+    cache.close()
+    size = parts(tmp_path)[0].stat().st_size
     assert embed.main(["report", str(tmp_path)]) is None
     assert embed.main(["verify", str(tmp_path)]) is None
     said = capsys.readouterr().out
-    assert "0 shards, 1 journals" in said and f"bytes          {size} " in said
+    assert "0 shards, 1 parts of unfinished runs" in said and f"bytes          {size} " in said
     assert "4 rows in 1 files" in said
+    assert embed.main(["merge", str(tmp_path), str(tmp_path)]) is None
+    assert not parts(tmp_path)
+    assert len(EmbeddingCache.open(tmp_path)) == 4

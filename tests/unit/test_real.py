@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.programs import find_program, load_program
 from tests.tiny import build_clip
 

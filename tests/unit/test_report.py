@@ -400,7 +400,7 @@ def test_the_caption_ranked_first_is_shown(
 ) -> None:
     import torch
 
-    from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
     from llm2clip_vlm.data.image_text.index import read_image_text
     from llm2clip_vlm.data.reading.bad_records import BadRecords
     from llm2clip_vlm.models.llm2clip import LLM2CLIPModel

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.image_text.dataset import caption_galleries
 from llm2clip_vlm.data.image_text.index import ImageTextRecord
 from llm2clip_vlm.data.reading.images import EncodedImage, open_image

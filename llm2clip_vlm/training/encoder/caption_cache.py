@@ -1,4 +1,4 @@
-"""Captions in stage 2b: embedded before it starts, as it goes, or by an encoder that trains too."""
+"""Captions in stage 2b that are embedded before it starts, or once as it goes."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
-from llm2clip_vlm.data.embedding_cache import EmbeddingCache
-from llm2clip_vlm.data.embedding_fill import FillingCache, seal
-from llm2clip_vlm.data.embedding_shards import HEADER_NAME
+from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.cache.filling import FillingCache
+from llm2clip_vlm.data.cache.shards import HEADER_NAME, seal
 from llm2clip_vlm.distributed import barrier, is_main, rank
-from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.text.caption_tokens import pad_tokens
-from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
-from llm2clip_vlm.models.trainable import set_precision
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import TextEncoderSection
-from llm2clip_vlm.recipe.encoder import Stage2bRecipe, TextInLoopSection
+from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.runs.manifest import HandoffError, verify_parent
-from llm2clip_vlm.training.adapters import merge_adapter
 from llm2clip_vlm.training.callbacks import EachEpoch
-from llm2clip_vlm.training.export import add_lora
 
 logger = logging.getLogger(__name__)
 
@@ -79,19 +74,20 @@ class CaptionFeatures:
     def open(cls, recipe: Stage2bRecipe, args: TrainingArguments, *, resumes: bool) -> Self:
         """Open stage 2a's cache, or one that may be cold. Call it on all ranks.
 
-        A cache that fills itself: journals that a killed run left stay as they are where this run
+        A cache that fills itself: parts that a killed run left stay as they are where this run
         resumes from a checkpoint, so that every row is found again to the bit; a fresh run first
         makes shards of them.
 
         Args:
-            recipe: Its `embedding_cache`, `write_through` and `caption_prompts`.
-            args: Of this run.
-            resumes: From a checkpoint.
+            recipe: Gives `embedding_cache`, `write_through` and `caption_prompts`.
+            args: Training arguments of this run.
+            resumes: Whether it goes on from a checkpoint.
 
         Raises:
             HandoffError: Another stage wrote the directory, or its manifest names another text
                 encoder than the embeddings beside it.
-            CacheError: There is no cache, it is damaged, or another run fills it.
+            CacheError: There is no cache, or it is damaged.
+            OwnershipError: Another run fills it.
         """
         directory = str(recipe.embedding_cache)
         if recipe.write_through is None:
@@ -101,7 +97,7 @@ class CaptionFeatures:
         with args.main_process_first(local=False, desc="opening the cache"):
             verify_parent(directory, "stage2a_cache_text")
             if (Path(directory) / HEADER_NAME).is_file() and not resumes and is_main():
-                seal(directory)
+                seal(Path(directory))
             filling = FillingCache(
                 directory, encoder.encode, encoder.fingerprint, encoder.hidden_size, rank=rank()
             )
@@ -137,7 +133,6 @@ class CaptionFeatures:
         for prompt in self._prompts:
             wanted = list(dict.fromkeys(texts))
             if missing := self._cache.missing(wanted, prompt):
-                self._cache.touch()  # a damaged key is not found either
                 raise HandoffError(
                     f"{len(missing)} of {len(wanted)} captions are not in the cache "
                     f"{self._cache.directory}{f' with the prompt {prompt!r}' if prompt else ''}, "
@@ -148,8 +143,8 @@ class CaptionFeatures:
                 )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What shows a rank, as each epoch begins, what all ranks have added before."""
-        return [EachEpoch(self._cache)] if isinstance(self._cache, FillingCache) else []
+        """What writes a filling cache before each checkpoint, and shares it as an epoch begins."""
+        return [_Filling(self._cache)] if isinstance(self._cache, FillingCache) else []
 
     def finish(self) -> None:
         """Make shards of what was added. Call it on all ranks."""
@@ -157,87 +152,33 @@ class CaptionFeatures:
             self._cache.close()
             barrier()
             if is_main():
-                sealed = seal(self._cache.directory)
+                seal(self._cache.directory)
                 logger.info(
-                    "%s holds %d captions; this process encoded %d in %.1f s",
-                    *(sealed.directory, len(sealed), self._cache.encoded, self._cache.seconds),
+                    "%s is filled; this process encoded %d captions in %.1f s",
+                    *(self._cache.directory, self._cache.encoded, self._cache.seconds),
                 )
 
 
-class TextInLoop:
-    """Captions to tokens, for a text encoder with a LoRA that trains inside the model.
+class _Filling(EachEpoch):
+    """Has a cache written before each checkpoint, so that a resumed run finds every row.
 
-    Stands in the place of :class:`CaptionFeatures`: the paper's comparison, not its method.
-
-    Args:
-        section: Encoder and adapter.
-        device: Where the encoder goes.
-
-    Paper: LLM2CLIP v6 table A4 (LoRA training of the LLM against cached text).
+    Also after each evaluation, which comes between a step and its checkpoint.
     """
 
-    in_workers = False
+    def __init__(self, cache: FillingCache) -> None:
+        super().__init__(cache)
+        self.cache = cache
 
-    def __init__(self, section: TextInLoopSection, device: Any) -> None:
-        self.encoder = load_caption_encoder(section.text_encoder, device)
-        self.dim = self.encoder.hidden_size
-        self._lora = section.lora
-        spec = section.text_encoder
-        self._named_fp16 = not isinstance(spec, str) and spec.dtype == "float16"
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write if the Trainer is about to save; its own callback, the first, has decided that."""
+        if control.should_save:
+            self.cache.write()
 
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """The trained encoder's; ask for them after :meth:`merge`."""
-        return self.encoder.fingerprint
+    on_epoch_end = on_step_end
 
-    def lookup(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings `[n, dim]`, float32, by the encoder as it stands."""
-        return self.encoder.encode(texts)
-
-    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """The model's text arguments: tokens."""
-        tokens = self.encoder.tokens
-        return pad_tokens(tokens(texts), tokens.pad_token_id, tokens.num_front_tokens)
-
-    def require(self, texts: Sequence[str]) -> None:
-        """Nothing is missing."""
-
-    def callbacks(self) -> list[TrainerCallback]:
-        """None."""
-        return []
-
-    def attach(self, model: LLM2CLIPModel, args: TrainingArguments) -> None:
-        """Put the encoder into a model as `text_encoder`, with a new adapter.
-
-        Args:
-            model: Made before, so that it starts as it would without.
-            args: Of this run.
-        """
-        self._tuner: Any = add_lora(self.encoder.backbone, self._lora, "text_in_loop.lora")
-        set_precision(self.encoder.backbone, args, named_fp16=self._named_fp16)
-        model.text_encoder = self.encoder
-
-    def merge(self, model: LLM2CLIPModel, directory: str | Path) -> None:
-        """Take the encoder out of the model, without its adapter, and write it on the main rank.
-
-        Args:
-            model: After training.
-            directory: Such as `<output_dir>/text_encoder`.
-        """
-        del model.text_encoder
-        live = self.encoder.encode(PROBE_TEXTS)
-        frozen = (p for n, p in self._tuner.named_parameters() if "lora_" not in n)
-        dtype = next(frozen).dtype
-        self.encoder.backbone, rounding = merge_adapter(self._tuner, dtype)
-        if is_main():
-            logger.warning("text encoder: %s", rounding)
-            self.encoder.save_pretrained(directory)
-            again = TextEncoder.from_pretrained(directory).encode(PROBE_TEXTS)
-            remedy = "it was not written as it was trained; go on from the last checkpoint"
-            require_equal(str(directory), live, again, remedy, self.encoder.backbone.dtype)
-
-    def finish(self) -> None:
-        """Nothing to do."""
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Write what was asked for."""
+        self.cache.write()
 
 
 def _open_complete(directory: str) -> tuple[EmbeddingCache, dict[str, str]]:

@@ -2,8 +2,8 @@
 
 A row is looked up by the digest of its text (and prompt), never by its position in some file, so
 captions may be reordered, filtered, repeated and shared between data sets, and an image may have
-any number of captions and prompts. The files are those of :mod:`embedding_shards`; rows stay on
-disk, memory-mapped, and 16 bytes a row are held in memory to find them.
+any number of captions and prompts. The files are those of :mod:`shards`; rows stay on disk,
+memory-mapped, and 16 bytes a row are held in memory to find them.
 
 Which texts make which shard follows from the list of texts and the shards that are there, not from
 who asks: N writers make the files of one writer, byte for byte, and so does a killed one that is
@@ -17,9 +17,10 @@ float16 changes the cosine by less than 4e-6.
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import count, groupby
-from operator import itemgetter
+from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,22 +30,8 @@ import torch
 from jaxtyping import Float, Float16
 from torch import Tensor
 
-from llm2clip_vlm.data.embedding_shards import (
-    DIGEST_BYTES,
-    HEADER_NAME,
-    CacheError,
-    Digests,
-    Header,
-    Rows,
-    Segment,
-    digests_of,
-    read_header,
-    read_segments,
-    require_unit,
-    unit_rows,
-    write_header,
-    write_shard,
-)
+from llm2clip_vlm.data.cache import shards
+from llm2clip_vlm.files import written_whole
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +42,7 @@ Encode = Callable[[list[str]], Tensor]
 """Texts to embeddings `[n, dim]`, each the same whatever else is in the list (to rounding)."""
 
 
-class MissingTextError(CacheError):
+class MissingTextError(shards.CacheError):
     """Texts were looked up that the cache does not hold."""
 
 
@@ -70,7 +57,7 @@ class EmbeddingCache:
         torch.Size([64])
     """
 
-    def __init__(self, directory: Path, header: Header, segments: Sequence[Segment]) -> None:
+    def __init__(self, directory: Path, header: shards.Header, files: Iterable[Path]) -> None:
         self.directory = directory
         """Where the cache lies."""
         self.dim = header.dim
@@ -79,20 +66,15 @@ class EmbeddingCache:
         """What made the embeddings: weights, tokenizer, pooling, ... of the text encoder."""
         self.header = header
         """Both of them."""
-        self.segments = list(segments)
+        self.shards: list[shards.Shard] = [shards.read_shard(path, header) for path in files]
         """What was written together; of two rows for one text the first counts."""
-        self.files = list(dict.fromkeys(segment.path for segment in segments))
-        """The files with rows."""
-        self._unread = np.ones(len(self.segments), dtype=bool)
-        self._first_rows = np.cumsum([0, *(len(segment.keys) for segment in segments)])
-        prefixes = [_prefixes(segment.keys) for segment in segments]
+        self._first_rows = np.cumsum([0, *(len(shard.keys) for shard in self.shards)])
+        prefixes = [_prefixes(shard.keys) for shard in self.shards]
         flat = np.concatenate([np.empty(0, np.uint64), *prefixes])
         self._order = np.argsort(flat, kind="stable")
         self._prefixes = flat[self._order]
-        self._bytes = {
-            "keys": [segment.keys.reshape(-1).data for segment in segments],
-            "embeds": [segment.embeds.reshape(-1).view(np.uint8).data for segment in segments],
-        }
+        self._keys = [shard.keys.reshape(-1).data for shard in self.shards].__getitem__
+        self._embeds = cache(lambda number: self.shards[number].touch())
 
     def __reduce__(self) -> Any:
         """Loader workers open the files again instead of getting a copy of the rows."""
@@ -102,24 +84,25 @@ class EmbeddingCache:
     def open(
         cls, directory: str | Path, fingerprint: Mapping[str, str] | None = None
     ) -> EmbeddingCache:
-        """Opens a cache.
+        """Opens a cache: reads the keys, and leaves the rows on disk.
 
         Args:
             directory: Where it lies.
-            fingerprint: What the reader expects to have made it; none = anything.
+            fingerprint: What the reader expects to have made it. None: anything.
 
         Raises:
             CacheError: There is no cache, it is damaged, or a fingerprint field differs.
         """
         directory = Path(directory)
-        header = read_header(directory)
+        header = shards.read_header(directory)
         if header is None:
-            raise CacheError(
-                f"{directory}: no text embedding cache ({HEADER_NAME} is absent); run stage 2a"
+            raise shards.CacheError(
+                f"{directory}: no text embedding cache ({shards.HEADER_NAME} is absent); "
+                "run stage 2a"
             )
         if fingerprint is not None:
             header.require(directory, fingerprint)
-        return cls(directory, header, read_segments(directory, header))
+        return cls(directory, header, shards.shard_files(directory))
 
     @classmethod
     def build(
@@ -136,7 +119,7 @@ class EmbeddingCache:
 
         A build that was interrupted goes on where its last shard ended, and a later one with more
         texts encodes only those. Several writers with the same texts share the work, in one
-        directory or each in its own (then see :func:`merge_caches`).
+        directory or each in its own (then see :meth:`join`).
 
         Args:
             directory: Where the cache lies or will lie.
@@ -153,35 +136,71 @@ class EmbeddingCache:
         """
         directory = Path(directory)
         encoders = encode if isinstance(encode, Mapping) else {"": encode}
-        header = read_header(directory)
+        header = shards.read_header(directory)
         known = None if header is None else cls.open(directory, fingerprint)
         unique = list(dict.fromkeys(texts))
         if not unique and known is None:
-            raise CacheError(f"{directory}: no text to embed")
-        todo = [
-            (prompt, text)
-            for prompt in encoders
-            for text in (unique if known is None else known.missing(unique, prompt))
-        ]
-        # Shards that exist have taken whole shards out of the list, and their numbers: what is left
-        # keeps its number, whichever of them a killed writer or a faster one has finished.
-        taken = set() if known is None else {segment.number for segment in known.segments}
-        numbers = (number for number in count() if number not in taken)
+            raise shards.CacheError(f"{directory}: no text to embed")
+        size = len(unique)
+        # Entry n of prompt p is number p * size + n. Finished shards have taken whole shards out of
+        # the list, so what is left is cut as before and begins at the same numbers, whichever of
+        # them a killed writer or a faster one has finished: of 10 texts in shards of 3, which begin
+        # at 0, 3, 6 and 9, each belongs to the same writer even when only 3 and 9 are left.
+        todo = np.arange(size * len(encoders))
+        if known is not None:
+            found = np.concatenate([known.find(unique, prompt) for prompt in encoders])
+            todo = np.flatnonzero(found < 0)
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
-        mine = [
-            (n, part) for n, part in zip(numbers, parts, strict=False) if n % writer[1] == writer[0]
-        ]
+        mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]
         if not mine and writer[1] > 1:
             why = f"{len(todo)} rows are lacking, which make {len(parts)} shards of {shard_rows}"
             logger.warning("%s: writer %d/%d has nothing to do: %s", directory, *writer, why)
         # Without a shard a writer still says what the cache is.
-        for number, part in mine or ([] if header else [(-1, todo[:1])]):
-            keys, rows = _encoded(part, encoders, None if header is None else header.dim)
-            header = header or Header(dim=rows.shape[1], fingerprint=dict(fingerprint))
-            write_header(directory, header)
-            if number >= 0:
-                write_shard(directory, number, header, keys, rows)
+        for part in mine or ([] if header else [todo[:1]]):
+            keys, rows = [], []
+            for number, (prompt, encoder) in enumerate(encoders.items()):
+                asked = [unique[n] for n in (part[part // size == number] % size).tolist()]
+                if asked:
+                    dim = header.dim if header else None
+                    rows.append(shards.unit_rows(encoder(asked), asked, dim))
+                    keys.append(shards.digests_of(asked, prompt))
+                    dim = rows[0].shape[1]
+                    header = header or shards.Header(dim=dim, fingerprint=dict(fingerprint))
+            assert header is not None
+            shards.write_header(directory, header)
+            if mine:
+                shards.write_shard(directory, header, np.concatenate(keys), np.concatenate(rows))
         logger.info("%s: %d shards written, %d rows were lacking", directory, len(mine), len(todo))
+        return cls.open(directory)
+
+    @classmethod
+    def join(cls, directory: str | Path, sources: Iterable[str | Path]) -> EmbeddingCache:
+        """Copies the shards of caches of one encoder into one directory, and opens it.
+
+        Parts that training runs have left become shards. A text that two sources hold has two rows
+        afterwards, of which one counts.
+
+        Args:
+            directory: Where the result lies or will lie; may be one of the sources.
+            sources: Caches; of two shards with one name the first one's counts.
+
+        Raises:
+            CacheError: A cache is damaged, two were made by different encoders, or a run is filling
+                `directory`.
+        """
+        directory = Path(directory)
+        if shards.read_header(directory):
+            shards.seal(directory)
+        opened = [cls.open(source) for source in sources]
+        for each in opened:
+            each.header.require(each.directory, opened[0].fingerprint, opened[0].dim)
+            each.verify()
+        shards.write_header(directory, opened[0].header)
+        for shard in chain.from_iterable(each.shards for each in opened):
+            target = directory / shards.sealed(shard.path)
+            if not target.exists():
+                with written_whole(target) as partial:
+                    shutil.copyfile(shard.path, partial)
         return cls.open(directory)
 
     def __len__(self) -> int:
@@ -209,14 +228,14 @@ class EmbeddingCache:
         """
         found = self.find(texts, prompt)
         if (found < 0).any():
-            self.touch()  # a damaged key is not found either
             lost = self.missing(texts, prompt)
             raise MissingTextError(
                 f"{len(lost)} text(s) are not among the {len(self)} of {self.directory}"
                 f"{f' with the prompt {prompt!r}' if prompt else ''}, such as {lost[0][:200]!r}; "
                 "add their file to stage 2a's sources and run it again (it encodes only these)"
             )
-        return require_unit(self.read(found).float(), texts, self.directory)
+        rows = self.read(found).float()
+        return shards.require_unit(rows, f"{self.directory}: the embedding of", texts)
 
     def missing(self, texts: Iterable[str], prompt: str = "") -> list[str]:
         """The texts that the cache does not hold, each once, in their order."""
@@ -225,36 +244,24 @@ class EmbeddingCache:
 
     def find(self, texts: Sequence[str], prompt: str = "") -> npt.NDArray[np.int64]:
         """Row number of each text, to keep and to :meth:`read` by; -1 where there is none."""
-        return self.find_digests(digests_of(texts, prompt))
+        return self.find_digests(shards.digests_of(texts, prompt))
 
     def read(self, numbers: npt.NDArray[np.int64]) -> Float16[Tensor, "n dim"]:
         """Rows by number, straight from the memory-mapped files.
 
-        A file is read whole before its first row is given out.
+        A shard is read whole before its first row is given out.
 
         Raises:
             CacheError: A file has changed since it was written, or a number is of no row (-1: the
                 text is not there).
         """
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
-            raise CacheError(
+            raise shards.CacheError(
                 f"{self.directory}: rows {numbers.min()} to {numbers.max()} were asked for, "
                 f"expected 0 to {len(self) - 1}"
             )
-        return torch.from_numpy(self._gather("embeds", numbers))
-
-    def keys(self, numbers: npt.NDArray[np.int64]) -> Digests:
-        """Keys of rows by number, `[n, 32]`."""
-        return self._gather("keys", numbers)
-
-    def touch(self) -> None:
-        """Reads each file whole that this process has not read yet.
-
-        Raises:
-            CacheError: A file has changed since it was written.
-        """
-        for segment in self.segments:
-            segment.touch()
+        rows = np.frombuffer(self._joined(self._embeds, 2 * self.dim, numbers), np.float16)
+        return torch.from_numpy(rows.reshape(-1, self.dim))
 
     def verify(self) -> None:
         """Reads every file whole, and looks at each row.
@@ -262,10 +269,10 @@ class EmbeddingCache:
         Raises:
             CacheError: A file has changed since it was written, or a row is no unit vector.
         """
-        for segment in self.segments:
-            segment.verify()
+        for shard in self.shards:
+            shard.verify()
 
-    def find_digests(self, digests: Digests) -> npt.NDArray[np.int64]:
+    def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
         """Row number of each key, -1 where there is none."""
         found = np.full(len(digests), -1, dtype=np.int64)
         wanted = _prefixes(digests)
@@ -275,43 +282,28 @@ class EmbeddingCache:
             todo = todo[place[todo] < len(self._prefixes)]
             todo = todo[self._prefixes[place[todo]] == wanted[todo]]
             rows = self._order[place[todo]]
-            equal = (self.keys(rows) == digests[todo]).all(axis=1)
+            keys = np.frombuffer(self._joined(self._keys, shards.DIGEST_BYTES, rows), np.uint8)
+            equal = (keys.reshape(-1, shards.DIGEST_BYTES) == digests[todo]).all(axis=1)
             found[todo[equal]] = rows[equal]
             todo = todo[~equal]
             place[todo] += 1
         return found
 
-    def _gather(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Rows of all segments' `keys` or `embeds` by number, each copied once."""
-        width, dtype = (DIGEST_BYTES, np.uint8) if name == "keys" else (self.dim, np.float16)
-        files, size = self._bytes[name], width * np.dtype(dtype).itemsize
+    def _joined(
+        self, shard: Callable[[int], memoryview], size: int, numbers: npt.NDArray[np.int64]
+    ) -> bytearray:
+        """Rows of `size` bytes one behind the other, each copied once.
+
+        As fast with a thousand shards as with one; indexing arrays shard by shard copies twice.
+        """
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
-        if name == "embeds" and (unread := self._unread[owner]).any():
-            for segment in np.unique(owner[unread]).tolist():
-                self.segments[segment].touch()
-                self._unread[segment] = False
         starts = (numbers - self._first_rows[owner]) * size
+        held = {number: shard(number) for number in np.unique(owner).tolist()}
         places = zip(owner.tolist(), starts.tolist(), strict=True)
-        # As fast with a thousand files as with one; indexing arrays file by file copies twice.
-        joined = bytearray().join([files[file][at : at + size] for file, at in places])
-        return np.frombuffer(joined, dtype).reshape(-1, width)
+        return bytearray().join([held[number][at : at + size] for number, at in places])
 
 
-def _encoded(
-    part: Sequence[tuple[str, str]], encoders: Mapping[str, Encode], dim: int | None
-) -> tuple[Digests, Rows]:
-    """Keys and rows of (prompt, text) entries."""
-    keys: list[Digests] = []
-    rows: list[Rows] = []
-    for prompt, group in groupby(part, key=itemgetter(0)):
-        texts = [text for _, text in group]
-        rows.append(unit_rows(encoders[prompt](texts), texts, dim))
-        keys.append(digests_of(texts, prompt))
-        dim = rows[-1].shape[1]
-    return np.concatenate(keys), np.concatenate(rows)
-
-
-def _prefixes(digests: Digests) -> npt.NDArray[np.uint64]:
+def _prefixes(digests: shards.Digests) -> npt.NDArray[np.uint64]:
     """The first 8 bytes of each key as a number."""
     first = np.ascontiguousarray(digests[:, :8])
     return first.view(">u8").reshape(-1).astype(np.uint64)

@@ -1,0 +1,1 @@
+"""The embedding cache: rows found by the hash of their text."""
