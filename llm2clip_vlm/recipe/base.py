@@ -14,14 +14,66 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
-class CaptionSource(Section):
-    """A file of texts: `.jsonl`, `.json`, `.csv` (also `.gz`), `.parquet`, or webdataset `.tar`.
+class DataSource(Section):
+    """Where rows come from: files, or a data set of the Hugging Face hub."""
+
+    path: str = ""
+    """File with one record a row; `*` and `?` name several (`shards/*.tar`). Either this or
+    `dataset`."""
+    dataset: str = ""
+    """Data set of the Hugging Face hub (`lmms-lab/LLaVA-NeXT-Data`), a folder that `save_to_disk`
+    wrote, or a folder of Parquet, as `datasets.load_dataset` takes it; no code of it is run."""
+    name: str | None = None
+    """Configuration of the `dataset`, such as `ai2d` of the Cauldron."""
+    split: str = Field(default="train", pattern=r"^[\w.+-]+$")
+    """Split of the `dataset`; `train+validation` joins two, a part is taken by `limit`."""
+    revision: str | None = None
+    """Commit, branch or tag of the `dataset` on the hub; none = its newest."""
+    columns: list[str] | dict[str, str] = Field(default_factory=list)
+    """Columns to read, none named = all; `{images: photos, texts: dialogue}` reads `photos` and
+    `dialogue` and calls them `images` and `texts`."""
+    limit: int | None = Field(default=None, ge=1)
+    """Take at most this many records, in file order."""
+
+    @model_validator(mode="after")
+    def _one_place(self) -> Self:
+        if bool(self.path) == bool(self.dataset):
+            raise ValueError(
+                f"path is {self.path!r} and dataset is {self.dataset!r}; expected one of them"
+            )
+        if self.path and (self.name is not None or self.revision is not None):
+            raise ValueError("name and revision belong to a `dataset`, got a `path`")
+        return self
+
+    @property
+    def title(self) -> str:
+        """What messages call the source: its path, or its data set."""
+        return self.path or self.dataset
+
+
+class ImageSource(DataSource):
+    """What sources of rows with images share."""
+
+    image_root: str | None = None
+    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
+    follow_links: bool = False
+    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
+    index_dir: str | None = None
+    """Folder of the table that large sources are read into once; none = `.llm2clip-index` beside
+    them."""
+
+    @property
+    def folder(self) -> Path:
+        """Folder that image names are relative to."""
+        return Path(self.image_root or self.dataset or Path(self.path).parent)
+
+
+class CaptionSource(DataSource):
+    """A source of texts: `.jsonl`, `.json`, `.csv` (also `.gz`), `.parquet`, webdataset `.tar`.
 
     Of a shard the fields of its JSON members are columns.
     """
 
-    path: str
-    """File with one record a row; `*` and `?` name several (`shards/*.tar`)."""
     fields: list[str] = Field(default_factory=lambda: ["captions"])
     """Columns that hold captions of the same image; a list-valued column adds all its items, a
     mapping-valued one all its values."""
@@ -34,8 +86,6 @@ class CaptionSource(Section):
     """Drop rows whose column holds one of these values (`{flickr8k_split: [val, test]}`)."""
     weight: float = Field(default=1.0, gt=0)
     """Sampling weight of this source relative to the others."""
-    limit: int | None = Field(default=None, ge=1)
-    """Take at most this many records, in file order."""
 
 
 class CaptionPairSource(CaptionSource):
@@ -69,23 +119,17 @@ class AugmentationSection(Section):
     tower's square (released code: 0.9); 1 = no random crop."""
 
 
-class ImageTextSource(CaptionSource):
+class ImageTextSource(CaptionSource, ImageSource):
     """Images with captions, beside them or inside the file.
 
     Also COCO's and Karpathy's annotations (`.json`), `.parquet` and `.arrow` with image bytes, and
     webdataset shards (`.tar`) in img2dataset's layout.
     """
 
-    image_root: str | None = None
-    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
-    follow_links: bool = False
-    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
     image_field: str = "image"
     """Column with the image path."""
     id_field: str = "id"
     """Column with the record's key, unique in the file (`.tar`: the sample's key)."""
-    index_dir: str | None = None
-    """Folder of the index that large sources get once; none = `.llm2clip-index` beside them."""
 
 
 class ZeroShotSource(ImageTextSource):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from llm2clip_vlm.recipe.base import LoraSection, RunRecipe, Section
+from llm2clip_vlm.recipe.base import ImageSource, LoraSection, RunRecipe, Section
 
 
 class VlmSection(Section):
@@ -56,24 +56,16 @@ class VlmSection(Section):
         return self
 
 
-class InstructionSource(Section):
-    """Conversations: LLaVA's JSON, `messages`, Parquet, webdataset shards, a LLaVA-NeXT mixture."""
+class InstructionSource(ImageSource):
+    """Conversations: LLaVA's JSON, `messages`, `texts`, Parquet, shards, a data set of the hub.
 
-    path: str
-    """The file or, with `*`, files, read unchanged: `.json`, `.jsonl` (also `.gz`), `.parquet`,
-    `.tar`; or a mixture `.yaml` that lists such files."""
-    image_root: str | None = None
-    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
-    follow_links: bool = False
-    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
-    limit: int | None = Field(default=None, ge=1)
-    """Take at most this many records, in file order."""
+    A `path` that ends with `.yaml` is a mixture (LLaVA-NeXT) that lists such files.
+    """
+
     sampling_strategy: str = Field(default="all", pattern=r"^(all|(first|end|random):\d+%?)$")
     """Which records: `all`, or `first`, `end` or `random` with `:N` or `:N%` (LLaVA-NeXT)."""
     weight: float = Field(default=1.0, gt=0)
     """How often each of these is seen in an epoch; 0.5 = a random half of them."""
-    index_dir: str | None = None
-    """Folder for what large files are tokenised to; none = `.llm2clip-index` beside them."""
     shuffle_images: bool = False
     """Give each record another record's image (shows what the pictures are worth)."""
 

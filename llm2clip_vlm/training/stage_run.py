@@ -19,7 +19,7 @@ from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.distributed import is_main, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.recipe.base import RunRecipe
+from llm2clip_vlm.recipe.base import DataSource, RunRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.runs.claims import (
     claim_output_dir,
@@ -202,9 +202,14 @@ class StageRun(Generic[R]):
         """
         for name, sources in self.recipe:
             for number, source in enumerate(sources if isinstance(sources, list) else ()):
-                if isinstance(path := getattr(source, "path", None), str):
-                    source_files(path)
-                    self.parents[f"{name}.{number}"] = path
+                if isinstance(source, DataSource):
+                    files = source_files(source)
+                    parts = (
+                        {"": source.path}
+                        if source.path
+                        else {f".{n}": str(file) for n, file in enumerate(files)}
+                    )
+                    self.parents |= {f"{name}.{number}{n}": path for n, path in parts.items()}
 
     @cached_property
     def checkpoint(self) -> str | None:

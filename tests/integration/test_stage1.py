@@ -29,7 +29,12 @@ from llm2clip_vlm.metrics.separability import PROTOCOL
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
-from llm2clip_vlm.training.text.text_trainer import PairCollator, TokenTable, add_adapter, alike_ids
+from llm2clip_vlm.training.text.text_trainer import (
+    PairCollator,
+    add_adapter,
+    alike_ids,
+    token_table,
+)
 from tests.tiny import WORDS, write_image
 from tests.vlm_fixtures import files_with_paths
 
@@ -453,7 +458,7 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     texts = [" ".join(WORDS[i : i + 1 + i % 7]) for i in range(64)]
     records = [CaptionRecord(str(i), {"c": texts[2 * i : 2 * i + 2]}) for i in range(32)]
     pairs = CaptionPairs([records], [CaptionPairSource(path="x")], seed=0)
-    table = TokenTable(pairs.texts, encoder.tokens)
+    table = token_table(pairs.texts, encoder.tokens)
     batch = PairCollator(table, encoder.tokens)([pairs[0, i] for i in range(32)])
     assert len(batch["groups"]) == 4
     widths = [group["input_ids"].shape[1] for group in batch["groups"]]

@@ -318,7 +318,7 @@ def test_a_large_file_keeps_the_sizes(
 ) -> None:
     path = write_photos(tmp_path)
     small = read(path, anyres[1])
-    monkeypatch.setattr("llm2clip_vlm.data.reading.table_files.TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr("llm2clip_vlm.data.reading.table.TABLE_FILE_FROM_BYTES", 0)
     for _ in range(2):  # made, then read
         large = read(path, anyres[1])
         assert large.lengths == small.lengths

@@ -26,7 +26,7 @@ from llm2clip_vlm.data.conversation.instruction import (
     InstructionDataset,
     chosen_rows,
 )
-from llm2clip_vlm.data.reading import table_files
+from llm2clip_vlm.data.reading import table as arrow
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text import token_table
 from llm2clip_vlm.data.text.token_table import read_instructions
@@ -201,7 +201,7 @@ def test_t65_a_large_source_is_tokenised_once(
 ) -> None:
     found = write_formats(tmp_path)
     small = {name: dataset(found[name], processor) for name in ("json", "parquet")}
-    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(arrow, "TABLE_FILE_FROM_BYTES", 0)
     runs: list[str] = []
     original = token_table.tokenise
     monkeypatch.setattr(token_table, "tokenise", lambda *a: runs.append(a[0].path) or original(*a))
@@ -241,7 +241,7 @@ def test_no_flipped_bit_of_a_table_is_served(
     """A damaged table is named, and made again where it is asked for."""
     found = write_formats(tmp_path)["json"]
     wanted = dataset(found, processor)
-    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(arrow, "TABLE_FILE_FROM_BYTES", 0)
     dataset(found, processor)
     (table,) = (tmp_path / ".llm2clip-index").iterdir()
     whole, chance = table.read_bytes(), random.Random(0)
@@ -252,7 +252,7 @@ def test_no_flipped_bit_of_a_table_is_served(
         table.write_bytes(flipped)
         os.utime(table, ns=(number, number))  # a clock's tick may be longer than this loop's
         with pytest.raises(ValueError, match=re.escape(str(table))):
-            token_table.TokenTable.open(table)
+            arrow.Table(table)
         if number % 50 == 0:
             assert same(dataset(found, processor), wanted)
 
@@ -430,7 +430,7 @@ def test_all_that_a_table_depends_on_gives_it_another_name(
     tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_llava(tmp_path, 4)
-    monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", 0)
+    monkeypatch.setattr(arrow, "TABLE_FILE_FROM_BYTES", 0)
 
     def tables() -> int:
         return len(list((tmp_path / ".llm2clip-index").iterdir()))
@@ -468,8 +468,8 @@ def test_a_source_of_exactly_the_limit_keeps_a_table(
         (tmp_path / name).write_bytes(bytes(size))
     files = [tmp_path / "a", tmp_path / "b"]
     for limit, large in ((50, True), (51, False)):
-        monkeypatch.setattr(table_files, "TABLE_FILE_FROM_BYTES", limit)
-        assert table_files.is_large(files) == large
+        monkeypatch.setattr(arrow, "TABLE_FILE_FROM_BYTES", limit)
+        assert arrow.is_large(files) == large
 
 
 def test_images_are_kept_up_to_the_limit(

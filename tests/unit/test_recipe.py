@@ -329,7 +329,7 @@ def test_help_shows_key_type_limit_default_and_docstring() -> None:
     lines = recipe_help(Stage2bRecipe).splitlines()
     assert "learning_rates.vision_tower: float >= 0 = 1e-05" in lines
     assert "tower_training: Literal['full', 'frozen', 'lora'] = 'full'" in lines
-    assert "train.N.path: str (required)" in lines
+    assert "train.N.path: str = ''" in lines
     assert "tower_lora.r: int >= 1 = 16" in lines
     at = lines.index("projection_dim: int >= 1 = 1280")
     assert lines[at + 1] == "    Width of the joint space. Paper v6: 1280."

@@ -28,13 +28,7 @@ from llm2clip_vlm.data.conversation.messages import decoded_preview
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, open_image
-from llm2clip_vlm.data.text.token_table import (
-    ImageRef,
-    TokenTable,
-    folder_of,
-    image_root,
-    read_table,
-)
+from llm2clip_vlm.data.text.token_table import ImageRef, TokenTable, folder_of, read_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.recipe.yaml_files import read_yaml
 
@@ -150,17 +144,17 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         for source in expand_mixtures(sources):
             if source.shuffle_images and self._visual.grids is not None:
                 raise ValueError(
-                    f"{source.path}: shuffle_images: expected images of one token count, got "
+                    f"{source.title}: shuffle_images: expected images of one token count, got "
                     "AnyRes; compose the VLM with image_aspect_ratio: pad or square"
                 )
             table = read_table(source, processor, max_length_tokens=max_length_tokens, plain=plain)
             bad.take(len(table) + len(table.refused), table.refused)
             if table.cut:
-                logger.warning("%s: %d conversations end early", source.path, table.cut)
+                logger.warning("%s: %d conversations end early", source.title, table.cut)
             if notice := control_notice(table.control):
-                logger.warning("%s: %s", source.path, notice)
+                logger.warning("%s: %s", source.title, notice)
             self._tables.append(table)
-            self._roots.append((image_root(source), source.follow_links))
+            self._roots.append((source.folder, source.follow_links))
             self._folders.append(folder_of(source))
             self._shuffled.append(_successors(table, seed) if source.shuffle_images else {})
             rows.append(end + chosen_rows(source, len(table), seed))

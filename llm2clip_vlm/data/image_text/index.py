@@ -1,23 +1,17 @@
 """Image-text records of any format, read in one pass and then by their number.
 
 A source's files are read once, through its filters. What a record consists of (its key, where the
-image lies, its captions) goes into a compact table, in memory for small sources and in a file for
-larger ones. The table is never unpickled, and shared by worker processes without a copy.
+image lies, its captions) goes into a table (:mod:`llm2clip_vlm.data.reading.table`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import mmap
-from array import array
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from io import BytesIO
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,20 +27,14 @@ from llm2clip_vlm.data.reading.records import (
     source_files,
 )
 from llm2clip_vlm.data.reading.shards import PackedImage
-from llm2clip_vlm.data.reading.table_files import (
-    file_states,
-    is_large,
-    kept_table,
-    require_unchanged,
-)
+from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
 
-VERSION = 4
+VERSION = 5
 """Of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
-_FOOTER, _HASH = 8, 32
 
 
 @dataclass(frozen=True)
@@ -104,59 +92,52 @@ class ImageTextRecord:
 
 
 class ImageTextTable:
-    """The table of one source: a line of JSON a record, and where each begins.
+    """The records of one source, each key once.
 
     Args:
-        table: A file that :func:`write_table` wrote, or the bytes of one.
+        table: Of :func:`_rows`.
         source: What it was made from.
-
-    Raises:
-        ValueError: This is no complete table, or its file has changed since it was written.
     """
 
-    def __init__(self, table: Path | bytes, source: ImageTextSource) -> None:
-        self._arguments = (table, source)
-        self._buffer: bytes | mmap.mmap
-        if isinstance(table, bytes):
-            self._buffer = table
-        else:
-            with table.open("rb") as handle:
-                self._buffer = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            require_unchanged(
-                table,
-                lambda: hashlib.sha256(memoryview(self._buffer)[:-_HASH]).digest(),
-                self._buffer[-_HASH:],
-            )
-        end = len(self._buffer) - _FOOTER - _HASH
-        length = int.from_bytes(self._buffer[end : end + _FOOTER], "little")
-        header = json.loads(self._buffer[end - length : end])
-        count, at = header["count"], header["arrays_at"]
-        self._starts = np.frombuffer(self._buffer, np.int64, count, at)
-        self.kind_bits = np.frombuffer(self._buffer, np.int64, count, at + 8 * count)
-        """Of each record: bit `i` where it has a caption of kind `i`."""
-        self.kinds: list[str] = header["kinds"]
+    def __init__(self, table: Table, source: ImageTextSource) -> None:
+        self._table, self._source = table, source
+        self._files = [Path(name) for name, *_ in table.facts["files"]]
+        self.kinds: list[str] = table.facts["kinds"]
         """All kinds of captions."""
-        self.refused: list[tuple[str, str]] = header["bad"]
+        self.refused = list(table.refused)
         """`(where, why)` of what could not be used."""
-        self.made_of: list[list[Any]] = header["files"]
-        """Name, size and date of each of the source's files."""
-        self._files = [Path(name) for name, _, _ in self.made_of]
-        self._root, self._follow = _image_root(source), source.follow_links
+        self._rows = np.arange(len(table))
+        self._rows = self._without_repeats(table.column("hash"))
+        self.kind_bits = table.column("kinds")[self._rows]
+        """Of each record: bit `i` where it has a caption of kind `i`."""
+
+    def _without_repeats(self, hashes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The rows whose key is no earlier one's; the others are refused."""
+        # Equal hashes stand together once they are sorted, the earlier row first: 8 bytes a record
+        # are held in memory, and the keys are compared only where their hashes are equal.
+        order = np.argsort(hashes, kind="stable")
+        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        repeated = []
+        for row, before in zip(order[same + 1].tolist(), order[same].tolist(), strict=True):
+            record = self[row]
+            if record.key == self[before].key:
+                repeated.append(row)
+                where = f"{record.source}:{record.place}"
+                self.refused.append((where, f"the key {record.key!r} occurs twice"))
+        return np.delete(self._rows, repeated)
 
     def __reduce__(self) -> Any:
-        return ImageTextTable, self._arguments
+        return ImageTextTable, (self._table, self._source)
 
     def __len__(self) -> int:
-        return len(self.kind_bits)
+        return len(self._rows)
 
     def __getitem__(self, row: int) -> ImageTextRecord:
-        start = int(self._starts[row])
-        line = self._buffer[start : self._buffer.find(b"\n", start)]
-        key, number, place, image, captions = json.loads(line)
-        file = self._files[number]
+        key, number, place, image, captions = self._table.record(int(self._rows[row]))
+        file, source = self._files[number], self._source
         found = image if isinstance(image, str) else PackedImage(file, *image)
         return ImageTextRecord(
-            key, found, captions, self._root, str(file), place or key, self._follow
+            key, found, captions, source.folder, str(file), place or key, source.follow_links
         )
 
 
@@ -241,102 +222,54 @@ def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTe
 def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
     if source.weight != 1.0:
         raise RecordError(
-            f"{source.path}: weight is {source.weight}: image-text sources take none, every image "
+            f"{source.title}: weight is {source.weight}: image-text sources take none, every image "
             "is seen once an epoch; leave it out, and shorten the larger source with `limit`"
         )
-    files = source_files(source.path)
-    if is_large(files):
-        settings = [VERSION, source.model_dump(exclude={"weight", "index_dir"})]
-        read = partial(ImageTextTable, source=source)
-        write = partial(_write_file, source, files)
-        table = kept_table(files, source.index_dir, ".index", settings, read, write)
-    else:
-        handle = BytesIO()
-        write_table(source, files, handle)
-        table = ImageTextTable(handle.getvalue(), source)
+    chosen = {"weight", "index_dir"}
+    table = ImageTextTable(
+        arrow_table(
+            source_files(source),
+            source.index_dir,
+            lambda: [VERSION, source.model_dump(exclude=chosen)],
+            {"hash": "int64", "kinds": "int64"},
+            partial(_rows, source),
+        ),
+        source,
+    )
     bad.take(len(table) + len(table.refused), table.refused)
     if not len(table):
-        raise RecordError(f"{source.path}: all of its {len(table.refused)} records are bad")
+        raise RecordError(f"{source.title}: all of its {len(table.refused)} records are bad")
     return table
 
 
-def _write_file(source: ImageTextSource, files: Sequence[Path], path: Path) -> None:
-    with path.open("w+b") as handle:
-        write_table(source, files, handle)
-
-
-def write_table(source: ImageTextSource, files: Sequence[Path], handle: IO[bytes]) -> None:
-    """Read a source's records and write them as a table.
-
-    Args:
-        source: The files with their filters.
-        files: What `source.path` stands for.
-        handle: Where to; also read.
-
-    Raises:
-        RecordError: A file cannot be read, or none of its records can be used.
-    """
-    states = file_states(files)
-    numbers = {file: number for number, file in enumerate(files)}
-    refused = Refused()
-    kinds: dict[str, int] = {}
-    starts, bits, keys = array("q"), array("q"), array("q")
-    position = 0
-    for group, image, captions in _records(source, refused):
+def _rows(
+    source: ImageTextSource, refused: Refused, facts: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """The table's rows: key, number of the file, place, image and captions of each record."""
+    numbers = {name: number for number, (name, *_) in enumerate(facts["files"])}
+    kinds = facts["kinds"] = list[str]()
+    for row, (group, image, captions) in enumerate(_records(source, refused)):
         name = group.name(source.id_field)
         lies = image if isinstance(image, str) else [image.start, image.size, image.column]
-        keys.append(caption_id(name) if name else ~len(keys))  # without an id none can occur twice
         key = name or f"{group.file.name}:{group.place}"
         place = "" if group.place == key else group.place
-        line = json.dumps([key, numbers[group.file], place, lies, captions], ensure_ascii=False)
-        starts.append(position)
-        position += handle.write(line.encode(errors="surrogatepass") + b"\n")
-        own = [kinds.setdefault(kind, len(kinds)) for kind in captions]
+        kinds += [kind for kind in captions if kind not in kinds]
         if len(kinds) > _MAX_KINDS:
             raise RecordError(
-                f"{source.path}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)})"
+                f"{source.title}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)})"
             )
-        bits.append(sum(1 << number for number in own))
-
-    def record(row: int) -> list[Any]:
-        handle.seek(starts[row])
-        return list(json.loads(handle.readline()))
-
-    # 24 bytes a record are held in memory, and no key
-    order = np.argsort(np.frombuffer(keys, np.int64), kind="stable")
-    ordered = np.frombuffer(keys, np.int64)[order]
-    kept = np.ones(len(keys), dtype=bool)
-    for at in np.flatnonzero(ordered[1:] == ordered[:-1]).tolist():
-        (before, *_), (key, number, place, *_) = record(order[at]), record(order[at + 1])
-        if before == key:
-            kept[order[at + 1]] = False
-            refused.add(f"{files[number]}:{place or key}", f"the key {key!r} occurs twice")
-    handle.seek(position)
-    padding = -position % 8
-    handle.write(bytes(padding))
-    for column in (starts, bits):
-        handle.write(np.frombuffer(column, np.int64)[kept].tobytes())
-    header = {
-        "files": states,
-        "count": int(kept.sum()),
-        "arrays_at": position + padding,
-        "kinds": list(kinds),
-        "bad": refused.rows,
-    }
-    footer = json.dumps(header).encode()
-    handle.write(footer + len(footer).to_bytes(_FOOTER, "little"))
-    handle.seek(0)
-    digest = hashlib.sha256()
-    while part := handle.read(2**20):
-        digest.update(part)
-    handle.write(digest.digest())
+        yield {
+            "record": [key, numbers[str(group.file)], place, lies, captions],
+            "hash": caption_id(name) if name else ~row,  # without an id none can occur twice
+            "kinds": sum(1 << kinds.index(kind) for kind in captions),
+        }
 
 
 def _records(
     source: ImageTextSource, refused: Refused
 ) -> Iterator[tuple[RowGroup, str | PackedImage, dict[str, list[str]]]]:
     """Rows, image and captions of each record that can be used."""
-    root = _image_root(source)
+    root = source.folder
     for group in iter_records(source, refused, columns=[source.image_field]):
         image = get_column(group.rows[0], source.image_field)
         try:
@@ -352,7 +285,3 @@ def _records(
             refused.add(group.where, str(error))
             continue
         yield group, image, captions
-
-
-def _image_root(source: ImageTextSource) -> Path:
-    return Path(source.image_root) if source.image_root else Path(source.path).parent

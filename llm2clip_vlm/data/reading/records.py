@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refusals, Refused
+from llm2clip_vlm.data.reading.hub import dataset_files
 from llm2clip_vlm.data.reading.shards import PackedImage, table_rows, tar_rows
 from llm2clip_vlm.data.text.text_rows import UNDECODED, text_rows
-from llm2clip_vlm.recipe.base import CaptionSource
+from llm2clip_vlm.recipe.base import CaptionSource, DataSource
 
 Row = dict[str, Any]
 
@@ -73,9 +74,32 @@ def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
     Raises:
         RecordError: The file is missing, of another kind, damaged, or holds something else.
     """
-    for file in source_files(path):
-        for _, row in _located(file, BadRecords() if bad is None else bad):
-            yield row
+    for _, _, row in source_rows(DataSource(path=str(path)), BadRecords() if bad is None else bad):
+        yield row
+
+
+def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[Path, int | str, Row]]:
+    """Reads a source row by row, its columns called as the source says.
+
+    Args:
+        source: Files, or a data set of the hub.
+        bad: As in :func:`iter_rows`.
+
+    Yields:
+        File, line (JSONL), key (tar) or position (others, counted from 1), and the row.
+
+    Raises:
+        RecordError: As :func:`iter_rows`.
+    """
+    named = source.columns
+    names = named if isinstance(named, dict) else {name: name for name in named}
+    for file in source_files(source):
+        for place, row in _located(file, bad, list(names.values())):
+            yield (
+                file,
+                place,
+                {n: row[of] for n, of in names.items() if of in row} if names else row,
+            )
 
 
 def get_column(row: Mapping[str, Any], name: str) -> Any:
@@ -116,7 +140,7 @@ def iter_records(
             rows (a typing error would otherwise let test data through), or no row is left, and
             none was refused.
     """
-    path = source.path
+    path = source.title
     named = {*source.where, *source.drop_where, *source.fields, *columns}
     unseen = named | ({source.group_by} if source.group_by else set())
     filters = _Filters(source)
@@ -255,8 +279,7 @@ def _kept(
     filters: _Filters,
 ) -> Iterator[RowGroup]:
     """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
-    located = ((file, *row) for file in source_files(source.path) for row in _located(file, bad))
-    for file, place, row in located:
+    for file, place, row in source_rows(source, bad):
         known.update(dict.fromkeys(row))
         if unseen:
             unseen -= {c for c in unseen if c in row or get_column(row, c) is not None}
@@ -285,18 +308,22 @@ def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> It
     yield from groups.values()
 
 
-def source_files(path: str | Path) -> list[Path]:
-    """The files that a source's path means.
+def source_files(source: DataSource) -> list[Path]:
+    """The files that a source means.
 
     Args:
-        path: One file, or a pattern with `*`, `?` or `[...]`.
+        source: Its `path` is one file, or a pattern with `*`, `?` or `[...]`.
 
     Returns:
-        The files, sorted. A pattern leaves out `*_text_embeddings.tar`, which lie beside shards.
+        The files, sorted; those of a `dataset` in its own order. A pattern leaves out
+        `*_text_embeddings.tar`, which lie beside shards.
 
     Raises:
         RecordError: No file, or one of a kind that is not read.
     """
+    if source.dataset:
+        return dataset_files(source)
+    path = source.path
     files = [Path(path)]
     if glob.has_magic(str(path)) and not files[0].is_file():
         found = sorted(glob.glob(str(path)))
@@ -311,12 +338,14 @@ def source_files(path: str | Path) -> list[Path]:
     return files
 
 
-def _located(path: Path, bad: Refusals) -> Iterator[tuple[int | str, Row]]:
+def _located(
+    path: Path, bad: Refusals, columns: Sequence[str] = ()
+) -> Iterator[tuple[int | str, Row]]:
     """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
     name = path.name
     try:
         if name.endswith((".parquet", ".arrow")):
-            yield from table_rows(path, bad)
+            yield from table_rows(path, bad, columns)
             return
         if name.endswith(".tar"):
             yield from tar_rows(path, bad)

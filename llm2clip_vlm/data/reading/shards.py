@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -224,19 +224,22 @@ def missing_end(handle: IO[bytes], offset: int) -> str:
     return f"{'a damaged header' if block else 'no end marker'} at byte {offset}"
 
 
-def table_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, dict[str, Any]]]:
+def table_rows(
+    path: Path, bad: Refusals, columns: Sequence[str] = ()
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet or Arrow file; columns of bytes become :class:`PackedImage`.
 
     Args:
         path: `.parquet`, or `.arrow` as `datasets` saves it. An image column is binary, or a
             struct with the field `bytes` (Hugging Face's image feature).
         bad: Takes rows whose text is not UTF-8.
+        columns: Columns to read; none = all.
 
     Yields:
         Position, counted from 1, and one mapping a row.
 
     Raises:
-        RecordError: The file is damaged.
+        RecordError: The file is damaged, or has no such column.
     """
     import pyarrow
     from pyarrow import parquet
@@ -245,13 +248,12 @@ def table_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, dict[str, Any]]
     try:
         if path.suffix == ".arrow":
             for group, batch in enumerate(_arrow_batches(str(path))):
-                packed = _packed_columns(batch.schema)
-                yield from _rows(path, group, batch.drop_columns(packed), packed, bad, first)
+                packed, plain = _columns(path, batch.schema, columns)
+                yield from _rows(path, group, batch.select(plain), packed, bad, first)
                 first += batch.num_rows
             return
         with parquet.ParquetFile(path) as table:
-            packed = _packed_columns(table.schema_arrow)
-            plain = [name for name in table.schema_arrow.names if name not in packed]
+            packed, plain = _columns(path, table.schema_arrow, columns)
             count, size = table.metadata.num_rows, path.stat().st_size
             if count > max(_MAX_ROWS_A_BYTE * size, 2**20):
                 raise OSError(f"{path}: {count} rows in {size} bytes")
@@ -305,7 +307,8 @@ def _rows(
         yield first + number, own | images
 
 
-def _packed_columns(schema: Any) -> list[str]:
+def _columns(path: Path, schema: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Names of the wanted columns: those that hold bytes, and the others."""
     from pyarrow import types
 
     def is_packed(kind: Any) -> bool:
@@ -315,7 +318,13 @@ def _packed_columns(schema: Any) -> list[str]:
             return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
         return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
-    return [column.name for column in schema if is_packed(column.type)]
+    if missing := {*wanted} - {*schema.names}:
+        raise RecordError(
+            f"{path}: no column {sorted(missing)[0]!r}; the columns are {', '.join(schema.names)}"
+        )
+    named = [column for column in schema if not wanted or column.name in wanted]
+    packed = [column.name for column in named if is_packed(column.type)]
+    return packed, [column.name for column in named if column.name not in packed]
 
 
 @lru_cache(maxsize=_ROW_GROUPS_KEPT)

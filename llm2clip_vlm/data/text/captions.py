@@ -68,8 +68,8 @@ def read_captions(
         records.append(record)
     bad.take(len(records) + len(refused.rows), refused.rows)
     if not records:
-        raise RecordError(f"{source.path}: all of its {len(refused.rows)} records are bad")
-    logger.info("read %d records from %s", len(records), source.path)
+        raise RecordError(f"{source.title}: all of its {len(refused.rows)} records are bad")
+    logger.info("read %d records from %s", len(records), source.title)
     return records
 
 

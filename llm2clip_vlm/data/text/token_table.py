@@ -1,26 +1,20 @@
 """Conversations of one source, tokenised once, in columns.
 
 A source's files are read once. What training needs of a conversation (token ids, which of them are
-trained, where its images lie) goes into flat columns: in memory for small sources, in a file that
-all processes map into memory for larger ones. Nothing is unpickled.
+trained, where its images lie) goes into a table (:mod:`llm2clip_vlm.data.reading.table`).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 from torch import Tensor
 
 from llm2clip_vlm.chat.labels import texts_of
@@ -36,24 +30,27 @@ from llm2clip_vlm.data.conversation.messages import (
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import Refusals, Refused
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
-from llm2clip_vlm.data.reading.records import iter_rows, source_files
+from llm2clip_vlm.data.reading.records import source_files, source_rows
 from llm2clip_vlm.data.reading.shards import PackedImage
-from llm2clip_vlm.data.reading.table_files import (
-    file_states,
-    is_large,
-    kept_table,
-    require_unchanged,
-)
+from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 5
+VERSION = 6
 """Of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
-Column = npt.NDArray[Any]
+COLUMNS: dict[str, Any] = {
+    "ids": ["int32"],
+    "trained": ["bool"],
+    "sizes": ["int32"],
+    "length": "int64",
+    "images": "int64",
+}
+"""Of the table, beside key and places of the images: tokens, which of them are trained, height and
+width of each image where they matter; length with visual tokens, and what the tower sees."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +65,9 @@ class InstructionRecord:
     """Normalised by :func:`~llm2clip_vlm.data.conversation.messages.to_messages`."""
 
 
-def image_root(source: InstructionSource) -> Path:
-    """Folder that a source's image names are relative to."""
-    return Path(source.image_root) if source.image_root else Path(source.path).parent
-
-
 def folder_of(source: InstructionSource) -> str:
     """What stands before a record's key where files of equal names are told apart."""
-    return source.path.removesuffix(Path(source.path).name)
+    return source.title.removesuffix(Path(source.title).name)
 
 
 def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[InstructionRecord]:
@@ -90,13 +82,13 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
     Raises:
         RecordError: The file cannot be read.
     """
-    path, root = Path(source.path), image_root(source)
+    title, root = Path(source.title).name, source.folder
     known: set[str] = set()
     named: set[str] = set()
-    for number, row in enumerate(iter_rows(path, bad), start=1):
+    for number, (_, _, row) in enumerate(source_rows(source, bad), start=1):
         if source.limit is not None and number > source.limit:
             break
-        where = f"{path.name}:{row.get('id', number)}"
+        where = f"{title}:{row.get('id', number)}"
         if where in named:  # ids repeat in LLaVA's files: each record counts once, not each id
             where += f":{number}"
         named.add(where)
@@ -117,8 +109,8 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
 
 
 def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
-    turns = row.get("conversations") or row.get("messages")
-    asked = None if turns else row.get("texts")
+    turns = _listed(row.get("conversations") or row.get("messages"))
+    asked = None if turns else _listed(row.get("texts"))
     if asked:  # The Cauldron's pairs; the row's pictures stand before the first
         turns = [{"role": who, "content": pair[who]} for pair in asked for who in _PAIR]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -146,6 +138,13 @@ def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     return InstructionRecord(where, tuple(images), tuple(messages))
 
 
+def _listed(turns: Any) -> Any:
+    """Turns as `[{...}, ...]`; `datasets` stores its `Sequence` of mappings column by column."""
+    if not isinstance(turns, dict):
+        return turns
+    return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
+
+
 def _inline_images(turns: Sequence[Mapping[str, Any]]) -> list[Any]:
     """Images named in the parts themselves, `{"type": "image", "image": name}`."""
     contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
@@ -162,76 +161,45 @@ class TokenTable:
     """Tokenised conversations of one source.
 
     Args:
-        columns: As :func:`tokenise` makes them.
-        facts: What was found while they were made: `refused`, `cut`, `control`, `files`.
-        path: Its file; none = there is none.
+        table: Of :func:`tokenise`.
     """
 
-    def __init__(
-        self, columns: dict[str, Column], facts: dict[str, Any], path: Path | None = None
-    ) -> None:
-        self._columns, self._facts, self._path = columns, facts, path
-        self.made_of: list[list[Any]] = facts["files"]
-        """Name, size and date of each of the source's files."""
-        self.refused = [(str(where), str(why)) for where, why in facts["refused"]]
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        self._files = [Path(name) for name, *_ in table.facts["files"]]
+        self.refused = table.refused
         """`(where, why)` of what could not be used."""
-        self.control: Counter[str] = Counter(facts["control"])
+        self.control: Counter[str] = Counter(table.facts["control"])
         """Names of control tokens that stood in texts, and how often; they were read as text."""
-        self.cut = int(facts["cut"])
+        self.cut = int(table.facts["cut"])
         """Conversations that lost turns at their end."""
-        self.lengths = columns["lengths"]
+        self.lengths = table.column("length")
         """Tokens of each, visual ones included."""
-        self.image_counts = columns["images"]
+        self.image_counts = table.column("images")
         """What the tower sees of each: its images, with AnyRes their crops."""
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self._table)
+
+    def __reduce__(self) -> Any:
+        return TokenTable, (self._table,)
 
     def tokens(self, row: int) -> tuple[Tensor, Tensor]:
         """Ids, int64 `[t]`, each `<image>` one token, and which are trained, bool `[t]`."""
-        start, end = self._columns["starts"][row : row + 2]
-        ids, trained = (self._columns[name][start:end] for name in ("ids", "trained"))
-        return torch.from_numpy(ids).long(), torch.from_numpy(trained).bool()
+        ids, trained = self._table.items("ids", row), self._table.items("trained", row)
+        return torch.from_numpy(ids.astype(np.int64)), torch.from_numpy(trained.astype(bool))
 
     def image_sizes(self, row: int) -> Tensor:
         """Height and width of a record's images, int64 `[n, 2]`; empty where they do not matter."""
-        start, end = self._columns["size_starts"][row : row + 2]
-        return torch.from_numpy(self._columns["sizes"][start:end]).view(-1, 2).long()
+        return torch.from_numpy(self._table.items("sizes", row).astype(np.int64)).view(-1, 2)
 
     def place(self, row: int) -> tuple[str, list[ImageRef]]:
         """A record's key and its images."""
-        start, end = self._columns["text_starts"][row : row + 2]
-        key, images = json.loads(self._columns["text"][start:end].tobytes())
+        key, images = self._table.record(row)
         return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
 
     def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
-        path = Path(self.made_of[file][0])
-        return PackedImage(path, start, size, column, item and tuple(item))
-
-    @classmethod
-    def open(cls, path: Path) -> Self:
-        """Maps a table's file into memory.
-
-        Raises:
-            ValueError: It is damaged.
-        """
-        try:
-            with safe_open(path, "pt") as opened:  # which maps, where "np" copies
-                names = list(opened.keys())
-                columns = {name: opened.get_tensor(name).numpy() for name in names}
-                facts, stated = (opened.metadata()[key] for key in ("facts", "sha256"))
-                require_unchanged(path, lambda: _table_hash(columns, facts), stated)
-                return cls(columns, json.loads(facts), path)
-        except (SafetensorError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error!r}); delete it: it is made again"
-            ) from error
-
-    def __reduce__(self) -> Any:
-        """For workers that are spawned: they map the file, too."""
-        if self._path is not None:
-            return TokenTable.open, (self._path,)
-        return TokenTable, (self._columns, self._facts)
+        return PackedImage(self._files[file], start, size, column, item and tuple(item))
 
 
 def read_table(
@@ -248,37 +216,30 @@ def read_table(
     Raises:
         RecordError: A file cannot be read, or the table cannot be written.
     """
-    files = source_files(source.path)
-    if not is_large(files):
-        return TokenTable(*tokenise(source, processor, max_length_tokens, plain))
 
-    def write(path: Path) -> None:
-        columns, facts = tokenise(source, processor, max_length_tokens, plain)
-        text = json.dumps(facts)
-        save_file(columns, path, {"facts": text, "sha256": _table_hash(columns, text)})
+    def settings() -> list[Any]:
+        chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
+        tokenizer = processor.tokenizer
+        return [
+            VERSION,
+            source.model_dump(exclude=chosen),
+            [max_length_tokens, plain, VisualTokens(processor).settings, processor.chat_template],
+            [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
+        ]
 
-    tokenizer = processor.tokenizer
-    chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
-    settings = [
-        VERSION,
-        source.model_dump(exclude=chosen),
-        [max_length_tokens, plain, VisualTokens(processor).settings, processor.chat_template],
-        [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
-    ]
-    return kept_table(files, source.index_dir, ".safetensors", settings, TokenTable.open, write)
-
-
-def _table_hash(columns: Mapping[str, Column], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
-    for name, column in sorted(columns.items()):
-        digest.update(f"\0{name} {column.dtype} {column.shape}\0".encode())
-        digest.update(np.ascontiguousarray(column).data)
-    return digest.hexdigest()
+    rows = partial(tokenise, source, processor, max_length_tokens, plain)
+    files = source_files(source)
+    return TokenTable(arrow_table(files, source.index_dir, settings, COLUMNS, rows))
 
 
 def tokenise(
-    source: InstructionSource, processor: Any, max_length_tokens: int, plain: bool
-) -> tuple[dict[str, Column], dict[str, Any]]:
+    source: InstructionSource,
+    processor: Any,
+    max_length_tokens: int,
+    plain: bool,
+    refused: Refused,
+    facts: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
     """Reads and tokenises a source.
 
     Args:
@@ -287,23 +248,19 @@ def tokenise(
         max_length_tokens: Text and visual tokens; a longer conversation ends with the last answer
             that fits, one whose first answer does not is refused.
         plain: LLaVA's `plain` style: image and first answer only.
+        refused: Takes what cannot be used.
+        facts: Gets `cut` and `control`, see :class:`TokenTable`.
 
-    Returns:
-        The columns of a `TokenTable`: `ids` int32 and `trained` uint8 `[tokens]`, `starts`,
-        `lengths`, `images` int64, `text` uint8 and `text_starts`, `sizes` int32 and `size_starts`;
-        and its facts.
+    Yields:
+        The table's rows: key and places of the images, and :data:`COLUMNS`.
     """
-    bad = Refused()
-    files = file_states(source_files(source.path))
-    numbers = {name: number for number, (name, *_) in enumerate(files)}
+    numbers = {name: number for number, (name, *_) in enumerate(facts["files"])}
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    visual, root = VisualTokens(processor), image_root(source)
-    ids, sizes, trained, text, cut = array("i"), array("i"), array("B"), array("B"), 0
-    starts, text_starts, size_starts = array("q", [0]), array("q", [0]), array("q", [0])
-    lengths, counts = array("q"), array("q")
+    visual, root = VisualTokens(processor), source.folder
     known = text_tokens(processor.tokenizer, "" if plain else template_of(processor))
-    control: Counter[str] = Counter()
-    for record in read_instructions(source, bad):
+    control = facts["control"] = Counter[str]()
+    facts["cut"] = 0
+    for record in read_instructions(source, refused):
         try:
             own, labels = _label(record, processor, plain)
             shapes = [
@@ -314,33 +271,25 @@ def tokenise(
             tokens = [count for count, _ in seen]
             kept = _fitting(own, labels, image_id, tokens, max_length_tokens)
         except (ConversationError, ImageError) as error:
-            bad.add(f"{folder_of(source)}{record.key}", str(error))
+            refused.add(f"{folder_of(source)}{record.key}", str(error))
             continue
-        cut += kept < len(own)
+        facts["cut"] += kept < len(own)
         control.update(known.count(texts_of(record.messages)))
-        own, labels = own[:kept], labels[:kept]
-        images = own.count(image_id)
-        ids.extend(own)
-        trained.extend(target != IGNORE_INDEX for target in labels)
+        images = own[:kept].count(image_id)
         places = [
             image
             if isinstance(image, str)
             else [numbers[str(image.path)], image.start, image.size, image.column, image.item]
             for image in record.images[:images]
         ]
-        text.frombytes(json.dumps([record.key, places]).encode())
-        starts.append(len(ids))
-        text_starts.append(len(text))
-        if visual.grids:
-            sizes.extend(side for shape in shapes[:images] for side in shape)
-        size_starts.append(len(sizes))
-        lengths.append(kept + sum(tokens[:images]) - images)
-        counts.append(sum(crops for _, crops in seen[:images]))
-    columns = {"ids": ids, "trained": trained, "starts": starts, "lengths": lengths}
-    columns |= {"images": counts, "sizes": sizes, "size_starts": size_starts}
-    columns |= {"text": text, "text_starts": text_starts}
-    facts = {"refused": bad.rows, "cut": cut, "control": control, "files": files}
-    return {name: np.asarray(column) for name, column in columns.items()}, facts
+        yield {
+            "record": [record.key, places],
+            "ids": own[:kept],
+            "trained": [target != IGNORE_INDEX for target in labels[:kept]],
+            "sizes": [side for shape in shapes[:images] for side in shape] if visual.grids else [],
+            "length": kept + sum(tokens[:images]) - images,
+            "images": sum(crops for _, crops in seen[:images]),
+        }
 
 
 def _size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:

@@ -167,8 +167,8 @@ def _spans(total: int) -> Iterator[range]:
 def _named(sources: Sequence[Any]) -> Iterator[tuple[str, Any]]:
     """Sources with the prefix of their results: none for a single one, else their file's stem."""
     for number, source in enumerate(sources):
-        stem = Path(source.path).stem
-        again = stem in [Path(other.path).stem for other in sources[:number]]
+        stem = Path(source.title).stem
+        again = stem in [Path(other.title).stem for other in sources[:number]]
         yield "" if len(sources) == 1 else f"{stem}{f'-{number}' if again else ''}/", source
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.chat.text_tokens import control_notice
+from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, EpochSampler
 from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
 from llm2clip_vlm.losses.contrastive import NO_CANDIDATE, caption_contrastive_loss
@@ -37,27 +38,20 @@ _ROWS_PER_GROUP = 16
 _BLOCK = 16384
 
 
-class TokenTable:
-    """Token ids of many texts, made once and kept in two arrays.
+def token_table(texts: Sequence[str], tokenizer: CaptionTokenizer) -> Table:
+    """Token ids of many texts, made once: the column `ids`.
 
     Args:
         texts: In the order by which rows are asked for.
         tokenizer: Of the text encoder.
     """
 
-    def __init__(self, texts: Sequence[str], tokenizer: CaptionTokenizer) -> None:
-        flat: list[npt.NDArray[np.int32]] = []
-        lengths: list[int] = []
+    def rows(*_: Any) -> Iterator[dict[str, Any]]:
         for start in range(0, len(texts), _BLOCK):
-            tokens = tokenizer(texts[start : start + _BLOCK])
-            lengths.extend(map(len, tokens))
-            flat.append(np.fromiter((i for ids in tokens for i in ids), dtype=np.int32))
-        self._flat = np.concatenate(flat)
-        self._starts = np.cumsum([0, *lengths])
+            for ids in tokenizer(texts[start : start + _BLOCK]):
+                yield {"record": None, "ids": ids}
 
-    def __getitem__(self, row: int) -> npt.NDArray[np.int32]:
-        """Token ids of a text."""
-        return self._flat[self._starts[row] : self._starts[row + 1]]
+    return arrow_table([], None, list, {"ids": ["int32"]}, rows)
 
 
 class PairCollator:
@@ -73,7 +67,7 @@ class PairCollator:
 
     def __init__(
         self,
-        table: TokenTable,
+        table: Table,
         tokens: CaptionTokenizer,
         prompts: Sequence[str] = ("",),
         micro_batch_tokens: int | None = None,
@@ -96,7 +90,7 @@ class PairCollator:
         prompts = [self.prompts[pair.prompt] for pair in pairs]
         prompts += [[] for _ in range(len(pairs) + len(negatives))]
         texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs] + negatives
-        rows: list[Any] = [self.table[text] for text in texts]
+        rows: list[Any] = [self.table.items("ids", text) for text in texts]
         rows = [
             self.tokens.add_prompt(ids, prompt) if prompt else ids
             for ids, prompt in zip(rows, prompts, strict=True)
@@ -255,7 +249,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         self.micro_batch_tokens = micro_batch_tokens
         tokens = encoder.tokens
         cut = tokens.num_truncated
-        table = TokenTable(train_dataset.texts, tokens)
+        table = token_table(train_dataset.texts, tokens)
         self.lengths = tokens.lengths(cut)
         """A line about the training captions."""
         if notice := control_notice(tokens.control):

@@ -1,0 +1,214 @@
+"""One Arrow table for the records of a source: in memory, or in a file that all processes map.
+
+A table is a stream of record batches, opened by `datasets`, and 32 bytes behind its end: the
+SHA-256 of all before them. Its rows are the usable records, then what was refused, then one with
+the facts (which files it was made of). `record` holds JSON, because names of files need not be
+UTF-8 and an Arrow string must be; token ids, lengths and the like have columns of their own.
+`Dataset.from_generator` would write the same batches, but in parts of 500 MB below a folder of its
+own, beside its locks; here a table is one file that appears whole, with its hash.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
+from llm2clip_vlm.data.text.text_rows import UNDECODED
+from llm2clip_vlm.files import written_whole
+
+logger = logging.getLogger(__name__)
+
+TABLE_FILE_FROM_BYTES = 64 * 2**20
+"""Sources of this size or more keep their table in a file; smaller ones are read at each start."""
+
+Rows = Callable[[Refused, dict[str, Any]], Iterator[dict[str, Any]]]
+"""Gives the usable records, and tells what it refused and what else is worth keeping."""
+
+_BATCH = 500
+_HASH_BYTES = 32
+_READ: set[tuple[str, int, int, int]] = set()  # found to be as written, by this process
+
+
+class Table:
+    """The records of one source.
+
+    Args:
+        source: A file that :func:`arrow_table` wrote, or a buffer of the same.
+
+    Raises:
+        ValueError: The file is damaged, or has changed since it was written.
+    """
+
+    def __init__(self, source: Any) -> None:
+        from datasets import Dataset
+
+        self._source = source
+        if isinstance(source, Path):
+            _require_whole(source)
+            self._table = Dataset.from_file(str(source)).data
+        else:
+            self._table = Dataset.from_buffer(source).data
+        self._chunks = {name: self._table.column(name).chunks for name in self._table.column_names}
+        end = self._table.num_rows - 1
+        self.facts: dict[str, Any] = self.record(end)
+        """What was found while it was made; `files` has name, size and date of each."""
+        self._length: int = self.facts["rows"]
+        self.refused = [(where, why) for where, why in map(self.record, range(len(self), end))]
+        """`(where, why)` of what could not be used."""
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __reduce__(self) -> Any:
+        """For workers that are spawned: they map the file, too."""
+        return Table, (self._source,)
+
+    def record(self, row: int) -> Any:
+        """What was kept of a record."""
+        return json.loads(self._cell("record", row).as_py())
+
+    def items(self, name: str, row: int) -> npt.NDArray[Any]:
+        """A record's list in a column of lists; not to be written to."""
+        return np.asarray(self._cell(name, row).values.to_numpy(zero_copy_only=False))
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """A column of numbers."""
+        return np.asarray(self._table.column(name).slice(0, len(self)).to_numpy())
+
+    def _cell(self, name: str, row: int) -> Any:
+        # All batches but the last have as many rows: no search, where `Dataset[i]` takes 75 us.
+        return self._chunks[name][row // _BATCH][row % _BATCH]
+
+
+def _require_whole(path: Path) -> None:
+    """Compare a file with the hash at its end, once in each process."""
+    stat = path.stat()
+    read = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if read in _READ:
+        return
+    content = np.memmap(path, np.uint8, "r") if stat.st_size > _HASH_BYTES else np.empty(0)
+    if hashlib.sha256(content[:-_HASH_BYTES].data).digest() != content[-_HASH_BYTES:].tobytes():
+        raise ValueError(f"{path} has changed since it was written; delete it: it is made again")
+    _READ.add(read)
+
+
+def arrow_table(
+    files: Sequence[Path],
+    index_dir: str | None,
+    settings: Callable[[], Any],
+    features: Mapping[str, Any],
+    rows: Rows,
+) -> Table:
+    """Reads the records of a source, or opens the file where they were read before.
+
+    One process at a time reads a large source; the others wait and map what it wrote.
+
+    Args:
+        files: Of the source.
+        index_dir: Folder of tables; none = `.llm2clip-index` beside the files.
+        settings: Gives what the table depends on beside the files; each has a file of its own.
+        features: Columns beside `record`: name to the type of a number, or a list of one type for a
+            column of lists (`{"length": "int64", "ids": ["int32"]}`).
+        rows: Yields the usable records: `record`, what JSON can hold, and these columns.
+
+    Raises:
+        RecordError: As `rows`, or the table cannot be written.
+    """
+    if not is_large(files):
+        import pyarrow
+
+        sink = pyarrow.BufferOutputStream()
+        _write(sink, features, files, rows)
+        return Table(sink.getvalue())
+    digest = hashlib.sha256(json.dumps(settings(), sort_keys=True, default=str).encode())
+    folder = Path(index_dir) if index_dir else files[0].parent / ".llm2clip-index"
+    path = folder / f"{files[0].stem}-{digest.hexdigest()[:16]}.arrow"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _alone(folder):
+            if path.is_file():
+                try:
+                    table = Table(path)
+                    if table.facts["files"] == file_states(files):
+                        return table
+                    logger.info("%s: the data have changed; it is made again", path)
+                except ValueError:
+                    logger.warning("%s is damaged; it is made again", path)
+            with written_whole(path) as partial:
+                with partial.open("wb") as handle:
+                    _write(handle, features, files, rows)
+                end = hashlib.sha256(np.memmap(partial, np.uint8, "r").data).digest()
+                with partial.open("ab") as handle:
+                    handle.write(end)
+    except OSError as error:
+        raise RecordError(
+            f"the table of {files[0]} cannot be written to {folder} ({error}); set `index_dir` to "
+            "a folder that can be"
+        ) from error
+    logger.info("made %s", path)
+    return Table(path)
+
+
+def _write(sink: Any, features: Mapping[str, Any], files: Sequence[Path], rows: Rows) -> None:
+    import pyarrow
+    from datasets import Features, List, Value
+
+    kinds = {
+        name: List(Value(kind[0])) if isinstance(kind, list) else Value(kind)
+        for name, kind in features.items()
+    }
+    schema = Features({"record": Value("string"), **kinds}).arrow_schema
+    refused = Refused()
+    facts: dict[str, Any] = {"files": file_states(files), "rows": 0}
+
+    def whole() -> Iterator[dict[str, Any]]:
+        for row in rows(refused, facts):
+            facts["rows"] += 1
+            yield row
+        for pair in refused.rows:
+            yield {"record": pair}
+        yield {"record": facts}
+
+    left = whole()
+    with pyarrow.ipc.new_stream(sink, schema) as writer:
+        while part := [row | {"record": _json(row["record"])} for row in islice(left, _BATCH)]:
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(part, schema))
+
+
+def _json(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return json.dumps(value) if UNDECODED.search(text) else text
+
+
+def file_states(files: Sequence[Path]) -> list[list[Any]]:
+    """Name, size and date of each file."""
+    return [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files]
+
+
+def is_large(files: Sequence[Path]) -> bool:
+    """Whether a table of these files is worth a file of its own."""
+    return bool(files) and sum(file.stat().st_size for file in files) >= TABLE_FILE_FROM_BYTES
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One process of this machine after another; where nothing can be locked, each for itself."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # some network file systems lock no folders
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
