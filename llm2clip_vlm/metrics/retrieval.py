@@ -260,6 +260,10 @@ def _count_rivals(
 
     The scores are computed once, some rows at a time, and compared with two bounds a query: a tie
     lies between them. `pairs` is in the order of its first row.
+
+    A query with the scores `[0.9, 0.7, 0.9, 0.8]` whose positives are items 0 and 3 has the best
+    positive 0.9. Above 0.9 + slack is nothing; above 0.9 - slack are items 0 and 2, of which item 0
+    is a positive: no rival above, one tie. Its rank is 1, so R@1 misses it and R@5 does not.
     """
     rows, columns = (torch.from_numpy(side) for side in pairs)
     own = torch.cat(

@@ -177,6 +177,7 @@ def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float
     values = values[values != 0]
     observed = abs(values.sum()) - 1e-9 * np.abs(values).sum()
     if len(values) <= EXACT_FLIPS:
+        # All sums of +-a +-b ...: [0] -> [a, -a] -> [a + b, -a + b, a - b, -a - b] -> ...
         sums = np.zeros(1)
         for value in values:
             sums = np.concatenate([sums + value, sums - value])
@@ -184,7 +185,7 @@ def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float
     if (values == np.round(values)).all():
         reach = int(np.abs(values).sum())
         share = np.zeros(2 * reach + 1)
-        share[reach] = 1.0
+        share[reach] = 1.0  # share[reach + s]: of the sign patterns so far, those of the sum s
         for value in np.abs(values).astype(int):
             # No sum is beyond the reach, so nothing wraps around.
             share = (np.roll(share, value) + np.roll(share, -value)) / 2
@@ -301,6 +302,7 @@ def jackknife_error(
     used = [k for k in range(len(without[0])) if any(row[k] is not None for row in without)]
     if len(used) < 2:
         return None, len(used)
+    # A metric without pictures in a group is, without that group, what it is with all of them.
     values = [
         [(row[k], all_of) for k in used]
         for row, all_of in zip(without, whole or [0.0], strict=True)
