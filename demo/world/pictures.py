@@ -1,4 +1,4 @@
-"""Pictures of the embedded world."""
+"""Pictures of the drawn world."""
 
 from __future__ import annotations
 

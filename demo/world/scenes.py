@@ -1,4 +1,4 @@
-"""The embedded world: procedural scenes, their captions and questions.
+"""The drawn world: procedural scenes, their captions and questions.
 
 Pictures: `world_render`; files: `world_files`; text for the base language model: `world_text`.
 

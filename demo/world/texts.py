@@ -1,4 +1,4 @@
-"""The embedded world in text alone: what its base language model reads before any stage.
+"""The drawn world in text alone: what its base language model reads before any stage.
 
 A language model of a million parameters that starts on whole captions stays on the plateau of
 guessing from marginals. It leaves it when it first learns to bind, from bare lists, and then meets

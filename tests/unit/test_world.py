@@ -1,4 +1,4 @@
-"""The embedded world: what the experiment stands on must hold for every seed."""
+"""The drawn world: what the experiment stands on must hold for every seed."""
 
 from __future__ import annotations
 
