@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from llm2clip_vlm.chat.text_tokens import text_ids, text_tokens
+from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import (
     load_complete,
     read_config,
@@ -77,6 +78,7 @@ def load_clip(
     if isinstance(clip, Mapping):
         model = CLIPModel(_config_for(clip, text_tokenizer))
     else:
+        register()  # a tower's `model_type` may be known to us, or to another package, alone
         dual = read_config(clip).model_type == VisionTextDualEncoderConfig.model_type
         model_class = VisionTextDualEncoderModel if dual else CLIPModel
         model = load_complete(model_class, clip, dtype=torch.float32)
