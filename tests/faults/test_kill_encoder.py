@@ -117,7 +117,12 @@ def reference(
 
 @pytest.mark.parametrize("share", MOMENTS)
 @pytest.mark.parametrize(
-    "stage", ["stage1_text_encoder", "stage2a_cache_text", "stage2b_vision_encoder"]
+    "stage",
+    [
+        pytest.param("stage1_text_encoder", marks=pytest.mark.slow),
+        pytest.param("stage2a_cache_text", marks=pytest.mark.slow),
+        "stage2b_vision_encoder",
+    ],
 )
 def test_a_killed_stage_ends_with_the_same_bytes(
     reference: Callable[[str], Reference], stage: str, share: float, tmp_path: Path

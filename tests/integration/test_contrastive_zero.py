@@ -196,6 +196,7 @@ def stage2b(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arm", ARMS)
 def test_stage2b_in_two_processes_equals_one(stage2b: Path, arm: str) -> None:
     """Also: the clamp of `logit_scale` reaches DeepSpeed's own fp32 copy.

@@ -135,7 +135,7 @@ def test_a_process_with_text_alone(work: Path, config: str | None, trainable: An
     ("zero", "trainable"),
     [
         pytest.param(2, ALL, id="2-trained-tower", marks=pytest.mark.slow),
-        pytest.param(3, FROZEN_TOWER, id="3-frozen-tower"),
+        pytest.param(3, FROZEN_TOWER, id="3-frozen-tower", marks=pytest.mark.slow),
         pytest.param(2, FROZEN_TOWER, id="2-frozen-tower", marks=pytest.mark.slow),
         pytest.param(3, ALL, id="3-trained-tower", marks=pytest.mark.slow),
     ],

@@ -16,9 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llm2clip_vlm import cli
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.interop.weights import InteropError, read_weights
+from llm2clip_vlm.recipe.base import CaptionSource
 from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
 from tests.parity import reference
 from tests.tiny_towers import build_tower
@@ -160,7 +163,7 @@ def test_a_changed_export_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])
 def test_an_archive_writes_nothing_outside(kind: str, tmp_path: Path) -> None:
-    """Archives are read in memory: neither a tar of embeddings nor a `.pt` (a zip) is unpacked."""
+    """Archives are read in memory: neither a tar of captions nor a `.pt` (a zip) is unpacked."""
     place = tmp_path / "deep" / "down"
     place.mkdir(parents=True)
     if kind == "zip":
@@ -174,20 +177,16 @@ def test_an_archive_writes_nothing_outside(kind: str, tmp_path: Path) -> None:
         except InteropError:
             assert not (place / "out").exists()
     else:
-        caption = json.dumps({"shortSV_captions": "a cat"}).encode()
-        vector = torch.ones(8).numpy().tobytes()
-        for name, member, content in (
-            ("0.tar", "../../evil.json", caption),
-            ("0_text_embeddings.tar", "../../evil.shortSV_captions", vector),
-        ):
-            with tarfile.open(place / name, "w") as tar:
-                info = tarfile.TarInfo(member)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+        caption = json.dumps({"captions": ["a cat", "a pet"]}).encode()
+        with tarfile.open(place / "0.tar", "w") as tar:
+            info = tarfile.TarInfo("../../evil.json")
+            info.size = len(caption)
+            tar.addfile(info, io.BytesIO(caption))
         before = set(tmp_path.rglob("*"))
-        tar_file = str(place / "0_text_embeddings.tar")
-        words = ["embed", "import", str(place / "cache"), tar_file]
-        assert cli.main([*words, "--fingerprint", "text_weights=x"]) == 0
+        with pytest.raises(InteropError, match="a tar holds no weights"):
+            convert(place / "0.tar", place / "out")
+        found = list(read_captions(CaptionSource(path=str(place / "0.tar")), BadRecords(9)))
+        assert [record.texts for record in found] in ([], [["a cat", "a pet"]])
     new = set(tmp_path.rglob("*")) - before
     assert all(f.is_relative_to(place) for f in new)
     assert not list(tmp_path.rglob("evil*"))
