@@ -106,10 +106,11 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
     """One row a checkpoint and task: score in per cent with its interval, and what it stands on."""
     for name, tasks in results.items():
         for result in tasks.values():
-            low, high = result["score_ci"]
+            ci = result["score_ci"]
+            interval = "{:.1f}, {:.1f}".format(*ci) if ci else "no interval"
             cut = f", first {result['limit']} only" if result["limit"] else ""
             print(
-                f"{name:<16} {result['title']:<28} {result['score']:6.1f} [{low:.1f}, {high:.1f}]  "
+                f"{name:<16} {result['title']:<28} {result['score']:6.1f} [{interval}]  "
                 f"n={result['n']}{cut}, empty {result['n_empty']}, "
                 f"unparsable {result['n_unparsable']}, {result['seconds']:.0f} s"
             )

@@ -19,7 +19,8 @@ class LmmsTask(Section):
     judge: bool = False
     """Its score comes from another model; see the suite's `judge`."""
     program: str | None = None
-    """Program that its scorer starts (`java`); a task without it is left out, by name."""
+    """Program that its scorer starts (`java`); where it is missing, the task is left out, by name.
+    Such a metric (CIDEr) is one of all documents together: none has a score of its own."""
     data_files: str | None = None
     """Local file (parquet, json, jsonl) that replaces the task's own data set."""
     limit: int | None = Field(default=None, ge=1)

@@ -21,6 +21,7 @@ from PIL import Image
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
 from llm2clip_vlm.data.reading.images import ImageError
+from llm2clip_vlm.evaluation.report.inputs import read_run
 from llm2clip_vlm.evaluation.vlm import jobs as lmms_jobs
 from llm2clip_vlm.evaluation.vlm import llava15
 from llm2clip_vlm.evaluation.vlm import worker as lmms_worker
@@ -324,6 +325,23 @@ def test_samples_carry_what_statistics_need() -> None:
     assert found["score_ci"] == [50.0, 50.0]  # each image has one of both
     with pytest.raises(EvaluationError, match="no value of nothing"):
         samples_of(items, ["nothing"])
+
+
+def test_a_metric_of_all_documents_is_no_score_of_each(tmp_path: Path) -> None:
+    """CIDEr of one document alone is 0: its words are as rare as the document."""
+    items = [
+        {**logged(n, "a dog runs", {"pred": "a dog runs"}), "target": "answer"} for n in (0, 1)
+    ]
+    samples = samples_of(items, ["acc"], {"acc": lambda values: 0.0}, whole=True)
+    assert [(s["correct"], s["unparsable"]) for s in samples] == [(None, None)] * 2
+    found = summarise(samples, 0.072)
+    assert found["score"] == pytest.approx(7.2) and found["score_ci"] is None
+    assert found["by_type"] == {"": {"score": found["score"], "n": 2}}
+    (tmp_path / "captions.json").write_text(json.dumps({"title": "Captions", **found}))
+    lines = "".join(json.dumps(sample) + "\n" for sample in samples)
+    (tmp_path / "captions.samples.jsonl").write_text(lines)
+    run = read_run("a", {str(tmp_path): None})
+    assert run.values("captions") == [found["score"]] and list(run.scores) == ["captions"]
 
 
 @pytest.mark.parametrize("column", ["image_id", "imageId", "image_source", "data_id", "docId"])

@@ -302,13 +302,16 @@ def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
         files = [folder / f"{name}.json" for name in names]
         result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
         samples = load_samples(file)
+        title = result.get("title", task.replace("_", " "))
+        if any(sample["correct"] is None for sample in samples):  # a metric of all of them together
+            yield task, Measured(title, float(result["score"]), folder, (), result)
+            continue
         by_type: dict[str, list[dict[str, Any]]] = {}
         for sample in samples:
             by_type.setdefault(str(sample["type"]), []).append(sample)
         parts = {
             f"{task}:{kind}": (kind.replace("_", " "), by_type[kind]) for kind in sorted(by_type)
         }
-        title = result.get("title", task.replace("_", " "))
         parts = {task: (title, samples)} | (parts if len(parts) > 1 else {})
         for name, (title, rows) in parts.items():
             value = 100 * float(np.mean([row["correct"] for row in rows]))

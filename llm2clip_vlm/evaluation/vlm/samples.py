@@ -62,6 +62,8 @@ def samples_of(
     metrics: Sequence[str],
     aggregations: Mapping[str, Callable[..., Any]] | None = None,
     pictures: Mapping[int, str] | None = None,
+    *,
+    whole: bool = False,
 ) -> list[dict[str, Any]]:
     """One record a document, in document order.
 
@@ -72,12 +74,14 @@ def samples_of(
             themselves whether it was answered right.
         pictures: `doc_id` to a hash of the pixels that the model saw; they tell pictures in place
             of the task's columns.
+        whole: The metric is one of all documents together (CIDEr weighs words by how rare they are
+            among them): a document alone has no value.
 
     Returns:
         `{doc_id, id, image_id, question, type, answer, target, correct, unparsable}`; `correct` is
-        the document's value of the first metric that has one, 0..1; `unparsable` is None where
-        the task's answers are open. Where a question is asked in several turns (MMBench) also
-        `{question_id, turn}`.
+        the document's value of the first metric that has one, 0..1, None with `whole`; `unparsable`
+        is None where the task's answers are open. Where a question is asked in several turns
+        (MMBench) also `{question_id, turn}`.
 
     Raises:
         EvaluationError: A document has no value of any metric, no number as such, or is there
@@ -108,13 +112,13 @@ def samples_of(
                 "type": str(item.get("type") or doc.get("type") or doc.get("category") or ""),
                 "answer": item["filtered_resps"][0],
                 "target": target,
-                "correct": _score(item, metrics, aggregations or {}),
+                "correct": None if whole else _score(item, metrics, aggregations or {}),
                 "unparsable": item.get("unparsable"),
             }
             | ({"question_id": question, "turn": turn} if in_turns else {})
         )
     targets = {normalise(str(sample["target"])) for sample in samples}
-    closed = len(targets) <= min(CLOSED_SET, len(samples) // 2)
+    closed = not whole and len(targets) <= min(CLOSED_SET, len(samples) // 2)
     for sample in samples:
         if sample["unparsable"] is None and closed:
             sample["unparsable"] = float(normalise(sample["answer"]) not in targets)
@@ -228,11 +232,13 @@ def metric_errors(
     return found
 
 
-def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def summarise(samples: Sequence[Mapping[str, Any]], whole: float | None = None) -> dict[str, Any]:
     """Counts and per-type scores of a task's samples.
 
     Args:
         samples: From :func:`samples_of`.
+        whole: The task's metric, where it is one of all documents together; the score is 100 times
+            it, without an interval.
 
     Returns:
         `{n, n_images, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; `n`
@@ -243,14 +249,20 @@ def summarise(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     correct = [sample["correct"] for sample in samples]
     images = [sample["image_id"] for sample in samples]
     known = [sample["unparsable"] for sample in samples if sample["unparsable"] is not None]
-    by_type: dict[str, list[float]] = {}
-    for sample in samples:
-        by_type.setdefault(sample["type"], []).append(sample["correct"])
-    return {
+    counts = {
         "n": len(samples),
         "n_images": len(set(images)),
         "n_empty": sum(not sample["answer"].strip() for sample in samples),
         "n_unparsable": int(sum(known)) if known else None,
+    }
+    if whole is not None:
+        score = 100.0 * whole
+        by_whole = {"": {"score": score, "n": len(samples)}}
+        return counts | {"score": score, "score_ci": None, "by_type": by_whole}
+    by_type: dict[str, list[float]] = {}
+    for sample in samples:
+        by_type.setdefault(sample["type"], []).append(sample["correct"])
+    return counts | {
         "score": 100.0 * float(np.mean(correct)),
         "score_ci": list(bootstrap_interval(correct, images, 1000, seed=0)),
         "by_type": {
@@ -293,6 +305,8 @@ def load_samples(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: document {sample['doc_id']} is there twice; evaluate again")
         seen.add(sample["doc_id"])
         score = sample["correct"]
+        if score is None:
+            continue  # a metric of all documents together
         if not isinstance(score, int | float) or not math.isfinite(score):
             raise ValueError(
                 f"{path}: document {sample['doc_id']}: expected a score from 0 to 1, got {score}; "

@@ -160,13 +160,15 @@ def score(
     documents, logged = len(task.eval_docs), found["samples"].get(spec.task) or []
     if not logged:
         raise EvaluationError(f"{job.checkpoint} / {job.task}: no document was answered")
-    samples = samples_of(logged, names, task.aggregation(), adapter.pictures)
-    counts = summarise(samples)
-    counts["n_errors"] = min(limit or documents, documents) - len(samples)
-    _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
     metrics = metrics_of(found["results"][spec.task])
     if not metrics:
         raise EvaluationError(f"{job.checkpoint} / {job.task}: none of {names} has a value")
+    primary = next((name for name in names if name in metrics), names[0])
+    whole = spec.program is not None
+    samples = samples_of(logged, names, task.aggregation(), adapter.pictures, whole=whole)
+    counts = summarise(samples, metrics[primary] if whole else None)
+    counts["n_errors"] = min(limit or documents, documents) - len(samples)
+    _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
     split = task.config.test_split or task.config.validation_split
     result = {
         "schema": RESULT_SCHEMA,
@@ -179,7 +181,7 @@ def score(
         "metric_errors": metric_errors(
             logged, samples, {} if spec.program else metrics, task.aggregation()
         ),
-        "primary_metric": next((name for name in names if name in metrics), names[0]),
+        "primary_metric": primary,
         **counts,
         "checkpoint": {"name": job.checkpoint, "path": job.path, "sha256": job.sha256},
         "spec_hash": job.spec_hash,
