@@ -140,10 +140,6 @@ class ZeroShotSource(ImageTextSource):
     templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
     """Each `{}` becomes a class's name; a class is the mean of its prompts' embeddings."""
 
-    def prompts(self, name: str) -> list[str]:
-        """A class's prompts."""
-        return [template.replace("{}", name) for template in self.templates]
-
 
 def _folder(value: str) -> str:
     """A folder to write to: not the working directory by an empty text, `~` the home, no file."""
