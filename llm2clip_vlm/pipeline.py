@@ -185,6 +185,19 @@ def _last_lines(log: Path, count: int) -> list[str]:
     return [line for line in lines if line][-count:]
 
 
+def _why(job: Job) -> list[str]:
+    """The end of a job's log: from its own last error on, where a launcher's report follows it."""
+    lines = [line.rstrip() for line in _end(job.log, job.log_start, 20_000).split("\n")]
+    errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
+    if not errors:
+        return _last_lines(job.log, 15)
+    return [line for line in lines[errors[-1] :] if line][:15]
+
+
+def _cpu_seconds(cost: dict[str, float]) -> float:
+    return cost["cpu_seconds"]
+
+
 class Pipeline:
     """Runs jobs, at most `recipe.jobs` at a time.
 
@@ -335,14 +348,18 @@ class Pipeline:
                 continue
             self.running.remove(job)
             if code != 0:
-                end = "\n  ".join(_last_lines(job.log, 15))
+                end = "\n  ".join(_why(job))
                 raise PipelineError(
                     f"step {job.name!r} ended with exit code {code}; the end of {job.log}:\n  {end}"
                 )
             self.seconds[job.name] = round(time.monotonic() - job.started, 1)
             self._note("seconds.json", self.seconds)
             used = dict(read_json(self._cost_file(job)))
-            self.costs[job.name] = {"seconds": self.seconds[job.name], **used}
+            cost = {"seconds": self.seconds[job.name], **used}
+            before = self._read(COSTS_NAME).get(job.name, cost)
+            # A program that is asked each time may have found within seconds that all is done.
+            asked = not job.outputs and job.step.program not in RECIPES
+            self.costs[job.name] = max(before, cost, key=_cpu_seconds) if asked else cost
             self._note(COSTS_NAME, self.costs)
             self._left[job.name] = file_states(output_files(job))
             write_atomically(self.logs / OUTPUTS_NAME, json.dumps(self._left) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -171,6 +171,8 @@ class RecipeFile(Section):
 class RunRecipe(RecipeFile):
     """What all stages share."""
 
+    contrastive: ClassVar[bool] = False
+    """Whether the loss compares the samples of a step, so that accumulating one is no choice."""
     deviations: dict[str, str] = Field(default_factory=dict)
     """Where and why this recipe differs from what it reproduces."""
     output_dir: OutputDir
@@ -178,8 +180,9 @@ class RunRecipe(RecipeFile):
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
     global_batch_size: int = Field(default=256, ge=1)
-    """Samples per optimizer step over all processes; accumulation follows from
-    `trainer.per_device_train_batch_size` and the number of processes."""
+    """Samples per optimizer step over all processes. Accumulation follows from the number of
+    processes and `trainer.per_device_train_batch_size` (unset: 8; in a contrastive stage the
+    process's share of the step)."""
     max_bad_records: int = Field(default=0, ge=0)
     """Bad records (image, caption) skipped, counted and named before the run stops."""
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -74,6 +74,8 @@ class WeightAverageSection(Section):
 class EncoderRecipe(RunRecipe):
     """What stage 2b and its controls train on and are measured by."""
 
+    contrastive: ClassVar[bool] = True
+    """See `RunRecipe`."""
     train: list[ImageTextSource]
     """Images with captions; one caption is drawn per image and epoch."""
     caption_weights: dict[str, float] = Field(default_factory=dict)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -44,6 +44,8 @@ class MntpRecipe(RunRecipe):
 class Stage1Recipe(RunRecipe):
     """Stage 1: caption-contrastive tuning of the LLM (paper v6 section 3.1)."""
 
+    contrastive: ClassVar[bool] = True
+    """See `RunRecipe`."""
     stage: Literal["stage1_text_encoder"] = "stage1_text_encoder"
     """Which program reads this file."""
     text_encoder: TextEncoderSection

@@ -100,7 +100,8 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     if clashes:
         raise RecipeError("trainer section", *clashes)
     chosen = {**recipe.trainer, **forced}
-    per_device = chosen.setdefault("per_device_train_batch_size", 8)
+    share = max(1, recipe.global_batch_size // distributed.world_size())
+    per_device = chosen.setdefault("per_device_train_batch_size", share if recipe.contrastive else 8)
     at_once = per_device * distributed.world_size()
     if per_device < 1 or recipe.global_batch_size % at_once:
         raise RecipeError(
