@@ -74,6 +74,32 @@ def _refused_type(hint: Any, value: Any) -> str | None:
     return None
 
 
+def shares_of_a_step(recipe: RunRecipe, processes: int | None = None) -> tuple[int, int]:
+    """Divide the global batch.
+
+    Args:
+        recipe: The stage's recipe.
+        processes: How many share a step; none = as many as run.
+
+    Returns:
+        Samples of a process at once, and how often it accumulates.
+
+    Raises:
+        RecipeError: The batch cannot be divided evenly.
+    """
+    processes = processes or distributed.world_size()
+    step = recipe.global_batch_size
+    default = max(1, step // processes) if recipe.contrastive else 8
+    per_device = recipe.trainer.get("per_device_train_batch_size", default)
+    if per_device < 1 or step % (per_device * processes):
+        raise RecipeError(
+            "batch size",
+            "global_batch_size: expected a multiple of trainer.per_device_train_batch_size x "
+            f"processes = {per_device} x {processes}, got {step}",
+        )
+    return per_device, step // (per_device * processes)
+
+
 def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArguments:
     """The arguments of a stage's Trainer.
 
@@ -100,16 +126,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     if clashes:
         raise RecipeError("trainer section", *clashes)
     chosen = {**recipe.trainer, **forced}
-    share = max(1, recipe.global_batch_size // distributed.world_size())
-    per_device = chosen.setdefault("per_device_train_batch_size", share if recipe.contrastive else 8)
-    at_once = per_device * distributed.world_size()
-    if per_device < 1 or recipe.global_batch_size % at_once:
-        raise RecipeError(
-            "batch size",
-            "global_batch_size: expected a multiple of trainer.per_device_train_batch_size x "
-            f"processes = {per_device} x {distributed.world_size()}, got "
-            f"{recipe.global_batch_size}",
-        )
+    chosen["per_device_train_batch_size"], accumulation = shares_of_a_step(recipe)
     cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
     launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
     if launched or chosen.get("deepspeed") is not None:
@@ -126,7 +143,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "use_cpu": not cuda,
         "output_dir": str(Path(recipe.output_dir) / "checkpoints"),
         "seed": recipe.seed,
-        "gradient_accumulation_steps": recipe.global_batch_size // at_once,
+        "gradient_accumulation_steps": accumulation,
     }
     arguments = TrainingArguments(**values)
     if arguments.n_gpu > 1:

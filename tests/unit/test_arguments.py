@@ -17,9 +17,14 @@ from transformers import TrainingArguments, set_seed
 from llm2clip_vlm import distributed
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.reading import RecipeError
+from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training import arguments as module
-from llm2clip_vlm.training.arguments import build_training_arguments, check_trainer_keys
+from llm2clip_vlm.training.arguments import (
+    build_training_arguments,
+    check_trainer_keys,
+    shares_of_a_step,
+)
 from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics
 from llm2clip_vlm.training.checkpoints import newest_whole
 from llm2clip_vlm.training.stage_run import StageRun
@@ -115,6 +120,21 @@ def test_the_global_batch_is_kept_over_processes(
     large = make_recipe(tmp_path / "large", trainer={"per_device_train_batch_size": 8})
     with pytest.raises(RecipeError, match="got 8"):
         build_training_arguments(large)
+
+
+def test_a_contrastive_step_is_shared_and_never_accumulated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {"output_dir": str(tmp_path), "global_batch_size": 48, "text_encoder": {}}
+    recipe = Stage1Recipe.model_construct(**values)
+    assert shares_of_a_step(recipe, 1) == (48, 1)
+    assert shares_of_a_step(recipe, 3) == (16, 1)
+    assert shares_of_a_step(make_recipe(tmp_path, global_batch_size=48), 3) == (8, 2)
+    with pytest.raises(RecipeError, match="9 x 5, got 48"):
+        shares_of_a_step(recipe, 5)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    found = build_training_arguments(recipe)
+    assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (24, 1)
 
 
 @pytest.mark.parametrize("how", ["environment", "recipe", "off"])

@@ -41,6 +41,10 @@ print(" 40%|####      |", flush=True)
 if "fail" in rest:
     print("the reason\\r 99%|###", flush=True)
     sys.exit(3)
+if "launcher" in rest:
+    print("error: the batch\\n  does not divide")
+    print("Traceback of the launcher\\n" * 20, flush=True)
+    sys.exit(1)
 if "wait" in rest and not Path("go").exists():
     Path("pid").write_text(str(os.getpid()))
     time.sleep(60)
@@ -214,6 +218,25 @@ def test_a_failing_step_stops_the_pipeline_and_shows_its_log(root: Path) -> None
     assert order(root) == ["a", "b"]
     recipe.steps[1].arguments.remove("fail")
     assert set(Pipeline(recipe, root).run()) == {"b", "c"}, "a is not run again"
+
+
+def test_a_launchers_report_does_not_hide_the_error_of_the_program(root: Path) -> None:
+    with pytest.raises(PipelineError, match=r"error: the batch\n +does not divide\n +Traceback"):
+        Pipeline(pipeline(step("a", "launcher")), root).run()
+
+
+def test_a_later_look_does_not_replace_what_a_step_cost(root: Path) -> None:
+    recipe = pipeline(step("a", outputs=[]), step("b"))
+    Pipeline(recipe, root).run()
+    costs = json.loads((root / "runs" / "costs.json").read_text())
+    costs["a"] = {"seconds": 900.0, "cpu_seconds": 800.0, "peak_memory_gb": 3.0}
+    costs["b"] = dict(costs["a"])
+    (root / "runs" / "costs.json").write_text(json.dumps(costs))
+    (root / "b.out").unlink()
+    Pipeline(recipe, root).run()
+    after = json.loads((root / "runs" / "costs.json").read_text())
+    assert after["a"] == costs["a"], "asked again, and nothing was to do"
+    assert after["b"]["cpu_seconds"] < 60, "made again"
 
 
 @pytest.mark.parametrize(

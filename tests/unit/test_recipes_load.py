@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved
 from llm2clip_vlm.recipe.report import AbRecipe, ReportRecipe
 from llm2clip_vlm.recipe.suite import SuiteRecipe
-from llm2clip_vlm.training.arguments import check_trainer_keys
+from llm2clip_vlm.training.arguments import check_trainer_keys, shares_of_a_step
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -135,6 +136,18 @@ def test_every_step_of_a_pipeline_gets_a_recipe_that_loads(path: Path) -> None:
         if isinstance(recipe, RunRecipe):
             other = folders.setdefault(recipe.output_dir, job.name)
             assert other == job.name, f"{job.name} and {other} write {recipe.output_dir}"
+            _, accumulation = shares_of_a_step(recipe, processes_of(job.step.launch))
+            assert accumulation == 1 or not recipe.contrastive, job.name
+
+
+def processes_of(launch: list[str]) -> int:
+    """How many processes a step's launcher starts."""
+    files = [word for word in launch if word.endswith(".yaml")]
+    counts = [yaml.safe_load((ROOT / file).read_text())["num_processes"] for file in files]
+    counts += [
+        int(n) for word, n in pairwise(launch) if word in {"--nproc_per_node", "--num_processes"}
+    ]
+    return counts[-1] if counts else 1
 
 
 @pytest.mark.parametrize("path", ACCELERATE, ids=name)
