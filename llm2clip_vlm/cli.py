@@ -10,6 +10,7 @@ llm2clip-vlm convert IN OUT                       from another project
 llm2clip-vlm doctor                               what this machine has
 llm2clip-vlm eval ...                             score checkpoints with lmms-eval
 llm2clip-vlm compare ...                          compare runs benchmark by benchmark
+llm2clip-vlm push DIR ORG/NAME                    upload a model and its card
 """
 
 from __future__ import annotations
@@ -237,12 +238,19 @@ def _interop(command: str, *words: str) -> int | None:
     return interop(command, words)
 
 
+def _push(command: str, *words: str) -> int:
+    from llm2clip_vlm.interop.push import main as push
+
+    return push(words)
+
+
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
     "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval"),
     "compare": (_program, "compare runs benchmark by benchmark"),
+    "push": (_push, "upload a model and its card to the Hugging Face Hub"),
 }
 """Commands with options of their own, `--help` included."""
 

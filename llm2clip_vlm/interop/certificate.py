@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm2clip_vlm.files import write_atomically, written_whole
+from llm2clip_vlm.files import read_json, write_atomically, written_whole
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
 from llm2clip_vlm.models.vision.image_mode import one_picture
+from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.hashes import fingerprint_file
 from llm2clip_vlm.runs.manifest import versions
 
@@ -142,4 +143,13 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         **evidence.more,
     }
     write_atomically(folder / CERTIFICATE_NAME, json.dumps(certificate, indent=2) + "\n")
+    measured = source.parent / "results.json"
+    write_card(
+        folder,
+        made,
+        parents={"checkpoint": str(source)},
+        versions=certificate["versions"],
+        results=read_json(measured) if source.is_dir() and measured.is_file() else None,
+        parity=certificate,
+    )
     return certificate

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import let_read, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import to_plain
+from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.hashes import (
     FileState,
     HandoffError,
@@ -150,6 +151,7 @@ def _output_states(folder: Path) -> dict[str, FileState]:
     for part in sorted(folder.iterdir()):
         if part.name not in _NO_OUTPUTS and not part.name.startswith((".", "part-")):
             left += sorted(part.rglob("*")) if part.is_dir() else [part]
+    left = [file for file in left if file.name != CARD_NAME]  # people write into it
     weights = {
         file for part in {file.parent for file in left} - {folder} for file in model_files(part)
     }

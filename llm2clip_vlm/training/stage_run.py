@@ -20,7 +20,8 @@ from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.distributed import is_main, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe, to_plain
+from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.claims import (
     claim_output_dir,
     claim_parents,
@@ -34,6 +35,7 @@ from llm2clip_vlm.runs.manifest import (
     is_complete,
     meaning,
     verify_parent,
+    versions,
     write_manifest,
 )
 from llm2clip_vlm.runs.ownership import Hold, foreign
@@ -266,6 +268,16 @@ class StageRun(Generic[R]):
         self.claim_outputs()
         if results is not None:
             write_atomically(self.out / "results.json", json.dumps(results, indent=2) + "\n")
+        for part in sorted(self.out.iterdir()):
+            if part.name in _AT_THE_END and part.is_dir():
+                write_card(
+                    part,
+                    f"train {self.stage}",
+                    parents=self.parents,
+                    versions=versions(),
+                    recipe=to_plain(self.recipe),
+                    results=results,
+                )
         print(f"{self.stage}: {self.bad.summary()}; wrote {self.out}", flush=True)
         if command := NEXT.get(self.stage):
             print(f"next: llm2clip-vlm {command.format(shlex.quote(str(self.out)))}", flush=True)

@@ -1,0 +1,279 @@
+"""Model cards: what a model is, what made it, how good it was found, how it is used.
+
+A stage writes one into every model directory that it leaves, an export or conversion into its
+folder: `README.md` with the metadata block that the Hugging Face Hub reads.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from llm2clip_vlm.files import read_json, write_atomically
+
+CARD_NAME = "README.md"
+"""The card's file, as the hub wants it."""
+
+_LOAD_VLM = """from PIL import Image
+from llm2clip_vlm.models.vlm.building import load_vlm
+model, processor = load_vlm("{name}")
+prompt = processor.apply_chat_template([{{"role": "user", "content": [
+    {{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]}}],
+    add_generation_prompt=True)
+inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+_LOAD_TEXT = """from llm2clip_vlm import TextEncoder
+encoder = TextEncoder.from_pretrained("{name}")
+a, b = encoder.encode(["Two dogs run on a beach.", "Dogs by the sea."])
+print(float(a @ b))"""
+_LOAD_TOWER = """from PIL import Image
+from llm2clip_vlm import load_vision_tower
+tower = load_vision_tower("{name}")
+pixels = tower.image_processor(Image.open("photo.jpg"), return_tensors="pt")["pixel_values"]
+print(tower.model(pixels).last_hidden_state.shape)"""
+_LOAD_PAIR = """import torch
+from PIL import Image
+from transformers import AutoModel
+from llm2clip_vlm import TextEncoder, load_vision_tower, register
+register()
+model = AutoModel.from_pretrained("{name}").eval()
+texts = TextEncoder.from_pretrained("TEXT_ENCODER")  # the one that it was trained against
+processor = load_vision_tower("{name}").image_processor
+pixels = processor(Image.open("photo.jpg"), return_tensors="pt")["pixel_values"]
+with torch.no_grad():
+    image = model.get_image_features(pixels)
+    text = model.get_text_features(texts.encode(["Two dogs run on a beach."]))
+print(float(image @ text.T))"""
+
+_LOAD_SENTENCES = """from sentence_transformers import SentenceTransformer
+embedder = SentenceTransformer("{name}")
+a, b = embedder.encode(["Two dogs run on a beach.", "Dogs by the sea."])
+print(float(a @ b))"""
+
+_KINDS: dict[str, tuple[str, str, str]] = {
+    "text encoder": ("text encoder made of a language model", "feature-extraction", _LOAD_TEXT),
+    "sentence-transformers": ("sentence embedder", "sentence-similarity", _LOAD_SENTENCES),
+    "llm2clip": (
+        "vision tower and text adaptor, aligned with a language model's caption embeddings",
+        "zero-shot-image-classification",
+        _LOAD_PAIR,
+    ),
+    "llava": ("vision-language model (LLaVA)", "image-text-to-text", _LOAD_VLM),
+    "llava_next": ("vision-language model (LLaVA-NeXT)", "image-text-to-text", _LOAD_VLM),
+    "tower": ("vision tower", "image-feature-extraction", _LOAD_TOWER),
+}
+"""Kind to what it is, the hub's `pipeline_tag`, and lines that use it."""
+
+_FOREIGN = {
+    "llava": "# in LLaVA's own code\n--vision_tower {name}    # a VLM: --model-path {name}",
+    "open_clip": "model.visual.load_state_dict(...)    # of open_clip; see open_clip_config.json",
+    "timm": 'timm.create_model("local-dir:{name}", pretrained=True)',
+    "vllm": "vllm serve {name}",
+}
+"""Format of an export to lines that use it, where they are not those of its kind."""
+
+_TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ name }}
+
+A {{ what }}, made by {{ made }}.
+
+## Use
+
+```python
+{{ use }}
+```
+
+## Made from
+{% for line in parents %}
+- {{ line }}{% endfor %}
+{% if recipe %}
+<details><summary>Recipe</summary>
+
+```yaml
+{{ recipe }}
+```
+
+</details>
+{% endif %}
+## Evaluation
+{% if scores %}
+| measured | % |
+|---|---|
+{% for title, value in scores %}| {{ title }} | {{ "%.1f"|format(value) }} |
+{% endfor %}{% else %}
+None is recorded in this directory.
+{% endif %}{% if parity %}
+## Parity
+{% for line in parity %}
+- {{ line }}{% endfor %}
+{% endif %}
+## Not tested
+
+It ran on {{ device }} alone. Bias, safety, and languages other than the data's were not measured,
+nor was anything else that the table above does not name.
+
+## Versions
+
+{{ versions }}
+"""
+
+_SCORES = frozenset("r1 r5 r10 top1 after raw_causal raw_bidirectional".split())
+"""The results that a card shows, all in %."""
+
+_OURS = "llm2clip-vlm"
+"""The tag by which a card of this package is known again."""
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def kind_of(folder: Path) -> str | None:
+    """What a directory holds, as a key of the card's table; none where it is no such model."""
+    if (folder / "text_encoder.json").is_file():
+        return "text encoder"
+    if (folder / "modules.json").is_file():
+        return "sentence-transformers"
+    if not (folder / "config.json").is_file():
+        return None
+    found = read_json(folder / "config.json")
+    kind = str(found.get("model_type"))
+    return kind if kind in _KINDS else "tower" if "image_size" in found else None
+
+
+def write_card(
+    folder: Path,
+    made: str,
+    *,
+    parents: Mapping[str, str],
+    versions: Mapping[str, str],
+    recipe: Mapping[str, Any] | None = None,
+    results: Mapping[str, Any] | None = None,
+    parity: Mapping[str, Any] | None = None,
+) -> Path | None:
+    """Write the model card of a directory.
+
+    Args:
+        folder: The model's directory.
+        made: The stage or command that made it.
+        parents: What it was made from: name to path or hub id. Of a local path the last two parts
+            are shown; its own card's licence and base models are carried over.
+        versions: Of the packages that made it.
+        recipe: The stage's recipe, in plain form.
+        results: What the stage measured, in %.
+        parity: The certificate of an export or conversion.
+
+    Returns:
+        The card's path; none where the directory holds no model, or a card of somebody else's.
+    """
+    import torch
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+    card = folder / CARD_NAME
+    kind = kind_of(folder)
+    foreign = made.removeprefix("export --to ")
+    if kind is None and foreign in _FOREIGN:
+        kind = "tower"
+    if kind is None or (card.exists() and _OURS not in card.read_text(encoding="utf-8")):
+        return None
+    what, pipeline_tag, use = _KINDS[kind]
+    scores = list(_scores(results or {}))
+    known = list(filter(None, map(_card_of, parents.values())))
+    licences = sorted({str(data.license) for data in known if data.license})
+    hub = [path for path in parents.values() if not Path(path).exists() and _HUB_ID.fullmatch(path)]
+    name = folder.resolve().parent.name + "-" + folder.name
+    found = [
+        EvalResult(
+            task_type=pipeline_tag,
+            dataset_type="held-out",
+            dataset_name="the recipe's held-out data",
+            metric_type="accuracy",
+            metric_name=title,
+            metric_value=round(value, 2),
+        )
+        for title, value in scores
+    ]
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag=pipeline_tag,
+        tags=[_OURS],
+        license=licences[0] if len(licences) == 1 else None,
+        base_model=sorted({*hub, *chain.from_iterable(map(_bases, known))}) or None,
+        eval_results=found or None,
+    )
+    lines = [f"{title}: `{_shown(path)}`" for title, path in parents.items()]
+    if len(licences) > 1:
+        lines.append(f"licences of these: {', '.join(licences)}; choose one that honours them all")
+    elif not licences:
+        lines.append("no licence of these is recorded here: look them up before you share this")
+    text = ModelCard.from_template(
+        data,
+        template_str=_TEMPLATE,
+        name=name,
+        what=what,
+        made=made,
+        use=_FOREIGN.get(foreign, use).format(name=name),
+        parents=lines,
+        recipe=yaml.safe_dump(_masked(recipe), sort_keys=False).strip() if recipe else "",
+        scores=scores,
+        parity=list(_parity_lines(parity)) if parity else [],
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
+        versions=", ".join(f"{package} {version}" for package, version in versions.items()),
+    )
+    write_atomically(card, str(text).rstrip() + "\n")
+    return card
+
+
+def _scores(found: Mapping[str, Any], *names: str) -> Iterator[tuple[str, float]]:
+    for key, value in found.items():
+        if isinstance(value, Mapping):
+            yield from _scores(value, *names, key)
+        elif key in _SCORES and isinstance(value, int | float):
+            yield " ".join([*names, key]), float(value)
+
+
+def _card_of(path: str) -> Any:
+    """The metadata of a local parent's own card."""
+    from huggingface_hub import ModelCard
+
+    card = Path(path) / CARD_NAME
+    if not card.is_file():
+        return None
+    return ModelCard(card.read_text(encoding="utf-8", errors="replace"), True).data
+
+
+def _bases(card: Any) -> list[str]:
+    found = card.base_model or []
+    return [found] if isinstance(found, str) else list(found)
+
+
+def _shown(path: str) -> str:
+    """A path without where on this machine it lies."""
+    return "/".join(Path(path).parts[-2:]) if _is_local(path) else path
+
+
+def _is_local(text: str) -> bool:
+    return "\n" not in text and text.startswith(("/", "~", "..", "./"))
+
+
+def _masked(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _masked(part) for key, part in value.items() if part not in (None, [], {}, "")}
+    if isinstance(value, list):
+        return [_masked(part) for part in value]
+    return _shown(value) if isinstance(value, str) else value
+
+
+def _parity_lines(certificate: Mapping[str, Any]) -> Iterator[str]:
+    for name, check in certificate["checks"].items():
+        yield (
+            f"{name}: opened with {certificate['opened_with']}, largest difference "
+            f"{check['max_difference']:.3g} of values up to {check['largest_value']:.3g}"
+        )
