@@ -27,6 +27,7 @@ from itertools import chain
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
@@ -73,7 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def encode(with_prompt: TextEncoder, part: list[str]) -> Tensor:
         began = time.monotonic()
-        embeds = with_prompt.encode(part, batch_tokens=recipe.batch_tokens, show_progress=is_main())
+        embeds = with_prompt.encode(part, batch_tokens=recipe.batch_tokens, show_progress=bar)
         cost = {"texts": len(part), "seconds": round(time.monotonic() - began, 3)}
         with (out / COST_NAME).open("a") as log:
             log.write(json.dumps(cost) + "\n")
@@ -86,7 +87,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoders = {prompt: partial(encode, each) for prompt, each in prompted.items()}
     part, parts = map(int, (recipe.slice or "0/1").split("/"))
     writer = (part * world_size() + rank(), parts * world_size())
-    cache = EmbeddingCache.build(out, unique, encoders, encoder.fingerprint, writer=writer)
+    with tqdm(unit="text", disable=not is_main()) as bar:
+        cache = EmbeddingCache.build(
+            out, unique, encoders, encoder.fingerprint, writer=writer, planned=bar.reset
+        )
     barrier()
     if notice := control_notice(encoder.tokens.control):
         print(notice)

@@ -253,6 +253,19 @@ def test_a_writer_without_a_shard_says_what_the_cache_is(tmp_path: Path) -> None
     assert cache.missing(TEXTS) == TEXTS
 
 
+def test_writers_share_a_small_build_and_say_what_they_will_do(tmp_path: Path) -> None:
+    texts = [f"text {n}" for n in range(3000)]
+    planned: list[int] = []
+    for i in range(2):
+        encoder = Encoder()
+        EmbeddingCache.build(
+            tmp_path, texts, encoder, FINGERPRINT, writer=(i, 2), planned=planned.append
+        )
+    assert sum(planned) == 3000
+    assert max(planned) <= 1600, "one of two writers has (nearly) all the work"
+    assert EmbeddingCache.open(tmp_path).find(texts).min() >= 0
+
+
 def test_two_writers_of_one_shard_leave_it_whole(tmp_path: Path) -> None:
     def meanwhile(texts: list[str]) -> Tensor:
         build(tmp_path / "two")

@@ -112,8 +112,9 @@ class EmbeddingCache:
         encode: Encode | Mapping[str, Encode],
         fingerprint: Mapping[str, str],
         *,
-        shard_rows: int = DEFAULT_SHARD_ROWS,
+        shard_rows: int | None = None,
         writer: tuple[int, int] = (0, 1),
+        planned: Callable[[int], object] = lambda texts: None,
     ) -> EmbeddingCache:
         """Adds the texts that the cache lacks, and opens it.
 
@@ -127,8 +128,10 @@ class EmbeddingCache:
             encode: The encoder, or one for each prompt (`""` is the encoder's own instruction);
                 rows are normalised here.
             fingerprint: What `encode` is: each field must equal that of what is already there.
-            shard_rows: Rows of a new shard; the same for all writers.
+            shard_rows: Rows of a new shard; the same for all writers. None: at most 16,384, and so
+                few that there are about 16 shards for writers to share.
             writer: `(i, n)`: write each nth shard from the ith.
+            planned: Called with the number of texts that this writer will encode.
 
         Raises:
             CacheError: The directory holds embeddings of something else, or `encode` returns
@@ -147,6 +150,7 @@ class EmbeddingCache:
         # them a killed writer or a faster one has finished: of 10 texts in shards of 3, which begin
         # at 0, 3, 6 and 9, each belongs to the same writer even when only 3 and 9 are left.
         todo = np.arange(size * len(encoders))
+        shard_rows = shard_rows or min(max(len(todo) // 16, 256), DEFAULT_SHARD_ROWS)
         if known is not None:
             found = np.concatenate([known.find(unique, prompt) for prompt in encoders])
             todo = np.flatnonzero(found < 0)
@@ -155,6 +159,7 @@ class EmbeddingCache:
         if not mine and writer[1] > 1:
             why = f"{len(todo)} rows are lacking, which make {len(parts)} shards of {shard_rows}"
             logger.warning("%s: writer %d/%d has nothing to do: %s", directory, *writer, why)
+        planned(sum(map(len, mine)))
         # Without a shard a writer still says what the cache is.
         for part in mine or ([] if header else [todo[:1]]):
             keys, rows = [], []

@@ -12,6 +12,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -245,7 +246,7 @@ class TextEncoder(nn.Module):
         self,
         texts: Sequence[str],
         batch_tokens: int = 16384,
-        show_progress: bool = False,
+        show_progress: bool | tqdm[Any] = False,
         normalize: bool = True,
     ) -> Float[Tensor, "n d"]:
         """Embeds texts.
@@ -255,7 +256,7 @@ class TextEncoder(nn.Module):
         Args:
             texts: In any order.
             batch_tokens: Tokens of a batch, padding counted; a single longer text goes alone.
-            show_progress: Draw a progress bar.
+            show_progress: Draw a progress bar, or advance the one given.
             normalize: Scale to unit norm.
 
         Returns:
@@ -277,7 +278,8 @@ class TextEncoder(nn.Module):
         was_training = self.backbone.training
         self.backbone.eval()
         try:
-            with tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
+            given = nullcontext(show_progress) if isinstance(show_progress, tqdm) else None
+            with given or tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
                 for rows in _length_sorted_batches([len(ids) for ids in tokens], batch_tokens):
                     batch = pad_tokens(
                         [tokens[row] for row in rows],
