@@ -11,6 +11,9 @@ FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers"
 """As `interop.export.FORMATS`, which takes seconds to import."""
 
 
+DTYPES = ("float32", "bfloat16", "float16")
+
+
 def parser(command: str) -> argparse.ArgumentParser:
     """The options of `export` or `convert`."""
     made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
@@ -18,6 +21,7 @@ def parser(command: str) -> argparse.ArgumentParser:
         made.description = "Write a checkpoint for another tool, open it there, and compare."
         made.add_argument("checkpoint", metavar="CHECKPOINT", help="a model directory or a stage's")
         made.add_argument("--to", required=True, choices=FORMATS, help="the tool")
+        made.add_argument("--dtype", choices=DTYPES, help="round a VLM's weights to this")
     else:
         made.description = (
             "Make a checkpoint of this package from LLM2CLIP's, open_clip's, timm's, LLaVA's or "
@@ -56,7 +60,7 @@ def main(command: str, words: Sequence[str]) -> int:
     if command == "export":
         from llm2clip_vlm.interop.export import export
 
-        certificate = export(arguments.checkpoint, arguments.to, arguments.out)
+        certificate = export(arguments.checkpoint, arguments.to, arguments.out, arguments.dtype)
     else:
         from llm2clip_vlm.interop.convert import convert
 
@@ -74,6 +78,10 @@ def main(command: str, words: Sequence[str]) -> int:
             trust_remote_code=arguments.trust_remote_code,
         )
         print(f"format {certificate['format']}: {certificate.get('keys', {})}")
+    if rounding := certificate.get("rounding"):
+        moved = "{max_difference:.3g} of {largest_value:.3g}".format(**rounding)
+        same = f"{rounding['same_first_token']:.0%} of the most likely tokens stay"
+        print(f"rounded to {rounding['to']}: logits move by up to {moved}, {same}")
     for name, check in certificate["checks"].items():
         print(f"{name}: max difference {check['max_difference']:.3g}, {certificate['opened_with']}")
     print(f"{arguments.out} written, with parity.json")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,17 @@ _SERVED = ("clip_vision_model", "siglip_vision_model", "pixtral")
 _SERVED_NAMES = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.")
 
 
-def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
+def export(
+    checkpoint: str | Path, to: str, out: str | Path, dtype: str | None = None
+) -> dict[str, Any]:
     """Write a checkpoint for another tool, open it there, and compare.
 
     Args:
         checkpoint: A model directory, or a stage's output with `model/` or `text_encoder/` in it.
         to: One of :data:`FORMATS`.
         out: Folder to write; must not exist.
+        dtype: `float32`, `bfloat16` or `float16`: what a VLM's weights are rounded to; the
+            certificate then also says how far that moves the logits. None: as they are.
 
     Returns:
         The certificate, which also lies in the folder.
@@ -67,8 +72,26 @@ def export(checkpoint: str | Path, to: str, out: str | Path) -> dict[str, Any]:
     kind, model, processor = _load(source)
     if kind not in kinds:
         raise InteropError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
+    more: dict[str, Any] = {}
+    if dtype is not None:
+        if not hasattr(model, "lm_head"):
+            raise InteropError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
+        before = logits_of(model)["logits"]
+        for tensor in model.state_dict(keep_vars=True).values():
+            if (
+                tensor.is_floating_point()
+            ):  # what is saved; `model.to` would round RoPE's table, too
+                tensor.data = tensor.data.to(getattr(torch, dtype))
+        after = logits_of(model)["logits"]
+        more["rounding"] = {
+            "to": dtype,
+            "max_difference": float((after - before).abs().max()),
+            "largest_value": float(before.abs().max()),
+            "same_first_token": float((after.argmax(-1) == before.argmax(-1)).float().mean()),
+        }
     with certificate.new_folder(out) as folder:
         evidence = write(source, model, processor, folder)
+        evidence = replace(evidence, more={**evidence.more, **more})
         return certificate.certify(folder, f"export --to {to}", source, evidence)
 
 

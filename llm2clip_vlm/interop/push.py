@@ -106,18 +106,23 @@ def _same(file: Path, entry: Any) -> bool:
     return bool(entry.blob_id == hashlib.sha1(head + content, usedforsecurity=False).hexdigest())
 
 
-def main(words: Sequence[str]) -> int:
-    """Run `push`, and print where the model is."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options of `push`."""
+    made = argparse.ArgumentParser(
         prog="llm2clip-vlm push",
         description="Upload a model directory with its card to the Hugging Face Hub.",
         epilog="Log in before: hf auth login",
     )
-    parser.add_argument("directory", metavar="DIR", help="with config, weights and README.md")
-    parser.add_argument("repository", metavar="ORG/NAME", help="made, private, if not there")
-    parser.add_argument("--public", action="store_true", help="make a new repository public")
-    parser.add_argument("--revision", default="main", help="branch (default: main)")
-    given = parser.parse_args(words)
+    made.add_argument("directory", metavar="DIR", help="with config, weights and README.md")
+    made.add_argument("repository", metavar="ORG/NAME", help="made, private, if not there")
+    made.add_argument("--public", action="store_true", help="make a new repository public")
+    made.add_argument("--revision", default="main", help="branch (default: main)")
+    return made
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `push`, and print where the model is."""
+    given = parser().parse_args(words)
     address = push(given.directory, given.repository, public=given.public, revision=given.revision)
     print(f"{given.directory} is at {address}; every file there has this one's hash")
     return 0

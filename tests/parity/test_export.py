@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel, CLIPVisionModel
 
 from llm2clip_vlm.interop.certificate import Evidence, certify
+from llm2clip_vlm.interop.command import main
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import FORMATS, export
 from llm2clip_vlm.interop.keys import InteropError
@@ -28,6 +29,7 @@ from llm2clip_vlm.interop.libraries import (
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 from tests.tiny_towers import build_tower
 
 KINDS = ("clip", "siglip", "eva02")
@@ -53,7 +55,8 @@ def check_certificate(folder: Path, returned: dict[str, Any]) -> None:
         assert 0 <= check["max_difference"] <= 1e-5 * max(check["largest_value"], 1)
     assert {"torch", "transformers"} <= set(written["versions"])
     here = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
-    assert set(written["files"]) == here - {"parity.json"}
+    assert set(written["files"]) == here - {"parity.json", "README.md"}
+    assert "## Parity" in (folder / "README.md").read_text()
     assert written["source"]
     assert str(folder.parent) not in json.dumps(written)
 
@@ -314,6 +317,27 @@ def test_sentence_transformers_in_a_fresh_process(tmp_path: Path, tiny_llm: Path
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # measured: 0
     with pytest.raises(InteropError, match="this is a text encoder"):
         export(tmp_path / "run", "timm", tmp_path / "no")
+
+
+def test_a_vlm_is_rounded_and_the_certificate_says_by_how_much(
+    tmp_path: Path, tiny_clip: Path, tiny_llm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vlm, processor = build_vlm(str(tiny_clip), str(tiny_llm), vision_feature_layer=-2)
+    save_vlm(vlm, processor, tmp_path / "vlm")
+    out = tmp_path / "out"
+    words = [str(tmp_path / "vlm"), "--to", "transformers", "--dtype", "bfloat16", str(out)]
+    assert main("export", words) == 0
+    assert "rounded to bfloat16: logits move by up to" in capsys.readouterr().out
+    found = json.loads((out / "parity.json").read_text())
+    check_certificate(out, found)
+    assert 0 < found["rounding"]["max_difference"] < 0.1 * found["rounding"]["largest_value"]
+    kinds = {
+        t.dtype for t in load_file(out / "model.safetensors").values() if t.is_floating_point()
+    }
+    assert kinds == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    with pytest.raises(InteropError, match="only a VLM is rounded, this is a tower"):
+        export(tiny_clip, "transformers", tmp_path / "other", "bfloat16")
 
 
 def test_the_command_knows_every_format() -> None:

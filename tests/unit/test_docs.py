@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm import cli, embed
-from llm2clip_vlm.interop import command
+from llm2clip_vlm.interop import command, push
 from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
@@ -96,6 +96,9 @@ def check_cli(words: list[str]) -> None:
     if words[0] == "compare":
         compare = load_program(find_program("compare"))
         assert len(compare.parser().parse_args(words[1:]).runs) > 1
+        return
+    if words[0] == "push":
+        push.parser().parse_args(words[1:])
         return
     if words[0] in ("export", "convert"):
         command.parser(words[0]).parse_args(words[1:])
