@@ -41,6 +41,12 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def say(text: object) -> None:
+    """Print a line of a stage program's narration, once for all processes."""
+    if is_main():
+        print(text, flush=True)
+
+
 def barrier() -> None:
     """Wait for all processes; nothing to wait for without a process group."""
     if is_initialized() and dist.get_world_size() > 1:

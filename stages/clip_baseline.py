@@ -21,7 +21,7 @@ import torch
 
 from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.distributed import barrier, is_main, teardown
+from llm2clip_vlm.distributed import barrier, is_main, say, teardown
 from llm2clip_vlm.models.clip import ClipTokens, clip_around_tower, clip_encoders, load_clip
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
@@ -62,6 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_contrastive_arguments(args)
 
     # model
+    say(f"model: starts from {next(iter(run.parents.values()))}, with its own text tower")
     model, tokenizer, image_processor = load_start(recipe)
 
     # trainable
@@ -78,6 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = training_images(recipe, image_processor, run.bad, tokens, features=frozen)
     tokens.prepare(dataset.captions())
     held_out = HeldOut(recipe, image_processor, run.bad, frozen)
+    say(f"data: {len(dataset)} pairs; {len(held_out.texts())} texts of held-out images")
+    say(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
+    if notice := control_notice(tokens.control):
+        say(notice)
 
     # trainer, train
     trainer = EncoderTrainer(
@@ -89,11 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure=lambda: logged(held_out(*clip_encoders(model.eval(), tokens))),
         callbacks=[run.metrics],
     )
-    if is_main():
-        print(trainable_table(model, lrs), flush=True)
-        print(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
-        if notice := control_notice(tokens.control):
-            print(notice)
+    say(trainable_table(model, lrs))
     if not recipe.evaluate_only:
         trainer.train(resume_from_checkpoint=run.checkpoint)
     run.claim_outputs()
@@ -108,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     saved = load_complete(type(model), out / "model").eval().to(args.device)
     require_as_trained(trained, saved, out / "model", frozen)
     results = held_out(*clip_encoders(saved, tokens))
+    say(f"evaluate: {logged(results)}")
     if is_main():
         exported = export_vision_tower(saved, image_processor, out / "vision_tower")
         require_as_exported(saved, exported)
@@ -116,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def load_start(recipe: ClipBaselineRecipe) -> tuple[Any, Any, Any]:
-    """Model, tokenizer and image processor that training starts from."""
+    """Load the model, tokenizer and image processor that training starts from."""
     if recipe.vision_tower is None:
         return load_clip(recipe.clip or {}, recipe.tokenizer, recipe.text_window_tokens)
     tower = load_vision_tower(

@@ -23,7 +23,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.data.text.masking import MaskedRows
-from llm2clip_vlm.distributed import is_main, teardown
+from llm2clip_vlm.distributed import is_main, say, teardown
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.text.open_layers import require_attention, set_causal
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
@@ -38,17 +38,20 @@ from llm2clip_vlm.training.text.text_trainer import add_adapter
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    # recipe, parents, arguments, seed
     run = StageRun(argv, MntpRecipe, __doc__)
     recipe, out = run.recipe, run.out
     if run.finished():
         return
     run.parent("language_model", recipe.language_model, "base_language_model")
     args = run.arguments(ddp_find_unused_parameters=False)
-
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             f"{run.stage}: ZeRO-3 splits the weights that are merged here; use ZeRO-2 or DDP"
         )
+
+    # model
+    say(f"model: {recipe.language_model}, its attention made bidirectional")
     config = read_config(recipe.language_model)
     config.is_causal = False
     llm = load_complete(
@@ -57,9 +60,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     set_causal(llm, False)
     require_attention(llm.eval(), recipe.bidirectional)
     tokenizer = read_tokenizer(recipe.language_model)
+
+    # trainable
     model: Any = add_adapter(llm, recipe.lora) if recipe.lora else llm
     dtype = set_precision(model, args)
+    say(trainable_table(model))
 
+    # data
     records = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
     rows = MaskedRows(
         [text for record in records for text in record.texts],
@@ -69,24 +76,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         recipe.mask_probability,
         recipe.seed,
     )
-    if is_main():
-        print(trainable_table(model))
-        print(f"{len(rows)} rows of {recipe.max_length_tokens} tokens")
+    say(f"data: {len(rows)} rows of {recipe.max_length_tokens} tokens")
 
-    # the causal-LM loss predicts each token from the place before it, which is MNTP's
+    # trainer, train: the causal-LM loss predicts each token from the place before it, as MNTP does
     trainer = StrictTrainer(model, args, train_dataset=rows, callbacks=[run.metrics])
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
+    # hand off (stage 1 evaluates the encoder that begins with it)
     if is_main():
         merged, rounding = merge_adapter(model, dtype)
         merged.save_pretrained(out / "language_model")
         save_tokenizer(tokenizer, out / "language_model")
         trained = {"language_model": fingerprint_dir(out / "language_model")}
-        found: dict[str, Any] = {"rows": len(rows)}
+        extra: dict[str, Any] = {"rows": len(rows)}
         if recipe.lora:
-            print(rounding)
-            found["merge_loss"] = rounding.share
-        run.finish(trained, **found)
+            say(rounding)
+            extra["merge_loss"] = rounding.share
+        run.finish(trained, **extra)
     teardown()
 
 

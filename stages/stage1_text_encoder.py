@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, read_captions
-from llm2clip_vlm.distributed import barrier, is_main, shared_out, teardown, world_size
+from llm2clip_vlm.distributed import barrier, is_main, say, shared_out, teardown, world_size
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
 from llm2clip_vlm.models.text.open_layers import turned
@@ -44,6 +44,7 @@ from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer, a
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    # recipe, parents, arguments, seed
     run = StageRun(argv, Stage1Recipe, __doc__)
     recipe = run.recipe
     if run.finished():
@@ -54,12 +55,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_contrastive_arguments(args, grad_cache=recipe.micro_batch_tokens is not None)
 
     # model
+    say(f"model: {llm} as a text encoder")
     encoder = TextEncoder.from_section(
         recipe.text_encoder, args.device, load_in_4bit=recipe.load_in_4bit
     )
+
+    # trainable
     model: Any = add_adapter(encoder.backbone, recipe.lora) if recipe.lora else encoder.backbone
     named = recipe.text_encoder.dtype == "float16"
     dtype = set_precision(model, args, named_fp16=named)
+    say(trainable_table(model))
 
     # data
     sources = [read_captions(source, run.bad, min_captions=2) for source in recipe.train]
@@ -67,9 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = list(
         chain.from_iterable(read_captions(s, run.bad, min_captions=2) for s in recipe.evaluation)
     )
-    if is_main():
-        print(trainable_table(model))
-        print(f"{sum(map(len, sources))} records, {len(pairs.texts)} captions")
+    say(f"data: {sum(map(len, sources))} records, {len(pairs.texts)} captions")
     results = before_training(run, encoder, held_out)
 
     # trainer, train
@@ -84,18 +87,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra")["cra"]},
         callbacks=[run.metrics],
     )
-    if is_main():
-        print(trainer.lengths, flush=True)
+    say(trainer.lengths)
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
-    # hand off, evaluate (what was saved, not what is in memory)
-    found: dict[str, Any] = {}
+    # evaluate (what was saved, not what is in memory), hand off
+    extra: dict[str, Any] = {}
     live = None
     if is_main():
         live, rounding = hand_off(recipe, encoder, model, args.device, dtype)
         if rounding.lost:
-            print(rounding)
-            found["merge_loss"] = rounding.share
+            say(rounding)
+            extra["merge_loss"] = rounding.share
     barrier()
     encoder = TextEncoder.from_pretrained(run.out / "text_encoder", device=args.device)
     if live is not None:
@@ -104,8 +106,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         require_equal(what, live, again, remedy, encoder.backbone.dtype)
     results |= separability(run, encoder, held_out, "after", of=encoder.fingerprint)
     if is_main():
-        found["cra"] = results
-        run.finish(encoder.fingerprint, found, captions=len(pairs.texts))
+        extra["cra"] = results
+        run.finish(encoder.fingerprint, extra, captions=len(pairs.texts))
     teardown()
 
 
@@ -139,7 +141,7 @@ def hand_off(
 def before_training(
     run: StageRun[Stage1Recipe], encoder: TextEncoder, records: Sequence[CaptionRecord]
 ) -> dict[str, Any]:
-    """What the LLM gives as it came: by its own attention and, where it has both, by the other.
+    """Measure the untrained LLM, by its own attention and, where it has both, by the other.
 
     Most decoders never were bidirectional, so `raw_causal` is what training has to beat.
     """
@@ -154,8 +156,7 @@ def before_training(
             with turned(encoder.backbone, way):
                 found |= separability(run, encoder, records, names[way])
         except TextEncoderError as error:
-            if is_main():
-                print(f"no {names[way]}: {error}", flush=True)
+            say(f"no {names[way]}: {error}")
     return before | found
 
 
@@ -166,18 +167,17 @@ def separability(
     name: str,
     of: Any = None,
 ) -> dict[str, Any]:
-    """:func:`caption_accuracy`, kept and told as soon as it is known."""
+    """Measure :func:`caption_accuracy`, then keep and report it at once."""
     found = run.measured(name, lambda: caption_accuracy(encoder, records, name), of)
-    if is_main():
-        told = f"{found[name]:.1f} % {found[f'{name}_ci']}" if found else "not evaluated"
-        print(f"caption separability, {name}: {told}", flush=True)
+    shown = f"{found[name]:.1f} % {found[f'{name}_ci']}" if found else "not evaluated"
+    say(f"caption separability, {name}: {shown}")
     return found
 
 
 def caption_accuracy(
     encoder: TextEncoder, records: Sequence[CaptionRecord], name: str
 ) -> dict[str, Any]:
-    """CRA in %: the share of first captions that find another caption of their image first."""
+    """Measure CRA in %: the share of first captions whose nearest text is of their image."""
     if not records:
         return {}
 

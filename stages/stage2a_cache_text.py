@@ -1,4 +1,4 @@
-"""Stage 2a: every caption's embedding by the frozen text encoder, cached by content.
+"""Stage 2a: the frozen text encoder's embedding of every caption, cached by content.
 
 Paper: LLM2CLIP v6, section 3.2 and table A4 (offline text features make stage 2 cheap).
 Needs: stage 1's `text_encoder/` (or a raw LLM: the ablation without stage 1), and all files whose
@@ -35,7 +35,7 @@ from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import cache_names, read_header
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.text.captions import read_captions
-from llm2clip_vlm.distributed import barrier, is_main, rank, teardown, world_size
+from llm2clip_vlm.distributed import barrier, is_main, rank, say, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, require_equal
 from llm2clip_vlm.recipe.reading import save_resolved
@@ -47,6 +47,7 @@ from llm2clip_vlm.training.stage_run import StageRun
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]."""
+    # recipe, parents
     run = StageRun(argv, Stage2aRecipe, __doc__)
     recipe, out = run.recipe, run.out
     if read_header(out) and run.finished():
@@ -59,17 +60,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         save_resolved(recipe, out / "recipe.resolved.yaml")
     barrier()
 
+    # data
     read = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
     texts = [text for record in read for text in record.texts]
     for source in recipe.zero_shot:
         texts += prompts_of(read_image_text(source, run.bad), source)
     unique = list(dict.fromkeys(texts))
-    if is_main():
-        print(f"{len(texts)} texts, {len(unique)} different ones", flush=True)
+    say(f"data: {len(texts)} texts, {len(unique)} different ones")
     if not unique:
         raise ValueError(f"{out}: no text to embed; expected a caption in `sources` or `zero_shot`")
 
+    # model
     device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}" if torch.cuda.is_available() else "cpu"
+    say(f"model: the text encoder {encoder_path(recipe.text_encoder)} on {device}")
     encoder = load_caption_encoder(recipe.text_encoder, device)
 
     def encode(with_prompt: TextEncoder, part: list[str]) -> Tensor:
@@ -92,15 +95,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             out, unique, encoders, encoder.fingerprint, writer=writer, planned=bar.reset
         )
     barrier()
+
+    # evaluate (a few rows again), hand off
     if notice := control_notice(encoder.tokens.control):
         print(notice)
-    if is_main() and encoder.tokens.longest:
-        print(encoder.tokens.lengths())
+    if encoder.tokens.longest:
+        say(encoder.tokens.lengths())
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
         truncated = encoder.tokens.num_truncated
         check_rows(cache, prompted, unique)
-        print(f"{len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
+        say(f"cache: {len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
         run.finish(
             encoder.fingerprint,
@@ -115,7 +120,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def check_rows(
     cache: EmbeddingCache, encoders: Mapping[str, TextEncoder], texts: Sequence[str]
 ) -> None:
-    """Encode a short, a middling and a long text alone: the cache must hold the same vectors."""
+    """Encode a short, a medium and a long text alone: the cache must hold the same vectors."""
     by_length = sorted(texts, key=len)
     texts = [*by_length[:1], *by_length[len(texts) // 2 :][:1], *by_length[-1:]]
     for prompt, encoder in encoders.items() if texts else ():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.distributed import is_main, teardown
+from llm2clip_vlm.distributed import is_main, say, teardown
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
@@ -65,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # model
     loop = TextInLoop(in_loop, args.device) if in_loop else None
     captions = loop or CaptionFeatures.open(recipe, args, resumes=run.checkpoint is not None)
+    say(f"model: {recipe.vision_tower}, to agree with text embeddings of {captions.dim} numbers")
     tower = load_vision_tower(
         recipe.vision_tower, dtype=torch.float32, image_size_px=recipe.image_size_px
     )
@@ -92,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         features=frozen,
     )
     held_out = HeldOut(recipe, tower.image_processor, run.bad, frozen)
+    say(f"data: {len(dataset)} pairs; {len(held_out.texts())} texts of held-out images")
     captions.require([*dataset.captions(), *held_out.texts()])
     keeping = prepare_keeping(
         recipe,
@@ -117,8 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure=lambda: logged(held_out(*model.eval().encoders(captions.lookup))),
         callbacks=[run.metrics, *captions.callbacks(), *keeping.callbacks],
     )
-    if is_main():
-        print(trainable_table(model, lrs), flush=True)
+    say(trainable_table(model, lrs))
     trainer.train(resume_from_checkpoint=run.checkpoint)
     trained = keeping.finish(model, lora)
     if loop:
@@ -129,14 +130,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     saved = load_complete(LLM2CLIPModel, out / "model").eval().to(args.device)
     require_as_trained(trained, saved, out / "model", frozen)
     results = held_out(*saved.encoders(captions.lookup))
+    say(f"evaluate: {logged(results)}")
     captions.finish()
     if is_main():
         tower.image_processor.save_pretrained(out / "model")
         exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
         require_as_exported(saved, exported)
-        hashes = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
-        hashes |= {"vision_tower": fingerprint_dir(exported)}
-        run.finish(hashes, results, pairs=len(dataset))
+        texts = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
+        run.finish(texts | {"vision_tower": fingerprint_dir(exported)}, results, pairs=len(dataset))
     teardown()
 
 
@@ -151,12 +152,12 @@ def rates_of(recipe: Stage2bRecipe) -> dict[str, float]:
 
 
 def around(recipe: Stage2bRecipe, tower: VisionTower, captions: Any, before: Any) -> LLM2CLIPModel:
-    """The model around a tower, with new heads or those of `heads_from`.
+    """Build the model around a tower, with new heads or those of `heads_from`.
 
     Args:
-        recipe: Of the stage.
+        recipe: The stage's recipe.
         tower: The tower.
-        captions: What gives the text embeddings.
+        captions: Gives the text embeddings.
         before: Manifest of `heads_from`, where it has one.
 
     Raises:

@@ -18,24 +18,28 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llm2clip_vlm.chat.labels import check_chat_template
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.distributed import is_main
+from llm2clip_vlm.distributed import is_main, say
+from llm2clip_vlm.models.trainable import set_precision
 from llm2clip_vlm.models.vlm.building import build_vlm
 from llm2clip_vlm.recipe.vlm import Stage3Recipe
 from llm2clip_vlm.runs.manifest import fingerprint_dir
 from llm2clip_vlm.runs.ownership import foreign, remove, unsigned
 from llm2clip_vlm.training.stage_run import StageRun
-from llm2clip_vlm.training.vlm.vlm_run import compose_once, train_vlm
+from llm2clip_vlm.training.vlm import vlm_run
 
 TOWER_STAGES = ("stage2b_vision_encoder", "clip_baseline")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    # recipe, parents, arguments, seed
     run = StageRun(argv, Stage3Recipe, __doc__)
     if run.finished():
         return
-    vlm, composed = run.recipe.vlm, run.out / "composed"
+    recipe, composed = run.recipe, run.out / "composed"
+    vlm = recipe.vlm
     run.parent("vision_tower", vlm.vision_tower, *TOWER_STAGES)
     run.parent("language_model", vlm.language_model, "base_language_model")
     made_of = {n: fingerprint_dir(p) for n, p in run.parents.items() if Path(p).is_dir()}
@@ -44,12 +48,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = run.arguments()
     if run.checkpoint is None and is_main() and composed.is_dir():
         foreign(composed, unsigned(composed))
-        remove(composed)  # of a run that was killed early, maybe with other parents
+        remove(composed)  # left by a run that was killed early, maybe with other parents
 
-    model, processor = compose_once(
-        lambda: build_vlm(**vlm.model_dump(), seed=run.recipe.seed), composed, args
+    # model
+    say(f"model: composes {vlm.vision_tower}, a projector and {vlm.language_model}")
+    model, processor = vlm_run.compose_once(
+        lambda: build_vlm(**vlm.model_dump(), seed=recipe.seed), composed, args
     )
-    train_vlm(run, model, processor, base=composed, fingerprints=made_of, plain=run.recipe.plain)
+    check_chat_template(processor)
+
+    # trainable
+    parts = vlm_run.prepare_trainable(model, recipe)
+    dtype = set_precision(model, args)
+
+    # data
+    fitting, leak = vlm_run.padded_instead(model, recipe, args)
+    data = vlm_run.build_vlm_data(fitting, processor, run.bad, args, plain=recipe.plain)
+
+    # trainer, train
+    trainer = vlm_run.build_trainer(run, model, processor, data, parts, composed, dtype)
+    result = trainer.train(resume_from_checkpoint=run.checkpoint)
+
+    # hand off (the metric of a VLM is its score in lmms-eval)
+    vlm_run.hand_off(run, trainer, result, made_of, padded_because=leak)
 
 
 if __name__ == "__main__":

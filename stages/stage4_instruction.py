@@ -15,30 +15,49 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from llm2clip_vlm.chat.labels import check_chat_template
 from llm2clip_vlm.cli import guard
+from llm2clip_vlm.distributed import say
+from llm2clip_vlm.models.trainable import set_precision
 from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
 from llm2clip_vlm.models.vlm.building import load_vlm
 from llm2clip_vlm.recipe.vlm import Stage4Recipe
 from llm2clip_vlm.training.stage_run import StageRun
-from llm2clip_vlm.training.vlm.vlm_run import train_vlm
+from llm2clip_vlm.training.vlm import vlm_run
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
+    # recipe, parents, arguments, seed
     run = StageRun(argv, Stage4Recipe, __doc__)
     if run.finished():
         return
-    recipe = run.recipe
-    parent = run.parent("checkpoint", recipe.checkpoint, "stage3_projector", run.stage)
+    recipe, base = run.recipe, run.recipe.checkpoint
+    parent = run.parent("checkpoint", base, "stage3_projector", run.stage)
     args = run.arguments()
 
-    model, processor = load_vlm(
-        recipe.checkpoint, load_in_4bit=recipe.load_in_4bit, device=args.device
-    )
+    # model
+    say(f"model: loads {base}")
+    model, processor = load_vlm(base, load_in_4bit=recipe.load_in_4bit, device=args.device)
     if recipe.image_aspect_ratio is not None:
         set_image_aspect_ratio(processor, recipe.image_aspect_ratio)
+    check_chat_template(processor)
+
+    # trainable
+    parts = vlm_run.prepare_trainable(model, recipe)
+    dtype = set_precision(model, args)
+
+    # data
+    fitting, leak = vlm_run.padded_instead(model, recipe, args)
+    data = vlm_run.build_vlm_data(fitting, processor, run.bad, args)
+
+    # trainer, train
+    trainer = vlm_run.build_trainer(run, model, processor, data, parts, base, dtype)
+    result = trainer.train(resume_from_checkpoint=run.checkpoint)
+
+    # hand off (the metric of a VLM is its score in lmms-eval)
     made_of = dict(parent["fingerprints"]) if parent else {}
-    train_vlm(run, model, processor, base=recipe.checkpoint, fingerprints=made_of)
+    vlm_run.hand_off(run, trainer, result, made_of, padded_because=leak)
 
 
 if __name__ == "__main__":

@@ -315,7 +315,7 @@ def check_chat_template(processor_or_tokenizer: Any) -> None:
     """Checks once that what a model is prompted with is what stands before a trained answer.
 
     Raises:
-        ConversationError: As :func:`label`, or the prompt's tokens differ.
+        ConversationError: See :func:`label`; or the prompt's tokens differ.
     """
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
     template = template_of(processor_or_tokenizer)

@@ -147,7 +147,7 @@ def control_notice(found: Counter[str]) -> str:
     """One line on control tokens' names that were found in texts; empty where there are none.
 
     Args:
-        found: As :meth:`TextTokens.count`.
+        found: See :meth:`TextTokens.count`.
     """
     names = ", ".join(f"{name} {count} times" for name, count in found.most_common(8))
     return f"names of control tokens in texts, read as text: {names}" if found else ""

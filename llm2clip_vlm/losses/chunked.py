@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Excluded = Callable[[int, int], Tensor | None]
-"""Which logits of rows `start:end` are no negatives: bool `[end - start, keys]`, or none."""
+"""Mask of the logits of rows `start:end` that are no negatives, `[end - start, keys]`."""
 
 
 class LogSumExp(torch.autograd.Function):

@@ -53,7 +53,7 @@ def contrastive_loss(
         text_embeds: Unit-norm text embeddings, `n = k * b`; rows `k*i .. k*i + k - 1` belong to
             image i.
         logit_scale: Multiplies the cosines; already exponentiated.
-        caption_ids: Equal numbers mean equal captions; none = all captions count as different.
+        caption_ids: Equal numbers mean equal captions. None: all captions count as different.
         label_smoothing: Share of the target spread over the candidates (masked ones excluded).
         gather: Take the other ranks' embeddings as negatives; all ranks need equal shapes.
 
@@ -105,7 +105,7 @@ def caption_contrastive_loss(
         negatives: Hard negatives, any number, shared by all queries; normalised here.
         negative_ids: Id of each hard negative, which is no negative of rows with an equal id, or
             `NO_CANDIDATE`.
-        label_smoothing: As in :func:`contrastive_loss`.
+        label_smoothing: See :func:`contrastive_loss`.
         gather: Take the other ranks' captions as negatives; all ranks need equal shapes.
 
     Returns:
@@ -216,12 +216,12 @@ def relational_distillation(
     each rank computes its own rows, so that the mean over ranks is the global value.
 
     Args:
-        student: Any norm.
-        teacher: Any norm and width, row i the same input as the student's; no gradient flows in.
+        student: Embeddings of any norm.
+        teacher: Embeddings of any norm and width, of the same inputs; no gradient flows in.
         gather: Also pairs across ranks; all ranks need equal shapes.
 
     Returns:
-        A scalar, 0 where the student keeps every angle; the pairs of a row with itself left out.
+        A scalar, 0 where the student keeps every angle; pairs of a row with itself are left out.
 
     Raises:
         ValueError: Different numbers of rows, or fewer than two.
@@ -269,11 +269,11 @@ def _exclusion(row_ids: Tensor | None, key_ids: Tensor | None, own: Tensor) -> E
         if row_ids is None or key_ids is None:
             return None
         columns = own[start:end]
-        mine = row_ids.view(len(own), -1)[start:end]
-        theirs = key_ids.view(len(key_ids), -1)
-        same = torch.zeros(len(mine), len(theirs), dtype=torch.bool, device=mine.device)
-        for a in mine.T:
-            for b in theirs.T:
+        row_part = rearrange(row_ids, "n ... -> n (...)")[start:end]
+        key_part = rearrange(key_ids, "n ... -> n (...)")
+        same = torch.zeros(len(row_part), len(key_part), dtype=torch.bool, device=own.device)
+        for a in row_part.T:
+            for b in key_part.T:
                 same |= (a[:, None] == b) | (b == NO_CANDIDATE)
         return same.scatter_(1, columns, False)
 
@@ -299,8 +299,13 @@ def _info_nce(
 ) -> Tensor:
     """Cross entropy of rows over keys and negatives, and (symmetric) of keys over rows.
 
-    `keys` has k rows for each of `rows`; `ids` is that of each key, a row's are its keys'.
+    `keys` has k rows for each of `rows`; `ids` has one id a key, and a row has those of its k keys.
     """
+    # Example, two images with k = 2 texts each: keys are t0 t1 t2 t3, and `own` of image 0 is
+    # [0, 1]. Its term is -(log p(t0) + log p(t1)) / 2, where p is one softmax over the four texts.
+    # If t2 reads as t0 does (equal ids), t2 leaves the softmax of image 0, and image 0 that of t2:
+    # pushing a right answer away would teach the opposite. With several ranks `own` counts from
+    # this rank's first key, since `together` puts the ranks' keys one behind the other.
     if negative_ids is not None and ids is None:
         raise ValueError("negative_ids are given and ids are not; expected both, or none")
     together: Callable[[Tensor], Tensor] = gather_with_grad if gather else lambda tensor: tensor
@@ -330,6 +335,9 @@ def _info_nce(
             )
             backward = _dense(keys, together(rows), scale, own, excluded, label_smoothing)
             return (forward + backward) / 2
+        # The same without the matrix: a row's cross entropy is its log-sum-exp less its own score,
+        # and one pass over chunks of rows finds the log-sum-exp of both axes. A rank has only its
+        # rows of a column, so a column's value is the log-sum-exp of what all ranks found.
         scale = torch.as_tensor(scale, dtype=torch.float32, device=rows.device)
         row_lse, row_sum, row_count, *of_columns = LogSumExp.apply(
             rows.float(),
@@ -341,16 +349,18 @@ def _info_nce(
             label_smoothing > 0,
         )
         own_keys = rearrange(keys, "(n k) d -> n k d", k=k)
-        own_scores = (rows[:, None].float() * own_keys.float()).sum(-1) * scale
+        scores = (rows[:, None].float() * own_keys.float()).sum(-1) * scale
         smooth = label_smoothing
-        loss = row_lse - (1 - smooth) * own_scores.mean(1) - smooth * row_sum / row_count
+        loss = row_lse - (1 - smooth) * scores.mean(1) - smooth * row_sum / row_count
         if not symmetric:
             return loss.mean()
         first = rank() * len(keys) if gather else 0
         lse, total, count = (
             together(part[None])[:, first : first + len(keys)] for part in of_columns
         )
-        target = (1 - smooth) * own_scores.flatten() + smooth * total.sum(0) / count.sum(0)
+        target = (1 - smooth) * rearrange(scores, "n k -> (n k)") + smooth * total.sum(
+            0
+        ) / count.sum(0)
         return (loss.mean() + (lse.logsumexp(0) - target).mean()) / 2
 
 

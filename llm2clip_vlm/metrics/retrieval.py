@@ -65,13 +65,13 @@ def recall_at_k(
     Args:
         query_embeds: float[n, d].
         gallery_embeds: float[m, d].
-        positives: For each query, the gallery rows (or the one row) that are right; none = row i
+        positives: For each query, the gallery rows (or the one row) that are right. None: row i
             is right for query i.
         ks: Cut-offs.
         bootstrap: Resamples for the interval; 0 = no interval.
         seed: Seed of the resampling.
         groups: For each query, its image. Resampling draws whole images, since captions of one
-            image fail together. None = each query for itself.
+            image fail together. None: each query for itself.
 
     Returns:
         Recall, intervals and hits for each k.

@@ -13,7 +13,7 @@ from llm2clip_vlm.metrics.retrieval import RecallResult, recall_at_k
 
 PROTOCOL = "first caption as query, all other captions as gallery, hit@1"
 """The released material defines caption retrieval accuracy in two ways that differ by 40 points, so
-ours is named in every result."""
+every result names its protocol."""
 
 
 def caption_task(
@@ -22,7 +22,7 @@ def caption_task(
     """Queries, gallery and right answers (:data:`PROTOCOL`).
 
     Args:
-        captions: Of each image at least two, all different.
+        captions: At least two captions of each image, all different.
 
     Returns:
         Each image's first caption (queries); all other captions (gallery); for each query the

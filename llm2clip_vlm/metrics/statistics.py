@@ -164,7 +164,7 @@ def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float
 
     Args:
         deltas: One difference a training seed, or an image.
-        seed: Of the patterns drawn.
+        seed: Seed of the patterns drawn.
 
     Returns:
         Share of sign patterns whose absolute sum is at least the observed one. With n differences

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch.nn.functional as F
+from einops import reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -34,11 +35,12 @@ def class_embeds(
 
     Args:
         embed: Prompts to unit vectors.
-        names: Of the classes.
+        names: Names of the classes.
         templates: Texts with `{}` where the name goes.
     """
-    embeds = embed(class_prompts(names, templates)).unflatten(0, (len(names), len(templates)))
-    return F.normalize(embeds.mean(1), dim=-1)
+    embeds = embed(class_prompts(names, templates))
+    means = reduce(embeds, "(classes t) d -> classes d", "mean", t=len(templates))
+    return F.normalize(means, dim=-1)
 
 
 def label_rows(labels: Sequence[str], classes: Mapping[str, str], where: str) -> list[int]:

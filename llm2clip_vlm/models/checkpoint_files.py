@@ -117,7 +117,7 @@ def weights_of_folder(
     """Names, shapes and dtypes of a local checkpoint's weights, as tensors without content.
 
     Args:
-        folder: With `model.safetensors`, whole or in shards.
+        folder: Folder with `model.safetensors`, whole or in shards.
         config: Its config.
         error: What is raised.
 

@@ -227,7 +227,7 @@ class ClipTokens:
     Captions longer than the window are cut, the end token stays last.
 
     Args:
-        tokenizer: With `model_max_length` set to the window.
+        tokenizer: Tokenizer with `model_max_length` set to the window.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -286,7 +286,7 @@ def clip_encoders(
     """How an ordinary CLIP embeds images and captions, unit norm.
 
     Args:
-        model: On its device.
+        model: Model on its device.
         tokens: Captions to its text tower's arguments.
 
     Returns:

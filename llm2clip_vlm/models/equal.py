@@ -113,7 +113,7 @@ def difference(
     Args:
         want: What they should be.
         got: What they are.
-        tolerance: Largest difference of one vector, in parts of its length; none = what the
+        tolerance: Largest difference of one vector, in parts of its length. None: what the
             coarser of both dtypes explains.
 
     Returns:

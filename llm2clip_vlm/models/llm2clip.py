@@ -45,7 +45,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
         adaptor_num_blocks: Residual blocks of the text adaptor. Paper v6: 4.
         adaptor_expansion: Hidden width of a block over its input's.
         logit_scale_init_value: Stored logarithm at the start, ln(1/0.07).
-        logit_bias_init_value: Bias of the sigmoid loss at the start; none = softmax loss, no bias.
+        logit_bias_init_value: Bias of the sigmoid loss at the start. None: softmax loss, no bias.
     """
 
     model_type = "llm2clip"
@@ -165,7 +165,7 @@ class LLM2CLIPModel(PreTrainedModel):
         """Begin with another model's adaptor, projections and scale; the tower stays.
 
         Args:
-            folder: Of an `LLM2CLIPModel`.
+            folder: Folder of an `LLM2CLIPModel`.
 
         Raises:
             ValueError: Its heads have other shapes.
@@ -271,8 +271,8 @@ class LLM2CLIPModel(PreTrainedModel):
 
         Args:
             save_directory: Where to.
-            args: As in transformers.
-            kwargs: As in transformers; `save_original_format` is false unless given.
+            args: See transformers.
+            kwargs: See transformers; `save_original_format` is false unless given.
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)

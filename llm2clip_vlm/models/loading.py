@@ -98,7 +98,7 @@ def forget_paths(config: Any) -> None:
     """Take the folders of this machine out of a config and the configs in it, which are saved.
 
     Args:
-        config: Of a model that was loaded; hub ids stay.
+        config: Config of a model that was loaded; hub ids stay.
     """
     if Path(config._name_or_path or "").exists():
         config._name_or_path = ""
@@ -203,7 +203,7 @@ def to_dtype(model: Any, dtype: torch.dtype) -> Any:
 
     Args:
         model: Any module.
-        dtype: Of its parameters and of the buffers that are saved.
+        dtype: Dtype of its parameters and of the buffers that are saved.
     """
     saved = model.state_dict(keep_vars=True).keys()
     computed = {name: value for name, value in model.named_buffers() if name not in saved}
@@ -342,9 +342,9 @@ def four_bits(
     """Arguments of `from_pretrained` for NF4 weights, as QLoRA has them (arXiv 2305.14314).
 
     Args:
-        device: Where to; none = the CPU.
+        device: Where to. None: the CPU.
         error: What is raised.
-        skip: Modules that keep their precision, by name; none = the head.
+        skip: Modules that keep their precision, by name. None: the head.
 
     Raises:
         ValueError: (or `error`) bitsandbytes is not installed.

@@ -22,7 +22,7 @@ def part_name(name: str) -> str:
     AnyRes' `image_newline` belongs to the projector, with which it is trained.
 
     Args:
-        name: As in `named_parameters()`, such as `model.vision_tower.embeddings.class_embedding`.
+        name: Key of `named_parameters()`, such as `model.vision_tower.embeddings.class_embedding`.
 
     Returns:
         Such as `vision_tower.embeddings.class_embedding`; a Llava's `lm_head.weight` becomes
@@ -80,14 +80,14 @@ def layers_of(model: nn.Module, part: str = "") -> tuple[dict[str, int], int]:
     The layers of a CNN are its stages, as timm groups them.
 
     Args:
-        model: As :func:`block_list`; its parameters come in the order of the forward pass.
-        part: As :func:`block_list`.
+        model: See :func:`block_list`; its parameters come in the order of the forward pass.
+        part: See :func:`block_list`.
 
     Returns:
         Name in the model to layer, and the number of blocks; what follows them is one layer more.
 
     Raises:
-        ValueError: As :func:`block_list`.
+        ValueError: See :func:`block_list`.
     """
     for name, module in model.named_modules():
         stages = getattr(module, "parameter_stages", None) if is_feature_map(module) else None
@@ -157,7 +157,7 @@ def set_precision(model: nn.Module, args: Any, *, named_fp16: bool = False) -> t
     it gets fp32.
 
     Args:
-        model: With `requires_grad` set, in place; whole, or split by ZeRO-3, which is left alone.
+        model: Changed in place; has `requires_grad` set. One that ZeRO-3 has split is left alone.
         args: The run's `TrainingArguments`.
         named_fp16: The recipe itself names float16.
 

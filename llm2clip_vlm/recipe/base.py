@@ -28,7 +28,7 @@ class DataSource(Section):
     split: str = Field(default="train", pattern=r"^[\w.+-]+$")
     """Split of the `dataset`; `train+validation` joins two, a part is taken by `limit`."""
     revision: str | None = None
-    """Commit, branch or tag of the `dataset` on the hub; none = its newest."""
+    """Commit, branch or tag of the `dataset` on the hub. None: its newest."""
     columns: list[str] | dict[str, str] = Field(default_factory=list)
     """Columns to read, none named = all; `{images: photos, texts: dialogue}` reads `photos` and
     `dialogue` and calls them `images` and `texts`."""
@@ -55,11 +55,11 @@ class ImageSource(DataSource):
     """What sources of rows with images share."""
 
     image_root: str | None = None
-    """Folder that image paths are relative to; none = the file's own folder. No path leaves it."""
+    """Folder that image paths are relative to. None: the file's own folder. No path leaves it."""
     follow_links: bool = False
     """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
     index_dir: str | None = None
-    """Folder of the table that large sources are read into once; none = `.llm2clip-index` beside
+    """Folder of the table that large sources are read into once. None: `.llm2clip-index` beside
     them."""
 
     @property
@@ -78,7 +78,7 @@ class CaptionSource(DataSource):
     """Columns that hold captions of the same image; a list-valued column adds all its items, a
     mapping-valued one all its values."""
     group_by: str | None = None
-    """Column whose equal values join rows into one record (COCO: `image_id`); none = a row each."""
+    """Column whose equal values join rows into one record (COCO: `image_id`). None: a row each."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)
     """Keep only rows whose columns equal these values, such as `{split: train}`; a value
     that no row has is refused, also below."""
@@ -228,4 +228,4 @@ class TextEncoderSection(Section):
     """Dtype of the saved weights; `auto` keeps the checkpoint's (float16 becomes float32 where it
     trains). What trains without DeepSpeed is held in float32 meanwhile."""
     attn_implementation: str | None = None
-    """As in transformers: `sdpa`, `eager`, `flash_attention_2`; none = its default."""
+    """As in transformers: `sdpa`, `eager`, `flash_attention_2`. None: its default."""

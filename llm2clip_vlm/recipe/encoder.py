@@ -41,7 +41,7 @@ class InheritanceSection(Section):
     """The text adaptor first learns to give CLIP's own text embeddings (ProCLIP, 2510.18795)."""
 
     clip: str | None = None
-    """`CLIPModel` with its tokenizer, the one that the tower comes from; none = `vision_tower`.
+    """`CLIPModel` with its tokenizer, the one that the tower comes from. None: `vision_tower`.
     Training starts in its joint space (image projection, scale), so `projection_dim` is its."""
     steps: int = Field(default=500, ge=1)
     """Optimizer steps on captions alone; those that CLIP's window would cut are left out."""
@@ -89,14 +89,14 @@ class EncoderRecipe(RunRecipe):
     feature_cache: str | Literal[False] | None = None
     """Where the tower does not train (and no crop is drawn): folder of its pooled features, which
     runs may share; each picture is decoded exactly and encoded once, and a step costs the heads
-    alone. None = `<output_dir>/features`; false = the tower runs in every step."""
+    alone. None: `<output_dir>/features`; false = the tower runs in every step."""
     tower_last_blocks: int | None = Field(default=None, ge=1)
     """Train only this many of the tower's last blocks (stages of a CNN) and what follows them; what
-    comes before stays in evaluation mode and costs no backward pass. None = all."""
+    comes before stays in evaluation mode and costs no backward pass. None: all."""
     evaluation: list[ImageTextSource] = Field(default_factory=list)
     """Held-out images for retrieval, each caption key apart."""
     evaluation_steps: int | None = Field(default=None, ge=1)
-    """Measure every this many steps too (`eval_*` in the log); none = after training only."""
+    """Measure every this many steps too (`eval_*` in the log). None: after training only."""
     zero_shot: list[ZeroShotSource] = Field(default_factory=list)
     """Labelled images for zero-shot classification, measured whenever retrieval is."""
 
@@ -134,11 +134,11 @@ class Stage2bRecipe(EncoderRecipe):
     scale are the start. With one whose tower was frozen, new heads do not pull at a tower that they
     cannot read yet (linear probing, then fine-tuning: arXiv 2202.10054)."""
     inherit_text: InheritanceSection | None = None
-    """Representation inheritance, before the images come; none = a new joint space."""
+    """Representation inheritance, before the images come. None: a new joint space."""
     self_distillation: SelfDistillationSection | None = None
-    """Keeps the tower near a teacher; none = only the contrastive loss."""
+    """Keeps the tower near a teacher. None: only the contrastive loss."""
     weight_average: WeightAverageSection | None = None
-    """None = the last weights are what is saved."""
+    """None: the last weights are what is saved."""
     embedding_cache: str | None = None
     """Stage 2a's directory; with `write_through` it may lack captions, or not be there yet."""
     caption_prompts: list[str] = Field(default_factory=list)
@@ -147,7 +147,7 @@ class Stage2bRecipe(EncoderRecipe):
     """Instead of a cache: captions are encoded in every step, by an LLM that trains too."""
     write_through: str | TextEncoderSection | None = None
     """Stage 1's `text_encoder/`, or a raw LLM: a caption that the cache lacks is encoded when it is
-    first drawn, and kept there. None = the cache is complete before training starts."""
+    first drawn, and kept there. None: the cache is complete before training starts."""
     text_adaptor: TextAdaptorSection = Field(default_factory=TextAdaptorSection)
     """Shape of the adaptor."""
     projection_dim: int = Field(default=1280, ge=1)
@@ -160,7 +160,7 @@ class Stage2bRecipe(EncoderRecipe):
     """Bias of the sigmoid loss at the start (SigLIP: -10, with `logit_scale_init` ln 10)."""
     micro_batch_size: int | None = Field(default=None, ge=1)
     """Images per forward pass on each process; more go through GradCache, which bounds the memory
-    and keeps the gradient of the whole batch. None = all at once."""
+    and keeps the gradient of the whole batch. None: all at once."""
     learning_rates: LearningRates = Field(default_factory=LearningRates)
     """One per group."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
@@ -228,8 +228,8 @@ class ClipBaselineRecipe(EncoderRecipe):
     stage: Literal["clip_baseline"] = "clip_baseline"
     """Which program reads this file."""
     clip: str | dict[str, Any] | None = None
-    """A `CLIPModel` directory to continue from, or `CLIPConfig` arguments to start from nothing;
-    none = `vision_tower` with a new text tower."""
+    """A `CLIPModel` directory to continue from, or `CLIPConfig` arguments to start from nothing.
+    None: `vision_tower` with a new text tower."""
     vision_tower: str | None = None
     """Instead of `clip`: path or hub id of any vision tower that stage 2b takes. The result is
     transformers' `VisionTextDualEncoderModel`."""

@@ -20,7 +20,7 @@ class EncoderTask(Section):
     """What all tasks share."""
 
     name: str | None = None
-    """Name of the result's file; none = the benchmark's, else the task's."""
+    """Name of the result's file. None: the benchmark's, else the task's."""
 
 
 class RetrievalTask(EncoderTask, ImageFolder):
@@ -33,7 +33,7 @@ class RetrievalTask(EncoderTask, ImageFolder):
     data: str
     """The benchmark's annotation file or folder."""
     images: str | None = None
-    """Folder of its images; none = the folder of `data`."""
+    """Folder of its images. None: the folder of `data`."""
     fields: list[str] = Field(default_factory=lambda: ["captions"])
     """For `records`: columns with captions, each kind judged apart."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)
@@ -66,7 +66,7 @@ class ClassSource(ImageFolder):
     data: str
     """Folder with a folder of images for each class (ImageNet's layout), or a file of rows."""
     images: str | None = None
-    """For a file: folder that its paths are relative to; none = the file's."""
+    """For a file: folder that its paths are relative to. None: the file's."""
     label_field: str = "label"
     """For a file: the column with the class."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)
@@ -115,7 +115,7 @@ class SegmentationSource(ImageFolder):
     """Mask value 0 is no class and not judged, 1 is the first (ADE20K, VOC20); false judges it
     (VOC21, whose first class is the background). 255 is never judged."""
     short_side_px: int | None = Field(default=None, ge=1)
-    """Images are resized to it; none = twice the tower's side."""
+    """Images are resized to it. None: twice the tower's side."""
     stride: float = Field(default=0.5, gt=0, le=1)
     """Step of the sliding window over its side, which is the tower's."""
 
@@ -169,7 +169,7 @@ class DetectionTask(EncoderTask):
     test: BoxSource
     """Images to judge by."""
     image_size_px: int | None = Field(default=None, ge=1)
-    """Side of the square that images are resized to; none = the tower's."""
+    """Side of the square that images are resized to. None: the tower's."""
     freeze_tower: bool = False
     """Train the detector alone."""
     detector: dict[str, Any] = Field(default_factory=dict)
@@ -192,7 +192,7 @@ class EncoderEvalRecipe(RecipeFile):
     text_encoder: str | TextEncoderSection | None = None
     """For an `LLM2CLIPModel`: stage 1's `text_encoder/`, or a raw LLM."""
     device: str | None = None
-    """None = `cuda` if there is one, else `cpu`."""
+    """None: `cuda` if there is one, else `cpu`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Of the encoder; scores are computed in float32 always."""
     batch_size: int = Field(default=64, ge=1)

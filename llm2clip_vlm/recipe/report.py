@@ -95,7 +95,7 @@ class AbRecipe(RecipeFile):
     """Where the result goes; the chart lies beside it, as `.svg`."""
     block: str | None = None
     """Key of an earlier `output` below which this result goes; all else there stays as it is, and
-    no chart or page is written. None = the result is the whole file."""
+    no chart or page is written. None: the result is the whole file."""
     pages: str
     """Folder of the comparison for people and papers (`compare.html`, `compare.md`)."""
 

@@ -15,7 +15,7 @@ class LmmsTask(Section):
     task: str
     """Name of a built-in task, or of one under `eval/tasks/`."""
     name: str | None = None
-    """Name of its result; none = the task's. One task twice in a suite needs two names."""
+    """Name of its result. None: the task's. One task twice in a suite needs two names."""
     judge: bool = False
     """Its score comes from another model; see the suite's `judge`."""
     program: str | None = None
@@ -35,7 +35,7 @@ class LmmsTask(Section):
     `null` removes a key (`{process_docs: null}`), `"!function llm2clip_vlm.MODULE.NAME"` is a
     function."""
     max_empty: float | None = Field(default=None, ge=0, le=1)
-    """Share of empty answers above which no score is written; none = the suite's."""
+    """Share of empty answers above which no score is written. None: the suite's."""
 
 
 class SuiteRecipe(RecipeFile):
@@ -52,7 +52,7 @@ class SuiteRecipe(RecipeFile):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """`auto` keeps the checkpoint's."""
     device: str | None = None
-    """Where to run; none = `cuda` if there is one, else `cpu`."""
+    """Where to run. None: `cuda` if there is one, else `cpu`."""
     max_empty: float = Field(default=0.2, ge=0, le=1)
     """A task with a larger share of empty answers is refused: something is broken."""
     judge: Literal["none", "environment"] = "none"

@@ -61,14 +61,14 @@ class Stage1Recipe(RunRecipe):
     """Held-out records for caption retrieval accuracy (CRA): each record's first caption is a
     query, all other captions are the gallery, hit@1."""
     evaluation_steps: int | None = Field(default=None, ge=1)
-    """Measure CRA every this many steps too; none = before and after training only."""
+    """Measure CRA every this many steps too. None: before and after training only."""
     scale: float = Field(default=50.0, gt=0)
     """Multiplies cosine similarities (temperature 0.02, released code)."""
     symmetric: bool = True
     """Both directions; false = query to positive only (released code)."""
     micro_batch_tokens: int | None = Field(default=None, ge=1)
     """Tokens per forward pass on each process, padding counted; more go through GradCache, which
-    bounds the memory and keeps the gradient of the whole batch. None = all at once."""
+    bounds the memory and keeps the gradient of the whole batch. None: all at once."""
 
     @model_validator(mode="after")
     def _four_bits_have_an_adapter(self) -> Self:

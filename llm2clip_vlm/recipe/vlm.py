@@ -28,9 +28,9 @@ class VlmSection(Section):
     shows the whole picture and then crops of it (LLaVA-NeXT)."""
     image_grid_pinpoints: list[tuple[int, int]] | None = None
     """Sizes `[height, width]` in pixels that `anyres` scales a picture to, multiples of the tower's
-    image size; none = LLaVA-NeXT's 1x2, 2x1, 2x2, 3x1 and 1x3 crops."""
+    image size. None: LLaVA-NeXT's 1x2, 2x1, 2x2, 3x1 and 1x3 crops."""
     chat_template: str | None = None
-    """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file; none = that of the LLM's
+    """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file. None: that of the LLM's
     tokenizer."""
     system_prompt: str | None = None
     """System prompt of conversations that bring none: none = what the template writes by itself,
@@ -76,9 +76,9 @@ class PartTraining(Section):
     lr: float = Field(ge=0)
     """Learning rate at the schedule's peak."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Of its matrices; none = `trainer.weight_decay`."""
+    """Of its matrices. None: `trainer.weight_decay`."""
     last_blocks: int | None = Field(default=None, ge=1)
-    """Train only this many of its last used blocks and what follows them; none = all."""
+    """Train only this many of its last used blocks and what follows them. None: all."""
 
 
 Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
@@ -98,8 +98,8 @@ class VlmRecipe(RunRecipe):
     then holds `trainer.per_device_train_batch_size` x `max_length_tokens` tokens at most, and as
     many samples as fit; a step has the same samples as without, and accumulation follows."""
     packing_max_images: int | None = Field(default=None, ge=1)
-    """Images (with AnyRes: crops) of a packed micro-batch at most, which bounds the tower's memory;
-    none = no limit."""
+    """Images (with AnyRes: crops) of a packed micro-batch at most, which bounds the tower's memory.
+    None: no limit."""
     trainable: dict[Part, Annotated[float, Field(ge=0)] | PartTraining] = Field(min_length=1)
     """Learning rate of each part that trains, or `{lr, weight_decay, last_blocks}`; a part that is
     not named is frozen."""
@@ -109,7 +109,7 @@ class VlmRecipe(RunRecipe):
     """The same on the tower."""
     hang_timeout_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a new micro-step after which a process names its rank and samples, shows
-    where it stands, and ends; none = wait for ever."""
+    where it stands, and ends. None: wait for ever."""
 
 
 class Stage3Recipe(VlmRecipe):

@@ -164,7 +164,7 @@ def write_card(
         made: The stage or command that made it.
         parents: What it was made from: name to path or hub id. Of a local path the last two parts
             are shown; its own card's licence and base models are carried over.
-        versions: Of the packages that made it.
+        versions: Package names and versions that made it.
         recipe: The stage's recipe, in plain form.
         results: What the stage measured, in %.
         parity: The certificate of an export or conversion.

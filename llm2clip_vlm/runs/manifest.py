@@ -228,10 +228,10 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
     """What of a parent is not as it was.
 
     Args:
-        state: Of :func:`parent_state`, then.
+        state: Result of :func:`parent_state`, then.
 
     Returns:
-        A path; none = nothing.
+        A path. None: nothing.
     """
     path = state["path"]
     if "files" in state:
@@ -293,7 +293,7 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
 
     Args:
         directory: A stage's output directory, or a model directory directly below it.
-        stages: Those that may have written it; none = any.
+        stages: Those that may have written it. None: any.
 
     Returns:
         The manifest; none for a checkpoint that no stage of this project wrote.

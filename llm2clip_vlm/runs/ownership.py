@@ -212,7 +212,7 @@ def remove(folder: Path, names: Iterable[str] | None = None) -> bool:
 
     Args:
         folder: Where they lie.
-        names: Files below it; none = those that :func:`sign` listed.
+        names: Files below it. None: those that :func:`sign` listed.
 
     Returns:
         Whether nothing is left.

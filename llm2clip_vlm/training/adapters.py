@@ -92,7 +92,7 @@ def check_adapter(model: nn.Module, targets: str | list[str], key: str) -> None:
     """Refuse an adapter that could not be merged; call it before training.
 
     Args:
-        model: With the adapter, and with all that shares weights with it.
+        model: Model with the adapter, and with all that shares weights with it.
         targets: `target_modules` of the recipe.
         key: The adapter's section in the recipe, for messages.
 
@@ -135,7 +135,7 @@ def merge_adapter(model: Any, dtype: torch.dtype) -> tuple[Any, Rounding]:
 
     Args:
         model: PEFT's model or tuner, not split by ZeRO-3; or a model without adapter.
-        dtype: Of all weights afterwards.
+        dtype: Dtype of all weights afterwards.
 
     Returns:
         The model without adapter, and what rounding lost.
@@ -162,9 +162,9 @@ def merged_state(
     Works on gathered weights, so it is right under ZeRO-3 too, where the model's own are shards.
 
     Args:
-        model: With or without adapters.
+        model: Model with or without adapters.
         state: Its weights by name.
-        dtype: Of the floating-point weights in the end; none = each keeps its own.
+        dtype: Dtype of the floating-point weights in the end. None: each keeps its own.
         rounding: Takes what that loses of the adapters.
 
     Returns:
@@ -193,7 +193,7 @@ def unquantized_state(
     """The weights of a model with adapters on four-bit weights, with what those were before.
 
     Args:
-        model: With adapters.
+        model: Model with adapters.
         state: Its weights by name.
         whole: Those of the checkpoint that it was loaded from.
 
@@ -214,7 +214,7 @@ def save_adapter(
     """Writes all that trains: adapters, and parts that train without one.
 
     Args:
-        model: With adapters.
+        model: Model with adapters.
         state: Its weights by name, whole.
         directory: `adapter.safetensors` goes there.
         base: Fingerprint of the checkpoint that the frozen weights come from.

@@ -79,7 +79,7 @@ def shares_of_a_step(recipe: RunRecipe, processes: int | None = None) -> tuple[i
 
     Args:
         recipe: The stage's recipe.
-        processes: How many share a step; none = as many as run.
+        processes: How many share a step. None: as many as run.
 
     Returns:
         Samples of a process at once, and how often it accumulates.

@@ -21,7 +21,7 @@ _PEAK_FLOPS = {
     **{"B200": 2250e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12},
     **{"A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "RTX 3090": 71e12},
 }
-"""Dense bf16 FLOP/s by a part of the device's name; makers' data sheets."""
+"""Dense bf16 FLOP/s by a part of the device's name, from data sheets."""
 _AVERAGE_NAME = "average.safetensors"
 
 
@@ -59,10 +59,10 @@ class MetricsJsonl(TrainerCallback):
 
 
 class Throughput(TrainerCallback):
-    """Adds to each line of the log what training achieved since the one before.
+    """Adds to each line of the log what training has achieved since the line before.
 
-    `<unit>_per_s` over all processes, `tflops` of each (the model's own: nothing that is computed a
-    second time counts), `mfu`, their share of what the GPU can do in bf16 where its kind is known,
+    `<unit>_per_s` over all processes, `tflops` of each (what is computed a second time counts
+    once), `mfu`, their share of what the GPU can do in bf16 where its kind is known,
     and `data_wait`, the share of the time in which training waited for its batches. Time spent on
     evaluation and on checkpoints is left out. Comes before :class:`MetricsJsonl`.
     """
@@ -76,8 +76,8 @@ class Throughput(TrainerCallback):
         """Count what this process trains on.
 
         Args:
-            units: Of them, such as the images of a batch.
-            flops: Forward and backward.
+            units: Number of units, such as the images of a batch.
+            flops: FLOPs forward and backward.
         """
         self._units += units
         self._flops += flops
@@ -87,20 +87,20 @@ class Throughput(TrainerCallback):
         self._since = self._idle = time.perf_counter()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The batch is there."""
+        """Add the time that the step has waited for its batch."""
         self._waited += time.perf_counter() - self._idle
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What comes until the next step begins is waiting, or is taken out again."""
+        """Start the time of waiting; evaluation and saving are taken out of it again."""
         self._idle = time.perf_counter()
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Leave out what was done since the step."""
+        """Leave out what has been done since the step."""
         now = time.perf_counter()
         self._since, self._idle = self._since + now - self._idle, now
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Complete a line that has a loss; another one ends an evaluation."""
+        """Complete a line that has a loss; a line without one ends an evaluation."""
         if "loss" not in (logs or {}):
             self.on_save(args, state, control)
             return
@@ -117,7 +117,7 @@ class Throughput(TrainerCallback):
 
 
 def peak_flops() -> float | None:
-    """Dense bf16 FLOP/s of this process's GPU as its maker states them; none where not known."""
+    """Dense bf16 FLOP/s of this process's GPU, by its data sheet. None: they are not known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -125,14 +125,14 @@ def peak_flops() -> float | None:
 
 
 class EachEpoch(TrainerCallback):
-    """Tells things their epoch as it begins. The Trainer does so in a single process only."""
+    """Sets the epoch of data sets as it begins. The Trainer does so in a single process only."""
 
     def __init__(self, *things: Any) -> None:
-        """Args: things: With `set_epoch`."""
+        """Args: things: Objects with `set_epoch`."""
         self.things = things
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Count from 0."""
+        """Set the epoch, counted from 0."""
         # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
         for thing in self.things:
             thing.set_epoch(int((state.epoch or 0.0) + 1e-6))
@@ -161,7 +161,7 @@ class WeightAverage(TrainerCallback):
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Args: model: Averaged from its state now. decay: Of a late step, such as 0.999."""
+        """Args: model: Averaged from its state now. decay: Decay of a late step, such as 0.999."""
         self.decay = decay
         self.model = copy.deepcopy(model).float().eval().requires_grad_(False)
 
@@ -182,7 +182,7 @@ class WeightAverage(TrainerCallback):
 
     @torch.no_grad()
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Average."""
+        """Take the step's weights into the average."""
         step = state.global_step
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         for _, average, value in self._pairs(kwargs["model"]):
@@ -192,8 +192,8 @@ class WeightAverage(TrainerCallback):
         """Write the average.
 
         Args:
-            checkpoint: The folder that it goes into.
-            model: The one that trains.
+            checkpoint: Folder of the checkpoint.
+            model: The model that trains.
         """
         averages = {name: average.contiguous() for name, average, _ in self._pairs(model)}
         save_file(averages, checkpoint / _AVERAGE_NAME)
@@ -203,7 +203,7 @@ class WeightAverage(TrainerCallback):
         """Give a model the averages as its weights.
 
         Args:
-            model: The one that was trained.
+            model: The model that was trained.
         """
         for _, average, value in self._pairs(model):
             value.copy_(average)
@@ -222,7 +222,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file, oldest first; none where there is no file.
+    """The rows of a metrics file, oldest first; empty where there is no file.
 
     A last line that a killed process left unfinished is dropped.
     """

@@ -36,7 +36,7 @@ def seal_checkpoint(folder: str | Path) -> None:
 
 
 def damage(folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint: unfinished, a file missing or changed; none = nothing.
+    """What is wrong with a checkpoint: unfinished, a file missing or changed. None: nothing.
 
     Args:
         folder: The checkpoint; its files are hashed.
@@ -52,7 +52,7 @@ def damage(folder: str | Path) -> str | None:
 
 
 def _seal(root: Path) -> dict[str, Any] | None:
-    """What a checkpoint's seal says; none = nothing that can be read."""
+    """What a checkpoint's seal says. None: nothing that can be read."""
     try:
         seal: dict[str, Any] = read_json(root / SEAL_NAME)
     except ValueError:
@@ -110,7 +110,7 @@ def rotate(directory: str | Path, limit: int | None, best: str | None) -> None:
 
     Args:
         directory: Where the checkpoints are.
-        limit: How many stay; none = all.
+        limit: How many stay. None: all.
         best: One that stays, as the last one does.
     """
     sealed = [(step, folder) for step, folder in _checkpoints(Path(directory)) if _seal(folder)]

@@ -21,12 +21,12 @@ Chunk = TypeVar("Chunk")
 
 
 class Embeds(NamedTuple):
-    """What a model makes of a chunk."""
+    """A model's output for a chunk."""
 
     rows: tuple[Tensor, ...]
     """Embeddings, `[n, d]` each; those of all chunks are joined."""
     shared: tuple[Tensor, ...] = ()
-    """What the loss takes from the model's parameters themselves (`logit_scale`)."""
+    """Parameters of the model that the loss uses directly (`logit_scale`)."""
 
 
 def cached_loss(
@@ -43,11 +43,11 @@ def cached_loss(
     gradients are reduced, so all ranks need equally many chunks.
 
     Args:
-        accelerator: The Trainer's; accumulates nothing else.
+        accelerator: Accelerator of the Trainer; accumulates nothing else.
         model: The wrapped model that `embed` calls.
         chunks: Parts of this rank's batch, each with at least one row.
         embed: Embeds a chunk.
-        loss: From the embeddings of all chunks; gathers over ranks where it has to.
+        loss: Takes the embeddings of all chunks; gathers over ranks where it has to.
 
     Returns:
         A scalar whose value is the loss and whose gradient is what is missing.
@@ -55,6 +55,13 @@ def cached_loss(
     Paper: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup"
     (arXiv 2101.06983), which keeps no graph and replays no random numbers in its first version.
     """
+    # Example, chunks a, b and c: the loss needs all three embeddings, but three graphs do not fit.
+    # So a and b are embedded without a graph and c with one, and the loss of the detached
+    # embeddings gives dL/da, dL/db and dL/dc. By the chain rule the weights' gradient is that of
+    # `(a * dL/da).sum() + (b * dL/db).sum() + (c * dL/dc).sum()`, and each term (a surrogate of
+    # the loss) needs the graph of one chunk only: c goes first, its graph is there; a is embedded
+    # again and goes; b is embedded again, and the caller's backward pass, the one that
+    # synchronises the ranks, does it.
     *others, kept = chunks
     if not others:
         return loss(embed(kept))
@@ -81,7 +88,7 @@ def cached_loss(
     del first_pass, joined
 
     def surrogate(part: Embeds, number: int) -> Tensor:
-        """A scalar with the loss's gradient with respect to the parameters, by this chunk."""
+        """A scalar whose gradient is the chunk's share of the loss's gradient."""
         pairs = [(rows, grad[number]) for rows, grad in zip(part.rows, of_rows, strict=True)]
         if number == len(others) - 1:  # the one that synchronises reaches every parameter
             pairs += zip(part.shared, of_shared, strict=True)
@@ -100,11 +107,11 @@ def cached_loss(
     with random[-1].replayed():
         part = embed(others[-1])
     rest = surrogate(part, len(others) - 1)
-    return rest + (value - rest).detach()
+    return rest + (value - rest).detach()  # the value of the loss, the gradient of b's surrogate
 
 
 def _without_sync(model: nn.Module) -> contextlib.AbstractContextManager[None]:
-    """Backward passes add up gradients on this rank alone (DeepSpeed has its own bookkeeping)."""
+    """Add up gradients on this rank alone (DeepSpeed has its own bookkeeping)."""
     alone = isinstance(model, DistributedDataParallel)
     return model.no_sync() if alone else contextlib.nullcontext()  # type: ignore[operator]
 
@@ -119,7 +126,7 @@ class _RandomState:
 
     @contextlib.contextmanager
     def replayed(self) -> Iterator[None]:
-        """Draws the numbers that followed that moment, and afterwards goes on as if it had not."""
+        """Draw the numbers that followed that moment; afterwards go on as if none were drawn."""
         with torch.random.fork_rng([self.device] if self.cuda is not None else []):
             torch.set_rng_state(self.cpu)
             if self.cuda is not None:

@@ -28,7 +28,7 @@ def build_param_groups(
     Args:
         model: Parameters with `requires_grad` false are left out.
         lrs: Prefix of parameter names to learning rate; the longest prefix wins.
-        weight_decay: For the decayed groups; or one for each prefix of `lrs`.
+        weight_decay: Weight decay of the decayed groups, or one for each prefix of `lrs`.
         layer_decay: 1 switches it off.
 
     Returns:

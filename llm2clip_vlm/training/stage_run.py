@@ -1,4 +1,4 @@
-"""How every stage program begins and ends: recipe, parents, arguments, seed; manifest."""
+"""Beginning and end of every stage program: recipe, parents, arguments, seed; manifest."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers import TrainingArguments, set_seed
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.records import source_files
-from llm2clip_vlm.distributed import is_main, shared_out
+from llm2clip_vlm.distributed import is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, to_plain
@@ -77,9 +77,9 @@ class StageRun(Generic[R]):
     :meth:`arguments`, the stage's own work, and on the main process :meth:`finish`.
 
     Args:
-        argv: Recipe path and `key=value` overrides; none = the command line's.
+        argv: Recipe path and `key=value` overrides. None: those of the command line.
         recipe_class: The stage's recipe.
-        usage: What is printed where there are no words.
+        usage: Text that is printed where there are no arguments.
     """
 
     args: TrainingArguments | None = None
@@ -105,11 +105,11 @@ class StageRun(Generic[R]):
         """Whether the output is there already, made from this recipe and these parents.
 
         Args:
-            files: Must be there too.
+            files: Files that must be there, too.
         """
         done = is_complete(self.out, self.recipe) and all((self.out / n).is_file() for n in files)
-        if done and is_main():
-            print(f"{self.stage}: {self.out} is finished, nothing to do")
+        if done:
+            say(f"{self.stage}: {self.out} is finished, nothing to do")
         return done
 
     def parent(self, name: str, path: str, *stages: str) -> dict[str, Any] | None:
@@ -118,7 +118,7 @@ class StageRun(Generic[R]):
         Args:
             name: What the manifest calls it.
             path: Directory, file, pattern or hub id.
-            stages: Those that may have written it; none = any.
+            stages: Stages that may have written it. None: any.
 
         Returns:
             Its manifest, if a stage of this project wrote it.
@@ -169,11 +169,11 @@ class StageRun(Generic[R]):
 
         Args:
             shared: Other processes that say so too may write there at the same time.
-            older: What lies there and is known to be a run's by what is in it.
+            older: Files there that are known by their contents to come from a run.
 
         Raises:
             OwnershipError: Another run writes there, or files lie there that no run has written.
-            HandoffError: What a run left there was changed since.
+            HandoffError: What a run left there has been changed since.
         """
         self._hold = Hold(
             self.out,
@@ -215,7 +215,7 @@ class StageRun(Generic[R]):
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """What the trainer resumes from, as found at the start; none in a fresh run."""
+        """Checkpoint that the trainer resumes from, as found at the start. None: a fresh run."""
         return None if self.args is None else newest_whole(str(self.args.output_dir))
 
     @cached_property
@@ -228,13 +228,13 @@ class StageRun(Generic[R]):
         )
 
     def measured(self, name: str, measure: Callable[[], R2], of: Any = None) -> R2:
-        """A result that is kept in `measured.json` at once, and not computed again after a kill.
+        """Measure, and keep the result in `measured.json`: a killed run does not measure it again.
 
         Call it on all ranks.
 
         Args:
             name: What the file calls it.
-            measure: Gives it; called on all ranks, or on none. JSON.
+            measure: Returns the result, as JSON; called on all ranks, or on none.
             of: What it depends on beside recipe, data and parents.
         """
         path = self.out / "measured.json"
@@ -243,7 +243,7 @@ class StageRun(Generic[R]):
         key = hashlib.sha256(plain.encode()).hexdigest()
         row = known.get(name, {})
         kept = row["found"] if row.get("of") == key else None
-        (kept,) = shared_out([kept], lambda mine: mine)  # the main process's
+        (kept,) = shared_out([kept], lambda mine: mine)  # that of the main process
         if kept is None:
             kept = measure()
             if is_main():
@@ -262,7 +262,7 @@ class StageRun(Generic[R]):
 
         Args:
             fingerprints: Hashes that the next stage compares.
-            results: What was measured; none = no such file.
+            results: What was measured. None: no such file.
             **extra: Anything else worth keeping, such as `pairs`.
         """
         self.claim_outputs()
@@ -278,9 +278,9 @@ class StageRun(Generic[R]):
                     recipe=to_plain(self.recipe),
                     results=results,
                 )
-        print(f"{self.stage}: {self.bad.summary()}; wrote {self.out}", flush=True)
+        say(f"{self.stage}: {self.bad.summary()}; wrote {self.out}")
         if command := NEXT.get(self.stage):
-            print(f"next: llm2clip-vlm {command.format(shlex.quote(str(self.out)))}", flush=True)
+            say(f"next: llm2clip-vlm {command.format(shlex.quote(str(self.out)))}")
         write_manifest(
             self.out,
             stage=self.stage,
@@ -295,18 +295,20 @@ class StageRun(Generic[R]):
 
 
 class _Progress(MetricsJsonl):
-    """The run's log, which also says when its outputs begin to change."""
+    """Log of the run, which also claims its outputs before they change."""
 
     def __init__(self, run: StageRun[Any]) -> None:
         super().__init__(run.out / "metrics.jsonl")
         self._run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """What lies there is no longer a finished run's."""
+        """Say what comes, and take the manifest away: the directory is no longer finished."""
         if state.is_world_process_zero:
             (self.path.parent / MANIFEST_NAME).unlink(missing_ok=True)
+            batch = self._run.recipe.global_batch_size
+            say(f"train: from step {state.global_step} to {state.max_steps}, {batch} samples each")
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The weights are exported next."""
+        """Claim the outputs: the weights are exported next."""
         self._run.claim_outputs()

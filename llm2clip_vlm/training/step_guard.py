@@ -31,7 +31,7 @@ class Watchdog:
     """
 
     def __init__(self, timeout_s: float | None) -> None:
-        """Args: timeout_s: Longest time between two beats; none = never."""
+        """Args: timeout_s: Longest time between two beats. None: never."""
         self.timeout_s = timeout_s
         self._timer: threading.Timer | None = None
 
@@ -87,8 +87,8 @@ def replay_batch(folder: str | Path, model: Any) -> float:
     """Run a kept batch forward and backward again.
 
     Args:
-        folder: As :func:`keep_batch` made it.
-        model: From the checkpoint that `batch.json` names, on any device.
+        folder: Folder that :func:`keep_batch` has made.
+        model: Model from the checkpoint that `batch.json` names, on any device.
 
     Returns:
         The loss: mean over the trained tokens of this batch.

@@ -65,9 +65,9 @@ class EmbeddingCache:
         self.fingerprint = dict(header.fingerprint)
         """What made the embeddings: weights, tokenizer, pooling, ... of the text encoder."""
         self.header = header
-        """Both of them."""
+        """Width and fingerprint, as the directory states them."""
         self.shards: list[shards.Shard] = [shards.read_shard(path, header) for path in files]
-        """What was written together; of two rows for one text the first counts."""
+        """Shards in order; of two rows for one text the first counts."""
         self._first_rows = np.cumsum([0, *(len(shard.keys) for shard in self.shards)])
         prefixes = [_prefixes(shard.keys) for shard in self.shards]
         flat = np.concatenate([np.empty(0, np.uint64), *prefixes])
@@ -124,10 +124,10 @@ class EmbeddingCache:
 
         Args:
             directory: Where the cache lies or will lie.
-            texts: In any order, with repetitions.
+            texts: Texts in any order, with repetitions.
             encode: The encoder, or one for each prompt (`""` is the encoder's own instruction);
                 rows are normalised here.
-            fingerprint: What `encode` is: each field must equal that of what is already there.
+            fingerprint: Identity of `encode`: each field must equal that of what is already there.
             shard_rows: Rows of a new shard; the same for all writers. None: at most 16,384, and so
                 few that there are about 16 shards for writers to share.
             writer: `(i, n)`: write each nth shard from the ith.
@@ -160,7 +160,7 @@ class EmbeddingCache:
             why = f"{len(todo)} rows are lacking, which make {len(parts)} shards of {shard_rows}"
             logger.warning("%s: writer %d/%d has nothing to do: %s", directory, *writer, why)
         planned(sum(map(len, mine)))
-        # Without a shard a writer still says what the cache is.
+        # A writer without a shard still writes the header.
         for part in mine or ([] if header else [todo[:1]]):
             keys, rows = [], []
             for number, (prompt, encoder) in enumerate(encoders.items()):
@@ -257,7 +257,7 @@ class EmbeddingCache:
         A shard is read whole before its first row is given out.
 
         Raises:
-            CacheError: A file has changed since it was written, or a number is of no row (-1: the
+            CacheError: A file has changed since it was written, or no row has a number (-1: the
                 text is not there).
         """
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):

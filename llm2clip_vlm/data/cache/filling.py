@@ -4,7 +4,7 @@ Stage 2 may then start with a cold cache: it encodes what it draws, never more t
 cache would, and from the second epoch on mostly reads.
 
 What was encoded is written before each checkpoint (and whenever a shard is full). A run that was
-killed and resumes from a checkpoint finds every row that it had used before it, to the bit, and
+killed and resumes from a checkpoint finds every row that it had used before it, bit for bit, and
 encodes the rest beside the same other texts as it would have without the kill. That matters: the
 vector of a text depends, to rounding, on what is encoded with it. Example: steps 1 to 8 encode one
 batch each, the checkpoint of step 4 is whole, and the run is killed in step 7. Rows of the steps 1
@@ -40,7 +40,7 @@ class FillingCache:
     Args:
         directory: Where the cache lies or will lie; all ranks see the same one.
         encode: The encoder. It runs in the process that calls :meth:`lookup`.
-        fingerprint: What it is.
+        fingerprint: Identity of the encoder.
         dim: Width of its embeddings.
         rank: This process's number in the run.
         shard_rows: Rows after which a shard is written before the next :meth:`write`.

@@ -1,4 +1,4 @@
-"""The files of an embedding cache, and what must hold of them before a row is believed.
+"""The files of an embedding cache, and what must hold of them before a row is used.
 
     header.json                  version, dtype, dim, fingerprint of the encoder; never changes
     shard-<sha256>.safetensors   `embeds` float16 [rows, dim], unit norm; `keys` uint8 [rows, 32];
@@ -8,7 +8,7 @@
 
 The `<sha256>` is that of `keys`: a name says which texts a shard holds, so whoever encodes the same
 list writes the same files, and caches of one encoder are joined by copying shards. A shard appears
-whole or not at all, and says itself what it is: any number of processes may write into one
+whole or not at all, and carries its own header: any number of processes may write into one
 directory, and one that is killed leaves nothing to repair.
 """
 
@@ -72,7 +72,7 @@ class Header(BaseModel, frozen=True, strict=True, extra="forbid"):
 
     @classmethod
     def parse(cls, path: Path, content: str | bytes, remedy: str) -> Self:
-        """Reads what a file says of itself.
+        """Reads the header in a file.
 
         Raises:
             CacheError: It is damaged, or of another version; names the field, and the remedy.
@@ -193,7 +193,7 @@ def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
 
 
 def require_unit(rows: Tensor, what: str, names: Sequence[object]) -> Tensor:
-    """Refuses rows that no encoder of ours has written, before anything learns from them.
+    """Refuses rows that no encoder can have written here, before anything learns from them.
 
     Args:
         rows: float32 `[n, dim]`, and returned.
@@ -236,7 +236,7 @@ def write_header(directory: Path, header: Header) -> None:
     """
     if read_header(directory) is None:
         write_atomically(directory / HEADER_NAME, header.written() + "\n")
-    existing = read_header(directory)  # of several writers that start at once the last one's
+    existing = read_header(directory)  # of several writers that start at once the last one wins
     assert existing is not None
     existing.require(directory, header.fingerprint, header.dim)
 
@@ -269,7 +269,7 @@ def read_shard(path: Path, header: Header) -> Shard:
 
     Args:
         path: The file.
-        header: The cache's, which the file must state as well.
+        header: Header of the cache, which the file must state as well.
 
     Raises:
         CacheError: It is damaged, or belongs to another cache.
@@ -319,7 +319,7 @@ def shard_files(directory: Path, epoch: int | None = None, rank: int = 0) -> lis
 
 
 def cache_names(directory: Path) -> list[str]:
-    """Names of the files in a directory that are a cache's; none where it is no cache.
+    """Names of the files in a directory that belong to a cache; empty where it is no cache.
 
     Raises:
         CacheError: Its header is damaged.
@@ -345,7 +345,7 @@ def seal(directory: Path) -> None:
         shard = path.with_name(sealed(path))
         if not shard.exists():
             path.rename(shard)
-        elif path != shard:  # two ranks met the same captions: the lower one's rows count
+        elif path != shard:  # two ranks met the same captions: the lower rank's rows count
             path.unlink()
     hold.release()
 

@@ -1,7 +1,7 @@
 """Conversations about pictures as training samples.
 
 LLaVA's JSON, LLaVA-NeXT's YAML mixtures, `messages`, Parquet and webdataset shards are read as they
-lie (`docs/data-formats.md`). LLaVA never compares the number of `<image>` with the number of
+are (`docs/data-formats.md`). LLaVA never compares the number of `<image>` with the number of
 images; here a mismatch is a bad record.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
@@ -75,12 +76,12 @@ def expand_mixtures(sources: Sequence[InstructionSource]) -> list[InstructionSou
 
 
 def chosen_rows(source: InstructionSource, count: int, seed: int) -> npt.NDArray[np.int64]:
-    """Which rows of a source are trained on, by its `sampling_strategy` and `weight`.
+    """Rows of a source that are trained on, by its `sampling_strategy` and `weight`.
 
     Args:
-        source: Whose `count` usable records these are.
+        source: The source, which has `count` usable records.
         count: Number of records.
-        seed: Of `random` and of the fraction that a weight leaves.
+        seed: Seed of `random` and of the fraction that a weight leaves.
     """
     rows = np.arange(count)
     draw = np.random.default_rng([seed, count])
@@ -125,7 +126,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             max_length_tokens: A longer conversation ends with its last answer that fits.
             bad: Takes what cannot be used.
             plain: LLaVA's `plain` style: image and first answer only.
-            seed: Of samplings and shuffled images.
+            seed: Seed of samplings and shuffled images.
 
         Raises:
             RecordError: A file cannot be read, or more records are bad than `bad` allows.
@@ -256,7 +257,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 "`index_dir` if it was replaced"
             )
         pixels = self._image_processor(picture, return_tensors="pt")["pixel_values"][0]
-        return torch.as_tensor(pixels, dtype=torch.float32).reshape(-1, *pixels.shape[-3:])
+        crops = torch.as_tensor(pixels, dtype=torch.float32)
+        return rearrange(crops, "... c h w -> (...) c h w")
 
     def _preload(self) -> None:
         """Decodes each distinct image once if all fit, and leaves out samples with a bad one."""
@@ -289,7 +291,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
 
 
 def _successors(table: TokenTable, seed: int) -> dict[ImageRef, ImageRef]:
-    """For each image another one: the control that shows what the pictures are worth.
+    """Give each image another one: the control that shows what the pictures are worth.
 
     The distinct images are put in one random cycle and each is replaced by its successor, so no
     record keeps an image, and records that shared one still do.

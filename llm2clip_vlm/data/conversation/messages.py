@@ -20,7 +20,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 
 MAX_CONVERSATION_CHARS = 2**20
-"""A longer conversation is refused: megabytes of text are none, and hold up training."""
+"""A longer conversation is refused: megabytes of text are no conversation, and hold up training."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
@@ -103,14 +103,14 @@ def build_labels(
     Args:
         processor_or_tokenizer: A `LlavaProcessor`, or a fast tokenizer with a chat template.
         messages: LLaVA turns or chat messages, see :func:`to_messages`.
-        num_visual_tokens: Tokens in place of one `<image>`; none = as the processor has it, which
+        num_visual_tokens: Tokens in place of one `<image>`. None: the processor's number, which
             with AnyRes depends on the picture.
 
     Returns:
         `(input_ids, labels)`, lists of the same length; labels are not shifted.
 
     Raises:
-        ConversationError: As :func:`to_messages` and :func:`~llm2clip_vlm.chat.labels.label`.
+        ConversationError: See :func:`to_messages` and :func:`~llm2clip_vlm.chat.labels.label`.
 
     Example:
         >>> ids, labels = build_labels(processor, [
@@ -141,7 +141,7 @@ def build_plain_labels(
         processor: A `LlavaProcessor` or a fast tokenizer.
         caption: The answer's text.
         num_images: Images before the caption.
-        num_visual_tokens: As in :func:`build_labels`.
+        num_visual_tokens: See :func:`build_labels`.
 
     Returns:
         `(input_ids, labels)`.

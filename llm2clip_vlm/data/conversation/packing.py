@@ -1,9 +1,9 @@
-"""Several samples in one row, none seeing another.
+"""Rows of several samples, none of which sees another.
 
 Padding wastes what the longest sample of a batch leaves over. A packed row has no attention mask:
 `position_ids` that start again at 0 tell transformers where a sample begins, and only then. Two
-things undo that in silence, with an all-ones mask or `use_cache=True` every sample attends to the
-ones before it; the collator writes no mask and `VlmTrainer` turns the cache off.
+things undo that in silence: with an all-ones mask or `use_cache=True` every sample attends to the
+ones before it. The collator writes no mask and `VlmTrainer` turns the cache off.
 
 What is packed is an optimizer step: its samples are drawn as without packing, and only their
 distribution over processes and micro-batches is planned. So the batch size of a recipe keeps its
@@ -43,8 +43,8 @@ def plan_packs(
     Args:
         lengths: Tokens of each sample.
         max_tokens: Tokens of a row.
-        images: Images of each sample; none = without any.
-        max_images: Images of a row; none = as many as come.
+        images: Images of each sample. None: without any.
+        max_images: Images of a row. None: as many as come.
 
     Returns:
         Indices of each row's samples; every index appears once.
@@ -56,6 +56,11 @@ def plan_packs(
         >>> plan_packs([5, 3, 4, 2], max_tokens=7)
         [[0, 3], [2, 1]]
     """
+    # Best fit asks for the smallest room that takes a sample. Bit n of `rooms` is set while a row
+    # takes n more tokens, so that is the lowest bit of `rooms` from bit `length` on; a search over
+    # all rows would be quadratic. Example, [5, 3, 4, 2] in rows of 7, longest first: 5 opens row
+    # 0, which takes 2 more (rooms 0b100); 4 opens row 1, which takes 3 more (0b1100); 3 fills row
+    # 1 (0b101), 2 fills row 0: [[0, 3], [2, 1]].
     counts = [0] * len(lengths) if images is None or max_images is None else list(images)
     budget = max_images or 0
     refuse_misfits(lengths, counts, max_tokens, max_images)
@@ -93,8 +98,8 @@ def refuse_misfits(
     Args:
         lengths: Tokens of each sample.
         images: Images of each sample.
-        max_tokens: As :func:`plan_packs`.
-        max_images: As :func:`plan_packs`.
+        max_tokens: See :func:`plan_packs`.
+        max_images: See :func:`plan_packs`.
 
     Raises:
         ValueError: Names the first by its index.
@@ -124,12 +129,16 @@ def balanced_packs(
         lengths: Tokens of each sample.
         num_packs: Rows; :func:`plan_packs` needs no more.
         max_tokens: Tokens of a row.
-        images: As :func:`plan_packs`.
-        max_images: As :func:`plan_packs`.
+        images: See :func:`plan_packs`.
+        max_images: See :func:`plan_packs`.
 
     Paper: Coffman, Garey, Johnson (1978), "An application of bin-packing to multiprocessor
     scheduling".
     """
+    # `plan_packs` fills rows to the brim and leaves the last one nearly empty: one process would
+    # compute while the others wait. A lower limit spreads the samples, and the lowest limit with
+    # enough rows is near the mean. Example, [6, 2, 2, 2] in 2 rows of at most 10: the limit 10
+    # gives rows of 10 and 2 tokens, the limit 6 rows of 6 and 6.
     packs = plan_packs(lengths, max_tokens, images, max_images)
     assert 1 <= len(packs) <= num_packs, (len(packs), num_packs)
     low, high = max(*lengths, -(-sum(lengths) // num_packs)), max_tokens
@@ -140,7 +149,7 @@ def balanced_packs(
             packs, high = found, middle
         else:
             low = middle + 1
-    while len(packs) < num_packs:
+    while len(packs) < num_packs:  # too few: halve the row of most samples, down to empty ones
         most = packs.pop(max(range(len(packs)), key=lambda n: len(packs[n])))
         packs += [most[::2], most[1::2]]
     return sorted(packs, key=lambda pack: -sum(lengths[i] for i in pack))
@@ -162,9 +171,9 @@ class PackedBatches(Sampler[list[int]]):
         images: Images of each sample.
         global_batch_size: Samples of an optimizer step, a multiple of `world_size`.
         max_tokens: Tokens of a micro-batch.
-        max_images: Images of a micro-batch; none = no limit.
-        seed: Of the order.
-        epochs: For so many the number of micro-batches is made to suffice.
+        max_images: Images of a micro-batch. None: no limit.
+        seed: Seed of the order.
+        epochs: Epochs for which the number of micro-batches suffices.
         rank: This process.
         world_size: Number of processes.
         drop_last: Leave out an epoch's last step where it has fewer samples.
@@ -245,8 +254,8 @@ class PackedBatches(Sampler[list[int]]):
         """Samples of each micro-batch of a step: of all processes, then of the next micro-step.
 
         Args:
-            step: Its samples.
-            micro_steps: How many there are; none = `accumulation`.
+            step: Samples of the step.
+            micro_steps: Number of micro-steps. None: `accumulation`.
         """
         wanted, world = micro_steps or self.accumulation, self._world_size
         kinds = self._kinds(step)
@@ -271,12 +280,12 @@ class PackedBatches(Sampler[list[int]]):
         ]
 
     def _kinds(self, samples: npt.NDArray[np.int64]) -> list[npt.NDArray[np.int64]]:
-        """Those with images and those without, as far as there are any."""
+        """Split samples into those with images and those without, as far as there are any."""
         parts = (samples[self._images[samples] > 0], samples[self._images[samples] == 0])
         return [part for part in parts if len(part)]
 
     def _micro_steps(self, samples: npt.NDArray[np.int64]) -> int:
-        """How many are needed for samples of one kind."""
+        """Number of micro-steps that samples of one kind need."""
         lengths, images = self._lengths[samples].tolist(), self._images[samples].tolist()
         packs = plan_packs(lengths, self.max_tokens, images, self._max_images)
         return -(-len(packs) // self._world_size)
@@ -306,8 +315,8 @@ class PackedCollator:
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes one row of all samples."""
         nothing = torch.zeros(2, dtype=torch.int64)
-        nobody = {"input_ids": nothing, "labels": torch.full_like(nothing, IGNORE_INDEX)}
-        rows = items or [nobody]
+        filler = {"input_ids": nothing, "labels": torch.full_like(nothing, IGNORE_INDEX)}
+        rows = items or [filler]
         labels: list[Tensor] = []
         for item in rows:
             own = item["labels"].clone()

@@ -20,7 +20,7 @@ class VisualTokens:
     def __init__(self, processor: Any) -> None:
         images = getattr(processor, "image_processor", None)
         self.grids: list[list[int]] | None = getattr(images, "image_grid_pinpoints", None)
-        """AnyRes: `[height, width]` in pixels, to which a picture is scaled; none = one crop."""
+        """AnyRes: `[height, width]` in pixels, to which a picture is scaled. None: one crop."""
         self.size_px = (0, 0)
         """Height and width of what the tower sees."""
         self.fixed = 1

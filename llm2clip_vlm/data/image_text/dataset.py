@@ -45,27 +45,27 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     Which caption an image gets depends on `(seed, epoch, index)` alone, so neither the number of
     workers or processes nor a resume changes it. Small sets are decoded once and kept as 8-bit
-    pixels; rescaling and normalising then happens for a whole batch, with the same result to the
-    bit as the image processor's. Larger sets are decoded as they are asked for; a bad image is then
-    found when it is met, and counted once, and the next record stands in for it.
+    pixels; rescaling and normalising then happens for a whole batch, with exactly the image
+    processor's result. Larger sets are decoded as they are asked for; a bad image is then found
+    when it is met, and counted once, and the next record stands in for it.
 
     Args:
-        records: As `read_sources` or `read_image_text` returns them.
+        records: Result of `read_sources` or `read_image_text`.
         image_processor: A transformers image processor.
         caption_weights: Probability weight of each kind of caption; a kind that is not named is
             not drawn, and within a kind all captions are equally likely. Empty = uniform over all
             captions of an image.
-        seed: Of the draws.
-        text_inputs: Captions to the model's text arguments; none = batches hold captions only.
+        seed: Seed of the draws.
+        text_inputs: Captions to the model's text arguments. None: batches hold captions only.
         bad: Takes images that cannot be used.
         preload_limit_bytes: Below this size, and where nothing is done to them at random, images
-            are held in memory; none = `PRELOAD_LIMIT_BYTES`.
+            are held in memory. None: `PRELOAD_LIMIT_BYTES`.
         captions_per_image: Captions of an image that a batch holds one after the other; different
             ones where it has so many.
-        augmentation: Random crop, of training alone.
+        augmentation: Random crop, in training alone.
         fast: Decode and resize by :class:`TrainingPixels` what is not held in memory; otherwise
-            as the image processor does, to the bit.
-        features: What the model takes for pictures; none = `pixel_values`.
+            exactly as the image processor does.
+        features: Gives what the model takes for pictures. None: `pixel_values`.
 
     Raises:
         ValueError: No record, a weighted kind that no record has, too many bad images, or an
@@ -152,7 +152,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         )
 
     def pixel_values(self, indices: Sequence[int]) -> Tensor:
-        """Images as the image processor makes them, to the bit; for evaluation.
+        """Images exactly as the image processor makes them; for evaluation.
 
         Args:
             indices: Positions in `records`.

@@ -32,7 +32,7 @@ from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
 
 VERSION = 5
-"""Of the table's layout and of the rules by which records are taken or refused."""
+"""Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
 
@@ -58,7 +58,7 @@ class ImageTextRecord:
 
     @property
     def where(self) -> str:
-        """What messages and `dropped.jsonl` call the record."""
+        """Name of the record in messages and `dropped.jsonl`."""
         return ":".join(dict.fromkeys(filter(None, (self.source, self.place, self.key))))
 
     @property
@@ -68,7 +68,7 @@ class ImageTextRecord:
         return caption_id(f"{name}:{self.key}" if name else self.key)
 
     def encoded(self) -> EncodedImage:
-        """The image, its header read and found to be a picture's.
+        """Read the image, and check that its header describes a picture.
 
         Raises:
             ImageError: It cannot be read, lies outside `root`, or can be no picture.
@@ -86,7 +86,7 @@ class ImageTextRecord:
         """Decode the image as RGB.
 
         Raises:
-            ImageError: As :meth:`encoded`, or it does not decode.
+            ImageError: See :meth:`encoded`; or it does not decode.
         """
         return self.encoded().rgb(strict=True)
 
@@ -95,7 +95,7 @@ class ImageTextTable:
     """The records of one source, each key once.
 
     Args:
-        table: Of :func:`_rows`.
+        table: Result of :func:`_rows`.
         source: What it was made from.
     """
 
@@ -109,10 +109,10 @@ class ImageTextTable:
         self._rows = np.arange(len(table))
         self._rows = self._without_repeats(table.column("hash"))
         self.kind_bits = table.column("kinds")[self._rows]
-        """Of each record: bit `i` where it has a caption of kind `i`."""
+        """Bits of each record: bit `i` is set where it has a caption of kind `i`."""
 
     def _without_repeats(self, hashes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The rows whose key is no earlier one's; the others are refused."""
+        """Refuse rows whose key an earlier row has; return the others."""
         # Equal hashes stand together once they are sorted, the earlier row first: 8 bytes a record
         # are held in memory, and the keys are compared only where their hashes are equal.
         order = np.argsort(hashes, kind="stable")
@@ -146,7 +146,7 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
 
     Args:
         tables: One after the other.
-        positions: Which of their records, in which order; none = all.
+        positions: Positions of the chosen records, in order. None: all.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
         return ImageTextRecords(self._tables, self._positions[np.asarray(chosen)])
 
     def has_kinds(self, wanted: Collection[str]) -> npt.NDArray[np.bool_]:
-        """Which records have a caption of one of these kinds."""
+        """Whether each record has a caption of one of these kinds."""
         found = [
             table.kind_bits & sum(1 << i for i, kind in enumerate(table.kinds) if kind in wanted)
             for table in self._tables
@@ -214,7 +214,7 @@ def read_sources(sources: Sequence[ImageTextSource], bad: BadRecords) -> ImageTe
         All records; keys are unique within a source.
 
     Raises:
-        RecordError: As :func:`read_image_text`.
+        RecordError: See :func:`read_image_text`.
     """
     return ImageTextRecords([_table(source, bad) for source in sources])
 

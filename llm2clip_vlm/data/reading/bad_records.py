@@ -69,7 +69,7 @@ class BadRecords:
     fraction: float = 0.0
     """Share of :attr:`total` that is allowed too, where that is more (`max_bad_fraction`)."""
     ledger: Path | None = None
-    """File that lists them (`dropped.jsonl`), appended to under a lock; none = in memory alone."""
+    """File that lists them (`dropped.jsonl`), appended to under a lock. None: in memory alone."""
     total: int = 0
     """Records met so far, good and bad; see :meth:`take`."""
     _reasons: dict[str, str] = field(default_factory=dict, repr=False)
@@ -77,12 +77,12 @@ class BadRecords:
 
     @classmethod
     def beside(cls, directory: str | Path, limit: int, fraction: float, *, resumes: bool) -> Self:
-        """For a run, with `dropped.jsonl` in its directory. Call it on all ranks.
+        """Count for a run, in `dropped.jsonl` of its directory. Call it on all ranks.
 
         Args:
             directory: The run's output.
-            limit: As the field.
-            fraction: As the field.
+            limit: See the field.
+            fraction: See the field.
             resumes: Keep what the interrupted run listed; otherwise the list begins anew.
         """
         ledger = Path(directory) / "dropped.jsonl"
@@ -93,7 +93,7 @@ class BadRecords:
 
     @property
     def allowed(self) -> int:
-        """Bad records that the run bears, of the records met so far."""
+        """Number of bad records allowed among the records met so far."""
         return max(self.limit, int(self.fraction * self.total))
 
     @property
@@ -117,7 +117,7 @@ class BadRecords:
             refused: `(where, why)` of the bad ones.
 
         Raises:
-            RecordError: As :meth:`add`.
+            RecordError: See :meth:`add`.
         """
         self.total += records
         with self._shared() as handle:
@@ -145,7 +145,7 @@ class BadRecords:
         """Counts one bad record.
 
         Args:
-            where: The file and row, such as `pairs.jsonl:12`; no other record's.
+            where: The file and row, such as `pairs.jsonl:12`; unique to the record.
             why: What is wrong with it.
 
         Raises:
@@ -163,7 +163,7 @@ class BadRecords:
 
     @contextmanager
     def _shared(self) -> Iterator[IO[bytes] | None]:
-        """The ledger, ours alone, after what others have written is known."""
+        """Lock the ledger, and take in what other processes have written."""
         if self.ledger is None:
             yield None
             return

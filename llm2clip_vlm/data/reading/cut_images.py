@@ -1,7 +1,7 @@
 """Pictures with whole parts missing, which decoders show grey, black or blurred without a word.
 
-What a format's own marks tell is read before anything is decoded, in a thousandth of the decoding's
-time, and with it whether a decoder could be kept busy for minutes.
+A format's own marks are read before anything is decoded, in a thousandth of the time; they also
+show whether a decoder could be kept busy for minutes.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ def require_ends(data: bytes) -> None:
 
 
 def _require_scans(data: bytes) -> None:  # noqa: PLR0912
-    """Every coefficient of every component of a JPEG is sent to its last bit."""
+    """Refuse a JPEG unless every coefficient of every component is sent to its last bit."""
     at, scans, frame = 2, 0, 0
     left: dict[int, list[int]] = {}
     for _ in range(_MAX_SEGMENTS):
         found = _JPEG_MARKER.search(data, at)
-        if found is None:  # decoders tell that the end is missing
+        if found is None:  # decoders report a missing end
             return
         marker, at = data[found.end() - 1], found.end()
         if marker == 0xD9:

@@ -12,14 +12,14 @@ from llm2clip_vlm.recipe.base import DataSource
 def dataset_files(source: DataSource) -> list[Path]:
     """The Arrow files of a source's data set, downloaded and prepared where they are not there yet.
 
-    `datasets` runs no code of a data set since its version 4, and images stay encoded: the files
+    `datasets` has run no code of a data set since its version 4, and images stay encoded: the files
     are read by :func:`~llm2clip_vlm.data.reading.shards.table_rows`.
 
     Args:
-        source: Its `dataset`, `name`, `split` and `revision`.
+        source: Gives `dataset`, `name`, `split` and `revision`.
 
     Raises:
-        RecordError: There is no such data set, configuration or split, or it cannot be had (without
+        RecordError: There is no such data set, configuration or split, or it cannot be got (without
             a network, or with `HF_HUB_OFFLINE`, what was not prepared before).
     """
     return list(_files(source.dataset, source.name, source.split, source.revision))

@@ -25,8 +25,8 @@ from PIL import ExifTags, Image, ImageFile
 from llm2clip_vlm.data.reading.cut_images import require_all_rows, require_ends, tiff_jpegs
 
 MAX_IMAGE_PIXELS = 89_478_485
-"""Refused above this many pixels: up to here every format decodes within a gibibyte, and Pillow
-itself warns from here on."""
+"""Pictures with more pixels are refused: up to here every format decodes within a gibibyte, and
+Pillow itself warns from here on."""
 
 MAX_IMAGE_BYTES = 256 * 2**20
 """A larger file, or member of a shard, is refused unread."""
@@ -61,7 +61,7 @@ class ImageError(ValueError):
 
 
 def shown(name: object) -> str:
-    """A name in quotes for messages; of a long one (base64 in a name's place) the beginning."""
+    """A name in quotes for messages; a long one (base64 in a name's place) is cut."""
     text = repr(name[: _NAME_SHOWN + 1] if isinstance(name, str | bytes) else name)
     return text if len(text) <= _NAME_SHOWN else f"{text[:_NAME_SHOWN]}...'"
 
@@ -105,7 +105,7 @@ def resolve_image(root: Path, name: str, *, follow_links: bool = False) -> Path:
         The existing file, with symbolic links resolved.
 
     Raises:
-        ImageError: As :func:`check_image_name`, or the path follows a symbolic link out of `root`,
+        ImageError: See :func:`check_image_name`; or the path follows a symbolic link out of `root`,
             or is not a file.
     """
     check_image_name(root, name)
@@ -128,10 +128,10 @@ def read_image(root: Path, name: str, *, follow_links: bool = False) -> bytes:
     Args:
         root: Folder that holds the images; no path may leave it.
         name: Path relative to `root`.
-        follow_links: As :func:`resolve_image`.
+        follow_links: See :func:`resolve_image`.
 
     Raises:
-        ImageError: As :func:`resolve_image`, or the file is too large or cannot be read.
+        ImageError: See :func:`resolve_image`; or the file is too large or cannot be read.
     """
     path = resolve_image(Path(root), name, follow_links=follow_links)
     with _as_image_error(f"{shown(name)} below {root}"):
@@ -153,14 +153,14 @@ def open_image(
     Args:
         root: Folder that holds the images; no path may leave it.
         name: Path relative to `root`.
-        strict: For training; as :meth:`EncodedImage.rgb`.
-        follow_links: As :func:`resolve_image`.
+        strict: Used for training; see :meth:`EncodedImage.rgb`.
+        follow_links: See :func:`resolve_image`.
 
     Returns:
         A loaded image in mode `RGB`; no file stays open.
 
     Raises:
-        ImageError: As :func:`resolve_image`, or the file does not decode, is truncated, or has
+        ImageError: See :func:`resolve_image`; or the file does not decode, is truncated, or has
             more than `MAX_IMAGE_PIXELS` pixels.
     """
     data = read_image(root, name, follow_links=follow_links)
@@ -226,7 +226,7 @@ class EncodedImage:
         damaged inside is refused (needs `simplejpeg`).
 
         Args:
-            least: Width and height, upright, which the result must reach; none = the full size.
+            least: Width and height, upright, which the result must reach. None: the full size.
 
         Returns:
             `[h, w, 3]`, RGB, upright.
@@ -274,7 +274,7 @@ class EncodedImage:
 def _decode_jpeg(
     data: bytes, colorspace: str, size: tuple[int, int], part: int
 ) -> npt.NDArray[np.uint8] | None:
-    """Decode by libjpeg-turbo, which tells of damage; None where it is not installed."""
+    """Decode by libjpeg-turbo, which reports damage. None: it is not installed."""
     decoder = _simplejpeg()
     if decoder is None:
         return None
@@ -293,7 +293,7 @@ def upright_size(source: Path | bytes, name: str) -> tuple[int, int]:
         name: What the image is called in messages.
 
     Raises:
-        ImageError: As :class:`EncodedImage`.
+        ImageError: See :class:`EncodedImage`.
     """
     with _as_image_error(name):
         opened, _, size = _header(BytesIO(source) if isinstance(source, bytes) else source, name)
@@ -321,14 +321,14 @@ def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[
 
 @cache
 def _formats() -> list[str]:
-    """What pictures are read: no EPS, which Pillow hands to another program, nor exotic ones."""
+    """Formats that are read: no EPS, which Pillow hands to another program, nor exotic ones."""
     Image.init()
     return [name for name in _FORMATS if name in Image.OPEN]
 
 
 @cache
 def _simplejpeg() -> Any:
-    """The module, or None where it is not installed."""
+    """Import the decoder. None: it is not installed."""
     if find_spec("simplejpeg") is None:
         return None
     import simplejpeg
@@ -338,7 +338,7 @@ def _simplejpeg() -> Any:
 
 @contextmanager
 def _as_image_error(name: str) -> Iterator[None]:
-    """Whatever a decoder says becomes an `ImageError` with the image's name.
+    """Turn whatever a decoder raises into an `ImageError` with the image's name.
 
     Pillow's switch for cut pictures is off meanwhile: other packages turn it on when imported.
     """
@@ -366,7 +366,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
             white.paste(_on_white(strip), (0, top))
         return white
     if image.mode in {"I", "F"}:
-        raise ValueError("32-bit samples, whose range nothing tells; save it with 8 or 16 bits")
+        raise ValueError("32-bit samples, whose range is unknown; save it with 8 or 16 bits")
     return image.convert("RGB")
 
 

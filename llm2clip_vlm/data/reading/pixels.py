@@ -1,9 +1,9 @@
-"""From an encoded image to what a vision tower takes, with 8-bit pixels in between.
+"""Steps from an encoded image to a vision tower's input, with 8-bit pixels in between.
 
-8-bit pixels take a quarter of the memory and of the way to the device; :class:`PixelTable` makes
-of them what the image processor would have made, to the bit. Evaluation resizes as the processor
-does (Pillow's bicubic); training may resize by :class:`TrainingPixels`, which is several times
-faster (`benchmarks/image_pipeline.py`).
+8-bit pixels take a quarter of the memory and of the transfer to the device; :class:`PixelTable`
+turns them into exactly what the image processor would have made. Evaluation resizes as the
+processor does (Pillow's bicubic); training may resize by :class:`TrainingPixels`, which is several
+times faster (`benchmarks/image_pipeline.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from PIL import Image
 from torch import Tensor
 
@@ -41,16 +41,17 @@ class PixelTable:
 
     @classmethod
     def of(cls, image_processor: Any) -> PixelTable | None:
-        """Ask the processor what it makes of every pixel value; None where it is no such thing."""
+        """Ask the processor what it makes of every pixel value. None: it makes something else."""
         if not hasattr(image_processor, "do_rescale") or not hasattr(image_processor, "do_resize"):
             return None
-        ramp = Image.fromarray(
-            np.repeat(np.arange(256, dtype=np.uint8).reshape(16, 16)[..., None], 3, axis=-1)
-        )
+        grey = np.arange(256, dtype=np.uint8)
+        ramp = Image.fromarray(repeat(grey, "(h w) -> h w c", h=16, c=3))
         geometry = ("do_resize", "do_center_crop")
         off = {name: False for name in geometry if hasattr(image_processor, name)}
         table = image_processor(images=[ramp], return_tensors="pt", **off)["pixel_values"]
-        return cls(table[0].flatten(1)) if table.shape == (1, 3, 16, 16) else None
+        return (
+            cls(rearrange(table, "1 c h w -> c (h w)")) if table.shape == (1, 3, 16, 16) else None
+        )
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Args: pixels: `[n, 3, h, w]` uint8. Returns: the same shape and device, fp32."""
@@ -71,7 +72,7 @@ def process_images(
     Args:
         image_processor: A transformers image processor.
         images: RGB.
-        to_float: Will rescale and normalise later; none = the processor does it now.
+        to_float: Table that rescales and normalises later. None: the processor does it now.
 
     Returns:
         `[n, 3, h, w]`: fp32, or uint8 where `to_float` finishes the work (fp32 also then, if the
@@ -86,7 +87,7 @@ def process_images(
 
 @dataclass(frozen=True)
 class Geometry:
-    """How an image processor resizes and crops: to a shortest edge or a size, then the centre."""
+    """An image processor's resizing and cropping: to a shortest edge or a size, then the centre."""
 
     shortest_edge: int | None
     size: tuple[int, int]
@@ -96,7 +97,7 @@ class Geometry:
 
     @classmethod
     def of(cls, image_processor: Any) -> Self | None:
-        """Read it from a processor; None where it does anything else, or crops what is not there.
+        """Read it from a processor. None: it does anything else, or crops what is not there.
 
         Args:
             image_processor: A transformers image processor.
@@ -152,7 +153,7 @@ class Geometry:
 
 
 def _part(pixels: npt.NDArray[np.uint8], size: tuple[int, int]) -> int:
-    """At which part of its size a picture was decoded: 1, 2, 4 or 8."""
+    """Divisor of the size at which a picture was decoded: 1, 2, 4 or 8."""
     found = (pixels.shape[1], pixels.shape[0])
     return next(p for p in (1, 2, 4, 8) if (-(-size[0] // p), -(-size[1] // p)) == found)
 
@@ -183,7 +184,7 @@ def resize(
         size: New width and height.
         mode: `bilinear` or `bicubic`.
         shown: Width and height of the part of `pixels`, from its left upper corner, that is
-            resized, in fractions of pixels; none = all.
+            resized, in fractions of pixels. None: all.
 
     Returns:
         `[3, height, width]` uint8.
@@ -202,14 +203,14 @@ def resize(
 
 
 class TrainingPixels:
-    """Encoded training pictures to 8-bit pixels: fast decoding, random crop.
+    """Turns encoded training pictures into 8-bit pixels: fast decoding, random crop.
 
     What an image goes through depends on `(seed, epoch, key)` alone.
 
     Args:
-        geometry: The image processor's.
+        geometry: Geometry of the image processor.
         augmentation: Without any, the processor's resize and centre crop.
-        seed: Of crops.
+        seed: Seed of crops.
         scaled: Decode large JPEGs at a fraction of their size.
     """
 
@@ -226,7 +227,7 @@ class TrainingPixels:
 
         Args:
             image: Encoded.
-            key: A number of the record's own.
+            key: Number of the record.
             epoch: Counted from 0.
 
         Returns:

@@ -44,13 +44,13 @@ class RowGroup:
     place: str
     """Its line, position or key there."""
     rows: list[Row]
-    """In file order, never empty."""
+    """Rows in file order, never empty."""
     value: str | None = None
     """The `group_by` value."""
 
     @property
     def where(self) -> str:
-        """What messages and `dropped.jsonl` call the record."""
+        """Name of the record in messages and `dropped.jsonl`."""
         return f"{self.file}:{self.place}"
 
     def name(self, id_field: str) -> str:
@@ -66,7 +66,7 @@ def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
         path: `.jsonl`, `.json` (an array of objects, COCO's or Karpathy's annotations), `.csv`
             (with a header), each also `.gz`; `.parquet`, `.arrow`; or webdataset shards `.tar`.
             A pattern reads all its files.
-        bad: Takes lines and samples that cannot be used; none = the first raises.
+        bad: Takes lines and samples that cannot be used. None: the first raises.
 
     Yields:
         One mapping a row, in file order. CSV values are strings.
@@ -83,13 +83,13 @@ def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[Path, int |
 
     Args:
         source: Files, or a data set of the hub.
-        bad: As in :func:`iter_rows`.
+        bad: See :func:`iter_rows`.
 
     Yields:
         File, line (JSONL), key (tar) or position (others, counted from 1), and the row.
 
     Raises:
-        RecordError: As :func:`iter_rows`.
+        RecordError: See :func:`iter_rows`.
     """
     named = source.columns
     names = named if isinstance(named, dict) else {name: name for name in named}
@@ -106,7 +106,7 @@ def get_column(row: Mapping[str, Any], name: str) -> Any:
     """A column's value; `a.b` reaches into a mapping-valued column where no column is named so.
 
     Returns:
-        The value, or None where the row has no such column.
+        The value. None: the row has no such column.
     """
     if name in row:
         return row[name]
@@ -150,7 +150,7 @@ def iter_records(
         if source.limit is None or found < source.limit:
             yield group
             found += 1
-        elif not (unseen or filters.unseen):  # to be told even where `limit` ends early
+        elif not (unseen or filters.unseen):  # reported even where `limit` ends early
             return
     if known and unseen:
         raise RecordError(
@@ -209,8 +209,8 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
 
 
 def _unusable(text: str) -> str:
-    """Why a text is no caption; empty where it is one."""
-    if not any(map(str.isprintable, text)):  # zero-width characters alone are none either
+    """The reason why a text is no caption; empty where it is one."""
+    if not any(map(str.isprintable, text)):  # zero-width characters alone are no caption
         return "an empty caption"
     if len(text) > MAX_CAPTION_CHARS:
         return f"a caption of {len(text)} characters, at most {MAX_CAPTION_CHARS} are taken,"
@@ -278,7 +278,7 @@ def _kept(
     known: dict[str, None],
     filters: _Filters,
 ) -> Iterator[RowGroup]:
-    """Rows that pass the filters; strikes off `unseen` what it meets and collects the columns."""
+    """Yield rows that pass the filters; strike what is met off `unseen`, collect the columns."""
     for file, place, row in source_rows(source, bad):
         known.update(dict.fromkeys(row))
         if unseen:
@@ -309,10 +309,10 @@ def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> It
 
 
 def source_files(source: DataSource) -> list[Path]:
-    """The files that a source means.
+    """The files that a source names.
 
     Args:
-        source: Its `path` is one file, or a pattern with `*`, `?` or `[...]`.
+        source: Names one file in `path`, or a pattern with `*`, `?` or `[...]`.
 
     Returns:
         The files, sorted; those of a `dataset` in its own order. A pattern leaves out

@@ -46,9 +46,10 @@ class PackedImage:
     size: int
     """Number of bytes in a tar; row within the row group or batch."""
     column: str | None = None
-    """Column of a table; none = a tar."""
+    """Column of a table. None: a tar."""
     item: tuple[int, int] | None = None
-    """Which of how many images of the cell, where a cell may hold several; none = its only one."""
+    """Position in the cell and number of its images, where a cell may hold several. None: its only
+image."""
 
     def read(self) -> bytes:
         """The encoded image; workers may call it at the same time.
@@ -73,7 +74,7 @@ class PackedImage:
         return data
 
     def count(self) -> int:
-        """How many images a table's cell holds: none where it is null or an empty list.
+        """Number of images in a table's cell: 0 where it is null or an empty list.
 
         Raises:
             ImageError: It cannot be read.
@@ -215,7 +216,7 @@ def missing_end(handle: IO[bytes], offset: int) -> str:
         offset: Where the last member ends.
 
     Returns:
-        Empty where nothing is.
+        Empty where nothing is wrong.
     """
     handle.seek(offset)
     block = handle.read(tarfile.BLOCKSIZE)
@@ -233,7 +234,7 @@ def table_rows(
         path: `.parquet`, or `.arrow` as `datasets` saves it. An image column is binary, or a
             struct with the field `bytes` (Hugging Face's image feature).
         bad: Takes rows whose text is not UTF-8.
-        columns: Columns to read; none = all.
+        columns: Columns to read. None: all.
 
     Yields:
         Position, counted from 1, and one mapping a row.
@@ -272,7 +273,7 @@ def table_rows(
 
 
 def _require_measure(path: Path, group: Any, columns: list[str]) -> None:
-    """Refuse a Parquet row group that says of itself that little of the file makes much data.
+    """Refuse a Parquet row group by whose own figures few bytes of the file unpack to many.
 
     Raises:
         OSError: A column unpacks beyond all measure, or a byte of it stands for many rows.
@@ -345,7 +346,7 @@ def _column(path: str, group: int, column: str) -> Any:
 
 @lru_cache(maxsize=16)
 def _arrow_batches(path: str) -> list[Any]:
-    """Record batches of a file in stream format, mapped into memory; what they say is checked.
+    """Record batches of a file in stream format, mapped into memory and validated.
 
     Arrow believes offsets and lengths: a damaged one ends the process, or shows other memory.
     """

@@ -34,7 +34,7 @@ TABLE_FILE_FROM_BYTES = 64 * 2**20
 """Sources of this size or more keep their table in a file; smaller ones are read at each start."""
 
 Rows = Callable[[Refused, dict[str, Any]], Iterator[dict[str, Any]]]
-"""Gives the usable records, and tells what it refused and what else is worth keeping."""
+"""Yields the usable records, and collects what it refused and what else is worth keeping."""
 
 _BATCH = 500
 _HASH_BYTES = 32
@@ -72,7 +72,7 @@ class Table:
         return self._length
 
     def __reduce__(self) -> Any:
-        """For workers that are spawned: they map the file, too."""
+        """Let workers that are spawned map the file, too."""
         return Table, (self._source,)
 
     def record(self, row: int) -> Any:
@@ -116,15 +116,15 @@ def arrow_table(
     One process at a time reads a large source; the others wait and map what it wrote.
 
     Args:
-        files: Of the source.
-        index_dir: Folder of tables; none = `.llm2clip-index` beside the files.
-        settings: Gives what the table depends on beside the files; each has a file of its own.
+        files: Files of the source.
+        index_dir: Folder of tables. None: `.llm2clip-index` beside the files.
+        settings: Gives what the table depends on beside the files; each has its own file.
         features: Columns beside `record`: name to the type of a number, or a list of one type for a
             column of lists (`{"length": "int64", "ids": ["int32"]}`).
         rows: Yields the usable records: `record`, what JSON can hold, and these columns.
 
     Raises:
-        RecordError: As `rows`, or the table cannot be written.
+        RecordError: See `rows`; or the table cannot be written.
     """
     if not is_large(files):
         import pyarrow
@@ -198,13 +198,13 @@ def file_states(files: Sequence[Path]) -> list[list[Any]]:
 
 
 def is_large(files: Sequence[Path]) -> bool:
-    """Whether a table of these files is worth a file of its own."""
+    """Whether a table of these files is worth its own file."""
     return bool(files) and sum(file.stat().st_size for file in files) >= TABLE_FILE_FROM_BYTES
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """One process of this machine after another; where nothing can be locked, each for itself."""
+    """Let in one process of this machine after another; where nothing can be locked, all."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network file systems lock no folders

@@ -1,4 +1,4 @@
-"""Which of an image's captions an epoch takes: chance that depends on its arguments alone."""
+"""Choice of an image's captions in an epoch: chance that depends on its arguments alone."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def draw_one(texts: Sequence[str], shares: Sequence[float], chance: float) -> st
 def draw_several(
     texts: Sequence[str], shares: Sequence[float], count: int, seed: int, epoch: int
 ) -> list[str]:
-    """Different texts, one after the other by their weights; again from the first where too few.
+    """Different texts, one after the other by their weights; from the first again where too few.
 
     Paper: Efraimidis and Spirakis 2006 (weighted sampling without replacement).
     """

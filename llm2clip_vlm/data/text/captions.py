@@ -90,7 +90,7 @@ class CaptionPair(NamedTuple):
     query: int
     """Position of one caption's text."""
     positive: int
-    """Position of the other's."""
+    """Position of the other caption's text."""
     prompt: int = 0
     """Position in :attr:`CaptionPairs.prompts` of what stands before the query."""
     negative: int = -1
@@ -114,7 +114,7 @@ class CaptionPairs(Dataset[CaptionPair]):
         seed: Seed of order and captions.
 
     Raises:
-        ValueError: A prompt is for a kind of caption that there is not.
+        ValueError: A prompt names an unknown kind of caption.
 
     Paper: LLM2CLIP v6 section 3.1; released code `E5_cc3m.py` (prompts before the query, negative).
     """
@@ -184,7 +184,7 @@ class CaptionPairs(Dataset[CaptionPair]):
         return sum(self._counts)
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes up another epoch; the Trainer's data loader calls it."""
+        """Starts another epoch; the Trainer's data loader calls it."""
         self.epoch = int(epoch)
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
@@ -222,7 +222,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
     """Yields `(epoch, record)` in the order of the data set's current epoch.
 
     The epoch lives in the data set: on resume with several processes accelerate's nested samplers
-    hide this sampler from the data loader's `set_epoch`, which then tells only the data set.
+    hide this sampler from the data loader's `set_epoch`, which then reaches only the data set.
 
     Args:
         pairs: The data set.
@@ -236,7 +236,7 @@ class EpochSampler(Sampler[tuple[int, int]]):
         return len(self._pairs)
 
     def set_epoch(self, epoch: int) -> None:
-        """Takes up another epoch."""
+        """Starts another epoch."""
         self._pairs.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[tuple[int, int]]:

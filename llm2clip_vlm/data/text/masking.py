@@ -20,9 +20,9 @@ class MaskedRows(Dataset[dict[str, Tensor]]):
 
     Args:
         texts: Joined in this order, each with the tokenizer's special tokens.
-        tokenizer: Of the language model.
-        length_tokens: Of a row; the last, incomplete one is dropped.
-        mask_token: Text of one token (a decoder has no mask token of its own).
+        tokenizer: Tokenizer of the language model.
+        length_tokens: Tokens of a row; the last, incomplete one is dropped.
+        mask_token: Text of one token (a decoder has no mask token).
         mask_probability: Share of the tokens that are asked for.
         seed: Seed of the choice.
 

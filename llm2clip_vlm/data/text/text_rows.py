@@ -78,7 +78,7 @@ class _Unpacked(io.RawIOBase):
 
 
 def _lines(path: Path, handle: IO[str]) -> Iterator[str]:
-    """Lines, none of which may fill the memory."""
+    """Yield lines, none of which may fill the memory."""
     for number in count(1):
         line = handle.readline(MAX_LINE_CHARS + 1)
         if not line:
@@ -90,7 +90,7 @@ def _lines(path: Path, handle: IO[str]) -> Iterator[str]:
 
 def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(MAX_LINE_CHARS)
-    # Not strict, it would take all that follows a quote without its partner for one cell.
+    # Without `strict` all that follows a quote without its partner is one cell.
     reader = csv.DictReader(_lines(path, handle), strict=True)
     try:
         names = reader.fieldnames or []

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from llm2clip_vlm.chat.labels import texts_of
@@ -36,7 +37,7 @@ from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
 VERSION = 6
-"""Of the columns and of the rules by which conversations are taken, cut or refused."""
+"""Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
 
@@ -49,8 +50,8 @@ COLUMNS: dict[str, Any] = {
     "length": "int64",
     "images": "int64",
 }
-"""Of the table, beside key and places of the images: tokens, which of them are trained, height and
-width of each image where they matter; length with visual tokens, and what the tower sees."""
+"""Columns of the table, beside key and places of the images: tokens, which of them are trained,
+height and width of each image where they matter; length with visual tokens, what the tower sees."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,13 @@ class InstructionRecord:
     key: str
     """`file.json:id`, as messages name it."""
     images: tuple[ImageRef, ...]
-    """In the order of their `<image>`."""
+    """Images in the order of their `<image>`."""
     messages: tuple[Message, ...]
     """Normalised by :func:`~llm2clip_vlm.data.conversation.messages.to_messages`."""
 
 
 def folder_of(source: InstructionSource) -> str:
-    """What stands before a record's key where files of equal names are told apart."""
+    """Prefix of a record's key that keeps files of equal names apart."""
     return source.title.removesuffix(Path(source.title).name)
 
 
@@ -161,7 +162,7 @@ class TokenTable:
     """Tokenised conversations of one source.
 
     Args:
-        table: Of :func:`tokenise`.
+        table: Result of :func:`tokenise`.
     """
 
     def __init__(self, table: Table) -> None:
@@ -191,7 +192,8 @@ class TokenTable:
 
     def image_sizes(self, row: int) -> Tensor:
         """Height and width of a record's images, int64 `[n, 2]`; empty where they do not matter."""
-        return torch.from_numpy(self._table.items("sizes", row).astype(np.int64)).view(-1, 2)
+        sides = torch.from_numpy(self._table.items("sizes", row).astype(np.int64))
+        return rearrange(sides, "(n two) -> n two", two=2)
 
     def place(self, row: int) -> tuple[str, list[ImageRef]]:
         """A record's key and its images."""
@@ -210,8 +212,8 @@ def read_table(
     Args:
         source: A data file.
         processor: The `LlavaProcessor` of the model.
-        max_length_tokens: As :func:`tokenise`.
-        plain: As :func:`tokenise`.
+        max_length_tokens: See :func:`tokenise`.
+        plain: See :func:`tokenise`.
 
     Raises:
         RecordError: A file cannot be read, or the table cannot be written.
@@ -254,6 +256,10 @@ def tokenise(
     Yields:
         The table's rows: key and places of the images, and :data:`COLUMNS`.
     """
+    # An image stays one token here, and its place is kept instead of its pixels: how many visual
+    # tokens it becomes depends on the picture, and 576 equal ids an image would fill the table.
+    # Example: "<image> Which colour?" with the answer "red" is stored as ids
+    # [<image>, Which, colour, ?, red, </s>], trained [0, 0, 0, 0, 1, 1], length 5 + 576.
     numbers = {name: number for number, (name, *_) in enumerate(facts["files"])}
     image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
     visual, root = VisualTokens(processor), source.folder
@@ -315,10 +321,13 @@ def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list
 def _fitting(
     ids: Sequence[int], labels: Sequence[int], image_id: int, visual: Sequence[int], max_tokens: int
 ) -> int:
-    """How many tokens stay: all, or those up to the end of the last answer that fits.
+    """Number of tokens that stay: all, or those up to the end of the last answer that fits.
 
     `visual` has the tokens of each image in order.
     """
+    # An answer stays whole or goes: half of one would teach the model to stop anywhere. Example,
+    # at most 12 tokens: <image> (4) q q a </s> q q a a </s> has 13, so it ends with the first
+    # answer, after 5 ids that stand for 8 tokens.
     total = len(ids) + sum(visual) - len(visual)
     if total <= max_tokens:
         return len(ids)

@@ -37,7 +37,7 @@ class Benchmark:
     images: int
     """Images of the standard set."""
     captions: int | None
-    """Its captions over all kinds; none = not pinned."""
+    """Its captions over all kinds. None: not pinned."""
     protocol: str
     """What is judged; in every result."""
 

@@ -125,9 +125,9 @@ def load_encoder(
         path: Directory or hub id of an `LLM2CLIPModel`, a CLIP, a SigLIP, or any vision tower
             (which then has no text side).
         text_encoder: For an `LLM2CLIPModel`.
-        captions: In its place: looks up what the text encoder made of captions (stage 2a's cache).
+        captions: Stands in its place and looks the captions' embeddings up (stage 2a's cache).
         device: Where to.
-        dtype: Of the weights.
+        dtype: Dtype of the weights.
         batch_size: Images a forward pass.
 
     Raises:

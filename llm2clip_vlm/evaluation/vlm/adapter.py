@@ -41,7 +41,7 @@ def load_checkpoint(
     Args:
         pretrained: Directory or hub id.
         dtype: `auto` keeps the checkpoint's; `float32` or `bfloat16` convert.
-        device: Where it goes; none = `cuda` if there is one, else `cpu`.
+        device: Where it goes. None: `cuda` if there is one, else `cpu`.
 
     Returns:
         The model in evaluation mode, and its processor.

@@ -210,7 +210,7 @@ class Generator:
         length so that little is padded.
 
         Args:
-            prompts: From :meth:`render`.
+            prompts: Result of :meth:`render`.
             options: For each prompt lmms-eval's generation arguments (`max_new_tokens`, `until`,
                 `do_sample`, `temperature`, `top_p`, `num_beams`). A temperature of 0 is greedy.
             progress: Called with the number of prompts done after each batch.

@@ -288,7 +288,7 @@ def run_suite(
     """Evaluate checkpoints; what is already there for the same content is not done again.
 
     Args:
-        suite: From `load_recipe(path, SuiteRecipe)`.
+        suite: Suite from `load_recipe(path, SuiteRecipe)`.
         checkpoints: Name -> directory of a vision-language model.
         output: Gets `<name>/<task>.json` and `<name>/<task>.samples.jsonl`, each written at once.
         limit: First documents of each task only, recorded in the result.

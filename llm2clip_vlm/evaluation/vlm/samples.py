@@ -190,8 +190,8 @@ def metric_errors(
 
     Args:
         logged: `simple_evaluate`'s `samples[task]`.
-        samples: From :func:`samples_of`.
-        metrics: From :func:`metrics_of`.
+        samples: Samples from :func:`samples_of`.
+        metrics: Result of :func:`metrics_of`.
         aggregations: The task's own, by metric.
 
     Returns:
@@ -236,7 +236,7 @@ def summarise(samples: Sequence[Mapping[str, Any]], whole: float | None = None) 
     """Counts and per-type scores of a task's samples.
 
     Args:
-        samples: From :func:`samples_of`.
+        samples: Samples from :func:`samples_of`.
         whole: The task's metric, where it is one of all documents together; the score is 100 times
             it, without an interval.
 

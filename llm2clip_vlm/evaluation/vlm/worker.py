@@ -115,7 +115,7 @@ def score(
     Args:
         job: What this is.
         suite: Settings to record.
-        task: From :func:`prepare`.
+        task: Result of :func:`prepare`.
         adapter: A live chat adapter.
         output: Folder of all results.
         limit: First documents only.
@@ -285,7 +285,7 @@ def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None
     Args:
         config: Changed in place; the split keeps its name.
         data: Parquet, JSON lines, JSON or CSV. Its folder becomes the task's `image_root`.
-        cache_dir: Where `datasets` keeps its copy; none = its usual place.
+        cache_dir: Where `datasets` keeps its copy. None: its usual place.
 
     Raises:
         EvaluationError: A file of another kind, or a task without a split.

@@ -186,7 +186,7 @@ class CaptionTokenizer:
         that class's way, whatever `tokenizer.json` says; vectors would then differ unnoticed.
 
         Args:
-            fingerprint: Of the tokenizer that was saved.
+            fingerprint: Fingerprint of the tokenizer that was saved.
             where: Its directory.
 
         Raises:

@@ -28,13 +28,13 @@ class Embedder:
     pooling: str
     """As in `TextEncoderSettings`."""
     max_length_tokens: int | None
-    """None = what the tokenizer and the model allow."""
+    """None: what the tokenizer and the model allow."""
     prompt: str
     """Text that is put before every text, and pooled."""
     lower_case: bool
     """Texts are lower-cased first."""
     attn_implementation: str | None = None
-    """As in transformers; none = its default."""
+    """As in transformers. None: its default."""
 
 
 def read_embedder(directory: str | Path) -> Embedder | None:

@@ -141,7 +141,7 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
     """Refuses a model whose layers are not what `bidirectional` says.
 
     Args:
-        model: As :func:`layers_see_behind`.
+        model: See :func:`layers_see_behind`.
         wanted: What it should be; `partial` has the layers that stay causal logged.
 
     Raises:

@@ -122,11 +122,11 @@ class TextEncoder(nn.Module):
         Args:
             path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
                 prompt and attention.
-            dtype: Of the weights; `auto` keeps the checkpoint's.
-            device: Where the weights go; none = CPU.
-            attn_implementation: As in transformers; none = its default.
+            dtype: Dtype of the weights; `auto` keeps the checkpoint's.
+            device: Where the weights go. None: CPU.
+            attn_implementation: See transformers. None: its default.
             load_in_4bit: Quantise linear weights to NF4 (needs bitsandbytes).
-            **chosen: Fields of :class:`TextEncoderSettings`; none = their defaults.
+            **chosen: Fields of :class:`TextEncoderSettings`. None: their defaults.
 
         Raises:
             TextEncoderError: A saved encoder has another value than the one given here; the model
@@ -254,7 +254,7 @@ class TextEncoder(nn.Module):
         Texts of like length share a batch: padding costs a few per cent instead of a multiple.
 
         Args:
-            texts: In any order.
+            texts: Texts in any order.
             batch_tokens: Tokens of a batch, padding counted; a single longer text goes alone.
             show_progress: Draw a progress bar, or advance the one given.
             normalize: Scale to unit norm.
@@ -348,7 +348,7 @@ def require_equal(
         before: `[n, d]`.
         after: As `before`.
         remedy: What follows and what to do.
-        dtype: Of the weights; 16 bits get a wider tolerance.
+        dtype: Dtype of the weights; 16 bits get a wider tolerance.
 
     Raises:
         TextEncoderError: A cosine is too low.

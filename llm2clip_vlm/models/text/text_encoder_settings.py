@@ -76,8 +76,8 @@ def resolve_settings(
 
     Args:
         path: Directory or hub id.
-        config: Of the model.
-        tokenizer: Of the model.
+        config: Config of the model.
+        tokenizer: Tokenizer of the model.
         chosen: What the caller asks for, by name.
         embedder: Where the directory is one.
 

@@ -30,8 +30,8 @@ class Eva02VisionConfig(PreTrainedConfig):
         num_attention_heads: Heads of 64 (B/16: 12).
         image_size: Side in pixels.
         patch_size: Side of a patch in pixels.
-        num_channels: Of an image.
-        layer_norm_eps: Of every LayerNorm (the official code without apex: 1e-6).
+        num_channels: Channels of an image.
+        layer_norm_eps: Epsilon of every LayerNorm (the official code without apex: 1e-6).
         rope_theta: Base of the rotary frequencies.
         rope_grid: Grid side that rotary positions are scaled to: at any resolution the first patch
             is at 0 and the step `rope_grid / grid` (published: 16 = 224 / 14).
@@ -83,7 +83,7 @@ def rotate(
 
     Args:
         x: Queries or keys.
-        cos: As :func:`rope_tables` gives it, or one table per image `[b, 1, p, d]`.
+        cos: Table from :func:`rope_tables`, or one table per image `[b, 1, p, d]`.
         sin: Likewise.
     """
     prefix, patches = x.split([x.shape[-2] - cos.shape[-2], cos.shape[-2]], dim=-2)

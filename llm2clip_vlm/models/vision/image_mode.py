@@ -61,8 +61,8 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
 
     Args:
         tower: Which must have patches alone behind its CLS token.
-        grids: `[height, width]` in pixels, of which the one that fits a picture best is chosen;
-            none = LLaVA-NeXT's five (1x2, 2x1, 2x2, 3x1 and 1x3 crops).
+        grids: `[height, width]` in pixels, of which the one that fits a picture best is chosen.
+            None: LLaVA-NeXT's five (1x2, 2x1, 2x2, 3x1 and 1x3 crops).
 
     Raises:
         TowerError: The tower has register tokens or another image size in its config than in its
@@ -101,7 +101,7 @@ def one_picture(config: Any) -> tuple[int, dict[str, Tensor]]:
     """How a LLaVA takes one picture: its crops, and what is given beside `pixel_values`.
 
     Args:
-        config: Of the model; with AnyRes the picture has the size of its first grid.
+        config: Config of the model; with AnyRes the picture has the size of its first grid.
     """
     if config.model_type != "llava_next":
         return 1, {}

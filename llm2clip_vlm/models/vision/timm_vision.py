@@ -286,7 +286,7 @@ def from_timm_layout(
     Args:
         written: Its config.json, see :func:`read_timm_layout`.
         path: Directory or hub id.
-        dtype: As in transformers.
+        dtype: See transformers.
         error: What is raised.
 
     Returns:
@@ -320,10 +320,10 @@ def tower_of_weights(
     """A tower of the weights at hand, all of them and no others.
 
     Args:
-        config: Of the tower.
-        weights: By the tower's names.
+        config: Config of the tower.
+        weights: Weights by the tower's names.
         path: For messages.
-        dtype: Of the tower; `auto` = the weights'.
+        dtype: Dtype of the tower; `auto` = the weights'.
         error: What is raised.
 
     Raises:

@@ -196,7 +196,7 @@ def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
     """Whether a checkpoint is a CNN, as its config says; no weights are read.
 
     Args:
-        path_or_id: As :func:`load_vision_tower` takes it.
+        path_or_id: What :func:`load_vision_tower` takes.
     """
     path = str(path_or_id)
     register()

@@ -87,23 +87,23 @@ def build_vlm(
     embedding rows are the mean of the old ones.
 
     Args:
-        vision_tower: As :func:`~llm2clip_vlm.models.vision.towers.load_vision_tower` takes it.
+        vision_tower: See :func:`~llm2clip_vlm.models.vision.towers.load_vision_tower`.
         language_model: Directory or hub id of a causal LLM with a fast tokenizer.
         vision_feature_layer: Index into the tower's hidden states (LLaVA-1.5: -2), or several,
             whose features are concatenated. A CNN has one hidden state, its last map: -1 alone.
         vision_feature_select_strategy: `default` drops the CLS token where the tower has one,
             `full` keeps all. Registers (DINO) are kept by both.
-        image_size_px: As `load_vision_tower` takes it.
+        image_size_px: See `load_vision_tower`.
         image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour,
             `anyres` also in crops (LLaVA-NeXT; the model is a `LlavaNextForConditionalGeneration`,
             whose `image_newline` is new).
         image_grid_pinpoints: Of :func:`~.image_mode.anyres_image_processor`; only with `anyres`.
-        chat_template: As :func:`~llm2clip_vlm.chat.template.find_chat_template` takes it.
-        system_prompt: As :func:`~.system_prompt.with_system_prompt` takes it.
+        chat_template: See :func:`~llm2clip_vlm.chat.template.find_chat_template`.
+        system_prompt: See :func:`~.system_prompt.with_system_prompt`.
         extra_tokens: Tokens that texts may use; new ones are added.
-        dtype: Of all weights; none or `"auto"` = the language model's, or fp32 where that is fp16.
-        projector: VLM checkpoint whose projector is taken; none = a new one.
-        seed: Of a new projector.
+        dtype: Dtype of all weights. None or `"auto"`: that of the language model, fp32 for fp16.
+        projector: VLM checkpoint whose projector is taken. None: a new one.
+        seed: Seed of a new projector.
 
     Returns:
         The model in evaluation mode, the text-only guard installed, and its processor.
@@ -180,7 +180,7 @@ def load_vlm(
     Args:
         path_or_id: Directory or hub id of a `LlavaForConditionalGeneration` or a
             `LlavaNextForConditionalGeneration`.
-        dtype: Of all weights; `"auto"` = the checkpoint's.
+        dtype: Dtype of all weights; `"auto"` = the checkpoint's dtype.
         load_in_4bit: Quantise the language model's linear weights to NF4 (needs bitsandbytes).
         device: Where to with `load_in_4bit`; else the CPU.
 
@@ -232,7 +232,7 @@ def save_vlm(
         processor: Its processor.
         directory: Where to; made if absent.
         state_dict: Weights by their names in memory, where the model's own are sharded.
-        outputs: What it must compute (`vlm_outputs`); none = what the model does, but nothing is
+        outputs: What it must compute (`vlm_outputs`). None: what the model does, but nothing is
             compared if there is a `state_dict`.
 
     Raises:

@@ -49,10 +49,10 @@ def compose(
 
     Args:
         model_type: `llava` or `llava_next`.
-        settings: Of its config, beside those of the parts.
+        settings: Fields of its config, beside those of the parts.
         tower: The vision model.
         llm: The causal language model.
-        seed: Of the projector.
+        seed: Seed of the projector.
         path: Where the language model came from, for messages.
 
     Returns:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import torch
+from einops import rearrange
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
@@ -25,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 def encoder_path(spec: str | TextEncoderSection) -> str:
-    """Where what embeds captions lies."""
+    """Path of the encoder that embeds captions."""
     return spec if isinstance(spec, str) else spec.language_model
 
 
 def load_caption_encoder(spec: str | TextEncoderSection, device: Any = None) -> TextEncoder:
-    """Load what embeds captions.
+    """Load the encoder that embeds captions.
 
     Args:
         spec: Stage 1's `text_encoder/`, or a raw LLM with its pooling.
-        device: Where the weights go; none = CPU.
+        device: Where the weights go. None: CPU.
 
     Raises:
         HandoffError: Another stage wrote the directory.
@@ -54,8 +54,8 @@ class CaptionFeatures:
 
     Args:
         cache: Complete, or filling itself.
-        fingerprints: The text encoder's, to hand on; none for a foreign cache.
-        prompts: Whose embeddings a batch has, one behind the other for each caption.
+        fingerprints: Hashes of the text encoder, to hand on; empty for a foreign cache.
+        prompts: Prompts of further embeddings, which follow one another for each caption.
     """
 
     def __init__(
@@ -74,8 +74,8 @@ class CaptionFeatures:
     def open(cls, recipe: Stage2bRecipe, args: TrainingArguments, *, resumes: bool) -> Self:
         """Open stage 2a's cache, or one that may be cold. Call it on all ranks.
 
-        A cache that fills itself: parts that a killed run left stay as they are where this run
-        resumes from a checkpoint, so that every row is found again to the bit; a fresh run first
+        Parts that a killed run left in a cache that fills itself stay as they are where this run
+        resumes from a checkpoint, so that every row is found again, bit for bit; a fresh run first
         makes shards of them.
 
         Args:
@@ -117,13 +117,13 @@ class CaptionFeatures:
         if isinstance(self._cache, FillingCache) or len(self._prompts) == 1:
             return {"text_features": self.lookup(texts)}
         each = [self._cache.lookup(texts, prompt) for prompt in self._prompts]
-        return {"text_features": torch.stack(each, dim=1).flatten(0, 1)}
+        return {"text_features": rearrange(each, "k n d -> (n k) d")}
 
     def require(self, texts: Sequence[str]) -> None:
         """Refuse to start where a caption that will be asked for has no embedding.
 
         Args:
-            texts: Of training and evaluation.
+            texts: Texts of training and evaluation.
 
         Raises:
             HandoffError: Says how many captions are missing, of how many, with an example.
@@ -143,7 +143,7 @@ class CaptionFeatures:
                 )
 
     def callbacks(self) -> list[TrainerCallback]:
-        """What writes a filling cache before each checkpoint, and shares it as an epoch begins."""
+        """Callback that writes a filling cache before each checkpoint, and shares it each epoch."""
         return [_Filling(self._cache)] if isinstance(self._cache, FillingCache) else []
 
     def finish(self) -> None:
@@ -160,9 +160,9 @@ class CaptionFeatures:
 
 
 class _Filling(EachEpoch):
-    """Has a cache written before each checkpoint, so that a resumed run finds every row.
+    """Writes a cache before each checkpoint, so that a resumed run finds every row.
 
-    Also after each evaluation, which comes between a step and its checkpoint.
+    It does so after each evaluation, too, which comes between a step and its checkpoint.
     """
 
     def __init__(self, cache: FillingCache) -> None:
@@ -182,7 +182,7 @@ class _Filling(EachEpoch):
 
 
 def _open_complete(directory: str) -> tuple[EmbeddingCache, dict[str, str]]:
-    """A cache whose manifest and header agree, and the encoder's hashes from the manifest."""
+    """Open a cache whose manifest and header agree; return the encoder's hashes, too."""
     manifest = verify_parent(directory, "stage2a_cache_text")
     cache = EmbeddingCache.open(directory)
     if manifest is None:

@@ -38,14 +38,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TowerTeacher:
-    """What the tower's image embeddings should stay close to."""
+    """A model to whose image embeddings the tower stays close."""
 
     model: LLM2CLIPModel
-    """Not trained, not saved: a copy of the model before training, or its running average."""
+    """A copy of the model before training, or its running average; not trained, not saved."""
     loss: Literal["cosine", "relational"]
     """`cosine` holds each embedding, `relational` the angles between them."""
     weight: float
-    """Of the penalty beside the contrastive loss."""
+    """Weight of the penalty beside the contrastive loss."""
 
     @torch.no_grad()
     def __call__(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
@@ -60,8 +60,8 @@ class TowerTeacher:
         """The weighted distance to the teacher.
 
         Args:
-            image_embeds: The student's.
-            targets: The teacher's, of the same images.
+            image_embeds: Embeddings of the student.
+            targets: Embeddings of the same images by the teacher.
             gather: Whether other processes have further images of the batch.
         """
         if self.loss == "cosine":
@@ -74,21 +74,21 @@ class Keeping:
     """What stage 2b's options add to its trainer."""
 
     teacher: TowerTeacher | None
-    """For `EncoderTrainer`."""
+    """Teacher for `EncoderTrainer`."""
     average: WeightAverage | None
-    """Whose weights are saved in the end; none = the last ones."""
+    """Average whose weights are saved in the end. None: the last weights are saved."""
     callbacks: list[TrainerCallback]
-    """For the trainer."""
+    """Callbacks for the trainer."""
 
     def finish(self, model: LLM2CLIPModel, lora: Any = None) -> Tensor:
-        """Make the model what is saved: its averages, and no adapter.
+        """Prepare the model for saving: averaged weights, no adapter.
 
         Args:
             model: After training.
-            lora: As `add_lora` returned it, if there is an adapter.
+            lora: Result of `add_lora`. None: there is no adapter.
 
         Returns:
-            What :func:`probe_embeds` must give of the model as it is saved.
+            What :func:`probe_embeds` must give for the saved model.
         """
         if self.average is not None:
             self.average.copy_to(model)
@@ -104,7 +104,7 @@ def probe_embeds(model: Any) -> Float[Tensor, "2 d"]:
     """Embeddings of two fixed images of noise, by which a model is compared before and after.
 
     Args:
-        model: In evaluation mode; an `LLM2CLIPModel`, a CLIP, or a plain tower (pooled output).
+        model: An `LLM2CLIPModel`, a CLIP, or a plain tower (pooled output), in evaluation mode.
     """
     size = vision_tower_of(model).config.image_size
     height, width = (size, size) if isinstance(size, int) else size
@@ -120,10 +120,10 @@ def require_as_trained(
     """Refuse a saved model that gives other embeddings than the one that was trained.
 
     Args:
-        trained: Of :func:`probe_embeds`, before saving.
+        trained: Result of :func:`probe_embeds`, before saving.
         saved: The model, loaded again.
-        directory: Where from.
-        frozen: Whose features it was trained on, and takes for pictures from here on.
+        directory: Where it was loaded from.
+        frozen: Tower whose features it was trained on, and takes for pictures from here on.
 
     Raises:
         ValueError: Names what differs.
@@ -136,7 +136,7 @@ def require_as_trained(
 
 
 def require_as_exported(model: Any, directory: Path) -> None:
-    """The same for an exported tower.
+    """Refuse an exported tower that gives other outputs than the model's tower.
 
     Args:
         model: What it was exported from.
@@ -156,22 +156,22 @@ def prepare_keeping(
     *,
     resumes: bool,
 ) -> Keeping:
-    """Do what comes before the images, and make what goes along with them.
+    """Inherit from CLIP what the recipe asks for, and make teacher, average and callbacks.
 
     Args:
-        recipe: Its `inherit_text`, `self_distillation`, `weight_average` and `patch_dropout`.
+        recipe: Gives `inherit_text`, `self_distillation`, `weight_average` and `patch_dropout`.
         model: Before training; inherits in place.
-        num_prefix_tokens: Of its tower.
+        num_prefix_tokens: Number of its tower's prefix tokens.
         captions: All training captions, asked for where they are needed.
         lookup: Captions to the text encoder's embeddings.
         device: Where to compute.
-        resumes: From a checkpoint, which has inherited already.
+        resumes: Whether the run goes on from a checkpoint, which has inherited already.
 
     Returns:
         Teacher, average and callbacks.
 
     Raises:
-        ValueError: The CLIP to inherit from is none, or of another width.
+        ValueError: The model to inherit from is no CLIP, or has another width.
     """
     if recipe.inherit_text is not None:
         path = recipe.inherit_text.clip or recipe.vision_tower
@@ -223,13 +223,13 @@ def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
     Raises:
         ValueError: The spaces have different widths.
     """
-    theirs, ours = clip.visual_projection.weight, model.visual_projection.weight
-    if theirs.shape != ours.shape:
+    given, own = clip.visual_projection.weight, model.visual_projection.weight
+    if given.shape != own.shape:
         raise ValueError(
-            f"inherit_text: the CLIP projects {theirs.shape[1]} to {theirs.shape[0]} dimensions, "
-            f"the model {ours.shape[1]} to {ours.shape[0]}; set projection_dim and `clip` to fit"
+            f"inherit_text: the CLIP projects {given.shape[1]} to {given.shape[0]} dimensions, "
+            f"the model {own.shape[1]} to {own.shape[0]}; set projection_dim and `clip` to fit"
         )
-    ours.copy_(theirs)
+    own.copy_(given)
     if model.logit_bias is None:
         model.logit_scale.copy_(clip.logit_scale)
 
@@ -245,19 +245,19 @@ def inherit_text_tower(
     seed: int,
     device: Any,
 ) -> float:
-    """Teach the adaptor to give, for the LLM's embedding of a caption, CLIP's text embedding.
+    """Teach the adaptor to turn the LLM's embedding of a caption into CLIP's text embedding.
 
-    Only captions that fit CLIP's window take part: its embedding of a beginning is not the
-    caption's. Every process computes the same, so nothing is communicated.
+    Only captions that fit CLIP's window take part: the embedding of a beginning is not that of the
+    caption. Every process computes the same, so nothing is communicated.
 
     Args:
         model: Its adaptor is trained, in place.
         clip: The text tower.
-        tokens: Its tokenizer.
-        captions: To draw from.
+        tokens: CLIP's tokenizer.
+        captions: Captions to draw from.
         lookup: Captions to the text encoder's embeddings (stage 2a's cache).
         settings: Steps, batch, learning rate.
-        seed: Of the draws.
+        seed: Seed of the draws.
         device: Where to compute.
 
     Returns:

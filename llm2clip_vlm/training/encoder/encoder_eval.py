@@ -43,14 +43,14 @@ def training_images(
     captions_per_image: int = 1,
     features: PictureFeatures | None = None,
 ) -> ImageTextDataset:
-    """A recipe's training pairs.
+    """Read a recipe's training pairs.
 
     Args:
-        recipe: Its `train` and what is done to images and captions.
+        recipe: Gives `train` and what is done to images and captions.
         image_processor: The tower's.
         bad: Takes what cannot be used.
-        text_inputs: Captions to the model's text arguments; none = the training process does this.
-        captions_per_image: In a batch.
+        text_inputs: Captions to the model's text arguments. None: the training process does this.
+        captions_per_image: Captions of an image in a batch.
         features: Patch features of a frozen tower. None: the dataset gives pictures.
     """
     return ImageTextDataset(
@@ -71,10 +71,10 @@ class HeldOut:
     """A recipe's held-out images, small sets decoded once.
 
     Args:
-        recipe: Its `evaluation` and `zero_shot`.
+        recipe: Gives `evaluation` and `zero_shot`.
         image_processor: The tower's.
-        bad: Takes what cannot be used, images that turn out so while they are encoded too.
-        features: Those of a frozen tower, which `encode_images` gets instead of `pixel_values`.
+        bad: Takes what cannot be used, also images that fail while they are encoded.
+        features: Features of a frozen tower, which `encode_images` gets instead of `pixel_values`.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class HeldOut:
         self._zero_shot = {name: (s, read(s)) for name, s in _named(recipe.zero_shot)}
 
     def texts(self) -> list[str]:
-        """All that will be encoded, each once."""
+        """All texts that will be encoded, each once."""
         found = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]
         for source, dataset in self._zero_shot.values():
             found += prompts_of(dataset.records, source)
@@ -108,8 +108,8 @@ class HeldOut:
             encode_texts: Captions to unit-norm embeddings.
 
         Returns:
-            `retrieval`: caption kind (with its source's name where there are several) to what
-            `retrieval_report` says of it; `zero_shot`, if asked for: `top1` in %, of each source.
+            `retrieval`: caption kind (with its source's name where there are several) to its
+            `retrieval_report`; `zero_shot`, if asked for: `top1` in %, of each source.
         """
         results: dict[str, Any] = {"retrieval": {}}
         for name, dataset in self._retrieval.items():
@@ -165,7 +165,7 @@ def _spans(total: int) -> Iterator[range]:
 
 
 def _named(sources: Sequence[Any]) -> Iterator[tuple[str, Any]]:
-    """Sources with the prefix of their results: none for a single one, else their file's stem."""
+    """Sources with the prefix of their results: empty for a single one, else their file's stem."""
     for number, source in enumerate(sources):
         stem = Path(source.title).stem
         again = stem in [Path(other.title).stem for other in sources[:number]]

@@ -40,7 +40,7 @@ class _ClampLogitScale(TrainerCallback):
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.parameter.clamp_(0.0, MAX_LOGIT_SCALE)
-        if hasattr(self.parameter, "_hp_mapping"):  # DeepSpeed's optimizer has a copy of its own
+        if hasattr(self.parameter, "_hp_mapping"):  # DeepSpeed's optimizer has its own copy
             from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
             master = safe_get_full_fp32_param(self.parameter).clamp(0.0, MAX_LOGIT_SCALE)
@@ -48,18 +48,18 @@ class _ClampLogitScale(TrainerCallback):
 
 
 class ContrastiveTrainer(StrictResumeMixin, Trainer):
-    """What stage 1's and stage 2's trainers share: whole batches, measuring, throughput.
+    """Base of the trainers of stages 1 and 2: whole batches, measuring, throughput.
 
     Args:
         model: The model.
-        args: Training arguments; incomplete batches must be dropped. On the schedule of their
-            `eval_strategy` stands in the log what `measure` returns, as `eval_<name>`.
+        args: Training arguments; incomplete batches must be dropped. What `measure` returns is
+            logged as `eval_<name>` on the schedule of their `eval_strategy`.
         train_dataset: Pairs.
         unit: What throughput counts.
         grad_cache: The batch goes through the model in micro-batches.
         measure: Called on all ranks; leaves the random numbers of training alone.
         callbacks: More callbacks.
-        **more: Of `transformers.Trainer`.
+        **more: More arguments of `transformers.Trainer`.
 
     Raises:
         ValueError: Gradient accumulation, fewer pairs than one batch, GradCache together with
@@ -123,16 +123,16 @@ class EncoderTrainer(ContrastiveTrainer):
         learning_rates: Prefix of parameter names to learning rate.
         layer_decay: See `build_param_groups`.
         micro_batch_size: Images per forward pass; more go through GradCache
-            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
+            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None: all at once.
         text_inputs: Captions to the model's text arguments, for a data set that leaves this to the
-            process that trains (a cache that fills itself). None = batches have them.
+            process that trains (a cache that fills itself). None: batches have them.
         teacher: Adds its penalty on the image embeddings to the loss.
-        flops_per_image: Forward and backward, for the log; see :func:`prepare_model`.
+        flops_per_image: FLOPs forward and backward, for the log; see :func:`prepare_model`.
         measure: See :class:`ContrastiveTrainer`, which the other arguments go to.
         callbacks: More callbacks.
 
     Raises:
-        ValueError: As there, or label smoothing with the sigmoid loss.
+        ValueError: See :class:`ContrastiveTrainer`; or label smoothing with the sigmoid loss.
     """
 
     def __init__(
@@ -157,8 +157,8 @@ class EncoderTrainer(ContrastiveTrainer):
             )
         for parameter in model.parameters():
             if parameter.ndim == 0:
-                # DeepSpeed broadcasts parameters as bytes, which fails for a scalar; what has this
-                # mark it leaves out. All ranks have read the same `logit_scale`.
+                # DeepSpeed broadcasts parameters as bytes, which fails for a scalar; it leaves out
+                # what has this mark. All ranks have read the same `logit_scale`.
                 parameter.ds_optim_param = True
         self.micro_batch_size = micro_batch_size
         self.teacher = teacher
@@ -237,7 +237,7 @@ class EncoderTrainer(ContrastiveTrainer):
 
         def loss(embeds: Embeds) -> Tensor:
             image_embeds, text_embeds = embeds.rows
-            ids = inputs["caption_ids"]  # an embedding for each prompt shares its caption's
+            ids = inputs["caption_ids"]  # shared by the embeddings of all prompts
             ids = repeat(ids, "n -> (n k)", k=len(text_embeds) // len(ids))
             given = (image_embeds, text_embeds, *embeds.shared)
             if len(embeds.shared) > 1:
@@ -261,10 +261,10 @@ class EncoderTrainer(ContrastiveTrainer):
         return (value, {}) if return_outputs else value
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """The optimizer of the arguments, over groups with their own learning rates.
+        """Build the optimizer of the arguments, over groups with their own learning rates.
 
         Args:
-            model: The model to optimise; none = the trainer's.
+            model: The model to optimise. None: the trainer's model.
 
         Returns:
             The optimizer.
@@ -283,7 +283,7 @@ class EncoderTrainer(ContrastiveTrainer):
 
         Args:
             logs: What the Trainer logs.
-            start_time: As in transformers.
+            start_time: See transformers.
         """
         if "loss" in logs:
             logs["logit_scale"] = round(self.model.logit_scale.item(), 5)
@@ -291,7 +291,7 @@ class EncoderTrainer(ContrastiveTrainer):
 
 
 def split_batch(features: Mapping[str, Tensor], size: int) -> list[dict[str, Tensor]]:
-    """Chunks of a batch.
+    """Cut a batch into chunks.
 
     Args:
         features: Tensors whose rows are images, or k consecutive rows for each image.

@@ -44,14 +44,14 @@ _TOLERANCE_OF_OTHERS = 1e-2  # convolutions in TF32, whose algorithm depends on 
 class FrozenTower:
     """Records to pooled features of a tower, each picture encoded at most once.
 
-    Pictures are decoded as the image processor does, to the bit. Calling it, on all ranks, is what
-    `ImageTextDataset` does; the ranks share the work.
+    Pictures are decoded exactly as the image processor does. `ImageTextDataset` calls it on all
+    ranks, which share the work.
 
     Args:
-        tower: Does not train; on its device. Its forward pass takes features for pictures from here
-            on (:meth:`attach`).
-        image_processor: The tower's.
-        folder: Of the cache; other runs may use it at the same time.
+        tower: The tower on its device, which does not train. Its forward pass takes features for
+            pictures from here on (:meth:`attach`).
+        image_processor: Image processor of the tower.
+        folder: Folder of the cache; other runs may use it at the same time.
     """
 
     def __init__(self, tower: Any, image_processor: Any, folder: str | Path) -> None:
@@ -72,7 +72,7 @@ class FrozenTower:
         """Let a tower take its own pooled output `[b, hidden]` in the place of pictures.
 
         Args:
-            tower: In place; `[b, 3, h, w]` goes through it as before.
+            tower: Changed in place; `[b, 3, h, w]` goes through it as before.
         """
         run = tower.forward
 
@@ -89,8 +89,8 @@ class FrozenTower:
         """Features of all pictures that can be read.
 
         Args:
-            records: Their pictures.
-            bad: Takes those that cannot be used.
+            records: Records of the pictures.
+            bad: Takes pictures that cannot be used.
 
         Returns:
             Positions in `records`, and `[n, hidden]` float32 on the CPU.
@@ -134,7 +134,7 @@ class FrozenTower:
         """Run a few pictures, whose features are used, through a tower again.
 
         Args:
-            tower: The one of this object, or what was saved of it.
+            tower: The tower of this object, or what was saved of it.
 
         Raises:
             HandoffError: It gives other features.
@@ -209,7 +209,7 @@ class FrozenTower:
 
 
 def _spread(rows: Sequence[int]) -> Sequence[int]:
-    """A few of them, from the first on."""
+    """A few of the rows, from the first on."""
     return rows[:: -(-len(rows) // _COMPARED) or 1]
 
 
@@ -223,16 +223,16 @@ def _pooled(tower: Any, image_processor: Any, images: Any) -> Tensor:
 def frozen_tower(
     recipe: EncoderRecipe, tower: Any, image_processor: Any, device: Any
 ) -> FrozenTower | None:
-    """What a run takes features from.
+    """Open the features that a run trains on.
 
     Args:
-        recipe: Its `feature_cache`, `output_dir` and `augmentation`.
-        tower: With `requires_grad` set.
-        image_processor: The tower's.
+        recipe: Gives `feature_cache`, `output_dir` and `augmentation`.
+        tower: Tower with `requires_grad` set.
+        image_processor: Image processor of the tower.
         device: Where the tower goes.
 
     Returns:
-        None where the tower trains, or has to run in every step.
+        The tower's features. None: the tower trains, or has to run in every step.
     """
     if recipe.feature_cache is False or any(p.requires_grad for p in tower.parameters()):
         return None

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 class TextInLoop:
     """Captions to tokens, for a text encoder with a LoRA that trains inside the model.
 
-    Stands in the place of `caption_cache.CaptionFeatures`: the paper's comparison, not its method.
+    Takes the place of `caption_cache.CaptionFeatures`: the paper's comparison, not its method.
 
     Args:
         section: Encoder and adapter.
@@ -59,17 +59,17 @@ class TextInLoop:
         return pad_tokens(tokens(texts), tokens.pad_token_id, tokens.num_front_tokens)
 
     def require(self, texts: Sequence[str]) -> None:
-        """Nothing is missing."""
+        """Accept all texts: the encoder embeds any."""
 
     def callbacks(self) -> list[TrainerCallback]:
-        """None."""
+        """No callbacks."""
         return []
 
     def attach(self, model: LLM2CLIPModel, args: TrainingArguments) -> None:
         """Put the encoder into a model as `text_encoder`, with a new adapter.
 
         Args:
-            model: Made before, so that it starts as it would without.
+            model: Made before the encoder, so that it starts as it would without one.
             args: Training arguments of this run.
         """
         self._tuner: Any = add_lora(self.encoder.backbone, self._lora, "text_in_loop.lora")
@@ -96,4 +96,4 @@ class TextInLoop:
             require_equal(str(directory), live, again, remedy, self.encoder.backbone.dtype)
 
     def finish(self) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no cache to close."""

@@ -44,11 +44,11 @@ def export_sentence_transformers(
     """Writes what `SentenceTransformer(directory)` needs for the same unit-norm vectors.
 
     A Llama is written as a EuroBERT, which is the same network with bidirectional attention of its
-    own: a transformers that would encode causally does not know it (it came on 2026-03-04, after
+    own: a transformers that would encode causally does not know it (it was added 2026-03-04, after
     the switch `is_causal`) and refuses. Other models carry `is_causal: false`, and a tokenizer that
     transformers 4 refuses; 5.0 and 5.1 would load them and encode causally (sentence-transformers
     warns). Weights stay in the encoder's dtype and are computed with in float32, so that norms are
-    1; `model_kwargs={"dtype": "bfloat16"}` is the user's to give.
+    1; `model_kwargs={"dtype": "bfloat16"}` is left to the user.
 
     Args:
         encoder: The encoder.
@@ -56,8 +56,8 @@ def export_sentence_transformers(
         directory: Where to write; an earlier export is replaced.
 
     Returns:
-        The directory, or None where sentence-transformers could not make the same vectors: the
-        reason is logged and nothing is left there.
+        The directory. None: sentence-transformers could not make the same vectors; the reason is
+        logged and nothing is left there.
     """
     source, target = Path(weights), Path(directory)
     _clear(target)
@@ -174,7 +174,7 @@ def _standalone_tokenizer(
 
 
 def _difference(tokens: CaptionTokenizer, directory: Path, prompt: str) -> str | None:
-    """Why sentence-transformers would see other tokens than the encoder, or pool others."""
+    """The reason why sentence-transformers would see or pool other tokens than the encoder."""
     found: PreTrainedTokenizerBase = read_tokenizer(directory)
     expected = tokens(PROBE_TEXTS)
     got = found([prompt + text for text in PROBE_TEXTS], truncation=True)["input_ids"]
@@ -195,7 +195,7 @@ def _difference(tokens: CaptionTokenizer, directory: Path, prompt: str) -> str |
 
 
 def _other_vectors(encoder: TextEncoder, directory: Path, **arguments: Any) -> str | None:
-    """What differs if the export is loaded as sentence-transformers loads it (on the CPU)."""
+    """The difference if the export is loaded as sentence-transformers loads it (on the CPU)."""
     expected = encoder.encode(PROBE_TEXTS)
     load: Any = load_complete(AutoModel, directory, dtype=encoder.backbone.dtype, **arguments)
     found = TextEncoder(load.eval(), encoder.tokenizer, encoder.settings)

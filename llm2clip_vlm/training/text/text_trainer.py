@@ -42,8 +42,8 @@ def token_table(texts: Sequence[str], tokenizer: CaptionTokenizer) -> Table:
     """Token ids of many texts, made once: the column `ids`.
 
     Args:
-        texts: In the order by which rows are asked for.
-        tokenizer: Of the text encoder.
+        texts: Texts in the order by which rows are asked for.
+        tokenizer: Tokenizer of the text encoder.
     """
 
     def rows(*_: Any) -> Iterator[dict[str, Any]]:
@@ -59,10 +59,10 @@ class PairCollator:
 
     Args:
         table: Token ids of the pairs' texts.
-        tokens: Of the text encoder; puts prompts into texts.
-        prompts: What a pair's `prompt` counts in; none = no pair has one.
+        tokens: Tokenizer of the text encoder; puts prompts into texts.
+        prompts: Prompts that a pair's `prompt` numbers.
         micro_batch_tokens: Tokens of a group at most, padding counted, but for a single longer
-            text; none = :data:`LENGTH_GROUPS` groups.
+            text. None: :data:`LENGTH_GROUPS` groups.
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class PairCollator:
 
 
 def _starts(lengths: npt.NDArray[np.int64], budget_tokens: int) -> list[int]:
-    """Where groups of texts start that are sorted from long to short."""
+    """First row of each group of texts, which are sorted from long to short."""
     starts = [0]
     for row in range(1, len(lengths)):
         if (row + 1 - starts[-1]) * lengths[starts[-1]] > budget_tokens:
@@ -131,7 +131,7 @@ def _starts(lengths: npt.NDArray[np.int64], budget_tokens: int) -> list[int]:
 
 
 def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
-    """The same texts in the same order in more groups: the largest is halved, again and again.
+    """Split into more groups, the texts in the same order: the largest is halved repeatedly.
 
     Processes whose texts have other lengths have other numbers of groups, but must run equally many
     forward and backward passes. Where every text is alone (another process has more of them), the
@@ -158,7 +158,7 @@ def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[s
 
 
 def alike_ids(texts: Int[Tensor, "n 2"], records: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """One number a pair, equal where two pairs must not be each other's negatives.
+    """One number a pair, equal for two pairs that must not be negatives of each other.
 
     Pairs are alike that come from one record or share a text, and those that are linked through
     others (two images whose captions are partly equal).
@@ -180,7 +180,7 @@ def alike_ids(texts: Int[Tensor, "n 2"], records: Int[Tensor, " n"]) -> Int[Tens
 
 
 def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
-    """A PEFT model that trains a LoRA adapter and freezes the rest.
+    """Make a PEFT model that trains a LoRA adapter and freezes the rest.
 
     Args:
         backbone: The decoder.
@@ -190,7 +190,7 @@ def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
         A `peft.PeftModel`; its Trainer checkpoints hold the adapter alone.
 
     Raises:
-        ValueError: As :func:`~llm2clip_vlm.training.export.add_lora`.
+        ValueError: See :func:`~llm2clip_vlm.training.export.add_lora`.
 
     Paper: LLM2CLIP v6 appendix C.1 (r = 16, alpha = 32).
     """
@@ -207,8 +207,8 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
 
     Embeddings are gathered over all ranks with gradient: n processes compute the loss and the
     gradient of one with the same global batch (dropout apart). Pairs of equal records or texts
-    are no negatives of each other. Pairs with a hard negative share it with the whole batch's
-    queries. `args.label_smoothing_factor` applies.
+    are no negatives of each other. A pair's hard negative counts for all queries of the batch.
+    `args.label_smoothing_factor` applies.
 
     Args:
         model: The encoder's backbone, or an adapter on it (:func:`add_adapter`).
@@ -218,12 +218,12 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         scale: Multiplies cosine similarities.
         symmetric: Both directions.
         micro_batch_tokens: Tokens per forward pass, padding counted; more go through GradCache
-            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None = all at once.
+            (:func:`~llm2clip_vlm.training.grad_cache.cached_loss`). None: all at once.
         measure: See :class:`ContrastiveTrainer`.
         callbacks: More callbacks.
 
     Raises:
-        ValueError: As there.
+        ValueError: See :class:`ContrastiveTrainer`.
 
     Paper: LLM2CLIP v6 section 3.1 (supervised SimCSE); released code `llm_caption_contrastive`,
     which adds a random third caption as a negative and keeps equal captions as negatives.
@@ -251,7 +251,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         cut = tokens.num_truncated
         table = token_table(train_dataset.texts, tokens)
         self.lengths = tokens.lengths(cut)
-        """A line about the training captions."""
+        """A line about the lengths of the training captions."""
         if notice := control_notice(tokens.control):
             logger.warning("%s", notice)
         if args.gradient_checkpointing:
@@ -276,7 +276,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         return EpochSampler(self.pairs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Of the linear layers on a batch's tokens, forward and backward."""
+        """FLOPs of the linear layers on a batch's tokens, forward and backward."""
         return self._flops_per_token * _num_tokens(inputs)
 
     def compute_loss(
@@ -327,7 +327,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         negative_ids = None
         if slots:
             empty = slots - len(negatives)
-            # A hard negative that is some pair's text is none for that pair and those like it.
+            # A hard negative equal to a pair's text is no negative of that pair and those like it.
             same = (inputs["negatives"][:, None, None] == all_texts).any(-1)
             found = torch.where(same.any(1), ids[same.int().argmax(1)], -1)
             negative_ids = F.pad(found, (0, empty), value=NO_CANDIDATE)

@@ -1,4 +1,4 @@
-"""Whether what should train does: the gradients of the first step."""
+"""Check of the first step's gradients: does what should train get any?"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class GradientAudit:
         """Starts to watch.
 
         Args:
-            model: With `requires_grad` set.
+            model: Model with `requires_grad` set.
             parts: What should train, as in the recipe.
             report: Takes the table.
         """

@@ -1,4 +1,4 @@
-"""What a VLM's training computes: tokens and model FLOPs of its micro-batches."""
+"""Tokens and model FLOPs of a VLM's micro-batches."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class VlmFlops:
 
         Args:
             inputs: What the model gets: padded with a mask, or packed with positions.
-            room: Tokens that there was room for; none = those of the padded batch.
+            room: Tokens that there was room for. None: those of the padded batch.
         """
         ids = inputs["input_ids"]
         tokens: Tensor | int = ids.numel()

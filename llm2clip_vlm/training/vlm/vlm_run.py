@@ -1,4 +1,4 @@
-"""What stages 3 and 4 share: composing, what trains, data, training, handing off."""
+"""Steps that stages 3 and 4 share: composing, what trains, data, the trainer, handing off."""
 
 from __future__ import annotations
 
@@ -17,17 +17,11 @@ from transformers.integrations.deepspeed import (
 )
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.chat.labels import check_chat_template
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator, InstructionDataset
 from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.files import written_whole
-from llm2clip_vlm.models.trainable import (
-    apply_trainable,
-    set_precision,
-    train_last_blocks,
-    trainable_table,
-)
+from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.document_attention import install_packing
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
@@ -38,48 +32,37 @@ from llm2clip_vlm.training.export import add_lora
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 
+VlmData = tuple[InstructionDataset, Callable[[Any], dict[str, Any]], PackedBatches | None]
+"""Dataset, collator and, with packing, the plan of its micro-batches."""
 
-def train_vlm(
+
+def build_trainer(
     run: StageRun[Any],
     model: Any,
     processor: Any,
-    *,
+    data: VlmData,
+    parts: Mapping[str, PartTraining],
     base: str | Path,
-    fingerprints: Mapping[str, str],
-    plain: bool = False,
-) -> None:
-    """Trains a composed VLM as the recipe says, from its last checkpoint on, and hands it off.
+    dtype: torch.dtype,
+) -> VlmTrainer:
+    """Build the trainer of a run, after showing what trains and the first sample.
 
     Args:
         run: Its arguments are built.
         model: A `LlavaForConditionalGeneration`, loaded after them.
         processor: Its processor.
-        base: Directory or hub id that the model was loaded from; removed in the end if it lies in
-            the output directory.
-        fingerprints: Of what it is made of, for the manifest.
-        plain: LLaVA's `plain` style.
-
-    Raises:
-        ValueError: See :func:`prepare_trainable` and `VlmTrainer.training_step`.
+        data: Result of :func:`build_vlm_data`.
+        parts: Result of :func:`prepare_trainable`.
+        base: Directory or hub id that the model was loaded from.
+        dtype: Result of `set_precision`.
     """
-    recipe: VlmRecipe = run.recipe
     assert run.args is not None
-    check_chat_template(processor)
-    parts = prepare_trainable(model, recipe)
-    dtype = set_precision(model, run.args)
-    leak = padded_instead(model, recipe, run.args)
-    if leak is not None:
-        recipe = recipe.model_copy(update={"packing": False})
-        if distributed.is_main():
-            print(f"packing: padded instead, in groups of similar length: {leak}")
-    samples, collator, batches = build_vlm_data(recipe, processor, run.bad, run.args, plain=plain)
-    if distributed.is_main():
-        print(trainable_table(model, {name: part.lr for name, part in parts.items()}))
-        rows = "" if batches is None else f" in {len(batches) * run.args.world_size} packed rows"
-        print(f"{len(samples)} samples{rows}; {run.bad.summary()}; the first:")
-        print(samples.preview(processor.tokenizer))
-
-    trainer = VlmTrainer(
+    samples, collator, batches = data
+    distributed.say(trainable_table(model, {name: part.lr for name, part in parts.items()}))
+    rows = "" if batches is None else f" in {len(batches) * run.args.world_size} packed rows"
+    distributed.say(f"data: {len(samples)} samples{rows}; {run.bad.summary()}; the first:")
+    distributed.say(samples.preview(processor.tokenizer))
+    return VlmTrainer(
         model,
         run.args,
         samples,
@@ -89,40 +72,55 @@ def train_vlm(
         parts=parts,
         checkpoint=base,
         dtype=dtype,
-        hang_timeout_s=recipe.hang_timeout_s,
-        report=print if distributed.is_main() else lambda table: None,
+        hang_timeout_s=run.recipe.hang_timeout_s,
+        report=distributed.say,
         callbacks=[run.metrics],
     )
-    result = trainer.train(resume_from_checkpoint=run.checkpoint)
 
-    # hand off (the metric of a VLM is its score in lmms-eval)
+
+def hand_off(
+    run: StageRun[Any], trainer: VlmTrainer, result: Any, made_of: Mapping[str, str], **extra: Any
+) -> None:
+    """Export the model and finish the run.
+
+    Args:
+        run: Its training is over.
+        trainer: Trainer from :func:`build_trainer`; a checkpoint of the run's own is removed.
+        result: What the training returned.
+        made_of: Fingerprints of the parts, for the manifest.
+        **extra: More for the manifest.
+    """
     trainer.export(run.out / "model")
     if distributed.is_main():
-        if Path(base).parent == run.out:
-            remove(Path(base))
-        summary = trainer.summary(result) | {"padded_because": leak}
-        if is_adapted(model):
-            print(trainer.rounding)
-        print(f"{run.stage}: {summary}")
-        run.finish(fingerprints, **summary)
+        base = Path(trainer.checkpoint)
+        if base.parent == run.out:
+            remove(base)
+        summary = trainer.summary(result) | extra
+        if is_adapted(trainer.model):
+            distributed.say(trainer.rounding)
+        distributed.say(f"{run.stage}: {summary}")
+        run.finish(made_of, **summary)
     distributed.teardown()
 
 
-def padded_instead(model: Any, recipe: VlmRecipe, args: TrainingArguments) -> str | None:
-    """Asks the model whether it keeps packed samples apart; else sets arguments for padding.
+def padded_instead(
+    model: Any, recipe: VlmRecipe, args: TrainingArguments
+) -> tuple[VlmRecipe, str | None]:
+    """Ask the model whether it keeps packed samples apart; else set the arguments for padding.
 
-    Call on all ranks; they get the same answer.
+    Call it on all ranks; they get the same answer.
 
     Args:
         model: A LLaVA, not wrapped yet; it is moved to where it will train.
-        recipe: With `packing`.
+        recipe: Recipe with `packing`.
         args: The run's training arguments.
 
     Returns:
-        Why the run cannot be packed though the recipe says so; none if it can, or should not.
+        The recipe to go on with, and why the run cannot be packed though it says so. None: it can,
+        or should not.
     """
     if not recipe.packing or args.train_sampling_strategy != "random":  # refused with the data
-        return None
+        return recipe, None
     if not (is_deepspeed_zero3_enabled() or getattr(model, "is_quantized", False)):
         model.to(args.device)
     half = torch.bfloat16 if args.bf16 else torch.float16
@@ -130,17 +128,19 @@ def padded_instead(model: Any, recipe: VlmRecipe, args: TrainingArguments) -> st
         leak = install_packing(model)
     (anywhere,) = distributed.max_over_ranks(leak is not None, device=args.device)
     if not anywhere:
-        return None
+        return recipe, None
     args.train_sampling_strategy = "group_by_length"
-    return leak or "another process found that it would not keep samples apart"
+    leak = leak or "another process found that it would not keep samples apart"
+    distributed.say(f"packing: padded instead, in groups of similar length: {leak}")
+    return recipe.model_copy(update={"packing": False}), leak
 
 
 def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
-    """Sets what trains, as the recipe's map says; adds the adapters that it asks for.
+    """Set what trains, as the recipe's map says, and add the adapters that it asks for.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
-        recipe: With `trainable`, `language_model_lora` and `vision_tower_lora`.
+        recipe: Recipe with `trainable`, `language_model_lora` and `vision_tower_lora`.
 
     Returns:
         How each part trains.
@@ -185,11 +185,11 @@ def build_vlm_data(
     args: TrainingArguments,
     *,
     plain: bool = False,
-) -> tuple[InstructionDataset, Callable[[Any], dict[str, Any]], PackedBatches | None]:
-    """Dataset, collator and, with packing, the plan of its micro-batches. Call on all ranks.
+) -> VlmData:
+    """Read the data, and plan the micro-batches of packed rows. Call it on all ranks.
 
     Args:
-        recipe: With `data`, `max_length_tokens`, `packing` and `seed`.
+        recipe: Recipe with `data`, `max_length_tokens`, `packing` and `seed`.
         processor: The model's `LlavaProcessor`.
         bad: Takes records that cannot be used.
         args: The run's training arguments; with packing the accumulation is set.
@@ -237,10 +237,10 @@ def build_vlm_data(
 def compose_once(
     build: Callable[[], tuple[Any, Any]], directory: str | Path, args: TrainingArguments
 ) -> tuple[Any, Any]:
-    """Composes a VLM in the main process, saves it, and loads it in all of them.
+    """Compose a VLM in the main process, save it, and load it in all of them.
 
-    ZeRO-3 splits weights while they are loaded, so a model must come from a checkpoint; the same
-    road is taken without ZeRO-3.
+    ZeRO-3 splits weights while they are loaded, so a model must come from a checkpoint; it comes
+    from there without ZeRO-3, too.
 
     Args:
         build: Returns model and processor.
@@ -261,7 +261,7 @@ def compose_once(
 
 @contextlib.contextmanager
 def _weights_unsplit(args: TrainingArguments) -> Iterator[None]:
-    """Loading below this is not split by ZeRO-3, which all processes would have to join."""
+    """Load below this without ZeRO-3's split, which all processes would have to join."""
     plugin = args.deepspeed_plugin
     unset_hf_deepspeed_config()
     try:

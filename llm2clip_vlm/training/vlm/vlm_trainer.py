@@ -47,7 +47,7 @@ from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 logger = logging.getLogger(__name__)
 
 PACKING_NAME = "packing.json"
-"""In a checkpoint: whether its micro-batches were packed."""
+"""File of a checkpoint that says whether its micro-batches were packed."""
 
 
 class VlmTrainer(StrictResumeMixin, Trainer):
@@ -61,15 +61,15 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         model: A `LlavaForConditionalGeneration` with `requires_grad` set.
         args: Training arguments; `train_sampling_strategy: group_by_length` puts samples of
             similar length into a global batch.
-        train_dataset: With `lengths`.
-        data_collator: Of the dataset.
+        train_dataset: Data set with `lengths`.
+        data_collator: Collator of the data set.
         processor: Saved with each checkpoint.
-        batches: The plan of packed micro-batches; none = samples as they are sampled.
+        batches: The plan of packed micro-batches. None: samples as they are sampled.
         parts: What trains, and how.
         checkpoint: Directory or hub id that the model was loaded from; adapters keep its
             fingerprint.
-        dtype: Of the exported weights; none = those in memory.
-        hang_timeout_s: As in the recipe.
+        dtype: Dtype of the exported weights. None: those in memory.
+        hang_timeout_s: See the recipe.
         report: Takes the table of the first step's gradients.
         callbacks: More callbacks.
     """
@@ -132,7 +132,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         return self.optimizer
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """As `Trainer.train`, under the watchdog's eyes."""
+        """Train under the watchdog."""
         try:
             result: TrainOutput = super().train(*args, **kwargs)
         finally:
@@ -192,7 +192,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was achieved since the last line; `fill` is the share that is no padding."""
+        """Add what was achieved in the steps of this line; `fill` is the share without padding."""
         if "loss" in logs:
             tokens, flops, logs["fill"] = self.flops.take()
             self.throughput.add(tokens, flops)
@@ -213,7 +213,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """As `Trainer.get_train_dataloader`; packed micro-batches are planned for all processes."""
+        """Load batches; packed micro-batches are planned for all processes."""
         if self.batches is None:
             return super().get_train_dataloader()
         workers = self.args.dataloader_num_workers
@@ -257,7 +257,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """A checkpoint that opens as it lies: adapters merged, and kept beside to resume from."""
+        """Save a checkpoint that opens by itself: adapters merged, and kept beside to resume."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
@@ -276,7 +276,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     def _save_merged(
         self, directory: str | Path, state: Mapping[str, Tensor], outputs: Any = None
     ) -> None:
-        """Adapters go into the weights; those that train in four bits into what they were."""
+        """Merge adapters into the weights; a 4-bit base is read again unquantised."""
         model = self.model
         if getattr(model, "is_quantized", False):
             model = load_vlm(self.checkpoint, dtype=model.lm_head.weight.dtype)[0]
@@ -308,7 +308,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         distributed.barrier()
 
     def _outputs(self) -> list[Tensor] | None:
-        """What the export must compute; none where the trained model cannot say."""
+        """Outputs that the export must give. None: the trained model cannot compute them."""
         unlike = "ZeRO-3 has split its weights" if is_deepspeed_zero3_enabled() else ""
         if getattr(self.model, "is_quantized", False):
             unlike = "it trained on four bits"
