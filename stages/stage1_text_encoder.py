@@ -112,11 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def hand_off(
-    recipe: Stage1Recipe,
-    encoder: TextEncoder,
-    model: Any,
-    device: torch.device,
-    dtype: torch.dtype,
+    recipe: Stage1Recipe, encoder: TextEncoder, model: Any, device: torch.device, dtype: torch.dtype
 ) -> tuple[torch.Tensor, Rounding]:
     """Merge and write the encoder in each form.
 

@@ -18,10 +18,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2clip_vlm.chat.jinja_budget import (
-    RENDER_LIMIT_S,
-    has_generation,
-)
+from llm2clip_vlm.chat.jinja_budget import RENDER_LIMIT_S, has_generation
 from llm2clip_vlm.chat.template import (
     ConversationError,
     Message,
@@ -123,9 +120,7 @@ def prompt_text(
 
 
 def _encoded(
-    messages: list[Message],
-    template: str,
-    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message], template: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[Span], list[int], list[Span]]:
     """Text, answers' spans in it, ids and offsets of a conversation whose contents stay text."""
     text, spans = _answers(messages, template, tokenizer)

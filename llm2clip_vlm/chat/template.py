@@ -10,10 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from llm2clip_vlm.chat.jinja_budget import (
-    RenderError,
-    render_within_budget,
-)
+from llm2clip_vlm.chat.jinja_budget import RenderError, render_within_budget
 from llm2clip_vlm.chat.text_tokens import Span
 from llm2clip_vlm.constants import IMAGE_TOKEN
 

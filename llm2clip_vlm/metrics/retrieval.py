@@ -177,10 +177,7 @@ def retrieval_report(
         if hits is not None:
             hits[f".{kind}.i2t"] = (asked.tolist(), i2t.hits[1])
             hits[f".{kind}.t2i"] = (owners, t2i.hits[1])
-        report[kind] = {
-            "i2t": _summary(i2t),
-            "t2i": _summary(t2i),
-        }
+        report[kind] = {"i2t": _summary(i2t), "t2i": _summary(t2i)}
     return report
 
 

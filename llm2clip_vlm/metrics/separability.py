@@ -16,9 +16,7 @@ PROTOCOL = "first caption as query, all other captions as gallery, hit@1"
 every result names its protocol."""
 
 
-def caption_task(
-    captions: Sequence[Sequence[str]],
-) -> tuple[list[str], list[str], list[set[int]]]:
+def caption_task(captions: Sequence[Sequence[str]]) -> tuple[list[str], list[str], list[set[int]]]:
     """Queries, gallery and right answers (:data:`PROTOCOL`).
 
     Args:

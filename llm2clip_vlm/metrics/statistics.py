@@ -30,10 +30,7 @@ def cluster_codes(groups: Sequence[Hashable]) -> np.ndarray:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | np.ndarray,
-    groups: Sequence[Hashable],
-    resamples: int,
-    seed: int,
+    values: Sequence[float] | np.ndarray, groups: Sequence[Hashable], resamples: int, seed: int
 ) -> tuple[float, float]:
     """95 % interval of the mean when whole groups are drawn with replacement.
 

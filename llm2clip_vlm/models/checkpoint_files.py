@@ -1,4 +1,4 @@
-"""What the files of a checkpoint say of themselves, read before anything is built from them."""
+"""Config and headers of a checkpoint's files, read before anything is built from them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SIZES = re.compile(
 )
 """Keys of a config that are sizes of what is built; a list has one for each layer."""
 _COUNTS = re.compile(r"(.*_)?(num|n)_(.*_)?(layers?|blocks?)|n_layer|depths?")
-"""Keys that say how many modules there are: each has a tensor of its own."""
+"""Keys that say how many modules there are: each has its own tensor."""
 _LIMITS = (
     (re.compile(r"(image|patch)_size"), 1 << 14),
     (re.compile(r"num_labels|(.*_)?experts"), 1 << 16),
@@ -85,7 +85,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
 
 
 def shards_of(index: Path, error: type[ValueError]) -> list[Path]:
-    """The files that an index names, all of them there, none outside of its folder."""
+    """The files that an index names; all must be there, inside of its folder."""
     weight_map = read_json(index, dict, error).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
         raise error(f"{index}: weight_map: expected names of weights and files, got none")
@@ -118,11 +118,11 @@ def weights_of_folder(
 
     Args:
         folder: Folder with `model.safetensors`, whole or in shards.
-        config: Its config.
+        config: Config of the checkpoint.
         error: What is raised.
 
     Raises:
-        ValueError: (as `error`) There are none, they are an adapter's or pickled, a file is
+        ValueError: (as `error`) There are no weights, they are pickled or of an adapter, a file is
             damaged, or integers stand for weights and nothing says how.
     """
     if (folder / "adapter_config.json").exists():
@@ -190,4 +190,4 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-"""safetensors' names; others hold whole bytes."""
+"""Names of dtypes in safetensors; others hold whole bytes."""

@@ -50,22 +50,22 @@ def load_clip(
     tokenizer: str | Path | None = None,
     text_window_tokens: int | None = None,
 ) -> tuple[Clip, Any, Any]:
-    """A CLIP to train, in fp32, with its tokenizer and image processor.
+    """Load a CLIP to train, in fp32, with its tokenizer and image processor.
 
     Args:
         clip: Directory or hub id of a `CLIPModel` or of what :func:`clip_around_tower` made, or
-            `CLIPConfig` arguments to start from nothing; the vocabulary's size and special tokens,
-            where not given, are the tokenizer's, and the towers' `projection_dim` is the config's.
+            `CLIPConfig` arguments to start from nothing; the tokenizer gives the vocabulary's size
+            and special tokens where they are not given, the config the towers' `projection_dim`.
         tokenizer: Directory of tokenizer and image processor; needed with a config, and else taken
             from `clip` where not given.
-        text_window_tokens: See :func:`lengthen_text_window`; none keeps the window.
+        text_window_tokens: See :func:`lengthen_text_window`. None: the window stays.
 
     Returns:
         Model, tokenizer (cutting at the window) and image processor.
 
     Raises:
         ValueError: No tokenizer directory, a tokenizer that does not fit the text tower, or a
-            window shorter than the checkpoint's.
+            shorter window than in the checkpoint.
     """
     if isinstance(clip, Mapping) and tokenizer is None:
         raise ValueError(
@@ -78,7 +78,7 @@ def load_clip(
     if isinstance(clip, Mapping):
         model = CLIPModel(_config_for(clip, text_tokenizer))
     else:
-        register()  # a tower's `model_type` may be known to us, or to another package, alone
+        register()  # only this package, or another one, may know a tower's `model_type`
         dual = read_config(clip).model_type == VisionTextDualEncoderConfig.model_type
         model_class = VisionTextDualEncoderModel if dual else CLIPModel
         model = load_complete(model_class, clip, dtype=torch.float32)
@@ -98,13 +98,13 @@ def clip_around_tower(
     projection_dim: int,
     logit_scale_init: float,
 ) -> tuple[VisionTextDualEncoderModel, PreTrainedTokenizerBase]:
-    """Any vision tower with a CLIP text transformer from nothing.
+    """Put a CLIP text transformer from nothing beside any vision tower.
 
     Its pooled output is projected as in `LLM2CLIPModel`, so that the two differ in the text alone.
 
     Args:
-        tower: Copied, not shared; its dtype is the model's.
-        text_model: `CLIPTextConfig` arguments; vocabulary and special tokens are the tokenizer's.
+        tower: Copied, not shared; the model has its dtype.
+        text_model: `CLIPTextConfig` arguments; the tokenizer gives vocabulary and special tokens.
         tokenizer: Directory; where it puts no end token behind a text, it gets one more.
         projection_dim: Width of the joint space.
         logit_scale_init: Stored logarithm at the start.
@@ -131,7 +131,7 @@ def clip_around_tower(
 
 
 def _with_end_token(tokenizer: Any) -> Any:
-    """The tokenizer, or one that closes texts with a token of their own, where CLIP pools.
+    """The tokenizer, or one that closes texts with an end token, where CLIP pools.
 
     Id 2 cannot be that token: CLIP's config takes it for "the highest id".
     """
@@ -151,7 +151,7 @@ def _with_end_token(tokenizer: Any) -> Any:
 
 
 def _special_of(tokenizer: Any) -> dict[str, int]:
-    """What a text tower's config takes from the tokenizer."""
+    """Fields that a text tower's config takes from the tokenizer."""
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in _SPECIAL}
     return {"vocab_size": len(tokenizer)} | {k: v for k, v in special.items() if v is not None}
 
@@ -198,7 +198,7 @@ def check_tokenizer(model: Clip, tokenizer: Any) -> None:
     neither finds the end token, it pools some other token without a word.
 
     Args:
-        model: Its text config is read.
+        model: The CLIP; its text config is read.
         tokenizer: The tokenizer.
 
     Raises:
@@ -222,7 +222,7 @@ def check_tokenizer(model: Clip, tokenizer: Any) -> None:
 
 
 class ClipTokens:
-    """Captions to the text tower's arguments; each caption is tokenised once.
+    """Turns captions into the text tower's arguments; each caption is tokenised once.
 
     Captions longer than the window are cut, the end token stays last.
 
@@ -246,7 +246,7 @@ class ClipTokens:
         """Whether the window holds a caption without cutting it.
 
         Args:
-            text: Tokenised if it is not yet.
+            text: The caption, which is tokenised if it is not yet.
         """
         self.prepare([text])
         return len(self._ids[text]) < self.window_tokens
@@ -255,7 +255,7 @@ class ClipTokens:
         """Tokenise captions in one go, ahead of the batches that ask for them.
 
         Args:
-            texts: Those that are known already cost nothing.
+            texts: Captions; those that are known already cost nothing.
         """
         new = [text for text in dict.fromkeys(texts) if text not in self._ids]
         if new:
@@ -283,14 +283,14 @@ class ClipTokens:
 def clip_encoders(
     model: Clip, tokens: ClipTokens
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[list[str]], Tensor]]:
-    """How an ordinary CLIP embeds images and captions, unit norm.
+    """Functions by which an ordinary CLIP embeds images and captions, unit norm.
 
     Args:
         model: Model on its device.
-        tokens: Captions to its text tower's arguments.
+        tokens: Turns captions into its text tower's arguments.
 
     Returns:
-        Functions of `pixel_values` and of captions.
+        One of `pixel_values`, and one of captions.
     """
 
     def encode_images(pixels: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Before and after a hand-over: equal inputs give equal outputs, or what differs is named.
+"""Comparisons across a hand-over: equal inputs give equal outputs, or what differs is named.
 
 Two right parts can be joined wrongly in silence. A few fixed words through both sides cost nothing
 beside a run and notice it.
@@ -22,15 +22,15 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 """Largest difference of a token's vector, in parts of its length, that rounding explains."""
 
 HALF_TOLERANCE = 5e-2
-"""The same for bf16 and fp16."""
+"""Largest such difference for bf16 and fp16."""
 
 
 def fixed_ids(vocab_size: int, length: int, first: int = 0) -> Int[Tensor, "1 t"]:
-    """Different words from the whole vocabulary, always the same ones.
+    """Choose different words from the whole vocabulary, always the same ones.
 
     Args:
         vocab_size: Words to choose from.
-        length: How many.
+        length: Number of words.
         first: Another number gives other words.
     """
     step = max(vocab_size // (length + 1), 1)
@@ -58,7 +58,7 @@ def logits_of(model: Any, ids: Int[Tensor, "1 t"], **inputs: Any) -> Float[Tenso
 
 
 def visual_tokens_of(model: Any) -> Float[Tensor, "t d"]:
-    """What a VLM's tower and projector make of a fixed picture, as in evaluation.
+    """Visual tokens of a fixed picture by a VLM's tower and projector, as in evaluation.
 
     Args:
         model: A LLaVA; not under ZeRO-3.
@@ -85,13 +85,13 @@ def vlm_outputs(model: Any) -> list[Tensor]:
 
 
 def vlm_difference(want: Sequence[Tensor], model: Any) -> str | None:
-    """How a VLM's outputs differ from what they should be; none if they do not.
+    """How a VLM's outputs differ from what they should be. None: they do not.
 
     Where 16 bits explain less than the difference, the model is asked how much they change in it
     (in a mixture of experts they may choose another expert): it computes once more, in fp32.
 
     Args:
-        want: Of :func:`vlm_outputs`.
+        want: Result of :func:`vlm_outputs`.
         model: May become fp32.
     """
     got = vlm_outputs(model)
@@ -108,7 +108,7 @@ def vlm_difference(want: Sequence[Tensor], model: Any) -> str | None:
 def difference(
     want: Float[Tensor, "... d"], got: Float[Tensor, "... d"], tolerance: float | None = None
 ) -> str | None:
-    """How vectors differ from what they should be; none if they do not.
+    """How vectors differ from what they should be. None: they do not.
 
     Args:
         want: What they should be.
@@ -137,7 +137,7 @@ def _distance(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) -> floa
 
 
 def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) -> float | None:
-    """The number by which `got` must be multiplied to be `want`; none if there is no such number.
+    """The number by which `got` must be multiplied to be `want`. None: there is no such number.
 
     A simple fraction where one is as good, so that the number is the same on every machine.
     """
@@ -151,7 +151,7 @@ def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) ->
 
 @contextmanager
 def _no_tf32() -> Iterator[None]:
-    """A GPU computes fp32 as exactly as the CPU below this."""
+    """Let a GPU compute fp32 as exactly as the CPU below this."""
     backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [backend.allow_tf32 for backend in backends]
     try:
@@ -165,7 +165,7 @@ def _no_tf32() -> Iterator[None]:
 
 @contextmanager
 def _blocks_gathered(model: nn.Module) -> Iterator[None]:
-    """Under ZeRO-3, and before DeepSpeed's own hooks: weights are whole while their block runs."""
+    """Gather each block's weights while it runs: under ZeRO-3, before DeepSpeed's hooks exist."""
     if not is_deepspeed_zero3_enabled():
         yield
         return

@@ -13,13 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    CLIPVisionConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, CLIPVisionConfig, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
@@ -41,9 +35,9 @@ class LLM2CLIPConfig(PreTrainedConfig):
             with `model_type` (`clip_vision_model` where absent).
         text_embed_dim: Width of the text encoder's embeddings.
         projection_dim: Width of the joint space. Paper v6: 1280.
-        projection_bias: Whether the image head has a bias (the released EVA02 towers' has).
+        projection_bias: Whether the image head has a bias (that of the released EVA02 towers has).
         adaptor_num_blocks: Residual blocks of the text adaptor. Paper v6: 4.
-        adaptor_expansion: Hidden width of a block over its input's.
+        adaptor_expansion: Hidden width of a block over the width of its input.
         logit_scale_init_value: Stored logarithm at the start, ln(1/0.07).
         logit_bias_init_value: Bias of the sigmoid loss at the start. None: softmax loss, no bias.
     """
@@ -61,7 +55,7 @@ class LLM2CLIPConfig(PreTrainedConfig):
     logit_bias_init_value: float | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        register()  # a tower's `model_type` may be known to us alone
+        register()  # only this package may know a tower's `model_type`
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig()
         elif isinstance(self.vision_config, dict):
@@ -84,7 +78,7 @@ class LLM2CLIPOutput(ModelOutput):
     logit_scale: Tensor | None = None
     """Scalar, exponentiated."""
     logit_bias: Tensor | None = None
-    """Scalar; none where the model was made for the softmax loss."""
+    """Scalar. None: the model was made for the softmax loss."""
 
 
 class LLM2CLIPModel(PreTrainedModel):
@@ -136,13 +130,9 @@ class LLM2CLIPModel(PreTrainedModel):
 
     @classmethod
     def from_vision_tower(
-        cls,
-        tower: PreTrainedModel,
-        *,
-        text_embed_dim: int,
-        **config: Any,
+        cls, tower: PreTrainedModel, *, text_embed_dim: int, **config: Any
     ) -> LLM2CLIPModel:
-        """A model around a pretrained tower, with a new image head and a new adaptor.
+        """Build a model around a pretrained tower, with a new image head and a new adaptor.
 
         Args:
             tower: Copied, not shared.
@@ -162,13 +152,13 @@ class LLM2CLIPModel(PreTrainedModel):
 
     @torch.no_grad()
     def take_heads(self, folder: str | Path) -> None:
-        """Begin with another model's adaptor, projections and scale; the tower stays.
+        """Take over another model's adaptor, projections and scale; the tower stays.
 
         Args:
             folder: Folder of an `LLM2CLIPModel`.
 
         Raises:
-            ValueError: Its heads have other shapes.
+            ValueError: The other model's heads have other shapes.
         """
         given = load_complete(type(self), str(folder), dtype=self.dtype).state_dict()
         own = self.state_dict()
@@ -194,7 +184,7 @@ class LLM2CLIPModel(PreTrainedModel):
         """Image embeddings.
 
         Args:
-            pixel_values: As the tower's image processor makes them.
+            pixel_values: Result of the tower's image processor.
 
         Returns:
             `[b, projection_dim]`, unit norm.
@@ -226,11 +216,11 @@ class LLM2CLIPModel(PreTrainedModel):
 
         Args:
             pixel_values: Images.
-            text_features: Caption embeddings, as many for each image; none where tokens are given.
+            text_features: Caption embeddings, as many for each image. None: tokens are given.
             return_loss: Also compute the loss within this batch; nothing is gathered (the trainer
                 does that).
             **tokens: Arguments of `self.text_encoder`, where it trains inside the model (stage 2b's
-                `text_in_loop`); it is no part of what is exported.
+                `text_in_loop`); it is not exported.
 
         Returns:
             Embeddings, the exponentiated scale and, if asked for, the loss.
@@ -267,10 +257,10 @@ class LLM2CLIPModel(PreTrainedModel):
         )
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the names that the model has in memory.
+        """Save as transformers does, but with the names that the model has in memory.
 
         Args:
-            save_directory: Where to.
+            save_directory: Directory to write.
             args: See transformers.
             kwargs: See transformers; `save_original_format` is false unless given.
         """

@@ -38,7 +38,7 @@ from llm2clip_vlm.models.checkpoint_files import (
 )
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}
-"""Arguments of every `from_pretrained`: no Python file of a checkpoint runs, nobody is asked."""
+"""Arguments of every `from_pretrained`: no Python file of a checkpoint runs, no one is asked."""
 _OLD_BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$")
 """Tables that older versions saved and newer ones compute."""
 _LARGEST_PICTURE_PX = 4096
@@ -52,7 +52,7 @@ def load_complete(
     error: type[ValueError] = ValueError,
     **arguments: Any,
 ) -> Any:
-    """`from_pretrained` that refuses what transformers only warns of: missing and unknown weights.
+    """Load a model; refuse what transformers only warns of: missing and unknown weights.
 
     Names and shapes are compared without content first, so that a config of wrong sizes costs
     nothing. A weight is known if the loaded class has it, or the architecture that the config names
@@ -64,14 +64,14 @@ def load_complete(
             it: it is for messages only.
         optional: Weights below this prefix may be missing.
         error: What is raised.
-        **arguments: Of `from_pretrained`.
+        **arguments: More arguments of `from_pretrained`.
 
     Returns:
         The model.
 
     Raises:
         ValueError: (or `error`) The weights cannot be read, are missing, unknown or have another
-            shape; or they are pickled, or an adapter's.
+            shape; or they are pickled, or of an adapter.
     """
     if "state_dict" not in arguments:
         local = Path(path).is_dir()
@@ -152,8 +152,8 @@ def _check_names(
     }
     for other in _whole_classes(config, written):
         if extra and other is not type(model):
-            strange = compared(other)[1]["unexpected_keys"]
-            extra = {name for name in extra if any(_same(name, key) for key in strange)}
+            unknown = compared(other)[1]["unexpected_keys"]
+            extra = {name for name in extra if any(_same(name, key) for key in unknown)}
     if extra:
         raise error(
             f"{folder}: {len(extra)} weights are unknown to {type(model).__name__} as config.json "
@@ -163,12 +163,12 @@ def _check_names(
 
 
 def _same(name: str, other: str) -> bool:
-    """Whether two names are one weight's, seen from a part and from the whole."""
+    """Whether two names mean one weight, seen from a part and from the whole."""
     return f".{name}".endswith(f".{other}") or f".{other}".endswith(f".{name}")
 
 
 def _whole_classes(config: Any, written: Mapping[str, Any]) -> Iterator[Any]:
-    """The classes that may have written weights which the loaded class has no use for."""
+    """Classes that may have written weights which the loaded class has no use for."""
     for name in written.get("architectures") or ():
         found = getattr(transformers, str(name), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
@@ -196,7 +196,7 @@ def _refuse(
 
 
 def to_dtype(model: Any, dtype: torch.dtype) -> Any:
-    """A model whose weights have another dtype, in place.
+    """Give a model's weights another dtype, in place.
 
     Tables that are computed and not loaded (DINOv3's rotary frequencies) stay in fp32, as
     `from_pretrained` leaves them.
@@ -215,11 +215,11 @@ def to_dtype(model: Any, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def boundary(told: str, error: type[ValueError] = ValueError, remedy: str = "") -> Iterator[None]:
-    """Name the checkpoint in whatever a library raises of its files.
+def boundary(what: str, error: type[ValueError] = ValueError, remedy: str = "") -> Iterator[None]:
+    """Name the checkpoint in whatever a library raises about its files.
 
     Args:
-        told: Which file, and what is wrong with it.
+        what: The file, and what is wrong with it.
         error: What is raised.
         remedy: The end of the message.
     """
@@ -227,15 +227,15 @@ def boundary(told: str, error: type[ValueError] = ValueError, remedy: str = "") 
         yield
     except Exception as failure:  # around one checkpoint, whose every field may be wrong
         why = " ".join(str(failure).split())[:2000]
-        raise error(f"{told} ({type(failure).__name__}: {why}){remedy}") from failure
+        raise error(f"{what} ({type(failure).__name__}: {why}){remedy}") from failure
 
 
 def read_config(path: str | Path, error: type[ValueError] = ValueError) -> Any:
     """The config of a model directory or a hub id.
 
     Raises:
-        ValueError: (or `error`) There is none that transformers or this package knows, or its
-            numbers are none that a model can have.
+        ValueError: (or `error`) It is missing, or unknown to transformers and this package, or no
+            model can have its numbers.
     """
     refuse_gguf(Path(path), error)
     if Path(path).is_dir() and (Path(path) / "config.json").exists():
@@ -342,7 +342,7 @@ def four_bits(
     """Arguments of `from_pretrained` for NF4 weights, as QLoRA has them (arXiv 2305.14314).
 
     Args:
-        device: Where to. None: the CPU.
+        device: Where the weights go. None: the CPU.
         error: What is raised.
         skip: Modules that keep their precision, by name. None: the head.
 

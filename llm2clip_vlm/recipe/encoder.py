@@ -250,11 +250,7 @@ class ClipBaselineRecipe(EncoderRecipe):
     last); captions beyond the window are cut, as CLIP does."""
     learning_rates: dict[
         Literal["vision_model", "text_model", "projections"], Annotated[float, Field(ge=0)]
-    ] = {
-        "vision_model": 1e-5,
-        "text_model": 1e-5,
-        "projections": 1e-5,
-    }
+    ] = {"vision_model": 1e-5, "text_model": 1e-5, "projections": 1e-5}
     """One per group; `projections` includes `logit_scale`. A part without a rate, or with 0, is
     frozen."""
     evaluate_only: bool = False

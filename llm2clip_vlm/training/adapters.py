@@ -34,10 +34,10 @@ class Rounding:
     lost: float = 0.0
     """Squared norm of what rounding adds to it."""
     dtype: torch.dtype = torch.float32
-    """Of the saved weights."""
+    """Dtype of the saved weights."""
 
     def saved(self, before: Tensor, merged: Tensor, dtype: torch.dtype) -> Tensor:
-        """The merged weight as it is saved; what that loses is noted."""
+        """Round the merged weight as it is saved, and note what that loses."""
         rounded, self.dtype = merged.to(dtype), dtype
         self.trained += float((merged - before.float()).square().sum())
         self.lost += float((rounded.float() - merged).square().sum())
@@ -45,7 +45,7 @@ class Rounding:
 
     @property
     def share(self) -> float:
-        """Norm of the loss over that of the change."""
+        """Norm of the loss over the norm of the change."""
         return math.sqrt(self.lost / self.trained) if self.trained else 0.0
 
     def __str__(self) -> str:
@@ -81,7 +81,7 @@ def _merged_weight(layer: Any, weights: Mapping[str, Tensor]) -> Tensor:
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:
-    """What adapters change, by name."""
+    """Layers that adapters change, by name."""
     from peft.tuners.lora import LoraLayer
 
     modules = model.named_modules()
@@ -159,13 +159,13 @@ def merged_state(
 ) -> dict[str, Tensor]:
     """Adds LoRA adapters to the weights they adapt, by name, without touching the model.
 
-    Works on gathered weights, so it is right under ZeRO-3 too, where the model's own are shards.
+    Works on gathered weights, so it is right under ZeRO-3, too, where the model holds shards.
 
     Args:
         model: Model with or without adapters.
         state: Its weights by name.
         dtype: Dtype of the floating-point weights in the end. None: each keeps its own.
-        rounding: Takes what that loses of the adapters.
+        rounding: Notes what that loses of the adapters.
 
     Returns:
         The same weights with the names that the model had before the adapters came.
@@ -195,10 +195,10 @@ def unquantized_state(
     Args:
         model: Model with adapters.
         state: Its weights by name.
-        whole: Those of the checkpoint that it was loaded from.
+        whole: Weights of the checkpoint that it was loaded from.
 
     Returns:
-        As :func:`merged_state` takes them.
+        Weights as :func:`merged_state` takes them.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {name: tensor for name, tensor in state.items() if ".lora_" in name}

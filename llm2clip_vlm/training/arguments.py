@@ -1,4 +1,4 @@
-"""From a recipe to `transformers.TrainingArguments`."""
+"""`transformers.TrainingArguments` of a recipe."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
 
 
 def _refused_type(hint: Any, value: Any) -> str | None:
-    """What a field wants, if `value` is not it; enums and dataclasses are left to transformers."""
+    """The type that a field wants, if `value` has another; enums are left to transformers."""
     union = typing.get_origin(hint) in {typing.Union, types.UnionType}
     kinds = [typing.get_origin(part) or part for part in typing.get_args(hint)] if union else []
     kinds = kinds or [typing.get_origin(hint) or hint]
@@ -79,7 +79,7 @@ def shares_of_a_step(recipe: RunRecipe, processes: int | None = None) -> tuple[i
 
     Args:
         recipe: The stage's recipe.
-        processes: How many share a step. None: as many as run.
+        processes: Number of processes that share a step. None: as many as run.
 
     Returns:
         Samples of a process at once, and how often it accumulates.
@@ -101,7 +101,7 @@ def shares_of_a_step(recipe: RunRecipe, processes: int | None = None) -> tuple[i
 
 
 def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArguments:
-    """The arguments of a stage's Trainer.
+    """Build the arguments of a stage's Trainer.
 
     Call it before any model is loaded (ZeRO-3 wants to know first).
 

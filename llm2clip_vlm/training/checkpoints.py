@@ -36,7 +36,7 @@ def seal_checkpoint(folder: str | Path) -> None:
 
 
 def damage(folder: str | Path) -> str | None:
-    """What is wrong with a checkpoint: unfinished, a file missing or changed. None: nothing.
+    """What is wrong with a checkpoint: unfinished, a file missing or changed. None: it is whole.
 
     Args:
         folder: The checkpoint; its files are hashed.
@@ -52,7 +52,7 @@ def damage(folder: str | Path) -> str | None:
 
 
 def _seal(root: Path) -> dict[str, Any] | None:
-    """What a checkpoint's seal says. None: nothing that can be read."""
+    """Read a checkpoint's seal. None: it cannot be read."""
     try:
         seal: dict[str, Any] = read_json(root / SEAL_NAME)
     except ValueError:
@@ -87,7 +87,7 @@ def remove_unfinished(directory: str | Path, step: int) -> None:
     """Delete what a killed run left unfinished, and nothing else.
 
     A whole or damaged checkpoint in the way, and later ones (they were passed over when the run
-    resumed), are kept under another name, and so is what somebody else has put there.
+    resumed), are kept under another name, and so is what no run has put there.
 
     Args:
         directory: Where the checkpoints are.
@@ -110,8 +110,8 @@ def rotate(directory: str | Path, limit: int | None, best: str | None) -> None:
 
     Args:
         directory: Where the checkpoints are.
-        limit: How many stay. None: all.
-        best: One that stays, as the last one does.
+        limit: Number that stays. None: all.
+        best: A checkpoint that stays, as the last one does.
     """
     sealed = [(step, folder) for step, folder in _checkpoints(Path(directory)) if _seal(folder)]
     kept = {folder for _, folder in sorted(sealed)[-1:]} | ({Path(best)} if best else set())
@@ -129,8 +129,8 @@ def newest_whole(directory: str | Path) -> str | None:
         directory: Where the checkpoints are, if there are any.
 
     Raises:
-        HandoffError: Another number of processes wrote it: optimizer shards, random states and the
-            order of the samples are theirs.
+        HandoffError: Another number of processes wrote it, on which optimizer shards, random states
+            and the order of the samples depend.
     """
     for _, folder in sorted(_checkpoints(Path(directory)), reverse=True):
         if (problem := damage(folder)) is not None:

@@ -1,4 +1,4 @@
-"""What stage 2 leaves behind: the plain vision tower in a directory that others can read."""
+"""Export of stage 2: the plain vision tower in a directory that others can read."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ logger = logging.getLogger(__name__)
 LEGACY_PREFIX = {"clip_vision_model": "vision_model.", "siglip_vision_model": "vision_model."}
 """Name under which published checkpoints of a `model_type` keep the tower's weights.
 
-transformers reads both forms since 5.8; older versions, and so unmodified LLaVA, only this one (and
-would leave the tower random with a warning otherwise)."""
+transformers has read both forms since 5.8; older versions, and so unmodified LLaVA, read this one
+only (and would leave the tower random with a warning otherwise)."""
 
 
 def vision_tower_of(model: nn.Module) -> PreTrainedModel:
@@ -32,7 +32,7 @@ def vision_tower_of(model: nn.Module) -> PreTrainedModel:
         The tower.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no tower.
     """
     inner: Any = model
     for path in ("vision_tower", "vision_model", "model.vision_tower"):
@@ -88,7 +88,7 @@ def export_vision_tower(model: nn.Module, image_processor: Any, directory: str |
 
 
 def lora_config(lora: LoraSection, **more: Any) -> Any:
-    """A recipe's adapter as PEFT takes it.
+    """Turn a recipe's adapter into PEFT's config.
 
     Args:
         lora: Rank, scale, dropout, modules, LoRA or DoRA.
@@ -113,7 +113,7 @@ def add_lora(module: nn.Module, lora: LoraSection, key: str = "lora") -> Any:
     The module keeps its class, so that it is saved and resumed like any other.
 
     Args:
-        module: Such as a vision tower.
+        module: The module, such as a vision tower.
         lora: Rank, scale, dropout, modules.
         key: The adapter's section in the recipe, for messages.
 
@@ -121,7 +121,7 @@ def add_lora(module: nn.Module, lora: LoraSection, key: str = "lora") -> Any:
         PEFT's tuner, whose `merge_and_unload` makes the module a plain one again, in place.
 
     Raises:
-        ValueError: PEFT does not know a target, or see :func:`check_adapter`.
+        ValueError: PEFT does not know a target; or see :func:`check_adapter`.
     """
     from peft import LoraModel
 

@@ -1,4 +1,4 @@
-"""When a step hangs or fails: which process, which samples, and a batch to try it again with."""
+"""A step that hangs or fails: its process, its samples, and its batch to try again with."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Watchdog:
     """Ends a process that stands still, and says where it stood.
 
     (A collective that one process never joins waits half an hour or, as LLaVA-NeXT sets it, a year,
-    and then names nobody.)
+    and then names no process.)
     """
 
     def __init__(self, timeout_s: float | None) -> None:
@@ -36,7 +36,7 @@ class Watchdog:
         self._timer: threading.Timer | None = None
 
     def beat(self, doing: str) -> None:
-        """Start to wait anew. Args: doing: What is begun now, for the message."""
+        """Start to wait anew. Args: doing: What begins now, for the message."""
         self.stop()
         if self.timeout_s is not None:
             self._timer = threading.Timer(self.timeout_s, self._bark, [doing])
@@ -50,7 +50,7 @@ class Watchdog:
 
     def _bark(self, doing: str) -> None:
         logger.critical(
-            "rank %d of %d stands still since %g s in %s; its threads follow, then it ends",
+            "rank %d of %d has stood still for %g s in %s; its threads follow, then it ends",
             distributed.rank(),
             distributed.world_size(),
             self.timeout_s,
@@ -61,7 +61,7 @@ class Watchdog:
 
 
 def keep_batch(folder: str | Path, batch: Mapping[str, Any], **facts: Any) -> Path:
-    """Write a micro-batch down so that it can be run again.
+    """Keep a micro-batch on disk so that it can be run again.
 
     Args:
         folder: `batch.safetensors` (its tensors and the random state) and `batch.json` go there.

@@ -26,7 +26,7 @@ class StrictResumeMixin:
     """Put before `transformers.Trainer` in the bases of every trainer of this package.
 
     Checkpoints are written with in-memory names and sealed when all processes are done, and older
-    ones removed only then. A checkpoint whose keys do not match the model's is an error. Tied
+    ones removed only then. A checkpoint with other keys than the model is an error. Tied
     weights, which safetensors stores once, may be missing.
     """
 
@@ -39,7 +39,7 @@ class StrictResumeMixin:
         return frozen_modules(self.model)
 
     def compute_loss_context_manager(self) -> Any:
-        """As transformers, which calls it behind `model.train()`; what is frozen stays as it is."""
+        """Put what is frozen into evaluation mode; transformers calls it behind `model.train()`."""
         if self.model.training:
             set_evaluation_mode(self._frozen)
         return super().compute_loss_context_manager()  # type: ignore[misc]
@@ -64,7 +64,7 @@ class StrictResumeMixin:
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         found: tuple[int, int] = super()._init_training_state(max_steps, *args)  # type: ignore[misc]
-        self.state.compute_steps(self.args, max_steps)  # the recipe's, not the checkpoint's
+        self.state.compute_steps(self.args, max_steps)  # of the recipe, not of the checkpoint
         return found
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -75,7 +75,7 @@ class StrictResumeMixin:
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
     ) -> None:
-        """In-memory names load with `from_pretrained`, too; PEFT's adapters resume as they are."""
+        """Save names as in memory: they load with `from_pretrained`, too, and adapters resume."""
         model = self.model
         if isinstance(model, PreTrainedModel):
             save = functools.partial(model.save_pretrained, save_original_format=False)
@@ -110,4 +110,4 @@ class StrictResumeMixin:
 
 
 class StrictTrainer(StrictResumeMixin, Trainer):
-    """The plain Trainer otherwise."""
+    """The plain Trainer with a strict resume."""

@@ -209,7 +209,7 @@ def test_who_stands_still_is_named(
         dog.beat("step 7, samples ['a', 'b']")
         assert ended.wait(10)
     assert codes == [1]
-    assert "rank 3 of 8 stands still since 0.05 s in step 7, samples ['a', 'b']" in caplog.text
+    assert "rank 3 of 8 has stood still for 0.05 s in step 7, samples ['a', 'b']" in caplog.text
     patient = Watchdog(0.05)
     patient.beat("x")
     patient.stop()

@@ -276,9 +276,7 @@ def collate(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def caption_galleries(
-    records: Sequence[ImageTextRecord],
-) -> dict[str, tuple[list[str], list[int]]]:
+def caption_galleries(records: Sequence[ImageTextRecord]) -> dict[str, tuple[list[str], list[int]]]:
     """Captions of each kind, and the image that each belongs to, for retrieval.
 
     Args:

@@ -133,9 +133,7 @@ def _question(item: Mapping[str, Any]) -> str:
 
 
 def _score(
-    item: Mapping[str, Any],
-    metrics: Sequence[str],
-    aggregations: Mapping[str, Callable[..., Any]],
+    item: Mapping[str, Any], metrics: Sequence[str], aggregations: Mapping[str, Callable[..., Any]]
 ) -> float:
     for name in metrics:
         value = item.get(name)

@@ -1,4 +1,4 @@
-"""Captions to token ids: special tokens, instruction, truncation, padding."""
+"""Token ids of captions: special tokens, instruction, truncation, padding."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import transformers
+from einops import rearrange
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -46,7 +47,7 @@ class CaptionTokenizer:
 
     Raises:
         TextEncoderError: `max_length_tokens` leaves no room for a text, what the tokenizer adds
-            cannot be told from the text, or it has no eos to append.
+            cannot be separated from the text, or it has no eos to append.
 
     Paper: LLM2CLIP released code (instruction and header left out of the mean, eot kept in it).
     """
@@ -104,7 +105,7 @@ class CaptionTokenizer:
 
     @property
     def pad_token_id(self) -> int:
-        """Id that fills up; never attended to, so any serves where the tokenizer has none."""
+        """Id of padding; never attended to, so any serves where the tokenizer has none."""
         return self.tokenizer.pad_token_id or 0
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
@@ -119,7 +120,7 @@ class CaptionTokenizer:
         tokens: list[list[int]] = []
         for start in range(0, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
-            # sentence-transformers is told of the front by a blank (training/embedder_export)
+            # sentence-transformers learns of the front by a blank (training/embedder_export)
             strip = self.leaves_out_front
             whole = [text.lstrip() if strip else text for text in block]
             encoded = text_ids(self.tokenizer, whole, prefix="" if strip else self._prefix)
@@ -152,7 +153,7 @@ class CaptionTokenizer:
         """Puts a prompt between what stands in front of every text and the text.
 
         Args:
-            tokens: As calling this object returned them.
+            tokens: Result of calling this object.
             prompt: :meth:`ids` of the prompt; the number of tokens that are not pooled grows by
                 its length. A text that no longer fits is cut.
 
@@ -171,7 +172,7 @@ class CaptionTokenizer:
         return [*tokens[:front], *prompt, *body, *tokens[end:]]
 
     def fingerprint(self) -> str:
-        """Hash of what turns text into ids; padding and truncation are not part of it."""
+        """Hash of what turns text into ids; padding and truncation are left out."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         content: Any = {"vocab": sorted(self.tokenizer.get_vocab().items())}
         if backend is not None:
@@ -187,7 +188,7 @@ class CaptionTokenizer:
 
         Args:
             fingerprint: Fingerprint of the tokenizer that was saved.
-            where: Its directory.
+            where: Directory of the tokenizer.
 
         Raises:
             TextEncoderError: This tokenizer has another fingerprint.
@@ -207,7 +208,7 @@ def pad_tokens(
 
     Args:
         tokens: Token ids of each text, at least one text.
-        pad_token_id: Fills up; never attended to.
+        pad_token_id: Id of padding; never attended to.
         num_front_tokens: Tokens at the start of each text that are not pooled, for all or each.
 
     Returns:
@@ -215,6 +216,7 @@ def pad_tokens(
     """
     rows = [np.asarray(ids, dtype=np.int64) for ids in tokens]
     lengths = torch.tensor([len(row) for row in rows])
+    front = rearrange(torch.as_tensor(num_front_tokens), "... -> (...) 1")
     positions = torch.arange(int(lengths.max()))
     inside = positions < lengths[:, None]
     input_ids = torch.full(inside.shape, pad_token_id)
@@ -222,7 +224,7 @@ def pad_tokens(
     return {
         "input_ids": input_ids,
         "attention_mask": inside.long(),
-        "pool_mask": inside & (positions >= torch.as_tensor(num_front_tokens).view(-1, 1)),
+        "pool_mask": inside & (positions >= front),
     }
 
 

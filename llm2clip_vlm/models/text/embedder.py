@@ -21,30 +21,30 @@ _POOLING = {"mean": "mean", "lasttoken": "last", "cls": "cls"}
 
 @dataclass(frozen=True)
 class Embedder:
-    """What an embedder's files say."""
+    """Settings in an embedder's files."""
 
     model_dir: Path
     """Where weights, config and tokenizer are."""
     pooling: str
-    """As in `TextEncoderSettings`."""
+    """Pooling as in `TextEncoderSettings`."""
     max_length_tokens: int | None
-    """None: what the tokenizer and the model allow."""
+    """Tokens of a text at most. None: what the tokenizer and the model allow."""
     prompt: str
     """Text that is put before every text, and pooled."""
     lower_case: bool
     """Texts are lower-cased first."""
     attn_implementation: str | None = None
-    """As in transformers. None: its default."""
+    """See transformers. None: its default."""
 
 
 def read_embedder(directory: str | Path) -> Embedder | None:
-    """Reads what makes a directory's vectors.
+    """Reads the files of an embedder.
 
     Args:
-        directory: As `SentenceTransformer(directory)` takes it.
+        directory: What `SentenceTransformer(directory)` takes.
 
     Returns:
-        None where there is no `modules.json`.
+        What the files say. None: there is no `modules.json`.
 
     Raises:
         TextEncoderError: It has a module, a pooling or a prompt that is not known here.

@@ -1,7 +1,7 @@
-"""Which layers of a model let a token see the tokens behind it.
+"""Test of which layers of a model let a token see the tokens behind it.
 
 One open layer is enough for the last hidden states to see everything, so what leaves the model says
-nothing of its other layers: each one is asked apart, in the same forward pass.
+nothing about its other layers: each one is tested apart, in the same forward pass.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _ROWS = 3
 
 @torch.no_grad()
 def layers_see_behind(model: Any) -> dict[str, set[bool]]:
-    """Asks every layer, without padding and with it.
+    """Tests every layer, without padding and with it.
 
     Three times the same text goes through the model. In front of each layer the second row is made
     the first but for its last token, the third but for its first. Where another token of the second
-    row differs behind the layer, that layer is open. The modules of open layers are asked in the
+    row differs behind the layer, that layer is open. The modules of open layers are tested in the
     same way: one that moves the third row, but not the second, is causal (the Mamba half of
     Falcon-H1's layers). The model may be on any device, in any dtype, quantised or sharded.
 
@@ -39,8 +39,8 @@ def layers_see_behind(model: Any) -> dict[str, set[bool]]:
 
     Returns:
         Name of each layer, and of each causal module of an open one, to the answers that it gave:
-        `{True}` is open, `{False}` causal, both means that it depends on the padding, none that its
-        input cannot be told apart.
+        `{True}` is open, `{False}` causal, both means that it depends on the padding, none that
+        its input cannot be recognised.
     """
     stack, layers = _layers(model)
     kinds = getattr(model.config, "layer_types", None) or [type(layer).__name__ for layer in layers]
@@ -85,13 +85,13 @@ def _run(model: Any, modules: list[tuple[str, nn.Module]], padding: int) -> dict
 
 
 def set_causal(model: nn.Module, is_causal: bool) -> None:
-    """Tells the layers what the config says, in place.
+    """Sets the layers to what the config says, in place.
 
-    Where no mask is built (flash attention; sdpa without padding) they are asked instead of it.
+    Where no mask is built (flash attention; sdpa without padding) their flag counts instead of it.
 
     Args:
         model: Loaded with `config.is_causal`.
-        is_causal: The same.
+        is_causal: The value of `config.is_causal`.
     """
     module: Any
     for module in model.modules():
@@ -101,11 +101,11 @@ def set_causal(model: nn.Module, is_causal: bool) -> None:
 
 @contextmanager
 def turned(model: Any, bidirectional: bool) -> Iterator[None]:
-    """A decoder with the other attention, in place and for a while.
+    """Give a decoder the other attention, in place and for a while.
 
     Args:
         model: Loaded with `config.is_causal`.
-        bidirectional: What it is meanwhile.
+        bidirectional: Its attention meanwhile.
 
     Raises:
         TextEncoderError: It cannot be that.
@@ -122,13 +122,13 @@ def turned(model: Any, bidirectional: bool) -> Iterator[None]:
 
 
 def attention_kind(answers: Mapping[str, set[bool]]) -> bool | Literal["partial"] | None:
-    """What all layers together are.
+    """The attention of all layers together.
 
     Args:
-        answers: Of :func:`layers_see_behind`.
+        answers: Result of :func:`layers_see_behind`.
 
     Returns:
-        True (every layer is open), False (every one is causal), `partial` (some are), or None:
+        True (every layer is open), False (every one is causal), or `partial` (some are). None:
         a layer's answer depends on the padding, or it gave none.
     """
     found = set().union(*answers.values())
@@ -165,7 +165,7 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
     name = f"{type(model).__name__} ({model.config._attn_implementation})"
     if kind is None:
         raise TextEncoderError(
-            f"{text}in {name} {_listed(odd) or 'no list of layers'} cannot be told to be "
+            f"{text}in {name} {_listed(odd) or 'no list of layers'} cannot be found to be "
             "bidirectional or causal (another answer with padding than without); use another "
             "attn_implementation or language model"
         )
@@ -201,7 +201,7 @@ def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 class _Probe:
-    """Two hooks of a module, and which way tokens moved each other in it."""
+    """Two hooks of a module, and the directions in which tokens moved each other in it."""
 
     def __init__(self, module: nn.Module, length: int) -> None:
         self.module, self.length = module, length
@@ -246,7 +246,7 @@ class _Probe:
             found.add(moved.float().mean().item() > 0.01)
 
     def _text_axis(self, hidden: Any) -> int | None:
-        """Where the texts are in `[..., texts, tokens, ..., width]`."""
+        """Axis of the texts in `[..., texts, tokens, ..., width]`. None: there are no such axes."""
         shape = tuple(hidden.shape[:-1]) if torch.is_tensor(hidden) else ()
         for at in range(len(shape) - 1):
             if shape[at : at + 2] == (_ROWS, self.length):

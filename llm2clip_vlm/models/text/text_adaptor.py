@@ -66,7 +66,7 @@ class TextAdaptor(nn.Module):
 
         Args:
             text_features: `[b, dim]` of any norm (each row is normalised first) and any floating
-                dtype (computed in the adaptor's).
+                dtype (the adaptor computes in its own dtype).
 
         Returns:
             `[b, out_dim]`, **not** normalised.

@@ -20,16 +20,13 @@ from typing import Any, Self, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import (
-    AutoModel,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip_vlm.models.loading import four_bits, load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.text.caption_tokens import TextEncoderError, pad_tokens
@@ -59,7 +56,7 @@ PROBE_TEXTS = ("a", "A dog runs on the beach.", "Two people, 3 red cats: a photo
 def pool(
     hidden: Float[Tensor, "b t d"], pool_mask: Bool[Tensor, "b t"], pooling: Pooling
 ) -> Float[Tensor, "b d"]:
-    """One float32 vector a text from the hidden states of its pooled tokens.
+    """Make one float32 vector a text from the hidden states of its pooled tokens.
 
     Args:
         hidden: Last hidden states.
@@ -73,21 +70,21 @@ def pool(
         chosen = pool_mask.int() if pooling == "cls" else pool_mask * positions
         rows = torch.arange(len(hidden), device=hidden.device)
         return hidden[rows, chosen.argmax(dim=1)].float()
-    weights = pool_mask.unsqueeze(-1).float()
+    weights = rearrange(pool_mask, "b t -> b t 1").float()
     return (hidden.float() * weights).sum(1) / weights.sum(1)
 
 
 class TextEncoder(nn.Module):
-    """Texts to vectors.
+    """Turns texts into vectors.
 
-    Which tokens a vector is made of: see :class:`CaptionTokenizer`.
+    :class:`CaptionTokenizer` says which tokens a vector is made of.
 
     Use :meth:`from_pretrained` or :meth:`from_section`.
 
     Args:
         backbone: A decoder without head, whose config says `is_causal`.
         tokenizer: Its tokenizer.
-        settings: How a vector is made.
+        settings: Settings by which a vector is made.
     """
 
     def __init__(
@@ -102,9 +99,9 @@ class TextEncoder(nn.Module):
         self.tokenizer = tokenizer
         """Adds special tokens as its own configuration says."""
         self.settings = settings
-        """How hidden states become a vector."""
+        """Settings by which hidden states become a vector."""
         self.tokens = settings.tokens(tokenizer)
-        """Texts to token ids."""
+        """Turns texts into token ids."""
 
     @classmethod
     def from_pretrained(
@@ -122,7 +119,7 @@ class TextEncoder(nn.Module):
         Args:
             path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
                 prompt and attention.
-            dtype: Dtype of the weights; `auto` keeps the checkpoint's.
+            dtype: Dtype of the weights; `auto` keeps that of the checkpoint.
             device: Where the weights go. None: CPU.
             attn_implementation: See transformers. None: its default.
             load_in_4bit: Quantise linear weights to NF4 (needs bitsandbytes).
@@ -150,7 +147,7 @@ class TextEncoder(nn.Module):
         backbone = load_complete(
             AutoModel,
             source,
-            optional="pooler.",  # of BERT, which no vector is made of
+            optional="pooler.",  # of BERT; no vector is made of it
             error=TextEncoderError,
             config=config,
             dtype=dtype,
@@ -164,7 +161,7 @@ class TextEncoder(nn.Module):
             backbone.to(device)
         encoder = cls(backbone.eval(), tokenizer, settings)
         if embedder and "bidirectional" not in chosen:
-            # its attention is what its own config makes it
+            # its config decides on its attention
             kind = attention_kind(layers_see_behind(backbone))
             encoder.settings = replace(settings, bidirectional=True if kind is None else kind)
         encoder.check_attention()
@@ -197,7 +194,7 @@ class TextEncoder(nn.Module):
 
     @cached_property
     def fingerprint(self) -> dict[str, str]:
-        """What makes this encoder's vectors: equal fields, equal vectors.
+        """Identity of this encoder: equal fields, equal vectors.
 
         Computed at first use and kept; read it after the weights have their final values.
         """
@@ -233,7 +230,7 @@ class TextEncoder(nn.Module):
         attention_mask: Int[Tensor, "b t"],
         pool_mask: Bool[Tensor, "b t"],
     ) -> Float[Tensor, "b d"]:
-        """As :meth:`forward`, in four groups of like length: short texts pay for no long ones."""
+        """Embeddings in four groups of like length, so that short texts are hardly padded."""
         inputs, parts = (input_ids, attention_mask, pool_mask), []
         order = attention_mask.sum(1).argsort(descending=True)
         for rows in order.chunk(4):
@@ -329,8 +326,8 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Writes model, tokenizer and settings; :meth:`from_pretrained` restores all of it.
 
-        The saved config says `is_causal: false` (if bidirectional), so that nobody takes the
-        directory for a decoder: stage 3 refuses it.
+        The saved config says `is_causal: false` (if bidirectional), so that the directory is not
+        taken for a decoder: stage 3 refuses it.
         """
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
@@ -344,10 +341,10 @@ def require_equal(
     """Refuses vectors that should be the same and are not.
 
     Args:
-        what: Which vectors, for the message.
+        what: Name of the vectors, for the message.
         before: `[n, d]`.
-        after: As `before`.
-        remedy: What follows and what to do.
+        after: `[n, d]`.
+        remedy: Consequence, and what to do.
         dtype: Dtype of the weights; 16 bits get a wider tolerance.
 
     Raises:

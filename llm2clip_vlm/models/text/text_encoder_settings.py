@@ -1,4 +1,4 @@
-"""How hidden states become one vector: given, saved beside the weights, or an embedder's own."""
+"""Settings by which hidden states become one vector: given, saved, or of an embedder."""
 
 from __future__ import annotations
 
@@ -27,28 +27,28 @@ Pooling = Literal["mean", "last", "eos", "cls"]
 
 @dataclass(frozen=True)
 class TextEncoderSettings:
-    """How hidden states become one vector; saved with the weights."""
+    """Settings by which hidden states become one vector; saved with the weights."""
 
     pooling: Pooling = "mean"
     """Mean over the pooled tokens, the last of them, an eos (appended where the tokenizer adds
     none), or the first (some embedders)."""
     max_length_tokens: int = DEFAULT_MAX_LENGTH_TOKENS
-    """Special tokens and instruction included."""
+    """Tokens of a text at most, special tokens and instruction included."""
     instruction: str = ""
     """Text before every caption, attended to but not pooled."""
     bidirectional: bool | Literal["partial"] = True
     """False = causal attention; `partial` = only some of the layers can be bidirectional."""
     chat: bool = False
-    """Each text is wrapped in a user turn of the tokenizer's chat template."""
+    """Whether each text is wrapped in a user turn of the tokenizer's chat template."""
     embedder: bool = False
-    """Made by sentence-transformers: every token is pooled, the instruction's too."""
+    """Made by sentence-transformers: every token is pooled, the instruction too."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As saved and as in a fingerprint."""
+        """The fields as they are saved, and as they are in a fingerprint."""
         return {k: v for k, v in asdict(self).items() if v or k not in _LATER}
 
     def tokens(self, tokenizer: PreTrainedTokenizerBase) -> CaptionTokenizer:
-        """How this encoder tokenizes."""
+        """The tokenizer of this encoder's captions."""
         return CaptionTokenizer(
             tokenizer,
             self.max_length_tokens,
@@ -79,11 +79,11 @@ def resolve_settings(
         config: Config of the model.
         tokenizer: Tokenizer of the model.
         chosen: What the caller asks for, by name.
-        embedder: Where the directory is one.
+        embedder: What the directory says. None: it is no embedder.
 
     Raises:
-        TextEncoderError: What is saved differs from what was asked for; or the model has no hidden
-            size of its own or too few positions.
+        TextEncoderError: What is saved differs from what was asked for; or the model has no
+            `hidden_size` or too few positions.
     """
     if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
         raise TextEncoderError(

@@ -13,14 +13,14 @@ SENTENCEPIECE = "tokenizer.model"
 
 
 def save_tokenizer(holder: Any, directory: str | Path) -> None:
-    """Writes a tokenizer, or a processor with its own, as transformers 4 and 5 read it.
+    """Writes a tokenizer, or a processor with its tokenizer, as transformers 4 and 5 read it.
 
     Transformers 5 writes a class and a list-valued `extra_special_tokens` that version 4 does not
     know. A SentencePiece file that the tokenizer was made from is carried along.
 
     Args:
         holder: A tokenizer or a processor.
-        directory: Where to.
+        directory: Where to write.
     """
     holder.save_pretrained(str(directory))
     tokenizer: PreTrainedTokenizerBase = getattr(holder, "tokenizer", holder)

@@ -35,7 +35,7 @@ class Eva02VisionConfig(PreTrainedConfig):
         rope_theta: Base of the rotary frequencies.
         rope_grid: Grid side that rotary positions are scaled to: at any resolution the first patch
             is at 0 and the step `rope_grid / grid` (published: 16 = 224 / 14).
-        initializer_range: Std of a model from nothing.
+        initializer_range: Standard deviation of the weights of a model from nothing.
     """
 
     model_type = "eva02_clip_vision_model"
@@ -59,7 +59,7 @@ def rope_tables(config: Eva02VisionConfig, device: Any = None) -> tuple[Tensor, 
 
     Args:
         config: Grid and head size are read.
-        device: Where to.
+        device: Where the tables go.
 
     Returns:
         Two tensors `[patches, head_dim]` in fp32.
@@ -84,7 +84,7 @@ def rotate(
     Args:
         x: Queries or keys.
         cos: Table from :func:`rope_tables`, or one table per image `[b, 1, p, d]`.
-        sin: Likewise.
+        sin: The same for the sine.
     """
     prefix, patches = x.split([x.shape[-2] - cos.shape[-2], cos.shape[-2]], dim=-2)
     first, second = rearrange(patches, "... (d pair) -> pair ... d", pair=2)
@@ -161,7 +161,7 @@ class Eva02Blocks(nn.ModuleList):
     ) -> tuple[Tensor, ...]:
         """Args: x: `[b, n, d]`; position_embeddings: cosine and sine; every: keep all states.
 
-        Returns: The last state; with `every` also the input and the other blocks' before it.
+        Returns: The last state; with `every` also the input and the other blocks' states before it.
         """
         states: tuple[Tensor, ...] = (x,)
         for block in self:

@@ -1,4 +1,4 @@
-"""What a VLM's image processor does with a picture that is not square: crop, pad, or AnyRes."""
+"""A VLM's treatment of pictures that are not square: crop, pad, or AnyRes."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _KEPT = (
     *("size", "crop_size", "do_center_crop", "do_resize", "resample", "do_rescale"),
     *("rescale_factor", "do_normalize", "image_mean", "image_std", "do_convert_rgb"),
 )
-"""What an image processor takes over from the one it replaces."""
+"""Fields that an image processor takes over from the one it replaces."""
 
 _GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
-"""LLaVA-NeXT's, rows and columns of crops."""
+"""Rows and columns of crops in LLaVA-NeXT."""
 
 
 def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
     """Makes the processor pad images to a square, or crop them.
 
-    The choice is part of what is saved (`do_pad`), so that nobody evaluates with the other one.
+    The choice is saved (`do_pad`), so that evaluation cannot use the other one.
 
     Args:
         processor: A `LlavaProcessor`; its image processor is replaced where it cannot pad.
@@ -41,7 +41,7 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
     if getattr(old, "image_grid_pinpoints", None) is not None:
         raise ValueError(
             f"image_aspect_ratio: expected null, as this VLM was composed for anyres, got "
-            f"{aspect_ratio!r}; its visual tokens hang on it. Leave it out, or compose another VLM"
+            f"{aspect_ratio!r}; its visual tokens depend on it. Leave it out, or compose anew"
         )
     if hasattr(old, "pad_to_square"):
         old.do_pad = aspect_ratio == "pad"
@@ -57,11 +57,11 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
 
 
 def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | None = None) -> Any:
-    """LLaVA-NeXT's image processor in front of a tower: the whole picture, then crops of it.
+    """Make LLaVA-NeXT's image processor for a tower: the whole picture, then crops of it.
 
     Args:
-        tower: Which must have patches alone behind its CLS token.
-        grids: `[height, width]` in pixels, of which the one that fits a picture best is chosen.
+        tower: The tower, with patches alone behind its CLS token.
+        grids: `[height, width]` in pixels; the one that fits a picture best is chosen.
             None: LLaVA-NeXT's five (1x2, 2x1, 2x2, 3x1 and 1x3 crops).
 
     Raises:
@@ -98,7 +98,7 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
 
 
 def one_picture(config: Any) -> tuple[int, dict[str, Tensor]]:
-    """How a LLaVA takes one picture: its crops, and what is given beside `pixel_values`.
+    """Number of crops of one picture in a LLaVA, and the arguments beside `pixel_values`.
 
     Args:
         config: Config of the model; with AnyRes the picture has the size of its first grid.

@@ -25,7 +25,7 @@ class PatchDropout:
         num_prefix_tokens: Tokens before the patches, never dropped.
 
     Raises:
-        ValueError: The tower has no encoder of its own.
+        ValueError: The tower has no encoder module.
 
     Paper: FLIP (2212.00794).
     """
@@ -45,7 +45,7 @@ class PatchDropout:
         blocks, _ = block_list(tower)
         target: nn.Module = tower.get_submodule(blocks)
         if type(target) in {nn.ModuleList, nn.Sequential}:
-            # transformers calls the encoder around the list; our EVA02 calls the list itself
+            # transformers calls the encoder around the list; EVA02 here calls the list itself
             target = tower.get_submodule(blocks.rpartition(".")[0])
         if target is tower:
             raise ValueError(
@@ -86,7 +86,7 @@ class PatchDropout:
 def keep_patches(
     tokens: Float[Tensor, "b n d"], rate: float, num_prefix_tokens: int
 ) -> Int[Tensor, "b k"]:
-    """Which patches of each image stay, in their order; at least one.
+    """Choose the patches of each image that stay, in their order; at least one.
 
     Args:
         tokens: Prefix tokens and patches.

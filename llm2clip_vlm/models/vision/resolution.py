@@ -15,7 +15,7 @@ from transformers.utils import is_torchvision_available
 def resize_positions(table: Tensor, old_grid: int, new_grid: int) -> Tensor:
     """Interpolate a table of positions; rows before the patches are kept.
 
-    Bicubic as transformers' own `interpolate_pos_encoding`, smoothed where the grid gets smaller.
+    Bicubic as `interpolate_pos_encoding` of transformers, smoothed where the grid gets smaller.
 
     Args:
         table: `[..., prefix + old_grid**2, width]`.
@@ -38,13 +38,13 @@ def image_processor_class(name: str) -> Any:
     """A transformers image processor, on torchvision where that is installed and PIL elsewhere.
 
     Args:
-        name: Its name without `Pil`.
+        name: Class name without `Pil`.
     """
     return getattr(transformers, name if is_torchvision_available() else f"{name}Pil")
 
 
 def processed_size_px(image_processor: Any) -> int | None:
-    """Side of the square images that a processor makes, or None where it cannot be told."""
+    """Side of the square images that a processor makes. None: it is not known."""
     for name, applies in (("crop_size", "do_center_crop"), ("size", "do_resize")):
         size: Any = getattr(image_processor, name, None)
         if not getattr(image_processor, applies, False) or size is None:

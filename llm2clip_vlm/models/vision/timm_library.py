@@ -1,4 +1,4 @@
-"""timm and open_clip where torchvision is absent or broken, which no model of theirs needs."""
+"""timm and open_clip where torchvision is absent or broken: none of their models needs it."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class _Stub(ModuleType):
 
 class _Finder(MetaPathFinder, Loader):
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        ours = name.partition(".")[0] == "torchvision"
-        return ModuleSpec(name, self, is_package=True) if ours else None
+        stubbed = name.partition(".")[0] == "torchvision"
+        return ModuleSpec(name, self, is_package=True) if stubbed else None
 
     def create_module(self, spec: ModuleSpec) -> _Stub:
         return _Stub(spec.name)
@@ -50,8 +50,8 @@ def torchvision_stub() -> Iterator[None]:
     """Let timm and open_clip be imported without torchvision.
 
     timm imports its data pipeline and a class of frozen BatchNorm from it, open_clip its
-    transforms, none of which a model runs. A torchvision that works is left alone; where there is
-    none, there is none afterwards either.
+    transforms; no model runs any of it. A torchvision that works is left alone; an absent one is
+    absent afterwards, too.
     """
     hide_broken_torchvision()
     is_torchvision_available()  # cached: open_clip imports transformers, which would ask below
@@ -72,7 +72,7 @@ def torchvision_stub() -> Iterator[None]:
 
 
 def import_timm() -> Any:
-    """The library timm.
+    """Import the library timm.
 
     Raises:
         ImportError: It is not installed.

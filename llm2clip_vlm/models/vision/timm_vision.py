@@ -27,14 +27,14 @@ from llm2clip_vlm.models.vision.resolution import image_processor_class
 from llm2clip_vlm.models.vision.timm_library import import_timm
 
 RESAMPLE = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3}
-"""timm's names of PIL's numbers."""
+"""Names in timm to numbers in PIL."""
 
 
 _NAME = re.compile(r"\w+(\.\w+)?")
 """An architecture with or without a tag; anything else (`hf-hub:...`) would fetch or open files."""
 
 _REFUSED = {"cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg"}
-"""Arguments of `timm.create_model` with which it opens files or is another model."""
+"""Arguments of `timm.create_model` with which it opens files or makes another model."""
 
 
 class TimmVisionConfig(PreTrainedConfig):
@@ -43,13 +43,13 @@ class TimmVisionConfig(PreTrainedConfig):
     Args:
         architecture: timm's name of the model.
         model_args: Further arguments of `timm.create_model`.
-        hidden_size: Width, as all that follow read off the model.
-        num_hidden_layers: Blocks; of a CNN its stages.
+        hidden_size: Width; this and all that follow are read off the model.
+        num_hidden_layers: Blocks; stages of a CNN.
         image_size: Side in pixels.
-        patch_size: Side of a patch in pixels; of a CNN what one place of its last map stands for.
+        patch_size: Side of a patch in pixels; in a CNN what one place of its last map stands for.
         has_cls_token: Whether position 0 is a CLS token (there may be registers without one).
-        feature_map: Whether it is a CNN: the places of its last map are the tokens, none is CLS.
-        initializer_range: Std of a model from nothing.
+        feature_map: Whether it is a CNN: the places of its last map are the tokens, without CLS.
+        initializer_range: Standard deviation of the weights of a model from nothing.
     """
 
     model_type = "timm_vision_model"
@@ -70,7 +70,7 @@ class TimmVisionModel(PreTrainedModel):
     """A timm ViT (anything with `blocks` of tokens) or CNN without its classifier.
 
     Args:
-        config: Which one.
+        config: Names the model.
 
     Raises:
         ImportError: timm is not installed.
@@ -92,7 +92,7 @@ class TimmVisionModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """As transformers; rotary tables, which no checkpoint holds, are computed again."""
+        """Initialise as transformers; compute rotary tables, which no checkpoint holds, again."""
         super()._init_weights(module)
         if hasattr(module, "init_non_persistent_buffers"):
             module.init_non_persistent_buffers()  # type: ignore[operator]
@@ -119,7 +119,7 @@ class TimmVisionModel(PreTrainedModel):
         return {f"timm_model.{name}": stage for name, stage in stages.items()}, number
 
     def unused_in_features(self) -> list[str]:
-        """Parameters that a CNN's tokens do not depend on: those of the pooled output's own."""
+        """Parameters that a CNN's tokens do not depend on: those of the pooled output alone."""
         with torch.device("meta"):
             copy = type(self)(self.config).eval()  # type: ignore[arg-type]
         pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size, device="meta")
@@ -186,16 +186,16 @@ def _stages(model: Any) -> tuple[dict[str, int], int]:
 
 
 def create_timm(architecture: str, given: Mapping[str, Any] | None = None, **more: Any) -> Any:
-    """A model of timm without classifier and without pretrained weights.
+    """Create a model of timm without classifier and without pretrained weights.
 
     Args:
-        architecture: timm's name.
+        architecture: Name in timm.
         given: Arguments of `timm.create_model`, as a checkpoint's config has them.
-        more: Others.
+        more: More arguments.
 
     Raises:
         ImportError: timm is not installed.
-        ValueError: There is none of this name, or an argument would make it open files.
+        ValueError: There is no model of this name, or an argument would make it open files.
     """
     timm = import_timm()
     if not (_NAME.fullmatch(architecture) and timm.is_model(architecture)):
@@ -210,7 +210,7 @@ def create_timm(architecture: str, given: Mapping[str, Any] | None = None, **mor
 
 
 def read_timm_layout(path: str, error: type[ValueError] = ValueError) -> dict[str, Any] | None:
-    """The `config.json` of a checkpoint in timm's own layout; none for any other.
+    """Read the `config.json` of a checkpoint in timm's layout. None: it has another layout.
 
     Args:
         path: Directory or hub id.
@@ -225,17 +225,17 @@ def read_timm_layout(path: str, error: type[ValueError] = ValueError) -> dict[st
         try:
             written = PreTrainedConfig.get_config_dict(path, **SAFE)[0]
         except (OSError, ValueError):
-            return None  # whoever reads it next says what is wrong
+            return None  # the next reader says what is wrong
     return written if {"architecture", "pretrained_cfg"} <= written.keys() else None
 
 
 def timm_config(
     written: Mapping[str, Any], path: str | Path, error: type[ValueError] = ValueError
 ) -> TimmVisionConfig:
-    """The tower that a checkpoint in timm's layout holds, as read off timm's own model of it.
+    """Read the config of a checkpoint in timm's layout off timm's model of it.
 
     Args:
-        written: Its config.json, with `architecture`, `pretrained_cfg` and perhaps `model_args`.
+        written: Content of config.json: `architecture`, `pretrained_cfg` and perhaps `model_args`.
         path: For messages.
         error: What is raised.
 
@@ -281,10 +281,10 @@ def timm_config(
 def from_timm_layout(
     written: Mapping[str, Any], path: str, dtype: Any, error: type[ValueError] = ValueError
 ) -> TimmVisionModel:
-    """A checkpoint in timm's own layout as a tower.
+    """Load a checkpoint in timm's layout as a tower.
 
     Args:
-        written: Its config.json, see :func:`read_timm_layout`.
+        written: The checkpoint's config.json, see :func:`read_timm_layout`.
         path: Directory or hub id.
         dtype: See transformers.
         error: What is raised.
@@ -317,13 +317,13 @@ def tower_of_weights(
     dtype: Any = "auto",
     error: type[ValueError] = ValueError,
 ) -> TimmVisionModel:
-    """A tower of the weights at hand, all of them and no others.
+    """Make a tower of the weights at hand, all of them and no others.
 
     Args:
         config: Config of the tower.
         weights: Weights by the tower's names.
         path: For messages.
-        dtype: Dtype of the tower; `auto` = the weights'.
+        dtype: Dtype of the tower; `auto` = that of the weights.
         error: What is raised.
 
     Raises:
@@ -348,7 +348,7 @@ def timm_image_processor(given: Mapping[str, Any]) -> Any:
     """The evaluation preprocessing of timm as a transformers image processor.
 
     Args:
-        given: What timm calls `pretrained_cfg`.
+        given: `pretrained_cfg` of timm.
     """
     side = given["input_size"][-1]
     squash = given.get("crop_mode") == "squash"

@@ -61,7 +61,7 @@ class TowerError(ValueError):
 
 @dataclass(frozen=True)
 class VisionTower:
-    """What every vision tower tells."""
+    """The contract: what is known of every vision tower."""
 
     model: PreTrainedModel
     """The plain tower; gives `last_hidden_state`, `hidden_states` and, pooled, `pooler_output`."""
@@ -94,12 +94,12 @@ class VisionTower:
 
 
 def _complete(model_class: Any, path: str, dtype: Any, **given: Any) -> Any:
-    """The weights at `path`, or in `given` the `state_dict` of a `config`; all, or an error."""
+    """Load the weights at `path`, or the `state_dict` of a `config` in `given`; all, or none."""
     return load_complete(model_class, path, error=TowerError, dtype=dtype, **given)
 
 
 def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
-    """SigLIP2's NaFlex tower, which at its own square grid computes what a SigLIP does."""
+    """Load SigLIP2's NaFlex tower as a SigLIP, which computes the same at its square grid."""
     naflex = _complete(Siglip2VisionModel, path, dtype)
     given, size = naflex.config, naflex.config.patch_size
     weights = naflex.state_dict()
@@ -158,12 +158,12 @@ def load_vision_tower(
         path_or_id: Directory (of any name) or hub id of a CLIP, SigLIP, SigLIP2, EVA02-CLIP,
             DINOv2, DINOv3 or timm model (ViT or CNN), of an `LLM2CLIPModel`, or of what another
             package adds.
-        dtype: Weights' dtype (`torch.float32`, `"bfloat16"`); none keeps the checkpoint's.
+        dtype: Dtype of the weights (`torch.float32`, `"bfloat16"`). None: that of the checkpoint.
         image_size_px: Another resolution: positions are interpolated, the image processor resizes
-            to it. Of a CNN any multiple of its stride.
+            to it. A CNN takes any multiple of its stride.
 
     Returns:
-        The tower in evaluation mode and what it tells of itself.
+        The tower in evaluation mode, with what is known of it.
 
     Raises:
         TowerError: Unknown `model_type`, missing weights, no image processor, a processor whose
@@ -232,7 +232,7 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
             f"{path}: expected hidden states of one shape with at least {num_patches} tokens (an "
             f"image of {size} px in patches of {patch} px), got {[tuple(s.shape) for s in states]}"
         )
-    # What a LLaVA around the tower asks its config for.
+    # Fields of the config that a LLaVA around the tower needs.
     for name, read in (("hidden_size", width), ("num_hidden_layers", len(states) - 1)):
         if not hasattr(config, name):
             setattr(config, name, read)
@@ -282,13 +282,13 @@ def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
 
 
 def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
-    """The same tower for images of another size; a table of positions is interpolated."""
+    """Adapt a tower to images of another size; a table of positions is interpolated."""
     config = copy.deepcopy(model.config)
     if config.model_type in _ANY_SIZE or size == _side(config.image_size):
         return cast("PreTrainedModel", model)
     if size % config.patch_size:
         raise TowerError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
-    if getattr(config, "feature_map", False):  # any multiple of its stride
+    if getattr(config, "feature_map", False):  # takes any multiple of its stride
         model.config.image_size = size
         return cast("PreTrainedModel", model)
     weights = model.state_dict()
@@ -313,7 +313,7 @@ def _side(value: Any) -> int:
 
 
 def _load_processor(path: str, tower_config: Any) -> Any:
-    """The checkpoint's image processor; where it makes no square pictures, one that does."""
+    """Load the image processor; where it makes no square pictures, take one that does."""
     processor = read_image_processor(path, TowerError)
     if hasattr(processor, "max_num_patches"):
         side = {"height": tower_config.image_size, "width": tower_config.image_size}

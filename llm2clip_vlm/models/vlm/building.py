@@ -1,8 +1,8 @@
 """Vision tower, projector and language model as one Hugging Face LLaVA, from step 0.
 
 Everything trains inside `transformers.LlavaForConditionalGeneration` (with AnyRes
-`LlavaNextForConditionalGeneration`), so every checkpoint is the export: there is no format of our
-own to convert.
+`LlavaNextForConditionalGeneration`), so every checkpoint is the export: there is no other format
+to convert.
 
 Paper: LLaVA-1.5 (2310.03744) section 3; module names as transformers 5 has them.
 """
@@ -97,7 +97,7 @@ def build_vlm(
         image_aspect_ratio: `square` as the tower's processor crops, `pad` to the mean colour,
             `anyres` also in crops (LLaVA-NeXT; the model is a `LlavaNextForConditionalGeneration`,
             whose `image_newline` is new).
-        image_grid_pinpoints: Of :func:`~.image_mode.anyres_image_processor`; only with `anyres`.
+        image_grid_pinpoints: See :func:`~.image_mode.anyres_image_processor`; only with `anyres`.
         chat_template: See :func:`~llm2clip_vlm.chat.template.find_chat_template`.
         system_prompt: See :func:`~.system_prompt.with_system_prompt`.
         extra_tokens: Tokens that texts may use; new ones are added.
@@ -109,9 +109,9 @@ def build_vlm(
         The model in evaluation mode, the text-only guard installed, and its processor.
 
     Raises:
-        VlmError: The language model is none or is incomplete, or its logits inside LLaVA would not
-            be its own; the layer does not exist, or AnyRes is asked to keep the CLS token.
-        TowerError: As `load_vision_tower` and `anyres_image_processor`.
+        VlmError: The language model is no causal LLM or incomplete, or its logits would change
+            inside LLaVA; the layer does not exist, or AnyRes is asked to keep the CLS token.
+        TowerError: See `load_vision_tower` and `anyres_image_processor`.
         HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
             projector was trained beside another tower, LLM, template, layer or image mode.
         ConversationError: There is no chat template, or it takes no such system prompt.
@@ -182,18 +182,18 @@ def load_vlm(
             `LlavaNextForConditionalGeneration`.
         dtype: Dtype of all weights; `"auto"` = the checkpoint's dtype.
         load_in_4bit: Quantise the language model's linear weights to NF4 (needs bitsandbytes).
-        device: Where to with `load_in_4bit`; else the CPU.
+        device: Where the weights go with `load_in_4bit`; else the CPU.
 
     Returns:
         The model in evaluation mode with the text-only guard, and its processor.
 
     Raises:
         VlmError: It is no LLaVA, or weights are missing.
-        HandoffError: Its decoder is bidirectional, or its template, feature layer or image mode
-            are not those that its projector was trained with.
+        HandoffError: Its decoder is bidirectional, or its projector was trained with another
+            template, feature layer or image mode.
     """
     path = str(path_or_id)
-    register()  # the tower's `model_type` may be known to us alone
+    register()  # only this package may know the tower's `model_type`
     config = read_config(path, VlmError)
     if config.model_type not in VLM_CLASSES:
         raise VlmError(
@@ -230,9 +230,9 @@ def save_vlm(
     Args:
         model: The model.
         processor: Its processor.
-        directory: Where to; made if absent.
-        state_dict: Weights by their names in memory, where the model's own are sharded.
-        outputs: What it must compute (`vlm_outputs`). None: what the model does, but nothing is
+        directory: Where to write; made if absent.
+        state_dict: Weights by their names in memory, where the model holds shards.
+        outputs: Outputs that it must compute (`vlm_outputs`). None: those of the model; nothing is
             compared if there is a `state_dict`.
 
     Raises:
@@ -287,7 +287,7 @@ def _check_layers(total: int, layers: int | list[int], path: str | Path) -> None
 
 
 def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
-    """Another VLM's projector, if it was trained beside the same things."""
+    """Take another VLM's projector, if it was trained beside the same parts."""
     recorded = read_lineage(path)
     if recorded is None:
         raise VlmError(f"{path}: expected a VLM of stage 3 or 4 with lineage.json, found none")

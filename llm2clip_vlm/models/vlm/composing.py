@@ -1,4 +1,4 @@
-"""A tower and a language model become one LLaVA, whose text logits are the language model's."""
+"""Composition of a tower and a language model into one LLaVA that keeps the text logits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VLM_CLASSES: dict[str, Any] = {
     "llava": LlavaForConditionalGeneration,
     "llava_next": LlavaNextForConditionalGeneration,
 }
-"""By the config's `model_type`."""
+"""Classes by the config's `model_type`."""
 
 _FACTORS = {"logits_scaling", "logit_scale", "lm_head_multiplier", "dim_model_base"}
 """Keys of factors on the logits: 1 changes nothing; MiniCPM3's is the width over its key."""
@@ -45,7 +45,7 @@ def compose(
     seed: int,
     path: str | Path,
 ) -> Any:
-    """Puts both into a LLaVA with a new projector.
+    """Puts a tower and a language model into a LLaVA with a new projector.
 
     Args:
         model_type: `llava` or `llava_next`.
@@ -106,7 +106,7 @@ def _assemble(config: Any, tower: Any, llm: Any, seed: int) -> Any:
 
 
 def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
-    """The VLM's text logits become the LLM's own, or are refused.
+    """Makes the VLM's text logits those of the LLM, or refuses it.
 
     LLaVA takes a decoder and its head; what an LLM does to its logits besides is lost. A constant
     factor (Granite, Cohere, MiniCPM3, Falcon-H1) goes into the head, which is no longer tied then,
@@ -152,7 +152,7 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
 
 
 def _as_configured(llm: Any, config: Any, head: nn.Module) -> Any:
-    """The language model as a config makes it, with the weights that there are."""
+    """Build the language model as a config makes it, with the weights at hand."""
     with torch.device("meta"):
         model: Any = type(llm)(config)
     decoder, weights = model.get_decoder(), llm.get_decoder()

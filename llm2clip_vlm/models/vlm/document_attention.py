@@ -1,10 +1,10 @@
 """Packed samples that do not see each other, whatever language model they go through.
 
-Attention is told by positions that start again where a sample begins. With `sdpa` transformers
-masks the whole row, so a row of n samples computes n times the products that count; flash
-attention's varlen kernels do not, and here is the same for the CPU, and exact. Convolutions and
-recurrent states ask for the samples' bounds, if their kernels are installed; some models heed
-nothing. So the model itself is asked, before anything is trained.
+Positions that start again show attention where a sample begins. With `sdpa` transformers masks the
+whole row, so a row of n samples computes n times the products that count; flash attention's varlen
+kernels do not, and here is the same for the CPU, and exact. Convolutions and recurrent states need
+the samples' bounds, if their kernels are installed; some models ignore both. So the model itself is
+tested before anything is trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def install_packing(model: Any) -> str | None:
         model: A LLaVA on the device where it will run.
 
     Returns:
-        Why its samples would see each other all the same; none if they do not.
+        The reason why its samples would see each other all the same. None: they do not.
     """
     install_document_attention(model)
     leak = _leak(model)
@@ -48,7 +48,7 @@ def install_packing(model: Any) -> str | None:
 
 
 def _leak(model: Any) -> str | None:
-    """What a sample's logits show of the sample before it in a row, or of being in one."""
+    """What a sample's logits show of the sample before it, or of the row. None: nothing."""
     words = model.config.get_text_config().vocab_size
     first, other, second = (fixed_ids(words, n, first=k) for n, k in ((9, 0), (9, 1), (11, 2)))
     positions = torch.cat([torch.arange(9), torch.arange(11)])[None]
@@ -68,7 +68,7 @@ def _leak(model: Any) -> str | None:
 def _add_bounds(
     module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    """Bounds of a packed row's samples, as Mamba (`seq_idx`) and linear attention want them."""
+    """Add the bounds of a packed row's samples, for Mamba (`seq_idx`) and linear attention."""
     positions = kwargs.get("position_ids")
     if positions is None or kwargs.get("attention_mask") is not None or len(positions) != 1:
         return None
@@ -103,7 +103,7 @@ def _attend(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """As `sdpa_attention_forward`; a row whose positions start again is cut there.
+    """Call `sdpa_attention_forward`; a row whose positions start again is cut there.
 
     A sample keeps its own part of the mask, where that says more than causal: sliding windows,
     chunks, masks that depend on the values.
@@ -124,7 +124,7 @@ def _attend(
 
 
 def _masks(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
-    """Each sample's part of a mask; none where it is just causal."""
+    """Each sample's part of a mask. None: the part is just causal."""
     if mask is None:
         return [None] * len(lengths)
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
@@ -139,7 +139,7 @@ def _masks(mask: Tensor | None, lengths: list[int]) -> list[Tensor | None]:
 
 
 def _documents(query: Tensor, key: Tensor, positions: Int[Tensor, "1 t"] | None) -> list[int]:
-    """Tokens of each sample of a packed row; empty where there is none."""
+    """Tokens of each sample of a packed row; empty for another row."""
     one = len(query) == 1 and key.shape[2] == query.shape[2]
     if positions is None or positions.dim() != 2 or not one:
         return []

@@ -1,4 +1,4 @@
-"""What a projector or an adapter belongs to: fingerprints that travel with a VLM checkpoint."""
+"""Fingerprints of what a projector or an adapter belongs to, saved with a VLM checkpoint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROJECTOR = "multi_modal_projector"
 
 
 def settings_of(model: Any, processor: Any) -> dict[str, str]:
-    """How tower, projector and LLM meet.
+    """Settings by which tower, projector and LLM meet.
 
     Args:
         model: A LLaVA.
@@ -89,17 +89,17 @@ def write_lineage(
 
 
 def read_lineage(directory: str | Path) -> dict[str, str] | None:
-    """What :func:`write_lineage` wrote; none for somebody else's checkpoint."""
+    """Read what :func:`write_lineage` wrote. None: the checkpoint has no lineage."""
     path = Path(directory) / LINEAGE_NAME
     return read_json(path) if path.is_file() else None
 
 
 def refuse_other(where: str | Path, recorded: Mapping[str, str], here: Mapping[str, str]) -> None:
-    """Refuse what was made beside something else.
+    """Refuse a part that was trained beside other parts than those here.
 
     Args:
-        where: Whose lineage was recorded, for the message.
-        recorded: Its lineage.
+        where: Checkpoint with the recorded lineage, for the message.
+        recorded: The recorded lineage.
         here: The fields to compare, as they are now.
 
     Raises:
@@ -109,5 +109,5 @@ def refuse_other(where: str | Path, recorded: Mapping[str, str], here: Mapping[s
         if field in recorded and recorded[field] != value:
             raise HandoffError(
                 f"{where}: {field}: it was made with {recorded[field]}, here is {value}. Use it "
-                f"with what it was made with, or train it anew ({LINEAGE_NAME} tells the rest)"
+                f"with what it was made with, or train it anew ({LINEAGE_NAME} lists the rest)"
             )

@@ -1,7 +1,7 @@
-"""Another default system prompt, or none, for any chat template.
+"""Another default system prompt, or no prompt, for any chat template.
 
-The template itself is rewritten, so that training, generation and whoever loads the exported
-processor see the same conversation. A conversation with a system turn of its own is not touched.
+The template itself is rewritten, so that training, generation and users of the exported processor
+see the same conversation. A conversation that brings a system turn is not touched.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _NO_OWN = "messages[0]['role'] != 'system'"
 
 
 def with_system_prompt(template: str, text: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A chat template whose conversations without a system turn begin otherwise.
+    """Rewrite a chat template so that conversations without a system turn begin otherwise.
 
     Args:
         template: Jinja source that takes image parts.
-        text: None: what the template writes. Empty: nothing stands before the first user's turn but
-            bos. Else the template is given this text as the conversation's system turn.
-        tokenizer: The language model's, all tokens added.
+        text: The system turn that the template writes by default. Empty: nothing but bos stands
+            before the first user's turn. None: the template stays.
+        tokenizer: Tokenizer of the language model, all tokens added.
 
     Raises:
         ConversationError: The template takes no system turn or leaves its text out, the text names
-            a token, or there is no telling where the first user's turn begins.
+            a token, or it is not clear where the first user's turn begins.
 
     Example:
         >>> with_system_prompt(smollm2_template, "", tokenizer)  # doctest: +SKIP
@@ -77,7 +77,7 @@ def _given(template: str, text: str, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _dropped(template: str, user: Message, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
-    """The template, and what it writes of one question; both as they were if nothing is to drop.
+    """The new template, and what it writes for one question; both unchanged if nothing is dropped.
 
     What stands before the first user's turn may hold today's date, so it is cut where that turn
     begins. Blocks are rendered out of order then: answers are found without their marks.

@@ -1,4 +1,4 @@
-"""Which parameters of a VLM get gradients: frozen where never used, kept where not used now."""
+"""Parameters of a VLM without gradients: frozen where never used, kept where not used now."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from llm2clip_vlm.models.vision.image_mode import one_picture
 logger = logging.getLogger(__name__)
 
 _NEVER_USED = "embeddings.mask_token"
-"""DINO's parameter below the used layer that gets no gradient all the same."""
+"""Parameter of DINO below the used layer that gets no gradient all the same."""
 
 
 def freeze_unused_vision(model: Any) -> list[str]:
@@ -100,7 +100,7 @@ def install_text_only_guard(model: Any) -> None:
 
 
 def _blank_features(llava: Any) -> Tensor | None:
-    """Visual tokens of a blank image through as much as trains, or None if nothing does."""
+    """Visual tokens of a blank image through as much as trains. None: nothing trains."""
     parameter = next(llava.multi_modal_projector.parameters())
     like: Any = {"device": parameter.device, "dtype": parameter.dtype}
     newline = getattr(llava, "image_newline", None)
