@@ -48,7 +48,7 @@ def say(text: object) -> None:
 
 
 def barrier() -> None:
-    """Wait for all processes; nothing to wait for without a process group."""
+    """Wait for all processes; without a process group do nothing."""
     if is_initialized() and dist.get_world_size() > 1:
         dist.barrier()
 
@@ -57,7 +57,7 @@ def max_over_ranks(*values: int, device: torch.device | str = "cpu") -> list[int
     """The largest of all ranks' values, on every rank; the values themselves in a single process.
 
     Args:
-        *values: This rank's, as many on every rank.
+        *values: Values of this rank, as many on every rank.
         device: Where the process group's backend wants its tensors.
     """
     if not is_initialized() or dist.get_world_size() == 1:
@@ -69,11 +69,11 @@ def max_over_ranks(*values: int, device: torch.device | str = "cpu") -> list[int
 
 
 def shared_out(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
-    """What `work` makes of each part, the ranks taking turns at them; on all ranks, in order.
+    """Results of `work` for all parts, which the ranks share; on all ranks, in order.
 
     Args:
         parts: The same on all ranks.
-        work: Its results are exchanged, so tensors should be on the CPU.
+        work: Makes a result, which is exchanged, so tensors should be on the CPU.
     """
     if not is_initialized() or dist.get_world_size() == 1:
         return [work(part) for part in parts]

@@ -24,7 +24,7 @@ RENDER_LIMIT_CHARS = 16 * 2**20
 """Characters of a rendered text, and of each text or list on the way."""
 _LOOK_S = 0.1
 _LARGEST = 2**30
-"""Any number, and the product of the lengths that one call is given."""
+"""Largest number, and largest product of the lengths that one call is given."""
 _LONG_NUMBER = re.compile(r"\d{9,}")
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -76,7 +76,7 @@ def render_within_budget(
 
 @lru_cache(maxsize=16)
 def _compiled(template: str, thread: int) -> Template:
-    """For one thread: the tracker of generation blocks is the environment's."""
+    """Compile for one thread: the environment holds the tracker of generation blocks."""
     environment: Any = _cached_compile_jinja_template("").environment
     environment.__class__ = _Budgeted
     environment.globals["_tick"] = _tick
@@ -86,7 +86,7 @@ def _compiled(template: str, thread: int) -> Template:
 
 
 def _tick(value: Any = None) -> Any:
-    """Ends a rendering that takes too long, or whose values grow beyond all use."""
+    """Ends a rendering that takes too long, or whose values grow too large."""
     if (now := time.monotonic()) > _thread.look_at:  # thread_time() is a slow call
         _thread.look_at, spent = now + _LOOK_S, time.thread_time()
         _thread.started = spent if _thread.started is None else _thread.started
@@ -131,7 +131,7 @@ class _Budgeted(ImmutableSandboxedEnvironment):
         return _tick(super().call_binop(context, operator, left, right))
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Measures what a function, method or macro is given, and gives."""
+        """Measures arguments and result of a function, method or macro."""
         _measure((getattr(function, "__self__", None), *args, *kwargs.values()))
         return _tick(super().call(context, function, *args, **kwargs))
 
@@ -152,7 +152,7 @@ def _measure(values: Iterable[Any]) -> None:
 
 
 def _measured(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose arguments are measured."""
+    """Make a filter measure its arguments."""
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:

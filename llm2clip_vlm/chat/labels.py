@@ -1,4 +1,4 @@
-"""Conversations to token ids and labels.
+"""Token ids and labels of conversations.
 
 A conversation is rendered once and tokenised once. The answers' characters come from the template's
 `{% generation %}` markers or, where it has none, from rendering the turns before each answer; the
@@ -33,12 +33,12 @@ from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> tuple[str, str]:
-    """What a template, by default the tokenizer's own, writes before and behind a user's text.
+    """Find what a template (None: the tokenizer has one) writes before and behind a user's text.
 
     Taken from a later turn of a conversation, so that no system prompt and no date is in it.
 
     Returns:
-        Such as `<|im_start|>user` with its line break, and `<|im_end|>` without what follows it.
+        Both texts, such as `<|im_start|>user` with its line break, and `<|im_end|>` alone.
 
     Raises:
         ConversationError: The tokenizer has no template, or it rewrites earlier turns.
@@ -76,6 +76,11 @@ def label(
         ConversationError: The template marks another number of answers, rewrites earlier turns, or
             writes no end-of-turn token; or a token joins a prompt and its answer.
     """
+    # One tokenisation of the whole text, whose offsets say which tokens an answer has: pieces that
+    # are tokenised apart and added up disagree with it where a token would cross their border.
+    # Example: "A: red</s>" is tokenised as [A, :, _red, </s>]; "A:" and " red" apart may be
+    # [A, :] and [_, red]. The answer's characters 3 to 6 pick the token `_red` (its blank belongs
+    # to the prompt) and the end of the turn: labels [-100, -100, _red, </s>].
     text, spans, ids, offsets = _encoded(messages, template, tokenizer)
     stops = _ends_of_turns(template, tokenizer, len(tokenizer))
     begins, ends = [begin for begin, _ in offsets], [end for _, end in offsets]
@@ -109,8 +114,8 @@ def prompt_text(
 ) -> tuple[str, dict[int, str]]:
     """A conversation up to where the model begins to answer, and characters that stand for others.
 
-    Where something that is said in it would become a control token, its first character is another
-    one; `str.translate` with the table, behind `TextTokens.named`, gives the text back.
+    Where a text in it would become a control token, another character stands for its first one;
+    `str.translate` with the table, behind `TextTokens.named`, gives the text back.
     """
     text = render(messages, template, tokenizer, prompt=True)
     hide, show = _to_hide(messages, template, tokenizer, tokenize(tokenizer, text)[0], prompt=True)
@@ -242,9 +247,9 @@ def tokenize(
     that the tokenizer would add at the end is dropped: a prompt must not end with one.
 
     Args:
-        tokenizer: A fast one.
+        tokenizer: A fast tokenizer.
         text: A rendered conversation.
-        known: Where control tokens have the names that it gave them, and all else is text.
+        known: Names of the control tokens; all else is text.
     """
     if not tokenizer.is_fast:
         raise ConversationError(
@@ -270,7 +275,7 @@ def tokenize(
 def _ends_of_turns(template: str, tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
     """Ids that the template ends answers with: the first control token behind an answer's text.
 
-    Bos, unk and `<image>` are none, eos always is one.
+    Bos, unk and `<image>` never are, eos always is.
     """
     control = set(text_tokens(tokenizer, template).ids)
     control -= {tokenizer.convert_tokens_to_ids(IMAGE_TOKEN), tokenizer.bos_token_id}
@@ -299,7 +304,7 @@ def _probe(text: str) -> list[Message]:
 
 
 def end_of_turn_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What `generation_config.eos_token_id` must hold: eos and the template's end-of-turn token."""
+    """Ids for `generation_config.eos_token_id`: eos and the template's end-of-turn token."""
     labels = label(_probe("what is it ?"), template, tokenizer)[1]
     last = [token for token in labels if token != IGNORE_INDEX][-1]
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -307,7 +312,7 @@ def end_of_turn_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 def check_chat_template(processor_or_tokenizer: Any) -> None:
-    """Checks once that what a model is prompted with is what stands before a trained answer.
+    """Check that a prompt ends with the tokens that stand before a trained answer.
 
     Raises:
         ConversationError: See :func:`label`; or the prompt's tokens differ.

@@ -25,15 +25,15 @@ class ConversationError(ValueError):
 
 
 def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The Jinja source that a recipe's `chat_template` means.
+    """Find the Jinja source that a recipe's `chat_template` names.
 
     Args:
-        name: A template of ours (`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`), one that the
-            tokenizer has under this name, a Jinja file, Jinja source, or None for the tokenizer's.
+        name: A template of this package (`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`) or of
+            the tokenizer, a Jinja file, or Jinja source. None: the template of the tokenizer.
         tokenizer: The LLM's tokenizer.
 
     Raises:
-        ConversationError: None is given and the tokenizer has none, or no such name or file.
+        ConversationError: There is no such name or file, or the tokenizer has no template.
     """
     known = sorted(path.stem for path in _FOLDER.glob("[!_]*.jinja"))
     own = _own_templates(tokenizer)
@@ -74,7 +74,7 @@ def _own_templates(holder: Any) -> dict[str, str]:
 def accept_image_parts(
     template: str, tokenizer: PreTrainedTokenizerBase, image_token: str = IMAGE_TOKEN
 ) -> str:
-    r"""The template, able to take content as a list of `{"type": "image"}` and `text` parts.
+    r"""Make a template take content as a list of `{"type": "image"}` and `text` parts.
 
     A template that already does is returned as it is; before any other, the parts are joined to
     text, each image as `<image>` and, unless white space follows, a line break, as in LLaVA.
@@ -92,7 +92,7 @@ def template_of(processor_or_tokenizer: Any) -> str:
     """The template of a processor or tokenizer, able to take image parts.
 
     Raises:
-        ConversationError: It has none.
+        ConversationError: It has no template.
     """
     own = _own_templates(processor_or_tokenizer)
     if "default" not in own:

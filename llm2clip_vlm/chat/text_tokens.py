@@ -1,4 +1,4 @@
-"""Text is not protocol: what a data file says never becomes a control token.
+"""Text is not protocol: no text of a data file becomes a control token.
 
 A tokenizer finds `</s>` or `<|im_end|>` in any text. Here text is tokenised as always, and only
 where a control token comes out is it tokenised again, by a copy of the tokenizer in which each
@@ -29,7 +29,7 @@ class TextTokens:
     tokens (such as a recipe's `vlm.extra_tokens`) are words: they stay whole.
 
     Args:
-        tokenizer: A fast one, or there are no offsets.
+        tokenizer: A tokenizer; a slow one gives no offsets.
         template: Jinja source of the chat template.
     """
 
@@ -48,12 +48,12 @@ class TextTokens:
         self._unknown = tokenizer.unk_token
         self._pattern = re.compile("|".join(map(re.escape, self.tokens)) or "(?!)")
         self._starts = sorted({ord(name.strip()[0]) for name in self.tokens if name.strip()})
-        key = secrets.token_hex(8)  # nobody can write it into a data file
+        key = secrets.token_hex(8)  # no data file can contain it
         self._names = {name: f"x{key}q{number}z" for number, name in enumerate(self.tokens)}
         self._copy: tuple[Tokenizer, dict[int, int]] | None = None
 
     def count(self, texts: Iterable[str]) -> Counter[str]:
-        """How often each control token's name stands in texts."""
+        """Count how often each control token's name stands in texts."""
         return Counter(name for text in texts for name in self._pattern.findall(text))
 
     def are_in(self, ids: Sequence[int], text: str) -> bool:
@@ -69,10 +69,10 @@ class TextTokens:
         return [index for index in ids if index in self.ids]
 
     def hidden(self, texts: Iterable[str]) -> tuple[dict[int, str], dict[int, str]]:
-        """Tables for `str.translate`: there, no name of a control token begins in a text; and back.
+        """Tables for `str.translate`, forth and back: the first leaves no control token's name.
 
         Args:
-            texts: The characters that stand for others are none of theirs.
+            texts: Texts, which do not contain the characters that stand for others.
         """
         used = set[str]().union(*texts)
         free = (chr(code) for code in range(0x100000, 0x10FFFE) if chr(code) not in used)
@@ -89,8 +89,8 @@ class TextTokens:
         """Ids and character offsets of a text in which names of control tokens are text.
 
         Args:
-            text: What :meth:`named` wrote is control.
-            add_special_tokens: Let the tokenizer put its own around it.
+            text: Result of :meth:`named`, whose names are control tokens.
+            add_special_tokens: Let the tokenizer put its special tokens around it.
             max_length: Cut to so many tokens.
         """
         if not self._tokenizer.is_fast:
@@ -144,10 +144,10 @@ def _is_sign(token: str) -> bool:
 
 
 def control_notice(found: Counter[str]) -> str:
-    """One line on control tokens' names that were found in texts; empty where there are none.
+    """One line on control tokens' names that were found in texts; empty where there are no such.
 
     Args:
-        found: See :meth:`TextTokens.count`.
+        found: Result of :meth:`TextTokens.count`.
     """
     names = ", ".join(f"{name} {count} times" for name, count in found.most_common(8))
     return f"names of control tokens in texts, read as text: {names}" if found else ""
@@ -174,13 +174,13 @@ def text_ids(
     add_special_tokens: bool = False,
     max_length: int | None = None,
 ) -> list[list[int]]:
-    """Token ids of texts, none of them a control token but what the tokenizer adds itself.
+    """Token ids of texts, without control tokens but those that the tokenizer adds itself.
 
     Args:
         tokenizer: The tokenizer.
         texts: Texts of a data file.
         prefix: Stands before each; it is no data, and may hold control tokens.
-        add_special_tokens: Let the tokenizer put its own around each.
+        add_special_tokens: Let the tokenizer put its special tokens around each.
         max_length: Cut each to so many tokens.
     """
     options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}

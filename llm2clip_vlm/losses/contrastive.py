@@ -164,7 +164,8 @@ def sigmoid_loss(
     rows, keys = image_embeds, gather_with_grad(text_embeds) if gather else text_embeds
     own = _own_columns(rows, len(text_embeds) // len(rows), gather)
     key_ids = gather_with_grad(caption_ids) if gather and caption_ids is not None else caption_ids
-    excluded = _exclusion(caption_ids, key_ids, own)
+    row_ids = None if caption_ids is None else rearrange(caption_ids, "(n k) -> n k", n=len(rows))
+    excluded = _exclusion(row_ids, key_ids, own)
 
     def chunk_loss(start: int, end: int) -> Tensor:
         logits = (rows[start:end].float() @ keys.float().T) * logit_scale + logit_bias

@@ -1,6 +1,6 @@
 """Image-text and text-text retrieval: hit@k, safe against ties, with clustered intervals.
 
-R@k here is what the CLIP papers call so: the share of queries that have *any* of their positives
+R@k is that of the CLIP papers: the share of queries that have *any* of their positives
 among the k best of the gallery. Ties count against the model, because embeddings that collapsed to
 one point would otherwise score 100 %.
 """
@@ -25,7 +25,7 @@ _CHUNK_ELEMENTS = 2**23
 
 
 Rivals = tuple[np.ndarray, np.ndarray]
-"""For each query: wrong items above its best positive, and wrong ones that tie with it."""
+"""Wrong items above the best positive of each query, and wrong items that tie with it."""
 
 
 @dataclass(frozen=True)
@@ -65,13 +65,13 @@ def recall_at_k(
     Args:
         query_embeds: float[n, d].
         gallery_embeds: float[m, d].
-        positives: For each query, the gallery rows (or the one row) that are right. None: row i
+        positives: Gallery rows (or the one row) that are right for each query. None: row i
             is right for query i.
         ks: Cut-offs.
         bootstrap: Resamples for the interval; 0 = no interval.
         seed: Seed of the resampling.
-        groups: For each query, its image. Resampling draws whole images, since captions of one
-            image fail together. None: each query for itself.
+        groups: Image of each query. Resampling draws whole images, since captions of one
+            image fail together. None: each query alone.
 
     Returns:
         Recall, intervals and hits for each k.
@@ -138,7 +138,7 @@ def retrieval_report(
         text_image_index: Kind of caption -> row of `image_embeds` that each text describes.
         bootstrap: Resamples by image for the intervals.
         seed: Seed of the resampling.
-        hits: Takes, for `.<kind>.<direction>`, each query's image and whether R@1 counts it.
+        hits: Takes each query's image and whether R@1 counts it, by `.<kind>.<direction>`.
 
     Returns:
         `{kind: {"i2t": {...}, "t2i": {...}}}`, each with `r1`, `r5`, `r10` (per cent), `ci` and
@@ -190,7 +190,7 @@ def _result(
     bootstrap: int,
     seed: int,
 ) -> RecallResult:
-    """`owners` has the query of each positive."""
+    """Summarise rivals; `owners` has the query of each positive."""
     better, ties = rivals
     hits = {k: (better + ties) < k for k in cutoffs}
     ci = {
@@ -221,7 +221,7 @@ def _summary(result: RecallResult) -> dict[str, Any]:
 
 
 def _as_matrix(embeds: Tensor | np.ndarray, name: str) -> Tensor:
-    # On the CPU, whatever a GPU makes of fp32 products (TF32 would hide ties).
+    # On the CPU: TF32 products of a GPU would hide ties.
     matrix = torch.as_tensor(embeds).detach().float().cpu()
     if matrix.ndim != 2 or not len(matrix):
         raise ValueError(f"{name}: expected float[n, d] with n > 0, got {tuple(matrix.shape)}")
@@ -253,7 +253,7 @@ def _as_pairs(
 def _count_rivals(
     queries: Tensor, gallery: Tensor, pairs: np.ndarray, *, both: bool
 ) -> tuple[Rivals, Rivals]:
-    """Rivals of each query and, with `both`, of each gallery item as a query of its own.
+    """Rivals of each query and, with `both`, of each gallery item as a query.
 
     The scores are computed once, some rows at a time, and compared with two bounds a query: a tie
     lies between them. `pairs` is in the order of its first row.

@@ -44,7 +44,7 @@ def caption_separability(
     """The share of first captions that find another caption of their image first.
 
     Args:
-        captions: As for :func:`caption_task`.
+        captions: See :func:`caption_task`.
         embed: All texts, queries first, to unit vectors.
         bootstrap: Resamples for the interval; 0 = no interval.
         seed: Seed of the resampling.

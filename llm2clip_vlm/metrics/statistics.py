@@ -41,7 +41,7 @@ def bootstrap_interval(
     Args:
         values: [n], 0..1 or differences of such.
         groups: [n], each value's image: values of one image are not independent.
-        resamples: How many draws.
+        resamples: Number of draws.
         seed: Seed of the draws; the same seed and groups give the same draws.
 
     Returns:
@@ -258,7 +258,7 @@ def unpaired_summary(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
 
     Args:
         a: Scores in per cent, one a seed; at least two.
-        b: The other run's.
+        b: Scores of the other run.
 
     Returns:
         `{"delta", "ci", "p"}`: Welch's t interval, and the permutation test of which seeds belong
@@ -290,11 +290,11 @@ def jackknife_error(
     """Standard error of a metric, or of the mean of several, by leaving out groups of pictures.
 
     Args:
-        without: For each metric, its value without each group; None: it has nothing in it.
-        whole: Each metric's value with all groups; needed for several.
+        without: Value of each metric without each group. None: the group is empty.
+        whole: Value of each metric with all groups; needed for several.
 
     Returns:
-        The standard error (None where fewer than two groups tell it), and the number of groups.
+        The standard error, and the number of groups. None: there are fewer than two groups.
     """
     used = [k for k in range(len(without[0])) if any(row[k] is not None for row in without)]
     if len(used) < 2:

@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
@@ -65,7 +66,8 @@ def visual_tokens_of(model: Any) -> Float[Tensor, "t d"]:
     """
     crops, more = one_picture(model.config)
     side, like = model.config.vision_config.image_size, next(model.model.vision_tower.parameters())
-    pixels = torch.linspace(-1, 1, crops * 3 * side * side).view(crops, 3, side, side).to(like)
+    ramp = torch.linspace(-1, 1, crops * 3 * side * side)
+    pixels = rearrange(ramp, "(n c h w) -> n c h w", c=3, h=side, w=side).to(like)
     training = model.training
     with torch.no_grad():
         found = model.eval().model.get_image_features(pixels, **more).pooler_output
@@ -141,7 +143,7 @@ def constant_ratio(want: Float[Tensor, "... d"], got: Float[Tensor, "... d"]) ->
 
     A simple fraction where one is as good, so that the number is the same on every machine.
     """
-    a, b = want.double().flatten(), got.double().flatten()
+    a, b = (rearrange(vectors.double(), "... -> (...)") for vectors in (want, got))
     ratio = (a @ b / (b @ b)).item()
     if not 0 < ratio < float("inf") or difference(want, (got.double() * ratio).to(got.dtype)):
         return None

@@ -36,7 +36,7 @@ def part_name(name: str) -> str:
 
 
 def matching_prefix(name: str, prefixes: Collection[str]) -> str | None:
-    """The longest of `prefixes` that a parameter's name (any form) lies below, or None."""
+    """The longest of `prefixes` that a parameter's name (any form) lies below. None: no prefix."""
     part = part_name(name)
     found = [p for p in prefixes if part == p or part.startswith(p + ".")]
     return max(found, key=len) if found else None
@@ -201,7 +201,7 @@ def train_last_blocks(model: nn.Module, part: str, count: int | None) -> None:
     Args:
         model: The model, with `requires_grad` set.
         part: The part's name, as recipes know it.
-        count: Blocks that go on training; what follows them (norms, `lm_head`) does, too. None =
+        count: Blocks that go on training; what follows them (norms, `lm_head`) does, too. None:
             all, nothing is frozen.
 
     Raises:
@@ -248,9 +248,9 @@ def set_evaluation_mode(frozen: Iterable[nn.Module]) -> None:
     """Stop dropout, stochastic depth and the statistics of BatchNorm.
 
     Args:
-        frozen: Of :func:`frozen_modules`. Layers whose activations are computed a second time in
-            the backward pass keep their own flag, by which transformers decides about that; what is
-            in them does not.
+        frozen: Result of :func:`frozen_modules`. Layers whose activations are computed a second
+            time in the backward pass keep their own flag, by which transformers decides about that;
+            what is in them does not.
     """
     for module in frozen:
         for part in module.eval().modules():

@@ -1,4 +1,4 @@
-"""What all recipes share: sections, sources of data, text encoders."""
+"""Base of all recipes: sections, sources of data, text encoders."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Section(BaseModel):
 
 
 class DataSource(Section):
-    """Where rows come from: files, or a data set of the Hugging Face hub."""
+    """Source of rows: files, or a data set of the Hugging Face hub."""
 
     path: str = ""
     """File with one record a row; `*` and `?` name several (`shards/*.tar`). Either this or
@@ -30,7 +30,7 @@ class DataSource(Section):
     revision: str | None = None
     """Commit, branch or tag of the `dataset` on the hub. None: its newest."""
     columns: list[str] | dict[str, str] = Field(default_factory=list)
-    """Columns to read, none named = all; `{images: photos, texts: dialogue}` reads `photos` and
+    """Columns to read, empty = all; `{images: photos, texts: dialogue}` reads `photos` and
     `dialogue` and calls them `images` and `texts`."""
     limit: int | None = Field(default=None, ge=1)
     """Take at most this many records, in file order."""
@@ -47,17 +47,17 @@ class DataSource(Section):
 
     @property
     def title(self) -> str:
-        """What messages call the source: its path, or its data set."""
+        """Name of the source in messages: its path, or its data set."""
         return self.path or self.dataset
 
 
 class ImageSource(DataSource):
-    """What sources of rows with images share."""
+    """Base of sources of rows with images."""
 
     image_root: str | None = None
     """Folder that image paths are relative to. None: the file's own folder. No path leaves it."""
     follow_links: bool = False
-    """Follow symbolic links below `image_root` that lead out of it, such as the hub cache's."""
+    """Follow symbolic links below `image_root` that lead out of it, as in the hub's cache."""
     index_dir: str | None = None
     """Folder of the table that large sources are read into once. None: `.llm2clip-index` beside
     them."""
@@ -71,7 +71,7 @@ class ImageSource(DataSource):
 class CaptionSource(DataSource):
     """A source of texts: `.jsonl`, `.json`, `.csv` (also `.gz`), `.parquet`, webdataset `.tar`.
 
-    Of a shard the fields of its JSON members are columns.
+    In a shard the fields of the JSON members are columns.
     """
 
     fields: list[str] = Field(default_factory=lambda: ["captions"])
@@ -106,13 +106,13 @@ class CaptionPairSource(CaptionSource):
                 f"fields is {self.fields} and directed is true; expected [anchor, positive] or "
                 "[anchor, positive, negative]"
             )
-        if strange := [name for name in self.prompts if name != "*" and "->" not in name]:
-            raise ValueError(f"prompts: {strange[0]!r}: expected `query->positive` or `*`")
+        if wrong := [name for name in self.prompts if name != "*" and "->" not in name]:
+            raise ValueError(f"prompts: {wrong[0]!r}: expected `query->positive` or `*`")
         return self
 
 
 class AugmentationSection(Section):
-    """What training pictures go through, drawn anew each epoch from seed and record key."""
+    """Random changes of training pictures, drawn anew each epoch from seed and record key."""
 
     crop_scale_min: float = Field(default=1.0, gt=0, le=1)
     """Random crop of at least this share of the picture's area, sides 3:4 to 4:3, resized to the
@@ -122,8 +122,8 @@ class AugmentationSection(Section):
 class ImageTextSource(CaptionSource, ImageSource):
     """Images with captions, beside them or inside the file.
 
-    Also COCO's and Karpathy's annotations (`.json`), `.parquet` and `.arrow` with image bytes, and
-    webdataset shards (`.tar`) in img2dataset's layout.
+    Annotations of COCO and Karpathy (`.json`), `.parquet` and `.arrow` with image bytes, and
+    webdataset shards (`.tar`) in img2dataset's layout are read, too.
     """
 
     image_field: str = "image"
@@ -136,13 +136,13 @@ class ZeroShotSource(ImageTextSource):
     """Labelled images; the classes are the different texts in the column of labels."""
 
     fields: list[str] = Field(default_factory=lambda: ["label"], min_length=1, max_length=1)
-    """The column."""
+    """Column of the labels."""
     templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
     """Each `{}` becomes a class's name; a class is the mean of its prompts' embeddings."""
 
 
 def _folder(value: str) -> str:
-    """A folder to write to: not the working directory by an empty text, `~` the home, no file."""
+    """Check a folder to write to: no empty text, no file; `~` is the home."""
     if not value.strip() or "\x00" in value:
         raise ValueError(f"expected a folder to write to, got {value!r}")
     path = Path(value).expanduser()
@@ -157,7 +157,7 @@ OutputDir = Annotated[str, AfterValidator(_folder)]
 
 
 class RecipeFile(Section):
-    """What every recipe may say."""
+    """Keys of every recipe."""
 
     base: str | None = None
     """One parent recipe (path relative to this file) whose values this file overrides."""
@@ -169,14 +169,14 @@ class RecipeFile(Section):
 
 
 class RunRecipe(RecipeFile):
-    """What all stages share."""
+    """Base of the recipes of all stages."""
 
     contrastive: ClassVar[bool] = False
     """Whether the loss compares the samples of a step, so that accumulating one is no choice."""
     deviations: dict[str, str] = Field(default_factory=dict)
     """Where and why this recipe differs from what it reproduces."""
     output_dir: OutputDir
-    """Where checkpoints, the manifest and the results of this stage go."""
+    """Folder of checkpoints, manifest and results of this stage."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
     global_batch_size: int = Field(default=256, ge=1)
@@ -213,19 +213,19 @@ class TextEncoderSection(Section):
     """Path or hub id of the decoder LLM (Llama, Qwen2/3, Mistral, Gemma)."""
     pooling: Literal["mean", "last", "eos"] = "mean"
     """Mean over caption tokens, the last token, or an eos behind the text, added where the
-    tokenizer adds none (paper v6 table 6)."""
+    tokenizer adds no eos (paper v6 table 6)."""
     max_length_tokens: int = Field(default=512, ge=2)
     """Longer captions are cut and counted. Paper v6 C.1: 512."""
     instruction: str = ""
     """Text before every caption; its tokens are left out of the mean (released code)."""
     chat: bool = False
-    """Wrap each text in a user turn of the tokenizer's own chat template; what stands before the
+    """Wrap each text in a user turn of the tokenizer's chat template; what stands before the
     text is not pooled (released code: Llama 3's user header)."""
     bidirectional: bool | Literal["partial"] = True
-    """Every layer; false keeps causal attention (ablation of paper v6 table 6). `partial` takes a
+    """True opens every layer; false keeps causal attention (paper v6 table 6). `partial` takes a
     model some of whose layers stay causal (hybrids with linear attention or recurrence)."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Dtype of the saved weights; `auto` keeps the checkpoint's (float16 becomes float32 where it
+    """Dtype of the saved weights; `auto` keeps it as it is (float16 becomes float32 where it
     trains). What trains without DeepSpeed is held in float32 meanwhile."""
     attn_implementation: str | None = None
-    """As in transformers: `sdpa`, `eager`, `flash_attention_2`. None: its default."""
+    """`sdpa`, `eager` or `flash_attention_2`, as in transformers. None: its default."""

@@ -23,72 +23,72 @@ class TextAdaptorSection(Section):
     num_blocks: int = Field(default=4, ge=0)
     """Residual inverted-bottleneck blocks. Paper v6: 4."""
     expansion: int = Field(default=2, ge=1)
-    """Width of a block's hidden layer over its input's (released code: 2)."""
+    """Width of a block's hidden layer over the width of its input (released code: 2)."""
 
 
 class LearningRates(Section):
     """Learning rate of each group; the released code gives 1e-5 to all three."""
 
     vision_tower: float = Field(default=1e-5, ge=0)
-    """Ignored where the tower is frozen."""
+    """Rate of the tower; ignored where it is frozen."""
     visual_projection: float = Field(default=1e-5, ge=0)
-    """Image head."""
+    """Rate of the image head."""
     text_adaptor: float = Field(default=1e-5, ge=0)
-    """Adaptor, text head and `logit_scale`."""
+    """Rate of adaptor, text head and `logit_scale`."""
 
 
 class InheritanceSection(Section):
-    """The text adaptor first learns to give CLIP's own text embeddings (ProCLIP, 2510.18795)."""
+    """The text adaptor first learns to give CLIP's text embeddings (ProCLIP, 2510.18795)."""
 
     clip: str | None = None
     """`CLIPModel` with its tokenizer, the one that the tower comes from. None: `vision_tower`.
-    Training starts in its joint space (image projection, scale), so `projection_dim` is its."""
+    Training starts in its joint space (image projection, scale) of width `projection_dim`."""
     steps: int = Field(default=500, ge=1)
     """Optimizer steps on captions alone; those that CLIP's window would cut are left out."""
     batch_size: int = Field(default=512, ge=2)
     """Captions a step, on every process the same."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Of AdamW, falling to 0 along a cosine."""
+    """Learning rate of AdamW, falling to 0 along a cosine."""
 
 
 class SelfDistillationSection(Section):
-    """A penalty on image embeddings that leave the teacher's (ProCLIP, 2510.18795)."""
+    """A penalty on image embeddings far from those of a teacher (ProCLIP, 2510.18795)."""
 
     teacher: Literal["frozen", "average"] = "frozen"
     """`frozen`: the model before training; `average`: its running average (`weight_average`)."""
     loss: Literal["cosine", "relational"] = "cosine"
     """`cosine` holds each embedding, `relational` the angles between those of a batch."""
     weight: float = Field(default=1.0, gt=0)
-    """Of the penalty beside the contrastive loss."""
+    """Weight of the penalty beside the contrastive loss."""
 
 
 class WeightAverageSection(Section):
     """Exponential moving average (EMA) of all weights that train."""
 
     decay: float = Field(default=0.999, gt=0, lt=1)
-    """Of a late step; early ones decay faster."""
+    """Decay of a late step; early ones decay faster."""
     export: bool = True
-    """The averages are what is evaluated and saved; false keeps them for `self_distillation`."""
+    """Evaluate and save the averages; false keeps them for `self_distillation`."""
 
 
 class EncoderRecipe(RunRecipe):
-    """What stage 2b and its controls train on and are measured by."""
+    """Base of the recipes of stage 2b and its controls: training data and evaluation."""
 
     contrastive: ClassVar[bool] = True
     """See `RunRecipe`."""
     train: list[ImageTextSource]
     """Images with captions; one caption is drawn per image and epoch."""
     caption_weights: dict[str, float] = Field(default_factory=dict)
-    """For mapping-valued caption columns: probability weight of each key (`{short: 1, long: 1}`);
+    """Probability weight of each key of a mapping-valued caption column (`{short: 1, long: 1}`);
     empty = uniform over all captions."""
     augmentation: AugmentationSection = Field(default_factory=AugmentationSection)
     """Random crop; off by default. Pictures are then decoded each time."""
     image_decoding: Literal["fast", "exact"] = "fast"
-    """For training pictures that are not held in memory: `fast` decodes large JPEGs at half or a
-    quarter of their size (43 to 52 dB from `exact`), `exact` is the image processor to the bit."""
+    """Decoding of training pictures that are not held in memory: `fast` decodes large JPEGs at half
+    or a quarter of their size (43 to 52 dB from `exact`), `exact` as the image processor does."""
     feature_cache: str | Literal[False] | None = None
-    """Where the tower does not train (and no crop is drawn): folder of its pooled features, which
-    runs may share; each picture is decoded exactly and encoded once, and a step costs the heads
+    """Folder of pooled features of a tower that does not train (without random crops), which runs
+    may share; each picture is decoded exactly and encoded once, and a step costs the heads
     alone. None: `<output_dir>/features`; false = the tower runs in every step."""
     tower_last_blocks: int | None = Field(default=None, ge=1)
     """Train only this many of the tower's last blocks (stages of a CNN) and what follows them; what
@@ -102,14 +102,14 @@ class EncoderRecipe(RunRecipe):
 
 
 class TextInLoopSection(Section):
-    """The LLM trains inside stage 2b: what the paper compares the cache with."""
+    """An LLM that trains inside stage 2b: what the paper compares the cache with."""
 
     text_encoder: str | TextEncoderSection
     """Stage 1's `text_encoder/`, or a raw LLM with its pooling."""
     lora: LoraSection = Field(default_factory=LoraSection)
-    """Its adapter; merged at the end into `<output_dir>/text_encoder/`."""
+    """Adapter of the LLM; merged at the end into `<output_dir>/text_encoder/`."""
     learning_rate: float = Field(default=2e-4, gt=0)
-    """Of the adapter (paper v6 C.1: 2e-4 in stage 1)."""
+    """Learning rate of the adapter (paper v6 C.1: 2e-4 in stage 1)."""
 
 
 class Stage2bRecipe(EncoderRecipe):
@@ -120,11 +120,11 @@ class Stage2bRecipe(EncoderRecipe):
     vision_tower: str
     """Path or hub id of a CLIP model or a vision tower."""
     tower_training: Literal["full", "frozen", "lora"] = "full"
-    """Paper v6: full."""
+    """How the tower trains. Paper v6: full."""
     tower_lora: LoraSection | None = None
-    """Required with `tower_training: lora`; merged into the tower at the end."""
+    """Adapter of the tower, required with `tower_training: lora`; merged at the end."""
     image_size_px: int | None = Field(default=None, ge=1)
-    """Another resolution than the tower's: its positions are interpolated."""
+    """Another resolution than that of the tower: its positions are interpolated."""
     patch_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Share of the patches that the tower does not see while it trains (FLIP, 2212.00794)."""
     patch_dropout_tail: float = Field(default=0.1, ge=0, le=1)
@@ -138,13 +138,13 @@ class Stage2bRecipe(EncoderRecipe):
     self_distillation: SelfDistillationSection | None = None
     """Keeps the tower near a teacher. None: only the contrastive loss."""
     weight_average: WeightAverageSection | None = None
-    """None: the last weights are what is saved."""
+    """Averages of the weights. None: the last weights are saved."""
     embedding_cache: str | None = None
     """Stage 2a's directory; with `write_through` it may lack captions, or not be there yet."""
     caption_prompts: list[str] = Field(default_factory=list)
-    """Those of stage 2a's `prompts` whose embeddings of a caption are its further positives."""
+    """Prompts of stage 2a whose embeddings of a caption are its further positives."""
     text_in_loop: TextInLoopSection | None = None
-    """Instead of a cache: captions are encoded in every step, by an LLM that trains too."""
+    """An LLM instead of a cache: it trains, too, and encodes captions in every step."""
     write_through: str | TextEncoderSection | None = None
     """Stage 1's `text_encoder/`, or a raw LLM: a caption that the cache lacks is encoded when it is
     first drawn, and kept there. None: the cache is complete before training starts."""
@@ -162,7 +162,7 @@ class Stage2bRecipe(EncoderRecipe):
     """Images per forward pass on each process; more go through GradCache, which bounds the memory
     and keeps the gradient of the whole batch. None: all at once."""
     learning_rates: LearningRates = Field(default_factory=LearningRates)
-    """One per group."""
+    """Learning rate of each group."""
     layer_decay: float = Field(default=1.0, gt=0, le=1)
     """Factor on the tower's learning rate per layer from the top (released code: 0.85)."""
     captions_per_image: int = Field(default=1, ge=1)
@@ -231,17 +231,17 @@ class ClipBaselineRecipe(EncoderRecipe):
     """A `CLIPModel` directory to continue from, or `CLIPConfig` arguments to start from nothing.
     None: `vision_tower` with a new text tower."""
     vision_tower: str | None = None
-    """Instead of `clip`: path or hub id of any vision tower that stage 2b takes. The result is
+    """Path or hub id of any vision tower that stage 2b takes, instead of `clip`. The result is
     transformers' `VisionTextDualEncoderModel`."""
     image_size_px: int | None = Field(default=None, ge=1)
-    """With `vision_tower`: another resolution, as in stage 2b."""
+    """Another resolution of `vision_tower`, as in stage 2b."""
     text_model: dict[str, Any] | None = None
-    """With `vision_tower`: `CLIPTextConfig` arguments of the text tower that starts from nothing
-    (causal, pooled at the end token); vocabulary and special tokens are the tokenizer's."""
+    """`CLIPTextConfig` arguments of the text tower that starts from nothing beside `vision_tower`
+    (causal, pooled at the end token); the tokenizer gives vocabulary and special tokens."""
     projection_dim: int = Field(default=512, ge=1)
-    """With `vision_tower`: width of the joint space."""
+    """Width of the joint space, with `vision_tower`."""
     logit_scale_init: float = 2.6592
-    """With `vision_tower`: stored logarithm at the start, as in stage 2b."""
+    """Stored logarithm at the start, as in stage 2b, with `vision_tower`."""
     tokenizer: str | None = None
     """Directory of the tokenizer when `clip` is a config (its image processor too) or beside
     `vision_tower`; a tokenizer that puts no end token behind a text gets one."""
@@ -251,8 +251,8 @@ class ClipBaselineRecipe(EncoderRecipe):
     learning_rates: dict[
         Literal["vision_model", "text_model", "projections"], Annotated[float, Field(ge=0)]
     ] = {"vision_model": 1e-5, "text_model": 1e-5, "projections": 1e-5}
-    """One per group; `projections` includes `logit_scale`. A part without a rate, or with 0, is
-    frozen."""
+    """Learning rate of each group; `projections` includes `logit_scale`. A part without a rate, or
+    with 0, is frozen."""
     evaluate_only: bool = False
     """Measure `clip` as it is: nothing is trained."""
 

@@ -17,10 +17,10 @@ class ImageFolder(Section):
 
 
 class EncoderTask(Section):
-    """What all tasks share."""
+    """Base of all tasks."""
 
     name: str | None = None
-    """Name of the result's file. None: the benchmark's, else the task's."""
+    """Name of the result's file. None: that of the benchmark, else of the task."""
 
 
 class RetrievalTask(EncoderTask, ImageFolder):
@@ -35,9 +35,9 @@ class RetrievalTask(EncoderTask, ImageFolder):
     images: str | None = None
     """Folder of its images. None: the folder of `data`."""
     fields: list[str] = Field(default_factory=lambda: ["captions"])
-    """For `records`: columns with captions, each kind judged apart."""
+    """Columns with captions of `records`, each kind judged apart."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)
-    """For `records`: only rows whose columns equal these values."""
+    """Take only rows of `records` whose columns equal these values."""
 
 
 class CraTask(RetrievalTask):
@@ -48,7 +48,7 @@ class CraTask(RetrievalTask):
 
 
 class CompositionalTask(EncoderTask, ImageFolder):
-    """Does the right caption, or image, score above its hard negative?"""
+    """Test of whether the right caption, or image, scores above its hard negative."""
 
     task: Literal["compositional"]
     """Which task this is."""
@@ -66,11 +66,11 @@ class ClassSource(ImageFolder):
     data: str
     """Folder with a folder of images for each class (ImageNet's layout), or a file of rows."""
     images: str | None = None
-    """For a file: folder that its paths are relative to. None: the file's."""
+    """Folder that the paths in a file are relative to. None: the folder of the file."""
     label_field: str = "label"
-    """For a file: the column with the class."""
+    """Column of a file with the class."""
     where: dict[str, str | bool | int] = Field(default_factory=dict)
-    """For a file: only rows whose columns equal these values."""
+    """Take only rows of a file whose columns equal these values."""
 
 
 class ZeroShotTask(EncoderTask, ClassSource):
@@ -96,9 +96,9 @@ class LinearProbeTask(EncoderTask):
     validation: float = Field(default=0.2, gt=0, lt=1)
     """Share of `train` by which the regularisation is chosen."""
     shots: list[int] = Field(default_factory=list)
-    """Also with so many images a class."""
+    """Numbers of images a class for few-shot probes beside the full one."""
     draws: int = Field(default=3, ge=1)
-    """Random draws of the few images; the mean is told."""
+    """Random draws of the few images; the mean is reported."""
 
 
 class SegmentationSource(ImageFolder):
@@ -115,9 +115,9 @@ class SegmentationSource(ImageFolder):
     """Mask value 0 is no class and not judged, 1 is the first (ADE20K, VOC20); false judges it
     (VOC21, whose first class is the background). 255 is never judged."""
     short_side_px: int | None = Field(default=None, ge=1)
-    """Images are resized to it. None: twice the tower's side."""
+    """Shorter side that images are resized to. None: twice the tower's side."""
     stride: float = Field(default=0.5, gt=0, le=1)
-    """Step of the sliding window over its side, which is the tower's."""
+    """Step of the sliding window over its side, which is that of the tower."""
 
 
 class ZeroShotSegmentationTask(EncoderTask, SegmentationSource):
@@ -128,7 +128,7 @@ class ZeroShotSegmentationTask(EncoderTask, SegmentationSource):
     split: str
     """Split to judge by."""
     templates: list[str] = Field(default_factory=lambda: ["a photo of a {}."], min_length=1)
-    """As in `zero_shot`."""
+    """See `zero_shot`."""
     last_attention: Literal["value", "full"] = "value"
     """`value`: the last block's attention gives each patch its own value (MaskCLIP, 2112.01071)."""
 
@@ -147,7 +147,7 @@ class SegmentationTask(EncoderTask, SegmentationSource):
     batch_size: int = Field(default=16, ge=1)
     """Random windows a step."""
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Of AdamW, falling to 0 along a cosine."""
+    """Learning rate of AdamW, falling to 0 along a cosine."""
 
 
 class BoxSource(ImageFolder):
@@ -169,7 +169,7 @@ class DetectionTask(EncoderTask):
     test: BoxSource
     """Images to judge by."""
     image_size_px: int | None = Field(default=None, ge=1)
-    """Side of the square that images are resized to. None: the tower's."""
+    """Side of the square that images are resized to. None: that of the tower."""
     freeze_tower: bool = False
     """Train the detector alone."""
     detector: dict[str, Any] = Field(default_factory=dict)
@@ -179,7 +179,7 @@ class DetectionTask(EncoderTask):
 
 
 class EncoderEvalRecipe(RecipeFile):
-    """What `eval/run_encoder.py` judges, and how."""
+    """Recipe of `eval/run_encoder.py`: what is evaluated, and how."""
 
     stage: Literal["run_encoder"]
     """Which program reads this file (`llm2clip-vlm eval RECIPE` looks at it)."""
@@ -190,17 +190,17 @@ class EncoderEvalRecipe(RecipeFile):
     model: str
     """Path or hub id: an `LLM2CLIPModel`, CLIP or SigLIP; for tasks without text any tower."""
     text_encoder: str | TextEncoderSection | None = None
-    """For an `LLM2CLIPModel`: stage 1's `text_encoder/`, or a raw LLM."""
+    """Text encoder of an `LLM2CLIPModel`: stage 1's `text_encoder/`, or a raw LLM."""
     device: str | None = None
-    """None: `cuda` if there is one, else `cpu`."""
+    """Where to run. None: `cuda` if there is one, else `cpu`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the encoder; scores are computed in float32 always."""
+    """Dtype of the encoder; scores are always computed in float32."""
     batch_size: int = Field(default=64, ge=1)
     """Images a forward pass."""
     bootstrap: int = Field(default=1000, ge=0)
     """Resamples of the images for the 95 % intervals; 0 = none."""
     seed: int = 0
-    """Of resamples, draws and heads."""
+    """Seed of resamples, draws and heads."""
     tasks: list[
         Annotated[
             RetrievalTask
@@ -214,4 +214,4 @@ class EncoderEvalRecipe(RecipeFile):
             Field(discriminator="task"),
         ]
     ] = Field(min_length=1)
-    """In the order in which they are run; a task whose result is there is not run again."""
+    """Tasks, run in this order; a task whose result is there is not run again."""

@@ -11,11 +11,11 @@ class PipelineStep(Section):
     """One program of a pipeline."""
 
     name: str
-    """Unique; may hold `{variable}` of `for_each`."""
+    """Unique name; may hold `{variable}` of `for_each`."""
     program: str
     """A program of `stages/` or `eval/` without its ending, such as `stage1_text_encoder`."""
     recipe: str | None = None
-    """Recipe that the program reads; none for programs that take options only."""
+    """Recipe that the program reads. None: the program takes options only."""
     overrides: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """`key=value` arguments after the recipe; may hold `{variable}`."""
     arguments: list[str] = Field(default_factory=list)
@@ -31,15 +31,15 @@ class PipelineStep(Section):
     all_cores: bool = False
     """Run alone, with every core; otherwise up to `jobs` steps share them."""
     outputs: list[str] = Field(default_factory=list)
-    """For a program without a manifest: files whose presence means that it is finished; empty = it
-    is run each time."""
+    """Files whose presence means that a program without a manifest is finished; empty = it is run
+    each time."""
 
 
 class PipelineRecipe(RecipeFile):
     """Programs in the order of their needs, each skipped where it is finished."""
 
     output_dir: OutputDir
-    """Where logs and the state go."""
+    """Folder of logs and state."""
     jobs: int = Field(default=2, ge=1)
     """Steps at a time; each gets its share of the cores."""
     steps: list[PipelineStep]
@@ -47,4 +47,4 @@ class PipelineRecipe(RecipeFile):
     common: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Overrides for the recipes of all steps, such as `{variables.data: ${variables.data}}`."""
     frozen: dict[str, str] = Field(default_factory=dict)
-    """Files that must be these: path to SHA-256. Another file is refused before anything runs."""
+    """SHA-256 of files by path. A file with another hash is refused before anything runs."""

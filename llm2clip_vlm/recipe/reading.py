@@ -4,7 +4,7 @@ YAML is read the 1.2 way: `1e-3` is a number, `no` is a word, a key given twice 
 may name one parent (`base: other.yaml`, relative to itself) whose mappings it extends and whose
 lists it replaces; `a.b=value` on the command line overrides both; `${a.b}` in a text stands for
 another value of the finished recipe (`$${` writes a plain `${`). A text that names a shipped file
-or folder (`recipes/...`, `eval/...`) means that one where the working directory has none. Files are
+or folder (`recipes/...`, `eval/...`) means that one unless the working directory has it. Files are
 limited in size and depth, anchors and references in what they make; numbers are finite; a secret
 (a token, a password) is refused, since recipes are written beside results.
 """
@@ -96,7 +96,7 @@ def save_resolved(recipe: BaseModel, path: str | Path) -> None:
 
 
 def _refused(value: Any, key: str = "") -> Iterator[str]:
-    """What no recipe may hold, whoever reads it; a secret itself is not repeated."""
+    """Find values that no recipe may hold; a secret itself is not repeated."""
     if isinstance(value, dict):
         for name, item in value.items():
             inner = f"{key}.{name}".removeprefix(".")
@@ -133,8 +133,8 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     except RecipeError:
         raise
     except (OSError, ValueError, RuntimeError) as error:
-        told = str(error).removeprefix(f"{path}: ").removeprefix("cannot read this file: ")
-        raise RecipeError(path, f"cannot read this file{wanted_by}: {told}") from None
+        why = str(error).removeprefix(f"{path}: ").removeprefix("cannot read this file: ")
+        raise RecipeError(path, f"cannot read this file{wanted_by}: {why}") from None
     data = parse_yaml(text, path)
     data = {} if data is None else data
     if not isinstance(data, dict):
@@ -220,8 +220,8 @@ def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
         nonlocal made
         made += 1 + (len(value) if isinstance(value, str) else 0)
         if made > LARGEST_BYTES:
-            told = f"references (`${{...}}`) make more than {LARGEST_BYTES:,} characters of it"
-            raise RecipeError(source, told)
+            why = f"references (`${{...}}`) make more than {LARGEST_BYTES:,} characters of it"
+            raise RecipeError(source, why)
         return value
 
     def piece(match: re.Match[str], trail: tuple[str, ...]) -> str:
@@ -278,7 +278,7 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
             wanted = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message)
             kinds.setdefault(key, []).append(wanted.removeprefix("Input should be "))
             told[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
-    # Of a union that was given a mapping only what is wrong inside it is told.
+    # Of a union that was given a mapping only errors inside it are reported.
     return [
         f"{key}: {message}" if key else message
         for key, message in told.items()
@@ -298,7 +298,7 @@ def recipe_help(model: type[BaseModel], above: str = "") -> str:
         above: What its keys begin with.
 
     Returns:
-        Text of two lines or more a key; `N` stands for an index and `KEY` for a name of your own.
+        Text of two lines or more a key; `N` stands for an index and `KEY` for any name.
     """
     signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
     lines: list[str] = []
@@ -311,9 +311,9 @@ def recipe_help(model: type[BaseModel], above: str = "") -> str:
             if hasattr(limit, attribute)
         ]
         default = field.get_default(call_default_factory=True)
-        told = "" if isinstance(default, BaseModel) else f" = {_shown(default)}"
-        told = " (required)" if field.is_required() else told
-        lines.append(f"{above}{name}: {kind}{','.join(limits)}{told}")
+        given = "" if isinstance(default, BaseModel) else f" = {_shown(default)}"
+        given = " (required)" if field.is_required() else given
+        lines.append(f"{above}{name}: {kind}{','.join(limits)}{given}")
         lines.append(textwrap.indent(inspect.cleandoc(field.description or ""), "    "))
         item = {"list": ".N", "dict": ".KEY"}.get(kind.partition("[")[0], "")
         for section in dict.fromkeys(_models(field.annotation)):

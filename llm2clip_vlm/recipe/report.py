@@ -10,33 +10,33 @@ from llm2clip_vlm.recipe.base import OutputDir, RecipeFile
 
 
 class ReportRecipe(RecipeFile):
-    """What `eval/report.py` reads, and what it says about it. What is not given is `not run`."""
+    """Recipe of `eval/report.py`: what it reads and shows. What is not given is `not run`."""
 
     output_dir: OutputDir
-    """Where `report.html` and `report.json` go."""
+    """Folder of `report.html` and `report.json`."""
     title: str = "Does an LLM's caption embedding make a better vision tower?"
     """Heading: the question."""
     data: str = ""
-    """What it was trained and measured on, for readers, such as `photographs of Flickr8k`."""
+    """Training and evaluation data, for readers, such as `photographs of Flickr8k`."""
     stage1: str | None = None
     """Stage 1's output directory."""
     cache: str | None = None
     """Stage 2a's output directory; needed to show what an `LLM2CLIPModel` retrieves."""
     towers: dict[str, str] = Field(min_length=1)
-    """Tower's name to the output directory of stage 2b or `clip_baseline` (`results.json`), in the
+    """Output directory of stage 2b or `clip_baseline` (`results.json`) by the tower's name, in the
     order in which they are shown."""
     tower_notes: dict[str, str] = Field(default_factory=dict)
-    """Tower's name to what it is, for readers."""
+    """Description of each tower, for readers."""
     tower_models: dict[str, str] = Field(default_factory=dict)
-    """Tower's name to its model, where that is not `<towers.NAME>/model`."""
+    """Model of each tower, where that is not `<towers.NAME>/model`."""
     headline: list[str] = Field(
         default_factory=lambda: ["llm2clip", "control_long"], min_length=2, max_length=2
     )
-    """The two towers of the answer: the first is asked to beat the second."""
+    """The two towers of the answer: the question is whether the first beats the second."""
     encoders: dict[str, str] = Field(default_factory=dict)
-    """Tower's name to what `eval/run_encoder.py` wrote; what is not there is not shown."""
+    """Output of `eval/run_encoder.py` by the tower's name; what is not there is not shown."""
     stage3: dict[str, str] = Field(default_factory=dict)
-    """Any label to a stage 3 output directory, for its training curve."""
+    """Output directory of stage 3 by any label, for its training curve."""
     vlms: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Tower's name to `{"<seed>": stage 4's output directory}`."""
     evaluation: str | None = None
@@ -44,15 +44,15 @@ class ReportRecipe(RecipeFile):
     headline_task: str = ""
     """lmms-eval task of the answer, needed where VLMs were evaluated; its questions are shown."""
     ab: str | None = None
-    """The last committed A/B, as `eval/ab.py` writes it."""
+    """Result of `eval/ab.py` that was committed last."""
     seconds: str | None = None
-    """JSON of the pipeline: step to seconds; without it the stages' manifests are asked."""
+    """JSON of the pipeline: step to seconds; without it the stages' manifests are read."""
     costs: str | None = None
     """JSON of the pipeline: step to seconds, CPU seconds and peak memory."""
     captions: str = "long"
     """Kind of caption of the answer (a column of the towers' `evaluation`)."""
     photographs: str | None = None
-    """Captioned pictures to show retrieval on; None: none are shown."""
+    """Captioned pictures to show retrieval on. None: no pictures are shown."""
     examples: int = Field(default=6, ge=0)
     """Pictures shown with retrieved captions, and questions shown with answers."""
     not_shown: list[str] = Field(default_factory=list)
@@ -69,7 +69,7 @@ class ReportRecipe(RecipeFile):
 
 
 class AbRecipe(RecipeFile):
-    """What `eval/ab.py` compares: towers over training seeds, the seed as the unit."""
+    """Recipe of `eval/ab.py`: towers compared over training seeds, the seed as the unit."""
 
     towers: list[str] = Field(min_length=2)
     """Names, in the order in which they are shown."""
@@ -82,7 +82,7 @@ class AbRecipe(RecipeFile):
     tasks: list[str] = Field(min_length=1)
     """lmms-eval tasks; those with question types are also compared type by type."""
     retrieval: dict[str, str] = Field(default_factory=dict)
-    """Tower to its stage 2 output directory, with `{seed}` in it where it was trained again."""
+    """Output directory of stage 2 by tower, with `{seed}` in it where it was trained again."""
     retrieval_only: list[str] = Field(default_factory=list)
     """Towers for which no VLM was trained: they are compared in retrieval alone."""
     retrieval_kinds: list[str] = Field(default_factory=lambda: ["short", "long"])
@@ -90,9 +90,9 @@ class AbRecipe(RecipeFile):
     resamples: int = Field(default=10_000, ge=100)
     """Bootstrap draws of the comparison within a seed."""
     data: str = ""
-    """What they were trained and measured on, for readers."""
+    """Training and evaluation data, for readers."""
     output: str = "docs/results/ab.json"
-    """Where the result goes; the chart lies beside it, as `.svg`."""
+    """File of the result; the chart lies beside it, as `.svg`."""
     block: str | None = None
     """Key of an earlier `output` below which this result goes; all else there stays as it is, and
     no chart or page is written. None: the result is the whole file."""

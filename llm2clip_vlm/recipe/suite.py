@@ -15,12 +15,12 @@ class LmmsTask(Section):
     task: str
     """Name of a built-in task, or of one under `eval/tasks/`."""
     name: str | None = None
-    """Name of its result. None: the task's. One task twice in a suite needs two names."""
+    """Name of its result. None: that of the task. One task twice in a suite needs two names."""
     judge: bool = False
     """Its score comes from another model; see the suite's `judge`."""
     program: str | None = None
     """Program that its scorer starts (`java`); where it is missing, the task is left out, by name.
-    Such a metric (CIDEr) is one of all documents together: none has a score of its own."""
+    Such a metric (CIDEr) is one of all documents together: a single one has no score."""
     data_files: str | None = None
     """Local file (parquet, json, jsonl) that replaces the task's own data set."""
     limit: int | None = Field(default=None, ge=1)
@@ -35,14 +35,14 @@ class LmmsTask(Section):
     `null` removes a key (`{process_docs: null}`), `"!function llm2clip_vlm.MODULE.NAME"` is a
     function."""
     max_empty: float | None = Field(default=None, ge=0, le=1)
-    """Share of empty answers above which no score is written. None: the suite's."""
+    """Share of empty answers above which no score is written. None: that of the suite."""
 
 
 class SuiteRecipe(RecipeFile):
-    """Which lmms-eval tasks are run, on which data, and how (`eval/suites/*.yaml`)."""
+    """A suite of lmms-eval tasks: which, on which data, and how (`eval/suites/*.yaml`)."""
 
     deviations: dict[str, str] = Field(default_factory=dict)
-    """Where and why a task here differs from the paper's."""
+    """Where and why a task here differs from that of the paper."""
     data_dir: str = "."
     """Folder that `data_files` may name as `${data_dir}`."""
     batch_size: int = Field(default=64, ge=1)
@@ -50,7 +50,7 @@ class SuiteRecipe(RecipeFile):
     max_new_tokens: int = Field(default=512, ge=1)
     """Upper limit whatever a task asks for."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """`auto` keeps the checkpoint's."""
+    """Dtype of the model; `auto` keeps that of the checkpoint."""
     device: str | None = None
     """Where to run. None: `cuda` if there is one, else `cpu`."""
     max_empty: float = Field(default=0.2, ge=0, le=1)
@@ -59,18 +59,18 @@ class SuiteRecipe(RecipeFile):
     """`none`: tasks that need a judge are left out, by name. `environment`: they ask the one that
     lmms-eval finds in `OPENAI_API_KEY`, `OPENAI_API_URL` and `MODEL_VERSION`."""
     tasks: list[LmmsTask] = Field(min_length=1)
-    """In the order in which they are run."""
+    """Tasks, run in this order."""
 
 
 class ExpectedColumn(Section):
-    """One column of a published table, and what of ours it is."""
+    """One column of a published table, and the results to compare with it."""
 
     results: list[str] = Field(min_length=1)
     """Names of the suite's results; their mean is compared."""
     metric: str = "exact_match"
-    """lmms-eval's metric."""
+    """Metric of lmms-eval."""
     metric_full: float = 1.0
-    """Its value for an answer sheet without an error."""
+    """Value of the metric for an answer sheet without an error."""
     value_full: float = 100.0
     """The published value for such a sheet."""
     n: int = Field(ge=1)
@@ -78,11 +78,11 @@ class ExpectedColumn(Section):
     prompt_has: list[str] = Field(default_factory=list)
     """Text that the published protocol puts into every prompt."""
     prompt_lacks: list[str] = Field(default_factory=list)
-    """Text that it does not."""
+    """Text that the published protocol does not put into a prompt."""
 
 
 class ExpectedScores(Section):
-    """A published table (`eval/expected/*.yaml`), to be compared with results of ours."""
+    """A published table (`eval/expected/*.yaml`), to compare results with."""
 
     base: str | None = None
     """One parent file whose values this file overrides."""
@@ -93,9 +93,9 @@ class ExpectedScores(Section):
     image_processor: str | None = None
     """Class (its first letters) that the published protocol corresponds to."""
     columns: dict[str, ExpectedColumn]
-    """By the name that the table gives."""
+    """Columns by their names in the table."""
     rows: dict[str, dict[str, float]]
-    """By model: column to value. A column may be missing."""
+    """Rows by model: column to value. A column may be missing."""
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> Self:

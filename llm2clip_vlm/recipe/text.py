@@ -18,14 +18,14 @@ from llm2clip_vlm.recipe.base import (
 
 
 class MntpRecipe(RunRecipe):
-    """Before stage 1, optional: masked next token prediction (LLM2Vec; off in paper v6)."""
+    """Optional step before stage 1: masked next token prediction (LLM2Vec; off in paper v6)."""
 
     stage: Literal["stage0_mntp"] = "stage0_mntp"
     """Which program reads this file."""
     language_model: str
     """Path or hub id of the decoder LLM."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the saved weights; `auto` keeps the checkpoint's (float16 becomes float32 where it
+    """Dtype of the saved weights; `auto` keeps it as it is (float16 becomes float32 where it
     trains). What trains without DeepSpeed is held in float32 meanwhile."""
     bidirectional: Literal[True, "partial"] = True
     """`partial` takes a model some of whose layers stay causal."""

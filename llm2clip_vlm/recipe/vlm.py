@@ -10,7 +10,7 @@ from llm2clip_vlm.recipe.base import ImageSource, LoraSection, RunRecipe, Sectio
 
 
 class VlmSection(Section):
-    """Which tower and which LLM make the VLM, and how they meet."""
+    """Parts of the VLM, tower and LLM, and how they meet."""
 
     vision_tower: str
     """A vision tower directory (stage 2b's `vision_tower/`), a CLIP model, or a hub id."""
@@ -22,7 +22,7 @@ class VlmSection(Section):
     vision_feature_select_strategy: Literal["default", "full"] = "default"
     """`default` drops the CLS token where the tower has one, `full` keeps it."""
     image_size_px: int | None = Field(default=None, ge=1)
-    """Another resolution than the tower's: its positions are interpolated (LLaVA-1.5: 336)."""
+    """Another resolution than that of the tower: positions are interpolated (LLaVA-1.5: 336)."""
     image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
     """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops, `anyres`
     shows the whole picture and then crops of it (LLaVA-NeXT)."""
@@ -33,15 +33,15 @@ class VlmSection(Section):
     """`vicuna_v1`, `llama3`, `qwen`, `mistral`, `gemma`, or a Jinja file. None: that of the LLM's
     tokenizer."""
     system_prompt: str | None = None
-    """System prompt of conversations that bring none: none = what the template writes by itself,
-    `""` = not even that, else this text, as the template writes a system turn. It becomes part of
-    the template that is trained and exported."""
+    """System prompt of conversations that bring no system turn, written as the template writes one;
+    `""` = no prompt at all. None: what the template writes by itself. It becomes part of the
+    template that is trained and exported."""
     extra_tokens: list[str] = []
-    """Tokens that the data's text may use, such as `<box>`: added where the LLM has none so named,
-    and no control tokens where it has (any other control token's name in a text stays text)."""
+    """Tokens that the data's text may use, such as `<box>`: added where the LLM lacks them, and no
+    control tokens where it has them (any other control token's name in a text stays text)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the composed and the exported weights; `auto` is the LLM's, or float32 where that is
-    float16. What trains without DeepSpeed is held in float32 meanwhile."""
+    """Dtype of the composed and the exported weights; `auto` is that of the LLM (float32 for
+    float16). What trains without DeepSpeed is held in float32 meanwhile."""
     projector: str | None = None
     """Start from the projector of this VLM (`model/` of stage 3) instead of a new one; refused
     where it was trained beside another tower, LLM, template, layer or image mode."""
@@ -63,20 +63,20 @@ class InstructionSource(ImageSource):
     """
 
     sampling_strategy: str = Field(default="all", pattern=r"^(all|(first|end|random):\d+%?)$")
-    """Which records: `all`, or `first`, `end` or `random` with `:N` or `:N%` (LLaVA-NeXT)."""
+    """Records to take: `all`, or `first`, `end` or `random` with `:N` or `:N%` (LLaVA-NeXT)."""
     weight: float = Field(default=1.0, gt=0)
-    """How often each of these is seen in an epoch; 0.5 = a random half of them."""
+    """Number of times that each of these is seen in an epoch; 0.5 = a random half of them."""
     shuffle_images: bool = False
     """Give each record another record's image (shows what the pictures are worth)."""
 
 
 class PartTraining(Section):
-    """How one part of the VLM trains."""
+    """Training of one part of the VLM."""
 
     lr: float = Field(ge=0)
     """Learning rate at the schedule's peak."""
     weight_decay: float | None = Field(default=None, ge=0)
-    """Of its matrices. None: `trainer.weight_decay`."""
+    """Weight decay of its matrices. None: `trainer.weight_decay`."""
     last_blocks: int | None = Field(default=None, ge=1)
     """Train only this many of its last used blocks and what follows them. None: all."""
 
@@ -86,10 +86,10 @@ Part = Literal["vision_tower", "multi_modal_projector", "language_model"]
 
 
 class VlmRecipe(RunRecipe):
-    """What stages 3 and 4 share."""
+    """Base of the recipes of stages 3 and 4."""
 
     data: list[InstructionSource]
-    """LLaVA JSON files."""
+    """Sources of conversations, such as LLaVA's JSON files."""
     max_length_tokens: int = Field(default=2048, ge=8)
     """Text and visual tokens of one sample; a longer conversation ends with its last answer that
     fits, and is refused or counted where the first does not."""
@@ -106,10 +106,10 @@ class VlmRecipe(RunRecipe):
     language_model_lora: LoraSection | None = None
     """Adapter on the LLM instead of all its weights; merged into the final export."""
     vision_tower_lora: LoraSection | None = None
-    """The same on the tower."""
+    """Adapter on the tower instead of all its weights."""
     hang_timeout_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a new micro-step after which a process names its rank and samples, shows
-    where it stands, and ends. None: wait for ever."""
+    where it stands, and ends. None: wait without end."""
 
 
 class Stage3Recipe(VlmRecipe):
@@ -132,7 +132,7 @@ class Stage4Recipe(VlmRecipe):
     checkpoint: str
     """Stage 3's `model/`, or any LLaVA or LLaVA-NeXT directory of transformers."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
-    """Change the image processor for this stage; none keeps stage 3's. Not from or to AnyRes."""
+    """Change the image processor for this stage, not from or to AnyRes. None: as in stage 3."""
     load_in_4bit: bool = False
     """QLoRA: the LLM's own weights stay frozen as NF4, its adapter is merged into those of
     `checkpoint`. Needs bitsandbytes and `language_model_lora`; not with ZeRO-3."""

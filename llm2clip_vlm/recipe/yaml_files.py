@@ -21,7 +21,7 @@ _SCALARS = {
 }
 _RESOLVERS = {None: [(_TAG + name, re.compile(rule)) for name, rule in _SCALARS.items()]}
 LARGEST_BYTES = 200_000
-"""Of a file, and of what anchors and references make of it; the largest recipe here has 5,000."""
+"""Size of a file with its anchors and references written out; the largest recipe has 5,000."""
 DEEPEST = 40
 
 
@@ -88,13 +88,13 @@ class Dumper(yaml.SafeDumper):
 
 
 def parse_yaml(text: str, source: str | Path) -> Any:
-    """One YAML document.
+    """Read one YAML document.
 
     Raises:
-        RecipeError: It is none, or larger or deeper than a person writes; begins with `source`.
+        RecipeError: It is no YAML, or larger or deeper than a person writes; begins with `source`.
     """
     open_brackets = accumulate(1 if c in "[{" else -1 for c in re.findall(r"[][{}]", text))
-    if max(open_brackets, default=0) > 3 * DEEPEST:  # which PyYAML would scan for seconds
+    if max(open_brackets, default=0) > 3 * DEEPEST:  # PyYAML would scan it for seconds
         raise RecipeError(source, f"not valid YAML: nested more than {DEEPEST} deep")
     try:
         loader = _Loader(text)

@@ -1,4 +1,4 @@
-"""Model cards: what a model is, what made it, how good it was found, how it is used.
+"""Model cards: what a model is, what made it, how well it did, how it is used.
 
 A stage writes one into every model directory that it leaves, an export or conversion into its
 folder: `README.md` with the metadata block that the Hugging Face Hub reads.
@@ -17,7 +17,7 @@ import yaml
 from llm2clip_vlm.files import read_json, write_atomically
 
 CARD_NAME = "README.md"
-"""The card's file, as the hub wants it."""
+"""File name of the card on the hub."""
 
 _LOAD_VLM = """from PIL import Image
 from llm2clip_vlm.models.vlm.building import load_vlm
@@ -67,7 +67,7 @@ _KINDS: dict[str, tuple[str, str, str]] = {
     "llava_next": ("vision-language model (LLaVA-NeXT)", "image-text-to-text", _LOAD_VLM),
     "tower": ("vision tower", "image-feature-extraction", _LOAD_TOWER),
 }
-"""Kind to what it is, the hub's `pipeline_tag`, and lines that use it."""
+"""Description of each kind, the hub's `pipeline_tag`, and lines that use it."""
 
 _FOREIGN = {
     "llava": "# in LLaVA's own code\n--vision_tower {name}    # a VLM: --model-path {name}",
@@ -75,7 +75,7 @@ _FOREIGN = {
     "timm": 'timm.create_model("local-dir:{name}", pretrained=True)',
     "vllm": "vllm serve {name}",
 }
-"""Format of an export to lines that use it, where they are not those of its kind."""
+"""Lines that use an export, by format, where they are not those of its kind."""
 
 _TEMPLATE = """---
 {{ card_data }}
@@ -129,13 +129,13 @@ _SCORES = frozenset("r1 r5 r10 top1 after raw_causal raw_bidirectional".split())
 """The results that a card shows, all in %."""
 
 _OURS = "llm2clip-vlm"
-"""The tag by which a card of this package is known again."""
+"""Tag by which a card of this package is recognised."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def kind_of(folder: Path) -> str | None:
-    """What a directory holds, as a key of the card's table; none where it is no such model."""
+    """Kind of model in a directory, as a key of the card's table. None: it is no such model."""
     if (folder / "text_encoder.json").is_file():
         return "text encoder"
     if (folder / "modules.json").is_file():
@@ -170,7 +170,7 @@ def write_card(
         parity: The certificate of an export or conversion.
 
     Returns:
-        The card's path; none where the directory holds no model, or a card of somebody else's.
+        The card's path. None: the directory holds no model, or a card that was not written here.
     """
     import torch
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -240,7 +240,7 @@ def _scores(found: Mapping[str, Any], *names: str) -> Iterator[tuple[str, float]
 
 
 def _card_of(path: str) -> Any:
-    """The metadata of a local parent's own card."""
+    """Read the metadata of a local parent's card."""
     from huggingface_hub import ModelCard
 
     card = Path(path) / CARD_NAME
@@ -255,7 +255,7 @@ def _bases(card: Any) -> list[str]:
 
 
 def _shown(path: str) -> str:
-    """A path without where on this machine it lies."""
+    """A path without its place on this machine."""
     return "/".join(Path(path).parts[-2:]) if _is_local(path) else path
 
 

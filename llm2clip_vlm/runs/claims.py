@@ -1,4 +1,4 @@
-"""Whose run an output directory holds: of which recipe and parents, and whether it may go on."""
+"""The run that an output directory holds: its recipe and parents, and whether it may go on."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from llm2clip_vlm.runs.ownership import MARKER_NAME
 
 
 def refuse_changed_outputs(directory: str | Path) -> None:
-    """Refuse to write over what somebody has changed since a stage wrote it.
+    """Refuse to write over files that have been changed since a stage wrote them.
 
     Args:
-        directory: The stage's output directory. What is gone may be made again.
+        directory: The stage's output directory. Missing files may be made again.
 
     Raises:
         HandoffError: Names the file.
@@ -100,7 +100,7 @@ def claim_output_dir(recipe: BaseModel) -> Path:
 def claim_parents(
     directory: str | Path, parents: Mapping[str, str | Path], *, resumes: bool
 ) -> dict[str, dict[str, Any]]:
-    """Note what a run begins with, or refuse to go on with what began with something else.
+    """Note what a run begins with, or refuse to go on with a run that began with something else.
 
     A checkpoint of other weights or data would be taken for a result of these. Call it in one
     process.
@@ -109,10 +109,10 @@ def claim_parents(
         directory: The run's output directory.
         parents: Name to path. Models are compared by their files, a stage's other output (a cache
             may grow) by the fingerprints in its manifest, data files by size and hash.
-        resumes: From a checkpoint.
+        resumes: Whether the run goes on from a checkpoint.
 
     Returns:
-        The states of those that are data files, by name.
+        The states of the parents that are data files, by name.
 
     Raises:
         HandoffError: Names the parent, and the file.
@@ -152,7 +152,7 @@ def _noted(path: Path) -> dict[str, Any]:
     with contextlib.suppress(ValueError):
         return dict(read_json(path))
     raise HandoffError(
-        f"{path} is damaged, so that nobody knows what the run began with; put it back, choose "
+        f"{path} is damaged, so what the run began with is unknown; put it back, choose "
         "another output_dir, or delete the folder"
     )
 

@@ -29,7 +29,7 @@ class HandoffError(ValueError):
 
 
 def fingerprint_file(path: str | Path) -> str:
-    """sha256 of a file's content, remembered within this process by its size and time."""
+    """sha256 of a file's content, cached in this process by its size and time."""
     target = Path(path).resolve()
     stat = target.stat()
     key = (str(target), stat.st_size, stat.st_mtime_ns)
@@ -75,7 +75,7 @@ def model_files(folder: Path) -> Iterator[Path]:
 
 
 def file_state(path: Path, *, whole: bool = False) -> FileState:
-    """What a file is known again by.
+    """State by which a file is recognised.
 
     Args:
         path: The file.
@@ -102,14 +102,14 @@ def file_states(files: Iterable[Path], *, whole: bool = False) -> dict[str, File
 
 
 def changed_files(states: Mapping[str, FileState], folder: Path | None = None) -> Iterator[str]:
-    """The files that are gone, or are not what they were.
+    """Find files that are gone or have changed.
 
-    A file of the same size and date is believed; one of another date is hashed again, so that a
+    A file of the same size and date counts as unchanged; one of another date is hashed again, so a
     copy of a folder counts as the same.
 
     Args:
-        states: Of :func:`file_states`.
-        folder: What their paths are relative to.
+        states: Result of :func:`file_states`.
+        folder: Folder that their paths are relative to.
     """
     for name, (size, date, digest) in states.items():
         file = Path(name) if folder is None else folder / name

@@ -1,10 +1,10 @@
-"""What one stage leaves for the next: a manifest that says how the output was made.
+"""The manifest that one stage leaves for the next: it says how the output was made.
 
 `manifest.json` is written last, so its presence means that the stage finished. It holds the
 resolved recipe and its hash, the state of every parent (data files too), hashes of the models
 written beside it, size, date and hash of every file that the stage left, versions, seeds and time,
 and its own hash. The next stage verifies it and refuses a mismatch by naming the field; a
-checkpoint that has no manifest (somebody else's) is taken as it is.
+checkpoint that has no manifest (made elsewhere) is taken as it is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ __all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file"]
 RESOLVED_NAME = "recipe.resolved.yaml"
 """File with the recipe that an output directory was made with."""
 PARENTS_NAME = "parents.json"
-"""File with the content of what a run began with."""
+"""File with the states of a run's parents."""
 
 _SCHEMA = 1
 _PACKAGES = (
@@ -76,7 +76,7 @@ def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
 
 
 def meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
-    """What of a recipe decides the result."""
+    """The keys of a recipe that decide the result."""
     plain = to_plain(recipe) if isinstance(recipe, BaseModel) else recipe
     kept = {key: plain[key] for key in plain.keys() - _NEUTRAL_KEYS}
     if trainer := kept.get("trainer"):
@@ -146,7 +146,7 @@ def _own_hash(manifest: Mapping[str, Any]) -> str:
 
 
 def _output_states(folder: Path) -> dict[str, FileState]:
-    """Of every file that a stage left, by its path below the folder."""
+    """State of every file that a stage left, by its path below the folder."""
     left: list[Path] = []
     for part in sorted(folder.iterdir()):
         if part.name not in _NO_OUTPUTS and not part.name.startswith((".", "part-")):
@@ -163,12 +163,12 @@ def _output_states(folder: Path) -> dict[str, FileState]:
 def changed_outputs(
     directory: str | Path, manifest: Mapping[str, Any], below: str = ""
 ) -> list[str]:
-    """What a stage has left in its directory and is gone, or no longer what it was.
+    """Find outputs of a stage that are gone or have changed.
 
     Args:
-        directory: Where its manifest is.
-        manifest: Read from there.
-        below: Part of the directory that is asked about; empty = all.
+        directory: The stage's directory.
+        manifest: Its manifest.
+        below: Part of the directory to look at; empty = all.
 
     Returns:
         Paths below the directory; of a manifest of an older version, those of its models.
@@ -200,7 +200,7 @@ def versions(*more: str) -> dict[str, str]:
 
 
 def parent_state(path: str | Path) -> dict[str, Any]:
-    """What a manifest keeps of a parent: its manifest's hash, else its fingerprint or files.
+    """State of a parent for a manifest: the hash of its manifest, else its fingerprint or files.
 
     Args:
         path: A directory, a file or a pattern (sizes, dates and hashes of the files), or a hub id
@@ -219,19 +219,19 @@ def parent_state(path: str | Path) -> dict[str, Any]:
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The files that a parent's path or pattern means."""
+    """The files that a parent's path or pattern names."""
     files = [path] if Path(path).is_file() else sorted(glob.glob(str(path)))
     return [Path(file) for file in files]
 
 
 def changed_parent(state: Mapping[str, Any]) -> str | None:
-    """What of a parent is not as it was.
+    """Find what has changed in a parent.
 
     Args:
         state: Result of :func:`parent_state`, then.
 
     Returns:
-        A path. None: nothing.
+        A path. None: nothing has changed.
     """
     path = state["path"]
     if "files" in state:
@@ -256,7 +256,7 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any] | None:
-    """The manifest in a stage's output directory; none where there is no such file.
+    """Read the manifest in a stage's output directory. None: there is no such file.
 
     Raises:
         HandoffError: The file is not a manifest that this version reads.
@@ -289,14 +289,14 @@ def _find_manifest(path: Path) -> Path | None:
 
 
 def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
-    """Check that a directory is what the next stage takes it for.
+    """Check that a directory is unchanged and comes from one of these stages.
 
     Args:
         directory: A stage's output directory, or a model directory directly below it.
-        stages: Those that may have written it. None: any.
+        stages: Stages that may have written it. None: any.
 
     Returns:
-        The manifest; none for a checkpoint that no stage of this project wrote.
+        The manifest. None: no stage of this project wrote the checkpoint.
 
     Raises:
         HandoffError: Another stage wrote it, or the model's files are not those that it left.
@@ -325,7 +325,7 @@ def refuse_bidirectional(config: Any, where: str | Path) -> None:
 
     Args:
         config: The language model's config.
-        where: Its path, for the message.
+        where: Path of the model, for the message.
 
     Raises:
         HandoffError: `config.is_causal` is false: the model attends to the future and would read

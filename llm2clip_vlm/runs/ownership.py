@@ -1,11 +1,10 @@
-"""Whose a folder is: a lock while a run writes into it, and the names in it that are runs' own.
+"""Ownership of a folder: a lock while a run writes into it, and the names that runs have written.
 
 `.llm2clip-vlm.json` lies in every output directory. A run that writes there holds a lock on it
-(`flock`, which ends with the process however that ends; on a file system without locks the host and
-the process that the file names are believed as long as that process lives, and processes of other
-machines always). It lists the names below the folder that runs have written or will write; nothing
-else is ever overwritten or deleted. A folder in which other things lie, and none of ours, is
-refused before anything is written.
+(`flock`, which ends with the process however that ends; on a file system without locks the file's
+host and process count as long as that process lives, and processes of other machines always). It
+lists the names below the folder that runs have written or will write; nothing else is ever
+overwritten or deleted. A folder that holds other files only is refused before anything is written.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from typing import Any
 from llm2clip_vlm.files import read_text, write_atomically
 
 MARKER_NAME = ".llm2clip-vlm.json"
-"""File that says which process writes into a folder, and what in it is ours."""
+"""File that says which process writes into a folder, and which names runs have written."""
 
 
 class OwnershipError(ValueError):
@@ -37,10 +36,10 @@ class Hold:
 
     Args:
         folder: Made if absent.
-        doing: What writes there, for the message that another run gets.
+        doing: The program that writes there, for the message that another run gets.
         names: What it will write, below the folder.
-        alone: Nothing else may lie there; false = other files do not matter if their names differ.
-        shared: Others that say so too may write at the same time.
+        alone: Whether nothing else may lie there; else files of other names do not matter.
+        shared: Whether other shared holds may write at the same time.
         older: Names that a version without markers has written there.
 
     Raises:
@@ -61,7 +60,7 @@ class Hold:
         self.folder = Path(folder)
         """The folder."""
         self.names: set[str] = set()
-        """What in it is ours."""
+        """Names that runs have written or will write."""
         self._older = set(older)
         self._handle = -1
         wanted = set(names)
@@ -158,7 +157,7 @@ _HELD: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
 
 
 def _forget() -> None:
-    """A loader's worker does not keep its parent's folder locked when that is killed."""
+    """Let go in a loader's worker, which would keep the folder of a killed parent locked."""
     for hold in list(_HELD.values()):
         hold._close()
 
@@ -167,10 +166,10 @@ os.register_at_fork(after_in_child=_forget)
 
 
 def foreign(folder: Path, names: Collection[str]) -> None:
-    """Refuse what no run has written.
+    """Refuse files that no run has written.
 
     Raises:
-        OwnershipError: There is something.
+        OwnershipError: There are such files.
     """
     if names:
         listed = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
@@ -195,7 +194,7 @@ def write_pages(folder: str | Path, doing: str, pages: Mapping[str, str]) -> Non
 
 
 def sign(folder: Path) -> None:
-    """List a folder's files as ours, so that :func:`remove` may delete them."""
+    """List a folder's files as written by a run, so that :func:`remove` may delete them."""
     files = sorted(f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file())
     write_atomically(folder / MARKER_NAME, json.dumps({"names": files}) + "\n")
 
@@ -211,7 +210,7 @@ def remove(folder: Path, names: Iterable[str] | None = None) -> bool:
     """Delete files, and the folders that become empty.
 
     Args:
-        folder: Where they lie.
+        folder: Folder of the files.
         names: Files below it. None: those that :func:`sign` listed.
 
     Returns:
@@ -220,18 +219,18 @@ def remove(folder: Path, names: Iterable[str] | None = None) -> bool:
     listed = _content(folder / MARKER_NAME).get("names", ()) if names is None else names
     for name in [*listed, MARKER_NAME]:
         if ".." in Path(name).parts or Path(name).is_absolute():
-            continue  # a list that came with somebody else's files reaches no others
+            continue  # a list that came with foreign files reaches no others
         with suppress(FileNotFoundError):
             (folder / name).unlink()
     below = (Path(place) for place, _, _ in os.walk(folder, topdown=False))
     for place in below:
-        with suppress(OSError):  # somebody else's files keep theirs
+        with suppress(OSError):  # foreign files keep their folders
             place.rmdir()
     return not folder.exists()
 
 
 def _content(path: Path) -> dict[str, Any]:
-    """The marker's first line; empty where there is none."""
+    """The marker's first line; empty without a marker."""
     try:
         if not os.path.lexists(path):
             return {}
@@ -256,7 +255,7 @@ def _this_process() -> dict[str, Any]:
 
 
 def _started(process: int) -> str:
-    """When a process began, in the kernel's own count; empty where that is not told."""
+    """When a process began, as the kernel counts; empty where it is not known."""
     with suppress(OSError, IndexError):
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
     return ""

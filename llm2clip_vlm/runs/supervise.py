@@ -23,18 +23,18 @@ import time
 from pathlib import Path
 
 PATIENCE_S = 10.0
-"""Between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL."""
 
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def main(command: list[str]) -> int:
     """Run a command; its exit code is returned, its signal repeated."""
-    with contextlib.suppress(OSError, AttributeError):  # Linux: orphans below come to us
+    with contextlib.suppress(OSError, AttributeError):  # Linux: this process inherits orphans below
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _pass)  # and not for the command: a handler ends with exec
+            signal.signal(number, _pass)  # not for the command: a handler ends with exec
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while process.poll() is None:
         if select.select([sys.stdin], [], [], 0.1)[0]:
@@ -56,7 +56,7 @@ def main(command: list[str]) -> int:
 
 
 def _pass(number: int, frame: object) -> None:
-    """What asks for the end of the command closes the pipe."""
+    """Ignore the signal: closing the pipe ends the command."""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -82,16 +82,16 @@ def _signal_all(number: int) -> None:
 
 
 def _descendants() -> list[int]:
-    """Processes below this one that still run."""
+    """List the processes below this one that still run."""
     parents: dict[int, int] = {}
     for entry in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, parent = entry.read_text().rpartition(")")[2].split()[:2]
             if state != "Z":
                 parents[int(entry.parent.name)] = int(parent)
-    found, ours = [], {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in ours} - ours:
-        ours |= more
+    found, below = [], {os.getpid()}
+    while more := {child for child, parent in parents.items() if parent in below} - below:
+        below |= more
         found += sorted(more)
     return found
 

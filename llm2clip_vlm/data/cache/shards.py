@@ -322,7 +322,7 @@ def cache_names(directory: Path) -> list[str]:
     """Names of the files in a directory that belong to a cache; empty where it is no cache.
 
     Raises:
-        CacheError: Its header is damaged.
+        CacheError: The header is damaged.
     """
     if read_header(directory) is None:
         return []

@@ -20,7 +20,7 @@ from llm2clip_vlm.recipe.evaluation import ClassSource, CompositionalTask, Retri
 from llm2clip_vlm.recipe.reading import did_you_mean
 
 Captions = Iterator[tuple[str, str, str]]
-"""Image below the folder of images, kind of caption, caption."""
+"""Items of image (below the folder of images), kind of caption, caption."""
 
 ALL = "captions"
 
@@ -30,16 +30,16 @@ _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 
 @dataclass(frozen=True)
 class Benchmark:
-    """How a benchmark is read, and what the standard set is."""
+    """Reader of a benchmark, and its standard set."""
 
     read: Callable[[Path, Path], Captions]
-    """Annotations and folder of images to captions."""
+    """Reads captions from annotations and a folder of images."""
     images: int
     """Images of the standard set."""
     captions: int | None
     """Its captions over all kinds. None: not pinned."""
     protocol: str
-    """What is judged; in every result."""
+    """Protocol, which every result states."""
 
 
 def _json(data: Path, images: Path) -> Captions:
@@ -51,7 +51,7 @@ def _json(data: Path, images: Path) -> Captions:
 
 
 def _several(value: Any) -> list[Any]:
-    """What stands for one or many: a text is one, not its letters."""
+    """A list of one or many: a text is one, not its letters."""
     return value if isinstance(value, list) else [value]
 
 
@@ -132,7 +132,7 @@ RETRIEVAL: dict[str, Benchmark] = {
 
 
 def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, bool]:
-    """Images with captions by kind, the protocol, and whether this is the standard set.
+    """Read images with captions by kind, the protocol, and whether this is the standard set.
 
     Raises:
         ValueError: An unknown benchmark, or files that are not in its format.
@@ -183,7 +183,7 @@ def _in_format(data: Path, benchmark: str) -> Iterator[None]:
 
 
 def read_compositional(task: CompositionalTask) -> list[tuple[str, list[str], list[str]]]:
-    """Category, images and captions of each item, the right ones at equal positions."""
+    """Read category, images and captions of each item, right ones at equal positions."""
     with _in_format(Path(task.data), task.benchmark):
         items = list(_compositional(Path(task.data), task.benchmark))
         for _, names, texts in items:
@@ -207,7 +207,7 @@ def _compositional(data: Path, benchmark: str) -> Iterator[tuple[str, list[str],
 
 
 def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[str]]:
-    """Images and the class of each: folder names, or a column."""
+    """Read images and the class of each: folder names, or a column."""
     data = Path(source.data)
     if not data.is_dir():
         rows = ImageTextSource(
@@ -228,7 +228,7 @@ def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[st
 
 
 def plain_image(root: Path, name: str, *, follow_links: bool = False) -> ImageTextRecord:
-    """An image without captions; `name` may lack its ending."""
+    """Find an image without captions; `name` may lack its ending."""
     if not Path(name).suffix:
         found = [name + suffix for suffix in _IMAGES if (root / (name + suffix)).is_file()]
         if not found:
@@ -239,7 +239,7 @@ def plain_image(root: Path, name: str, *, follow_links: bool = False) -> ImageTe
 
 
 def read_classes(path: str) -> dict[str, str]:
-    """Class to name, in order: lines, a JSON list, or a JSON mapping.
+    """Read classes and their names, in order: lines, a JSON list, or a JSON mapping.
 
     Raises:
         ValueError: Something else, or a class that is listed twice: those behind it would move up.
@@ -255,5 +255,5 @@ def read_classes(path: str) -> dict[str, str]:
     if len(classes) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{path}: {twice!r} is listed twice; tell them apart ({{class: name}})")
+        raise ValueError(f"{path}: {twice!r} is listed twice; keep them apart ({{class: name}})")
     return classes

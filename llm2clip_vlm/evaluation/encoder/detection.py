@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
@@ -79,18 +80,18 @@ class TowerBackbone(BackboneMixin, PreTrainedModel):
         """Args: `[b, 3, s, s]`. Returns: one feature map `[b, d, g, g]`."""
         out = self.vision_tower(pixel_values=pixel_values)
         patches = out.last_hidden_state[:, self.config.num_prefix_tokens :]
-        grid = (self.config.grid, self.config.grid)
-        return BackboneOutput(feature_maps=(patches.transpose(1, 2).unflatten(2, grid),))
+        maps = rearrange(patches, "b (y x) d -> b d y x", y=self.config.grid)
+        return BackboneOutput(feature_maps=(maps,))
 
 
 def build_detector(
     tower: VisionTower, classes: Sequence[str], detector: dict[str, Any]
 ) -> DeformableDetrForObjectDetection:
-    """Deformable DETR around a copy of a tower's weights.
+    """Build Deformable DETR around a copy of a tower's weights.
 
     Args:
-        tower: Its patches are the only feature map; further levels are convolutions of it.
-        classes: Names.
+        tower: The tower, whose patches are the only map; further levels are convolutions of it.
+        classes: Names of the classes.
         detector: Fields of `DeformableDetrConfig`.
     """
     AutoConfig.register(TowerBackboneConfig.model_type, TowerBackboneConfig, exist_ok=True)
@@ -155,14 +156,14 @@ class CocoBoxes(Dataset[dict[str, Any]]):
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch."""
+    """Make a batch."""
     pixels = torch.stack([row["pixel_values"] for row in rows])
     return {"pixel_values": pixels, "labels": [row["labels"] for row in rows]}
 
 
 class _Trainer(Trainer):
     def compute_loss_context_manager(self) -> Any:
-        """Runs after `model.train()`, and puts a frozen tower back into evaluation mode."""
+        """Put a frozen tower back into evaluation mode; called after `model.train()`."""
         model: Any = self.model
         set_evaluation_mode(frozen_modules(model))
         return super().compute_loss_context_manager()
@@ -211,7 +212,7 @@ def predict(
     for images in torch.arange(len(data)).split(batch_size):
         pixels = torch.stack([data[int(row)]["pixel_values"] for row in images])
         out = model(pixel_values=pixels.to(model.device))
-        scores = out.logits.sigmoid().flatten(1).float().cpu()
+        scores = rearrange(out.logits.sigmoid(), "b n c -> b (n c)").float().cpu()
         scores, places = scores.topk(min(MAX_BOXES, scores.shape[1]), dim=1)
         for row, score, place, boxes in zip(
             images, scores.tolist(), places, out.pred_boxes.float().cpu(), strict=True
@@ -231,7 +232,7 @@ def predict(
 def coco_ap(truth: Any, found: list[dict[str, Any]], recipe: EncoderEvalRecipe) -> dict[str, Any]:
     """Box AP in per cent, as COCO defines it, with an interval over images.
 
-    None where it is not defined: no true box (of that size). Without any found box it is 0.
+    None: it is not defined, for want of true boxes (of that size). Without a found box it is 0.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

@@ -1,4 +1,4 @@
-"""An encoder under judgement: images and texts to embeddings, whatever checkpoint it is."""
+"""An encoder to evaluate: images and texts to embeddings, whatever checkpoint it is."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
@@ -32,10 +33,10 @@ from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_dir
 from llm2clip_vlm.runs.manifest import read_manifest
 
 _CLIP = ("clip", "vision-text-dual-encoder")
-"""`model_type` of what has CLIP's text tower."""
+"""`model_type` of models with CLIP's text tower."""
 
 Texts = Callable[[Sequence[str]], Tensor]
-"""Texts to `[n, d]` on the CPU, unit norm, float32."""
+"""Turns texts into `[n, d]` on the CPU, unit norm, float32."""
 
 
 @dataclass(frozen=True)
@@ -43,23 +44,23 @@ class Encoder:
     """A vision tower and, where the checkpoint has one, its text side."""
 
     tower: VisionTower
-    """On its device."""
+    """The tower on its device."""
     project: nn.Module
-    """From the tower's pooled output to the joint space."""
+    """Projection of the tower's pooled output into the joint space."""
     fingerprints: dict[str, str]
     """Hashes of what was loaded."""
     batch_size: int
-    """Images a forward pass."""
+    """Images of a forward pass."""
     texts: Texts | None = None
-    """To the joint space."""
+    """Embeds texts in the joint space."""
     captions: Texts | None = None
-    """By the text encoder alone (without text adaptor)."""
+    """Embeds texts by the text encoder alone (without text adaptor)."""
     num_cut: Callable[[], int] = lambda: 0
     """Texts so far that were too long for the text side, and cut."""
 
     @torch.no_grad()
     def pool(self, images: Sequence[ImageTextRecord]) -> tuple[Float[Tensor, "n d"], str]:
-        """The tower's pooled output.
+        """Pool images by the tower.
 
         Returns:
             float32 on the CPU, before projection and norm; and the hash of the images' bytes.
@@ -80,14 +81,14 @@ class Encoder:
 
     @torch.no_grad()
     def embed_images(self, images: Sequence[ImageTextRecord]) -> tuple[Float[Tensor, "n d"], str]:
-        """As :meth:`pool`, in the joint space and of unit norm."""
+        """Embed images in the joint space, with unit norm; see :meth:`pool`."""
         pooled, digest = self.pool(images)
         model = self.tower.model
         embeds = self.project(pooled.to(model.device, model.dtype)).float()
         return F.normalize(embeds, dim=-1).cpu(), digest
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        """Texts in the joint space.
+        """Embed texts in the joint space.
 
         Raises:
             ValueError: The checkpoint has no text side.
@@ -106,7 +107,7 @@ def _read(record: ImageTextRecord) -> tuple[bytes, Image.Image]:
 
 
 def data_hash(*parts: Any) -> str:
-    """sha256 of what was judged: texts, labels, names, and the images' hash."""
+    """sha256 of the data: texts, labels, names, and the images' hash."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -119,14 +120,14 @@ def load_encoder(
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> Encoder:
-    """Load a checkpoint to be judged.
+    """Load a checkpoint to evaluate.
 
     Args:
         path: Directory or hub id of an `LLM2CLIPModel`, a CLIP, a SigLIP, or any vision tower
             (which then has no text side).
-        text_encoder: For an `LLM2CLIPModel`.
+        text_encoder: Text encoder of an `LLM2CLIPModel`.
         captions: Stands in its place and looks the captions' embeddings up (stage 2a's cache).
-        device: Where to.
+        device: Where the weights go.
         dtype: Dtype of the weights.
         batch_size: Images a forward pass.
 
@@ -182,9 +183,9 @@ def _through_adaptor(model: LLM2CLIPModel, captions: Texts) -> Texts:
 def _own_side(path: str, model: Any) -> dict[str, Any]:
     """The text tower of a CLIP, or of a SigLIP, whose texts are prepared as it was trained.
 
-    SigLIP's are padded to the window and in lower case: its own tokenizer and SigLIP2's NaFlex one
-    do that, but google/siglip2-* of fixed resolution name Gemma's (transformers 43101; big_vision's
-    `lower`).
+    SigLIP takes texts padded to the window and in lower case: its tokenizer and that of NaFlex do
+    so, but google/siglip2-* of fixed resolution name the one of Gemma (transformers 43101; `lower`
+    in big_vision).
     """
     tokenizer = read_tokenizer(path)
     window = int(model.config.text_config.max_position_embeddings)
@@ -219,13 +220,13 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
 def tower_pixels(
     tower: VisionTower, image: Image.Image, size: tuple[int, int]
 ) -> Float[Tensor, "3 h w"]:
-    """An image as the tower's processor would normalise it, but of any size.
+    """Normalise an image as the tower's processor does, but at any size.
 
     Args:
-        tower: Its mean and standard deviation.
+        tower: Gives mean and standard deviation.
         image: RGB.
         size: Width and height.
     """
     pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255.0
     mean, std = (np.array(v, np.float32) for v in (tower.image_mean, tower.image_std))
-    return torch.from_numpy((pixels - mean) / std).permute(2, 0, 1)
+    return rearrange(torch.from_numpy((pixels - mean) / std), "h w c -> c h w")

@@ -35,7 +35,7 @@ def fit_logistic(
         labels: Below `num_classes`.
         num_classes: Classes.
         l2: Strength; scikit-learn's `1 / C`.
-        start: Weights to begin with.
+        start: Weights to begin with. None: zeros.
 
     Returns:
         `[classes, d + 1]`: weights and, last, the biases, which are not regularised.
@@ -57,7 +57,7 @@ def fit_logistic(
 
 
 def choose_l2(accuracy: Callable[[float], float]) -> float:
-    """The strength of the best accuracy: powers of 100, then ever smaller steps about the best.
+    """Find the strength of the best accuracy: powers of 100, then smaller steps about the best.
 
     Paper: CLIP (2103.00020) appendix A.3: from 1e-6 to 1e6, to 8 steps a decade.
     """
@@ -82,7 +82,7 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
     rng = np.random.default_rng(recipe.seed)
 
     def probe(fit: Any, choose: Any, final: Any) -> tuple[Tensor, float]:
-        """Whether each test image is right, with the strength that is best on `choose`."""
+        """Test the images with the strength that is best on `choose`: right or wrong, and it."""
         weights: list[Tensor] = []
 
         def accuracy(l2: float) -> float:
@@ -131,7 +131,7 @@ def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str],
 def _few(
     rng: np.random.Generator, labels: np.ndarray, shots: int, names: list[str]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of `shots` images a class, and of some more to choose the regularisation by."""
+    """Draw rows of `shots` images a class, and some more to choose the regularisation by."""
     fit, choose = [], []
     for label, name in enumerate(names):
         rows = rng.permutation(np.flatnonzero(labels == label))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -30,13 +31,13 @@ UNJUDGED = 255
 """Mask value of pixels without a class."""
 
 Scores = Callable[[Float[Tensor, "b 3 s s"]], Float[Tensor, "b c g g"]]
-"""Windows to scores of each patch."""
+"""Turns windows into scores of each patch."""
 
 
 def zero_shot_segmentation(
     task: ZeroShotSegmentationTask, encoder: Encoder, recipe: EncoderEvalRecipe
 ) -> Any:
-    """Each patch, projected as if it were an image's pooled output, against the classes' texts.
+    """Compare each patch, projected like an image's pooled output, with the classes' texts.
 
     Paper: MaskCLIP (2112.01071) section 3.2; LLM2CLIP v6 table 4.
     """
@@ -45,9 +46,10 @@ def zero_shot_segmentation(
 
     def scores(windows: Tensor) -> Tensor:
         patches = patch_grid(encoder, windows, last_values=task.last_attention == "value")
-        pooled = _pool_each(encoder.tower.model, patches.flatten(0, 2))
+        pooled = _pool_each(encoder.tower.model, rearrange(patches, "b y x d -> (b y x) d"))
         embeds = F.normalize(encoder.project(pooled).float(), dim=-1)
-        return (embeds @ texts.T).unflatten(0, patches.shape[:3]).permute(0, 3, 1, 2)
+        side = encoder.tower.grid
+        return rearrange(embeds @ texts.T, "(b y x) c -> b c y x", y=side, x=side)
 
     found = _judge(Masks(task, task.split, encoder), scores, names, recipe)
     kind = f"patches against {len(names)} texts, last attention: {task.last_attention}; "
@@ -58,7 +60,7 @@ def zero_shot_segmentation(
 
 
 def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
-    """A batch norm and a linear head on frozen patches, trained on random windows.
+    """Train a batch norm and a linear head on frozen patches of random windows.
 
     Paper: DINOv2 (2304.07193) section 7.4 (linear head).
     """
@@ -72,7 +74,8 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
 
     def scores(windows: Tensor) -> Tensor:
-        found: Tensor = head(patch_grid(encoder, windows).float().permute(0, 3, 1, 2))
+        patches = patch_grid(encoder, windows).float()
+        found: Tensor = head(rearrange(patches, "b y x d -> b d y x"))
         return found
 
     for _ in range(task.steps):
@@ -120,9 +123,8 @@ def patch_grid(
     finally:
         for hook in hooks:
             hook.remove()
-    patches = out.last_hidden_state[:, tower.num_prefix_tokens :]
-    found: Tensor = patches.unflatten(1, (tower.grid, tower.grid))
-    return found
+    patches: Tensor = out.last_hidden_state[:, tower.num_prefix_tokens :]
+    return rearrange(patches, "b (y x) d -> b y x d", y=tower.grid)
 
 
 def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
@@ -134,7 +136,7 @@ def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
 
 @torch.no_grad()
 def _pool_each(model: Any, patches: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Applies the tower's pooling to each patch alone; others' last state is normed already."""
+    """Pool each patch alone as CLIP or SigLIP does; other towers' last state is normed already."""
     if model.config.model_type == "siglip_vision_model":
         pooled: Tensor = model.head(patches[:, None])
         return pooled
@@ -229,7 +231,7 @@ def slide(
 
 
 def overlaps(found: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Pixels of each class that are right, found and there: `int[3, classes]`.
+    """Count the pixels of each class that are right, found and there: `int[3, classes]`.
 
     Raises:
         ValueError: A mask value that is no class.
@@ -272,7 +274,7 @@ def _judge(
         "data_hash": masks.fingerprint(),
         "miou": float(np.nanmean(ious)),
         "ci": ci,
-        # What the commonest class gets if every pixel is said to be of it.
+        # What the most frequent class gets if every pixel is called so.
         "chance_miou": 100.0 * float(there.max() / max(1, there.sum()) / max(1, (there > 0).sum())),
         "pixel_accuracy": 100.0 * float(total[0].sum() / max(1, total[2].sum())),
         "iou": {n: None if np.isnan(iou) else iou for n, iou in zip(names, ious, strict=True)},

@@ -1,7 +1,7 @@
-"""What an encoder can do untrained: retrieval, hard negatives, classification by names.
+"""Zero-shot tasks of an encoder: retrieval, hard negatives, classification by names.
 
-Every result tells its protocol, a hash of the data, its rate of ties and 95 % intervals. Ties count
-against the model.
+Every result states its protocol, a hash of the data, its rate of ties and 95 % intervals. Ties
+count against the model.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Result = dict[str, Any]
 
 
 def retrieval(task: RetrievalTask, encoder: Encoder, recipe: Recipe) -> Result:
-    """Image to text and text to image, each kind of caption (or language) for itself."""
+    """Image to text and text to image, each kind of caption (or language) apart."""
     records, protocol, standard = published.read_retrieval(task)
     images, image_hash = encoder.embed_images(records)
     galleries = caption_galleries(records)
@@ -55,7 +55,7 @@ _KS = ("r1", "r5", "r10", "tie_rate")
 
 def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Caption retrieval accuracy of the text encoder alone; no image is opened."""
-    if task.benchmark == "records":  # which need no images
+    if task.benchmark == "records":  # needs no images
         source = CaptionSource(path=task.data, fields=task.fields, where=task.where)
         several = read_captions(source, BadRecords())
         protocol, standard = Path(task.data).name, False
@@ -85,7 +85,7 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
 
 
 def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> Result:
-    """The right caption of an image, or the right pairing of two, against hard negatives."""
+    """Compare the right caption, or the right pairing of two, with hard negatives."""
     items = published.read_compositional(task)
     if not items:
         raise ValueError(f"{task.data}: holds no item of {task.benchmark}")
@@ -100,8 +100,8 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
     right: dict[str, list[bool]] = {}
     tied = []
     for _, shown, said in items:
-        ours = image_embeds[[names[name] for name in shown]]
-        scores = ours @ text_embeds[[texts[text] for text in said]].T
+        own = image_embeds[[names[name] for name in shown]]
+        scores = own @ text_embeds[[texts[text] for text in said]].T
         gaps = {"text": scores.diagonal()[:, None] - scores}
         if len(shown) > 1:
             gaps["image"] = scores.diagonal()[None] - scores
@@ -138,7 +138,7 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
 
 
 def classification(task: ZeroShotTask, encoder: Encoder, recipe: Recipe) -> Result:
-    """Images against the texts of the classes' names."""
+    """Classify images by the texts of the classes' names."""
     classes = published.read_classes(task.classes)
     records, labels = published.read_classified(task)
     wanted = label_rows(labels, classes, task.classes)

@@ -1,4 +1,4 @@
-"""The lmms-eval model class: a thin skin over :class:`~.generation.Generator`.
+"""The lmms-eval model class: a thin layer over :class:`~.generation.Generator`.
 
 Importing this module imports lmms-eval's `api`, without the side effects of its evaluator; nothing
 else in the library does at import. `lmms-eval --model llm2clip_vlm --model_args pretrained=DIR`
@@ -40,7 +40,7 @@ def load_checkpoint(
 
     Args:
         pretrained: Directory or hub id.
-        dtype: `auto` keeps the checkpoint's; `float32` or `bfloat16` convert.
+        dtype: `auto` keeps that of the checkpoint; `float32` or `bfloat16` convert.
         device: Where it goes. None: `cuda` if there is one, else `cpu`.
 
     Returns:
@@ -51,7 +51,7 @@ def load_checkpoint(
     """
     from transformers import AutoModelForImageTextToText
 
-    register()  # the tower's `model_type` may be known to us, or to another package, alone
+    register()  # only this package, or another one, may know the tower's `model_type`
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
     return model.to(chosen).eval(), read_processor(pretrained)
@@ -110,7 +110,7 @@ class Llm2ClipVlmChat(lmms):
         self.prompt_example: str = ""
         """The first prompt of the last task, as the template wrote it."""
         self.pictures: dict[int, str] = {}
-        """Document of the last task to a hash of its pictures' pixels; none for text alone."""
+        """Hash of the pictures' pixels by document of the last task; text alone has no entry."""
 
     @property
     def device(self) -> torch.device:
@@ -171,7 +171,7 @@ class Llm2ClipVlmChat(lmms):
         return self._answer(prompts, [(args[2], args[3]) for args in arguments])
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
-        """Not supported: no task of our suites asks for it."""
+        """Refuse: no task of the suites here asks for it."""
         raise NotImplementedError("llm2clip_vlm answers single-round generation tasks only")
 
     generate_until_multi_round = loglikelihood

@@ -1,7 +1,7 @@
 """Answers from a vision-language checkpoint: batched, left-padded, through its own chat template.
 
-What was trained is what is evaluated: a prompt is whatever the checkpoint's template makes of the
-messages, and nothing is added to it. Failures raise; an answer is never replaced by an empty one.
+Evaluation follows training: a prompt is what the checkpoint's template makes of the messages, and
+nothing is added to it. Failures raise; an answer is never replaced by an empty one.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 _SAMPLING = ("temperature", "top_p", "top_k")
 _IGNORED = frozenset({"image_aspect_ratio"})
 _KNOWN = frozenset({"max_new_tokens", "until", "do_sample", "num_beams", "repetition_penalty"})
-"""With `_SAMPLING`, what a task may ask for; anything else is refused, since leaving it out would
-change the score. `image_aspect_ratio` (LLaVA's own code) is the image processor's business."""
+"""Options that a task may ask for, beside `_SAMPLING`; another one is refused, since leaving it out
+would change the score. `image_aspect_ratio` (of LLaVA's code) is left to the image processor."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Prompt:
     text: str
     """One placeholder for each image; it ends where the answer begins."""
     images: tuple[Image.Image, ...] = ()
-    """In the order of their placeholders."""
+    """Images in the order of their placeholders."""
     shown: Mapping[int, str] = field(default_factory=dict)
-    """Characters of :attr:`text` that stand for others: something that is said in it has a control
-    token's name, and stays text."""
+    """Characters of :attr:`text` that stand for others, where a text in it has a control token's
+    name, and stays text."""
 
 
 class _TextStays:
     """A processor's tokenizer, for the texts of prompts with :attr:`Prompt.shown`.
 
     The processor puts visual tokens into a text as always; then what the template and the
-    processor wrote is control, and what is said is not.
+    processor wrote is control, and the messages' text is not.
     """
 
     def __init__(self, tokenizer: Any, known: TextTokens, prompts: Sequence[Prompt]) -> None:
@@ -88,7 +88,7 @@ class _TextStays:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the model said."""
+    """Answer of the model."""
 
     text: str
     """Decoded, cut at the first stop string, without control characters, stripped."""
@@ -190,7 +190,7 @@ class Generator:
         return Prompt(text, tuple(images), shown)
 
     def _said(self, text: str) -> str:
-        """A text of a message, without what would be taken for a picture all the same."""
+        """Remove from a message's text what would be taken for a picture all the same."""
         if self.image_token not in text or (
             self.tokenizer.is_fast and self.image_token in self._known.tokens
         ):
@@ -211,7 +211,7 @@ class Generator:
 
         Args:
             prompts: Result of :meth:`render`.
-            options: For each prompt lmms-eval's generation arguments (`max_new_tokens`, `until`,
+            options: Generation arguments of lmms-eval for each prompt (`max_new_tokens`, `until`,
                 `do_sample`, `temperature`, `top_p`, `num_beams`). A temperature of 0 is greedy.
             progress: Called with the number of prompts done after each batch.
 
@@ -267,7 +267,7 @@ class Generator:
         return key, config, until
 
     def _encode(self, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        # As transformers' own apply_chat_template: a template that writes bos gets no second one.
+        # As apply_chat_template in transformers: a template that writes bos gets no second one.
         bos, eos = self.tokenizer.bos_token, self.tokenizer.eos_token_id
         written = bos is not None and prompts[0].text.startswith(bos)
         images = [image for prompt in prompts for image in prompt.images]
@@ -306,7 +306,7 @@ class Generator:
         inputs = self._encode(prompts)
         length = inputs["input_ids"].shape[1]
         if self.window is not None and length + config.max_new_tokens > self.window:
-            if len(prompts) > 1:  # the longest prompt shortens no other's answer
+            if len(prompts) > 1:  # the longest prompt shortens no other answer
                 return [self._generate_batch([prompt], config, until)[0] for prompt in prompts]
             config = GenerationConfig(
                 **{**config.to_dict(), "max_new_tokens": self.window - length}

@@ -1,4 +1,4 @@
-"""Running a suite of lmms-eval tasks: plan, resume, spawn, and an honest account of what failed.
+"""Running a suite of lmms-eval tasks: plan, resume, spawn, and a report of what failed.
 
 Never call lmms-eval in a training process; call :func:`run_suite`, which spawns
 :mod:`~llm2clip_vlm.evaluation.vlm.worker` and reads files back.
@@ -79,7 +79,7 @@ class Job:
     task_index: int
     """Place of the task in the suite."""
     task: str
-    """Name of the result: the task's, unless the suite gives another."""
+    """Name of the result: that of the task, unless the suite gives another."""
     spec_hash: str
     """Hash of everything but the checkpoint that decides the score."""
 
@@ -92,7 +92,7 @@ class Job:
         return output / self.checkpoint / f"{self.task}.samples.jsonl"
 
     def result(self, output: Path) -> dict[str, Any] | None:
-        """The finished result, or None where there is none of this content."""
+        """Read the finished result. None: there is no result of this content."""
         file = self.result_path(output)
         if not file.is_file() or not self.samples_path(output).is_file():
             return None
@@ -111,7 +111,7 @@ class Job:
 
 
 def task_yaml(name: str, tasks_dir: Path) -> Path:
-    """The YAML of a task: ours under `tasks_dir`, else lmms-eval's built-in one.
+    """Find the YAML of a task: below `tasks_dir`, else built into lmms-eval.
 
     Raises:
         EvaluationError: No such task, with the nearest names.
@@ -150,7 +150,7 @@ def plan(
     Args:
         suite: Tasks and data.
         checkpoints: Name -> directory.
-        tasks_dir: Our own tasks.
+        tasks_dir: Folder of further tasks.
         limit: First documents of each task only; overrides the tasks' own.
 
     Returns:
@@ -204,7 +204,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
 
 
 def left_out(suite: SuiteRecipe) -> dict[str, str]:
-    """Results that a suite does not make here, and what it lacks for them."""
+    """Results that a suite does not make here, and what is missing for them."""
     found = {}
     for task in suite.tasks:
         if task.judge and suite.judge != "environment":
@@ -269,7 +269,7 @@ _DISTRIBUTED = tuple(
     "RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE GROUP_RANK ROLE_RANK "
     "MASTER_ TORCHELASTIC_ ACCELERATE_ FSDP_".split()
 )
-"""How the variables of a distributed launch begin."""
+"""Prefixes of the variables of a distributed launch."""
 
 
 def assets_dir() -> Path:
@@ -285,7 +285,7 @@ def run_suite(
     output: str | Path,
     limit: int | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
-    """Evaluate checkpoints; what is already there for the same content is not done again.
+    """Evaluate checkpoints; results that are there for the same content are kept.
 
     Args:
         suite: Suite from `load_recipe(path, SuiteRecipe)`.
@@ -297,7 +297,7 @@ def run_suite(
         `{checkpoint: {task: result}}`, every result as in its file.
 
     Raises:
-        OwnershipError: Another evaluation writes there, or files lie there that none has written.
+        OwnershipError: Another evaluation writes there, or files lie there of no evaluation.
         EvaluationError: Something is missing before the start, or tasks failed; the message names
             them, the others are finished and kept.
     """
@@ -331,7 +331,7 @@ def run_suite(
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for job in jobs:
         result = job.result(out)
-        assert result is not None, "a finished job lost its file while we looked"
+        assert result is not None, "a finished job lost its file meanwhile"
         found.setdefault(job.checkpoint, {})[job.task] = result
     return found
 

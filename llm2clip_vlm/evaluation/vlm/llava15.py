@@ -1,8 +1,8 @@
-"""Prompts and parses of LLaVA-1.5's own evaluation scripts, where lmms-eval's tasks differ.
+"""Prompts and parsers of LLaVA-1.5's evaluation scripts, where lmms-eval's tasks differ.
 
 Suites name these functions in a task's `overrides`, as
 `"!function llm2clip_vlm.evaluation.vlm.llava15.pope_results"`; lmms-eval calls them as it calls its
-own. What they still leave unlike the paper stands under the suite's `deviations`.
+own. What still differs from the paper is listed under the suite's `deviations`.
 
 Paper: arXiv 2310.03744; LLaVA `llava/eval/*.py`, `scripts/convert_*.py`, `docs/Evaluation.md`.
 """
@@ -19,7 +19,7 @@ Kwargs = Mapping[str, Any] | None
 
 
 def plain_text(doc: Doc, kwargs: Kwargs = None) -> str:
-    """The question in its own letters (lmms-eval changes their case), then what must follow it.
+    """The question in its original case (lmms-eval changes it), then what must follow it.
 
     With `ocr: true` the document's OCR tokens stand between them, as in LLaVA's TextVQA file.
     """

@@ -1,4 +1,4 @@
-"""lmms-eval's samples and metrics turned into our own result and sample records."""
+"""Result and sample records made of lmms-eval's samples and metrics."""
 
 from __future__ import annotations
 
@@ -65,15 +65,15 @@ def samples_of(
     *,
     whole: bool = False,
 ) -> list[dict[str, Any]]:
-    """One record a document, in document order.
+    """Make one record a document, in document order.
 
     Args:
         logged: `simple_evaluate`'s `samples[task]`.
         metrics: Names of the task's metrics, in the order of its YAML.
-        aggregations: The task's own, by metric: they mark a document whose values do not say
-            themselves whether it was answered right.
-        pictures: `doc_id` to a hash of the pixels that the model saw; they tell pictures in place
-            of the task's columns.
+        aggregations: Aggregations of the task, by metric: they mark a document whose values do
+            not say themselves whether it was answered right.
+        pictures: `doc_id` to a hash of the pixels that the model saw; they identify pictures in
+            place of the task's columns.
         whole: The metric is one of all documents together (CIDEr weighs words by how rare they are
             among them): a document alone has no value.
 
@@ -84,7 +84,7 @@ def samples_of(
         (MMBench) also `{question_id, turn}`.
 
     Raises:
-        EvaluationError: A document has no value of any metric, no number as such, or is there
+        EvaluationError: A document has no value of any metric, none that is a number, or is there
             twice.
     """
     samples = []
@@ -163,7 +163,7 @@ def _alone(value: Mapping[str, Any], aggregation: Callable[..., Any] | None) -> 
 
 
 def _aggregate(aggregation: Callable[..., Any], values: list[Any]) -> Any:
-    """A task's own metric; files that it writes and tables that it prints are dropped."""
+    """Compute a task's metric; files that it writes and tables that it prints are dropped."""
     with (
         tempfile.TemporaryDirectory() as scratch,
         contextlib.chdir(scratch),
@@ -180,7 +180,7 @@ def metric_errors(
     metrics: Mapping[str, float],
     aggregations: Mapping[str, Callable[..., Any]],
 ) -> dict[str, dict[str, Any]]:
-    """How far each metric would move with other pictures: a jackknife of the metric itself.
+    """Estimate how far each metric would move with other pictures: a jackknife of the metric.
 
     Pictures are dealt into :data:`GROUPS` groups by their hash (the same in every result, so that
     metrics of several results on the same pictures can be added up), and the metric is computed
@@ -190,11 +190,11 @@ def metric_errors(
         logged: `simple_evaluate`'s `samples[task]`.
         samples: Samples from :func:`samples_of`.
         metrics: Result of :func:`metrics_of`.
-        aggregations: The task's own, by metric.
+        aggregations: Aggregations of the task, by metric.
 
     Returns:
-        Metric to `{n, se, without}`: questions, standard error in the metric's unit (None where
-        it has none), and the metric without each group (None: no picture in it).
+        Metric to `{n, se, without}`: questions, standard error in the metric's unit (None: it is
+        not known), and the metric without each group (None: no picture in it).
     """
     pictures = {sample["doc_id"]: sample["image_id"] for sample in samples}
     joined = {sample["doc_id"]: sample["correct"] for sample in questions(samples)}
@@ -272,14 +272,14 @@ def summarise(samples: Sequence[Mapping[str, Any]], whole: float | None = None) 
 
 @dataclass(frozen=True)
 class PairedSamples:
-    """The same documents answered by two checkpoints."""
+    """Answers of two checkpoints to the same documents."""
 
     correct_a: np.ndarray
     """float[n] in 0..1."""
     correct_b: np.ndarray
     """float[n] in 0..1."""
     image_ids: list[str]
-    """The image of each document, by its pixels where one of the two tells it so."""
+    """The image of each document, by its pixels where one of the two knows them."""
     pictures_known: bool = True
     """Whether pixels identify the images, not a column or the document's number."""
 
@@ -345,8 +345,8 @@ def pair_samples(
     """Align the samples of two checkpoints by document.
 
     Args:
-        samples_a: From :func:`load_samples`.
-        samples_b: The same task on the same data.
+        samples_a: Result of :func:`load_samples`.
+        samples_b: Samples of the same task on the same data.
 
     Returns:
         Scores in the order of `samples_a`.

@@ -1,7 +1,7 @@
 """The score gate: is a result within noise of the published one, and if not, what differs?
 
-A published row was measured with another model and often another harness. The gate says which of
-our numbers two equally good models could have given, and lists what about the run is not the
+A published row was measured with another model and often another harness. The gate says which
+numbers two equally good models could both have given, and lists where the run departs from the
 published protocol. It is no proof of equality, and no comparison of towers.
 """
 
@@ -15,7 +15,7 @@ from llm2clip_vlm.metrics.statistics import jackknife_error
 from llm2clip_vlm.recipe.suite import ExpectedColumn, ExpectedScores
 
 Z_95 = 1.96
-"""For the binomial's noise."""
+"""Normal quantile for the binomial's noise."""
 
 
 def gate(
@@ -25,13 +25,13 @@ def gate(
 
     Args:
         expected: The published table.
-        row: Which of its models.
+        row: One of its models.
         results: Name -> result, from :func:`~llm2clip_vlm.evaluation.vlm.jobs.run_suite`.
 
     Returns:
-        For each column of the row `{column, ours, published, noise, noise_of, verdict, differs}`:
+        `{column, ours, published, noise, noise_of, verdict, differs}` of each column of the row:
         numbers on the published scale, `noise` the 95 % half-width of the difference of two
-        independent runs as uncertain as ours, `noise_of` where it comes from (`pictures`: the
+        independent runs as uncertain as this one, `noise_of` its source (`pictures`: the
         metric's own jackknife over pictures; `binomial`: as if questions were independent and the
         metric a share of them, for results that do not have it), `verdict` one of `within noise`,
         `above`, `below`, `not run`, and what differs from the published protocol.
@@ -95,7 +95,7 @@ def _share(result: Mapping[str, Any], column: ExpectedColumn) -> float:
 def _differs(
     result: Mapping[str, Any], column: ExpectedColumn, expected: ExpectedScores
 ) -> list[str]:
-    """What about a result is not the published protocol."""
+    """List where a result departs from the published protocol."""
     prompt, used = result["prompt_example"], result["settings"]["image_processor"]
     texts = [f"prompt lacks {text!r}" for text in column.prompt_has if text not in prompt]
     texts += [f"prompt has {text!r}" for text in column.prompt_lacks if text in prompt]

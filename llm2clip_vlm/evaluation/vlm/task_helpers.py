@@ -1,9 +1,9 @@
-"""What the tasks under `eval/tasks/` share: prompt, picture, exact match, other tasks' schemas.
+"""Helpers of the tasks under `eval/tasks/`: prompt, picture, exact match, other tasks' schemas.
 
 lmms-eval calls these with a document and the task's `lmms_eval_specific_kwargs`. The runner puts
 the data file's folder there as `image_root`. Existence questions may be rewritten in the schemas of
-the built-in `pope` and `mme` tasks, whose prompts and scorers then run on our pictures: the result
-is the *pope scorer on world data*, never a POPE score.
+the built-in `pope` and `mme` tasks, whose prompts and scorers then run on other data: the result is
+the *pope scorer on world data*, never a POPE score.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llm2clip_vlm.data.reading.images import open_image, resolve_image
 logger = logging.getLogger(__name__)
 
 MME_CATEGORY = "existence"
-"""The one of MME's fourteen categories that these questions belong to."""
+"""Category of MME that these questions belong to."""
 
 MME_SUFFIX = " Please answer yes or no."
 """Ends every question of MME; the task replaces it by its own prompt."""
@@ -33,7 +33,7 @@ def doc_to_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Ima
 
 
 def no_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.Image]:
-    """No picture: asks what the words alone give away."""
+    """Give no picture: the question is what the words alone reveal."""
     return []
 
 
@@ -44,7 +44,7 @@ def doc_to_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
 
 
 def pixel_hash(images: Iterable[Image.Image]) -> str:
-    """The same for the same pictures, whatever file, row or column they came from."""
+    """Hash of pictures' pixels, whatever file, row or column they came from."""
     digest = hashlib.sha256()
     for image in images:
         pixels = image.convert("RGB")
@@ -53,7 +53,7 @@ def pixel_hash(images: Iterable[Image.Image]) -> str:
 
 
 def normalise(answer: str) -> str:
-    """Lower case, outer white space removed, inner runs of it one space."""
+    """Make lower case, remove outer white space, shorten inner white space to one space."""
     return " ".join(answer.lower().split())
 
 
@@ -94,12 +94,12 @@ def to_mme_rows(records: Iterable[Mapping[str, Any]], root: Path) -> list[dict[s
     """Rows as `lmms-lab/MME` has them: pairs of a yes and a no question about one image.
 
     Args:
-        records: As for :func:`to_pope_rows`.
+        records: See :func:`to_pope_rows`.
         root: Folder that image paths are relative to.
 
     Returns:
         `{"question_id", "image", "question", "answer", "category"}`, two rows for each
-        `question_id`, and an `image_id` of ours for intervals by image. A question without a
+        `question_id`, and an added `image_id` for intervals by image. A question without a
         partner on its image is left out and counted in the log.
 
     Raises:
@@ -133,7 +133,7 @@ def to_mme_rows(records: Iterable[Mapping[str, Any]], root: Path) -> list[dict[s
 
 
 CONVERTERS = {"pope": to_pope_rows, "mme": to_mme_rows}
-"""By the value of a suite's `convert`."""
+"""Converters by the value of a suite's `convert`."""
 
 
 def write_parquet(source: Path, kind: str, target: Path) -> None:

@@ -37,14 +37,14 @@ from llm2clip_vlm.runs.manifest import versions
 
 _NO_MANAGER: Any = object()
 """Given in place of lmms-eval's task manager, which would index 1,700 files; task objects need
-none."""
+no manager."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the jobs of a file that :mod:`llm2clip_vlm.evaluation.vlm.jobs` wrote.
+    """Run the jobs of a file that :mod:`llm2clip_vlm.evaluation.vlm.jobs` has written.
 
     Returns:
-        0; a failure leaves as its own exception.
+        0; a failure raises.
     """
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("jobs", type=Path)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_adapter(path: str, suite: SuiteRecipe) -> Any:
-    """A checkpoint behind lmms-eval's interface, which several tasks may use in turn."""
+    """Load a checkpoint behind lmms-eval's interface, for one task after another."""
     from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
 
     model, processor = load_checkpoint(path, dtype=suite.dtype, device=suite.device)
@@ -113,7 +113,7 @@ def score(
     """Evaluate one task on one checkpoint and write its samples, then its result.
 
     Args:
-        job: What this is.
+        job: The job.
         suite: Settings to record.
         task: Result of :func:`prepare`.
         adapter: A live chat adapter.
@@ -134,7 +134,7 @@ def score(
     print(f"{job.checkpoint}: {spec.title or job.task}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     try:
-        # No seeds: the caller's random state is nobody's business. No bootstrap: ours is clustered.
+        # No seeds: they would change the caller's random state. No bootstrap: it is clustered here.
         found = simple_evaluate(
             model=adapter,
             tasks=[task],
@@ -246,7 +246,7 @@ STATIC_DESPITE_MARKS = frozenset({"mmbench_en_dev_static", "l2c_mmbench_cn_dev_s
 
 
 def load_config(yaml: Path) -> dict[str, Any]:
-    """A task's YAML with includes merged and functions imported.
+    """Read a task's YAML with includes merged and functions imported.
 
     A hub token is dropped: it makes public data sets fail without a login.
     """
@@ -280,7 +280,7 @@ def refuse_judge(name: str, config: Mapping[str, Any]) -> None:
 
 
 def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None:
-    """Make a task read a local file instead of its own data set.
+    """Make a task read a local file instead of its data set.
 
     Args:
         config: Changed in place; the split keeps its name.
@@ -353,14 +353,14 @@ def build_task(
     *,
     judge: bool = False,
 ) -> Any:
-    """The lmms-eval task object of a suite's entry, for the chat adapter.
+    """Build the lmms-eval task object of a suite's entry, for the chat adapter.
 
     Args:
         spec: The suite's entry.
         yaml: The task's file, from :func:`~llm2clip_vlm.evaluation.vlm.jobs.task_yaml`.
-        data: Local file to read instead (already converted), or None for the task's own data.
-        cache_dir: As for :func:`redirect`.
-        judge: There is a judge, so tasks marked as needing one may be built.
+        data: Local file to read instead (already converted). None: the task's data set.
+        cache_dir: See :func:`redirect`.
+        judge: Whether there is a judge; tasks marked as needing one may then be built.
 
     Returns:
         A `ConfigurableMessagesTask`.

@@ -47,7 +47,7 @@ def training_images(
 
     Args:
         recipe: Gives `train` and what is done to images and captions.
-        image_processor: The tower's.
+        image_processor: Image processor of the tower.
         bad: Takes what cannot be used.
         text_inputs: Captions to the model's text arguments. None: the training process does this.
         captions_per_image: Captions of an image in a batch.
@@ -72,7 +72,7 @@ class HeldOut:
 
     Args:
         recipe: Gives `evaluation` and `zero_shot`.
-        image_processor: The tower's.
+        image_processor: Image processor of the tower.
         bad: Takes what cannot be used, also images that fail while they are encoded.
         features: Features of a frozen tower, which `encode_images` gets instead of `pixel_values`.
     """
