@@ -249,7 +249,7 @@ def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
 
 def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> list[str]:
     """Pydantic's errors as `dotted.key: message`, without the names of a union's branches."""
-    told: dict[str, str] = {}
+    problems: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         here: Any = data
@@ -265,24 +265,26 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
             parts.append(str(step))
         key, message = ".".join(parts), item["msg"]
         if item["type"] == "missing":
-            told[key] = "required, but not given"
+            problems[key] = "required, but not given"
         elif item["type"] == "extra_forbidden":
             section: type[BaseModel] | None = model
             for part in parts[:-1]:
                 section = _below(section, part)
             known = list(section.model_fields) if section else []
-            told[key] = f"unknown key{did_you_mean(parts[-1], known) or f'; known here: {known}'}"
+            problems[key] = (
+                f"unknown key{did_you_mean(parts[-1], known) or f'; known here: {known}'}"
+            )
         elif item["type"] == "value_error":
-            told[key] = message.removeprefix("Value error, ")
+            problems[key] = message.removeprefix("Value error, ")
         else:
             wanted = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message)
             kinds.setdefault(key, []).append(wanted.removeprefix("Input should be "))
-            told[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
+            problems[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
     # Of a union that was given a mapping only errors inside it are reported.
     return [
         f"{key}: {message}" if key else message
-        for key, message in told.items()
-        if not any(other.startswith(f"{key}.") for other in told)
+        for key, message in problems.items()
+        if not any(other.startswith(f"{key}.") for other in problems)
     ]
 
 

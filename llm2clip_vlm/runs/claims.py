@@ -133,16 +133,16 @@ def claim_parents(
             if before["path"] != str(parent) or (changed := changed_parent(before)) is not None:
                 what = parent if before["path"] != str(parent) else changed
                 raise HandoffError(
-                    f"{directory} holds a run that began with other data ({name}): {what} was "
-                    f"changed, added or removed since; put it back, {other}"
+                    f"{directory} holds a run that began with other data ({name}): {what} has "
+                    f"been changed, added or removed since; put it back, {other}"
                 )
             content[name] = data[name] = before
         elif not Path(parent).is_dir() and data_files(parent):
             content[name] = data[name] = parent_state(parent)
         if resumes and name in content and name in earlier and content[name] != before:
             raise HandoffError(
-                f"{directory} holds a run that began with another {name}: {parent} was made "
-                f"anew since; {other}"
+                f"{directory} holds a run that began with another {name}: {parent} has "
+                f"been made anew since; {other}"
             )
     write_atomically(path, json.dumps(content, indent=1))
     return data

@@ -141,7 +141,7 @@ class Hold:
         mend = f" (if that process is long gone, delete {path})" if self._unlocked else ""
         raise OwnershipError(
             f"{self.folder} is in use by another run: {holder.get('doing', 'a run')}, {where}, "
-            f"since {holder.get('since', 'a moment ago')}; let it end, or choose another output "
+            f"started {holder.get('since', 'a moment ago')}; let it end, or choose another output "
             f"folder{mend}"
         )
 

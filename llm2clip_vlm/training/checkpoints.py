@@ -139,8 +139,8 @@ def newest_whole(directory: str | Path) -> str | None:
         written = (_seal(folder) or {})["world_size"]
         if written != world_size():
             raise HandoffError(
-                f"{folder}: world_size: it was written by {written} processes, here are "
-                f"{world_size()}; start {written}, or delete the checkpoints and begin anew"
+                f"{folder}: world_size: it was written by {written} processes, now there "
+                f"are {world_size()}; start {written}, or delete the checkpoints and begin anew"
             )
         return str(folder)
     return None

@@ -306,7 +306,9 @@ class _Progress(MetricsJsonl):
         if state.is_world_process_zero:
             (self.path.parent / MANIFEST_NAME).unlink(missing_ok=True)
             batch = self._run.recipe.global_batch_size
-            say(f"train: from step {state.global_step} to {state.max_steps}, {batch} samples each")
+            say(
+                f"train: from step {state.global_step} to {state.max_steps}, {batch} samples a step"
+            )
         super().on_train_begin(args, state, control, **kwargs)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

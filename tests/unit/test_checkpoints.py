@@ -67,7 +67,7 @@ def test_another_number_of_processes_is_refused(
     """T44."""
     checkpoint(tmp_path, 4)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(HandoffError, match="written by 1 processes, here are 2; start 1"):
+    with pytest.raises(HandoffError, match="written by 1 processes, now there are 2; start 1"):
         newest_whole(tmp_path)
 
 

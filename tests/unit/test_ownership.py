@@ -63,7 +63,7 @@ def holder() -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 def test_a_second_run_is_refused_by_host_and_process(tmp_path: Path, holder: Any) -> None:
     process = holder(tmp_path / "run")
-    where = f"a test, process {process.pid} on {os.uname().nodename}, since 20"
+    where = f"a test, process {process.pid} on {os.uname().nodename}, started 20"
     before = (tmp_path / "run" / MARKER_NAME).read_bytes()
     for _ in range(2):
         with pytest.raises(OwnershipError, match=where):

@@ -175,7 +175,7 @@ def test_pooling_a_patch_alone_is_the_towers_own_pooling(tmp_path: Path) -> None
 
 def test_a_tower_without_v_proj_says_so(clip: Encoder) -> None:
     encoder: Any = SimpleNamespace(tower=replace(clip.tower, model=Linear(1, 1)))
-    with pytest.raises(ValueError, match="Linear has not; use `full`"):
+    with pytest.raises(ValueError, match="Linear lacks; use `full`"):
         patch_grid(encoder, torch.zeros(1, 3, 32, 32), last_values=True)
 
 

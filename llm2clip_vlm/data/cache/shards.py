@@ -292,7 +292,9 @@ def read_shard(path: Path, header: Header) -> Shard:
         raise CacheError(f"{path}: holds {holds}, expected {expected}; {_AGAIN}")
     keys, embeds = tensors["keys"].numpy(), tensors["embeds"].numpy()
     if (got := _checksum(keys)) not in path.name:
-        raise CacheError(f"{path}: its keys have the sha256 {got}, expected its name's; {_AGAIN}")
+        raise CacheError(
+            f"{path}: its keys have the sha256 {got}, expected that of its name; {_AGAIN}"
+        )
     return Shard(path, keys, embeds, own.sha256, (stat.st_ino, stat.st_mtime_ns))
 
 

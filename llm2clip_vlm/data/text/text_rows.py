@@ -98,7 +98,7 @@ def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int,
             raise RecordError(f"{path}: the header names a column twice: {', '.join(names)}")
         for number, row in enumerate(reader, start=1):
             if None in row or None in row.values():
-                bad.add(f"{path}:{number}", "the row has not as many cells as the header")
+                bad.add(f"{path}:{number}", "the row has more or fewer cells than the header")
             elif any(UNDECODED.search(cell) for cell in row.values()):
                 bad.add(f"{path}:{number}", "the row cannot be read as UTF-8")
             else:

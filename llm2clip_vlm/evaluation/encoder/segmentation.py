@@ -115,7 +115,7 @@ def patch_grid(
     if last_values and not layers:
         raise ValueError(
             f"last_attention: `value` needs attention with a v_proj, which {type(model).__name__} "
-            "has not; use `full`"
+            "lacks; use `full`"
         )
     hooks = [layer.register_forward_hook(_own_value, with_kwargs=True) for layer in layers[-1:]]
     try:

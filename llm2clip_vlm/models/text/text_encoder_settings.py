@@ -87,8 +87,8 @@ def resolve_settings(
     """
     if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
         raise TextEncoderError(
-            f"{path}: model_type {config.model_type!r} is no plain decoder (no hidden_size of its "
-            "own, or an encoder-decoder); give a Llama, Qwen2/3, Mistral or Gemma text model"
+            f"{path}: model_type {config.model_type!r} is no plain decoder (it has no hidden_size, "
+            "or an encoder); give a Llama, Qwen2/3, Mistral or Gemma text model"
         )
     positions = getattr(config, "max_position_embeddings", None) or 2**31
     own: dict[str, Any] = {"max_length_tokens": min(DEFAULT_MAX_LENGTH_TOKENS, positions)}
@@ -109,7 +109,7 @@ def resolve_settings(
         if fixed.get(name, value) != value:
             raise TextEncoderError(
                 f"{path}: {name} is {fixed[name]!r} in {SETTINGS_NAME if tokenizer_hash else 'it'},"
-                f" but {value!r} was asked for; a trained encoder keeps its own: leave {name} out"
+                f" but {value!r} was asked for; a trained encoder keeps it: leave {name} out"
             )
     settings = TextEncoderSettings(**{**own, **chosen, **fixed})
     if settings.max_length_tokens > positions:

@@ -275,8 +275,8 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
 def _check_layers(total: int, layers: int | list[int], path: str | Path) -> None:
     if total == 1 and layers != -1:
         raise VlmError(
-            f"vision_feature_layer {layers}: {path} is a convolutional net, of which the last map "
-            "alone has the shape of the tokens; put `vlm.vision_feature_layer: -1` into the recipe"
+            f"vision_feature_layer {layers}: {path} is a convolutional network, only its last "
+            "map has the shape of the tokens; put `vlm.vision_feature_layer: -1` into the recipe"
         )
     chosen = [layers] if isinstance(layers, int) else layers
     if not chosen or any(not -total <= layer < total for layer in chosen):

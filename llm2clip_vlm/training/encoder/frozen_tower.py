@@ -239,7 +239,7 @@ def frozen_tower(
     if recipe.augmentation.crop_scale_min < 1:
         if is_main():
             logger.warning(
-                "augmentation: a picture is another one in each epoch, so the frozen tower runs in "
+                "augmentation: a picture changes in each epoch, so the frozen tower runs in "
                 "every step; leave it out, and each picture is encoded once"
             )
         return None
