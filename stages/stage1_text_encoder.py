@@ -143,17 +143,17 @@ def before_training(
     """
     own = encoder.settings.bidirectional
     names = {False: "raw_causal", True: "raw_bidirectional", "partial": "raw_partial"}
-    found = separability(run, encoder, records, names[own])
-    before = {key.replace(names[own], "before"): value for key, value in found.items()}
+    measured = separability(run, encoder, records, names[own])
+    before = {key.replace(names[own], "before"): value for key, value in measured.items()}
     for way in (False, True):
         if way == own or encoder.settings.embedder or not records:
             continue
         try:
             with turned(encoder.backbone, way):
-                found |= separability(run, encoder, records, names[way])
+                measured |= separability(run, encoder, records, names[way])
         except TextEncoderError as error:
             say(f"no {names[way]}: {error}")
-    return before | found
+    return before | measured
 
 
 def separability(
@@ -164,10 +164,10 @@ def separability(
     of: Any = None,
 ) -> dict[str, Any]:
     """Measure :func:`caption_accuracy`, then keep and report it at once."""
-    found = run.measured(name, lambda: caption_accuracy(encoder, records, name), of)
-    shown = f"{found[name]:.1f} % {found[f'{name}_ci']}" if found else "not evaluated"
+    measured = run.measured(name, lambda: caption_accuracy(encoder, records, name), of)
+    shown = f"{measured[name]:.1f} % {measured[f'{name}_ci']}" if measured else "not evaluated"
     say(f"caption separability, {name}: {shown}")
-    return found
+    return measured
 
 
 def caption_accuracy(
@@ -182,12 +182,12 @@ def caption_accuracy(
         parts = [texts[start : start + share] for start in range(0, len(texts), share)]
         return torch.cat(shared_out(parts, lambda p: encoder.encode(p, show_progress=is_main())))
 
-    found = caption_separability([record.texts for record in records], embed)
+    result = caption_separability([record.texts for record in records], embed)
     return {
-        name: found.recall[1],
-        f"{name}_ci": list(found.ci[1]),
+        name: result.recall[1],
+        f"{name}_ci": list(result.ci[1]),
         "queries": len(records),
-        "gallery": found.gallery,
+        "gallery": result.gallery,
         "protocol": PROTOCOL,
     }
 

@@ -38,8 +38,8 @@ def part_name(name: str) -> str:
 def matching_prefix(name: str, prefixes: Collection[str]) -> str | None:
     """The longest of `prefixes` that a parameter's name (any form) lies below. None: no prefix."""
     part = part_name(name)
-    found = [p for p in prefixes if part == p or part.startswith(p + ".")]
-    return max(found, key=len) if found else None
+    above = [p for p in prefixes if part == p or part.startswith(p + ".")]
+    return max(above, key=len) if above else None
 
 
 def is_feature_map(tower: nn.Module) -> bool:
@@ -60,18 +60,18 @@ def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
     Raises:
         ValueError: There is no such list.
     """
-    found = {
+    lists = {
         name: len(module)
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         and len({type(child) for child in module}) == 1
         and (not part or matching_prefix(name, [part]))
     }
-    if not found:
+    if not lists:
         where = f"{part or 'the tower'} of {type(model).__name__}"
         raise ValueError(f"{where} has no list of blocks, for layer_decay or last_blocks")
-    name = max(found, key=lambda name: found[name])
-    return name, found[name]
+    name = max(lists, key=lambda name: lists[name])
+    return name, lists[name]
 
 
 def layers_of(model: nn.Module, part: str = "") -> tuple[dict[str, int], int]:
@@ -92,8 +92,10 @@ def layers_of(model: nn.Module, part: str = "") -> tuple[dict[str, int], int]:
     for name, module in model.named_modules():
         stages = getattr(module, "parameter_stages", None) if is_feature_map(module) else None
         if stages is not None and (not part or matching_prefix(name, [part])):
-            found, depth = stages()
-            return {f"{name}.{inner}".removeprefix("."): at for inner, at in found.items()}, depth
+            stage_of, depth = stages()
+            return {
+                f"{name}.{inner}".removeprefix("."): at for inner, at in stage_of.items()
+            }, depth
     blocks, depth = block_list(model, part)
     layers: dict[str, int] = {}
     layer = 0
@@ -174,8 +176,8 @@ def set_precision(model: nn.Module, args: Any, *, named_fp16: bool = False) -> t
             "or dtype: float32, bfloat16 or auto"
         )
     floats = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
-    found = [p.dtype for n, p in floats.items() if "lora_" not in n]
-    half = torch.float16 in found and not named_fp16
+    dtypes = [p.dtype for n, p in floats.items() if "lora_" not in n]
+    half = torch.float16 in dtypes and not named_fp16
     deepspeed = args.deepspeed_plugin is not None
     if deepspeed and (args.bf16 or args.fp16):
         return torch.bfloat16 if args.bf16 else torch.float16
@@ -192,7 +194,7 @@ def set_precision(model: nn.Module, args: Any, *, named_fp16: bool = False) -> t
         wanted = deepspeed or fp16 or "lora_" in name or part in trained
         if wanted and not hasattr(parameter, "ds_id"):  # ZeRO-3 has split it, in fp32
             parameter.data = parameter.data.float()
-    return torch.float32 if half else max(found, key=found.count)
+    return torch.float32 if half else max(dtypes, key=dtypes.count)
 
 
 def train_last_blocks(model: nn.Module, part: str, count: int | None) -> None:

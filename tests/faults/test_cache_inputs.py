@@ -210,7 +210,7 @@ def test_a_cache_of_another_encoder_is_refused_by_the_fields_name(
                 act()
 
 
-def test_files_that_are_not_ours_are_left_alone(tmp_path: Path) -> None:
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
     build(tmp_path)
     for name in (
         "notes.txt",

@@ -413,7 +413,7 @@ def test_a_member_whose_name_is_no_utf8(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "content", [gzip.compress(b"{}\n" * 9, mtime=0), "{}\n".encode("utf-16"), HTML]
 )
-def test_a_file_of_bad_lines_alone_is_told_as_such(tmp_path: Path, content: bytes) -> None:
+def test_a_file_of_bad_lines_alone_is_reported_as_such(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
     bad = BadRecords.beside(tmp_path, 0, 0.01, resumes=False)
     with pytest.raises(RecordError, match=r"bad record\(s\), 0 allowed.*a.jsonl:"):

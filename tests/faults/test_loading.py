@@ -272,7 +272,7 @@ def test_every_load_says_that_no_code_runs() -> None:
 CODE = "import pathlib; pathlib.Path({!r}).touch()\nclass C: pass\n"
 
 
-def test_no_file_of_a_checkpoint_runs_and_nobody_is_asked(
+def test_no_file_of_a_checkpoint_runs_and_no_one_is_asked(
     tiny_llm: Path, tiny_clip: Path, tmp_path: Path
 ) -> None:
     """`auto_map` in every file and `custom_generate`, on a terminal."""

@@ -57,7 +57,7 @@ FOREIGN = (
 )
 
 
-def test_a_folder_of_somebody_elses_files_is_refused(tmp_path: Path, three: Three) -> None:
+def test_a_folder_of_foreign_files_is_refused(tmp_path: Path, three: Three) -> None:
     for name in FOREIGN:
         file = tmp_path / "out" / name
         file.parent.mkdir(parents=True, exist_ok=True)

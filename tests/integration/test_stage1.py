@@ -186,7 +186,7 @@ def _killed(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("killed")
 
 
-def test_the_causal_road(
+def test_a_causal_encoder_goes_through(
     trained: Path, tmp_path: Path, tiny_llm: Path, tiny_clip: Path, repo_root: Path
 ) -> None:
     """Paper v6 table 6: the same stages without bidirectional attention, to the judged encoder."""

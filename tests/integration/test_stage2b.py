@@ -265,7 +265,7 @@ def test_choices_change_the_result(recipe: Recipe) -> None:
     assert not any(name.startswith("text_adaptor.blocks.1.") for name in shape)
 
 
-def test_logit_scale_starts_where_told_and_is_clamped(recipe: Recipe) -> None:
+def test_logit_scale_starts_where_set_and_is_clamped(recipe: Recipe) -> None:
     rates = {"vision_tower": 0.0, "visual_projection": 0.0, "text_adaptor": 0.0}
     out = run(recipe(logit_scale_init=4.0, learning_rates=rates, trainer={"max_steps": 1}))
     assert weights(out / "model")["logit_scale"].item() == pytest.approx(4.0)

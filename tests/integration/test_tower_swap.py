@@ -85,7 +85,7 @@ def original(kind: str, clip: Path, folder: Path) -> Path:
         ),
     ],
 )
-def test_every_tower_goes_the_whole_road(
+def test_every_tower_goes_through_all_stages(
     kinds: Sequence[str],
     recipe: Recipe,
     plugin: Path,

@@ -231,7 +231,7 @@ def test_clip_tower_hidden_states_are_the_definitions(tmp_path: Path) -> None:
         close(got, want, 1e-5)
 
 
-def test_an_activation_that_nobody_names_is_asked_for(tmp_path: Path) -> None:
+def test_an_activation_without_a_name_is_asked_for(tmp_path: Path) -> None:
     save_file(reference.openai(), tmp_path / "tower.safetensors")
     with pytest.raises(InteropError, match="--set hidden_act=quick_gelu"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out")

@@ -84,7 +84,7 @@ def test_the_peak_is_that_of_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         assert peak_flops() == flops
 
 
-def test_each_epoch_is_told_to_all() -> None:
+def test_each_epoch_reaches_all() -> None:
     seen: list[tuple[str, int]] = []
     things = [SimpleNamespace(set_epoch=lambda e, n=n: seen.append((n, e))) for n in "ab"]
     callback = EachEpoch(*things)

@@ -100,7 +100,7 @@ def test_only_what_a_killed_run_left_unfinished_makes_room(tmp_path: Path) -> No
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-1")
 
 
-def test_somebody_elses_checkpoint_is_kept(tmp_path: Path) -> None:
+def test_a_foreign_checkpoint_is_kept(tmp_path: Path) -> None:
     other = checkpoint(tmp_path, 2, sealed=False)
     for number in (1, 2):
         make_room(tmp_path, 2)

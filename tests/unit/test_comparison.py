@@ -163,7 +163,7 @@ def test_damaged_and_mixed_results_are_refused(tmp_path: Path, capsys: Any) -> N
     assert found["ab"]["t"]["x-y"]["differs"] == ["spec_hash", "limit"]
 
 
-def test_pictures_are_told_by_their_pixels(tmp_path: Path) -> None:
+def test_pictures_are_identified_by_their_pixels(tmp_path: Path) -> None:
     right = [{"correct": float(n % 4 == 0)} for n in range(16)]
     hashed = [row | {"image_id": f"pixels:{n // 4}"} for n, row in enumerate(right)]
     new, old = made(tmp_path / "new", hashed), made(tmp_path / "old", right, generation_kwargs={})

@@ -140,7 +140,7 @@ def test_an_adapter_belongs_to_its_base(trained: Path, tmp_path: Path) -> None:
         load_adapter(adapted(trained, alpha=8)[0], tmp_path / "a", "base")
 
 
-def test_every_setting_of_the_pictures_is_told(trained: Path) -> None:
+def test_every_setting_of_the_pictures_is_recorded(trained: Path) -> None:
     model, processor = load_vlm(trained)
     seen = {settings_of(model, processor)["image_mode"]}
     for name, value in (("image_mean", [0.1] * 3), ("image_std", [0.2] * 3), ("do_pad", True)):

@@ -375,7 +375,7 @@ def test_answers_without_a_score_or_twice_are_refused() -> None:
     assert metrics_of({"a,none": float("nan"), "b,none": 1.0}) == {"b": 1.0}
 
 
-def test_functions_in_overrides_are_ours_or_lmms_evals() -> None:
+def test_functions_in_overrides_are_of_two_packages() -> None:
     config: dict[str, Any] = {"doc_to_text": "x"}
     merge(config, {"doc_to_text": "!function llm2clip_vlm.evaluation.vlm.llava15.plain_text"})
     assert config["doc_to_text"]({"question": "Q"}, {"post_prompt": "!"}) == "Q!"

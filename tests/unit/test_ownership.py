@@ -109,9 +109,7 @@ def test_a_loaders_worker_does_not_keep_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_somebody_elses_files_are_refused_before_the_first_write(
-    tmp_path: Path, alone: bool
-) -> None:
+def test_foreign_files_are_refused_before_the_first_write(tmp_path: Path, alone: bool) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.bin").write_text("mine")
     (tmp_path / "thesis.txt").write_text("words")

@@ -458,7 +458,7 @@ def test_outputs_must_be_what_they_were(root: Path) -> None:
     assert Pipeline(recipe, root).run() == {}
 
 
-def test_somebody_elses_files_are_no_pipelines(root: Path) -> None:
+def test_foreign_files_are_no_pipelines(root: Path) -> None:
     recipe = pipeline(step("a"))
     (root / "runs" / "logs").mkdir(parents=True)
     (root / "runs" / "logs" / "a.log").write_text("mine")

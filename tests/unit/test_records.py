@@ -177,7 +177,7 @@ def test_a_long_csv_cell_costs_no_file(tmp_path: Path) -> None:
         {"images": [{"filepath": 5, "filename": "a.jpg", "sentences": [{"raw": "a dog"}]}]},
     ],
 )
-def test_strange_annotations_end_no_run(tmp_path: Path, document: dict[str, Any]) -> None:
+def test_unexpected_annotations_end_no_run(tmp_path: Path, document: dict[str, Any]) -> None:
     (tmp_path / "a.json").write_text(json.dumps(document))
     assert len(list(iter_rows(tmp_path / "a.json"))) == 1
 

@@ -120,7 +120,7 @@ def test_the_same_batch_in_any_pieces_is_the_same_step(
             torch.testing.assert_close(tensor, states[0][name], atol=1e-5, rtol=0, msg=name)
 
 
-def test_the_first_steps_gradients_are_told(model: Any, tmp_path: Path) -> None:
+def test_the_first_steps_gradients_are_reported(model: Any, tmp_path: Path) -> None:
     told: list[str] = []
     run = trainer(model, tmp_path, samples(), report=told.append)
     run.train()

@@ -208,7 +208,7 @@ def predict(
 ) -> list[dict[str, Any]]:
     """Boxes in COCO's format for results, the `MAX_BOXES` of the highest scores an image."""
     model.eval()
-    found = []
+    results = []
     for images in torch.arange(len(data)).split(batch_size):
         pixels = torch.stack([data[int(row)]["pixel_values"] for row in images])
         out = model(pixel_values=pixels.to(model.device))
@@ -222,11 +222,11 @@ def predict(
             chosen = chosen * torch.tensor([image["width"], image["height"]] * 2)
             chosen[:, :2] -= chosen[:, 2:] / 2
             kinds = [data.categories[kind] for kind in (place % len(data.names)).tolist()]
-            found += [
+            results += [
                 {"image_id": image["id"], "category_id": kind, "bbox": box, "score": value}
                 for kind, box, value in zip(kinds, chosen.tolist(), score, strict=True)
             ]
-    return found
+    return results
 
 
 def coco_ap(truth: Any, found: list[dict[str, Any]], recipe: EncoderEvalRecipe) -> dict[str, Any]:

@@ -61,12 +61,12 @@ def choose_l2(accuracy: Callable[[float], float]) -> float:
 
     Paper: CLIP (2103.00020) appendix A.3: from 1e-6 to 1e6, to 8 steps a decade.
     """
-    found = {exponent: accuracy(10.0**exponent) for exponent in np.arange(-6.0, 7.0, 2.0)}
+    accuracies = {exponent: accuracy(10.0**exponent) for exponent in np.arange(-6.0, 7.0, 2.0)}
     for step in (1.0, 0.5, 0.25, 0.125):
-        best = max(found, key=lambda exponent: found[exponent])
+        best = max(accuracies, key=lambda exponent: accuracies[exponent])
         for near in (best - step, best + step):
-            found.setdefault(near, accuracy(10.0**near))
-    return float(10.0 ** max(found, key=lambda exponent: found[exponent]))
+            accuracies.setdefault(near, accuracy(10.0**near))
+    return float(10.0 ** max(accuracies, key=lambda exponent: accuracies[exponent]))
 
 
 def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:

@@ -51,10 +51,10 @@ def zero_shot_segmentation(
         side = encoder.tower.grid
         return rearrange(embeds @ texts.T, "(b y x) c -> b c y x", y=side, x=side)
 
-    found = _judge(Masks(task, task.split, encoder), scores, names, recipe)
+    judged = _judge(Masks(task, task.split, encoder), scores, names, recipe)
     kind = f"patches against {len(names)} texts, last attention: {task.last_attention}; "
-    return found | {
-        "protocol": kind + found["protocol"],
+    return judged | {
+        "protocol": kind + judged["protocol"],
         "list_hash": data_hash(names, task.templates),
     }
 
@@ -75,8 +75,8 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
 
     def scores(windows: Tensor) -> Tensor:
         patches = patch_grid(encoder, windows).float()
-        found: Tensor = head(rearrange(patches, "b y x d -> b d y x"))
-        return found
+        logits: Tensor = head(rearrange(patches, "b y x d -> b d y x"))
+        return logits
 
     for _ in range(task.steps):
         rows = rng.integers(len(masks.items), size=task.batch_size)
@@ -89,11 +89,11 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
         optimizer.step()
         schedule.step()
     head.eval()
-    found = _judge(Masks(task, task.split, encoder), scores, names, recipe)
+    judged = _judge(Masks(task, task.split, encoder), scores, names, recipe)
     kind = f"batch norm and linear head on frozen patches, {task.steps} steps of {task.batch_size} "
-    return found | {
-        "protocol": f"{kind}windows of {task.train_split}; {found['protocol']}",
-        "data_hash": data_hash(found["data_hash"], masks.fingerprint()),
+    return judged | {
+        "protocol": f"{kind}windows of {task.train_split}; {judged['protocol']}",
+        "data_hash": data_hash(judged["data_hash"], masks.fingerprint()),
     }
 
 
@@ -221,10 +221,10 @@ def slide(
         for top, left in product(tops, lefts)
     ]
     windows = torch.stack([pixels[place] for place in places]).split(batch_size)
-    found = torch.cat([scores(part).float().cpu() for part in windows])
-    total = torch.zeros(found.shape[1], *pixels.shape[1:])
+    scored = torch.cat([scores(part).float().cpu() for part in windows])
+    total = torch.zeros(scored.shape[1], *pixels.shape[1:])
     counts = torch.zeros(pixels.shape[1:])
-    for place, window in zip(places, found, strict=True):
+    for place, window in zip(places, scored, strict=True):
         total[place] += F.interpolate(window[None], size=(side, side), mode="bilinear")[0]
         counts[place] += 1
     return total / counts
@@ -258,8 +258,8 @@ def _judge(
     counts, images = [], len(masks.items)
     for row in range(images):
         pixels, labels = masks[row]
-        found = slide(pixels, scores, masks.side, masks.step, masks.encoder.batch_size)
-        best = F.interpolate(found[None], size=labels.shape, mode="bilinear")[0].argmax(0)
+        scored = slide(pixels, scores, masks.side, masks.step, masks.encoder.batch_size)
+        best = F.interpolate(scored[None], size=labels.shape, mode="bilinear")[0].argmax(0)
         counts.append(overlaps(best.numpy(), labels.numpy(), len(names)))
     total, ci = np.sum(counts, axis=0), None
     ious, there = class_iou(total).tolist(), total[2]

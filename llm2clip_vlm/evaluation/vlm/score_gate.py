@@ -41,13 +41,13 @@ def gate(
     """
     if row not in expected.rows:
         raise ValueError(f"row {row!r}: expected one of {', '.join(expected.rows)}")
-    found = []
+    entries = []
     for name, published in expected.rows[row].items():
         column = expected.columns[name]
         entry: dict[str, Any] = {"column": name, "published": published, "ours": None}
         if missing := [result for result in column.results if result not in results]:
             entry |= {"noise": None, "verdict": "not run", "differs": [f"no {', '.join(missing)}"]}
-            found.append(entry)
+            entries.append(entry)
             continue
         ours = [results[result] for result in column.results]
         share = sum(_share(result, column) for result in ours) / len(ours)
@@ -62,8 +62,8 @@ def gate(
             "verdict": sides[abs(delta) <= noise],
             "differs": list(dict.fromkeys(differs)),
         }
-        found.append(entry)
-    return found
+        entries.append(entry)
+    return entries
 
 
 def _noise(

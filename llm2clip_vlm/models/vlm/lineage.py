@@ -84,8 +84,8 @@ def write_lineage(
         processor: Its processor.
         state: Its weights by their names in memory, adapters merged.
     """
-    found = weights_of(state) | settings_of(model, processor)
-    write_atomically(Path(directory) / LINEAGE_NAME, json.dumps(found, indent=2) + "\n")
+    lineage = weights_of(state) | settings_of(model, processor)
+    write_atomically(Path(directory) / LINEAGE_NAME, json.dumps(lineage, indent=2) + "\n")
 
 
 def read_lineage(directory: str | Path) -> dict[str, str] | None:

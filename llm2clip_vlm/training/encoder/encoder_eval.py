@@ -94,10 +94,10 @@ class HeldOut:
 
     def texts(self) -> list[str]:
         """All texts that will be encoded, each once."""
-        found = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]
+        texts = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]
         for source, dataset in self._zero_shot.values():
-            found += prompts_of(dataset.records, source)
-        return list(dict.fromkeys(found))
+            texts += prompts_of(dataset.records, source)
+        return list(dict.fromkeys(texts))
 
     @torch.no_grad()
     def __call__(self, encode_images: Encode, encode_texts: Encode) -> dict[str, Any]:

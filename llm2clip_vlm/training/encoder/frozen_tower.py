@@ -110,18 +110,18 @@ class FrozenTower:
         with tqdm(None, "frozen tower", len(missing), unit="img", disable=hidden) as bar:
 
             def encode(rows: Sequence[int]) -> dict[bytes, Tensor]:
-                found: dict[bytes, Tensor] = {}
+                encoded: dict[bytes, Tensor] = {}
                 for at in range(0, len(rows), _BATCH):
                     batch = self._images(records, rows[at : at + _BATCH], bad)
                     if batch:
                         features = _pooled(self._tower, self.image_processor, batch.values())
-                        found |= {digests[r]: f for r, f in zip(batch, features, strict=True)}
+                        encoded |= {digests[r]: f for r, f in zip(batch, features, strict=True)}
                     bar.update(min(_BATCH, len(rows) - at))
-                self._write(found)
-                return found
+                self._write(encoded)
+                return encoded
 
-            for found in shared_out(parts, encode):
-                known |= found
+            for encoded in shared_out(parts, encode):
+                known |= encoded
         new = [row for row in missing if digests[row] in known]
         self._compared += [(records[row], known[digests[row]]) for row in _spread(new)]
         kept = [row for row in sorted(digests) if digests[row] in known]
@@ -160,15 +160,15 @@ class FrozenTower:
 
         def digests(rows: range) -> list[bytes | str]:
             with ThreadPoolExecutor() as threads:
-                found = list(threads.map(digest, rows))
-            for row, value in zip(rows, found, strict=True):
+                values = list(threads.map(digest, rows))
+            for row, value in zip(rows, values, strict=True):
                 if isinstance(value, str):
                     bad.add(records[row].where, value)
-            return found
+            return values
 
         spans = [range(at, min(at + _SHARD, len(records))) for at in range(0, len(records), _SHARD)]
-        found = [value for part in shared_out(spans, digests) for value in part]
-        return {row: value for row, value in enumerate(found) if isinstance(value, bytes)}
+        values = [value for part in shared_out(spans, digests) for value in part]
+        return {row: value for row, value in enumerate(values) if isinstance(value, bytes)}
 
     def _images(
         self, records: ImageTextRecords, rows: Sequence[int], bad: BadRecords
