@@ -34,10 +34,8 @@ class LogSumExp(torch.autograd.Function):
         """See the class; `rows` `[b, d]` and `keys` `[n, d]` are fp32, `step` the rows a chunk."""
         ctx.excluded, ctx.step, ctx.sums = excluded, step, sums
         row_lse, row_sum, row_count = rows.new_empty(len(rows)), *_nothing(rows, len(rows))
-        col_lse, col_sum, col_count = (
-            rows.new_full((columns,), -torch.inf),
-            *_nothing(rows, columns),
-        )
+        col_lse = rows.new_full((columns,), -torch.inf)
+        col_sum, col_count = _nothing(rows, columns)
         if sums:
             row_count.zero_()
             col_count.zero_()

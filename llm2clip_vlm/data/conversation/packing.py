@@ -207,9 +207,8 @@ class PackedBatches(Sampler[list[int]]):
         sizes = range(min(max(8, global_batch_size // 4), global_batch_size), global_batch_size + 1)
         self._dealt = next(n for n in sizes if global_batch_size % n == 0 and n % world_size == 0)
         self._deals = global_batch_size // self._dealt
-        self._num_steps = -(-len(lengths) // global_batch_size)
-        if drop_last:
-            self._num_steps = len(lengths) // global_batch_size
+        whole, rest = divmod(len(lengths), global_batch_size)
+        self._num_steps = whole + (rest > 0 and not drop_last)
         if not self._num_steps:
             raise ValueError(
                 f"an epoch has {len(lengths)} samples, fewer than one step of {global_batch_size}; "

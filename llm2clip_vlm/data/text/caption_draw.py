@@ -13,12 +13,8 @@ _MASK = 2**64 - 1
 
 def caption_id(text: str) -> int:
     """A 63-bit number that equal captions share, to keep them from being each other's negatives."""
-    return (
-        int.from_bytes(
-            hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest(), "big"
-        )
-        >> 1
-    )
+    digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 def draw(seed: int, epoch: int, index: int) -> float:

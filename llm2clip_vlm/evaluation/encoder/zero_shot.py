@@ -65,7 +65,7 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
     several = [record for record in several if len(record.texts) > 1]
     if not several:
         raise ValueError(f"{task.data}: CRA needs images with at least two different captions")
-    recalls = caption_separability(
+    result = caption_separability(
         [record.texts for record in several],
         encoder.captions or encoder.embed_texts,
         bootstrap=recipe.bootstrap,
@@ -75,12 +75,12 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
         "protocol": f"{PROTOCOL}; {protocol}",
         "standard_set": standard,
         "data_hash": data_hash([[r.key, r.captions] for r in several]),
-        "cra": recalls.recall[1],
-        "samples": {"": ([record.key for record in several], recalls.hits[1])},
-        "ci": recalls.ci.get(1),
-        "tie_rate": recalls.tie_rate,
+        "cra": result.recall[1],
+        "samples": {"": ([record.key for record in several], result.hits[1])},
+        "ci": result.ci.get(1),
+        "tie_rate": result.tie_rate,
         "queries": len(several),
-        "gallery": recalls.gallery,
+        "gallery": result.gallery,
     }
 
 
@@ -145,17 +145,17 @@ def classification(task: ZeroShotTask, encoder: Encoder, recipe: Recipe) -> Resu
     weights = class_embeds(encoder.embed_texts, list(classes.values()), task.templates)
     images, image_hash = encoder.embed_images(records)
     ks = [k for k in (1, 5) if k <= len(classes)]
-    recalls = recall_at_k(images, weights, wanted, ks, bootstrap=recipe.bootstrap, seed=recipe.seed)
+    result = recall_at_k(images, weights, wanted, ks, bootstrap=recipe.bootstrap, seed=recipe.seed)
     return {
         "protocol": f"{len(classes)} names in {len(task.templates)} template(s), each of unit norm,"
         " their mean of unit norm",
         "list_hash": data_hash(list(classes.values()), task.templates),
         "data_hash": data_hash([r.key for r in records], labels, image_hash),
-        **{f"top{k}": recalls.recall[k] for k in ks},
-        **{f"ci_top{k}": recalls.ci.get(k) for k in ks},
-        "mean_per_class": mean_per_class(recalls.hits[1], np.array(wanted)),
-        "samples": {"": ([record.key for record in records], recalls.hits[1])},
-        "chance_top1": recalls.chance[1],
-        "tie_rate": recalls.tie_rate,
+        **{f"top{k}": result.recall[k] for k in ks},
+        **{f"ci_top{k}": result.ci.get(k) for k in ks},
+        "mean_per_class": mean_per_class(result.hits[1], np.array(wanted)),
+        "samples": {"": ([record.key for record in records], result.hits[1])},
+        "chance_top1": result.chance[1],
+        "tie_rate": result.tie_rate,
         "images": len(records),
     }

@@ -214,9 +214,8 @@ def build_vlm_data(
             "with packing, which plans its own batches; leave it out or set `packing: false`"
         )
     drop_last = args.dataloader_drop_last
-    steps = max(len(samples) // recipe.global_batch_size, 1)
-    if not drop_last:
-        steps = -(-len(samples) // recipe.global_batch_size)
+    whole, rest = divmod(len(samples), recipe.global_batch_size)
+    steps = max(whole + (rest > 0 and not drop_last), 1)
     wanted = args.max_steps if args.max_steps > 0 else steps * args.num_train_epochs
     batches = PackedBatches(
         samples.lengths,
