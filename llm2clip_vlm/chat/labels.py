@@ -114,7 +114,7 @@ def prompt_text(
 ) -> tuple[str, dict[int, str]]:
     """A conversation up to where the model begins to answer, and characters that stand for others.
 
-    Where a text in it would become a control token, another character stands for its first one;
+    The first character of a text that would become a control token is replaced by another one;
     `str.translate` with the table, behind `TextTokens.named`, gives the text back.
     """
     text = render(messages, template, tokenizer, prompt=True)

@@ -257,7 +257,7 @@ def _check_pair(name_a: str, a: Tensor, name_b: str, b: Tensor, several: bool = 
 
 
 def _own_columns(rows: Tensor, k: int, gather: bool) -> Tensor:
-    """Where each row's k keys stand among the keys of all ranks, `[b, k]`."""
+    """Positions of each row's k keys among the keys of all ranks, `[b, k]`."""
     first = rank() * len(rows) if gather else 0
     owners = torch.arange(first, first + len(rows), device=rows.device)
     return owners[:, None] * k + torch.arange(k, device=rows.device)

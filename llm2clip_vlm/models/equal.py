@@ -89,8 +89,8 @@ def vlm_outputs(model: Any) -> list[Tensor]:
 def vlm_difference(want: Sequence[Tensor], model: Any) -> str | None:
     """How a VLM's outputs differ from what they should be. None: they do not.
 
-    Where 16 bits explain less than the difference, the model is asked how much they change in it
-    (in a mixture of experts they may choose another expert): it computes once more, in fp32.
+    The model computes once more, in fp32, where 16 bits explain less than the difference: they may
+    change more in this one (in a mixture of experts they may choose another expert).
 
     Args:
         want: Result of :func:`vlm_outputs`.

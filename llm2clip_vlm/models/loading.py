@@ -60,8 +60,8 @@ def load_complete(
 
     Args:
         model_class: A transformers class.
-        path: Directory or hub id. Where `state_dict` is among the arguments nothing is read from
-            it: it is for messages only.
+        path: Directory or hub id. With `state_dict` among the arguments nothing is read from it:
+            it is for messages only.
         optional: Weights below this prefix may be missing.
         error: What is raised.
         **arguments: More arguments of `from_pretrained`.

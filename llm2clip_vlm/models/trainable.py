@@ -1,4 +1,4 @@
-"""What trains: an explicit map of a model's parts, and a table that shows it."""
+"""An explicit map of the parts of a model that train, and a table that shows it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def is_feature_map(tower: nn.Module) -> bool:
 
 
 def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
-    """Where a tower's transformer blocks are: its longest list of modules of one class.
+    """Find a tower's transformer blocks: its longest list of modules of one class.
 
     Args:
         model: The tower, or a model that holds it.
@@ -227,7 +227,7 @@ def train_last_blocks(model: nn.Module, part: str, count: int | None) -> None:
 
 
 def frozen_modules(model: nn.Module) -> list[nn.Module]:
-    """What stays in evaluation mode while a model trains.
+    """Find the modules that stay in evaluation mode while a model trains.
 
     Args:
         model: The model, with `requires_grad` set.

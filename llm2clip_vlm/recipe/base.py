@@ -162,8 +162,8 @@ class RecipeFile(Section):
     base: str | None = None
     """One parent recipe (path relative to this file) whose values this file overrides."""
     notes: str = ""
-    """What this recipe shows or reproduces, on which hardware, in how many hours, with which
-    numbers, and what these may be compared with."""
+    """Purpose of this recipe: what it shows or reproduces, on which hardware, in how many hours,
+    with which numbers, and what these may be compared with."""
     variables: dict[str, str | int | float | bool | list[str | int]] = Field(default_factory=dict)
     """Values for `${variables.<name>}` in this file; they compute nothing by themselves."""
 

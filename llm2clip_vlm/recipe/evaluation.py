@@ -184,7 +184,7 @@ class EncoderEvalRecipe(RecipeFile):
     stage: Literal["run_encoder"]
     """Which program reads this file (`llm2clip-vlm eval RECIPE` looks at it)."""
     output_dir: OutputDir
-    """Where `<name>.json` of each task and `results.json` go."""
+    """Folder of `<name>.json` of each task and of `results.json`."""
     data_dir: str = "."
     """Folder that tasks may name as `${data_dir}`."""
     model: str
@@ -192,7 +192,7 @@ class EncoderEvalRecipe(RecipeFile):
     text_encoder: str | TextEncoderSection | None = None
     """Text encoder of an `LLM2CLIPModel`: stage 1's `text_encoder/`, or a raw LLM."""
     device: str | None = None
-    """Where to run. None: `cuda` if there is one, else `cpu`."""
+    """Device to run on. None: `cuda` if there is one, else `cpu`."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Dtype of the encoder; scores are always computed in float32."""
     batch_size: int = Field(default=64, ge=1)

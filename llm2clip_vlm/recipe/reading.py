@@ -280,7 +280,7 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
             wanted = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message)
             kinds.setdefault(key, []).append(wanted.removeprefix("Input should be "))
             problems[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
-    # Of a union that was given a mapping only errors inside it are reported.
+    # Only errors inside a mapping are reported where a union was given one.
     return [
         f"{key}: {message}" if key else message
         for key, message in problems.items()

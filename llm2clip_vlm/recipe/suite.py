@@ -52,7 +52,7 @@ class SuiteRecipe(RecipeFile):
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Dtype of the model; `auto` keeps that of the checkpoint."""
     device: str | None = None
-    """Where to run. None: `cuda` if there is one, else `cpu`."""
+    """Device to run on. None: `cuda` if there is one, else `cpu`."""
     max_empty: float = Field(default=0.2, ge=0, le=1)
     """A task with a larger share of empty answers is refused: something is broken."""
     judge: Literal["none", "environment"] = "none"
@@ -87,9 +87,9 @@ class ExpectedScores(Section):
     base: str | None = None
     """One parent file whose values this file overrides."""
     source: str
-    """Where the numbers are printed."""
+    """Publication that prints the numbers."""
     notes: str = ""
-    """What a reader must know before comparing."""
+    """Notes that a reader must know before comparing."""
     image_processor: str | None = None
     """Class (its first letters) that the published protocol corresponds to."""
     columns: dict[str, ExpectedColumn]

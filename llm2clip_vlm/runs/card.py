@@ -162,8 +162,8 @@ def write_card(
     Args:
         folder: The model's directory.
         made: The stage or command that made it.
-        parents: What it was made from: name to path or hub id. Of a local path the last two parts
-            are shown; its own card's licence and base models are carried over.
+        parents: What it was made from: name to path or hub id. The last two parts of a local path
+            are shown; licence and base models of its card are carried over.
         versions: Package names and versions that made it.
         recipe: The stage's recipe, in plain form.
         results: What the stage measured, in %.

@@ -27,7 +27,7 @@ _MERGEABLE = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D)
 
 @dataclass
 class Rounding:
-    """What saving merged weights in fewer bits loses of what was trained, over all layers."""
+    """Loss of trained change by saving merged weights in fewer bits, over all layers."""
 
     trained: float = 0.0
     """Squared norm of the change that training made."""

@@ -96,7 +96,7 @@ class StageRun(Generic[R]):
         self.stage = str(getattr(self.recipe, "stage", recipe_class.__name__))
         self.out = Path(self.recipe.output_dir)
         self.parents: dict[str, str] = {}
-        """What the manifest names as parents."""
+        """Parents by the names that the manifest gives them."""
         self.metrics = _Progress(self)
         self._hold: Hold | None = None
         self._data: dict[str, dict[str, Any]] = {}

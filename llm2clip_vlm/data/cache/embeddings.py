@@ -59,11 +59,11 @@ class EmbeddingCache:
 
     def __init__(self, directory: Path, header: shards.Header, files: Iterable[Path]) -> None:
         self.directory = directory
-        """Where the cache lies."""
+        """Directory of the cache."""
         self.dim = header.dim
         """Width of an embedding."""
         self.fingerprint = dict(header.fingerprint)
-        """What made the embeddings: weights, tokenizer, pooling, ... of the text encoder."""
+        """Identity of the text encoder: weights, tokenizer, pooling, ..."""
         self.header = header
         """Width and fingerprint, as the directory states them."""
         self.shards: list[shards.Shard] = [shards.read_shard(path, header) for path in files]

@@ -10,7 +10,7 @@ vector of a text depends, to rounding, on what is encoded with it. Example: step
 batch each, the checkpoint of step 4 is whole, and the run is killed in step 7. Rows of the steps 1
 to 4 are on disk; those of 5 and 6 are lost, and encoded again from the same two batches.
 
-Of other ranks' rows a rank sees those of earlier epochs, whatever the ranks' speeds; a caption that
+A rank sees other ranks' rows of earlier epochs, whatever the ranks' speeds; a caption that
 two ranks meet in one epoch is encoded twice.
 
 Paper: none; LLM2CLIP's released code either encodes all captions first, or each in every step.
@@ -61,7 +61,7 @@ class FillingCache:
         shard_rows: int = DEFAULT_SHARD_ROWS,
     ) -> None:
         self.directory = Path(directory)
-        """Where the cache lies."""
+        """Directory of the cache."""
         self.dim = dim
         """Width of an embedding."""
         self.encoded = 0

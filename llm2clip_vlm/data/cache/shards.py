@@ -57,7 +57,7 @@ class CacheError(ValueError):
 
 
 class Header(BaseModel, frozen=True, strict=True, extra="forbid"):
-    """What all embeddings of a cache have in common."""
+    """Header that all embeddings of a cache have in common."""
 
     version: Literal[4] = 4
     """Version of the layout."""
@@ -66,7 +66,7 @@ class Header(BaseModel, frozen=True, strict=True, extra="forbid"):
     dim: int = Field(ge=1)
     """Width of an embedding."""
     fingerprint: dict[str, str]
-    """What made them: weights, tokenizer, instruction, pooling, maximal length, ..."""
+    """Identity of the encoder: weights, tokenizer, instruction, pooling, maximal length, ..."""
     sha256: str = Field(default="", exclude=True)
     """Checksum of a shard's rows; empty in the header of the directory."""
 

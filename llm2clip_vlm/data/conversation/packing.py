@@ -159,7 +159,7 @@ class PackedBatches(Sampler[list[int]]):
     """Micro-batches of one process, for :class:`PackedCollator`; the same plan on all of them.
 
     An epoch's samples are shuffled and dealt to optimizer steps, each once; the last step has what
-    remains. Of a step, the samples with images and those without become rows apart, of similar
+    remains. A step's samples with images and those without become rows apart, of similar
     length and a multiple of the processes of each, so that in each micro-step the processes do the
     same work. To that end both kinds are shuffled by themselves and dealt a few at a time. Where
     there are fewer samples than rows, some are empty lists (:class:`PackedCollator` makes a row of

@@ -1,4 +1,4 @@
-"""What an image processor makes of a picture: its size, its crops and its visual tokens."""
+"""Size, crops and visual tokens that an image processor makes of a picture."""
 
 from __future__ import annotations
 

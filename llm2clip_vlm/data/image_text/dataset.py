@@ -169,7 +169,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         return self.to_float(self._pixels[torch.as_tensor(indices)])
 
     def to_float(self, pixels: Tensor) -> Tensor:
-        """What the model takes, on the pixels' device: 8-bit pixels rescaled and normalised.
+        """Rescale and normalise 8-bit pixels for the model, on their device.
 
         Args:
             pixels: A batch's `[n, 3, h, w]`; what is no uint8 is returned as it is.

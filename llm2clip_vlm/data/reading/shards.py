@@ -38,7 +38,7 @@ _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 @dataclass(frozen=True)
 class PackedImage:
-    """Where an image's bytes lie in a larger file."""
+    """Place of an image's bytes in a larger file."""
 
     path: Path
     start: int
@@ -209,7 +209,7 @@ def _take(
 
 
 def missing_end(handle: IO[bytes], offset: int) -> str:
-    """What is wrong after a tar's last member; `tarfile` takes any damage there for the end.
+    """Find what is wrong after a tar's last member; `tarfile` takes any damage there for the end.
 
     Args:
         handle: The file.

@@ -63,7 +63,7 @@ class Table:
         self._chunks = {name: self._table.column(name).chunks for name in self._table.column_names}
         end = self._table.num_rows - 1
         self.facts: dict[str, Any] = self.record(end)
-        """What was found while it was made; `files` has name, size and date of each."""
+        """Facts noted while it was made; `files` has name, size and date of each."""
         self._length: int = self.facts["rows"]
         self.refused = [(where, why) for where, why in map(self.record, range(len(self), end))]
         """`(where, why)` of what could not be used."""
@@ -76,7 +76,7 @@ class Table:
         return Table, (self._source,)
 
     def record(self, row: int) -> Any:
-        """What was kept of a record."""
+        """Read what was kept of a record."""
         return json.loads(self._cell("record", row).as_py())
 
     def items(self, name: str, row: int) -> npt.NDArray[Any]:

@@ -40,7 +40,7 @@ def read_captions(
     """Reads all records of a source.
 
     Args:
-        source: The file with its filters. Of a directed pair source every record has an anchor
+        source: The file with its filters. Every record of a directed pair source has an anchor
             and a positive that differs from it.
         bad: Takes records with an empty caption or too few of them.
         min_captions: Different captions that a record needs (stage 1: 2).

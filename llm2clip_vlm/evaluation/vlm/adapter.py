@@ -114,7 +114,7 @@ class Llm2ClipVlmChat(lmms):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """Device of the model."""
         return self._generator().model.device
 
     def clean(self) -> None:

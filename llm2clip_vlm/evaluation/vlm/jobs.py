@@ -84,11 +84,11 @@ class Job:
     """Hash of everything but the checkpoint that decides the score."""
 
     def result_path(self, output: Path) -> Path:
-        """Where the result goes; it is written last."""
+        """File of the result; it is written last."""
         return output / self.checkpoint / f"{self.task}.json"
 
     def samples_path(self, output: Path) -> Path:
-        """Where the samples go."""
+        """File of the samples."""
         return output / self.checkpoint / f"{self.task}.samples.jsonl"
 
     def result(self, output: Path) -> dict[str, Any] | None:

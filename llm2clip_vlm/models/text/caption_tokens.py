@@ -73,7 +73,7 @@ class CaptionTokenizer:
         self.control: Counter[str] = Counter()
         """Names of control tokens that stood in texts so far; they were read as text."""
         self.turn = user_turn(tokenizer) if chat else ("", "")
-        """What the chat template puts before and behind a text."""
+        """Texts that the chat template puts before and behind a text."""
         front, behind = _special_tokens(tokenizer)
         self._prefix = instruction if joined else ""
         self.joined = joined

@@ -24,7 +24,7 @@ class Embedder:
     """Settings in an embedder's files."""
 
     model_dir: Path
-    """Where weights, config and tokenizer are."""
+    """Directory of weights, config and tokenizer."""
     pooling: str
     """Pooling as in `TextEncoderSettings`."""
     max_length_tokens: int | None

@@ -29,8 +29,8 @@ def layers_see_behind(model: Any) -> dict[str, set[bool]]:
     """Tests every layer, without padding and with it.
 
     Three times the same text goes through the model. In front of each layer the second row is made
-    the first but for its last token, the third but for its first. Where another token of the second
-    row differs behind the layer, that layer is open. The modules of open layers are tested in the
+    the first but for its last token, the third but for its first. A layer is open if another token
+    of the second row differs behind it. The modules of open layers are tested in the
     same way: one that moves the third row, but not the second, is causal (the Mamba half of
     Falcon-H1's layers). The model may be on any device, in any dtype, quantised or sharded.
 
@@ -87,7 +87,7 @@ def _run(model: Any, modules: list[tuple[str, nn.Module]], padding: int) -> dict
 def set_causal(model: nn.Module, is_causal: bool) -> None:
     """Sets the layers to what the config says, in place.
 
-    Where no mask is built (flash attention; sdpa without padding) their flag counts instead of it.
+    Their flag counts where no mask is built (flash attention; sdpa without padding).
 
     Args:
         model: Loaded with `config.is_causal`.

@@ -189,7 +189,7 @@ class TextEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.backbone.parameters()).device
 
     @cached_property

@@ -332,7 +332,7 @@ def _add_image_token(tokenizer: Any, llm: Any) -> int:
 
 
 def _no_second_bos(tokenizer: Any, template: str) -> None:
-    """Where the template writes bos, makes the tokenizer add nothing by itself.
+    """Makes the tokenizer add nothing by itself if the template writes bos.
 
     Everything here asks for no special tokens then; other programs, such as lmms-eval's
     `llava_hf`, do not ask and would give the model a second bos.

@@ -71,7 +71,7 @@ class TowerTeacher:
 
 @dataclass(frozen=True)
 class Keeping:
-    """What stage 2b's options add to its trainer."""
+    """Teacher, average and callbacks that stage 2b's options add to its trainer."""
 
     teacher: TowerTeacher | None
     """Teacher for `EncoderTrainer`."""

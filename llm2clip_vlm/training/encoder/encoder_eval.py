@@ -191,7 +191,7 @@ def prompts_of(records: Iterable[ImageTextRecord], source: ZeroShotSource) -> li
 
 
 def logged(results: Mapping[str, Any]) -> dict[str, float]:
-    """What the log keeps of :class:`HeldOut`'s results, by names such as `long_i2t_r1`."""
+    """Numbers for the log of :class:`HeldOut`'s results, by names such as `long_i2t_r1`."""
     found = {
         f"{kind}_{way}_r1": values[way]["r1"]
         for kind, values in results["retrieval"].items()

@@ -62,7 +62,7 @@ class FrozenTower:
         made_by = [hash_state(tower.state_dict()), config, image_processor.to_dict()]
         key = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode())
         self.folder = Path(folder) / key.hexdigest()[:32]
-        """Where the features of this tower are."""
+        """Folder of the features of this tower."""
         self._compared: list[tuple[Any, Tensor]] = []
         self._tower = tower.eval()
         self.attach(tower)
@@ -182,7 +182,7 @@ class FrozenTower:
         return images
 
     def _read(self) -> dict[bytes, Tensor]:
-        """What the cache holds: hash of a picture's bytes to its features."""
+        """Read the cache: hash of a picture's bytes to its features."""
         known: dict[bytes, Tensor] = {}
         for file in sorted(self.folder.glob("*.safetensors")):
             data = file.read_bytes()

@@ -319,7 +319,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             return vlm_outputs(self.model)
 
     def summary(self, result: TrainOutput) -> dict[str, Any]:
-        """What a manifest keeps of a finished training: loss, steps, processes, ZeRO stage.
+        """Facts of a finished training for the manifest: loss, steps, processes, ZeRO stage.
 
         With adapters also the share of their change that rounding lost in the export.
         """
