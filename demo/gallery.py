@@ -29,7 +29,7 @@ from llm2clip_vlm.recipe.base import ImageTextSource
 
 LICENCE = "Attribution License"
 """COCO's name of CC BY, which asks for the source alone."""
-INCHES = 2.3
+INCHES = 1.75
 """Side of a photograph."""
 
 
