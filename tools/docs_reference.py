@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+from pydantic import BaseModel
 
 from llm2clip_vlm import __all__ as public
 from llm2clip_vlm.cli import STAGES, main
@@ -45,7 +46,7 @@ def _help(*words: str) -> str:
 
 def _recipes() -> str:
     parts = ["# Recipes\n\nEvery key: its type, limits and default, and what it does."]
-    models = {
+    models: dict[str, type[BaseModel]] = {
         **{name: RECIPES[name] for name in STAGES if name in RECIPES},
         "pipeline": PipelineRecipe,
         "eval, an encoder": EncoderEvalRecipe,

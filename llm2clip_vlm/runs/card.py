@@ -19,111 +19,23 @@ from llm2clip_vlm.files import read_json, write_atomically
 CARD_NAME = "README.md"
 """File name of the card on the hub."""
 
-_LOAD_VLM = """from PIL import Image
-from llm2clip_vlm.models.vlm.building import load_vlm
-model, processor = load_vlm("{name}")
-prompt = processor.apply_chat_template([{{"role": "user", "content": [
-    {{"type": "image"}}, {{"type": "text", "text": "What is in this picture?"}}]}}],
-    add_generation_prompt=True)
-inputs = processor(images=Image.open("photo.jpg"), text=prompt, return_tensors="pt")
-print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
-_LOAD_TEXT = """from llm2clip_vlm import TextEncoder
-encoder = TextEncoder.from_pretrained("{name}")
-a, b = encoder.encode(["Two dogs run on a beach.", "Dogs by the sea."])
-print(float(a @ b))"""
-_LOAD_TOWER = """from PIL import Image
-from llm2clip_vlm import load_vision_tower
-tower = load_vision_tower("{name}")
-pixels = tower.image_processor(Image.open("photo.jpg"), return_tensors="pt")["pixel_values"]
-print(tower.model(pixels).last_hidden_state.shape)"""
-_LOAD_PAIR = """import torch
-from PIL import Image
-from transformers import AutoModel
-from llm2clip_vlm import TextEncoder, load_vision_tower, register
-register()
-model = AutoModel.from_pretrained("{name}").eval()
-texts = TextEncoder.from_pretrained("TEXT_ENCODER")  # the one that it was trained against
-processor = load_vision_tower("{name}").image_processor
-pixels = processor(Image.open("photo.jpg"), return_tensors="pt")["pixel_values"]
-with torch.no_grad():
-    image = model.get_image_features(pixels)
-    text = model.get_text_features(texts.encode(["Two dogs run on a beach."]))
-print(float(image @ text.T))"""
-
-_LOAD_SENTENCES = """from sentence_transformers import SentenceTransformer
-embedder = SentenceTransformer("{name}")
-a, b = embedder.encode(["Two dogs run on a beach.", "Dogs by the sea."])
-print(float(a @ b))"""
-
-_KINDS: dict[str, tuple[str, str, str]] = {
-    "text encoder": ("text encoder made of a language model", "feature-extraction", _LOAD_TEXT),
-    "sentence-transformers": ("sentence embedder", "sentence-similarity", _LOAD_SENTENCES),
+_KINDS = {
+    "text encoder": ("text encoder made of a language model", "feature-extraction"),
+    "sentence-transformers": ("sentence embedder", "sentence-similarity"),
     "llm2clip": (
         "vision tower and text adaptor, aligned with a language model's caption embeddings",
         "zero-shot-image-classification",
-        _LOAD_PAIR,
     ),
-    "llava": ("vision-language model (LLaVA)", "image-text-to-text", _LOAD_VLM),
-    "llava_next": ("vision-language model (LLaVA-NeXT)", "image-text-to-text", _LOAD_VLM),
-    "tower": ("vision tower", "image-feature-extraction", _LOAD_TOWER),
+    "llava": ("vision-language model (LLaVA)", "image-text-to-text"),
+    "llava_next": ("vision-language model (LLaVA-NeXT)", "image-text-to-text"),
+    "tower": ("vision tower", "image-feature-extraction"),
 }
-"""Description of each kind, the hub's `pipeline_tag`, and lines that use it."""
+"""Kind of model to what it is and the hub's `pipeline_tag`."""
 
-_FOREIGN = {
-    "llava": "# in LLaVA's own code\n--vision_tower {name}    # a VLM: --model-path {name}",
-    "open_clip": "model.visual.load_state_dict(...)    # of open_clip; see open_clip_config.json",
-    "timm": 'timm.create_model("local-dir:{name}", pretrained=True)',
-    "vllm": "vllm serve {name}",
-}
-"""Lines that use an export, by format, where they are not those of its kind."""
+_FOREIGN = ("llava", "open_clip", "timm", "vllm")
+"""Formats of exports whose lines of use are not those of their kind."""
 
-_TEMPLATE = """---
-{{ card_data }}
----
-
-# {{ name }}
-
-A {{ what }}, made by {{ made }}.
-
-## Use
-
-```python
-{{ use }}
-```
-
-## Made from
-{% for line in parents %}
-- {{ line }}{% endfor %}
-{% if recipe %}
-<details><summary>Recipe</summary>
-
-```yaml
-{{ recipe }}
-```
-
-</details>
-{% endif %}
-## Evaluation
-{% if scores %}
-| measured | % |
-|---|---|
-{% for title, value in scores %}| {{ title }} | {{ "%.1f"|format(value) }} |
-{% endfor %}{% else %}
-None is recorded in this directory.
-{% endif %}{% if parity %}
-## Parity
-{% for line in parity %}
-- {{ line }}{% endfor %}
-{% endif %}
-## Not tested
-
-It ran on {{ device }} alone. Bias, safety, and languages other than the data's were not measured,
-nor was anything else that the table above does not name.
-
-## Versions
-
-{{ versions }}
-"""
+_TEMPLATE = Path(__file__).parent / "templates" / "card.md.jinja"
 
 _SCORES = frozenset("r1 r5 r10 top1 after raw_causal raw_bidirectional".split())
 """The results that a card shows, all in %."""
@@ -182,7 +94,7 @@ def write_card(
         kind = "tower"
     if kind is None or (card.exists() and _OURS not in card.read_text(encoding="utf-8")):
         return None
-    what, pipeline_tag, use = _KINDS[kind]
+    what, pipeline_tag = _KINDS[kind]
     scores = list(_scores(results or {}))
     known = list(filter(None, map(_card_of, parents.values())))
     licences = sorted({str(data.license) for data in known if data.license})
@@ -215,11 +127,12 @@ def write_card(
         lines.append("no licence of these is recorded here: look them up before you share this")
     text = ModelCard.from_template(
         data,
-        template_str=_TEMPLATE,
+        template_path=str(_TEMPLATE),
         name=name,
         what=what,
         made=made,
-        use=_FOREIGN.get(foreign, use).format(name=name),
+        kind=kind,
+        opened=foreign,
         parents=lines,
         recipe=yaml.safe_dump(_masked(recipe), sort_keys=False).strip() if recipe else "",
         scores=scores,
