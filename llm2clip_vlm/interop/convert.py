@@ -17,7 +17,6 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop import certificate, libraries
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
-from llm2clip_vlm.interop.export import save_encoder, save_llava
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
 from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import official
@@ -25,6 +24,7 @@ from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, towe
 from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
 from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
+from llm2clip_vlm.interop.saving import save_encoder, save_llava
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register

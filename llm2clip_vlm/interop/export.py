@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.interop import certificate, libraries, llava
+from llm2clip_vlm.interop import certificate, libraries, llava, saving
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
@@ -30,7 +30,7 @@ from llm2clip_vlm.models.text.text_encoder_settings import SETTINGS_NAME
 from llm2clip_vlm.models.text.tokenizer_files import SENTENCEPIECE, save_tokenizer
 from llm2clip_vlm.models.vision.timm_vision import RESAMPLE
 from llm2clip_vlm.models.vision.towers import load_vision_tower
-from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import load_vlm
 from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
 
@@ -113,53 +113,12 @@ def _load(path: Path) -> tuple[str, Any, Any]:
 def _transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory for `from_pretrained`."""
     if hasattr(model, "lm_head"):
-        return save_llava(model, processor, folder)
+        return saving.save_llava(model, processor, folder)
     pixels = fixed_pixels(vision_tower_of(model).config.image_size)
-    again = save_encoder(model, processor, folder)
+    again = saving.save_encoder(model, processor, folder)
     opened = f"AutoModel ({type(again).__name__}) of transformers"
     expected, got = features_of(model, pixels), features_of(again, pixels)
-    return Evidence(opened, expected, got, {"needs": _needs(model)})
-
-
-def save_encoder(model: Any, processor: Any, folder: Path) -> Any:
-    """Write a tower, or an `LLM2CLIPModel` with the plain tower in `vision_tower/`.
-
-    Args:
-        model: Either.
-        processor: Its image processor.
-        folder: Where to.
-
-    Returns:
-        The same, read back in fp32.
-    """
-    if vision_tower_of(model) is model:
-        export_vision_tower(model, processor, folder)
-    else:
-        model.save_pretrained(folder)
-        processor.save_pretrained(folder)
-        export_vision_tower(model, processor, folder / "vision_tower")
-    again: Any = load_complete(AutoModel, folder, dtype=torch.float32)
-    return again.eval()
-
-
-def _needs(model: Any) -> str:
-    config = getattr(model.config, "vision_config", model.config)
-    own = {type(part).__module__.split(".")[0] for part in (config, model)} != {"transformers"}
-    return "llm2clip_vlm.register() first" if own else "transformers alone"
-
-
-def save_llava(model: Any, processor: Any, folder: Path) -> Evidence:
-    """Write a VLM as transformers has it, and compare it with what opens there.
-
-    Args:
-        model: The VLM.
-        processor: Its processor.
-        folder: Where to.
-    """
-    save_vlm(model, processor, folder)
-    again = load_complete(type(model), folder, dtype=model.dtype)
-    opened = f"{type(model).__name__} of transformers"
-    return Evidence(opened, logits_of(model), logits_of(again), {"needs": _needs(model)})
+    return Evidence(opened, expected, got, {"needs": saving.needs(model)})
 
 
 def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
@@ -171,7 +130,7 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
         )
-    evidence = save_llava(model, processor, folder)
+    evidence = saving.save_llava(model, processor, folder)
     files = [safe_open(file, "pt") for file in weight_files(folder)]
     names = [name for file in files for name in file.keys()]  # noqa: SIM118
     if foreign := [name for name in names if not name.startswith(_SERVED_NAMES)]:
