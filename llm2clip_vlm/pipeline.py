@@ -57,6 +57,9 @@ COSTS_NAME = "costs.json"
 OUTPUTS_NAME = "outputs.json"
 """File beside the logs: what each job's outputs were when it ended."""
 
+COMMAND = "llm2clip-vlm"
+"""The program of a step that runs one of this package's commands."""
+
 _MOST_JOBS = 2000
 _PERCENT = re.compile(r"(\d+)%\|")
 
@@ -88,8 +91,11 @@ class Job:
         Raises:
             FileNotFoundError: The program does not exist.
         """
-        program = str(find_program(self.step.program, root))
-        return [*(self.step.launch or [sys.executable]), program, *self.recipe, *self.arguments]
+        if self.step.program == COMMAND:
+            program = ["-m", "llm2clip_vlm.cli"]
+        else:
+            program = [str(find_program(self.step.program, root))]
+        return [*(self.step.launch or [sys.executable]), *program, *self.recipe, *self.arguments]
 
 
 def expand(recipe: PipelineRecipe) -> list[Job]:

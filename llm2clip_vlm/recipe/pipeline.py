@@ -13,7 +13,8 @@ class PipelineStep(Section):
     name: str
     """Unique name; may hold `{variable}` of `for_each`."""
     program: str
-    """A program of `stages/` or `eval/` without its ending, such as `stage1_text_encoder`."""
+    """A program of `stages/` or `eval/` without its ending, such as `stage1_text_encoder`, or
+    `llm2clip-vlm` with a command under `arguments`."""
     recipe: str | None = None
     """Recipe that the program reads. None: the program takes options only."""
     overrides: dict[str, str | int | float | bool] = Field(default_factory=dict)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import llm2clip_vlm
 from llm2clip_vlm.pipeline import (
     OUTPUTS_NAME,
     Pipeline,
@@ -160,6 +161,12 @@ def test_the_command_line_is_launcher_program_recipe_overrides_arguments(root: P
     )
     program = str(root / "stages" / "work.py")
     assert job.command(root) == ["accelerate", "launch", program, "r.yaml", "k=1", "--flag"]
+
+
+def test_a_step_may_be_a_command_of_the_package(root: Path) -> None:
+    say = {"name": "a", "program": "llm2clip-vlm", "arguments": ["--version"]}
+    Pipeline(pipeline(say), root).run()
+    assert (root / "runs" / "logs" / "a.log").read_text().strip() == llm2clip_vlm.__version__
 
 
 def test_a_program_that_is_not_there_is_named(root: Path) -> None:
