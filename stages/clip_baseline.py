@@ -79,8 +79,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dataset = training_images(recipe, image_processor, run.bad, tokens, features=frozen)
     tokens.prepare(dataset.captions())
     held_out = HeldOut(recipe, image_processor, run.bad, frozen)
-    say(f"data: {len(dataset)} pairs; {len(held_out.texts())} texts of held-out images")
-    say(f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens")
+    cut = f"{tokens.num_cut} captions fill the window of {tokens.window_tokens} tokens"
+    say(f"data: {len(dataset)} pairs; {cut}")
     if notice := control_notice(tokens.control):
         say(notice)
 

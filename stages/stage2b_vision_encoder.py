@@ -93,8 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         features=frozen,
     )
     held_out = HeldOut(recipe, tower.image_processor, run.bad, frozen)
-    say(f"data: {len(dataset)} pairs; {len(held_out.texts())} texts of held-out images")
-    captions.require([*dataset.captions(), *held_out.texts()])
+    captions.require([*dataset.captions(), *(texts := held_out.texts())])
+    say(f"data: {len(dataset)} pairs; {len(texts)} texts of held-out images")
     keeping = prepare_keeping(
         recipe,
         model,
@@ -136,8 +136,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         tower.image_processor.save_pretrained(out / "model")
         exported = export_vision_tower(saved, tower.image_processor, out / "vision_tower")
         require_as_exported(saved, exported)
-        texts = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
-        run.finish(texts | {"vision_tower": fingerprint_dir(exported)}, results, pairs=len(dataset))
+        made = {f"text_encoder.{name}": value for name, value in captions.fingerprints.items()}
+        run.finish(made | {"vision_tower": fingerprint_dir(exported)}, results, pairs=len(dataset))
     teardown()
 
 
