@@ -91,7 +91,7 @@ class TextTokens:
         Args:
             text: Result of :meth:`named`, whose names are control tokens.
             add_special_tokens: Let the tokenizer put its special tokens around it.
-            max_length: Cut to so many tokens.
+            max_length: Cut to this many tokens.
         """
         if not self._tokenizer.is_fast:
             options: dict[str, Any] = {"truncation": max_length is not None}
@@ -181,7 +181,7 @@ def text_ids(
         texts: Texts of a data file.
         prefix: Stands before each; it is no data, and may hold control tokens.
         add_special_tokens: Let the tokenizer put its special tokens around each.
-        max_length: Cut each to so many tokens.
+        max_length: Cut each to this many tokens.
     """
     options: dict[str, Any] = {"truncation": max_length is not None, "max_length": max_length}
     encoded = tokenizer(

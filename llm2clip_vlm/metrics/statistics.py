@@ -309,7 +309,7 @@ def jackknife_error(
 
 
 def rounded(value: Any, places: int = 6) -> Any:
-    """A JSON value with its numbers cut to so many places."""
+    """A JSON value with its numbers cut to this many places."""
     if isinstance(value, float):
         return round(value, places)
     if isinstance(value, Mapping):

@@ -297,7 +297,7 @@ class EmbeddingCache:
     def _joined(
         self, shard: Callable[[int], memoryview], size: int, numbers: npt.NDArray[np.int64]
     ) -> bytearray:
-        """Rows of `size` bytes one behind the other, each copied once.
+        """Rows of `size` bytes one after the other, each copied once.
 
         As fast with a thousand shards as with one; indexing arrays shard by shard copies twice.
         """

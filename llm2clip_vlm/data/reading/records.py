@@ -263,7 +263,7 @@ class _Filters:
 
 
 def _comparable(value: Any) -> str:
-    """A value as people write it in a filter, whoever wrote the data."""
+    """A value as people write it in a filter, independent of who wrote it."""
     text = _as_text(value)
     if text in ("True", "TRUE", "False", "FALSE"):
         return text.lower()
