@@ -33,7 +33,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
 
 def user_turn(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> tuple[str, str]:
-    """Find what a template (None: the tokenizer has one) writes before and behind a user's text.
+    """Find what a template (None: the tokenizer has one) writes before and after a user's text.
 
     Taken from a later turn of a conversation, so that no system prompt and no date is in it.
 
@@ -115,7 +115,7 @@ def prompt_text(
     """A conversation up to where the model begins to answer, and characters that stand for others.
 
     The first character of a text that would become a control token is replaced by another one;
-    `str.translate` with the table, behind `TextTokens.named`, gives the text back.
+    `str.translate` with the table, after `TextTokens.named`, gives the text back.
     """
     text = render(messages, template, tokenizer, prompt=True)
     hide, show = _to_hide(messages, template, tokenizer, tokenize(tokenizer, text)[0], prompt=True)
@@ -273,7 +273,7 @@ def tokenize(
 
 @lru_cache(maxsize=2)
 def _ends_of_turns(template: str, tokenizer: PreTrainedTokenizerBase, size: int) -> frozenset[int]:
-    """Ids that the template ends answers with: the first control token behind an answer's text.
+    """Ids that the template ends answers with: the first control token after an answer's text.
 
     Bos, unk and `<image>` never are, eos always is.
     """

@@ -305,7 +305,7 @@ def _info_nce(
     # Example, two images with k = 2 texts each: keys are t0 t1 t2 t3, and `own` of image 0 is
     # [0, 1]. Its term is -(log p(t0) + log p(t1)) / 2, where p is one softmax over the four texts.
     # If t2 reads as t0 does (equal ids), t2 leaves the softmax of image 0, and image 0 that of t2:
-    # pushing a right answer away would teach the opposite. With several ranks `own` starts behind
+    # pushing a right answer away would teach the opposite. With several ranks `own` starts after
     # the lower ranks' keys, since `together` puts the ranks' keys one after the other.
     if negative_ids is not None and ids is None:
         raise ValueError("negative_ids are given and ids are not; expected both, or none")

@@ -40,7 +40,7 @@ from llm2clip_vlm.models.text.caption_tokens import pad_tokens
 Clip = CLIPModel | VisionTextDualEncoderModel
 """A vision tower with its own text tower: OpenAI's pair, or any tower with CLIP's text tower."""
 END_TOKEN = "<|end_of_caption|>"
-"""Name of the end token of a text tower whose tokenizer puts none behind a text."""
+"""Name of the end token of a text tower whose tokenizer puts none after a text."""
 
 _SPECIAL = ("pad", "bos", "eos")
 
@@ -105,7 +105,7 @@ def clip_around_tower(
     Args:
         tower: Copied, not shared; the model has its dtype.
         text_model: `CLIPTextConfig` arguments; the tokenizer gives vocabulary and special tokens.
-        tokenizer: Directory; where it puts no end token behind a text, it gets one more.
+        tokenizer: Directory; where it puts no end token after a text, it gets one more.
         projection_dim: Width of the joint space.
         logit_scale_init: Stored logarithm at the start.
 

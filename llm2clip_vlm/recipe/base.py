@@ -212,7 +212,7 @@ class TextEncoderSection(Section):
     language_model: str
     """Path or hub id of the decoder LLM (Llama, Qwen2/3, Mistral, Gemma)."""
     pooling: Literal["mean", "last", "eos"] = "mean"
-    """Mean over caption tokens, the last token, or an eos behind the text, added where the
+    """Mean over caption tokens, the last token, or an eos after the text, added where the
     tokenizer adds no eos (paper v6 table 6)."""
     max_length_tokens: int = Field(default=512, ge=2)
     """Longer captions are cut and counted. Paper v6 C.1: 512."""

@@ -244,7 +244,7 @@ class ClipBaselineRecipe(EncoderRecipe):
     """Stored logarithm at the start, as in stage 2b, with `vision_tower`."""
     tokenizer: str | None = None
     """Directory of the tokenizer when `clip` is a config (its image processor too) or beside
-    `vision_tower`; a tokenizer that puts no end token behind a text gets one."""
+    `vision_tower`; a tokenizer that puts no end token after a text gets one."""
     text_window_tokens: int | None = Field(default=None, ge=4)
     """Lengthen the text tower to this many positions (pretrained ones kept, new ones repeat the
     last); captions beyond the window are cut, as CLIP does."""

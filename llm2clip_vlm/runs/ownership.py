@@ -146,7 +146,7 @@ class Hold:
         )
 
     def _write(self, holder: Any) -> None:
-        # One line, written in place: the lock is on this very file. What a kill leaves behind the
+        # One line, written in place: the lock is on this very file. What a kill leaves after the
         # line is not read.
         text = json.dumps({"holder": holder, "names": sorted(self.names)}) + "\n"
         os.pwrite(self._handle, text.encode(), 0)

@@ -39,7 +39,7 @@ class StrictResumeMixin:
         return frozen_modules(self.model)
 
     def compute_loss_context_manager(self) -> Any:
-        """Put what is frozen into evaluation mode; transformers calls it behind `model.train()`."""
+        """Put what is frozen into evaluation mode; transformers calls it after `model.train()`."""
         if self.model.training:
             set_evaluation_mode(self._frozen)
         return super().compute_loss_context_manager()  # type: ignore[misc]

@@ -153,7 +153,7 @@ class Shard:
 
 
 def text_digest(text: str, prompt: str = "") -> bytes:
-    """SHA-256 of a text's UTF-8 bytes, behind the prompt's own where there is one: a row's key."""
+    """SHA-256 of a text's UTF-8 bytes, after the prompt's own where there is one: a row's key."""
     start = hashlib.sha256(prompt.encode()).digest() if prompt else b""
     return hashlib.sha256(start + text.encode()).digest()
 
@@ -299,7 +299,7 @@ def read_shard(path: Path, header: Header) -> Shard:
 
 
 def shard_files(directory: Path, epoch: int | None = None, rank: int = 0) -> list[Path]:
-    """Shards of a cache, and behind them the parts that a training run has added.
+    """Shards of a cache, and after them the parts that a training run has added.
 
     Args:
         directory: The cache.

@@ -45,7 +45,7 @@ _UPRIGHT = dict(
 """EXIF orientation to the transposition that undoes it."""
 
 _JPEG = ("JPEG", "MPO")
-"""Telephones write MPO: a JPEG with further pictures behind it."""
+"""Telephones write MPO: a JPEG with further pictures after it."""
 
 _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO TGA".split()
 

@@ -1,6 +1,6 @@
 """One Arrow table for the records of a source: in memory, or in a file that all processes map.
 
-A table is a stream of record batches, opened by `datasets`, and 32 bytes behind its end: the
+A table is a stream of record batches, opened by `datasets`, and 32 bytes after its end: the
 SHA-256 of all before them. Its rows are the usable records, then what was refused, then one with
 the facts (which files it was made of). `record` holds JSON, because names of files need not be
 UTF-8 and an Arrow string must be; token ids, lengths and the like have columns of their own.

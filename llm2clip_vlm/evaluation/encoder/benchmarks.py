@@ -242,7 +242,7 @@ def read_classes(path: str) -> dict[str, str]:
     """Read classes and their names, in order: lines, a JSON list, or a JSON mapping.
 
     Raises:
-        ValueError: Something else, or a class that is listed twice: those behind it would move up.
+        ValueError: Something else, or a class that is listed twice: those after it would move up.
     """
     listed = path.endswith(".json")
     names = read_json(path, object) if listed else read_text(path).strip().split("\n")

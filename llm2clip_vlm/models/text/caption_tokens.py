@@ -31,7 +31,7 @@ class CaptionTokenizer:
     """Token ids of captions, and which of them are pooled.
 
     Tokens of a text: what the tokenizer puts in front (bos), the chat template's header, the
-    instruction, the text, the template's footer, what the tokenizer puts behind (eos). The text
+    instruction, the text, the template's footer, what the tokenizer puts after (eos). The text
     and what follows it are pooled: what stands in front is the same everywhere and says nothing of
     the text, while what follows has seen all of it. Each is tokenized apart, so that the border
     is exact.
@@ -41,7 +41,7 @@ class CaptionTokenizer:
         max_length_tokens: Special tokens and instruction included.
         instruction: Text before every caption.
         chat: Wrap texts in a user turn of the tokenizer's chat template.
-        pooling: `eos` puts an eos behind texts where the tokenizer puts none.
+        pooling: `eos` puts an eos after texts where the tokenizer puts none.
         joined: The instruction is a part of the text and all tokens are pooled, as in
             sentence-transformers.
 
@@ -73,7 +73,7 @@ class CaptionTokenizer:
         self.control: Counter[str] = Counter()
         """Names of control tokens that stood in texts so far; they were read as text."""
         self.turn = user_turn(tokenizer) if chat else ("", "")
-        """Texts that the chat template puts before and behind a text."""
+        """Texts that the chat template puts before and after a text."""
         front, behind = _special_tokens(tokenizer)
         self._prefix = instruction if joined else ""
         self.joined = joined
@@ -88,7 +88,7 @@ class CaptionTokenizer:
         self.front: list[int] = front
         """Tokens before every text."""
         self.behind: list[int] = behind
-        """Tokens behind every text."""
+        """Tokens after every text."""
         self.leaves_out_front = pooling == "mean" and bool(front) and not joined
         """Tokens before a text are no part of its vector."""
         self._room = max_length_tokens - len(front) - len(behind)
@@ -111,7 +111,7 @@ class CaptionTokenizer:
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, instruction and special tokens included, not padded.
 
-        Texts that are too long are cut behind (the tokens that follow a text are kept) and
+        Texts that are too long are cut at the end (the tokens that follow a text are kept) and
         counted in :attr:`num_truncated`.
 
         Raises:
@@ -229,7 +229,7 @@ def pad_tokens(
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Ids that the tokenizer puts before and behind a text."""
+    """Ids that the tokenizer puts before and after a text."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full) - len(bare) + 1):

@@ -1,4 +1,4 @@
-"""Test of which layers of a model let a token see the tokens behind it.
+"""Test of which layers of a model let a token see the tokens after it.
 
 One open layer is enough for the last hidden states to see everything, so what leaves the model says
 nothing about its other layers: each one is tested apart, in the same forward pass.
@@ -30,7 +30,7 @@ def layers_see_behind(model: Any) -> dict[str, set[bool]]:
 
     Three times the same text goes through the model. In front of each layer the second row is made
     the first but for its last token, the third but for its first. A layer is open if another token
-    of the second row differs behind it. The modules of open layers are tested in the
+    of the second row differs after it. The modules of open layers are tested in the
     same way: one that moves the third row, but not the second, is causal (the Mamba half of
     Falcon-H1's layers). The model may be on any device, in any dtype, quantised or sharded.
 
@@ -52,7 +52,7 @@ def layers_see_behind(model: Any) -> dict[str, set[bool]]:
     for padding in (0, 2):
         for name, probe in _run(model, named, padding).items():
             answers[name] |= probe.backward
-    # apart from the layers: a norm behind the attention would be given the first row again
+    # apart from the layers: a norm after the attention would be given the first row again
     parts = [
         (f"{name.partition(' ')[0]}.{part} ({type(module).__name__})", module)
         for name, layer in named

@@ -60,7 +60,7 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
     """Make LLaVA-NeXT's image processor for a tower: the whole picture, then crops of it.
 
     Args:
-        tower: The tower, with patches alone behind its CLS token.
+        tower: The tower, with patches alone after its CLS token.
         grids: `[height, width]` in pixels; the one that fits a picture best is chosen.
             None: LLaVA-NeXT's five (1x2, 2x1, 2x2, 3x1 and 1x3 crops).
 

@@ -113,7 +113,7 @@ class TimmVisionModel(PreTrainedModel):
         """Stage of each parameter of a CNN: 0 the stem, 1 the first stage, ...
 
         Returns:
-            Name to stage, and their number; what timm puts behind the last has one more.
+            Name to stage, and their number; what timm puts after the last has one more.
         """
         stages, number = _stages(self.timm_model)
         return {f"timm_model.{name}": stage for name, stage in stages.items()}, number

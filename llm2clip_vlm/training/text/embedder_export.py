@@ -1,6 +1,6 @@
 """A trained text encoder as a directory that sentence-transformers opens without this package.
 
-The tokenizer that is written adds by itself what stands before and behind every text. Where the
+The tokenizer that is written adds by itself what stands before and after every text. Where the
 front is left out of the mean, the default prompt is a single blank, which that tokenizer drops:
 it makes sentence-transformers count the front's tokens, and so leave them out
 (`include_prompt: false`).

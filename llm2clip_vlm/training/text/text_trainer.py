@@ -135,7 +135,7 @@ def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[s
 
     Processes whose texts have other lengths have other numbers of groups, but must run equally many
     forward and backward passes. Where every text is alone (another process has more of them), the
-    last one is repeated behind the others, where no loss asks for it.
+    last one is repeated after the others, where no loss asks for it.
 
     Args:
         groups: Arguments of the encoder, sorted from long to short.
