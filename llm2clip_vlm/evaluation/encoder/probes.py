@@ -18,7 +18,7 @@ from llm2clip_vlm.metrics.zero_shot import label_rows, mean_per_class
 from llm2clip_vlm.recipe.evaluation import ClassSource, EncoderEvalRecipe, LinearProbeTask
 
 VALIDATION_SHOTS = 4
-"""Few-shot: so many further images at most a class choose the regularisation (CoOp, 2109.01134)."""
+"""Few-shot: at most so many more images a class choose the regularisation (CoOp, 2109.01134)."""
 
 
 def fit_logistic(
