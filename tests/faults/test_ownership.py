@@ -139,7 +139,7 @@ def test_other_data_are_refused(tmp_path: Path, three: Three, killed: bool) -> N
     before, rows = content(out), json.loads(data.read_text())
     for changed in (rows[:-1], rows[::-1], [*rows, rows[0]]):
         data.write_text(json.dumps(changed))
-        with pytest.raises(HandoffError, match=rf"other data \(data\.0\): {data} was changed"):
+        with pytest.raises(HandoffError, match=rf"other data \(data\.0\): {data} has been changed"):
             run_here("stage3_projector", recipe)
         assert content(out) == before
     data.unlink()

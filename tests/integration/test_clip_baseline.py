@@ -113,7 +113,7 @@ def test_a_run_from_a_model_that_was_made_anew_is_refused(
     values = weights(clip)
     values["logit_scale"] += 1
     save_file(values, clip / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(HandoffError, match=r"began with another clip: .* was made anew"):
+    with pytest.raises(HandoffError, match=r"began with another clip: .* has been made anew"):
         run(path)
     (tmp_path / "other").mkdir()
     clip.rename(tmp_path / "other" / "model")
