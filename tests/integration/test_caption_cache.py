@@ -111,9 +111,7 @@ def test_a_slice_without_work_says_so(
     recipe_2a: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["embed", "build", str(recipe_2a), "slice=1/2"]) == 0
-    say = (
-        f"writer 1/2 has nothing to do: {2 * PAIRS} rows are lacking, which make 1 shards of 16384"
-    )
+    say = f"writer 1/2 has nothing to do: {2 * PAIRS} rows are lacking, which make 1 shards of 256"
     assert say in caplog.text
     assert main(["embed", "build", str(recipe_2a), "slice=2/2"]) == 2
     assert "slice: expected i/n with i from 0 to 1, got 2/2" in capsys.readouterr().err

@@ -282,7 +282,7 @@ def test_a_run_goes_on_from_its_own_parents_only(tmp_path: Path) -> None:
     finish(tower.parent, seconds=9.0)
     claim_parents(out, parents, resumes=True)
     make_model(tower, weights="other")
-    with pytest.raises(HandoffError, match=r"began with another tower: .*stage2b/tower has been made"):
+    with pytest.raises(HandoffError, match=r"another tower: .*stage2b/tower has been made"):
         claim_parents(out, parents, resumes=True)
     claim_parents(out, parents, resumes=False)  # nothing is there yet
     finish(cache, fingerprints={"text_weights": "b"})
@@ -363,7 +363,7 @@ def test_data_are_parents(tmp_path: Path, how: str) -> None:
         changed.write_text({"changed": "row\nrew\n", "shrunk": "row\n", "added": "row\n"}[how])
     assert not is_complete(out, recipe)
     for resumes in (False, True):  # of a finished run, and of a killed one
-        with pytest.raises(HandoffError, match=rf"other data \(train.0\): {changed} has been changed"):
+        with pytest.raises(HandoffError, match=rf"data \(train.0\): {changed} has been changed"):
             claim_parents(out, parents, resumes=resumes)
         (out / MANIFEST_NAME).unlink(missing_ok=True)
     claim_parents(out, parents, resumes=False)  # nothing was made of them
