@@ -25,6 +25,7 @@ PAGES = [
     ROOT / "README.md",
     ROOT / "recipes" / "demo" / "base" / "models" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "recipes").glob("*/README.md")),
 ]
 MODELS: dict[str, Any] = {**RECIPES, "pipeline": PipelineRecipe}
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
