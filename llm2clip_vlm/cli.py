@@ -19,10 +19,12 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import logging
 import os
 import sys
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,8 +79,12 @@ def guard(program: Callable[[], int | None]) -> int:
         Its exit code; 2 after such a message, 1 after a mistake of ours, 130 after Ctrl-C, 141
         where nobody reads the output any more. With `LLM2CLIP_DEBUG=1` the error goes through.
     """
+    logging.getLogger("DeepSpeed").addFilter(_worth_telling)
     try:
-        code = program() or 0
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.filterwarnings("ignore", category=FutureWarning, module=_FOREIGN)
+            code = program() or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -101,6 +107,14 @@ def guard(program: Callable[[], int | None]) -> int:
             where += f"; {_kept_traceback()}"
         print(f"error: {_told(error)}\n({where})", file=sys.stderr)
         return 2
+
+
+_FOREIGN = r"(accelerate|deepspeed|peft|torch|transformers)\b"
+"""Packages whose `FutureWarning` is for us, not for the user."""
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 _OURS = (

@@ -20,12 +20,13 @@ _PACKED = {"recipes": "recipes", "eval": "eval_assets"}
 """Folders of a checkout, and what they are called in the installed package."""
 
 
-def find_shipped(name: str) -> str:
+def find_shipped(name: str, *, here: bool = True) -> str:
     """The path itself, or what lies under that name in the checkout or the installed package.
 
     Args:
         name: As it is called in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
             from the working directory comes first.
+        here: Whether it does.
 
     Returns:
         The path, unchanged where nothing of that name is shipped.
@@ -34,7 +35,7 @@ def find_shipped(name: str) -> str:
     packed = _PACKED.get(folder)
     if not (packed and rest) or len(name) > _LONGEST_NAME or not name.isprintable():
         return name
-    if Path(name).exists() or ".." in Path(name).parts:
+    if (here and Path(name).exists()) or ".." in Path(name).parts:
         return name
     places = (_PACKAGE.parent / name, _PACKAGE / packed / rest)
     return next((str(place) for place in places if place.exists()), name)

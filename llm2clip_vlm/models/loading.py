@@ -131,7 +131,7 @@ def _check_names(
             kind = _get_model_class(config, mapping)
         own: Any = kind.config_class
         part = not isinstance(config, own)
-        with boundary(f"{folder}: cannot be loaded as {kind.__name__}", error), _quiet():
+        with boundary(f"{folder}: cannot be loaded as {kind.__name__}", error), _quiet(bars=False):
             made: tuple[Any, dict[str, Any]] = kind.from_pretrained(
                 None,
                 config=own.from_pretrained(folder) if part else config,
@@ -370,10 +370,15 @@ def four_bits(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(*, bars: bool = True) -> Iterator[None]:
     before = transformers_logging.get_verbosity()
+    drawn = transformers_logging.is_progress_bar_enabled() and not bars
     transformers_logging.set_verbosity_error()
+    if drawn:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+        if drawn:
+            transformers_logging.enable_progress_bar()

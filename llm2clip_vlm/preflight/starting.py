@@ -71,7 +71,7 @@ def begin(directory: Path, name: str) -> None:
     Raises:
         ValueError: There is no such family, or the folder holds something.
     """
-    root = Path(find_shipped("recipes/accelerate")).parent
+    root = Path(find_shipped("recipes/accelerate", here=False)).parent
     families = sorted(path.parent.name for path in root.glob("*/README.md"))
     found = [family for family in families if family.startswith(name)]
     if len(found) != 1:
@@ -87,7 +87,7 @@ def begin(directory: Path, name: str) -> None:
     with written_whole(directory) as folder:
         while todo:
             shipped = todo.pop()
-            file = Path(find_shipped(shipped))
+            file = Path(find_shipped(shipped, here=False))
             if shipped in done or not file.is_file():
                 continue
             done.add(shipped)

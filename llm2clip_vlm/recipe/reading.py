@@ -28,7 +28,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from llm2clip_vlm.files import find_shipped, read_text, recipe_names, write_atomically
+from llm2clip_vlm.files import find_recipe, find_shipped, read_text, recipe_names, write_atomically
 from llm2clip_vlm.recipe.yaml_files import DEEPEST, LARGEST_BYTES, Dumper, parse_value, parse_yaml
 from llm2clip_vlm.recipe.yaml_files import RecipeError as RecipeError  # noqa: PLC0414
 
@@ -57,7 +57,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
     """Read, merge, interpolate and check a recipe.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or what `find_recipe` finds by its name.
         model: The pydantic model that reads it, such as `Stage1Recipe`.
         overrides: `dotted.key=value` items, the value written as YAML; a list item is addressed by
             its index (`train.0.path=x.jsonl`).
@@ -69,7 +69,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
             can be seen at once are listed.
     """
-    data: Any = _read(Path(find_shipped(str(path))), ())
+    data: Any = _read(Path(find_recipe(str(path))), ())
     for override in overrides:
         key, equals, text = override.partition("=")
         last = key.rpartition(".")[2]
