@@ -126,5 +126,5 @@ def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str
                 vars(action)["complete"] = {"bash": "_l2c_recipe", "zsh": "_files"}
         if not command._actions:  # it has a parser of its own
             vars(command.add_argument("words", nargs="*"))["complete"] = shtab.FILE
-    script: str = shtab.complete(parser, shell, preamble={"bash": bash})
+    script: str = shtab.complete(parser, shell, preamble=bash if shell == "bash" else "")
     return script

@@ -230,8 +230,8 @@ def fields_below(model: type[BaseModel], above: str = "") -> Iterator[tuple[str,
     """
     for name, field in model.model_fields.items():
         yield f"{above}{name}", field
-        kind = typing.get_origin(field.annotation) or field.annotation
-        item = {list: ".N", dict: ".KEY"}.get(kind, "")
+        kind = typing.get_origin(field.annotation)
+        item = ".N" if kind is list else ".KEY" if kind is dict else ""
         for section in dict.fromkeys(models_in(field.annotation)):
             yield from fields_below(section, f"{above}{name}{item}.")
 
