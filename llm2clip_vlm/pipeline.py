@@ -230,7 +230,8 @@ class Pipeline:
         kinds = {job.name: job.step.name for job in self.jobs}
         known = {name: s for name, s in times.items() if isinstance(s, int | float)}
         try:
-            with Shown(kinds, known, self.recipe.jobs) as shown:
+            shown = Shown(kinds, known, self.recipe.jobs)
+            with shown.bars:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
                         if not (set(job.needs) & self.seconds.keys()) and finished(

@@ -215,7 +215,7 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     if lacks:
         raise TowerError(
             f"{path}: {type(model).__name__} lacks what a vision tower needs: {'; '.join(lacks)}. "
-            "docs/swap-in-real-checkpoints.md has the contract, docs/examples/tower_package a tower"
+            "docs/extend.md has the contract, docs/examples/tower_package a tower"
         )
     made = processed_size_px(processor)
     size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)
