@@ -1,4 +1,4 @@
-"""The Hugging Face hub: whether a name can be one of its models, and whether it can be reached."""
+"""Access to the Hugging Face hub: is a name one of its models, can it be reached, fetch it."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def require_place(path: str | Path, error: type[ValueError] = ValueError) -> Non
 
 @cache
 def is_offline() -> bool:
-    """Whether the hub cannot be reached; if so, its libraries are told.
+    """Check whether the hub cannot be reached; if so, set its libraries to offline mode.
 
-    They would try again and again for a minute a file. Where a proxy leads to it nothing is tried.
+    They would retry for a minute for each file. Behind a proxy nothing is tried.
     """
     from huggingface_hub import constants
 
@@ -68,7 +68,7 @@ def is_offline() -> bool:
 
 
 def fetched(name: str, error: type[ValueError] = ValueError, *, code: bool = False) -> Path:
-    """A checkpoint of the hub, in the hub's cache; what is there already is not fetched again.
+    """Fetch a checkpoint of the hub into its cache; what is there already is not fetched again.
 
     Args:
         name: `ORG/NAME`, or `ORG/NAME/FILE` for one file of weights and the configs beside it.

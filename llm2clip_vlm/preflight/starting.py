@@ -1,4 +1,4 @@
-"""What comes before a run: a folder to start from, several GPUs, words that the shell completes."""
+"""Ways to start: a folder of recipes, several GPUs, words that the shell completes."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def launch(program: Path, words: Sequence[str], gpus: int, file: str | None = No
     """Replace this process by accelerate's launcher, with a stage on several GPUs.
 
     Args:
-        program: Of a stage.
+        program: Program of a stage.
         words: Recipe and overrides.
-        gpus: Processes, one a GPU of this machine.
-        file: Accelerate's settings; none = the stage's (4-bit weights are not sharded).
+        gpus: Number of processes, one for each GPU of this machine.
+        file: Settings for accelerate. None: those of the stage (4-bit weights are not sharded).
 
     Raises:
         ValueError: There are not so many GPUs, no such file, or the program is the pipeline, whose
@@ -109,7 +109,7 @@ def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str
     """A script that completes the command's words: commands, options, stages, shipped recipes.
 
     Args:
-        parser: Of the command.
+        parser: Parser of the command.
         shell: `bash` or `zsh`.
         stages: Names of stages.
     """

@@ -1,4 +1,4 @@
-"""All recipes there are, and what they may say: a screen of keys, or the whole text of one."""
+"""Models of all recipes, and their keys explained: on one screen, or one key in full."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ANNOTATED = re.compile(r"Annotated\[(.*?), FieldInfo\(.*?\)\](?:\)\])?")
 
 
 def recipe_screen(model: type[BaseModel]) -> str:
-    """One screen of what a recipe may hold: the keys in groups, with default and purpose.
+    """Describe the keys of a recipe on one screen: in groups, with default and purpose.
 
     Args:
         model: A recipe model.
@@ -97,14 +97,14 @@ def _default(field: FieldInfo) -> str:
 
 
 def recipe_help(model: type[BaseModel], key: str = "") -> str:
-    """The whole text of keys: dotted name, type, limits, default, and docstring.
+    """Describe keys in full: dotted name, type, limits, default, and docstring.
 
     Args:
         model: A recipe model.
         key: One of them, with all below it; empty = every key.
 
     Returns:
-        Two lines or more a key; `N` stands for an index and `KEY` for a name of one's own.
+        Two lines or more a key; `N` stands for an index and `KEY` for any name.
 
     Raises:
         ValueError: There is no such key.

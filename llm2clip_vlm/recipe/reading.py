@@ -118,11 +118,11 @@ def to_plain(recipe: BaseModel) -> dict[str, Any]:
 
 
 def words_of(argv: Sequence[str] | None, usage: str | None) -> list[str]:
-    """A recipe program's arguments: RECIPE and `key=value` overrides.
+    """Split the arguments of a recipe program: RECIPE and `key=value` overrides.
 
     Args:
-        argv: Them; none = the process's own.
-        usage: What `--help`, or no argument at all, prints before the program ends.
+        argv: Arguments. None: those of the process.
+        usage: Text that `--help`, or no argument at all, prints before the program ends.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or {"-h", "--help"} & set(words):
@@ -219,14 +219,14 @@ def _with(data: Any, parts: Sequence[str], value: Any, source: str) -> Any:
 
 
 def fields_below(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every key that a recipe may hold, by its dotted name, and those of its sections behind it.
+    """List every key that a recipe may hold, those of a section behind it.
 
     Args:
         model: A recipe model.
-        above: What its keys begin with.
+        above: Prefix of its keys.
 
     Yields:
-        Name and field; in a name `N` stands for an index and `KEY` for a name of one's own.
+        Name and field; in a name `N` stands for an index and `KEY` for any name.
     """
     for name, field in model.model_fields.items():
         yield f"{above}{name}", field
@@ -369,5 +369,5 @@ def _trainer_keys() -> set[str]:
 
 
 def shown(value: Any) -> str:
-    """A value as messages have it, long ones cut."""
+    """Format a value for a message; long ones are cut."""
     return "null" if value is None else reprlib.repr(value)

@@ -1,4 +1,4 @@
-"""What a pipeline shows while it runs: a line a step on a terminal, else a plain log."""
+"""Progress of a pipeline: a line for each step on a terminal, elsewhere a plain log."""
 
 from __future__ import annotations
 

@@ -154,6 +154,23 @@ def test_a_suite_is_no_encoders_recipe(capsys: pytest.CaptureFixture[str]) -> No
     assert "did you mean `recipes/eval/world.yaml`?" in capsys.readouterr().err
 
 
+def test_eval_help_names_both_roads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert told.startswith("usage: llm2clip-vlm eval [-h] --suite SUITE")
+    assert "llm2clip-vlm eval recipes/eval/world.yaml model=DIR" in told
+    assert "`llm2clip-vlm help eval`" in told
+
+
+def test_compare_says_which_folder_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", str(tmp_path), "/nonexistent"]) == 2
+    assert "error: /nonexistent: no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh"])
 def test_the_shell_completes_words(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", shell]) == 0

@@ -21,6 +21,7 @@ from llm2clip_vlm.recipe.reading import (
     load_recipe,
     save_resolved,
     to_plain,
+    words_of,
 )
 from llm2clip_vlm.recipe.text import Stage1Recipe, Stage2aRecipe
 from llm2clip_vlm.recipe.yaml_files import parse_yaml
@@ -388,6 +389,16 @@ def test_a_recipe_of_another_stage_is_one_error(repo_root: Path) -> None:
             load_recipe(path, MODELS[name])
         assert "got stage3_projector" in str(refused.value)
         assert "`llm2clip-vlm train stage3_projector`" in str(refused.value)
+
+
+def test_every_program_tells_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert words_of(["r.yaml", "a=1"], "usage") == ["r.yaml", "a=1"]
+    for words, code in (["--help"], 0), (["r.yaml", "-h"], 0), ([], 2):
+        with pytest.raises(SystemExit) as ended:
+            words_of(words, "the usage")
+        assert ended.value.code == code
+        told = capsys.readouterr()
+        assert (told.err if code else told.out) == "the usage\n"
 
 
 def test_a_recipe_that_is_not_there_gets_a_hint(tmp_path: Path) -> None:
