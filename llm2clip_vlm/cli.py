@@ -60,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in _FORWARDED:
         run, _ = _FORWARDED[words[0]]
         return guard(lambda: run(*words))
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") or "overrides" not in arguments for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option, which argparse does not join to those before it
+        arguments.overrides += rest
     return guard(lambda: arguments.command(arguments))
 
 
@@ -176,13 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     listing = "\n".join(f"  {name:<24}{purpose}" for name, purpose in STAGES.items())
 
     def add(command: Callable[..., int | None], name: str, purpose: str, below: str = "") -> Any:
-        added = commands.add_parser(
-            name,
-            help=purpose,
-            description=f"{purpose}.",
-            epilog=below,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        form: Any = argparse.RawDescriptionHelpFormatter
+        texts = {"help": purpose, "description": f"{purpose}.", "epilog": below}
+        added = commands.add_parser(name, formatter_class=form, **texts)
         added.set_defaults(command=command)
         return added
 
@@ -198,12 +199,8 @@ def _parser() -> argparse.ArgumentParser:
         "--accelerate", metavar="FILE", help="settings for --gpus; default: zero3 for stage 4, "
         "zero2 for stage 3, else ddp (recipes/accelerate)",
     )  # fmt: skip
-    explain = add(
-        _explain,
-        "help",
-        "show the keys of a recipe",
-        f"stages:\n{listing}\nothers: {', '.join(_OTHERS)}",
-    )
+    listing += f"\nothers: {', '.join(_OTHERS)}"
+    explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
     explain.add_argument("stage", metavar="STAGE", help="one of those below, or how it begins")
     explain.add_argument("key", metavar="KEY", nargs="?", help="one key, with all below it")
     explain.add_argument("--all", action="store_true", help="every key, in full")

@@ -323,6 +323,7 @@ def test_gpus_start_accelerate_with_the_stages_file(
         (["stage4", "llava15/stage4"], "zero3"),
         (["stage4", "llava15/stage4_7b_24gb"], "ddp"),
         (["stage2b", "paper_v6/stage2b", "seed=1"], "ddp"),
+        (["stage3", "llava15/stage3", "--accelerate", "zero2", "seed=2"], "zero2"),
         (["stage4", "llava15/stage4", "--accelerate", "zero2"], "zero2"),
     ):
         assert cli.main(["train", *words, "--gpus", "4"]) is not None
@@ -343,6 +344,14 @@ def test_gpus_start_accelerate_with_the_stages_file(
     ):
         assert cli.main(["train", *words]) == 2 and not started
         assert told in capsys.readouterr().err
+
+
+def test_a_word_that_no_command_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "stage3", "r.yaml", "--gpu", "2", "--nope"], ["doctor", "now"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
 
 
 def test_the_launch_lines_of_recipes_are_those_of_gpus(repo_root: Path) -> None:
