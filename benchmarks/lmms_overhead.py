@@ -45,7 +45,7 @@ from llm2clip_vlm.data.reading.images import open_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
 from llm2clip_vlm.evaluation.vlm.generation import Generator
-from llm2clip_vlm.evaluation.vlm.jobs import assets_dir, run_suite, task_yaml
+from llm2clip_vlm.evaluation.vlm.jobs import own_tasks, run_suite, task_yaml
 from llm2clip_vlm.evaluation.vlm.worker import build_task, quiet
 from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
@@ -171,7 +171,7 @@ def builtin_seconds(checkpoint: str, data: Path, number: int) -> float:
 
     options = {"generation_kwargs": {"max_new_tokens": TOKENS}}
     spec = LmmsTask(task=TASK, overrides=options)
-    task = build_task(spec, task_yaml(TASK, assets_dir() / "tasks"), data)
+    task = build_task(spec, task_yaml(TASK, own_tasks()), data)
     model = LlavaHf(pretrained=checkpoint, device="cpu", device_map="cpu", dtype="float32")
     started = time.perf_counter()
     simple_evaluate(

@@ -33,7 +33,7 @@ from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import Row, iter_rows
 from llm2clip_vlm.files import write_atomically
 from llm2clip_vlm.recipe.base import Section
-from llm2clip_vlm.recipe.reading import load_recipe, to_plain
+from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.runs.ownership import Hold
 
 FOLDERS = ("coco_mini", "daquar", "flickr8k", "llava_pretrain_2k", "text")
@@ -74,7 +74,7 @@ class PrepareRecipe(Section):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program: RECIPE [key=value ...]."""
-    path, *overrides = sys.argv[1:] if argv is None else argv
+    path, *overrides = words_of(argv, __doc__)
     recipe = load_recipe(path, PrepareRecipe, overrides)
     data, out = find_data(recipe.data), Path(recipe.output_dir)
     hold = Hold(out, "prepare_real", ["prepared.json"], alone=True)

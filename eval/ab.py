@@ -24,16 +24,14 @@ from llm2clip_vlm.evaluation.report.comparison import compare, comparison_pages,
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.metrics.statistics import rounded
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.recipe.report import AbRecipe
 from llm2clip_vlm.runs.manifest import read_manifest, recipe_hash
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program: RECIPE [key=value ...]."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
-        raise SystemExit(__doc__)
+    words = words_of(argv, __doc__)
     recipe = load_recipe(words[0], AbRecipe, words[1:])
     runs = [read_tower(recipe, tower) for tower in recipe.towers]
     found = whole(recipe, runs)

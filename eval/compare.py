@@ -53,6 +53,11 @@ def main(argv: list[str] | None = None) -> int:
             place = given
             name = Path(place).name.replace("-s{seed}", "").replace("{seed}", "")
         place = place.rstrip("/")
+        if "{seed}" not in place and not Path(place).is_dir():
+            raise ValueError(
+                f"{place}: no such folder; expected what `llm2clip-vlm eval` wrote (OUTPUT/NAME), "
+                "or the output directory of stage 2"
+            )
         places.setdefault(name, {})[place] = arguments.task
     if len(places) < 2:
         raise ValueError(f"expected at least two runs of different names, got {list(places)}")

@@ -37,7 +37,7 @@ from llm2clip_vlm.evaluation.report.inputs import (
 )
 from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.recipe.base import ImageTextSource
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.recipe.report import ReportRecipe
 from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.runs.ownership import write_pages
@@ -46,9 +46,7 @@ from llm2clip_vlm.training.callbacks import read_metrics
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the program: RECIPE [key=value ...]."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
-        raise SystemExit(__doc__)
+    words = words_of(argv, __doc__)
     recipe = load_recipe(words[0], ReportRecipe, words[1:])
     facts = collect(recipe)
     if recipe.photographs and recipe.examples:

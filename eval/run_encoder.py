@@ -38,7 +38,7 @@ from llm2clip_vlm.evaluation.encoder.zero_shot import (
 )
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.runs.hashes import changed_files, file_state
 from llm2clip_vlm.runs.ownership import Hold
 
@@ -61,9 +61,7 @@ _DETAILS = frozenset({"kinds", "categories", "iou", "images", "chance", "items",
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the program: RECIPE [key=value ...]."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if not words:
-        raise SystemExit(__doc__)
+    words = words_of(argv, __doc__)
     recipe = load_recipe(words[0], EncoderEvalRecipe, words[1:])
     names = [task.name or getattr(task, "benchmark", task.task) for task in recipe.tasks]
     if again := [name for name in names if names.count(name) > 1]:

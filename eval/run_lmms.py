@@ -20,11 +20,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, assets_dir, left_out, run_suite
+from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, left_out, own_tasks, run_suite
 from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
+from llm2clip_vlm.files import find_recipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import ExpectedScores, SuiteRecipe
 from llm2clip_vlm.runs.ownership import write_pages
+
+_ENCODERS = """An encoder (tower, CLIP, LLM2CLIPModel) is judged by a recipe instead of a suite:
+  llm2clip-vlm eval recipes/eval/world.yaml model=DIR [key=value ...]
+`llm2clip-vlm help eval` shows the keys of such a recipe, `llm2clip-vlm help suite` a suite's."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -34,9 +39,14 @@ def main(argv: list[str] | None = None) -> int:
         0 when every task of every checkpoint has a result, else 1 (2 for a bad command line).
     """
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="llm2clip-vlm eval",
+        description=__doc__,
+        epilog=_ENCODERS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", required=True, type=Path, help="YAML file of tasks")
+    parser.add_argument(
+        "--suite", required=True, help="YAML file of tasks; a shipped one by its name"
+    )
     parser.add_argument("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument(
@@ -44,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument(
         "--prefetch", action="store_true", help="print what must be downloaded, and stop"
+    )
+    parser.add_argument(
+        "--tasks", type=Path, metavar="DIR", help="lmms-eval tasks of your own; their code is run"
     )
     parser.add_argument("--limit", type=int, help="first documents of each task only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's values")
@@ -58,17 +71,17 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--checkpoint {given}: expected NAME=PATH, each name once")
         checkpoints[name] = path
     try:
-        suite = load_recipe(arguments.suite, SuiteRecipe, arguments.overrides)
+        suite = load_recipe(find_recipe(arguments.suite), SuiteRecipe, arguments.overrides)
         if arguments.prefetch:
-            print_prefetch(suite)
+            print_prefetch(suite, arguments.tasks or own_tasks())
             return 0
         file, _, row = (arguments.expected or "").rpartition(":")
-        expected = load_recipe(file, ExpectedScores) if file else None
+        expected = load_recipe(find_recipe(file), ExpectedScores) if file else None
         if arguments.expected and (expected is None or row not in expected.rows):
             rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
             raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")
         output, limit = arguments.output, arguments.limit
-        results = run_suite(suite, checkpoints, output, limit)
+        results = run_suite(suite, checkpoints, output, limit, tasks_dir=arguments.tasks)
         print_table(results)
         for name, lacking in left_out(suite).items():
             print(f"{name}: not run, for want of {lacking}")
@@ -84,14 +97,14 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def print_prefetch(suite: SuiteRecipe) -> None:
+def print_prefetch(suite: SuiteRecipe, tasks_dir: Path) -> None:
     """What `hf download` must fetch before `HF_HUB_OFFLINE=1`, and which local files are read."""
     from llm2clip_vlm.evaluation.vlm.jobs import task_yaml
     from llm2clip_vlm.evaluation.vlm.worker import load_config
 
     skipped = left_out(suite)
     for task in suite.tasks:
-        config = load_config(task_yaml(task.task, assets_dir() / "tasks"))
+        config = load_config(task_yaml(task.task, tasks_dir))
         name = config.get("dataset_name") or "all of it"
         if lacking := skipped.get(task.name or task.task):
             print(f"# {task.task}: needs {lacking}")

@@ -1,8 +1,9 @@
 """The `llm2clip-vlm` command: thin, and light to start (nothing heavy is imported for `--help`).
 
-llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage (accelerate launch -m
-                                                  llm2clip_vlm.cli train ... for many GPUs)
-llm2clip-vlm help STAGE                           the stage and every key of its recipe
+llm2clip-vlm init DIR --recipe NAME               files to start from, and the commands to type
+llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage; --gpus 8 on that many GPUs
+llm2clip-vlm help STAGE [KEY]                     the keys of its recipe on a screen, or one of them
+llm2clip-vlm completion bash|zsh                  what the shell needs to complete words
 llm2clip-vlm embed ...                            build, verify, merge, import or report on a
                                                   cache of caption embeddings
 llm2clip-vlm export CHECKPOINT --to FORMAT OUT    for another tool
@@ -18,18 +19,20 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import logging
 import os
-import re
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from llm2clip_vlm import __version__
-from llm2clip_vlm.files import find_shipped, read_text
+from llm2clip_vlm.files import find_recipe
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe.reading import did_you_mean, recipe_help
+from llm2clip_vlm.recipe.reading import did_you_mean, stage_of
 
 STAGES = {
     "clip_baseline": "ordinary CLIP training: what stage 2 is compared with",
@@ -57,7 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in _FORWARDED:
         run, _ = _FORWARDED[words[0]]
         return guard(lambda: run(*words))
-    arguments = _parser().parse_args(words)
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(words)
+    if any(word.startswith("-") or "overrides" not in arguments for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # overrides behind an option, which argparse does not join to those before it
+        arguments.overrides += rest
     return guard(lambda: arguments.command(arguments))
 
 
@@ -76,8 +84,12 @@ def guard(program: Callable[[], int | None]) -> int:
         Its exit code; 2 after such a message, 1 after a mistake of ours, 130 after Ctrl-C, 141
         where nobody reads the output any more. With `LLM2CLIP_DEBUG=1` the error goes through.
     """
+    logging.getLogger("DeepSpeed").addFilter(_worth_telling)
     try:
-        code = program() or 0
+        with warnings.catch_warnings():
+            if not sys.warnoptions:
+                warnings.filterwarnings("ignore", category=FutureWarning, module=_FOREIGN)
+            code = program() or 0
         sys.stdout.flush()
         return code
     except KeyboardInterrupt:
@@ -100,6 +112,14 @@ def guard(program: Callable[[], int | None]) -> int:
             where += f"; {_kept_traceback()}"
         print(f"error: {_told(error)}\n({where})", file=sys.stderr)
         return 2
+
+
+_FOREIGN = r"(accelerate|deepspeed|peft|torch|transformers)\b"
+"""Packages whose `FutureWarning` is for us, not for the user."""
+
+
+def _worth_telling(record: logging.LogRecord) -> bool:
+    return "Setting accelerator to CPU" not in record.getMessage()
 
 
 _OURS = (
@@ -160,26 +180,36 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     listing = "\n".join(f"  {name:<24}{purpose}" for name, purpose in STAGES.items())
 
-    for command, name, purpose in (
-        (_train, "train", "run a stage with a recipe"),
-        (_explain, "help", "show a stage and every key of its recipe"),
-        (_doctor, "doctor", "show what this machine has"),
-    ):
-        added = commands.add_parser(
-            name,
-            help=purpose,
-            description=f"{purpose}.",
-            epilog=None if name == "doctor" else f"stages:\n{listing}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+    def add(command: Callable[..., int | None], name: str, purpose: str, below: str = "") -> Any:
+        form: Any = argparse.RawDescriptionHelpFormatter
+        texts = {"help": purpose, "description": f"{purpose}.", "epilog": below}
+        added = commands.add_parser(name, formatter_class=form, **texts)
         added.set_defaults(command=command)
-        if name != "doctor":
-            added.add_argument("stage", metavar="STAGE", help="one of the stages below")
-        if name == "train":
-            added.add_argument("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
-            added.add_argument(
-                "overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML"
-            )
+        return added
+
+    train = add(_train, "train", "run a stage with a recipe", f"stages:\n{listing}")
+    train.add_argument("stage", metavar="STAGE", help="one of the stages below, or how it begins")
+    train.add_argument("recipe", metavar="RECIPE", help="YAML; also a shipped one: llava15/stage3")
+    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "dotted key, value as YAML"}
+    train.add_argument("overrides", **overrides)
+    train.add_argument(
+        "--gpus", type=int, metavar="N", help="start accelerate on N GPUs of this machine"
+    )
+    train.add_argument(
+        "--accelerate", metavar="FILE", help="settings for --gpus; default: zero3 for stage 4, "
+        "zero2 for stage 3, else ddp (recipes/accelerate)",
+    )  # fmt: skip
+    listing += f"\nothers: {', '.join(_OTHERS)}"
+    explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
+    explain.add_argument("stage", metavar="STAGE", help="one of those below, or how it begins")
+    explain.add_argument("key", metavar="KEY", nargs="?", help="one key, with all below it")
+    explain.add_argument("--all", action="store_true", help="every key, in full")
+    begin = add(_init, "init", "make a folder to start from: recipes, suite, and what to type next")
+    begin.add_argument("directory", metavar="DIR", help="a new folder")
+    begin.add_argument("--recipe", required=True, metavar="NAME", help="llava15, real, nano, ...")
+    words = add(_completion, "completion", "print a script that completes words in a shell")
+    words.add_argument("shell", choices=("bash", "zsh"))
+    add(_doctor, "doctor", "show what this machine has")
     for name, (_, purpose) in _FORWARDED.items():
         commands.add_parser(name, help=purpose, add_help=False)
     return parser
@@ -187,19 +217,46 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(arguments: argparse.Namespace) -> int | None:
     program = find_program(_known_stage(arguments.stage))
-    recipe = _recipe_path(arguments.recipe)
-    result: int | None = load_program(program).main([str(recipe), *arguments.overrides])
+    words = [find_recipe(arguments.recipe), *arguments.overrides]
+    if arguments.gpus is not None:
+        from llm2clip_vlm.preflight.starting import launch
+
+        return launch(program, words, arguments.gpus, arguments.accelerate)
+    result: int | None = load_program(program).main(words)
     return result
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.pipeline import RECIPES
+    from llm2clip_vlm.recipe.explain import MODELS, recipe_help, recipe_screen
 
-    stage = _known_stage(arguments.stage)
-    text = find_program(stage).read_text(encoding="utf-8")
-    print(ast.get_docstring(ast.parse(text)) or STAGES[stage])
-    if model := RECIPES.get(stage):
-        print(f"\nRecipe keys ({model.__name__}):\n\n{recipe_help(model)}")
+    name = _known_stage(arguments.stage, _OTHERS)
+    program = _OTHERS.get(name, name)
+    text = find_program(program).read_text(encoding="utf-8")
+    told = ast.get_docstring(ast.parse(text)) or STAGES[name]
+    model = MODELS[program]
+    if arguments.key:
+        print(recipe_help(model, arguments.key))
+    elif arguments.all:
+        print(f"{told}\n\nRecipe keys ({model.__name__}):\n\n{recipe_help(model)}")
+    else:
+        print(f"{told.splitlines()[0]}\n\nRecipe keys ({model.__name__}):\n{recipe_screen(model)}")
+        print(f"\nOne of them in full: llm2clip-vlm help {name} KEY; all: --all")
+
+
+_OTHERS = {"eval": "run_encoder", "suite": "run_lmms", "report": "report", "ab": "ab"}
+"""What `help` knows beside the stages, and the programs."""
+
+
+def _init(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.preflight.starting import begin
+
+    begin(Path(arguments.directory), arguments.recipe)
+
+
+def _completion(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.preflight.starting import completion
+
+    print(completion(_parser(), arguments.shell, [*STAGES]))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -219,10 +276,15 @@ def _program(command: str, *words: str) -> int | None:
 
 
 def _eval(command: str, *words: str) -> int | None:
-    """A recipe with `stage: run_encoder` judges an encoder, everything else is a VLM's."""
-    recipe = _recipe_path(words[0]) if words else Path()
-    if recipe.suffix == ".yaml" and re.search(r"(?m)^stage: *run_encoder\b", read_text(recipe)):
-        return _program("run_encoder", str(recipe), *words[1:])
+    """A recipe judges an encoder, everything else is a VLM's."""
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        recipe = find_recipe(words[0])
+        if (stage := stage_of(recipe)) != "run_encoder":  # before the program imports torch
+            raise ValueError(
+                f"{recipe}: expected a recipe with `stage: run_encoder`, which judges an encoder, "
+                f"got {stage or 'none'}; a suite for VLMs is given as `eval --suite {words[0]}`"
+            )
+        return _program("run_encoder", recipe, *words[1:])
     return _program("run_lmms", *words)
 
 
@@ -248,27 +310,21 @@ _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
-    "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval"),
+    "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval by a suite"),
     "compare": (_program, "compare runs benchmark by benchmark"),
     "push": (_push, "upload a model and its card to the Hugging Face Hub"),
 }
 """Commands with options of their own, `--help` included."""
 
 
-def _known_stage(name: str) -> str:
-    if name not in STAGES:
-        hint = did_you_mean(name, STAGES)
+def _known_stage(name: str, others: Iterable[str] = ()) -> str:
+    """The stage of this name, or the only one that begins so."""
+    known = [*STAGES, *others]
+    found = [name] if name in known else [stage for stage in known if stage.startswith(name)]
+    if len(found) != 1:
+        hint = did_you_mean(name, known) if not found else f"; which of {', '.join(found)}?"
         raise ValueError(f"no stage `{name}`{hint} (stages: {', '.join(STAGES)})")
-    return name
-
-
-def _recipe_path(given: str) -> Path:
-    """The recipe itself, or the shipped one of that name when run far from a checkout."""
-    path = Path(given)
-    if path.exists() or path.is_absolute() or given.startswith(("recipes/", "eval/")):
-        return Path(find_shipped(given))
-    shipped = Path(find_shipped(f"recipes/{given}"))
-    return shipped if shipped.is_file() else path
+    return found[0]
 
 
 if __name__ == "__main__":

@@ -16,26 +16,53 @@ from typing import Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
+_PACKED = {"recipes": "recipes", "eval": "eval_assets"}
+"""Folders of a checkout, and what they are called in the installed package."""
 
 
-def find_shipped(name: str) -> str:
+def find_shipped(name: str, *, here: bool = True) -> str:
     """The path itself, or what lies under that name in the checkout or the installed package.
 
     Args:
         name: As it is called in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
             from the working directory comes first.
+        here: Whether it does.
 
     Returns:
         The path, unchanged where nothing of that name is shipped.
     """
     folder, _, rest = name.partition("/")
-    packed = {"recipes": "recipes", "eval": "eval_assets"}.get(folder)
+    packed = _PACKED.get(folder)
     if not (packed and rest) or len(name) > _LONGEST_NAME or not name.isprintable():
         return name
-    if Path(name).exists() or ".." in Path(name).parts:
+    if (here and Path(name).exists()) or ".." in Path(name).parts:
         return name
     places = (_PACKAGE.parent / name, _PACKAGE / packed / rest)
     return next((str(place) for place in places if place.exists()), name)
+
+
+def find_recipe(given: str) -> str:
+    """A YAML file by its path, or a shipped one also without folder and ending.
+
+    Args:
+        given: Such as `recipes/llava15/stage3.yaml`, `llava15/stage3`, or the suite `llava15`.
+
+    Returns:
+        The path, unchanged where there is no such file.
+    """
+    folders = ("", "recipes/", "eval/", "eval/suites/")
+    names = [f"{folder}{given}{end}" for end in ("", ".yaml") for folder in folders]
+    found = (find_shipped(name) for name in names if not given.startswith(("/", "~")))
+    return next((path for path in found if os.path.isfile(path)), given)
+
+
+def recipe_names(beside: Path) -> list[str]:
+    """The YAML files of a folder, and the shipped ones by the names that `find_shipped` takes."""
+    names = [str(path) for path in beside.glob("*.yaml")]
+    for folder, packed in _PACKED.items():
+        for root in (_PACKAGE.parent / folder, _PACKAGE / packed):
+            names += [f"{folder}/{path.relative_to(root)}" for path in root.rglob("*.yaml")]
+    return names
 
 
 @contextmanager

@@ -13,7 +13,6 @@ import itertools
 import json
 import math
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,31 +24,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from tqdm import tqdm
-
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.programs import find_program
-from llm2clip_vlm.recipe.base import RunRecipe
-from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
+from llm2clip_vlm.recipe.explain import RECIPES as RECIPES  # noqa: PLC0414
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
-from llm2clip_vlm.recipe.text import MntpRecipe, Stage1Recipe, Stage2aRecipe
-from llm2clip_vlm.recipe.vlm import Stage3Recipe, Stage4Recipe
 from llm2clip_vlm.runs import supervise
 from llm2clip_vlm.runs.hashes import FileState, changed_files, file_states, fingerprint_file
 from llm2clip_vlm.runs.manifest import is_complete
 from llm2clip_vlm.runs.ownership import Hold, OwnershipError
-
-RECIPES: dict[str, type[RunRecipe]] = {
-    "clip_baseline": ClipBaselineRecipe,
-    "stage0_mntp": MntpRecipe,
-    "stage1_text_encoder": Stage1Recipe,
-    "stage2a_cache_text": Stage2aRecipe,
-    "stage2b_vision_encoder": Stage2bRecipe,
-    "stage3_projector": Stage3Recipe,
-    "stage4_instruction": Stage4Recipe,
-}
-"""Programs that read a stage recipe and leave a manifest."""
+from llm2clip_vlm.runs.shown import Seen, Shown, seen_in
 
 COSTS_NAME = "costs.json"
 """What each job took, in the run that ended it: `seconds`, `cpu_seconds` of all its processes,
@@ -61,7 +45,6 @@ COMMAND = "llm2clip-vlm"
 """The program of a step that runs one of this package's commands."""
 
 _MOST_JOBS = 2000
-_PERCENT = re.compile(r"(\d+)%\|")
 
 
 class PipelineError(ValueError):
@@ -172,10 +155,9 @@ def output_files(job: Job) -> list[Path]:
     return [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
 
 
-def progress_of(log: Path, start: int = 0) -> int | None:
-    """The last percentage of a progress bar in a log, from byte `start` on; none without a bar."""
-    found = _PERCENT.findall(_end(log, start, 2000))
-    return int(found[-1]) if found else None
+def progress_of(log: Path, start: int = 0) -> Seen | None:
+    """What a log says from byte `start` on: its last progress bar and loss; none without a bar."""
+    return seen_in(_end(log, start, 4000))
 
 
 def _end(log: Path, start: int, size: int) -> str:
@@ -245,27 +227,25 @@ class Pipeline:
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, _stop)
-        shown = time.monotonic()
+        kinds = {job.name: job.step.name for job in self.jobs}
+        known = {name: s for name, s in times.items() if isinstance(s, int | float)}
         try:
-            with tqdm(total=len(self.jobs), desc="steps", disable=None) as bar:
+            shown = Shown(kinds, known, self.recipe.jobs)
+            with shown.bars:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
                         if not (set(job.needs) & self.seconds.keys()) and finished(
                             job, self._left.get(job.name)
                         ):
-                            self._tick(bar, f"{job.name}: finished before, skipped", job)
+                            self.done.add(job.name)
+                            shown.end(job.name, "finished before, skipped")
                         else:
                             self._start(job)
                     for job in self._ended():
-                        self._tick(bar, f"{job.name}: {told(self.costs[job.name])}", job)
-                    shares = [
-                        (job.name, progress_of(job.log, job.log_start)) for job in self.running
-                    ]
-                    status = ", ".join(f"{name} {share or 0} %" for name, share in shares)
-                    bar.set_postfix_str(status)
-                    if bar.disable and status and time.monotonic() - shown > 30:
-                        shown = time.monotonic()
-                        tqdm.write(f"[{len(self.done)}/{len(self.jobs)}] {status}")
+                        self.done.add(job.name)
+                        cost = self.costs[job.name]
+                        shown.end(job.name, told(cost), cost["seconds"])
+                    shown.update({j.name: progress_of(j.log, j.log_start) for j in self.running})
                     if self.running:
                         time.sleep(0.2)
         finally:
@@ -299,11 +279,6 @@ class Pipeline:
                 f"{path} is no file of a pipeline, or damaged; move it away, or choose another "
                 "output_dir"
             ) from None
-
-    def _tick(self, bar: Any, text: str, job: Job) -> None:
-        self.done.add(job.name)
-        bar.update()
-        tqdm.write(f"[{len(self.done)}/{len(self.jobs)}] {text}")
 
     def last_words(self) -> str:
         """The last line of the last job's log: what the whole pipeline has to say."""

@@ -15,13 +15,13 @@ from collections.abc import Sequence
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.pipeline import Pipeline
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe, words_of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the pipeline: RECIPE [key=value ...]."""
     started = time.monotonic()
-    path, *overrides = sys.argv[1:] if argv is None else argv
+    path, *overrides = words_of(argv, __doc__)
     recipe = load_recipe(path, PipelineRecipe, overrides)
     pipeline = Pipeline(recipe)
     try:

@@ -53,7 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     # model
     say(f"model: composes {vlm.vision_tower}, a projector and {vlm.language_model}")
     model, processor = vlm_run.compose_once(
-        lambda: build_vlm(**vlm.model_dump(), seed=recipe.seed), composed, args
+        lambda: build_vlm(**vlm.model_dump(), seed=recipe.seed),
+        composed,
+        args,
+        load_in_4bit=recipe.load_in_4bit,
     )
     check_chat_template(processor)
 

@@ -12,15 +12,10 @@ import re
 from typing import Any
 
 from mkdocs.structure.files import File, Files
-from pydantic import BaseModel
 
 from llm2clip_vlm import __all__ as public
 from llm2clip_vlm.cli import STAGES, main
-from llm2clip_vlm.pipeline import RECIPES
-from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
-from llm2clip_vlm.recipe.pipeline import PipelineRecipe
-from llm2clip_vlm.recipe.reading import recipe_help
-from llm2clip_vlm.recipe.suite import SuiteRecipe
+from llm2clip_vlm.recipe.explain import MODELS, recipe_help
 
 
 def on_files(files: Files, *, config: Any) -> Files:
@@ -46,15 +41,12 @@ def _help(*words: str) -> str:
 
 def _recipes() -> str:
     parts = ["# Recipes\n\nEvery key: its type, limits and default, and what it does."]
-    models: dict[str, type[BaseModel]] = {
-        **{name: RECIPES[name] for name in STAGES if name in RECIPES},
-        "pipeline": PipelineRecipe,
-        "eval, an encoder": EncoderEvalRecipe,
-        "eval, a suite": SuiteRecipe,
-    }
-    for name, model in models.items():
+    titles = {"run_encoder": "eval, an encoder", "run_lmms": "eval, a suite"}
+    for name in dict.fromkeys([name for name in STAGES if name in MODELS] + list(MODELS)):
+        model = MODELS[name]
         purpose = STAGES.get(name, (model.__doc__ or "").partition("\n")[0])
-        parts.append(f"## {name}\n\n{purpose}\n\n```text\n{recipe_help(model)}\n```")
+        title = titles.get(name, name)
+        parts.append(f"## {title}\n\n{purpose}\n\n```text\n{recipe_help(model)}\n```")
     return "\n\n".join(parts)
 
 

@@ -27,7 +27,7 @@ def parser(command: str) -> argparse.ArgumentParser:
             "Make a checkpoint of this package from LLM2CLIP's, open_clip's, timm's, LLaVA's or "
             "transformers'; what it is is read off its weights."
         )
-        made.add_argument("checkpoint", metavar="IN", help="a file of weights or a folder")
+        made.add_argument("checkpoint", metavar="IN", help="a file, a folder, or a hub id")
         made.add_argument("--vision-tower", metavar="DIR", help="of a LLaVA that keeps it apart")
         made.add_argument("--language-model", metavar="DIR", help="of an mm_projector.bin")
         made.add_argument(

@@ -15,6 +15,7 @@ from transformers import AutoModel, SiglipVisionConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm2clip_vlm.files import read_json
+from llm2clip_vlm.hub import fetched
 from llm2clip_vlm.interop import certificate, libraries
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
@@ -59,7 +60,7 @@ def convert(
     its language model.
 
     Args:
-        path: File or folder.
+        path: File or folder, or a hub id (`ORG/NAME`, `ORG/NAME/FILE`), which is fetched.
         out: Folder to write; must not exist.
         vision_tower: Of a LLaVA, which keeps its tower apart.
         language_model: Of an `mm_projector.bin`.
@@ -78,9 +79,7 @@ def convert(
     """
     source = Path(path)
     if not source.exists():
-        raise InteropError(
-            f"{source}: no such file or folder; give a local one (nothing is fetched)"
-        )
+        source = fetched(str(path), InteropError, code=trust_remote_code)
     if source.is_file() and tarfile.is_tarfile(source):
         raise InteropError(
             f"{source}: a tar holds no weights; if it holds embeddings of captions, encode those "

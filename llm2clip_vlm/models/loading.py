@@ -28,6 +28,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
+from llm2clip_vlm.hub import require_place
 from llm2clip_vlm.models.checkpoint_files import (
     INDEX,
     WEIGHTS,
@@ -74,6 +75,7 @@ def load_complete(
             shape; or they are pickled, or of an adapter.
     """
     if "state_dict" not in arguments:
+        require_place(path, error)
         local = Path(path).is_dir()
         if local:
             _check_names(model_class, Path(path), optional, error, arguments)
@@ -129,7 +131,7 @@ def _check_names(
             kind = _get_model_class(config, mapping)
         own: Any = kind.config_class
         part = not isinstance(config, own)
-        with boundary(f"{folder}: cannot be loaded as {kind.__name__}", error), _quiet():
+        with boundary(f"{folder}: cannot be loaded as {kind.__name__}", error), _quiet(bars=False):
             made: tuple[Any, dict[str, Any]] = kind.from_pretrained(
                 None,
                 config=own.from_pretrained(folder) if part else config,
@@ -238,6 +240,7 @@ def read_config(path: str | Path, error: type[ValueError] = ValueError) -> Any:
             model can have its numbers.
     """
     refuse_gguf(Path(path), error)
+    require_place(path, error)
     if Path(path).is_dir() and (Path(path) / "config.json").exists():
         read_config_file(Path(path), error)
     remedy = (
@@ -254,6 +257,7 @@ def read_tokenizer(path: str | Path, error: type[ValueError] = ValueError) -> An
     Raises:
         ValueError: (or `error`) There is none, or it is damaged.
     """
+    require_place(path, error)
     with boundary(f"{path}: no tokenizer beside the weights", error):
         try:
             return AutoTokenizer.from_pretrained(path, **SAFE)
@@ -272,6 +276,7 @@ def read_processor(path: str | Path, error: type[ValueError] = ValueError) -> An
     Raises:
         ValueError: (or `error`) There is none, or it is damaged.
     """
+    require_place(path, error)
     with boundary(f"{path}: no processor beside the weights", error):
         processor = AutoProcessor.from_pretrained(path, **SAFE)
     if hasattr(processor, "image_processor"):
@@ -288,6 +293,7 @@ def read_image_processor(path: str | Path, error: type[ValueError] = ValueError)
     remedy = (
         ". Copy the preprocessor_config.json of the checkpoint that the tower comes from into it."
     )
+    require_place(path, error)
     with boundary(f"{path}: no image processor", error, remedy):
         processor = AutoImageProcessor.from_pretrained(path, **SAFE)
     check_image_processor(processor, path, error)
@@ -364,10 +370,15 @@ def four_bits(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet(*, bars: bool = True) -> Iterator[None]:
     before = transformers_logging.get_verbosity()
+    drawn = transformers_logging.is_progress_bar_enabled() and not bars
     transformers_logging.set_verbosity_error()
+    if drawn:
+        transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(before)
+        if drawn:
+            transformers_logging.enable_progress_bar()

@@ -12,11 +12,13 @@ limited in size and depth, anchors and references in what they make; numbers are
 from __future__ import annotations
 
 import difflib
-import inspect
+import importlib.util
+import itertools
 import math
+import os
 import re
 import reprlib
-import textwrap
+import sys
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -24,8 +26,9 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
-from llm2clip_vlm.files import find_shipped, read_text, write_atomically
+from llm2clip_vlm.files import find_recipe, find_shipped, read_text, recipe_names, write_atomically
 from llm2clip_vlm.recipe.yaml_files import DEEPEST, LARGEST_BYTES, Dumper, parse_value, parse_yaml
 from llm2clip_vlm.recipe.yaml_files import RecipeError as RecipeError  # noqa: PLC0414
 
@@ -44,9 +47,9 @@ _SECRET_VALUE = re.compile(
 )
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean ...?` with the nearest known word, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)
     return f"; did you mean `{near[0]}`?" if near else ""
 
 
@@ -54,7 +57,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
     """Read, merge, interpolate and check a recipe.
 
     Args:
-        path: The YAML file.
+        path: The YAML file, or what `find_recipe` finds by its name.
         model: The pydantic model that reads it, such as `Stage1Recipe`.
         overrides: `dotted.key=value` items, the value written as YAML; a list item is addressed by
             its index (`train.0.path=x.jsonl`).
@@ -66,7 +69,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
             can be seen at once are listed.
     """
-    data: Any = _read(Path(find_shipped(str(path))), ())
+    data: Any = _read(Path(find_recipe(str(path))), ())
     for override in overrides:
         key, equals, text = override.partition("=")
         last = key.rpartition(".")[2]
@@ -75,6 +78,8 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         if not equals or not all(key.split(".")):
             raise RecipeError(source, f"{key}: expected `dotted.key=value`")
         data = _with(data, key.split("."), parse_value(text, source), source)
+    if strange := _of_another_stage(data.get("stage"), model):
+        raise RecipeError(path, strange)
     data = _interpolated(data, model, path)
     if wrong := list(_refused(data)):
         raise RecipeError(path, *wrong)
@@ -84,9 +89,46 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         raise RecipeError(path, *_explained(error, data, model)) from None
 
 
+def _of_another_stage(given: Any, model: type[BaseModel]) -> str | None:
+    """What a recipe says of its stage if another program reads it; every key would be wrong."""
+    field = model.model_fields.get("stage")
+    known = typing.get_args(field.annotation) if field else ()
+    if not isinstance(given, str) or given in known:
+        return None
+    command = "eval" if given == "run_encoder" else f"train {given}"
+    wanted = known[0] if known else f"a {model.__name__}, which has no `stage`"
+    return (
+        f"stage: expected {wanted}, got {given}; a recipe of that stage is started with "
+        f"`llm2clip-vlm {command}`"
+    )
+
+
+def stage_of(path: str | Path) -> str | None:
+    """The stage that a recipe names, its parents read, too; none if it names none.
+
+    Raises:
+        RecipeError: It cannot be read.
+    """
+    return _read(Path(path), ()).get("stage")
+
+
 def to_plain(recipe: BaseModel) -> dict[str, Any]:
     """The recipe as mappings, lists and scalars, every default written out."""
     return recipe.model_dump()
+
+
+def words_of(argv: Sequence[str] | None, usage: str | None) -> list[str]:
+    """Split the arguments of a recipe program: RECIPE and `key=value` overrides.
+
+    Args:
+        argv: Arguments. None: those of the process.
+        usage: Text that `--help`, or no argument at all, prints before the program ends.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or {"-h", "--help"} & set(words):
+        print(usage, file=sys.stdout if words else sys.stderr)
+        raise SystemExit(0 if words else 2)
+    return words
 
 
 def save_resolved(recipe: BaseModel, path: str | Path) -> None:
@@ -134,16 +176,18 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         raise
     except (OSError, ValueError, RuntimeError) as error:
         why = str(error).removeprefix(f"{path}: ").removeprefix("cannot read this file: ")
+        if not os.path.lexists(path):
+            why = f"there is no such file{did_you_mean(str(path), recipe_names(path.parent))}"
         raise RecipeError(path, f"cannot read this file{wanted_by}: {why}") from None
     data = parse_yaml(text, path)
     data = {} if data is None else data
     if not isinstance(data, dict):
-        raise RecipeError(path, f"expected a mapping of keys, got {_shown(data)}")
+        raise RecipeError(path, f"expected a mapping of keys, got {shown(data)}")
     base = data.pop("base", None)
     if base is None:
         return data
     if not isinstance(base, str):
-        raise RecipeError(path, f"base: expected the path of one parent, got {_shown(base)}")
+        raise RecipeError(path, f"base: expected the path of one parent, got {shown(base)}")
     merged: dict[str, Any] = _merged(_read(path.parent / base, (*children, resolved)), data)
     return merged
 
@@ -166,7 +210,7 @@ def _with(data: Any, parts: Sequence[str], value: Any, source: str) -> Any:
     if isinstance(data, list):
         raise RecipeError(source, f"{part}: expected an index below {len(data)}")
     if not isinstance(data, dict | None):
-        raise RecipeError(source, f"{part}: {_shown(data)} is there, which has no keys")
+        raise RecipeError(source, f"{part}: {shown(data)} is there, which has no keys")
     data = data or {}
     return {**data, part: _with(data.get(part), rest, value, source)}
 
@@ -174,18 +218,36 @@ def _with(data: Any, parts: Sequence[str], value: Any, source: str) -> Any:
 # --- the model and its keys ---------------------------------------------------------------------
 
 
-def _models(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The models inside an annotation: through unions, lists and mappings."""
+def fields_below(model: type[BaseModel], above: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """List every key that a recipe may hold, those of a section behind it.
+
+    Args:
+        model: A recipe model.
+        above: Prefix of its keys.
+
+    Yields:
+        Name and field; in a name `N` stands for an index and `KEY` for any name.
+    """
+    for name, field in model.model_fields.items():
+        yield f"{above}{name}", field
+        kind = typing.get_origin(field.annotation)
+        item = ".N" if kind is list else ".KEY" if kind is dict else ""
+        for section in dict.fromkeys(models_in(field.annotation)):
+            yield from fields_below(section, f"{above}{name}{item}.")
+
+
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """Yield the models inside an annotation: through unions, lists and mappings."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for part in typing.get_args(annotation):
-        yield from _models(part)
+        yield from models_in(part)
 
 
 def _below(model: type[BaseModel] | None, part: str) -> type[BaseModel] | None:
     """The model of a part; an item of a list or mapping has the one of the whole."""
     field = model.model_fields.get(part) if model else None
-    return next(_models(field.annotation), None) if field else model
+    return next(models_in(field.annotation), None) if field else model
 
 
 def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
@@ -271,15 +333,15 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
             for part in parts[:-1]:
                 section = _below(section, part)
             known = list(section.model_fields) if section else []
-            problems[key] = (
-                f"unknown key{did_you_mean(parts[-1], known) or f'; known here: {known}'}"
-            )
+            hints = (did_you_mean(parts[-1], known, cutoff) for cutoff in (0.9, 0.6))
+            hint = next(hints) or _elsewhere(parts[-1], model) or next(hints)
+            problems[key] = f"unknown key{hint or f'; known here: {known}'}"
         elif item["type"] == "value_error":
             problems[key] = message.removeprefix("Value error, ")
         else:
             wanted = re.sub("a valid dictionary( or instance of .*)?", "a mapping", message)
             kinds.setdefault(key, []).append(wanted.removeprefix("Input should be "))
-            problems[key] = f"expected {' or '.join(kinds[key])}, got {_shown(item['input'])}"
+            problems[key] = f"expected {' or '.join(kinds[key])}, got {shown(item['input'])}"
     # Only errors inside a mapping are reported where a union was given one.
     return [
         f"{key}: {message}" if key else message
@@ -288,36 +350,24 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
     ]
 
 
-def _shown(value: Any) -> str:
+def _elsewhere(word: str, model: type[BaseModel]) -> str:
+    """`; did you mean ...?` where a key of this name stands in another section."""
+    if word in {"lr", "learning_rate"} and "trainable" in model.model_fields:
+        return "; each part that trains has its own, such as `trainable.multi_modal_projector`"
+    if "trainer" in model.model_fields and word in _trainer_keys():
+        return f"; did you mean `trainer.{word}`?"
+    found = (key for key, _ in fields_below(model) if key.endswith(f".{word}"))
+    return "".join(f"; did you mean `{key}`?" for key in itertools.islice(found, 1))
+
+
+def _trainer_keys() -> set[str]:
+    """Fields of `TrainingArguments`, read off its source: importing it takes seconds."""
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None
+    text = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
+    return set(re.findall(r"^    ([a-z]\w*): ", text, re.MULTILINE))
+
+
+def shown(value: Any) -> str:
+    """Format a value for a message; long ones are cut."""
     return "null" if value is None else reprlib.repr(value)
-
-
-def recipe_help(model: type[BaseModel], above: str = "") -> str:
-    """Every key that a recipe may hold: dotted name, type, limits, default, and its docstring.
-
-    Args:
-        model: A recipe model.
-        above: What its keys begin with.
-
-    Returns:
-        Text of two lines or more a key; `N` stands for an index and `KEY` for any name.
-    """
-    signs = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
-    lines: list[str] = []
-    for name, field in model.model_fields.items():
-        kind = re.sub(r"[a-z_\d]+\.", "", inspect.formatannotation(field.annotation))
-        limits = [
-            f" {sign} {getattr(limit, attribute)}"
-            for limit in field.metadata
-            for attribute, sign in signs.items()
-            if hasattr(limit, attribute)
-        ]
-        default = field.get_default(call_default_factory=True)
-        given = "" if isinstance(default, BaseModel) else f" = {_shown(default)}"
-        given = " (required)" if field.is_required() else given
-        lines.append(f"{above}{name}: {kind}{','.join(limits)}{given}")
-        lines.append(textwrap.indent(inspect.cleandoc(field.description or ""), "    "))
-        item = {"list": ".N", "dict": ".KEY"}.get(kind.partition("[")[0], "")
-        for section in dict.fromkeys(_models(field.annotation)):
-            lines.append(recipe_help(section, f"{above}{name}{item}."))
-    return "\n".join(lines)

@@ -23,6 +23,8 @@ class LmmsTask(Section):
     Such a metric (CIDEr) is one of all documents together: a single one has no score."""
     data_files: str | None = None
     """Local file (parquet, json, jsonl) that replaces the task's own data set."""
+    made_by: str | None = None
+    """Command that makes `data_files` of what is published; shown where the file is missing."""
     limit: int | None = Field(default=None, ge=1)
     """First documents only; never written as the task's score without saying so."""
     title: str | None = None

@@ -107,9 +107,19 @@ class VlmRecipe(RunRecipe):
     """Adapter on the LLM instead of all its weights; merged into the final export."""
     vision_tower_lora: LoraSection | None = None
     """Adapter on the tower instead of all its weights."""
+    load_in_4bit: bool = False
+    """QLoRA: the LLM's own weights stay frozen as NF4; what trains is merged into the original
+    ones. Needs bitsandbytes, and `language_model_lora` where the LLM trains; not with ZeRO-3."""
     hang_timeout_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a new micro-step after which a process names its rank and samples, shows
     where it stands, and ends. None: wait without end."""
+
+    @model_validator(mode="after")
+    def _four_bits_have_an_adapter(self) -> Self:
+        trains = "language_model" in self.trainable
+        if self.load_in_4bit and trains and self.language_model_lora is None:
+            raise ValueError("load_in_4bit: expected language_model_lora beside it, got none")
+        return self
 
 
 class Stage3Recipe(VlmRecipe):
@@ -133,12 +143,3 @@ class Stage4Recipe(VlmRecipe):
     """Stage 3's `model/`, or any LLaVA or LLaVA-NeXT directory of transformers."""
     image_aspect_ratio: Literal["square", "pad"] | None = None
     """Change the image processor for this stage, not from or to AnyRes. None: as in stage 3."""
-    load_in_4bit: bool = False
-    """QLoRA: the LLM's own weights stay frozen as NF4, its adapter is merged into those of
-    `checkpoint`. Needs bitsandbytes and `language_model_lora`; not with ZeRO-3."""
-
-    @model_validator(mode="after")
-    def _four_bits_have_an_adapter(self) -> Self:
-        if self.load_in_4bit and self.language_model_lora is None:
-            raise ValueError("load_in_4bit: expected language_model_lora beside it, got none")
-        return self

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -20,7 +19,7 @@ from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.distributed import is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
-from llm2clip_vlm.recipe.reading import load_recipe, to_plain
+from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.claims import (
     claim_output_dir,
@@ -79,7 +78,7 @@ class StageRun(Generic[R]):
     Args:
         argv: Recipe path and `key=value` overrides. None: those of the command line.
         recipe_class: The stage's recipe.
-        usage: Text that is printed where there are no arguments.
+        usage: Text that is printed for `--help`, or where there are no arguments.
     """
 
     args: TrainingArguments | None = None
@@ -89,9 +88,7 @@ class StageRun(Generic[R]):
         self, argv: Sequence[str] | None, recipe_class: type[R], usage: str | None
     ) -> None:
         self._started = time.monotonic()
-        words = list(sys.argv[1:] if argv is None else argv)
-        if not words:
-            raise SystemExit(usage)
+        words = words_of(argv, usage)
         self.recipe: R = load_recipe(words[0], recipe_class, words[1:])
         self.stage = str(getattr(self.recipe, "stage", recipe_class.__name__))
         self.out = Path(self.recipe.output_dir)

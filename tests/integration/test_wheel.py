@@ -157,3 +157,40 @@ def test_shipped_suites_and_pipelines_are_found_elsewhere(installed: Path, tmp_p
     ).stdout.split()
     assert f"{installed}/llm2clip_vlm/recipes/accelerate/zero2_cpu.yaml" in words
     assert not [word for word in words if word.startswith(("recipes/", "eval/suites/"))]
+
+
+def test_what_is_shipped_is_found_by_its_name(installed: Path, tmp_path: Path) -> None:
+    """Without a checkout: suites, recipes, accelerate's files, templates."""
+    told = command(installed, "eval", "--suite", "llava15", "--prefetch", cwd=tmp_path)
+    assert "hf download --repo-type dataset" in told
+    code = (
+        "import os, torch; from llm2clip_vlm import cli;"
+        "from llm2clip_vlm.chat.template import find_chat_template;"
+        "assert 'ASSISTANT' in find_chat_template('vicuna_v1', None);"
+        "torch.cuda.device_count = lambda: 8;"
+        "os.execv = lambda path, words: None;"
+        "cli.main(['train', 'stage4', 'llava15/stage4', '--gpus', '8'])"
+    )
+    line = run(sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)).stdout
+    assert f"{installed}/llm2clip_vlm/recipes/accelerate/zero3.yaml" in line
+    assert f"{installed}/llm2clip_vlm/stages/stage4_instruction.py" in line
+
+
+def test_init_from_the_wheel_makes_a_folder_whose_files_come_first(
+    installed: Path, tmp_path: Path
+) -> None:
+    command(installed, "init", tmp_path / "mine", "--recipe", "real", cwd=tmp_path)
+    files = {str(f.relative_to(tmp_path / "mine")) for f in (tmp_path / "mine").rglob("*.*")}
+    assert {"README.md", "recipes/real/pipeline.yaml", "recipes/real/chat_template.jinja"} <= files
+    assert {"recipes/real/gpu/stage3.yaml", "eval/suites/real.yaml"} <= files
+    code = (
+        "from llm2clip_vlm.pipeline import Pipeline;"
+        "from llm2clip_vlm.recipe.reading import load_recipe;"
+        "from llm2clip_vlm.recipe.pipeline import PipelineRecipe;"
+        "made = Pipeline(load_recipe('recipes/real/pipeline.yaml', PipelineRecipe));"
+        "print(*(word for job in made.jobs for word in job.recipe))"
+    )
+    words = run(
+        sys.executable, "-P", "-c", code, cwd=tmp_path / "mine", PYTHONPATH=str(installed)
+    ).stdout.split()
+    assert "recipes/real/stage3.yaml" in words, "the copy, not the package's"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import re
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,7 @@ import pytest
 import llm2clip_vlm
 from llm2clip_vlm import cli, files, programs
 from llm2clip_vlm.pipeline import RECIPES, Pipeline, PipelineError
-from llm2clip_vlm.preflight import doctor
+from llm2clip_vlm.preflight import doctor, starting
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import SuiteRecipe
@@ -125,7 +128,61 @@ def test_help_shows_the_stages_docstring_and_keys(
     assert cli.main(["help", "stage3_projector"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("The purpose of stage3_projector.\n\nRecipe keys (Stage3Recipe):")
-    assert "vlm.language_model: str (required)" in out
+    assert 24 <= len(out.splitlines()) <= 40
+    assert cli.main(["help", "stage3", "--all"]) == 0
+    assert "vlm.language_model: str (required)" in capsys.readouterr().out
+    assert cli.main(["help", "stage3", "vlm.language_model"]) == 0
+    assert capsys.readouterr().out.startswith("vlm.language_model: str (required)\n")
+    (checkout / "eval" / "run_encoder.py").write_text('"""Judge an encoder."""')
+    assert cli.main(["help", "eval"]) == 0
+    assert "(EncoderEvalRecipe)" in (out := capsys.readouterr().out) and "bootstrap" in out
+
+
+def test_a_stage_may_be_cut_where_it_is_the_only_one(
+    checkout: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", "stage3", "r.yaml"]) == 0
+    assert capsys.readouterr().out == "stage3_projector ['r.yaml']\n"
+    assert cli.main(["train", "stage2", "r.yaml"]) == 2
+    assert "which of stage2a_cache_text, stage2b_vision_encoder?" in capsys.readouterr().err
+
+
+def test_a_suite_is_no_encoders_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["eval", "llava15"]) == 2
+    assert "a suite for VLMs is given as `eval --suite llava15`" in capsys.readouterr().err
+    assert cli.main(["eval", "recipes/eval/wrld.yaml"]) == 2
+    assert "did you mean `recipes/eval/world.yaml`?" in capsys.readouterr().err
+
+
+def test_eval_help_names_both_roads(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["eval", "--help"])
+    told = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert told.startswith("usage: llm2clip-vlm eval [-h] --suite SUITE")
+    assert "llm2clip-vlm eval recipes/eval/world.yaml model=DIR" in told
+    assert "`llm2clip-vlm help eval`" in told
+
+
+def test_compare_says_which_folder_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["compare", str(tmp_path), "/nonexistent"]) == 2
+    assert "error: /nonexistent: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_shell_completes_words(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert "stage3_projector" in script and "--gpus" in script and "compare" in script
+    if shell == "bash":
+        ask = f"{script}\nCOMP_WORDS=(llm2clip-vlm train st); COMP_CWORD=2; COMP_LINE=x\n"
+        ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}; _l2c_recipe recipes/llava15/stage3_e"
+        done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
+        first, *files = done.stdout.splitlines()
+        assert first.split() == [name for name in cli.STAGES if name.startswith("st")], done
+        assert files[0] == "recipes/llava15/stage3_eva02.yaml"
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,3 +308,105 @@ steps:
         started.run()
     for name in ("recipes/none.yaml", "recipes/../x", "eval/" + "a" * 5000, "recipes/a\0b"):
         assert files.find_shipped(name) == name
+
+
+def test_gpus_start_accelerate_with_the_stages_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+
+    started: list[list[str]] = []
+    monkeypatch.setattr(starting.os, "execv", lambda path, words: started.append(words))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for words, file in (
+        (["stage3", "llava15/stage3"], "zero2"),
+        (["stage4", "llava15/stage4"], "zero3"),
+        (["stage4", "llava15/stage4_7b_24gb"], "ddp"),
+        (["stage2b", "paper_v6/stage2b", "seed=1"], "ddp"),
+        (["stage3", "llava15/stage3", "--accelerate", "zero2", "seed=2"], "zero2"),
+        (["stage4", "llava15/stage4", "--accelerate", "zero2"], "zero2"),
+    ):
+        assert cli.main(["train", *words, "--gpus", "4"]) is not None
+        command = started.pop()
+        assert command[1:3] == ["-m", "accelerate.commands.launch"]
+        assert command[command.index("--config_file") + 1].endswith(
+            f"recipes/accelerate/{file}.yaml"
+        )
+        assert command[command.index("--num_processes") + 1] == "4"
+        program, recipe = (Path(word) for word in command[9:11])
+        assert program.is_file() and program.stem.startswith(words[0]) and recipe.is_file()
+        assert command[11:] == [word for word in words if "=" in word]
+    for words, told in (
+        (["stage3", "llava15/stage3", "--gpus", "8"], "torch sees 4 of them"),
+        (["stage3", "llava15/stage3", "--gpus", "0"], "torch sees 4 of them"),
+        (["stage3", "llava15/stage3", "--gpus", "2", "--accelerate", "zeor3"], "mean `zero3`"),
+        (["pipeline", "demo/pipeline", "--gpus", "2"], "name their launcher themselves"),
+    ):
+        assert cli.main(["train", *words]) == 2 and not started
+        assert told in capsys.readouterr().err
+
+
+def test_a_word_that_no_command_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "stage3", "r.yaml", "--gpu", "2", "--nope"], ["doctor", "now"]):
+        with pytest.raises(SystemExit) as ended:
+            cli.main(words)
+        assert ended.value.code == 2
+        assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_the_launch_lines_of_recipes_are_those_of_gpus(repo_root: Path) -> None:
+    """What a recipe's comment starts by hand, `--gpus` starts, too."""
+    for path in (repo_root / "recipes").rglob("stage[2-4]*.yaml"):
+        if named := re.search(
+            r"recipes/accelerate/(\w+)\.yaml[ \\#\n]+.*stages/(\w+)\.py", path.read_text()
+        ):
+            file, stage = named.groups()
+            assert file.endswith("_cpu") or file == starting._SHARDED.get(stage, "ddp"), path
+
+
+@pytest.mark.parametrize("name", ["llava15", "real", "nano", "webdataset"])
+def test_init_makes_a_folder_that_holds_all_it_names(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["init", str(tmp_path / "mine"), "--recipe", name]) == 0
+    monkeypatch.chdir(tmp_path / "mine")
+    assert Path("README.md").read_text().startswith("# ")
+    for file in Path().rglob("*.yaml"):
+        text = file.read_text()
+        for named in re.findall(r"\b(?:recipes|eval)/[\w./-]+\.(?:yaml|jinja)\b", text):
+            assert Path(named).is_file(), f"{file} names {named}"
+        for beside in re.findall(r"(?m)(?:\$schema=|^base: *)(\S+)", text):
+            assert (file.parent / beside).is_file(), f"{file} names {beside}"
+    assert cli.main(["init", str(tmp_path / "mine"), "--recipe", name]) == 2
+    assert "expected a new or an empty folder" in capsys.readouterr().err
+
+
+def test_init_knows_which_families_there_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["init", str(tmp_path / "mine"), "--recipe", "lava15"]) == 2
+    assert "did you mean `llava15`?" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_warnings_that_only_we_can_act_on_are_not_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def program() -> None:
+        for module in ("transformers.modeling_utils", "mine"):
+            warnings.warn_explicit(f"of {module}", FutureWarning, "x.py", 1, module)
+        logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If you have GPU ...")
+        logging.getLogger("DeepSpeed").warning("something else")
+
+    monkeypatch.setattr(sys, "warnoptions", [])
+    heard: list[str] = []
+    handler = logging.Handler()
+    monkeypatch.setattr(handler, "emit", lambda record: heard.append(record.getMessage()))
+    logging.getLogger("DeepSpeed").addHandler(handler)
+    try:
+        with pytest.warns(FutureWarning) as told:
+            assert cli.guard(program) == 0
+    finally:
+        logging.getLogger("DeepSpeed").removeHandler(handler)
+    assert [str(warning.message) for warning in told] == ["of mine"]
+    assert heard == ["something else"]

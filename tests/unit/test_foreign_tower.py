@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -15,6 +19,7 @@ from llm2clip_vlm.models.vision import towers
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
+from tests.vlm_fixtures import run_here, write_llava, write_recipe
 
 
 class PlainConfig(PreTrainedConfig):
@@ -64,3 +69,66 @@ def test_another_packages_tower_becomes_a_vlm(
     save_vlm(model, processor, tmp_path / "vlm")
     again, _ = load_vlm(tmp_path / "vlm")
     assert len(freeze_unused_vision(again)) == 2
+
+
+@pytest.fixture
+def installed(tmp_path: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A checkpoint of the docs' example package, which is installed as far as Python can tell."""
+    source = repo_root / "docs" / "examples" / "tower_package"
+    project = tomllib.loads((source / "pyproject.toml").read_text())["project"]
+    facts = tmp_path / "site" / "patch_mlp_tower-0.1.dist-info"
+    facts.mkdir(parents=True)
+    (facts / "METADATA").write_text(f"Name: {project['name']}\nVersion: {project['version']}\n")
+    ((group, points),) = project["entry-points"].items()
+    lines = [f"{name} = {value}" for name, value in points.items()]
+    (facts / "entry_points.txt").write_text("\n".join([f"[{group}]", *lines]) + "\n")
+    for folder in (source / "src", tmp_path / "site"):
+        monkeypatch.syspath_prepend(str(folder))
+    importlib.import_module("patch_mlp_tower").write(tmp_path / "tower")
+    return tmp_path / "tower"
+
+
+def test_the_example_package_goes_through_stages_3_and_4(
+    installed: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    tower = load_vision_tower(installed)
+    assert (tower.num_hidden_layers, tower.num_patches, tower.num_prefix_tokens) == (3, 16, 0)
+    write_llava(tmp_path)
+    common = {"data": [{"path": str(tmp_path / "llava.json")}]}
+    three = write_recipe(
+        tmp_path / "three.yaml",
+        output_dir=str(tmp_path / "three"),
+        vlm={"vision_tower": str(installed), "language_model": str(tiny_llm)},
+        trainable={"multi_modal_projector": 1e-2},
+        **common,
+    )
+    run_here("stage3_projector", three)
+    four = write_recipe(
+        tmp_path / "four.yaml",
+        output_dir=str(tmp_path / "four"),
+        checkpoint=str(tmp_path / "three" / "model"),
+        trainable={"vision_tower": {"lr": 1e-3, "last_blocks": 1}, "multi_modal_projector": 1e-2},
+        **common,
+    )
+    run_here("stage4_instruction", four)
+    before, after = (load_vlm(tmp_path / name / "model")[0] for name in ("three", "four"))
+    moved = {
+        name
+        for name, weight in after.model.vision_tower.state_dict().items()
+        if not torch.equal(weight, before.model.vision_tower.state_dict()[name])
+    }
+    assert moved and all("blocks.1." in name for name in moved), "-2 does not use the last block"
+
+
+def test_a_tower_that_lacks_something_is_told_all_of_it(
+    installed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = importlib.import_module("patch_mlp_tower").load(str(installed), "auto")
+    for name in ("image_size", "patch_size"):
+        delattr(model.config, name)
+    monkeypatch.setattr(towers, "register", lambda: {"patch_mlp": lambda path, dtype: model})
+    monkeypatch.setattr(towers, "AutoModel", SimpleNamespace(_model_mapping={}))
+    with pytest.raises(towers.TowerError) as refused:
+        load_vision_tower(installed)
+    for told in ("no image_size", "no patch_size", "AutoConfig and AutoModel", "tower_package"):
+        assert told in str(refused.value)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 from datasets import Dataset, Features, Value, load_dataset
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -55,3 +56,19 @@ def test_a_missing_picture_is_an_error(tmp_path: Path) -> None:
     done = run(tmp_path / "gqa", tmp_path / "gqa.parquet")
     assert done.returncode == 2 and "none for 1 ids, the first is 'green'" in done.stderr
     assert not (tmp_path / "gqa.parquet").exists()
+
+
+def test_where_the_joined_file_is_missing_its_command_is_told(
+    tmp_path: Path, repo_root: Path
+) -> None:
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
+    from llm2clip_vlm.evaluation.vlm.jobs import EvaluationError, run_suite
+    from llm2clip_vlm.recipe.reading import load_recipe
+    from llm2clip_vlm.recipe.suite import SuiteRecipe
+
+    suite = load_recipe(repo_root / "eval/suites/llava15.yaml", SuiteRecipe, ["data_dir=nowhere"])
+    suite.tasks = [task for task in suite.tasks if task.task == "gqa"]
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(EvaluationError, match=r"gqa_testdev_balanced\.parquet: not there") as told:
+        run_suite(suite, {"a": tmp_path}, tmp_path / "out")
+    assert "python eval/join_gqa.py GQA nowhere/gqa_testdev_balanced.parquet" in str(told.value)

@@ -127,10 +127,15 @@ def test_every_suite_loads_and_names_tasks_that_exist(file: Path) -> None:
 
 
 def test_own_tasks_have_our_prefix_and_no_namesake_in_lmms_eval(tmp_path: Path) -> None:
+    built_in = {name for _, name in lmms_jobs._builtin_tasks()}
     for file in TASKS.rglob("*.yaml"):
         assert file.stem.startswith("l2c_") and f"task: {file.stem}\n" in file.read_text()
-        with pytest.raises(EvaluationError):
-            task_yaml(file.stem, tmp_path)  # a built-in of that name would win in silence
+        assert file.stem not in built_in
+        assert task_yaml(file.stem, tmp_path) == file, "ours are found beside the caller's"
+    mine = tmp_path / "mine" / "gqa.yaml"
+    mine.parent.mkdir()
+    mine.write_text("task: gqa\n")
+    assert task_yaml("gqa", tmp_path) == mine, "the caller's come first"
     assert all(task_yaml(name, TASKS) for name in STATIC_DESPITE_MARKS)
 
 

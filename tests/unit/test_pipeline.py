@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 import llm2clip_vlm
 from llm2clip_vlm.pipeline import (
@@ -30,6 +32,7 @@ from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage2aRecipe
 from llm2clip_vlm.runs.manifest import write_manifest
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, OwnershipError
+from llm2clip_vlm.runs.shown import Seen, Shown
 
 WORK = """
 import os, sys, time
@@ -265,16 +268,69 @@ def test_threads_are_shared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert threads == {"a": "8", "b": "2"}
 
 
-def test_progress_is_the_last_percentage_of_this_run(tmp_path: Path) -> None:
+def test_progress_is_the_last_bar_of_this_run(tmp_path: Path) -> None:
     log = tmp_path / "a.log"
     assert progress_of(log) is None
     log.write_text(" 10%|#  |\r 70%|### |")
-    assert progress_of(log) == 70
+    seen = progress_of(log)
+    assert seen is not None and seen.percent == 70
     start = log.stat().st_size
     assert progress_of(log, start) is None
     with log.open("a") as handle:
         handle.write("\r 20%|##")
-    assert progress_of(log, start) == 20
+    seen = progress_of(log, start)
+    assert seen is None, "a bar that is being written"
+    with log.open("a") as handle:
+        handle.write("  | 12/60 [00:10<1:02:03,  1.20it/s]\n{'loss': '1.5e-01', 'epoch': '0.1'}\n")
+    seen = progress_of(log, start)
+    assert seen == Seen("", 20, "12", "60", "1:02:03", "1.5e-01")
+    assert str(seen) == "12/60, loss 0.15, 1:02:03 left"
+    with log.open("a") as handle:
+        handle.write("\rfrozen tower:   4%|4  | 3/75 [00:01<?, ?img/s]")
+    assert str(progress_of(log, start)) == "frozen tower 3/75"
+
+
+def test_a_bar_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it stand at the end because the weights were loaded, or a validation is through."""
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_interactive=True, width=100, highlight=False)
+    monkeypatch.setattr("llm2clip_vlm.runs.shown.Console", lambda **given: console)
+    shown = Shown({"a": "t", "b": "t", "c": "u"}, {"c": 60.0}, jobs=1)
+    with shown.bars:
+        shares = []
+        for seen in (
+            Seen("Loading weights", 100, "294", "294", "00:00"),
+            Seen("", 10, "5", "50", "01:30"),
+            Seen("", 100, "8", "8", "00:00"),
+            Seen("", 8, "4", "50", "01:32"),
+            Seen("", 40, "20", "50", "01:00", "2.125"),
+        ):
+            shown.update({"a": seen})
+            shares.append(next(t.completed for t in shown.bars.tasks if t.description == "a"))
+        assert shares == [0.0, 0.1, 0.1, 0.1, 0.4]
+        whole, step = shown.bars.tasks
+        assert step.fields["state"] == "20/50, loss 2.125, 01:00 left"
+        assert whole.completed == pytest.approx(0.4) and whole.fields["state"] == ""
+        shown.end("a", "done in 100 s", 100.0)
+        shown.update({"b": Seen("", 50, "25", "50", "00:50")})
+        assert whole.fields["state"] == "about 0:01:50 left"  # 50 s, and c's earlier 60
+    assert "[1/3] a: done in 100 s" in drawn.getvalue()
+
+
+def test_without_a_terminal_there_is_a_plain_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("llm2clip_vlm.runs.shown._PLAIN_EVERY_S", -1.0)
+    shown = Shown({"a": "t", "b": "t"}, {"b": 3600.0}, jobs=1)
+    with shown.bars:
+        shown.update({"a": None})
+        shown.update({"a": Seen("", 40, "20", "50", "01:00", "2.125")})
+        shown.end("a", "done in [100] s " + "x" * 90, 100.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "[0/2] a; all: about 2:00:00 left",
+        "[0/2] a 20/50, loss 2.125, 01:00 left; all: about 1:01:00 left",
+        "[1/2] a: done in [100] s " + "x" * 90,
+    ]
 
 
 # --- finished, by manifest ----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,13 @@ from llm2clip_vlm.recipe import vlm as config_vlm
 from llm2clip_vlm.recipe import yaml_files
 from llm2clip_vlm.recipe.base import ImageTextSource, Section
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
+from llm2clip_vlm.recipe.explain import MODELS, recipe_help, recipe_screen
 from llm2clip_vlm.recipe.reading import (
     RecipeError,
     load_recipe,
-    recipe_help,
     save_resolved,
     to_plain,
+    words_of,
 )
 from llm2clip_vlm.recipe.text import Stage1Recipe, Stage2aRecipe
 from llm2clip_vlm.recipe.yaml_files import parse_yaml
@@ -277,7 +279,7 @@ def test_an_unknown_key_without_a_neighbour_lists_what_is_known(tmp_path: Path) 
 def test_a_wrong_stage_is_refused(tmp_path: Path) -> None:
     text = "stage: stage2a_cache_text\noutput_dir: o\ntext_encoder: {language_model: m}\ntrain: []"
     found = messages(write(tmp_path, text), Stage1Recipe)
-    assert found[0].startswith("stage: expected 'stage1_text_encoder', got 'stage2a_cache_text'")
+    assert found[0].startswith("stage: expected stage1_text_encoder, got stage2a_cache_text")
 
 
 FULL = """
@@ -336,6 +338,78 @@ def test_help_shows_key_type_limit_default_and_docstring() -> None:
     assert len(set(lines)) > 0.5 * len(lines)
     keys = [line.split(":")[0] for line in lines if not line.startswith(" ")]
     assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_keys_of_a_recipe_fit_on_a_screen(name: str) -> None:
+    lines = recipe_screen(MODELS[name]).splitlines()
+    assert len(lines) <= 36 and max(map(len, lines)) <= 100
+    for key in MODELS[name].model_fields.keys() - {"stage"}:
+        assert re.search(rf"(^|[ ,]){key}(\.\.\.)? ", "\n".join(lines), re.MULTILINE), key
+
+
+def test_help_of_one_key_has_all_below_it() -> None:
+    told = recipe_help(MODELS["stage4_instruction"], "trainable")
+    kind = "dict[Literal['vision_tower', 'multi_modal_projector', 'language_model'], "
+    assert told.startswith(f"trainable: {kind}Union[float, PartTraining]] (required)\n")
+    assert "\ntrainable.KEY.last_blocks: int | None >= 1 = null\n" in told
+    assert told == recipe_help(MODELS["stage4_instruction"], "trainable.KEY")
+    assert recipe_help(MODELS["stage2b_vision_encoder"], "train.0.limit").startswith(
+        "train.N.limit"
+    )
+    with pytest.raises(ValueError, match=r"did you mean `trainable\.lr`"):
+        recipe_help(MODELS["stage4_instruction"], "trainable.lrr")
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "told"),
+    [
+        ("stage3_projector", "learning_rate=1e-4", "such as `trainable.multi_modal_projector`"),
+        ("stage1_text_encoder", "learning_rate=1e-4", "did you mean `trainer.learning_rate`?"),
+        ("stage2b_vision_encoder", "learning_rate=1e-4", "did you mean `learning_rates`?"),
+        ("stage3_projector", "max_steps=3", "did you mean `trainer.max_steps`?"),
+        ("stage3_projector", "dtype=bfloat16", "did you mean `vlm.dtype`?"),
+        ("stage3_projector", "pakcing=false", "did you mean `packing`?"),
+    ],
+)
+def test_a_key_at_the_wrong_place_is_told_the_right_one(
+    repo_root: Path, name: str, override: str, told: str
+) -> None:
+    files = {"stage1_text_encoder": "paper_v6/stage1", "stage2b_vision_encoder": "paper_v6/stage2b"}
+    path = repo_root / "recipes" / f"{files.get(name, 'llava15/stage3')}.yaml"
+    with pytest.raises(RecipeError, match="1 problem\n") as refused:
+        load_recipe(path, MODELS[name], [override])
+    assert told in str(refused.value)
+
+
+def test_a_recipe_of_another_stage_is_one_error(repo_root: Path) -> None:
+    path = repo_root / "recipes" / "llava15" / "stage3.yaml"
+    for name in ("stage4_instruction", "pipeline", "run_encoder"):
+        with pytest.raises(RecipeError, match="1 problem\n") as refused:
+            load_recipe(path, MODELS[name])
+        assert "got stage3_projector" in str(refused.value)
+        assert "`llm2clip-vlm train stage3_projector`" in str(refused.value)
+
+
+def test_every_program_tells_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert words_of(["r.yaml", "a=1"], "usage") == ["r.yaml", "a=1"]
+    for words, code in (["--help"], 0), (["r.yaml", "-h"], 0), ([], 2):
+        with pytest.raises(SystemExit) as ended:
+            words_of(words, "the usage")
+        assert ended.value.code == code
+        told = capsys.readouterr()
+        assert (told.err if code else told.out) == "the usage\n"
+
+
+def test_a_recipe_that_is_not_there_gets_a_hint(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("")
+    for given, near in (
+        ("recipes/llava15/stage3_eva2.yaml", "recipes/llava15/stage3_eva02.yaml"),
+        (str(tmp_path / "mime.yaml"), str(tmp_path / "mine.yaml")),
+    ):
+        with pytest.raises(RecipeError, match="there is no such file; did you mean") as refused:
+            load_recipe(given, MODELS["stage3_projector"])
+        assert f"`{near}`" in str(refused.value)
 
 
 def test_the_limits_of_yaml_at_the_border(tmp_path: Path) -> None:

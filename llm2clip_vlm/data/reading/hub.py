@@ -6,6 +6,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from llm2clip_vlm.data.reading.bad_records import RecordError
+from llm2clip_vlm.hub import is_offline
 from llm2clip_vlm.recipe.base import DataSource
 
 
@@ -27,9 +28,11 @@ def dataset_files(source: DataSource) -> list[Path]:
 
 @lru_cache
 def _files(dataset: str, name: str | None, split: str, revision: str | None) -> tuple[Path, ...]:
+    folder = Path(dataset)
+    if not folder.exists():
+        is_offline()  # then `datasets` looks into its cache alone
     import datasets  # 2.5 s: only where a data set is read by name
 
-    folder = Path(dataset)
     try:
         if any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
             found = datasets.load_from_disk(dataset, keep_in_memory=False)  # of `save_to_disk`

@@ -111,19 +111,19 @@ class Job:
 
 
 def task_yaml(name: str, tasks_dir: Path) -> Path:
-    """Find the YAML of a task: below `tasks_dir`, else built into lmms-eval.
+    """Find the YAML of a task: below `tasks_dir`, else one of ours, else built into lmms-eval.
 
     Raises:
         EvaluationError: No such task, with the nearest names.
     """
-    own = sorted(tasks_dir.rglob(f"{name}.yaml"))
-    if own:
-        return own[0]
-    names = {path.stem for path in tasks_dir.rglob("*.yaml")}
-    for path, found in _builtin_tasks():
-        if found == name:
+    own = [file for folder in (tasks_dir, own_tasks()) for file in sorted(folder.rglob("*.yaml"))]
+    if found := next((file for file in own if file.stem == name), None):
+        return found
+    names = {path.stem for path in own}
+    for path, built_in in _builtin_tasks():
+        if built_in == name:
             return path
-        names.add(found)
+        names.add(built_in)
     near = difflib.get_close_matches(name, names, n=3)
     raise EvaluationError(
         f"task {name!r}: not below {tasks_dir} and not built into lmms-eval (a group? name its "
@@ -150,7 +150,7 @@ def plan(
     Args:
         suite: Tasks and data.
         checkpoints: Name -> directory.
-        tasks_dir: Folder of further tasks.
+        tasks_dir: Folder of further tasks, which come before our own.
         limit: First documents of each task only; overrides the tasks' own.
 
     Returns:
@@ -227,11 +227,11 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
         )
     folder = task_yaml(task.task, tasks_dir).parent
     parts = {
-        "task": task.model_dump(mode="json", exclude={"data_files", "title", "name", "program"}),
+        "task": task.model_dump(mode="json", exclude=_SAME_SCORE),
         "limit": limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),
-        "data": data_hash(Path(task.data_files)) if task.data_files else None,
+        "data": data_hash(Path(task.data_files), task.made_by) if task.data_files else None,
         "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype, suite.max_empty],
         "judge": [os.environ.get(name) for name in JUDGE] if task.judge else None,
         "versions": [versions().get(name) for name in ("lmms_eval", "transformers")],
@@ -239,14 +239,23 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def data_hash(file: Path) -> str:
+_SAME_SCORE = {"data_files", "made_by", "title", "name", "program"}
+"""Keys of a task that change no score by themselves."""
+
+
+def data_hash(file: Path, made_by: str | None = None) -> str:
     """Hash of a data file and, but for a table that holds them, of every image that it names.
+
+    Args:
+        file: The file.
+        made_by: Command that makes it, for the message.
 
     Raises:
         EvaluationError: The file or an image is missing.
     """
     if not file.is_file():
-        raise EvaluationError(f"data file {file}: not there; set data_dir, or write it")
+        remedy = f"make it: {made_by}" if made_by else "write it"
+        raise EvaluationError(f"data file {file}: not there; set data_dir, or {remedy}")
     digest = hashlib.sha256(fingerprint_file(file).encode())
     if file.suffix != ".parquet":
         images = {str(row["image"]): None for row in iter_rows(file) if row.get("image")}
@@ -272,11 +281,11 @@ _DISTRIBUTED = tuple(
 """Prefixes of the variables of a distributed launch."""
 
 
-def assets_dir() -> Path:
-    """`eval/` of a checkout, or its copy inside an installed package."""
+def own_tasks() -> Path:
+    """Our own tasks: of a checkout, or of an installed package."""
     package = Path(llm2clip_vlm.__file__).parent
     installed = package / "eval_assets"
-    return installed if installed.is_dir() else package.parent / "eval"
+    return (installed if installed.is_dir() else package.parent / "eval") / "tasks"
 
 
 def run_suite(
@@ -284,6 +293,7 @@ def run_suite(
     checkpoints: Mapping[str, str | Path],
     output: str | Path,
     limit: int | None = None,
+    tasks_dir: Path | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Evaluate checkpoints; results that are there for the same content are kept.
 
@@ -292,6 +302,7 @@ def run_suite(
         checkpoints: Name -> directory of a vision-language model.
         output: Gets `<name>/<task>.json` and `<name>/<task>.samples.jsonl`, each written at once.
         limit: First documents of each task only, recorded in the result.
+        tasks_dir: Folder of the caller's own tasks, whose Python files are run; none = ours alone.
 
     Returns:
         `{checkpoint: {task: result}}`, every result as in its file.
@@ -304,7 +315,9 @@ def run_suite(
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
         raise EvaluationError(f"limit: expected a whole number of documents, got {limit!r}")
     check_checkpoints(checkpoints)
-    tasks, out = assets_dir() / "tasks", Path(output)
+    tasks, out = own_tasks() if tasks_dir is None else tasks_dir.resolve(), Path(output)
+    if not tasks.is_dir():
+        raise EvaluationError(f"{tasks}: expected a folder of lmms-eval tasks, found none")
     jobs = plan(suite, checkpoints, tasks, limit)
     pending = [job for job in jobs if job.result(out) is None]
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file, can_return_tuple
 
+from llm2clip_vlm.hub import require_place
 from llm2clip_vlm.models.checkpoint_files import WEIGHTS, read_config_file, weights_of_folder
 from llm2clip_vlm.models.loading import SAFE, boundary, load_complete
 from llm2clip_vlm.models.vision.resolution import image_processor_class
@@ -217,11 +218,12 @@ def read_timm_layout(path: str, error: type[ValueError] = ValueError) -> dict[st
         error: What is raised.
 
     Raises:
-        ValueError: (as `error`) A local config.json is damaged.
+        ValueError: (as `error`) There is no such place, or a local config.json is damaged.
     """
     if (Path(path) / "config.json").exists():
         written = read_config_file(Path(path), error)
     else:
+        require_place(path, error)
         try:
             written = PreTrainedConfig.get_config_dict(path, **SAFE)[0]
         except (OSError, ValueError):

@@ -208,10 +208,14 @@ def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
 def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     """Run the tower on shapes alone and read the contract off what comes out."""
     config = model.config
-    if absent := [name for name in ("image_size", "patch_size") if not hasattr(config, name)]:
+    absent = [name for name in ("image_size", "patch_size") if not hasattr(config, name)]
+    lacks = [f"its config has no {name} (in pixels)" for name in absent]
+    if type(config) not in AutoModel._model_mapping:
+        lacks.append("AutoConfig and AutoModel do not know its classes, as a VLM's checkpoint asks")
+    if lacks:
         raise TowerError(
-            f"{path}: its config ({type(config).__name__}) has no {' and no '.join(absent)}; a "
-            "tower's config says the side of its images and of its patches in pixels"
+            f"{path}: {type(model).__name__} lacks what a vision tower needs: {'; '.join(lacks)}. "
+            "docs/extend.md has the contract, docs/examples/tower_package a tower"
         )
     made = processed_size_px(processor)
     size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)

@@ -234,7 +234,11 @@ def build_vlm_data(
 
 
 def compose_once(
-    build: Callable[[], tuple[Any, Any]], directory: str | Path, args: TrainingArguments
+    build: Callable[[], tuple[Any, Any]],
+    directory: str | Path,
+    args: TrainingArguments,
+    *,
+    load_in_4bit: bool = False,
 ) -> tuple[Any, Any]:
     """Compose a VLM in the main process, save it, and load it in all of them.
 
@@ -245,6 +249,7 @@ def compose_once(
         build: Returns model and processor.
         directory: Where the composed checkpoint goes; reused if it is complete (a resumed run).
         args: The run's training arguments.
+        load_in_4bit: Load it so; what is saved keeps its precision.
 
     Returns:
         Model and processor, loaded from `directory`.
@@ -255,7 +260,7 @@ def compose_once(
             with written_whole(folder) as partial, _weights_unsplit(args):
                 save_vlm(*build(), partial)
                 sign(partial)
-    return load_vlm(folder)
+    return load_vlm(folder, load_in_4bit=load_in_4bit, device=args.device)
 
 
 @contextlib.contextmanager

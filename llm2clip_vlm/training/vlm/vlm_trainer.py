@@ -97,7 +97,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         if getattr(model, "is_quantized", False):
             model._hf_peft_config_loaded = True  # transformers' mark: there are adapters on it
         self.parts, self.processor, self.checkpoint = dict(parts), processor, checkpoint
-        hashed = is_adapted(model) and Path(checkpoint).is_dir()
+        self.saves_parts = is_adapted(model) or getattr(model, "is_quantized", False)
+        hashed = self.saves_parts and Path(checkpoint).is_dir()
         self.base = fingerprint_dir(checkpoint) if hashed else str(checkpoint)
         self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
@@ -262,7 +263,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         state = self.model.state_dict() if state_dict is None else state_dict
-        if is_adapted(self.model):
+        if self.saves_parts:
             save_adapter(self.model, state, folder, self.base)
             self._save_merged(folder, state)
         else:
@@ -286,7 +287,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         save_vlm(model, self.processor, directory, state_dict=merged, outputs=outputs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if is_adapted(self.model):
+        if self.saves_parts:
             load_adapter(self.model, resume_from_checkpoint, self.base)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)

@@ -1,0 +1,130 @@
+"""Ways to start: a folder of recipes, several GPUs, words that the shell completes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import posixpath
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from llm2clip_vlm.files import find_recipe, find_shipped, read_text, recipe_names, written_whole
+from llm2clip_vlm.recipe.explain import RECIPES
+from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
+
+_SHARDED = {"stage3_projector": "zero2", "stage4_instruction": "zero3"}
+"""Stages that need more than data parallelism, and accelerate's file of `recipes/accelerate`."""
+
+
+def launch(program: Path, words: Sequence[str], gpus: int, file: str | None = None) -> int:
+    """Replace this process by accelerate's launcher, with a stage on several GPUs.
+
+    Args:
+        program: Program of a stage.
+        words: Recipe and overrides.
+        gpus: Number of processes, one for each GPU of this machine.
+        file: Settings for accelerate. None: those of the stage (4-bit weights are not sharded).
+
+    Raises:
+        ValueError: There are not so many GPUs, no such file, or the program is the pipeline, whose
+            steps have launchers of their own.
+    """
+    import torch
+
+    if program.stem not in RECIPES:
+        raise ValueError(
+            "--gpus: a pipeline's steps name their launcher themselves (`launch` in its recipe)"
+        )
+    there = torch.cuda.device_count()
+    if not 1 <= gpus <= there:
+        raise ValueError(f"--gpus {gpus}: expected one or more; torch sees {there} of them here")
+    recipe = load_recipe(words[0], RECIPES[program.stem], words[1:])
+    whole = getattr(recipe, "load_in_4bit", False)
+    name = file or ("ddp" if whole else _SHARDED.get(program.stem, "ddp"))
+    config = find_recipe(name if file and os.path.isfile(file) else f"accelerate/{name}")
+    if not os.path.isfile(config):
+        raise ValueError(f"--accelerate {name}: no such file{did_you_mean(name, _settings())}")
+    count = ["--config_file", config, "--num_processes", str(gpus), "--num_machines", "1"]
+    # Not the command `accelerate`, which imports a timm that it finds, and that a torchvision.
+    command = [sys.executable, "-m", "accelerate.commands.launch", *count, str(program), *words]
+    print(shlex.join(command), flush=True)
+    os.execv(sys.executable, command)
+
+
+def _settings() -> list[str]:
+    return sorted(path.stem for path in Path(find_shipped("recipes/accelerate")).glob("*.yaml"))
+
+
+def begin(directory: Path, name: str) -> None:
+    """Make a folder with a family of recipes, all that they name, and a README of what to type.
+
+    The files keep their names, so that what is changed there is what runs from there.
+
+    Args:
+        directory: The folder; new or empty.
+        name: A folder of `recipes/` with a README, or how it begins.
+
+    Raises:
+        ValueError: There is no such family, or the folder holds something.
+    """
+    root = Path(find_shipped("recipes/accelerate", here=False)).parent
+    families = sorted(path.parent.name for path in root.glob("*/README.md"))
+    found = [family for family in families if family.startswith(name)]
+    if len(found) != 1:
+        raise ValueError(
+            f"--recipe {name}: expected one of {families}{did_you_mean(name, families)}"
+        )
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()
+    if os.path.lexists(directory):
+        raise ValueError(f"{directory}: expected a new or an empty folder, got one with content")
+    (family,) = found
+    todo, done = [f"recipes/{p.relative_to(root)}" for p in (root / family).rglob("*.*")], set()
+    with written_whole(directory) as folder:
+        while todo:
+            shipped = todo.pop()
+            file = Path(find_shipped(shipped, here=False))
+            if shipped in done or not file.is_file():
+                continue
+            done.add(shipped)
+            place = folder / ("README.md" if file.name == "README.md" else shipped)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, place)
+            todo += _named(shipped, read_text(file))
+    print(f"{len(done)} files in {directory}; {directory / 'README.md'} says what to type next")
+
+
+def _named(name: str, text: str) -> Iterator[str]:
+    """Settings that a shipped file names, by its place or beside it."""
+    yield from re.findall(r"\b(?:recipes|eval)/[\w./-]+\.(?:yaml|jinja)\b", text)
+    for beside in re.findall(r"(?m)(?:\$schema=|^base: *)(\S+)", text):
+        yield posixpath.normpath(posixpath.join(posixpath.dirname(name), beside))
+
+
+def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str]) -> str:
+    """A script that completes the command's words: commands, options, stages, shipped recipes.
+
+    Args:
+        parser: Parser of the command.
+        shell: `bash` or `zsh`.
+        stages: Names of stages.
+    """
+    import shtab
+
+    recipes = " ".join(sorted({name for name in recipe_names(Path()) if "/" in name}))
+    bash = f"_l2c_recipe() {{ compgen -W '{recipes}' -- $1; compgen -f -- $1; }}"
+    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+    for command in commands.choices.values():
+        for action in command._actions:
+            if action.dest == "stage":
+                action.choices = list(stages)
+            elif action.dest in {"recipe", "overrides"}:
+                vars(action)["complete"] = {"bash": "_l2c_recipe", "zsh": "_files"}
+        if not command._actions:  # it has a parser of its own
+            vars(command.add_argument("words", nargs="*"))["complete"] = shtab.FILE
+    script: str = shtab.complete(parser, shell, preamble=bash if shell == "bash" else "")
+    return script

@@ -1,0 +1,138 @@
+"""Progress of a pipeline: a line for each step on a terminal, elsewhere a plain log."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from functools import reduce
+from statistics import fmean
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+_BAR = re.compile(r"([^\r\n|%]*?)(\d+)%\|[^|\r\n]*\|(?: *(\S+?)/(\S+?) \[[\d:]+<([\d:]+)?)?")
+_LOSS = re.compile(r"'loss': '?(-?[\d.]+(?:e[+-]?\d+)?)")
+_PLAIN_EVERY_S = 30.0
+
+
+class Seen(NamedTuple):
+    """The last progress bar of a step's log, and the last loss."""
+
+    title: str
+    """Its title; training's has none."""
+    percent: int
+    """Its share in per cent."""
+    at: str = ""
+    """Its count; empty where it has none."""
+    total: str = ""
+    """Its end."""
+    left: str = ""
+    """Time until its end, such as `1:02:03`."""
+    loss: str = ""
+    """The loss; empty where none was logged."""
+
+    def __str__(self) -> str:
+        counted = f"{self.at}/{self.total}" if self.total else f"{self.percent} %"
+        loss = f", loss {float(self.loss):.4g}" if self.loss and not self.title else ""
+        left = f", {self.left} left" if self.left else ""
+        return f"{self.title} {counted}{loss}{left}".lstrip()
+
+
+def seen_in(text: str) -> Seen | None:
+    """Read the end of a log. None: it has no progress bar."""
+    bars, losses = _BAR.findall(text), ["", *_LOSS.findall(text)]
+    if not bars:
+        return None
+    title, percent, *counted = bars[-1]
+    return Seen(title.strip(" :."), int(percent), *counted, losses[-1])
+
+
+class Shown:
+    """The state of a pipeline's steps, drawn or written.
+
+    Args:
+        kinds: Kind of each step by its name; those of one kind take about as long.
+        known_s: Seconds that steps took before, by name.
+        jobs: Steps at a time.
+    """
+
+    def __init__(self, kinds: Mapping[str, str], known_s: Mapping[str, float], jobs: int) -> None:
+        """Args: see the class."""
+        self._kinds, self._known, self._jobs = dict(kinds), dict(known_s), jobs
+        self._done: set[str] = set()
+        console = Console(highlight=False)
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(20),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
+        )
+        self.bars = Progress(
+            *columns, console=console, transient=True, disable=not console.is_interactive
+        )
+        """A context: on a terminal the bars are drawn in it."""
+        self._ids = {"": self.bars.add_task("all steps", total=len(self._kinds), state="")}
+        self._written = time.monotonic()
+
+    def end(self, name: str, outcome: str, seconds: float | None = None) -> None:
+        """Write what became of a step.
+
+        Args:
+            name: Name of the step.
+            outcome: Text to write.
+            seconds: Its time. None: it did not run.
+        """
+        self._done.add(name)
+        if seconds is not None:
+            self._known[name] = seconds
+        if name in self._ids:
+            self.bars.remove_task(self._ids.pop(name))
+        self._write(f"{name}: {outcome}")
+
+    def update(self, running: Mapping[str, Seen | None]) -> None:
+        """Draw the steps that run, or write them from time to time.
+
+        Args:
+            running: Name to what its log says now.
+        """
+        tasks = self.bars._tasks
+        for name, seen in running.items():
+            if name not in self._ids:
+                self._ids[name] = self.bars.add_task(name, total=None, state="", main=None)
+            task = tasks[self._ids[name]]
+            if seen and not seen.title and task.fields["main"] in (None, seen.total):
+                # training's own bar, never another one's, and never back
+                share = max(task.completed, seen.percent / 100)
+                self.bars.update(task.id, total=1.0, completed=share, main=seen.total)
+            self.bars.update(task.id, state=str(seen or ""))
+        done = len(self._done) + sum(tasks[self._ids[name]].completed for name in running)
+        left = self._left(running)
+        whole = "" if left is None else f"about {timedelta(seconds=round(left))} left"
+        self.bars.update(self._ids[""], completed=done, state=whole)
+        if self.bars.disable and time.monotonic() - self._written > _PLAIN_EVERY_S:
+            states = [f"{name} {seen or ''}".rstrip() for name, seen in running.items()]
+            self._write("; ".join([*states, f"all: {whole or 'time left not known'}"]))
+
+    def _write(self, text: str) -> None:
+        self._written = time.monotonic()
+        counted = f"[{len(self._done)}/{len(self._kinds)}]"
+        self.bars.console.print(f"{counted} {text}", markup=False, soft_wrap=True)
+
+    def _left(self, running: Mapping[str, Seen | None]) -> float | None:
+        """Seconds until the end, from what the logs say and earlier times. None: not known."""
+        total, waiting = 0.0, self._kinds.keys() - self._done
+        for name in waiting:
+            seen, kind = running.get(name), self._kinds[name]
+            alike = [s for other, s in self._known.items() if self._kinds.get(other) == kind]
+            usual = self._known.get(name, fmean(alike) if alike else None)
+            if seen and not seen.title and seen.left:
+                total += reduce(lambda above, part: above * 60 + int(part), seen.left.split(":"), 0)
+            elif usual is None:
+                return None
+            else:
+                elapsed = self.bars._tasks[self._ids[name]].elapsed if name in self._ids else 0.0
+                total += max(usual - (elapsed or 0.0), 0.0)
+        return total / max(min(self._jobs, len(waiting)), 1)
