@@ -2,6 +2,7 @@
 
 llm2clip-vlm init DIR --recipe NAME               files to start from, and the commands to type
 llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage; --gpus 8 on that many GPUs
+llm2clip-vlm plan RECIPE [--gpus 8 --gpu NAME]    memory, hours, disk, and what is missing
 llm2clip-vlm help STAGE [KEY]                     the keys of its recipe on a screen, or one of them
 llm2clip-vlm completion bash|zsh                  what the shell needs to complete words
 llm2clip-vlm embed ...                            build, verify, merge, import or report on a
@@ -32,7 +33,7 @@ from typing import Any
 from llm2clip_vlm import __version__
 from llm2clip_vlm.files import find_recipe
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe.reading import did_you_mean, stage_of
+from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, stage_of
 
 STAGES = {
     "clip_baseline": "ordinary CLIP training: what stage 2 is compared with",
@@ -182,8 +183,9 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(command: Callable[..., int | None], name: str, purpose: str, below: str = "") -> Any:
         form: Any = argparse.RawDescriptionHelpFormatter
-        texts = {"help": purpose, "description": f"{purpose}.", "epilog": below}
-        added = commands.add_parser(name, formatter_class=form, **texts)
+        added = commands.add_parser(
+            name, help=purpose, description=f"{purpose}.", epilog=below, formatter_class=form
+        )
         added.set_defaults(command=command)
         return added
 
@@ -199,6 +201,8 @@ def _parser() -> argparse.ArgumentParser:
         "--accelerate", metavar="FILE", help="settings for --gpus; default: zero3 for stage 4, "
         "zero2 for stage 3, else ddp (recipes/accelerate)",
     )  # fmt: skip
+    told = "print what is missing and what it would cost (as `plan`), and stop"
+    train.add_argument("--dry-run", action="store_true", help=told)
     listing += f"\nothers: {', '.join(_OTHERS)}"
     explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
     explain.add_argument("stage", metavar="STAGE", help="one of those below, or how it begins")
@@ -216,8 +220,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    program = find_program(_known_stage(arguments.stage))
+    from llm2clip_vlm.recipe.stages import RECIPES
+    from llm2clip_vlm.runs.inputs import require_inputs
+
+    stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
+    if arguments.dry_run:
+        return _plan("plan", *words)
+    if stage in RECIPES:  # before torch is imported
+        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
+    program = find_program(stage)
     if arguments.gpus is not None:
         from llm2clip_vlm.preflight.starting import launch
 
@@ -270,6 +282,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
+def _plan(command: str, *words: str) -> int | None:
+    from llm2clip_vlm.preflight.plan import main as plan
+
+    return plan(words)
+
+
 def _program(command: str, *words: str) -> int | None:
     result: int | None = load_program(find_program(command)).main(list(words))
     return result
@@ -307,6 +325,7 @@ def _push(command: str, *words: str) -> int:
 
 
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
+    "plan": (_plan, "say what a recipe needs and costs: memory, hours, disk, what is missing"),
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),

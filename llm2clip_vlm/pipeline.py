@@ -26,9 +26,9 @@ from typing import Any
 
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.programs import find_program
-from llm2clip_vlm.recipe.explain import RECIPES as RECIPES  # noqa: PLC0414
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import supervise
 from llm2clip_vlm.runs.hashes import FileState, changed_files, file_states, fingerprint_file
 from llm2clip_vlm.runs.manifest import is_complete

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from llm2clip_vlm.files import find_recipe, find_shipped, read_text, recipe_names, written_whole
-from llm2clip_vlm.recipe.explain import RECIPES
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 
 _SHARDED = {"stage3_projector": "zero2", "stage4_instruction": "zero3"}
 """Stages that need more than data parallelism, and accelerate's file of `recipes/accelerate`."""

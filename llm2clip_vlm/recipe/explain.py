@@ -9,26 +9,13 @@ import textwrap
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from llm2clip_vlm.recipe.base import RecipeFile, RunRecipe
-from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
+from llm2clip_vlm.recipe.base import RecipeFile
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import did_you_mean, fields_below, models_in, shown
 from llm2clip_vlm.recipe.report import AbRecipe, ReportRecipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
-from llm2clip_vlm.recipe.text import MntpRecipe, Stage1Recipe, Stage2aRecipe
-from llm2clip_vlm.recipe.vlm import Stage3Recipe, Stage4Recipe
-
-RECIPES: dict[str, type[RunRecipe]] = {
-    "clip_baseline": ClipBaselineRecipe,
-    "stage0_mntp": MntpRecipe,
-    "stage1_text_encoder": Stage1Recipe,
-    "stage2a_cache_text": Stage2aRecipe,
-    "stage2b_vision_encoder": Stage2bRecipe,
-    "stage3_projector": Stage3Recipe,
-    "stage4_instruction": Stage4Recipe,
-}
-"""Programs that read a stage recipe and leave a manifest."""
 
 MODELS: dict[str, type[RecipeFile]] = {
     **RECIPES,

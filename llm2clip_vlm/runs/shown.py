@@ -46,8 +46,8 @@ def seen_in(text: str) -> Seen | None:
     bars, losses = _BAR.findall(text), ["", *_LOSS.findall(text)]
     if not bars:
         return None
-    title, percent, *counted = bars[-1]
-    return Seen(title.strip(" :."), int(percent), *counted, losses[-1])
+    title, percent, at, total, left = bars[-1]
+    return Seen(title.strip(" :."), int(percent), at, total, left, losses[-1])
 
 
 class Shown:

@@ -1,0 +1,386 @@
+"""`llm2clip-vlm plan`: what a run needs and costs, before anything is downloaded but configs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm2clip_vlm.chat.template import find_chat_template
+from llm2clip_vlm.files import find_recipe, read_text
+from llm2clip_vlm.models.loading import read_tokenizer
+from llm2clip_vlm.models.trainable import trainable_table
+from llm2clip_vlm.preflight.footprint import Footprint, footprint
+from llm2clip_vlm.preflight.lengths import Lengths, guessed, measured
+from llm2clip_vlm.preflight.works import Work, build, text_model
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
+from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, stage_and_output
+
+GPUS = {
+    "b200-180gb": (180, 2250),
+    "h200-141gb": (141, 989),
+    "h100-80gb": (80, 989),
+    "a100-80gb": (80, 312),
+    "a100-40gb": (40, 312),
+    "l40s-48gb": (48, 362),
+    "rtx6000ada-48gb": (48, 364),
+    "a6000-48gb": (48, 155),
+    "rtx5090-32gb": (32, 210),
+    "rtx4090-24gb": (24, 165),
+    "rtx3090-24gb": (24, 71),
+    "a10-24gb": (24, 125),
+    "l4-24gb": (24, 121),
+    "t4-16gb": (16, 65),
+}
+"""Memory in GB and dense bf16 TFLOP/s (T4: fp16), from NVIDIA's data sheets without sparsity."""
+
+CONTEXT_BYTES = 1.2e9
+"""CUDA context, cuBLAS and what the allocator cannot use (a guess: measured nowhere here)."""
+_USABLE = 0.95
+_NF4 = 0.5 + 4 / 64  # bytes of a weight, with a scale for each 64
+_BUCKET, _LIVE = 5e8, 1e9  # DeepSpeed's bucket and live elements
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would go."""
+
+    gpu: str = "h100-80gb"
+    gpus: int = 1
+    zero: int = 0
+    offload: bool = False
+
+
+def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: str) -> Machine:
+    """A machine as the command line says it; ZeRO as the recipe's launch line has it.
+
+    Raises:
+        ValueError: An unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"no GPU `{gpu}`{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})")
+    named = re.search(r"accelerate/zero(\d)", read_text(source))
+    chosen = zero if zero is not None else int(named[1]) if named and gpus > 1 else 0
+    return Machine(gpu, gpus, chosen, offload)
+
+
+def memory(work: Work, seen: Footprint, machine: Machine, recipe: Any) -> Counter[str]:
+    """Bytes on each GPU by cause, at the peak of a step.
+
+    Args:
+        work: With fake weights.
+        seen: Its footprint.
+        machine: Processes and ZeRO.
+        recipe: Its precision and optimizer.
+    """
+    trainer, world, zero = recipe.trainer, machine.gpus, machine.zero
+    half = bool(trainer.get("bf16") or trainer.get("fp16"))
+    four = getattr(recipe, "load_in_4bit", False)
+    named = list(work.model.named_parameters())
+    trained = sum(p.numel() for _, p in named if p.requires_grad)
+    gradients = sum(p.nbytes for _, p in named if p.requires_grad)
+    optim = str(trainer.get("optim", "adamw_torch_fused"))
+    states = trained * (2 if re.search("8bit|bnb", optim) else 0.1 if "adafactor" in optim else 8)
+    found = Counter(dict(seen.held))
+    if work.trains and gradients > sum(found.values()):  # the peak is the optimizer's step
+        found = Counter(gradients=gradients)
+    found["gradients"] //= world if zero >= 2 else 1
+    weights = sum(
+        p.numel() * (_NF4 if four and _is_nf4(n, p) else p.element_size()) for n, p in named
+    )
+    found["weights"] = work.beside_bytes + int(weights / (world if zero == 3 else 1))
+    masters = 4 * trained if zero and half else 0
+    kept = 0 if machine.offload and zero else (states + masters) / (world if zero else 1)
+    found["optimizer"] = int(kept) if work.trains else 0
+    if zero:
+        live = min(sum(p.numel() for _, p in named), _LIVE) if zero == 3 else 0
+        found["communication"] = int((2 if half else 4) * (2 * min(trained, _BUCKET) + live))
+    elif world > 1:  # DDP's buckets
+        found["communication"] = gradients
+    return found
+
+
+def _is_nf4(name: str, parameter: Any) -> bool:
+    """The linear layers of a language model, but for its head and adapters."""
+    other = "lora_" in name or "vision" in name
+    return parameter.ndim == 2 and ".layers." in name and not other
+
+
+@dataclass
+class Plan:
+    """What a run needs and costs."""
+
+    stage: str
+    machine: Machine
+    parts: str
+    held: Counter[str]
+    room: float
+    steps: int
+    samples: float
+    tokens: float
+    flops: float
+    """Of the whole run."""
+    told: str
+    """Where the data's lengths are from."""
+    disk: dict[str, float]
+    changes: list[str]
+    """Single changes with which it fits."""
+    missing: list[str]
+
+    @property
+    def total(self) -> float:
+        """Bytes on each GPU."""
+        return sum(self.held.values()) + CONTEXT_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step goes into a GPU."""
+        return self.total <= self.room
+
+    def hours(self, mfu: float) -> float:
+        """Of the run, at a share of the GPUs' dense bf16 rate."""
+        return self.flops / (mfu * GPUS[self.machine.gpu][1] * 1e12 * self.machine.gpus) / 3600
+
+
+def make_plan(
+    recipe: Any,
+    source: str,
+    machine: Machine,
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+) -> Plan:
+    """Plan a recipe's run.
+
+    Args:
+        recipe: Of a stage.
+        source: Its file.
+        machine: Where it would go.
+        samples: Instead of the data's.
+        tokens: Of a text (a conversation without its pictures), instead of the data's.
+
+    Raises:
+        InputsError: A config is not here; the message says which `hf download` gets it.
+    """
+    missing = list(missing_inputs(recipe, source))
+    lengths = _lengths(recipe, source, missing)
+    if samples is not None:
+        lengths.samples, lengths.told = samples, f"{samples:,} samples as given"
+    if tokens is not None:
+        lengths.texts, lengths.told = [tokens], f"{lengths.told}, {tokens} tokens a text as given"
+    measure = partial(_measure, source, lengths)
+    try:
+        work, seen, held = measure(recipe, machine)
+    except ValueError as error:
+        raise InputsError([*missing, f"plan: {error}"]) from error
+    if work.trains:
+        epochs = recipe.trainer.get("num_train_epochs", 3)
+        steps = round(max(1, lengths.samples // recipe.global_batch_size) * epochs)
+        steps = max(recipe.trainer.get("max_steps", 0), 0) or steps
+    else:  # each caption once
+        work.passes = 1
+        steps = math.ceil(lengths.samples * lengths.captions / work.samples / machine.gpus)
+    pass_flops = seen.flops + (seen.forward_flops if work.cached else 0)
+    done = steps * work.passes * machine.gpus
+    plan = Plan(
+        recipe.stage,
+        machine,
+        trainable_table(work.model),
+        held,
+        _USABLE * GPUS[machine.gpu][0] * 1e9,
+        steps,
+        done * work.samples,
+        done * work.tokens,
+        done * pass_flops,
+        lengths.told,
+        _disk(recipe, work, lengths),
+        [],
+        missing,
+    )
+    if not plan.fits:
+        fits = lambda held: sum(held.values()) + CONTEXT_BYTES <= plan.room  # noqa: E731
+        plan.changes = [
+            told
+            for told, other, where in _changes(recipe, machine)
+            if fits(measure(other, where)[2])
+        ]
+    return plan
+
+
+def _measure(
+    source: str, lengths: Lengths, recipe: Any, machine: Machine
+) -> tuple[Work, Footprint, Counter[str]]:
+    """A recipe's pass on fake weights."""
+    half = recipe.trainer.get("bf16") and not machine.zero
+    work = build(recipe, source, lengths, machine.gpus, machine.zero)
+    with FakeTensorMode():
+        work.fake()
+        seen = footprint(
+            work.model,
+            work.run,
+            tower=work.tower,
+            vocabulary=work.vocabulary,
+            autocast=partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext,
+            passes=2 if work.passes > 1 else 1,
+            trains=work.trains,
+        )
+    return work, seen, memory(work, seen, machine, recipe)
+
+
+def _lengths(recipe: Any, source: str, missing: Sequence[str]) -> Lengths:
+    if any(problem.startswith(("data.", "train.", "sources.")) for problem in missing):
+        return guessed(recipe)
+    count, a_turn = None, 2.0
+    with suppress(ValueError, OSError):  # a guess needs no tokenizer
+        count, a_turn = _ruler(recipe, source)
+    return measured(recipe, count, a_turn)
+
+
+def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
+    """Counts a text's tokens; and those that a turn, or a caption, has beside its text."""
+    tokenizer = read_tokenizer(text_model(recipe, source))
+
+    def count(text: str, special: bool = False) -> int:
+        return len(tokenizer(text, add_special_tokens=special).input_ids)
+
+    if not hasattr(recipe, "data") or getattr(recipe, "plain", False):
+        return count, count("a", special=True) - count("a") + hasattr(recipe, "data")
+    vlm = getattr(recipe, "vlm", None)
+    template = find_chat_template(vlm and vlm.chat_template, tokenizer)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    return count, count(text) / 2 - count("a")
+
+
+def _changes(recipe: Any, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
+    """Single changes that save memory, the least first."""
+    batch = recipe.trainer.get("per_device_train_batch_size", 8)
+    halves = {"trainer.per_device_train_batch_size": [batch >> n for n in (1, 2, 3, 4)]}
+    if recipe.contrastive:
+        halves = {"micro_batch_size": [256, 64, 16], "micro_batch_tokens": [16384, 4096]}
+    tried: dict[str, Any] = {"trainer.gradient_checkpointing": [True], **halves}
+    if getattr(recipe, "load_in_4bit", True) is False:
+        tried["load_in_4bit"] = [True]
+    for key, values in tried.items():
+        for value in values:
+            changed = recipe.model_copy(deep=True)
+            if key.startswith("trainer."):
+                changed.trainer[key.partition(".")[2]] = value
+            elif hasattr(recipe, key):
+                setattr(changed, key, value)
+            told = f"{key}={str(value).lower()}"
+            if key == "load_in_4bit":
+                lora = "lora" if recipe.contrastive else "language_model_lora"
+                setattr(changed, lora, getattr(recipe, lora) or LoraSection())
+                changed.trainer |= {"gradient_checkpointing": True}
+                changed.trainer["per_device_train_batch_size"] = min(batch, 4)
+                told += f" {lora}={{r: 16}}, trainer.gradient_checkpointing=true, batch of 4"
+            if value and changed != recipe:
+                yield told, changed, machine
+    for zero in range(max(2, machine.zero + 1), 4 if machine.gpus > 1 else 0):
+        if not recipe.contrastive:
+            told = f"accelerate launch --config_file recipes/accelerate/zero{zero}.yaml"
+            yield told, recipe, replace(machine, zero=zero)
+
+
+def _disk(recipe: Any, work: Work, lengths: Lengths) -> dict[str, float]:
+    """Bytes that the run writes, and those of the hub's models that it loads."""
+    every = list(work.model.parameters())
+    model = float(sum(p.nbytes for p in every))
+    trained = sum(p.numel() for p in every if p.requires_grad)
+    if not work.trains:
+        rows = lengths.samples * lengths.captions * (1 + len(recipe.prompts))
+        row = 2 * work.model.config.hidden_size + 32  # fp16, and a key
+        return {"embedding cache (all captions different)": rows * row}
+    found = {"model": model}
+    if recipe.stage == "stage3_projector":
+        found["composed/ (removed at the end)"] = model
+    if recipe.trainer.get("save_strategy", "steps") != "no":
+        adapted = any("lora_" in name for name, _ in work.model.named_parameters())
+        weights = 4 * trained if adapted else model
+        found["checkpoints"] = recipe.trainer.get("save_total_limit", 2) * (weights + 8.0 * trained)
+    return found
+
+
+def shown(plan: Plan, mfu: float, price: float | None) -> str:
+    """A plan as text of at most 100 columns."""
+    gpus = plan.machine.gpus
+    head = f"{plan.stage} on {gpus} x {plan.machine.gpu}"
+    head += f", ZeRO-{plan.machine.zero}" if plan.machine.zero else ""
+    lines = [head, "", plan.parts, "", "memory of each GPU, GB"]
+    rows = [*plan.held.most_common(), ("context and fragments", CONTEXT_BYTES)]
+    lines += [f"  {cause:<24}{size / 1e9:>9.2f}" for cause, size in rows if size]
+    verdict = "fits" if plan.fits else "does not fit"
+    lines.append(
+        f"  {'at the peak':<24}{plan.total / 1e9:>9.2f}  of {plan.room / 1e9:.1f} usable: {verdict}"
+    )
+    if not plan.fits:
+        lines += [f"  fits with: {change}" for change in plan.changes[:4]]
+        lines += [] if plan.changes else ["  no single change fits: take more or larger GPUs"]
+    hours = plan.hours(mfu)
+    lines += ["", "work"]
+    lines.append(f"  data: {plan.told}")
+    lines.append(
+        f"  {plan.steps:,} steps, {plan.samples:,.0f} samples, {plan.tokens / 1e9:,.3f} G tokens, "
+        f"{plan.flops:.3g} FLOPs"
+    )
+    cost = "" if price is None else f", {hours * gpus * price:,.0f} at {price:g} a GPU hour"
+    lines.append(f"  {hours:,.2f} h at an MFU of {mfu:.0%} ({hours * gpus:,.1f} GPU hours{cost})")
+    lines += ["", "disk, GB"]
+    lines += [f"  {name:<40}{size / 1e9:>10.1f}" for name, size in plan.disk.items()]
+    lines += ["", "missing before it can start" if plan.missing else "nothing is missing"]
+    lines += [f"  {problem}" for problem in plan.missing]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of `llm2clip-vlm plan`."""
+    made = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
+    add = made.add_argument
+    add("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML")
+    add("--gpu", default="h100-80gb", help=f"{', '.join(GPUS)} (default: h100-80gb)")
+    add("--gpus", type=int, default=1, help="how many (default: 1)")
+    add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
+    add("--offload", action="store_true", help="ZeRO keeps optimizer states on the CPU")
+    add("--mfu", type=float, default=0.35, help="share of the GPUs' bf16 rate (default: 0.35)")
+    add("--price", type=float, help="of a GPU hour")
+    add("--samples", type=int, help="instead of the data's, such as where they are not here yet")
+    add("--tokens", type=int, help="of a text, instead of the data's")
+    add("--json", action="store_true", help="numbers for a program")
+    return made
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `llm2clip-vlm plan` (or `train --dry-run`).
+
+    Returns:
+        2 where something is missing or does not fit.
+    """
+    given = parser().parse_intermixed_args(words)
+    source = find_recipe(given.recipe)
+    stage = stage_and_output(Path(source))[0]
+    if stage not in RECIPES:
+        raise ValueError(f"{source}: stage: expected one of {', '.join(RECIPES)}, got {stage}")
+    recipe = load_recipe(source, RECIPES[stage], given.overrides)
+    machine = find_machine(given.gpu, given.gpus, given.zero, given.offload, source)
+    plan = make_plan(recipe, source, machine, samples=given.samples, tokens=given.tokens)
+    if given.json:
+        found = {**vars(plan), "machine": vars(machine), "total": plan.total, "fits": plan.fits}
+        print(json.dumps(found | {"hours": plan.hours(given.mfu), "mfu": given.mfu}, indent=1))
+    else:
+        print(shown(plan, given.mfu, given.price))
+    return 2 if plan.missing or not plan.fits else 0

@@ -1,0 +1,397 @@
+"""The model of a recipe and one pass through it, from config files alone.
+
+Models are prepared on the meta device by the trainers' own code, and then given fake weights. What
+a stage that has not run yet would leave is read off the recipe that writes it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import Tensor, nn
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    SiglipVisionConfig,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from llm2clip_vlm.data.cache.shards import read_header
+from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
+from llm2clip_vlm.models.loading import read_config
+from llm2clip_vlm.models.trainable import (
+    apply_trainable,
+    frozen_modules,
+    set_evaluation_mode,
+    set_precision,
+    train_last_blocks,
+)
+from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
+from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
+from llm2clip_vlm.models.vlm.vlm_loss import SMALL_VOCABULARY, install_supervised_loss
+from llm2clip_vlm.preflight.lengths import Lengths
+from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
+from llm2clip_vlm.recipe.vlm import Stage3Recipe, VlmRecipe
+from llm2clip_vlm.runs.inputs import missing_model, writer_of
+from llm2clip_vlm.training.encoder.caption_cache import encoder_path
+from llm2clip_vlm.training.export import add_lora
+from llm2clip_vlm.training.text.text_trainer import LENGTH_GROUPS, add_adapter
+from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
+
+_PLAIN = "sdpa_without_mask"
+"""Attention of packed and of unpadded rows: causal or not, without a mask that is computed."""
+
+
+@dataclass
+class Work:
+    """One pass of a process."""
+
+    model: Any
+    """On the meta device until :meth:`fake`."""
+    run: Callable[[], Tensor]
+    """Forward, on fake tensors."""
+    samples: float
+    """Of the pass: pairs, images or conversations."""
+    tokens: float
+    """Text and visual tokens of the pass."""
+    tower: Any = None
+    vocabulary: int = -1
+    passes: float = 1
+    """For each process in an optimizer step."""
+    cached: bool = False
+    """GradCache: each pass goes forward once more, without a graph."""
+    beside_bytes: int = 0
+    """Weights beside the model: a teacher's, averages."""
+    trains: bool = True
+
+    def fake(self) -> None:
+        """Give the model fake weights. Call it in fake mode."""
+        made: dict[int, Any] = {}
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, old in table.items():
+                    if old is not None and id(old) not in made:
+                        empty = torch.empty(old.shape, dtype=old.dtype)
+                        own = isinstance(old, nn.Parameter)
+                        made[id(old)] = nn.Parameter(empty, old.requires_grad) if own else empty
+                    table[name] = made.get(id(old))
+
+
+def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: int) -> Work:
+    """The work of a recipe.
+
+    Args:
+        recipe: Of a stage.
+        source: Its file.
+        lengths: Of its data.
+        world: Processes.
+        zero: Stage of ZeRO; 0 = plain data parallelism.
+
+    Raises:
+        ValueError: A model's config is not here, or names no model that can be built.
+    """
+    trainer = recipe.trainer
+    share = max(1, recipe.global_batch_size // world)
+    batch = trainer.get("per_device_train_batch_size", share if recipe.contrastive else 8)
+    args = SimpleNamespace(bf16=trainer.get("bf16", False), fp16=trainer.get("fp16", False))
+    args.deepspeed_plugin = zero or None
+    AttentionInterface.register(_PLAIN, sdpa_attention_forward)
+    AttentionMaskInterface.register(_PLAIN, lambda *_, **__: None)
+    with torch.device("meta"):
+        if isinstance(recipe, VlmRecipe):
+            work = _vlm(recipe, source, lengths, batch, share)
+        elif isinstance(recipe, Stage2bRecipe | ClipBaselineRecipe):
+            work = _encoder(recipe, source, lengths, batch, share)
+        else:
+            work = _text(recipe, source, lengths, batch, share)
+        if work.trains:
+            set_precision(work.model, args)
+        else:
+            work.model.requires_grad_(False)
+        if zero and (args.bf16 or args.fp16):
+            work.model.to(torch.bfloat16)
+        work.model.train(work.trains)
+        if work.trains and (
+            trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing")
+        ):
+            saving = {"use_reentrant": False, "preserve_rng_state": False}
+            work.model.gradient_checkpointing_enable(saving)
+            if getattr(recipe, "lora", None):
+                work.model.enable_input_require_grads()
+        set_evaluation_mode(frozen_modules(work.model))
+    return work
+
+
+def origin(path: str, source: str | Path) -> str:
+    """The checkpoint whose config describes a path, which may be a run's that is yet to come.
+
+    Raises:
+        ValueError: Its config.json is nowhere here.
+    """
+    if (Path(path) / "config.json").is_file() or isinstance(
+        try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None, str
+    ):
+        return path
+    if (writer := writer_of(path, source)) is None:
+        if problem := missing_model(path):
+            raise ValueError(f"{problem} config.json" if "hf download" in problem else problem)
+        return path
+    recipe: Any = load_recipe(writer[1], RECIPES[writer[0]])
+    text = getattr(recipe, "text_encoder", None)
+    found: list[Any] = [encoder_path(text)] if text else []
+    found += [getattr(recipe, key, None) for key in ("vision_tower", "clip", "language_model")]
+    return origin(next(value for value in found if isinstance(value, str)), writer[1])
+
+
+def vlm_section(recipe: VlmRecipe, source: str | Path) -> Any:
+    """What a VLM is composed of, where its checkpoint is not there yet; none where it is."""
+    if isinstance(recipe, Stage3Recipe):
+        return recipe.vlm, source
+    checkpoint: str = recipe.checkpoint  # type: ignore[attr-defined]
+    if not (Path(checkpoint) / "config.json").is_file() and (
+        writer := writer_of(checkpoint, source)
+    ):
+        return vlm_section(load_recipe(writer[1], RECIPES[writer[0]]), writer[1])  # type: ignore[arg-type]
+    return None, origin(checkpoint, source)
+
+
+def text_model(recipe: Any, source: str | Path) -> str:
+    """The checkpoint whose tokenizer a recipe's texts go through."""
+    if isinstance(recipe, VlmRecipe):
+        vlm, near = vlm_section(recipe, source)
+        return near if vlm is None else origin(vlm.language_model, near)
+    loop = getattr(recipe, "text_in_loop", None)
+    keys = "text_encoder write_through language_model tokenizer clip embedding_cache".split()
+    given = [loop and loop.text_encoder, *(getattr(recipe, key, None) for key in keys)]
+    chosen = next(value for value in given if isinstance(value, str | TextEncoderSection))
+    return origin(encoder_path(chosen), source)
+
+
+def _tower_config(path: str, source: str | Path, side: int | None) -> Any:
+    register()
+    found = origin(path, source)
+    timm = read_timm_layout(found)
+    whole: Any = timm_config(timm, found) if timm else read_config(found)
+    config = getattr(whole, "vision_config", None) or whole
+    if config.model_type == "siglip2_vision_model":  # at its own square grid it is a SigLIP
+        known = SiglipVisionConfig.__annotations__
+        values = {name: value for name, value in config.to_dict().items() if name in known}
+        size = math.isqrt(config.num_patches) * config.patch_size
+        config = SiglipVisionConfig(**{**values, "image_size": size})
+    if side is not None:
+        config.image_size = side
+    return config
+
+
+def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
+    """A LLaVA on the meta device, and the crops of a picture (of AnyRes LLaVA-NeXT's most)."""
+    vlm, near = vlm_section(recipe, source)
+    config: Any
+    if vlm is None:
+        config = read_config(near)
+        dtype, anyres = config.dtype, config.model_type == "llava_next"
+        shared = (
+            "vision_config text_config vision_feature_layer vision_feature_select_strategy".split()
+        )
+        config = LlavaConfig(**{name: getattr(config, name) for name in shared})
+    else:
+        text = read_config(origin(vlm.language_model, near))
+        dtype = text.dtype if vlm.dtype == "auto" else getattr(torch, vlm.dtype)
+        anyres = vlm.image_aspect_ratio == "anyres"
+        config = LlavaConfig(
+            vision_config=_tower_config(vlm.vision_tower, near, vlm.image_size_px),
+            text_config=text,
+            vision_feature_layer=vlm.vision_feature_layer,
+            vision_feature_select_strategy=vlm.vision_feature_select_strategy,
+        )
+    config.text_config._attn_implementation = _PLAIN
+    dtype = torch.float32 if dtype in (torch.float16, None) else dtype
+    model: Any = LlavaForConditionalGeneration(config)
+    return model.to(dtype), 5.0 if anyres else 1.0
+
+
+def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
+    model, crops = _vlm_model(recipe, source)
+    prepare_trainable(model, recipe)
+    install_text_only_guard(model)
+    install_supervised_loss(model)
+    llava, config = model.model, model.config
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    blank = torch.zeros(1, 3, side, side, dtype=model.dtype)
+    places = llava.vision_tower(blank).last_hidden_state.shape[1]
+    if places == (side // patch) ** 2:  # no CLS token that `default` could drop
+        config.vision_feature_select_strategy = "full"
+    visual = places - (config.vision_feature_select_strategy == "default")
+    seen = lengths.images * crops * visual
+    mean = min(recipe.max_length_tokens, lengths.mean + seen)
+    rows, width = float(min(batch, share)), mean
+    if recipe.packing:  # as full as its samples allow, all of the mean length
+        rows = min(recipe.max_length_tokens * batch / mean, share)
+    else:
+        longest = lengths.quantile(batch / (batch + 1)) + seen
+        width = min(recipe.max_length_tokens, longest)
+    count, trained = max(1, round(rows)), max(1, round(rows * lengths.mean * lengths.trained))
+    images = max(1, round(rows * lengths.images * crops))
+    images = min(images, recipe.packing_max_images or images)
+    text = config.get_text_config()
+
+    def run() -> Tensor:
+        ids = torch.zeros(count, round(width), dtype=torch.long)
+        mask = torch.zeros(*ids.shape, text.hidden_size, dtype=torch.bool)
+        llava.get_placeholder_mask = lambda *_, **__: mask  # by ids, which are fake
+        pixels = torch.zeros(images, 3, side, side)
+        hidden = llava(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
+        if text.vocab_size <= SMALL_VOCABULARY:
+            return model.lm_head(hidden).float().logsumexp(-1).sum()
+        targets = torch.zeros(min(trained, count * round(width)), dtype=torch.long)
+        loss: Tensor = model.lm_head(hidden.flatten(0, 1)[: len(targets)], targets)
+        return loss
+
+    tower = llava.vision_tower
+    return Work(model, run, rows, rows * mean, tower, text.vocab_size, passes=share / rows)
+
+
+def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
+    own = isinstance(recipe, Stage2bRecipe)
+    size = min(batch, getattr(recipe, "micro_batch_size", None) or batch)
+    model: Any = (_llm2clip if own else _clip)(recipe, source)
+    eyes = model.vision_tower if own else model.vision_model
+    train_last_blocks(model, "vision_tower" if own else "vision_model", recipe.tower_last_blocks)
+    side, width = eyes.config.image_size, eyes.config.hidden_size
+    trains = any(p.requires_grad for p in eyes.parameters())
+    kept = not trains and recipe.feature_cache is not False
+    if kept := kept and recipe.augmentation.crop_scale_min == 1:  # before the first step
+        eyes.forward = lambda *_, **__: SimpleNamespace(pooler_output=torch.zeros(size, width))
+    texts = size * getattr(recipe, "captions_per_image", 1)
+    texts *= 1 + len(getattr(recipe, "caption_prompts", ()))
+    window = 1
+    if not own:
+        window = model.config.text_config.max_position_embeddings
+        window = min(window, lengths.quantile(size / (size + 1)))
+
+    def run() -> Tensor:
+        captions = {"input_ids": torch.zeros(texts, window, dtype=torch.long)}
+        if own:
+            captions = {"text_features": torch.zeros(texts, model.config.text_embed_dim)}
+        out = model(pixel_values=torch.zeros(size, 3, side, side), **captions)
+        loss: Tensor = out.image_embeds.float().sum() + out.text_embeds.float().sum()
+        return loss
+
+    keys = ("self_distillation", "weight_average")  # a teacher, averages
+    copies = sum(getattr(recipe, key, None) is not None for key in keys)
+    return Work(
+        model,
+        run,
+        size,
+        texts * lengths.mean,
+        None if kept else eyes,
+        passes=share / size,
+        cached=size < batch,
+        beside_bytes=4 * copies * sum(p.numel() for p in eyes.parameters()),
+    )
+
+
+def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
+    header = read_header(Path(recipe.embedding_cache or ""))
+    width = header.dim if header else read_config(text_model(recipe, source)).hidden_size
+    bias = recipe.logit_bias_init if recipe.loss == "sigmoid" else None
+    config = LLM2CLIPConfig(
+        vision_config=_tower_config(recipe.vision_tower, source, recipe.image_size_px),
+        text_embed_dim=width,
+        projection_dim=recipe.projection_dim,
+        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
+        adaptor_expansion=recipe.text_adaptor.expansion,
+        logit_bias_init_value=bias,
+    )
+    model = LLM2CLIPModel(config)
+    if recipe.tower_lora:
+        add_lora(model.vision_tower, recipe.tower_lora, "tower_lora")
+    parts = ["visual_projection", "text_adaptor", "logit_scale"]
+    parts += ["logit_bias"] * (bias is not None)
+    parts += ["vision_tower"] * (recipe.tower_training != "frozen")
+    apply_trainable(model, parts)
+    return model
+
+
+def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
+    if recipe.vision_tower is not None:
+        tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
+        text = CLIPTextConfig(**(recipe.text_model or {}))
+        config: Any = VisionTextDualEncoderConfig(
+            vision_config=tower.to_dict(),
+            text_config=text.to_dict(),
+            projection_dim=recipe.projection_dim,
+        )
+    elif isinstance(recipe.clip, str):
+        config = read_config(origin(recipe.clip, source))
+    else:
+        config = CLIPConfig(**(recipe.clip or {}))
+    dual = config.model_type == "vision-text-dual-encoder"
+    model = (VisionTextDualEncoderModel if dual else CLIPModel)(config)
+    parts = {str(name) for name, lr in recipe.learning_rates.items() if lr}
+    if "projections" in parts:
+        parts |= {"visual_projection", "text_projection", "logit_scale"}
+    apply_trainable(model, parts - {"projections"})
+    return model
+
+
+def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
+    section = getattr(recipe, "text_encoder", None)
+    words = section is None  # stage 0 guesses them
+    config: Any = read_config(text_model(recipe, source))
+    chosen = getattr(recipe if words else section, "dtype", "auto")
+    dtype = config.dtype if chosen == "auto" else getattr(torch, chosen)
+    config.is_causal = not getattr(section, "bidirectional", True)
+    model: Any = (AutoModelForCausalLM if words else AutoModel).from_config(config)
+    model.to(dtype or torch.float32)
+    if lora := getattr(recipe, "lora", None):
+        model = add_adapter(model, lora)
+    longest = getattr(recipe if words else section, "max_length_tokens", 512)
+    trains = hasattr(recipe, "lora")
+    budget = getattr(recipe, "micro_batch_tokens" if trains else "batch_tokens", None)
+    if words:
+        shapes = [(batch, longest)]
+    elif budget is not None:
+        width = max(1, min(longest, math.ceil(lengths.mean)))
+        shapes = [(max(1, budget // width), width)]
+    else:  # sorted by length and padded in groups
+        count = max(1, min(LENGTH_GROUPS, 2 * batch // 16))
+        ends = [1 - 1 / (2 * batch + 1), *(1 - n / count for n in range(1, count))]
+        shapes = [(-(-2 * batch // count), min(longest, lengths.quantile(end))) for end in ends]
+
+    def run() -> Tensor:
+        vectors = []
+        for shape in shapes:
+            ids = torch.zeros(*shape, dtype=torch.long)
+            mask = None if words else torch.ones_like(ids)
+            out = model(input_ids=ids, attention_mask=mask, use_cache=False)
+            if words:
+                return out.logits.float().logsumexp(-1).sum()
+            vectors.append((out.last_hidden_state.float() * torch.ones(*shape, 1)).sum(1))
+        return torch.cat(vectors).sum()
+
+    texts = sum(rows for rows, _ in shapes)
+    samples = texts / 2 if trains and not words else texts
+    work = Work(model, run, samples, sum(rows * width for rows, width in shapes), trains=trains)
+    work.vocabulary = config.vocab_size if words else -1
+    work.passes, work.cached = share / samples, trains and budget is not None
+    return work
