@@ -220,15 +220,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    from llm2clip_vlm.recipe.stages import RECIPES
-    from llm2clip_vlm.runs.inputs import require_inputs
-
     stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
     if arguments.dry_run:
         return _plan("plan", *words)
-    if stage in RECIPES:  # before torch is imported
-        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
+    _require_inputs(stage, words)
     program = find_program(stage)
     if arguments.gpus is not None:
         from llm2clip_vlm.preflight.starting import launch
@@ -236,6 +232,15 @@ def _train(arguments: argparse.Namespace) -> int | None:
         return launch(program, words, arguments.gpus, arguments.accelerate)
     result: int | None = load_program(program).main(words)
     return result
+
+
+def _require_inputs(stage: str, words: Sequence[str]) -> None:
+    """Miss what a stage would miss, before torch is imported."""
+    from llm2clip_vlm.recipe.stages import RECIPES
+    from llm2clip_vlm.runs.inputs import require_inputs
+
+    if stage in RECIPES:
+        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
 
 
 def _explain(arguments: argparse.Namespace) -> None:
