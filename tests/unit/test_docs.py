@@ -13,6 +13,7 @@ import pytest
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.interop import command, push
 from llm2clip_vlm.pipeline import RECIPES
+from llm2clip_vlm.play import command as play
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
@@ -100,6 +101,9 @@ def check_cli(words: list[str]) -> None:
     if words[0] == "push":
         push.parser().parse_args(words[1:])
         return
+    if words[0] in ("chat", "search", "app"):
+        play.parser(words[0]).parse_args(words[1:])
+        return
     if words[0] in ("export", "convert"):
         command.parser(words[0]).parse_args(words[1:])
         return
@@ -135,7 +139,7 @@ CHECKS = {
     "make": check_make,
     "python": check_python,
 }
-FREE = {"pip", "hf", "git"}
+FREE = {"pip", "hf", "git", "transformers", "vllm"}
 """Programs of others."""
 
 
