@@ -12,7 +12,7 @@ _MODEL = "a model directory, a stage's output, or a hub id"
 
 
 def parser(command: str) -> argparse.ArgumentParser:
-    """The options of a command."""
+    """Build the parser of a command."""
     made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
     _OPTIONS[command](made)
     made.add_argument("--device", help="default: cuda if there is one, else cpu")

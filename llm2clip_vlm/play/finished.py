@@ -35,7 +35,7 @@ class FinishedRun:
 
 
 def finished_runs(root: str | Path) -> list[FinishedRun]:
-    """The stages below a folder, the latest first; what no stage left is skipped."""
+    """Find the stages below a folder, the latest first; what no stage left is skipped."""
     found = []
     files = sorted(Path(root).rglob(MANIFEST_NAME), key=lambda file: -file.stat().st_mtime)
     for folder in (file.parent for file in files):

@@ -72,7 +72,7 @@ def serve(shelf: Shelf, port: int | None = None, *, open_browser: bool = False) 
 
 
 def build_page(shelf: Shelf) -> Any:
-    """The `gradio.Blocks` with its four tabs."""
+    """Build the `gradio.Blocks` with its four tabs."""
     import gradio as gr
 
     with gr.Blocks(title="llm2clip-vlm", analytics_enabled=False) as page:

@@ -62,11 +62,11 @@ def cache_folder() -> Path:
 
 
 def load_searcher(path: str, text_encoder: str | None = None, device: str | None = None) -> Encoder:
-    """An encoder with both sides.
+    """Load an encoder with both sides.
 
     Args:
-        path: Model directory, stage 2b's or `clip_baseline`'s output, or hub id.
-        text_encoder: Of a model of stage 2b; none = the one that its manifest names.
+        path: Model directory, output of stage 2b or `clip_baseline`, or hub id.
+        text_encoder: Of a model of stage 2b. None: the one that its manifest names.
         device: None: `cuda` if there is one, else `cpu`.
 
     Raises:
@@ -85,7 +85,7 @@ def load_searcher(path: str, text_encoder: str | None = None, device: str | None
 
 
 def _text_encoder_of(model: str) -> str | TextEncoderSection | None:
-    """What a model of stage 2b was trained against, as manifests tell; none if nothing tells."""
+    """Find what a model of stage 2b was trained against by its manifests. None: they do not say."""
     stage = Path(model).parent
     manifest = read_manifest(stage)
     if manifest is None or manifest["stage"] != "stage2b_vision_encoder":
@@ -95,11 +95,10 @@ def _text_encoder_of(model: str) -> str | TextEncoderSection | None:
         return str(stage / "text_encoder")
     given: Any = recipe.get("write_through")
     if given is None:
-        given = (read_manifest(recipe["embedding_cache"]) or {"recipe": {}})["recipe"].get(
-            "text_encoder"
-        )
-    if given is None:
-        return None
+        cache = read_manifest(recipe["embedding_cache"])
+        if cache is None or "text_encoder" not in cache["recipe"]:
+            return None
+        given = cache["recipe"]["text_encoder"]
     place = given if isinstance(given, str) else given["language_model"]
     if not Path(place).exists() and place.count("/") != 1:
         raise ValueError(

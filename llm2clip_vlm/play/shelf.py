@@ -26,8 +26,8 @@ class Shelf:
         run: Folder with finished stages.
         vlms: More VLMs than it holds.
         encoders: More encoders.
-        photos: Folders to search; none = the pictures that an encoder was evaluated with.
-        votes: File of votes; none = `votes.jsonl` in `run`.
+        photos: Folders to search. None: the pictures that an encoder was evaluated with.
+        votes: File of votes. None: `votes.jsonl` in `run`.
         device: Of all models.
 
     Raises:
@@ -79,7 +79,7 @@ class Shelf:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def tally(self, names: Sequence[str]) -> str:
-        """How two models stand, as Markdown."""
+        """Tell how two models stand, as Markdown."""
         rows = map(json.loads, read_text(self.votes).splitlines() if self.votes.is_file() else ())
         first, second = sorted(names)
         votes = [row.get(row["vote"]) for row in rows if {row["left"], row["right"]} == {*names}]

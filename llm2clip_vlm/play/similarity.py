@@ -22,7 +22,7 @@ _OPACITY = 0.6
 def similarity_maps(
     encoder: Encoder, picture: Image.Image, texts: Sequence[str]
 ) -> list[tuple[Image.Image, str]]:
-    """Cosines of each patch with each text, laid over what the tower sees of the picture.
+    """Lay the cosines of each patch with each text over what the tower sees of the picture.
 
     A patch is projected as zero-shot segmentation does it (MaskCLIP, 2112.01071): with the last
     attention's own values where the tower has such. All maps of a call have one scale of colours.

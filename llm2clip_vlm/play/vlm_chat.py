@@ -19,7 +19,7 @@ HELP = "/image PATH asks about another picture, /reset begins again, /quit ends"
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """A picture file of the user's own, upright and in RGB.
+    """Open a picture file that the user names, upright and in RGB.
 
     Raises:
         ImageError: It is no file, too large, or does not decode.
@@ -29,7 +29,7 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def model_folder(path: str) -> str:
-    """The model directory of a stage's output; anything else (a hub id, too) as it is.
+    """Find the model directory of a stage's output; anything else (a hub id, too) stays as it is.
 
     Raises:
         ValueError: A local path, and nothing is there.
@@ -49,7 +49,7 @@ class Chat:
 
     Args:
         generator: The model, its processor and the template that it was trained with.
-        picture: RGB; none = text alone.
+        picture: RGB. None: text alone.
     """
 
     def __init__(self, generator: Generator, picture: Image.Image | None = None) -> None:
@@ -85,7 +85,7 @@ class Chat:
 
         Args:
             question: Text; names of control tokens in it stay text.
-            options: As for :meth:`Generator.stream`; none = greedy.
+            options: As for :meth:`Generator.stream`. None: greedy.
 
         Yields:
             The answer so far; the conversation goes on from where the iterator is closed.
