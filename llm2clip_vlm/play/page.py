@@ -166,6 +166,8 @@ def _chat_tab(gr: Any, shelf: Shelf) -> None:
     question.submit(ask, asked, [talk, *columns, question, voting, told], show_progress="minimal")
     for which, button in buttons.items():
         button.click(partial(vote, which), [talk], [talk, voting, told])
+    for column in columns:
+        column.clear(lambda: [None, [], []], None, [talk, *columns])
     two.change(lambda name: gr.update(visible=name != _NOBODY), [two], [columns[1]])
 
 
