@@ -43,11 +43,10 @@ from transformers import (
 
 from llm2clip_vlm.data.reading.images import open_image
 from llm2clip_vlm.data.reading.records import iter_rows
-from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
 from llm2clip_vlm.evaluation.vlm.generation import Generator
 from llm2clip_vlm.evaluation.vlm.jobs import own_tasks, run_suite, task_yaml
 from llm2clip_vlm.evaluation.vlm.worker import build_task, quiet
-from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint, save_vlm
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))

@@ -13,6 +13,9 @@ llm2clip-vlm doctor                               what this machine has
 llm2clip-vlm eval ...                             score checkpoints with lmms-eval
 llm2clip-vlm compare ...                          compare runs benchmark by benchmark
 llm2clip-vlm push DIR ORG/NAME                    upload a model and its card
+llm2clip-vlm chat MODEL [IMAGE]                   talk with a VLM in the terminal
+llm2clip-vlm search MODEL FOLDER WORDS            find photographs by words
+llm2clip-vlm app [RUN]                            a local page: chat, search, look, runs
 """
 
 from __future__ import annotations
@@ -329,6 +332,12 @@ def _push(command: str, *words: str) -> int:
     return push(words)
 
 
+def _play(command: str, *words: str) -> int | None:
+    from llm2clip_vlm.play.command import main as play
+
+    return play(command, words)
+
+
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "plan": (_plan, "say what a recipe needs and costs: memory, hours, disk, what is missing"),
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
@@ -337,6 +346,9 @@ _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval by a suite"),
     "compare": (_program, "compare runs benchmark by benchmark"),
     "push": (_push, "upload a model and its card to the Hugging Face Hub"),
+    "chat": (_play, "talk with a VLM in the terminal"),
+    "search": (_play, "find photographs by words, in a folder that is indexed once"),
+    "app": (_play, "a web page on this machine alone: chat, search, look, finished runs"),
 }
 """Commands with options of their own, `--help` included."""
 

@@ -148,6 +148,22 @@ def mcnemar_exact(
     return float(binomtest(only_a, only_a + only_b).pvalue) if only_a + only_b else 1.0
 
 
+def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Exact 95 % interval of a share (Clopper-Pearson).
+
+    Args:
+        successes: How often it happened.
+        trials: Of how many times, at least one.
+
+    Returns:
+        `(low, high)` in per cent.
+    """
+    from scipy.stats import binomtest
+
+    found = binomtest(successes, trials).proportion_ci()
+    return 100.0 * float(found.low), 100.0 * float(found.high)
+
+
 def is_binary(*scores: np.ndarray) -> bool:
     """Whether every score is 0 or 1."""
     return all(bool(np.isin(values, (0.0, 1.0)).all()) for values in scores)

@@ -297,9 +297,8 @@ def test_no_file_of_a_checkpoint_runs_and_no_one_is_asked(
         import sys
         from pathlib import Path
         from transformers import AutoModel, AutoModelForCausalLM, CLIPModel
-        from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
         from llm2clip_vlm.models.loading import *
-        from llm2clip_vlm.models.vlm.building import load_vlm
+        from llm2clip_vlm.models.vlm.building import load_checkpoint, load_vlm
         for folder in sorted(Path(sys.argv[1]).iterdir()):
             for load in (
                 read_config, read_tokenizer, read_processor, read_image_processor, load_vlm,
@@ -333,10 +332,9 @@ def test_local_files_open_no_socket(tiny_llm: Path, tiny_clip: Path, tmp_path: P
         def refuse(*given, **named): raise AssertionError(f"a socket: {given}")
         socket.socket.connect = socket.getaddrinfo = socket.create_connection = refuse
         from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
-        from llm2clip_vlm.evaluation.vlm.adapter import load_checkpoint
         from llm2clip_vlm.models.clip import load_clip
         from llm2clip_vlm.models.text.text_encoder import TextEncoder
-        from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+        from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint, load_vlm, save_vlm
         clip, llm, out = sys.argv[1:]
         model, processor = build_vlm(clip, llm)
         save_vlm(model, processor, out)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import ImageFile
 
-from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
+from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat
 from llm2clip_vlm.evaluation.vlm.jobs import EvaluationError, Job, task_yaml
 from llm2clip_vlm.evaluation.vlm.worker import (
     build_task,
@@ -26,6 +26,7 @@ from llm2clip_vlm.evaluation.vlm.worker import (
     refuse_judge,
     score,
 )
+from llm2clip_vlm.models.vlm.building import load_checkpoint
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 
 TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"

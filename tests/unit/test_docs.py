@@ -12,6 +12,7 @@ import pytest
 
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.interop import command, push
+from llm2clip_vlm.play import command as play
 from llm2clip_vlm.preflight import plan
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
@@ -108,6 +109,9 @@ def check_cli(words: list[str]) -> None:
     if words[0] == "push":
         push.parser().parse_args(words[1:])
         return
+    if words[0] in ("chat", "search", "app"):
+        play.parser(words[0]).parse_args(words[1:])
+        return
     if words[0] in ("export", "convert"):
         command.parser(words[0]).parse_args(words[1:])
         return
@@ -143,7 +147,7 @@ CHECKS = {
     "make": check_make,
     "python": check_python,
 }
-FREE = {"pip", "hf", "git", "source"}
+FREE = {"pip", "hf", "git", "source", "transformers", "vllm"}
 """Programs of others."""
 
 

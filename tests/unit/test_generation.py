@@ -116,6 +116,35 @@ def test_options_each_change_the_answer(vlm: tuple[Any, Any]) -> None:
         ask(logit_bias=1)
 
 
+def test_what_is_streamed_is_what_is_generated(vlm: tuple[Any, Any]) -> None:
+    generator = make(vlm, max_new_tokens=8)
+    prompt = generator.render(messages(QUESTIONS[0]))
+    for options in ({}, {"max_new_tokens": 3}, {"repetition_penalty": 5.0}):
+        *before, last = list(generator.stream(prompt, options))
+        assert [last] == generator.generate([prompt], [options])
+        assert len(before) == last.num_tokens - 1 and last.text.startswith(before[0].text)
+    word = last.text.split()[2]
+    (whole,) = generator.generate([prompt], [{"until": word}])
+    assert list(generator.stream(prompt, {"until": word}))[-1].text == whole.text
+
+
+def test_a_stream_ends_when_it_is_closed_or_fails(vlm: tuple[Any, Any]) -> None:
+    generator, seen = make(vlm, max_new_tokens=100), []
+    generator.eos_ids = []
+    hook = generator.model.lm_head.register_forward_hook(lambda *_: seen.append(1))
+    stream = generator.stream(generator.render(messages("what ?")), {})
+    next(stream)
+    stream.close()
+    hook.remove()
+    assert 1 <= len(seen) < 50
+    with pytest.raises(ValueError, match="num_beams"):
+        list(generator.stream(generator.render(messages("what ?")), {"num_beams": 2}))
+    generator.window = (
+        generator._encode([generator.render(messages("?"))])["input_ids"].shape[1] + 2
+    )
+    assert len(list(generator.stream(generator.render(messages("?")), {}))) == 2
+
+
 def test_a_sampling_generation_config_of_the_checkpoint_does_not_make_it_random(
     vlm: tuple[Any, Any],
 ) -> None:
@@ -210,7 +239,7 @@ def test_a_stop_string_counts_after_the_newline_that_a_template_leaves(
 ) -> None:
     generator = make(vlm)
     generator.tokenizer = SimpleNamespace(decode=lambda ids, **_: "\n\n red\nand blue")
-    ids = torch.tensor([1, 2, 3])
+    ids = [1, 2, 3]
     assert generator._answer(ids, ("\n",)).text == "red"
     assert generator._answer(ids, ("and", "\n")).text == "red"
     assert generator._answer(ids, ()).text == "red\nand blue"
@@ -226,10 +255,10 @@ def test_an_answer_is_cut_behind_its_first_end_token_and_at_the_first_stop_strin
         return " red , blue , green"
 
     generator.tokenizer, generator.eos_ids = SimpleNamespace(decode=decode), [7, 9]
-    answer = generator._answer(torch.tensor([1, 2, 9, 3, 7]), (",",))
+    answer = generator._answer([1, 2, 9, 3, 7], (",",))
     assert decoded == [[1, 2, 9]]
     assert (answer.text, answer.num_tokens) == ("red", 3)  # the end token counts
-    assert generator._answer(torch.tensor([1, 2, 3]), ()).num_tokens == 3
+    assert generator._answer([1, 2, 3], ()).num_tokens == 3
 
 
 def test_each_option_reaches_the_configuration(vlm: tuple[Any, Any]) -> None:

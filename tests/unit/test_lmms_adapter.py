@@ -14,8 +14,8 @@ pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 from lmms_eval.api.instance import Instance
 
 from llm2clip_vlm.evaluation.vlm import MODEL_ID, manifest
-from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
-from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat
+from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint
 from tests.tiny import write_image
 
 DOCS = [{"question": f"is there a {word} ?", "seed": n} for n, word in enumerate(["dog", "cat"])]

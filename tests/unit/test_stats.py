@@ -13,6 +13,7 @@ import pytest
 from llm2clip_vlm.evaluation.vlm.samples import load_samples, pair_samples, questions
 from llm2clip_vlm.metrics.statistics import (
     EXACT_FLIPS,
+    binomial_interval,
     cluster_sums,
     holm,
     jackknife_error,
@@ -24,6 +25,12 @@ from llm2clip_vlm.metrics.statistics import (
     sign_flip_test,
     unpaired_summary,
 )
+
+
+def test_the_exact_interval_of_a_share() -> None:
+    assert binomial_interval(0, 10) == pytest.approx((0.0, 100 * (1 - 0.025**0.1)))
+    assert binomial_interval(10, 10) == pytest.approx((100 * 0.025**0.1, 100.0))
+    assert binomial_interval(5, 10) == pytest.approx((18.71, 81.29), abs=0.01)
 
 
 def test_paired_bootstrap_delta_and_clusters() -> None:

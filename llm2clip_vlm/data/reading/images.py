@@ -327,6 +327,13 @@ def _formats() -> list[str]:
 
 
 @cache
+def picture_suffixes() -> frozenset[str]:
+    """Ends of the names of files that may be opened, such as `.jpg`, in lower case."""
+    formats = set(_formats())
+    return frozenset(end for end, kind in Image.registered_extensions().items() if kind in formats)
+
+
+@cache
 def _simplejpeg() -> Any:
     """Import the decoder. None: it is not installed."""
     if find_spec("simplejpeg") is None:

@@ -68,24 +68,45 @@ class Encoder:
         Raises:
             ImageError: An image cannot be read. Nothing is left out.
         """
-        model, digest, pooled = self.tower.model, hashlib.sha256(), []
+        digest, pooled = hashlib.sha256(), []
+
+        def read(record: ImageTextRecord) -> tuple[bytes, Tensor]:
+            encoded = record.encoded()
+            return encoded.data, self.pixels(encoded.rgb(strict=True))
+
         with ThreadPoolExecutor() as threads:
             for start in range(0, len(images), self.batch_size):
-                found = list(threads.map(_read, images[start : start + self.batch_size]))
+                found = list(threads.map(read, images[start : start + self.batch_size]))
                 for data, _ in found:
                     digest.update(hashlib.sha256(data).digest())
-                pixels = process_images(self.tower.image_processor, [i for _, i in found], None)
-                out: Any = model(pixel_values=pixels.to(model.device, model.dtype))
-                pooled.append(out.pooler_output.float().cpu())
+                pooled.append(self._pool_pixels(torch.cat([pixels for _, pixels in found])))
         return torch.cat(pooled), digest.hexdigest()
 
-    @torch.no_grad()
     def embed_images(self, images: Sequence[ImageTextRecord]) -> tuple[Float[Tensor, "n d"], str]:
         """Embed images in the joint space, with unit norm; see :meth:`pool`."""
         pooled, digest = self.pool(images)
+        return self._join(pooled), digest
+
+    def pixels(self, picture: Image.Image) -> Float[Tensor, "1 3 h w"]:
+        """What the tower sees of an RGB picture, normalised, float32 on the CPU."""
+        return process_images(self.tower.image_processor, [picture], None)
+
+    def embed_pixels(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
+        """Pictures of :meth:`pixels` in the joint space, of unit norm, float32 on the CPU."""
+        return self._join(self._pool_pixels(pixels))
+
+    @torch.no_grad()
+    def _pool_pixels(self, pixels: Tensor) -> Tensor:
+        model = self.tower.model
+        out: Any = model(pixel_values=pixels.to(model.device, model.dtype))
+        pooled: Tensor = out.pooler_output.float().cpu()
+        return pooled
+
+    @torch.no_grad()
+    def _join(self, pooled: Tensor) -> Tensor:
         model = self.tower.model
         embeds = self.project(pooled.to(model.device, model.dtype)).float()
-        return F.normalize(embeds, dim=-1).cpu(), digest
+        return F.normalize(embeds, dim=-1).cpu()
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Embed texts in the joint space.
@@ -99,11 +120,6 @@ class Encoder:
                 "task needs; set `text_encoder` beside an LLM2CLIPModel, or judge a whole CLIP"
             )
         return self.texts(texts)
-
-
-def _read(record: ImageTextRecord) -> tuple[bytes, Image.Image]:
-    encoded = record.encoded()
-    return encoded.data, encoded.rgb(strict=True)
 
 
 def data_hash(*parts: Any) -> str:

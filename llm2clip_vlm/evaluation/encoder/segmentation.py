@@ -45,11 +45,8 @@ def zero_shot_segmentation(
     texts = class_embeds(encoder.embed_texts, names, task.templates).to(encoder.tower.model.device)
 
     def scores(windows: Tensor) -> Tensor:
-        patches = patch_grid(encoder, windows, last_values=task.last_attention == "value")
-        pooled = _pool_each(encoder.tower.model, rearrange(patches, "b y x d -> (b y x) d"))
-        embeds = F.normalize(encoder.project(pooled).float(), dim=-1)
-        side = encoder.tower.grid
-        return rearrange(embeds @ texts.T, "(b y x) c -> b c y x", y=side, x=side)
+        embeds = patch_embeds(encoder, windows, last_values=task.last_attention == "value")
+        return rearrange(embeds @ texts.T, "b y x c -> b c y x")
 
     judged = _judge(Masks(task, task.split, encoder), scores, names, recipe)
     kind = f"patches against {len(names)} texts, last attention: {task.last_attention}; "
@@ -125,6 +122,21 @@ def patch_grid(
             hook.remove()
     patches: Tensor = out.last_hidden_state[:, tower.num_prefix_tokens :]
     return rearrange(patches, "b (y x) d -> b y x d", y=tower.grid)
+
+
+@torch.no_grad()
+def patch_embeds(
+    encoder: Encoder, windows: Float[Tensor, "b 3 s s"], *, last_values: bool = False
+) -> Float[Tensor, "b g g d"]:
+    """Project each patch like an image's pooled output: into the joint space, with unit norm.
+
+    `last_values` as for :func:`patch_grid`.
+    """
+    patches = patch_grid(encoder, windows, last_values=last_values)
+    pooled = _pool_each(encoder.tower.model, rearrange(patches, "b y x d -> (b y x) d"))
+    embeds = F.normalize(encoder.project(pooled).float(), dim=-1)
+    side = encoder.tower.grid
+    return rearrange(embeds, "(b y x) d -> b y x d", y=side, x=side)
 
 
 def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:

@@ -27,34 +27,9 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator, Prompt
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
-from llm2clip_vlm.models.llm2clip import register
-from llm2clip_vlm.models.loading import load_complete, read_processor
+from llm2clip_vlm.models.vlm.building import load_checkpoint
 
 _BATCHES_AT_ONCE = 8
-
-
-def load_checkpoint(
-    pretrained: str, *, dtype: str = "auto", device: str | torch.device | None = None
-) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load a vision-language checkpoint with its processor.
-
-    Args:
-        pretrained: Directory or hub id.
-        dtype: `auto` keeps that of the checkpoint; `float32` or `bfloat16` convert.
-        device: Where it goes. None: `cuda` if there is one, else `cpu`.
-
-    Returns:
-        The model in evaluation mode, and its processor.
-
-    Raises:
-        ValueError: A parameter of the model is not in the checkpoint: its answers would be noise.
-    """
-    from transformers import AutoModelForImageTextToText
-
-    register()  # only this package, or another one, may know the tower's `model_type`
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
-    return model.to(chosen).eval(), read_processor(pretrained)
 
 
 class Llm2ClipVlmChat(lmms):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from llm2clip_vlm.chat.labels import prompt_text
 from llm2clip_vlm.chat.template import render, template_of
 from llm2clip_vlm.chat.text_tokens import TextTokens, text_tokens
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.evaluation.vlm.token_queue import Closed, TokenQueue
 
 logger = logging.getLogger(__name__)
 
@@ -305,19 +307,63 @@ class Generator:
     ) -> list[Answer]:
         inputs = self._encode(prompts)
         length = inputs["input_ids"].shape[1]
-        if self.window is not None and length + config.max_new_tokens > self.window:
-            if len(prompts) > 1:  # the longest prompt shortens no other answer
-                return [self._generate_batch([prompt], config, until)[0] for prompt in prompts]
-            config = GenerationConfig(
-                **{**config.to_dict(), "max_new_tokens": self.window - length}
-            )
-            logger.warning("answers cut to %d tokens by the model's window", config.max_new_tokens)
+        fitting = self._within_window(config, length)
+        if fitting is not config and len(prompts) > 1:  # the longest shortens no other's answer
+            return [self._generate_batch([prompt], config, until)[0] for prompt in prompts]
         with _evaluating(self.model):
-            output = self.model.generate(**inputs, generation_config=config)  # type: ignore[operator]
-        return [self._answer(row, until) for row in output[:, length:]]
+            output = self.model.generate(**inputs, generation_config=fitting)  # type: ignore[operator]
+        return [self._answer(row.tolist(), until) for row in output[:, length:]]
 
-    def _answer(self, ids: Tensor, until: tuple[str, ...]) -> Answer:
-        kept = ids.tolist()
+    def _within_window(self, config: GenerationConfig, length: int) -> GenerationConfig:
+        if self.window is None or length + config.max_new_tokens <= self.window:
+            return config
+        room = self.window - length
+        logger.warning("answers cut to %d tokens by the model's window", room)
+        return GenerationConfig(**{**config.to_dict(), "max_new_tokens": room})
+
+    def stream(self, prompt: Prompt, options: Mapping[str, Any]) -> Iterator[Answer]:
+        """Answer one prompt while somebody watches.
+
+        Closing the iterator ends the generation.
+
+        Args:
+            prompt: From :meth:`render`.
+            options: As for :meth:`generate`, without beams.
+
+        Yields:
+            The answer so far after each token; the last one is what :meth:`generate` returns.
+
+        Raises:
+            ValueError: As :meth:`generate`.
+        """
+        _, config, until = self._settings(options)
+        inputs = self._encode([prompt])
+        config = self._within_window(config, inputs["input_ids"].shape[1])
+        tokens, kept = TokenQueue(), list[int]()
+
+        def generate() -> None:
+            try:
+                with _evaluating(self.model):
+                    self.model.generate(  # type: ignore[operator]
+                        **inputs, generation_config=config, streamer=tokens
+                    )
+            except Closed:
+                pass
+            finally:
+                tokens.end()
+
+        with ThreadPoolExecutor(1) as thread:
+            done = thread.submit(generate)
+            try:
+                while (token := tokens.found.get()) is not None:
+                    kept.append(token)
+                    yield self._answer(kept, until)
+            finally:
+                tokens.closed = True
+            done.result()
+
+    def _answer(self, ids: Sequence[int], until: tuple[str, ...]) -> Answer:
+        kept = list(ids)
         ends = [place for place, token in enumerate(kept) if token in self.eos_ids]
         kept = kept[: ends[0] + 1] if ends else kept
         text = self.tokenizer.decode(kept, skip_special_tokens=True)

@@ -67,7 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_adapter(path: str, suite: SuiteRecipe) -> Any:
     """Load a checkpoint behind lmms-eval's interface, for one task after another."""
-    from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat, load_checkpoint
+    from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat
+    from llm2clip_vlm.models.vlm.building import load_checkpoint
 
     model, processor = load_checkpoint(path, dtype=suite.dtype, device=suite.device)
     return Llm2ClipVlmChat(

@@ -21,10 +21,13 @@ from tokenizers import AddedToken, Tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     GenerationConfig,
     LlavaNextProcessor,
     LlavaProcessor,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -210,6 +213,28 @@ def load_vlm(
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
     install_text_only_guard(model)
     return model.eval(), processor
+
+
+def load_checkpoint(
+    pretrained: str, *, dtype: str = "auto", device: str | torch.device | None = None
+) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Load any vision-language checkpoint with its processor, to ask it something.
+
+    Args:
+        pretrained: Directory or hub id.
+        dtype: `auto` keeps that of the checkpoint; `float32` or `bfloat16` convert.
+        device: Where it goes. None: `cuda` if there is one, else `cpu`.
+
+    Returns:
+        The model in evaluation mode, and its processor.
+
+    Raises:
+        ValueError: A parameter of the model is not in the checkpoint: its answers would be noise.
+    """
+    register()  # only this package, or another one, may know the tower's `model_type`
+    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
+    return model.to(chosen).eval(), read_processor(pretrained)
 
 
 def save_vlm(

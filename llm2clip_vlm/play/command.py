@@ -1,0 +1,154 @@
+"""`llm2clip-vlm chat`, `search` and `app`: their options; heavy imports wait until these fit."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+_MODEL = "a model directory, a stage's output, or a hub id"
+
+
+def parser(command: str) -> argparse.ArgumentParser:
+    """Build the parser of a command."""
+    made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
+    _OPTIONS[command](made)
+    made.add_argument("--device", help="default: cuda if there is one, else cpu")
+    return made
+
+
+def main(command: str, words: Sequence[str]) -> int | None:
+    """Run a command."""
+    made = parser(command)
+    arguments = made.parse_args(words)
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    return _COMMANDS[command](arguments)
+
+
+def _chat_options(made: argparse.ArgumentParser) -> None:
+    made.description = (
+        "Talk with a vision-language model in the terminal. Lines of a pipe are questions, too; "
+        "with -p the answer alone is printed."
+    )
+    made.add_argument("model", metavar="MODEL", help=_MODEL)
+    made.add_argument("image", metavar="IMAGE", nargs="?", help="picture to talk about")
+    made.add_argument("-p", "--prompt", metavar="TEXT", help="answer this one question")
+    made.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
+    made.add_argument(
+        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) = greedy"
+    )
+    made.add_argument("--top-p", type=float, metavar="P", help="with a temperature")
+    made.add_argument("--repetition-penalty", type=float, metavar="X")
+    made.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+
+
+def _chat(arguments: argparse.Namespace) -> int:
+    from transformers import set_seed
+
+    from llm2clip_vlm.play.vlm_chat import HELP, Chat, open_picture, print_answer, talk, typed
+
+    picture = open_picture(arguments.image) if arguments.image else None  # before the slow part
+    chat = Chat.load(
+        arguments.model,
+        dtype=arguments.dtype,
+        device=arguments.device,
+        max_new_tokens=arguments.max_new_tokens,
+    )
+    chat.show(picture)
+    set_seed(arguments.seed)
+    names = ("temperature", "top_p", "repetition_penalty")
+    options: dict[str, Any] = {name: getattr(arguments, name) for name in names}
+    if arguments.prompt is not None:
+        print_answer(chat, arguments.prompt, options)
+        return 0
+    if sys.stdin.isatty():
+        print(f"{arguments.model} on {chat.generator.model.device}. {HELP}.", file=sys.stderr)
+    failed = talk(chat, typed(), options)
+    return 2 if failed and not sys.stdin.isatty() else 0
+
+
+def _search_options(made: argparse.ArgumentParser) -> None:
+    made.description = (
+        "Find photographs by words. The folder is indexed once; later calls embed what is new. "
+        "Without words, lines are searches."
+    )
+    made.add_argument("model", metavar="MODEL", help=f"an encoder: {_MODEL}")
+    made.add_argument("folder", metavar="FOLDER", help="photographs, also in folders below it")
+    made.add_argument("words", metavar="WORDS", nargs="*", help='such as "a dog in the snow"')
+    made.add_argument("-n", "--count", type=int, default=5, metavar="N", help="default: 5")
+    made.add_argument("--open", action="store_true", help="show the best one in a viewer")
+    made.add_argument(
+        "--text-encoder", metavar="DIR", help="of a model of stage 2b, if its manifest names none"
+    )
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    import webbrowser
+
+    from llm2clip_vlm.play.photo_index import index_photos, load_searcher
+    from llm2clip_vlm.play.vlm_chat import typed
+
+    if arguments.count < 1:
+        raise ValueError(f"--count: expected at least 1, got {arguments.count}")
+    if not Path(arguments.folder).expanduser().is_dir():  # before the slow part
+        raise ValueError(f"{arguments.folder}: no such folder; expected one with photographs")
+    encoder = load_searcher(arguments.model, arguments.text_encoder, arguments.device)
+    index = index_photos(arguments.folder, encoder)
+    print(index.summary(), file=sys.stderr)
+    for words in [" ".join(arguments.words)] if arguments.words else typed():
+        if not words.strip():
+            continue
+        found = index.best(encoder.embed_texts([words.strip()])[0], arguments.count)
+        for score, path in found:
+            print(f"{score:.3f}  {path}", flush=True)
+        if arguments.open:
+            webbrowser.open(found[0][1].as_uri())
+    return 0
+
+
+def _app_options(made: argparse.ArgumentParser) -> None:
+    made.description = (
+        "One web page, on this machine alone: chat with one or two VLMs, search photographs, see "
+        "where words are in a picture, and finished runs. Without arguments it shows the demo's "
+        "models."
+    )
+    made.add_argument(
+        "run", metavar="RUN", nargs="?", help="folder with finished stages (default: runs/demo)"
+    )
+    for name, what in (
+        ("--vlm", f"one more VLM: {_MODEL}"),
+        ("--encoder", f"one more encoder: {_MODEL}"),
+        ("--photos", "folder to search (default: the pictures that encoders were evaluated with)"),
+    ):
+        made.add_argument(name, metavar="DIR", action="append", default=[], help=what)
+    made.add_argument("--votes", metavar="FILE", help="default: RUN/votes.jsonl")
+    made.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    made.add_argument("--open", action="store_true", help="show it in the browser")
+
+
+def _app(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.play.page import serve
+    from llm2clip_vlm.play.shelf import DEFAULT_RUN, Shelf
+
+    shelf = Shelf(
+        arguments.run or DEFAULT_RUN,
+        arguments.vlm,
+        arguments.encoder,
+        arguments.photos,
+        arguments.votes,
+        arguments.device,
+    )
+    serve(shelf, arguments.port, open_browser=arguments.open)
+
+
+_OPTIONS = {"chat": _chat_options, "search": _search_options, "app": _app_options}
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
+    "chat": _chat,
+    "search": _search,
+    "app": _app,
+}

@@ -1,0 +1,62 @@
+"""What finished runs left below a folder, found by their manifests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.files import read_text
+from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
+
+VLM_STAGES = ("stage4_instruction",)
+"""Whose models one can talk with."""
+ENCODER_STAGES = ("stage2b_vision_encoder", "clip_baseline")
+"""Whose models find pictures by words."""
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A stage that finished."""
+
+    name: str
+    """Its folder below the one that was searched."""
+    folder: Path
+    """Where it is."""
+    stage: str
+    """The program."""
+    seconds: float
+    """Wall time."""
+    losses: list[tuple[int, float]]
+    """Steps and losses."""
+    photos: str | None
+    """Folder with the pictures that it was evaluated with."""
+
+
+def finished_runs(root: str | Path) -> list[FinishedRun]:
+    """Find the stages below a folder, the latest first; what no stage left is skipped."""
+    found = []
+    files = sorted(Path(root).rglob(MANIFEST_NAME), key=lambda file: -file.stat().st_mtime)
+    for folder in (file.parent for file in files):
+        try:
+            manifest = read_manifest(folder) or {}
+        except HandoffError:  # around one run: another program's file, or damaged
+            continue
+        source = next(iter(manifest["recipe"].get("evaluation") or ()), None) or {}
+        photos = source.get("image_root")
+        if photos is None and "path" in source:
+            photos = str(Path(source["path"]).parent)
+        name = folder.relative_to(root).as_posix()
+        found.append(
+            FinishedRun(
+                name, folder, manifest["stage"], manifest["seconds"], _losses(folder), photos
+            )
+        )
+    return found
+
+
+def _losses(folder: Path) -> list[tuple[int, float]]:
+    file = folder / "metrics.jsonl"
+    rows = map(json.loads, read_text(file).splitlines() if file.is_file() else ())
+    return [(row["step"], row["loss"]) for row in rows if "loss" in row]

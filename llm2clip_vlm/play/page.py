@@ -1,0 +1,293 @@
+"""The page of `llm2clip-vlm app`: chat, search, look, and finished runs, on this machine alone.
+
+It listens on the loopback address, shares and reports nothing, asks no other host for anything,
+and keeps uploads in a folder that goes when it ends. Photographs are searched in the folders that
+were named when it was started.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from html import escape
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from llm2clip_vlm.files import read_text
+from llm2clip_vlm.play.shelf import Shelf
+from llm2clip_vlm.play.similarity import similarity_maps
+from llm2clip_vlm.play.vlm_chat import Chat, open_picture
+
+UPLOAD_LIMIT = "20mb"
+"""Of a picture; its pixels are bounded where every picture is opened."""
+_OFF = ("share", "mcp_server", "enable_monitoring", "run_history", "ssr_mode", "pwa")
+"""What Gradio could do besides showing the page."""
+_BEST = 6
+_THUMBNAIL_PX = 384
+_NOBODY = "(none)"
+_CSS = "footer {display: none !important} iframe {width: 100%; height: 75vh; border: 0}"
+
+
+def serve(shelf: Shelf, port: int | None = None, *, open_browser: bool = False) -> None:
+    """Serve the page until Ctrl-C.
+
+    Args:
+        shelf: What it shows.
+        port: None: the first free one from 7860 on.
+        open_browser: Show it.
+
+    Raises:
+        ValueError: Gradio is not installed.
+        OSError: The port is in use.
+    """
+    if find_spec("gradio") is None:
+        raise ValueError("the page needs Gradio: pip install 'llm2clip-vlm[app]'")
+    with tempfile.TemporaryDirectory(prefix="llm2clip_vlm-app-") as uploads:
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
+        import gradio as gr
+
+        page = build_page(shelf)
+        _, url, _ = page.launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            inbrowser=open_browser,
+            strict_cors=True,
+            max_file_size=UPLOAD_LIMIT,
+            theme=gr.themes.Default(font="system-ui", font_mono="ui-monospace"),
+            css=_CSS,
+            quiet=True,
+            prevent_thread_lock=True,
+            **dict.fromkeys(_OFF, False),
+        )
+        print(f"{url} shows {shelf.run} on this machine alone; Ctrl-C ends it", flush=True)
+        page.block_thread()
+
+
+def build_page(shelf: Shelf) -> Any:
+    """Build the `gradio.Blocks` with its four tabs."""
+    import gradio as gr
+
+    with gr.Blocks(title="llm2clip-vlm", analytics_enabled=False) as page:
+        for name, fill in _TABS.items():
+            with gr.Tab(name):
+                fill(gr, shelf)
+    return page
+
+
+class _Talk:
+    """One picture, and a conversation about it with each of one or two models."""
+
+    def __init__(self, shelf: Shelf, path: str | None, names: list[str]) -> None:
+        self.path, self.names = path, random.sample(names, len(names))
+        self.picture = open_picture(path) if path else None
+        self.chats = [Chat(shelf.chat(name).generator, self.picture) for name in self.names]
+
+    def goes_on(self, path: str | None, names: list[str]) -> bool:
+        """Whether a question about a picture to models belongs to it."""
+        return self.path == path and sorted(self.names) == sorted(names)
+
+    def shown(self) -> list[list[dict[str, str]]]:
+        """Both columns, as Gradio's chatbot has messages."""
+        columns = [
+            [
+                {"role": role, "content": text}
+                for turn in chat.turns
+                for role, text in zip(("user", "assistant"), turn, strict=True)
+            ]
+            for chat in self.chats
+        ]
+        return [*columns, []][:2]
+
+    def vote(self, shelf: Shelf, vote: str) -> str:
+        """Keep a vote; then the names are told."""
+        seen = self.picture and hashlib.sha256(self.picture.tobytes()).hexdigest()
+        shelf.vote(self.names, vote, picture=seen, turns=[chat.turns for chat in self.chats])
+        left, right = self.names
+        return f"left: **{left}**, right: **{right}**. {shelf.tally(self.names)}"
+
+
+def _chat_tab(gr: Any, shelf: Shelf) -> None:
+    names = list(shelf.vlms)
+    if not names:
+        gr.Markdown("No VLM here: name one by `--vlm`.")
+        return
+    talk = gr.State()
+    with gr.Row():
+        with gr.Column(min_width=280):
+            picture = _picture(gr)
+            one, two = _two(gr, names, "model")
+            with gr.Accordion("options", open=False):
+                temperature = gr.Slider(0, 2, 0, step=0.1, label="temperature (0 = greedy)")
+                tokens = gr.Slider(1, 512, 128, step=1, label="longest answer, in tokens")
+        with gr.Column(scale=2, min_width=280):
+            with gr.Row():
+                # as text: a picture in Markdown could be on another host
+                look = {"min_width": 240, "buttons": [], "render_markdown": False}
+                columns = [gr.Chatbot(label=label, **look) for label in ("left", "right")]
+            question = gr.Textbox(label="question", submit_btn=True, max_length=4000)
+            with gr.Row(visible=False) as voting:
+                buttons = {vote: gr.Button(text, min_width=80) for vote, text in _VOTES.items()}
+            told = gr.Markdown()
+
+    def ask(
+        talk: _Talk | None, path: str | None, one: str, two: str, question: str, *options: float
+    ) -> Iterator[list[Any]]:
+        wanted = [one] if two in (one, _NOBODY) else [one, two]
+        with _as_message(gr):
+            if not question.strip():
+                raise ValueError("ask something")
+            if talk is None or not talk.goes_on(path, wanted):
+                talk = _Talk(shelf, path, wanted)
+            given = {"temperature": options[0], "max_new_tokens": int(options[1])}
+            for side, chat in enumerate(talk.chats):
+                for answer in chat.ask(question, given):
+                    shown = talk.shown()
+                    shown[side] += [
+                        {"role": "user", "content": question},
+                        {"role": "assistant", "content": answer},
+                    ]
+                    yield [talk, *shown, question, gr.skip(), ""]
+            arena = len(talk.chats) == 2
+            yield [talk, *talk.shown(), "", gr.update(visible=arena), _BLIND if arena else ""]
+
+    def vote(which: str, talk: _Talk) -> list[Any]:
+        with _as_message(gr):
+            return [None, gr.update(visible=False), talk.vote(shelf, which)]
+
+    asked = [talk, picture, one, two, question, temperature, tokens]
+    question.submit(ask, asked, [talk, *columns, question, voting, told], show_progress="minimal")
+    for which, button in buttons.items():
+        button.click(partial(vote, which), [talk], [talk, voting, told])
+    for column in columns:
+        column.clear(lambda: [None, [], []], None, [talk, *columns])
+    two.change(lambda name: gr.update(visible=name != _NOBODY), [two], [columns[1]])
+
+
+_VOTES = {"left": "left is better", "right": "right is better", "tie": "tie"}
+_BLIND = "Which answers are better? A vote tells the names, and ends this conversation."
+
+
+def _search_tab(gr: Any, shelf: Shelf) -> None:
+    if not (shelf.encoders and shelf.photos):
+        gr.Markdown("No encoder or no photographs here: name them by `--encoder` and `--photos`.")
+        return
+    with gr.Row():
+        folder = gr.Dropdown(shelf.photos, value=shelf.photos[0], label="photographs")
+        one, two = _two(gr, list(shelf.encoders), "encoder")
+    words = gr.Textbox(label="words", submit_btn=True, max_length=4000)
+    told = gr.Textbox(label="indexed", lines=1, max_lines=8)
+    galleries, progress = _galleries(gr), gr.Progress(track_tqdm=True)
+
+    def search(words: str, folder: str, one: str, two: str, shown: Any = progress) -> list[Any]:
+        def best(name: str) -> list[Any]:
+            index = shelf.index(name, folder)
+            hits = index.best(shelf.encoder(name).embed_texts([words])[0], _BEST)
+            return [(_thumbnail(path), f"{score:.3f} {path.name}") for score, path in hits]
+
+        found = _of_each(gr, (one, two), best)
+        return [shelf.index(one, folder).summary(), *found]
+
+    words.submit(search, [words, folder, one, two], [told, *galleries])
+
+
+def _look_tab(gr: Any, shelf: Shelf) -> None:
+    if not shelf.encoders:
+        gr.Markdown("No encoder here: name one by `--encoder`.")
+        return
+    with gr.Row():
+        with gr.Column(min_width=280):
+            picture = _picture(gr)
+        with gr.Column(scale=2, min_width=280):
+            one, two = _two(gr, list(shelf.encoders), "encoder")
+            words = gr.Textbox(label="words, with commas between", submit_btn=True, max_length=1000)
+    galleries = _galleries(gr)
+
+    def look(path: str | None, words: str, *names: str) -> list[Any]:
+        def maps(name: str) -> list[Any]:
+            texts = [word.strip() for word in words.split(",") if word.strip()]
+            if not path or not texts:
+                raise ValueError("choose a picture and type some words")
+            return similarity_maps(shelf.encoder(name), open_picture(path), texts)
+
+        return _of_each(gr, names, maps)
+
+    words.submit(look, [picture, words, one, two], galleries)
+
+
+def _runs_tab(gr: Any, shelf: Shelf) -> None:
+    import pandas as pd
+
+    rows = [
+        [run.name, run.stage, round(run.seconds / 60, 1), run.losses[-1][1] if run.losses else None]
+        for run in shelf.runs
+    ]
+    headers = ["run", "stage", "minutes", "last loss"]
+    gr.Dataframe(rows, headers=headers, label="finished", interactive=False, wrap=True, buttons=[])
+    points = [(run.name, *point) for run in shelf.runs for point in run.losses]
+    if points:
+        table = pd.DataFrame(points, columns=["run", "step", "loss"])
+        gr.LinePlot(table, x="step", y="loss", color="run", label="loss", buttons=[])
+    pages = {
+        file.relative_to(shelf.run).as_posix(): file for file in sorted(shelf.run.rglob("*.html"))
+    }
+    if pages:
+        chosen = gr.Dropdown([_NOBODY, *pages], value=_NOBODY, label="report")
+        frame = gr.HTML()
+        chosen.change(lambda name: _framed(pages.get(name)), [chosen], [frame])
+
+
+_TABS = {"chat": _chat_tab, "search": _search_tab, "look": _look_tab, "runs": _runs_tab}
+
+
+def _picture(gr: Any) -> Any:
+    sources = ["upload", "clipboard"]
+    look = {"label": "picture", "height": 280, "buttons": []}
+    return gr.Image(type="filepath", image_mode=None, sources=sources, **look)
+
+
+def _two(gr: Any, names: list[str], kind: str) -> tuple[Any, Any]:
+    second = names[1] if len(names) > 1 else _NOBODY
+    one = gr.Dropdown(names, value=names[0], label=kind)
+    return one, gr.Dropdown([_NOBODY, *names], value=second, label=f"second {kind}")
+
+
+def _galleries(gr: Any) -> list[Any]:
+    look = {"columns": 3, "object_fit": "contain", "buttons": [], "interactive": False}
+    with gr.Row():
+        return [gr.Gallery(visible=False, min_width=280, **look) for _ in range(2)]
+
+
+def _of_each(gr: Any, names: Sequence[str], show: Callable[[str], list[Any]]) -> list[Any]:
+    """What a gallery of each encoder shows."""
+    with _as_message(gr):
+        found = {name: [] if name == _NOBODY else show(name) for name in names}
+    return [gr.update(value=found[name], visible=bool(found[name]), label=name) for name in names]
+
+
+def _thumbnail(path: Path) -> Image.Image:
+    image = open_picture(path)
+    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
+    return image
+
+
+def _framed(page: Path | None) -> str:
+    """A report in a frame that may run nothing."""
+    inside = escape(read_text(page), quote=True) if page else ""
+    return f'<iframe sandbox="" srcdoc="{inside}"></iframe>' if page else ""
+
+
+@contextmanager
+def _as_message(gr: Any) -> Iterator[None]:
+    """What the user can mend becomes a message on the page."""
+    try:
+        yield
+    except (ValueError, OSError) as error:  # the boundary around a request
+        raise gr.Error(str(error), print_exception=False) from error

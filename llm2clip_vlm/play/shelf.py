@@ -1,0 +1,94 @@
+"""What the page shows: models of finished runs, folders of photographs, and votes."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder
+from llm2clip_vlm.files import read_text
+from llm2clip_vlm.metrics.statistics import binomial_interval
+from llm2clip_vlm.play.finished import ENCODER_STAGES, VLM_STAGES, FinishedRun, finished_runs
+from llm2clip_vlm.play.photo_index import PhotoIndex, index_photos, load_searcher
+from llm2clip_vlm.play.vlm_chat import Chat
+
+DEFAULT_RUN = "runs/demo"
+
+
+class Shelf:
+    """What the page shows, loaded when first asked for.
+
+    Args:
+        run: Folder with finished stages.
+        vlms: More VLMs than it holds.
+        encoders: More encoders.
+        photos: Folders to search. None: the pictures that an encoder was evaluated with.
+        votes: File of votes. None: `votes.jsonl` in `run`.
+        device: Of all models.
+
+    Raises:
+        ValueError: There is nothing to show.
+    """
+
+    def __init__(
+        self,
+        run: str = DEFAULT_RUN,
+        vlms: Sequence[str] = (),
+        encoders: Sequence[str] = (),
+        photos: Sequence[str] = (),
+        votes: str | None = None,
+        device: str | None = None,
+    ) -> None:
+        self.run, self.device = Path(run), device
+        self.runs: list[FinishedRun] = finished_runs(run)
+        self.vlms = {**{path: path for path in vlms}, **self._of(VLM_STAGES)}
+        self.encoders = {**{path: path for path in encoders}, **self._of(ENCODER_STAGES)}
+        own = {r.photos for r in self.runs if r.stage in ENCODER_STAGES if r.photos}
+        self.photos = [*photos] or sorted(path for path in own if Path(path).is_dir())
+        self.votes = Path(votes) if votes else self.run / "votes.jsonl"
+        if not (self.vlms or self.encoders):
+            made = "; `make demo` makes it in ten minutes" if run == DEFAULT_RUN else ""
+            raise ValueError(
+                f"{run}: no finished stage with a model{made}; or name some by --vlm and --encoder"
+            )
+        self.chat = lru_cache(maxsize=4)(self._chat)
+        self.encoder = lru_cache(maxsize=4)(self._encoder)
+        self.index = lru_cache(maxsize=4)(self._index)
+
+    def _of(self, stages: Sequence[str]) -> dict[str, str]:
+        return {run.name: str(run.folder) for run in self.runs if run.stage in stages}
+
+    def _chat(self, name: str) -> Chat:
+        return Chat.load(self.vlms[name], device=self.device)
+
+    def _encoder(self, name: str) -> Encoder:
+        return load_searcher(self.encoders[name], device=self.device)
+
+    def _index(self, name: str, folder: str) -> PhotoIndex:
+        return index_photos(folder, self.encoder(name))
+
+    def vote(self, names: Sequence[str], vote: str, **more: Any) -> None:
+        """Keep a vote: `left`, `right` or `tie` of two models."""
+        left, right = names
+        row = {"time": round(time.time()), "left": left, "right": right, "vote": vote, **more}
+        with self.votes.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def tally(self, names: Sequence[str]) -> str:
+        """Tell how two models stand, as Markdown."""
+        rows = map(json.loads, read_text(self.votes).splitlines() if self.votes.is_file() else ())
+        first, second = sorted(names)
+        votes = [row.get(row["vote"]) for row in rows if {row["left"], row["right"]} == {*names}]
+        won, ties = votes.count(first), votes.count(None)
+        if not (decided := len(votes) - ties):
+            return f"no decided vote yet, {ties} ties"
+        low, high = binomial_interval(won, decided)
+        return (
+            f"**{first}** preferred to **{second}** in {won} of {decided} decided votes: "
+            f"{100 * won / decided:.0f} % [{low:.0f}, {high:.0f}] (exact 95 % interval), "
+            f"{ties} ties"
+        )

@@ -1,0 +1,161 @@
+"""What `llm2clip-vlm app` shows, and how it is served, without a browser."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from llm2clip_vlm import cli
+from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds
+from llm2clip_vlm.play import page
+from llm2clip_vlm.play.finished import finished_runs
+from llm2clip_vlm.play.photo_index import load_searcher
+from llm2clip_vlm.play.shelf import Shelf
+from llm2clip_vlm.play.similarity import SHOWN_PX, similarity_maps
+from tests.play_fixtures import write_finished, write_stage
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
+    return write_finished(tmp_path_factory.mktemp("page"), tiny_llm)
+
+
+@pytest.fixture
+def shelf(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shelf:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return Shelf(str(run), votes=str(tmp_path / "votes.jsonl"), device="cpu")
+
+
+def test_finished_runs_are_found_by_their_manifests(tmp_path: Path) -> None:
+    for age, (name, stage) in enumerate([("new", "stage4_instruction"), ("a/b", "clip_baseline")]):
+        folder = write_stage(tmp_path / name, stage, evaluation=[{"path": "data/x.jsonl"}])
+        os.utime(folder / "manifest.json", (1000 - age, 1000 - age))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "manifest.json").write_text("{")
+    new, old = finished_runs(tmp_path)
+    assert (new.name, new.stage, new.seconds) == ("new", "stage4_instruction", 90.0)
+    assert (old.name, old.photos) == ("a/b", "data")
+    assert new.losses == [(step, 4.0 / step) for step in range(1, 6)]
+
+
+def test_a_shelf_holds_models_and_photographs_of_a_run_and_named_ones(
+    run: Path, shelf: Shelf, tmp_path: Path
+) -> None:
+    assert sorted(shelf.vlms) == ["vlm/mine", "vlm/rival"]
+    assert sorted(shelf.encoders) == ["towers/mine", "towers/rival"]
+    assert shelf.photos == [str(run.parent / "photos")]
+    more = Shelf(str(run), ["my/vlm"], ["my/clip"], [str(tmp_path)])
+    assert more.vlms["my/vlm"] == "my/vlm" and len(more.encoders) == 3
+    assert more.photos == [str(tmp_path)] and more.votes == run / "votes.jsonl"
+    assert shelf.index("towers/mine", shelf.photos[0]).num_new == 8
+    assert shelf.encoder("towers/mine") is shelf.encoder("towers/mine")
+
+
+def test_votes_are_kept_and_told_with_their_exact_interval(shelf: Shelf) -> None:
+    assert shelf.tally(["b", "a"]) == "no decided vote yet, 0 ties"
+    for vote in ("left", "left", "left", "right", "tie"):
+        shelf.vote(["b", "a"], vote)
+    shelf.vote(["a", "b"], "right")
+    shelf.vote(["a", "other"], "left")
+    told = shelf.tally(["a", "b"])  # Clopper-Pearson of 1 in 5
+    assert told == (
+        "**a** preferred to **b** in 1 of 5 decided votes: 20 % [1, 72] (exact 95 % interval), "
+        "1 ties"
+    )
+    kept = json.loads(shelf.votes.read_text().splitlines()[0])
+    assert (kept["left"], kept["right"], kept["vote"]) == ("b", "a", "left")
+
+
+def test_names_are_shuffled_and_told_with_the_vote(shelf: Shelf, run: Path) -> None:
+    picture = str(run.parent / "photos" / "0.png")
+    names = ["vlm/mine", "vlm/rival"]
+    orders = {tuple(page._Talk(shelf, picture, names).names) for _ in range(40)}
+    assert len(orders) == 2
+    talk = page._Talk(shelf, picture, names)
+    assert talk.goes_on(picture, names[::-1]) and not talk.goes_on(picture, names[:1])
+    assert not talk.goes_on(None, names)
+    said = [list(chat.ask("what ?", {"max_new_tokens": 3}))[-1] for chat in talk.chats]
+    left, right = talk.shown()
+    assert left == [
+        {"role": "user", "content": "what ?"},
+        {"role": "assistant", "content": said[0]},
+    ]
+    assert right[1]["content"] == said[1]
+    told = talk.vote(shelf, "right")
+    assert told.startswith(f"left: **{talk.names[0]}**, right: **{talk.names[1]}**.")
+    kept = json.loads(shelf.votes.read_text())
+    assert kept["vote"] == "right" and kept["turns"][1] == [["what ?", said[1]]]
+    assert page._Talk(shelf, None, names[:1]).shown() == [[], []]
+
+
+def test_maps_are_the_cosines_of_patches(run: Path) -> None:
+    encoder = load_searcher(str(run / "towers" / "mine"), device="cpu")
+    picture = Image.open(run.parent / "photos" / "1.png").convert("RGB").resize((60, 40))
+    texts = ["dog", "a red circle"]
+    maps = similarity_maps(encoder, picture, texts)
+    patches = patch_embeds(encoder, encoder.pixels(picture), last_values=True)[0]
+    cosines = patches @ encoder.embed_texts(texts).T
+    whole = encoder.embed_pixels(encoder.pixels(picture)) @ encoder.embed_texts(texts).T
+    for row, (image, told) in enumerate(maps):
+        assert image.size == (SHOWN_PX, SHOWN_PX)
+        best = float(cosines[..., row].max())
+        assert told == f"{texts[row]}: picture {float(whole[0, row]):.2f}, best patch {best:.2f}"
+    place = int(torch.stack([cosines[..., 0], cosines[..., 1]]).flatten().argmax())
+    which, at = divmod(place, cosines.shape[0] ** 2)
+    y, x = divmod(at, cosines.shape[0])
+    step = SHOWN_PX // cosines.shape[0]
+    heat = np.asarray(maps[which][0].convert("L"), np.float32)
+    patch = heat[y * step : (y + 1) * step, x * step : (x + 1) * step]
+    assert patch.mean() > heat.mean() + 20  # the best of all patches is the brightest
+
+
+def test_without_the_demo_or_gradio_the_command_says_what_makes_them(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["app"]) == 2
+    assert (
+        "runs/demo: no finished stage with a model; `make demo` makes it" in capfd.readouterr().err
+    )
+    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    assert cli.main(["app", str(run)]) == 2
+    assert "pip install 'llm2clip-vlm[app]'" in capfd.readouterr().err
+
+
+def test_the_page_is_for_this_machine_alone(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    gradio = pytest.importorskip("gradio", reason="needs the extra `app` (gradio)")
+    seen: dict[str, Any] = {}
+
+    def launch(self: Any, **options: Any) -> Any:
+        seen.update(options, analytics=self.analytics_enabled, kept=os.environ["GRADIO_TEMP_DIR"])
+        assert Path(seen["kept"]).stat().st_mode & 0o077 == 0
+        return None, "http://127.0.0.1:1/", None
+
+    monkeypatch.setattr(gradio.Blocks, "launch", launch)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda self: None)
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")
+    page.serve(shelf, 7000)
+    assert (seen["server_name"], seen["server_port"]) == ("127.0.0.1", 7000)
+    assert not any(seen[name] for name in ("share", "analytics", "run_history", "mcp_server"))
+    assert seen["strict_cors"] and seen["max_file_size"] == "20mb" and "allowed_paths" not in seen
+    assert not Path(seen["kept"]).exists()  # uploads go with the page
+    assert capfd.readouterr().out.startswith("http://127.0.0.1:1/ shows")
+
+
+def test_a_report_runs_nothing(tmp_path: Path) -> None:
+    (tmp_path / "r.html").write_text('<script>"x"</script>')
+    framed = page._framed(tmp_path / "r.html")
+    assert 'sandbox=""' in framed and "<script>" not in framed and "&quot;x&quot;" in framed
+    assert page._framed(None) == ""
