@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.evaluation.report.charts import standalone
-from llm2clip_vlm.evaluation.report.comparison import compare, comparison_pages, difference_chart
+from llm2clip_vlm.evaluation.report.comparison import compare
+from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages, difference_chart
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
+from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.metrics.statistics import rounded
 from llm2clip_vlm.recipe.reading import load_recipe
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_atomically(output, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         print(f"{output}: {recipe.block}")
         return 0
-    chart = standalone(difference_chart(found, recipe.pairs[0]))
+    chart = render("differences.svg", chart=difference_chart(found, recipe.pairs[0]))
     write_atomically(output.with_suffix(".svg"), chart)
     write_atomically(output, json.dumps(rounded(kept), indent=1, ensure_ascii=False) + "\n")
     pages = comparison_pages(runs, found)

@@ -18,7 +18,8 @@ from itertools import combinations
 from pathlib import Path
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.evaluation.report.comparison import compare, comparison_pages
+from llm2clip_vlm.evaluation.report.comparison import compare
+from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages
 from llm2clip_vlm.evaluation.report.inputs import read_run
 from llm2clip_vlm.runs.ownership import write_pages
 

@@ -20,14 +20,15 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.report.charts import Line
-from llm2clip_vlm.evaluation.report.examples import answered_questions, retrieved_captions
+from llm2clip_vlm.evaluation.report.examples import (
+    answered_questions,
+    one_photograph,
+    retrieved_captions,
+)
 from llm2clip_vlm.evaluation.report.facts import Facts, charts, retrieval_verdict
 from llm2clip_vlm.evaluation.report.inputs import (
-    SAMPLES,
     ReportError,
-    guesses,
     read_cra,
     read_optional,
     read_retrieval,
@@ -86,7 +87,6 @@ def collect(recipe: ReportRecipe) -> Facts:
         if (task := recipe.headline_task) not in scores:
             raise ReportError(f"headline_task: {task}: expected one of {list(scores)}")
         scores = {task: scores[task], **scores}
-    first = Path(str(recipe.evaluation), next(iter(vlms), ""))
     stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
     for stage, folders in ("stage2", recipe.towers), ("stage3", recipe.stage3), ("stage4", vlms):
         stages |= {f"{stage}-{name}": folder for name, folder in folders.items()}
@@ -98,7 +98,6 @@ def collect(recipe: ReportRecipe) -> Facts:
         verdict=retrieval_verdict(retrieval, recipe.headline, recipe.captions),
         cra=read_cra(recipe.stage1) if recipe.stage1 else None,
         scores=scores,
-        guesses={task: guesses(iter_rows(first / f"{task}{SAMPLES}")) for task in scores},
         encoders={name: read_run(name, {folder: None}) for name, folder in encoders.items()},
         seconds=read_seconds(recipe.seconds, stages),
         costs=read_optional(recipe.costs) or {},
@@ -119,14 +118,15 @@ def add_examples(facts: Facts, pictures: str) -> None:
         recipe.examples,
         EmbeddingCache.open(recipe.cache) if recipe.cache else None,
     )
-    if facts.scores:
-        first = {name: next(iter(recipe.vlms[name])) for name in shown if name in recipe.vlms}
+    first = {name: next(iter(recipe.vlms[name])) for name in shown if name in recipe.vlms}
+    if facts.scores and first:
         samples = {
-            name: Path(str(recipe.evaluation), f"{name}-s{seed}", f"{task}.samples.jsonl")
-            for name, seed in first.items()
+            task: {name: found[f"{name}-s{seed}"].samples for name, seed in first.items()}
+            for task, found in facts.scores.items()
         }
-        data = next(iter(facts.scores[task].values()))["data"]["path"]
-        facts.answers = answered_questions(samples, Path(data), recipe.examples)
+        data = next(iter(facts.scores[task].values())).result["data"]["path"]
+        facts.answers = answered_questions(samples[task], Path(data), recipe.examples)
+        facts.one_photograph = one_photograph(facts.retrieved, samples.values())
 
 
 def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:

@@ -6,7 +6,7 @@ Purpose: every task of a recipe on one checkpoint; each result names its protoco
 Needs: an `LLM2CLIPModel` with its text encoder, a CLIP or SigLIP, or (without texts) any vision
     tower; benchmarks in their published formats.
 Writes: `<output_dir>/<name>.json` for each task, `<name>*.samples.jsonl` where a score is a mean
-    over items (for `llm2clip-vlm compare`), and `results.json`.
+    over items (for `llm2clip-vlm compare`), `results.json`, and `encoder.html` for people.
 Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model [key=value ...]
 """
 
@@ -36,6 +36,7 @@ from llm2clip_vlm.evaluation.encoder.zero_shot import (
     compositional,
     retrieval,
 )
+from llm2clip_vlm.evaluation.report.encoder_page import encoder_page
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
@@ -56,6 +57,9 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
 VERSION = 2
 """Version of the results; raised when a score or a hash is computed in another way."""
 
+PAGE = "encoder.html"
+"""What people read."""
+
 _DETAILS = frozenset({"kinds", "categories", "iou", "images", "chance", "items", "queries"})
 
 
@@ -71,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name)]:
         raise ValueError(f"tasks: name {odd[0]!r}: expected letters, digits, _ and -")
     out, results = Path(recipe.output_dir), {}
-    written = {"results.json", *(f"{name}.json" for name in names), *files_of(out, names)}
+    written = {f"{name}.json" for name in ("results", *names)} | {PAGE, *files_of(out, names)}
     hold = Hold(out, "encoder evaluation", written)
     device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(
@@ -109,7 +113,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(f"{name:<24} {', '.join(figures(found))}", flush=True)
     whole = {"model": recipe.model, "fingerprints": encoder.fingerprints, "results": results}
     write_atomically(out / "results.json", json.dumps(whole, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(out / PAGE, encoder_page(out, whole))
     hold.release()
+    print(out / PAGE)
 
 
 def files_of(folder: Path, names: Sequence[str]) -> set[str]:

@@ -27,6 +27,14 @@ def load_program(repo_root: Path, name: str) -> ModuleType:
     return module
 
 
+def drawn_piece(what: Any, piece: str = "chart", *more: Any) -> str:
+    """A piece of a page, such as a chart, alone."""
+    from llm2clip_vlm.evaluation.report import pages
+
+    module: Any = pages._environment().get_template("pieces.html").module
+    return str(getattr(module, piece)(what, *more))
+
+
 def write_json(path: Path, value: Any) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(value), encoding="utf-8")
@@ -128,9 +136,8 @@ def write_scores(
                 "unparsable": float(not right),
             }
         )
-    graded = [
-        {**s, "type": "", "correct": float(rng.random() * 0.2 + rate / 2)} for s in samples[::4]
-    ]
+    asked = {"type": "", "question": "Describe the picture."}
+    graded = [{**s, **asked, "correct": float(rng.random() * 0.2 + rate / 2)} for s in samples[::4]]
     for task, title, found in (
         ("l2c_world_vqa", "World VQA", samples),
         ("l2c_world_caption", "World captions", graded),

@@ -56,15 +56,21 @@ def bootstrap_interval(
         size = min(500, resamples - start)
         weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
         means.append(weights @ sums / (weights @ counts))
-    ends = np.percentile(100.0 * np.concatenate(means), [2.5, 97.5])
-    if 1 < clusters < FEW_IMAGES:
-        from scipy.stats import norm, t
-
-        wider = t.ppf(0.975, clusters - 1) / norm.ppf(0.975) * np.sqrt(clusters / (clusters - 1))
-        ends = mean + wider * (ends - mean)
+    ends = percentile_interval(100.0 * np.concatenate(means), mean, clusters)
     # A mean of shares is one, too.
     low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
     return float(low), float(high)
+
+
+def percentile_interval(draws: np.ndarray, found: float, images: int) -> np.ndarray:
+    """Low and high end of what bootstrap draws over so many images say about a figure."""
+    ends: np.ndarray = np.percentile(draws, [2.5, 97.5])
+    if 1 < images < FEW_IMAGES:
+        from scipy.stats import norm, t
+
+        wider = t.ppf(0.975, images - 1) / norm.ppf(0.975) * np.sqrt(images / (images - 1))
+        ends = found + wider * (ends - found)
+    return ends
 
 
 EXACT_FLIPS = 20

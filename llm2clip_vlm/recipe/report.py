@@ -50,7 +50,8 @@ class ReportRecipe(RecipeFile):
     costs: str | None = None
     """JSON of the pipeline: step to seconds, CPU seconds and peak memory."""
     captions: str = "long"
-    """Kind of caption of the answer (a column of the towers' `evaluation`)."""
+    """Kind of caption of the answer (a column of the towers' `evaluation`). A kind of the same name
+    and `_seen`, in wording that was trained on, stands in the answer, too."""
     photographs: str | None = None
     """Captioned pictures to show retrieval on. None: no pictures are shown."""
     examples: int = Field(default=6, ge=0)

@@ -14,8 +14,9 @@ import pytest
 from world.files import WorldConfig, ensure_world
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.evaluation.report.comparison import compare, flip_examples, flipped
-from llm2clip_vlm.evaluation.report.inputs import read_run
+from llm2clip_vlm.evaluation.report.comparison import compare
+from llm2clip_vlm.evaluation.report.comparison_pages import flip_examples, flipped
+from llm2clip_vlm.evaluation.report.inputs import guesses, read_run
 from llm2clip_vlm.metrics.statistics import holm, mcnemar_exact
 from tests.report_fixtures import load_program, write_json, write_lines, write_run
 from tests.tiny import build_clip
@@ -245,9 +246,64 @@ def test_flips_are_the_documents_that_differ_and_have_their_pictures(run: Path) 
     assert re.search(r"\(right in [23] of 3 seeds\)", example.found["llm2clip"][0])
     best = flipped(*seeds, TASK)[0]["rates"]
     assert abs(best[0] - best[1]) == 1.0
-    # Graded answers: seeds are counted, not their scores added up.
+    # Graded answers: half of the score is not right.
     example = flip_examples(*seeds, "l2c_world_caption", 1)[0]
-    assert all(re.search(r"\(right in [0-3] of 3 seeds\)", t) for t, _ in example.found.values())
+    for text, score in example.found.values():
+        assert re.search(r"\(mean score 0\.\d\d over 3 seeds\)", text)
+        assert score is not None and 0 < score < 1
+
+
+def test_scorers_of_the_same_answers_count_once(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name, rate in (("a", 0.75), ("b", 0.55)):
+        for task, suffix in (("one", ""), ("two", " Please answer yes or no."), ("other", "?")):
+            made(tmp_path / name, rng.random(60) < rate)
+            for end in (".json", ".samples.jsonl"):
+                (tmp_path / name / f"t{end}").rename(tmp_path / name / f"{task}{end}")
+            lines = tmp_path / name / f"{task}.samples.jsonl"
+            found = [json.loads(line) for line in lines.read_text().splitlines()]
+            found = [
+                r | {"answer": f"{name}{r['doc_id']}", "question": f"q{suffix}"} for r in found
+            ]
+            write_lines(lines, found[: 50 if task == "two" else 60])
+    found = command(tmp_path / "out", f"a={tmp_path}/a", f"b={tmp_path}/b")
+    pairs = {task: pair["a-b"] for task, pair in found["ab"].items()}
+    assert pairs["two"]["judged_with"] == "one" and "judged_with" not in pairs["other"]
+    largest = max(pairs["one"]["p"], pairs["two"]["p"])
+    assert pairs["one"]["p"] != pairs["two"]["p"] and {*pairs} == {"one", "two", "other"}
+    corrected = holm({"one": largest, "other": pairs["other"]["p"]})
+    assert pairs["one"]["p_holm"] == pairs["two"]["p_holm"] == corrected["one"]
+    assert pairs["other"]["p_holm"] == corrected["other"]
+    wins = found["wins"]["a-b"]
+    assert wins["benchmarks"] == wins["tested"] == 2 and wins["higher"] + wins["lower"] <= 2
+    assert "two, a-b: judges the same answers as one" in (tmp_path / "out/compare.md").read_text()
+
+
+def test_markdown_holds_what_data_said_as_text(tmp_path: Path, capsys: Any) -> None:
+    odd = "a|b\n# <img src=x> `c` [d](http://e.f)"
+    for name in ("x", "y"):
+        made(tmp_path / name, [1, 0, 1], title=odd + "\x1b[31m")
+    command(tmp_path / "out", f"p|q={tmp_path}/x", f"y={tmp_path}/y")
+    text = (tmp_path / "out/compare.md").read_text()
+    assert r"| a\|b # &lt;img src=x> \`c\` \[d\](http\://e.f)" in text
+    assert "<img" not in text and r"## p\|q minus y" in text
+    assert "\x1b" not in capsys.readouterr().out
+    for line in text.splitlines():
+        if line.startswith("| a"):
+            assert len(re.findall(r"(?<!\\)\|", line)) == 9, line
+
+
+def test_scores_stand_beside_what_needs_no_picture(run: Path, tmp_path: Path) -> None:
+    words = [f"{n}={run}/eval/{n}-s0" for n in ("llm2clip", "base")]
+    found = command(tmp_path, *words, *(f"{n}={run}/{n}" for n in ("llm2clip", "base")))
+    best = guesses(rows(run, "llm2clip-s0"))["best rule without the picture"][""]
+    html = (tmp_path / "compare.html").read_text()
+    chart = html.split('aria-label="Scores"')[1].split("</figure>")[0]
+    assert "chance 0.1" in chart and f"best rule without the picture {best:.1f}" in chart
+    score = found["accuracies"]["base"][TASK][0]
+    assert re.search(
+        rf'title="base: {score:.1f} \[\d', chart
+    )  # an interval where there is one seed
 
 
 def test_cost_is_that_of_every_stage_behind_the_checkpoints(run: Path, tmp_path: Path) -> None:

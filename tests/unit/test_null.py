@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm2clip_vlm.evaluation.report.comparison import _differences, compare, flipped
+from llm2clip_vlm.evaluation.report.comparison import _differences, compare
+from llm2clip_vlm.evaluation.report.comparison_pages import flipped
 from llm2clip_vlm.evaluation.report.inputs import Measured, Run
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, samples_of
 from llm2clip_vlm.evaluation.vlm.score_gate import gate

@@ -14,17 +14,22 @@ import pytest
 from PIL import Image
 
 from llm2clip_vlm.evaluation.report import charts, facts
-from llm2clip_vlm.evaluation.report.charts import Line, Mark
+from llm2clip_vlm.evaluation.report.charts import Chart, Line, Mark
 from llm2clip_vlm.evaluation.report.examples import (
+    Example,
     answered_questions,
+    one_photograph,
     retrieved_captions,
     sample_pictures,
 )
 from llm2clip_vlm.evaluation.report.inputs import ReportError, guesses, read_scores, read_seconds
-from llm2clip_vlm.evaluation.report.pages import clock, data_uri
+from llm2clip_vlm.evaluation.report.pages import clock, data_uri, markdown, render
+from llm2clip_vlm.evaluation.vlm.samples import PIXELS, load_samples
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from tests.report_fixtures import (
     KINDS,
     RATES,
+    drawn_piece,
     load_program,
     report_recipe,
     retrieval,
@@ -136,26 +141,24 @@ def test_the_committed_ab_is_labelled(
 def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
-    whole = {"results": {"parts": {"miou": 41.5, "chance_miou": 2.8}}}
+    whole = {"results": {"parts": {"miou": 41.5, "chance_miou": 2.8, "ci": [40.1, 43.2]}}}
     write_json(tmp_path / "encoder/results.json", whole)
     found, html = make(program, run, tmp_path, encoders={"base": str(tmp_path / "encoder")})
-    drawn = {
-        re.search('aria-label="([^"]+)"', svg)[1]: svg  # type: ignore[index]
-        for svg in re.findall(r"<svg[^>]*aria-label.*?</svg>", html, re.DOTALL)
-    }
-    scores = [title for title in drawn if "loss" not in title]
-    assert len(scores) == 5
+    drawn = dict(re.findall('<figure[^>]*aria-label="([^"]+)">(.*?)</figure>', html, re.DOTALL))
     rules = found["without_the_picture"]["l2c_world_vqa"]
     best = rules["best rule without the picture"]
     assert found["without_the_picture"]["l2c_world_caption"] == {}, "graded answers have no rule"
-    for title, what in {
+    expected = {
         "Caption separability": "chance: 0.1",
         "Retrieval R@1 of each tower": "chance: 0.1",
-        "Other tasks of the encoders": "chance: 2.8",
+        "Tasks of the encoders": "chance: 2.8",
         "Score of each VLM": f"best rule without the picture: {best['']:.1f}",
         "By type of question": f"best rule without the picture: {best['colour_of_shape']:.1f}",
-    }.items():
-        assert f"<title>{what}" in drawn[title], title
+    }
+    assert set(drawn) == set(expected)
+    for title, what in expected.items():
+        assert f'title="{what}" style="left:' in drawn[title], title
+    assert "base: 41.5 [40.1, 43.2]" in drawn["Tasks of the encoders"], "mean IoU has no interval"
 
 
 def test_rules_without_the_picture() -> None:
@@ -176,15 +179,16 @@ def test_other_tasks_of_encoders_are_shown_where_they_were_run(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "encoder"
-    whole = {"results": {"parts": {"miou": 41.5}, "names": {"top1": 75.0}}}
+    whole = {"results": {"parts": {"miou": 41.5}, "names": {"top1": 75.0, "chance_top1": 5.0}}}
     write_json(folder / "results.json", whole)
     write_json(folder / "names.json", whole["results"]["names"])
-    samples = [{"doc_id": n, "type": "", "correct": float(n > 0)} for n in range(4)]
+    rest = {"type": "", "question": "", "target": "", "answer": ""}
+    samples = [{"doc_id": n, "image_id": str(n), "correct": float(n > 0), **rest} for n in range(4)]
     write_lines(folder / "names.samples.jsonl", samples)
     encoders = {"llm2clip": str(folder), "base": str(tmp_path / "nowhere")}
     found, html = make(program, run, tmp_path, encoders=encoders)
     assert found["encoders"] == {"llm2clip": {"names": 75.0, "parts": 41.5}}
-    assert "llm2clip: 75.0" in html and "parts, miou" in html
+    assert "llm2clip: 75.0 [" in html and "parts, mean IoU" in html and "chance: 5.0" in html
     _, html = make(program, run, tmp_path)
     assert "Other tasks" not in html
 
@@ -250,9 +254,10 @@ def test_what_is_missing_is_named(
 
 
 def test_results_of_other_data_are_refused(tmp_path: Path) -> None:
+    sample = {"doc_id": 0, "image_id": "0", "question": "q", "target": "a", "type": ""}
     for name, spec in (("a", "1"), ("b", "2")):
         write_json(tmp_path / name / "t.json", {"spec_hash": spec, "limit": None})
-        write_lines(tmp_path / name / "t.samples.jsonl", [])
+        write_lines(tmp_path / name / "t.samples.jsonl", [{**sample, "correct": 1.0}])
         write_json(tmp_path / name / "score_gate.json", [])  # no result of a task
     with pytest.raises(ReportError, match="spec_hash differs"):
         read_scores(tmp_path, ["a", "b"])
@@ -260,7 +265,7 @@ def test_results_of_other_data_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match="limit differs"):
         read_scores(tmp_path, ["a", "b"])
     write_json(tmp_path / "b/u.json", {})
-    write_lines(tmp_path / "b/u.samples.jsonl", [])
+    write_lines(tmp_path / "b/u.samples.jsonl", [{**sample, "correct": 1.0}])
     with pytest.raises(ReportError, match=r"a/u\.json"):
         read_scores(tmp_path, ["a", "b"])
 
@@ -291,6 +296,17 @@ def test_verdict(first: Any, second: Any, state: str, words: str) -> None:
     assert f"{first[0]:.1f} % against {second[0]:.1f} %" in found.short
 
 
+def test_wording_seen_in_training_stands_in_the_verdict_too() -> None:
+    found, seen = towers((60, 61), (30, 31)), towers((50, 51), (90, 91))
+    for name in found:
+        found[name]["long_seen"] = seen[name]["long"]
+    verdict = facts.retrieval_verdict(found, ("a", "b"))
+    assert verdict.state == "above" and "Yes, in retrieval: a is above b" in verdict.sentence
+    assert "In wording seen in training a is below b (image → text 50.0 %" in verdict.sentence
+    assert "in wording seen in training image → text 50.0 % against 90.0 %" in verdict.short
+    assert "seen in training" not in facts.retrieval_verdict(seen, ("a", "b")).sentence
+
+
 def test_the_vlm_is_never_a_claim_without_the_ab(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
@@ -312,34 +328,70 @@ def texts(svg: str) -> list[str]:
 
 
 def test_bars_are_as_long_as_their_values() -> None:
-    svg = charts.bar_chart({"g<1>": [Mark("x", 20.0, (10.0, 30.0)), Mark("y", 40.0)]}, "t", 100)
-    bars = re.findall(r'</title>\s*<path d="M ([\d.]+) [\d.]+ \nL ([\d.]+)', svg)
-    short, long = (float(end) - float(start) for start, end in bars)
-    assert long == pytest.approx(2 * short, abs=0.2)
-    assert "<title>x: 20.0 [10.0, 30.0]</title>" in svg and svg.count("<title>") == 2
-    assert {"g<1>", "x", "y", "20.0", "40.0"} <= set(texts(svg))
+    rows = [Mark("x", 20.0, (10.0, 30.0)), Mark("y", 40.0, points=[35.0, 45.0])]
+    html = drawn_piece(Chart("t", {"g<1>": rows}, 100, {"g<1>": {"chance": 5.0}}))
+    assert re.findall('class="bar" style="width:([^;"]+)', html) == ["20.00%", "40.00%"]
+    assert 'class="whisker" style="left:10.00%;right:calc(100% - 30.00%)"' in html
+    assert re.findall('class="ring" style="left:([^;"]+)', html) == ["35.00%", "45.00%"]
+    assert html.count('title="chance: 5.0" style="left:5.00%"') == 2
+    assert 'title="x: 20.0 [10.0, 30.0]"' in html and "<h4>g&lt;1&gt;</h4>" in html
     lines = charts.line_chart([Line("l", [1, 2, 3], [3.0, 2.0, 1.0])], "t")
     assert "l: 3.000 → 1.000" in lines and {"l", "step"} <= set(texts(lines))
     assert charts.line_chart([Line("one", [5], [2.0])], "t")
     seeds = [Line("same", [1, 2], [3.0, y]) for y in (1.0, 2.0)]
     assert texts(charts.line_chart(seeds, "t")).count("same") == 1  # one entry of the legend
+    long = charts.line_chart([Line("a" * 30 + "b" * 30, [1, 2], [3.0, 2.0])], "t")
+    assert "a" * 13 + "…" + "b" * 12 in texts(long) and "a" * 30 + "b" * 30 in long
+
+
+def test_arrows_stand_left_and_right_of_zero_and_an_axis_holds_all_marks() -> None:
+    rows = {"One": [Mark("x", 2.0, (-1.0, 5.0))], "Two": [Mark("y", -30.0, points=[-41.0])]}
+    chart = Chart("t", rows, sides=("b better", "a better"))
+    html = drawn_piece(chart)
+    for heading, low, high in (("One", -1.0, 5.0), ("Two", -41.0, 0.0)):
+        ticks = chart.ticks(heading)
+        assert ticks[0] <= low and ticks[-1] >= high and 0.0 in ticks
+        zero = 100 * -ticks[0] / (ticks[-1] - ticks[0])
+        assert 20 < zero < 80, "no room for an arrow"
+        assert f'class="tick zero" style="left:{zero:.2f}%"' in html
+        assert f'style="grid-template-columns:{zero:.2f}% 1fr"' in html
+    assert html.count("<span>← b better</span><span>a better →</span>") == 2
+    for nothing in ([], [Mark("x", 0.0)]):
+        assert (
+            Chart("t", {"g": nothing}).ticks("g")[0] == 0.0 < Chart("t", {"g": []}).ticks("g")[-1]
+        )
+        assert Chart("t", {"g": nothing}, sides=("a", "b")).ticks("g")[0] < 0
+    bars = [Chart("t", {"g": [Mark("CIDEr", value)]}, 100).ticks("g") for value in (60.0, 115.0)]
+    assert bars[0][-1] == 100 and bars[1][-1] >= 115
+
+
+def test_a_drawing_of_differences_stands_alone() -> None:
+    rows = [Mark("x", 2.0, (-1.0, 5.0), points=[0.0, 4.0], note="p 0.5"), Mark("y" * 40, -1.0)]
+    sides = ("b better", "a better")
+    svg = render("differences.svg", chart=Chart("t", {"One": rows, "Two": rows[:1]}, sides=sides))
+    assert {"← b better", "a better →"} <= set(texts(svg)) and texts(svg).count("p 0.5") == 2
+    assert "+2.0 [-1.0, +5.0]" in texts(svg) and "-1.0" in texts(svg)
+    assert "y" * 13 + "…" + "y" * 12 in texts(svg) and "y" * 40 in svg
+    assert "prefers-color-scheme" in svg and "fill: var(--bg)" in svg
+    # The arrows stand left and right of zero.
+    for left, zero, right in zip(
+        re.findall(r'x="([\d.]+)"[^>]*>← b better', svg),
+        re.findall(r'<line class="" x1="([\d.]+)"', svg),
+        re.findall(r'x="([\d.]+)"[^>]*>a better →', svg),
+        strict=True,
+    ):
+        assert float(zero) - float(left) == float(right) - float(zero) == 6.0
 
 
 def test_every_colour_follows_the_page_and_ids_are_each_chart_s_own() -> None:
-    rows = [Mark("x", 2.0, (-1.0, 5.0), points=[0.0, 4.0], note="p 0.5"), Mark("y", -1.0)]
-    svg = charts.forest_chart({"One": rows, "Two": rows[:1]}, "t", ("b better", "a better"))
-    assert "← b better · a better →" in texts(svg) and texts(svg).count("p 0.5") == 2
-    assert "+2.0 [-1.0, +5.0]" in texts(svg) and "-1.0" in texts(svg)
-    assert "--ink" in charts.chart_css() and "var(--ink)" in svg
+    curves = [Line("l", [1, 2, 3], [3.0, 2.0, 1.0]), Line("m", [1, 2], [1.0, 2.0], 1)]
+    svg, other = (charts.line_chart(curves, title) for title in ("t", "u"))
+    assert "--ink" in charts.chart_css() and "var(--muted)" in svg
     # Black is left for marks of no size; everything that is seen is a variable.
     assert set(re.findall(r"#[0-9a-f]{6}", svg)) <= {"#000000"}
-    other = charts.forest_chart({"One": rows}, "u", ("b", "a"))
     assert not set(re.findall(r' id="([^"]+)"', svg)) & set(re.findall(r' id="([^"]+)"', other))
     links = re.findall(r'(?:href="|url\()#([^")]+)', svg)
     assert links and set(links) <= set(re.findall(r' id="([^"]+)"', svg))
-    alone = charts.standalone(svg)
-    ElementTree.fromstring(alone)
-    assert "prefers-color-scheme" in alone and "fill: var(--bg)" in alone
 
 
 def test_a_large_picture_becomes_a_small_jpeg() -> None:
@@ -348,6 +400,7 @@ def test_a_large_picture_becomes_a_small_jpeg() -> None:
     )
     assert data_uri(noise).startswith("data:image/jpeg;base64,") and len(data_uri(noise)) < 60_000
     assert data_uri(noise.resize((32, 32))).startswith("data:image/png;base64,")
+    assert len(data_uri(noise, 640)) > 4 * len(data_uri(noise))
 
 
 def test_durations_are_for_people() -> None:
@@ -382,17 +435,70 @@ def test_pictures_are_found_by_id_by_place_or_inside_the_file(tmp_path: Path) ->
 
 
 def test_questions_differ_in_type_and_picture(run: Path) -> None:
-    samples = {n: run / f"eval/{n}-s0/l2c_world_vqa.samples.jsonl" for n in ("llm2clip", "base")}
+    files = {n: run / f"eval/{n}-s0/l2c_world_vqa.samples.jsonl" for n in ("llm2clip", "base")}
+    samples = {name: load_samples(file) for name, file in files.items()}
     data = run / "world/seed-0/vqa_test.jsonl"
     found = answered_questions(samples, data, 10)
     assert len(found) == len(KINDS) and len(answered_questions(samples, data, 2)) == 2
     for example in found:
         assert list(example.found) == ["llm2clip", "base"]
         assert all((text == example.expected) == right for text, right in example.found.values())
-    other = [json.loads(line) for line in samples["base"].read_text().splitlines()]
-    changed = write_lines(run / "other.jsonl", [{**s, "question": "other ?"} for s in other])
+    changed = [{**sample, "question": "other ?"} for sample in samples["base"]]
     with pytest.raises(ReportError, match="expected the question"):
         answered_questions({**samples, "base": changed}, data, 2)
+
+
+def test_only_a_full_score_is_right() -> None:
+    said = {"a": ("full", 1.0), "b": ("half", 0.5), "c": ("nothing", 0.0), "d": ("open", None)}
+    html = drawn_piece([Example(None, "q", "x", said)], "cards")
+    marks = re.findall(r'<dt>(\w)</dt><dd class="(\w*)">\w+ <b>(.*?)</b>', html)
+    assert marks == [
+        ("a", "right", "✓ right"), ("b", "", "score 0.50"), ("c", "wrong", "✗ wrong"), ("d", "", "")
+    ]  # fmt: skip
+
+
+def test_one_photograph_tells_the_story(program: ModuleType, run: Path, tmp_path: Path) -> None:
+    pictures = [Image.new("RGB", (300, 200), colour) for colour in ("red", "blue")]
+    retrieved = [
+        Example(p, c, c, {"llm2clip": (f"first of {c}", 1.0), "control_long": ("other", 0.0)})
+        for p, c in zip(pictures, ("red caption", "blue caption"), strict=True)
+    ]
+    sample = {"doc_id": 3, "image_id": PIXELS + pixel_hash(pictures[1:]), "correct": None}
+    sample |= {"question": "Say what is there.", "target": "answer"}
+    vlms = {"llm2clip": [{**sample, "answer": "the sea"}], "base": [{**sample, "answer": "no"}]}
+    none = {name: [{**row[0], "image_id": "x"}] for name, row in vlms.items()}
+    assert one_photograph(retrieved, [none]) is None
+    both = one_photograph(retrieved, [none, vlms])
+    assert both is not None and both[0] is retrieved[1] and both[1].picture is pictures[1]
+    assert both[1].expected == "blue caption" and both[1].found["llm2clip"] == ("the sea", None)
+    names = ["llm2clip", "control_long"]
+    html = " ".join(drawn_piece(both, "story", names).split())
+    assert html.count("<img") == 1 and "first of blue caption" in html and "the sea" in html
+    assert "Say what is there." in html and html.count("<dd>blue caption</dd>") == 1
+    assert "no <b>" not in html
+    assert html.count("<b>✓ right") == 1
+    # Other pictures: two photographs; without a VLM one.
+    two = drawn_piece([retrieved[0], both[1]], "story", names)
+    assert two.count("<img") == 2 and "first of red" in two
+    assert drawn_piece(retrieved[:1], "story", names).count("<img") == 1
+
+
+@pytest.mark.parametrize(
+    ("said", "written"),
+    [
+        ("a | b", r"a \| b"),
+        ("two\nlines", "two lines"),
+        ("<script>x</script> p < 0.05", "&lt;script>x&lt;/script> p < 0.05"),
+        ("`code` *x* _y_ ~z~ $m$", r"\`code\` \*x\* \_y\_ \~z\~ \$m\$"),
+        ("[here](http://x.y) www.z", r"\[here\](http\://x.y) www\.z"),
+        ("# head", r"\# head"),
+        ("1. item", r"1\. item"),
+        ("&lt; a & b", "&amp;lt; a & b"),
+        ("l2c_world_vqa, image → text", "l2c_world_vqa, image → text"),
+    ],
+)
+def test_markdown_shows_a_text_as_it_is(said: str, written: str) -> None:
+    assert markdown(said) == written
 
 
 def test_the_caption_ranked_first_is_shown(
@@ -447,10 +553,10 @@ def test_the_caption_ranked_first_is_shown(
         "examples": 2,
     }
     _, html = make(program, run, tmp_path, **changes)
-    assert html.count('<article class="card">') == 4 and html.count("data:image/png") == 4
-    assert "Drawn &amp; coloured" in html
+    assert html.count('<article class="card">') == 4 and html.count("data:image/png") == 6
+    assert "Drawn &amp; coloured" in html and html.index("One picture") < html.index("The question")
     _, html = make(program, run, tmp_path, **{**changes, "examples": 0})
-    assert "<article" not in html
+    assert "<article" not in html and "One picture" not in html
 
 
 def test_texts_of_others_stay_texts_and_no_socket_is_opened(

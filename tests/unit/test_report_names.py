@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import xml.dom.minidom
-from html import escape
+from dataclasses import replace
+from html import escape, unescape
 
 import pytest
 
-from llm2clip_vlm.evaluation.report.charts import (
-    Line,
-    Mark,
-    bar_chart,
-    forest_chart,
-    line_chart,
-    standalone,
-)
+from llm2clip_vlm.evaluation.report.charts import Chart, Line, Mark, drawable, line_chart
+from llm2clip_vlm.evaluation.report.pages import render
+from tests.report_fixtures import drawn_piece
 
 NAMES = [
     r"$\frac{1}{2}$", r"$\frac{1", "a$b$c", "$5 and $6", "x_1^2", "_hidden", "<script>x</script>",
@@ -24,14 +20,17 @@ NAMES = [
 
 @pytest.mark.parametrize("name", [*NAMES, "\x1b[31m", "half \ud83d", "a\0b", "tip z", 'id="x'])
 def test_a_name_is_drawn_literally(name: str) -> None:
-    mark = Mark(name, 1.0, (0.5, 2.0), note=name)
-    charts = [
-        bar_chart({name: [mark]}, name),
-        line_chart([Line(name, [1, 2], [1.0, 2.0]), Line("b", [1, 2], [2.0, 1.0], 1)], name),
-        forest_chart({name: [mark]}, name, (name, name)),
+    chart = Chart(name, {name: [Mark(name, 1.0, (0.5, 2.0), note=name)]}, sides=(name, name))
+    bars = replace(chart, sides=None, guesses={name: {name: 1.0}})
+    curves = [Line(name, [1, 2], [1.0, 2.0]), Line("b", [1, 2], [2.0, 1.0], 1)]
+    drawn = [
+        line_chart(curves, name),
+        render("differences.svg", chart=chart),
+        *(drawable(drawn_piece(which)) for which in (chart, bars)),
     ]
-    for chart in charts:
-        xml.dom.minidom.parseString(standalone(chart))
-        assert "<script" not in chart
+    for number, text in enumerate(drawn):
+        assert "<script" not in text
+        if number < 2:
+            xml.dom.minidom.parseString(text)
         if name in NAMES:
-            assert f">{escape(name, quote=False)}" in chart or f"{escape(name)}" in chart
+            assert f">{escape(name, quote=False)}" in text or unescape(text).count(name) > 2

@@ -70,6 +70,20 @@ def test_every_task_of_a_recipe(
         assert result == json.loads((tmp_path / "out" / f"{name}.json").read_text())
         assert result["protocol"] and len(result["data_hash"]) == 64
         assert {"texts_cut", "seconds", "key", "task"} <= set(result)
+    page = (tmp_path / "out" / "encoder.html").read_text()
+    assert out.splitlines()[-1] == str(tmp_path / "out" / "encoder.html")
+    found = results["results"]
+    for name in ("zero_shot_segmentation", "segmentation"):
+        low, high = found[name]["ci"]
+        assert f"{found[name]['miou']:.1f} [{low:.1f}, {high:.1f}]" in page
+        assert f"chance: {found[name]['chance_miou']:.1f}" in page and "IoU of each class" in page
+    top1 = found["zero_shot"]
+    assert f": {top1['top1']:.1f} [" in page and f"chance: {top1['chance_top1']:.1f}" in page
+    # Results of another recipe in the same folder are none of this page's.
+    assert evaluate(tmp_path, tasks[:1], model=str(tiny_clip)) == 0
+    assert (
+        "mean IoU" not in (tmp_path / "out" / "encoder.html").read_text().split("<figcaption>")[0]
+    )
 
 
 def test_only_what_changed_is_run_again(tmp_path: Path, tiny_clip: Path, world: Path) -> None:

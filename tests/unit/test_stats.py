@@ -19,6 +19,7 @@ from llm2clip_vlm.metrics.statistics import (
     mcnemar_exact,
     mean_interval,
     paired_bootstrap,
+    percentile_interval,
     rounded,
     seed_summary,
     sign_flip_test,
@@ -211,3 +212,13 @@ def test_a_question_is_as_right_as_its_worst_turn() -> None:
         assert (whole["doc_id"], whole["correct"], whole["unparsable"]) == (0, 0.0, 1.0)
         assert (whole["answer"], whole["target"]) == ("A | B", "A | A")
     assert questions(turns[1:]) == []
+
+
+def test_percentiles_of_few_images_are_widened() -> None:
+    draws = np.linspace(30.0, 50.0, 1001)
+    assert percentile_interval(draws, 40.0, 50) == pytest.approx([30.5, 49.5])
+    from scipy import stats
+
+    low, high = percentile_interval(draws, 42.0, 5)
+    wider = stats.t.ppf(0.975, 4) / stats.norm.ppf(0.975) * np.sqrt(5 / 4)
+    assert low == pytest.approx(42 - wider * 11.5) and high == pytest.approx(42 + wider * 7.5)

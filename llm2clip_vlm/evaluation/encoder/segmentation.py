@@ -20,6 +20,7 @@ from llm2clip_vlm.data.reading.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash, tower_pixels
 from llm2clip_vlm.files import read_text
+from llm2clip_vlm.metrics.statistics import percentile_interval
 from llm2clip_vlm.metrics.zero_shot import class_embeds
 from llm2clip_vlm.recipe.evaluation import (
     EncoderEvalRecipe,
@@ -267,7 +268,8 @@ def _judge(
         rng = np.random.default_rng(recipe.seed)
         draws = rng.multinomial(images, np.full(images, 1 / images), recipe.bootstrap)
         drawn = class_iou(np.tensordot(draws, np.stack(counts), axes=1))
-        ci = np.percentile(np.nanmean(drawn, axis=1), [2.5, 97.5]).tolist()
+        ends = percentile_interval(np.nanmean(drawn, axis=1), float(np.nanmean(ious)), images)
+        ci = np.clip(ends, 0.0, 100.0).tolist()
     return {
         "protocol": f"short side {masks.short_side} px, windows of {masks.side} px every "
         f"{masks.step} px, judged in the mask's own size",

@@ -1,28 +1,26 @@
-"""Charts as SVG, drawn by matplotlib and coloured by the page that shows them.
+"""Charts: rows of marks that a template draws, and curves that matplotlib does.
 
-Every colour is one of `templates/colours.css` and is written as its CSS variable, so that the same
-drawing follows a light or dark surrounding; texts stay texts. Marks carry their numbers as
-tooltips, and colour never stands alone: bars are labelled, lines differ in dash.
+A page draws a :class:`Chart` as HTML (`templates/pieces.html`), so that its texts wrap and its bars
+follow the width of the window; `templates/differences.svg` is the same as a file. Every colour is
+one of `templates/colours.css` and is written as its CSS variable, so that the same drawing follows
+a light or dark surrounding; texts stay texts. Marks carry their numbers as tooltips, and colour
+never stands alone: bars are labelled, lines differ in dash.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 from pathlib import Path
 from typing import Any
 
 _DASHES = ("-", "--", ":", "-.", (0, (4, 2, 1, 2, 1, 2)), (0, (1, 3)))
-_DASHED = ("- -", "· · ·", "- ·")
-"""How the first dashes are written."""
-_WIDTH = 760.0
-_ROW = 28.0
-_BELOW = 28.0
 _TEMPLATES = Path(__file__).parent / "templates"
 _FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'.replace('"', "'")
 
@@ -70,42 +68,39 @@ class Line:
     """Number of the series."""
 
 
-def bar_chart(
-    groups: Mapping[str, Sequence[Mark]],
-    title: str,
-    limit: float | None = None,
-    guesses: Mapping[str, Mapping[str, float]] | None = None,
-) -> str:
-    """Horizontal bars in groups, with whiskers for intervals and rings for single values.
+@dataclass(frozen=True)
+class Chart:
+    """Rows of marks along an axis: bars from zero, or differences around it."""
 
-    Args:
-        groups: Heading to its bars, values from 0 up.
-        title: For readers who do not see the chart.
-        limit: Right end of the axis; none = from the values.
-        guesses: Heading to what needs no model (chance, a rule) and its value: lines across the
-            group's bars, named beside the heading.
+    title: str
+    """For readers who do not see the chart."""
+    groups: Mapping[str, Sequence[Mark]]
+    """Heading to its rows, from top to bottom; of differences each group has its own axis."""
+    limit: float | None = None
+    """Right end of the axis, if no value is beyond it; None = from the values."""
+    guesses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Heading to what needs no model (chance, a rule) and its value: lines across the group's rows,
+    named below the heading."""
+    sides: tuple[str, str] | None = None
+    """What it means to lie left and right of zero; None = values from 0 up, drawn as bars."""
 
-    Returns:
-        An `<svg>` element.
-    """
-    with _style():
-        height = sum(30.0 + 24 * len(bars) for bars in groups.values())
-        figure, [axes] = _rows(height, left=150, right=64)
-        y = -8.0
-        for heading, bars in groups.items():
-            _text(axes, heading, 0, y + 21, -150, weight="bold")
-            y += 22
-            _guesses(axes, (guesses or {}).get(heading, {}), y, y + 24 * len(bars))
-            for bar in bars:
-                y += 24
-                _text(axes, bar.label, 0, y, -8, ha="right", color=_colour("muted"))
-                _tip(bar.words(), *axes.barh(y, bar.value, 18, color=_colour(f"c{bar.colour}")))
-                _interval(axes, bar, y)
-                reach = max([bar.value, *bar.points, *(bar.interval or ())])
-                _text(axes, f"{bar.value:.1f}", reach, y, 7, "data", weight="bold")
-            y += 8
-        axes.set_xlim(0, limit)
-        return _svg(figure, title)
+    def ticks(self, heading: str) -> list[float]:
+        """Round numbers along a group's axis, its ends among them.
+
+        Of differences, neither side of zero has less than about a quarter of the axis.
+        """
+        rows = self.groups[heading] if self.sides else [m for g in self.groups.values() for m in g]
+        values = [0.0, *(v for m in rows for v in (m.value, *m.points, *(m.interval or ())))]
+        values += [v for rules in self.guesses.values() for v in rules.values()]
+        low, high = min(values), max(self.limit or 0.0, *values)
+        if low == high:  # nothing but zeros
+            high = 1.0
+        if self.sides:
+            low, high = min(low, -high / 3), max(high, -low / 3)
+        span = (high - low) / 4
+        power = 10.0 ** math.floor(math.log10(span))
+        step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= span * (1 - 1e-9))
+        return [step * n for n in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
 
 
 def line_chart(lines: Sequence[Line], title: str) -> str:
@@ -130,55 +125,10 @@ def line_chart(lines: Sequence[Line], title: str) -> str:
             look: Any = {"color": _colour(f"c{line.colour}"), "ls": _DASHES[line.colour], "lw": 2}
             [curve] = axes.plot(line.x, line.y, **look)
             _tip(f"{line.label}: {line.y[0]:.3f} → {line.y[-1]:.3f}", curve)
-            named.setdefault(_drawable(line.label), curve)
+            named.setdefault(short(drawable(line.label)), curve)
         if any(named):
             axes.legend(named.values(), named, loc="upper right", handlelength=2.6)
         return _svg(figure, title)
-
-
-def forest_chart(panels: Mapping[str, Sequence[Mark]], title: str, labels: tuple[str, str]) -> str:
-    """Differences with intervals around a line at zero.
-
-    Args:
-        panels: Heading to its rows, from top to bottom; each panel has its own axis.
-        title: For readers who do not see the chart.
-        labels: What it means to lie left and right of zero.
-
-    Returns:
-        An `<svg>` element.
-    """
-    with _style():
-        heights = [52.0 + _ROW * len(rows) for rows in panels.values()]
-        figure, found = _rows(*heights, left=190, right=230)
-        for axes, (heading, rows) in zip(found, panels.items(), strict=True):
-            axes.axvline(0, color=_colour("ink"))
-            _text(axes, heading, 0, 12, -190, weight="bold")
-            quiet: dict[str, Any] = {"color": _colour("muted"), "size": 12}
-            _text(axes, f"← {labels[0]} · {labels[1]} →", 1, 34, ha="right", **quiet)
-            for y, row in enumerate(rows, start=1):
-                at, look = 34 + _ROW * y, {} if row.strong else quiet
-                _text(axes, row.label, 0, at, -12, ha="right", **look)
-                _interval(axes, row, at)
-                shape = {"ms": 9 if row.strong else 6, "mew": 0}
-                colour = _colour("c0" if row.strong else "c2")
-                _tip(row.words("+.1f"), *axes.plot([row.value], [at], "D", color=colour, **shape))
-                _text(axes, row.figures("+.1f"), 1, at, 14, **look)
-                _text(axes, row.note, 1, at, 229, ha="right", **quiet)
-        return _svg(figure, title)
-
-
-def standalone(svg: str) -> str:
-    """A chart as a file of its own: colours, a margin and a background inside.
-
-    Args:
-        svg: What a chart function returned.
-    """
-    head, width, height, rest = re.split(r'viewBox="0 0 ([\d.]+) ([\d.]+)">', svg, maxsplit=1)
-    return (
-        f'{head}viewBox="-16 -8 {float(width) + 32:g} {float(height) + 16:g}">'
-        f"<style>{chart_css()}</style>"
-        f'<rect x="-16" y="-8" width="100%" height="100%" style="fill: var(--bg)"/>{rest}\n'
-    )
 
 
 def chart_css() -> str:
@@ -206,58 +156,21 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _rows(*heights: float, left: float, right: float, top: float = 0) -> tuple[Any, list[Any]]:
-    """A figure of panels below each other, in which y is points from a panel's top."""
-    from matplotlib.figure import Figure
-
-    whole = sum(heights) + (top + _BELOW) * len(heights)
-    figure, panels, at = Figure(figsize=(_WIDTH / 72, whole / 72)), [], whole
-    for height in heights:
-        at -= top + height
-        size = (_WIDTH - left - right) / _WIDTH, height / whole
-        panels.append(figure.add_axes((left / _WIDTH, at / whole, *size), ylim=(height, 0)))
-        panels[-1].yaxis.set_visible(False)
-        at -= _BELOW
-    return figure, panels
-
-
-def _text(
-    axes: Any, text: str, x: float, y: float, shift: float = 0, unit: str = "axes fraction",
-    **look: Any,
-) -> None:  # fmt: skip
-    """A text `shift` points right of `(x, y)`."""
-    place = {"xycoords": (unit, "data"), "textcoords": "offset points", "annotation_clip": False}
-    axes.annotate(
-        _drawable(text), (x, y), (shift, 0), **place, **({"va": "center_baseline"} | look)
-    )
-
-
-def _guesses(axes: Any, values: Mapping[str, float], top: float, bottom: float) -> None:
-    """Lines across a group of bars, named right of its heading."""
-    names = [f"{_DASHED[n]} {name} {value:.1f}" for n, (name, value) in enumerate(values.items())]
-    _text(axes, "   ".join(names), 1, top - 1, 64, ha="right", color=_colour("muted"), size=12)
-    for number, (name, value) in enumerate(values.items(), start=1):
-        look = {"color": _colour("ink"), "ls": _DASHES[number], "lw": 1.5, "clip_on": False}
-        line = axes.plot([value] * 2, [top + 12, bottom + 12], zorder=4, **look)
-        _tip(f"{name}: {value:.1f}", *line)
-
-
-def _interval(axes: Any, mark: Mark, y: float) -> None:
-    """Whisker and rings; a halo keeps the whisker visible on any colour."""
-    for look in ({"color": _colour("bg"), "lw": 4}, {"color": _colour("ink")}):
-        axes.plot(mark.interval or (), [y, y] if mark.interval else (), "|-", ms=8, **look)
-    ring = {"mfc": _colour("bg") + "80", "mec": _colour("ink"), "mew": 1, "clip_on": False}
-    axes.plot(mark.points, [y] * len(mark.points), "o", **ring)
-
-
 def _tip(text: str, artist: Any) -> None:
     """Give an artist a tooltip: matplotlib writes the id, :func:`_svg` makes it a title."""
-    artist.set_gid(f"tip {_drawable(text)}")
+    artist.set_gid(f"tip {drawable(text)}")
 
 
-def _drawable(text: str) -> str:
+def short(text: str, most: int = 26) -> str:
+    """A name that fits beside an axis: what is too much leaves its middle."""
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[1 - most // 2 :]}"
+
+
+def drawable(text: str) -> str:
     """A name without what neither a font nor XML has: control characters, half characters."""
-    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+    return re.sub(
+        r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text
+    )
 
 
 def _svg(figure: Any, title: str) -> str:
@@ -274,5 +187,5 @@ def _svg(figure: Any, title: str) -> str:
         body = body.replace(light, f"var(--{name})")
     return (
         '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'class="chart" role="img" aria-label="{escape(_drawable(title))}" {size}>{body.strip()}'
+        f'class="chart" role="img" aria-label="{escape(drawable(title))}" {size}>{body.strip()}'
     )

@@ -9,21 +9,16 @@ unit: paired sign-flip test and bootstrap tell these checkpoints apart, and noth
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.report.charts import Mark, forest_chart
-from llm2clip_vlm.evaluation.report.examples import Example, sample_pictures
 from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
-from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.evaluation.vlm.samples import pair_samples
+from llm2clip_vlm.evaluation.vlm.task_helpers import MME_SUFFIX
 from llm2clip_vlm.metrics.statistics import (
     cluster_sums,
     holm,
@@ -34,9 +29,6 @@ from llm2clip_vlm.metrics.statistics import (
     sign_flip_test,
     unpaired_summary,
 )
-
-FLIPS_SHOWN = 6
-"""Flipped samples on the page, of each run, benchmark and pair."""
 
 ALPHA = 0.05
 """A difference counts as won or lost where its p value, corrected by Holm, is below this."""
@@ -71,7 +63,8 @@ def compare(
         (percentage points; the last two None where nothing can be said), `deltas_by_seed` (empty
         where the two have other seeds), `n_seeds` (the fewer), `test`, `least_p` (that this many
         seeds can give), for a benchmark (not for a question type) `p_holm`, corrected over the
-        benchmarks of the pair, and `within_seed`: bootstrap and McNemar over images, seed by seed.
+        benchmarks of the pair (scorers that judge the same answers count once: `judged_with` names
+        the first of them), and `within_seed`: bootstrap and McNemar over images, seed by seed.
 
     Raises:
         ReportError: A pair shares no benchmark, has only some seeds in common, or answered other
@@ -87,23 +80,31 @@ def compare(
             raise ReportError(
                 f"{a} and {b}: no benchmark in common: {[*one.scores]}, {[*two.scores]}"
             )
-        main = {task: row for task, row in rows.items() if ":" not in task}
-        tested = {task: row["p"] for task, row in main.items() if row["p"] is not None}
-        for task, p in holm(tested).items():
-            rows[task]["p_holm"] = p
-        sure = [row["delta"] for row in main.values() if row.get("p_holm", 1) < ALPHA]
-        seeds = {main[task]["n_seeds"] for task in tested} or {1}
+        groups = _same_answers([task for task in rows if ":" not in task], one, two)
+        # The largest p of scorers that judge the same answers holds for each of them.
+        known = {g[0]: [rows[t]["p"] for t in g if rows[t]["p"] is not None] for g in groups}
+        tested = holm({lead: max(ps) for lead, ps in known.items() if ps})
+        signs = []
+        for lead, *others in groups:
+            deltas = [rows[task]["delta"] for task in (lead, *others)]
+            sign = (min(deltas) > 0) - (max(deltas) < 0)
+            signs.append((sign, tested.get(lead, 1) < ALPHA))
+            for task in (lead, *others) if lead in tested else ():
+                rows[task]["p_holm"] = tested[lead]
+            for task in others:
+                rows[task]["judged_with"] = lead
+        seeds = {rows[task]["n_seeds"] for task in tested} or {1}
         wins[f"{a}-{b}"] = {
             "a": a,
             "b": b,
-            "benchmarks": len(main),
+            "benchmarks": len(groups),
             "tested": len(tested),
             "n_seeds": 1 if 1 in seeds else max(seeds),
-            "least_p": min((main[task].get("least_p", 0.0) for task in tested), default=0.0),
-            "higher": sum(row["delta"] > 0 for row in main.values()),
-            "lower": sum(row["delta"] < 0 for row in main.values()),
-            "won": sum(delta > 0 for delta in sure),
-            "lost": sum(delta < 0 for delta in sure),
+            "least_p": min((rows[task].get("least_p", 0.0) for task in tested), default=0.0),
+            "higher": sum(sign > 0 for sign, _ in signs),
+            "lower": sum(sign < 0 for sign, _ in signs),
+            "won": sum(sign > 0 and sure for sign, sure in signs),
+            "lost": sum(sign < 0 and sure for sign, sure in signs),
         }
         for task, row in rows.items():
             effects.setdefault(task, {})[f"{a}-{b}"] = row
@@ -123,6 +124,30 @@ def compare(
         "ab": effects,
         "wins": wins,
     }
+
+
+def _same_answers(tasks: Sequence[str], a: Run, b: Run) -> list[list[str]]:
+    """Benchmarks in groups: all of one judge the same answers to the same questions, or a part."""
+    said = {
+        task: {
+            (run.name, seed, s["image_id"], s["question"].removesuffix(MME_SUFFIX), s["answer"])
+            for run in (a, b)
+            for seed, measured in run.scores[task].items()
+            for s in measured.samples
+            if s.get("answer")
+        }
+        for task in tasks
+    }
+    groups: list[list[str]] = []
+    for task, answers in said.items():
+        for group in groups:
+            other = said[group[0]]
+            if answers and other and (answers <= other or other <= answers):
+                group.append(task)
+                break
+        else:
+            groups.append([task])
+    return groups
 
 
 def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
@@ -156,10 +181,10 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     if ":" in task and len(seeds) > 1:
         return row
     for seed, one, two in measured:
-        if not (one.samples and two.samples):
+        if not (one.scored and two.scored):
             continue
         try:
-            answers = pair_samples(one.samples, two.samples)
+            answers = pair_samples(one.scored, two.scored)
         except ValueError as error:
             raise ReportError(f"{task}: {one.folder} and {two.folder}: {error}") from None
         if not answers.pictures_known and "generation_kwargs" in one.result:
@@ -209,148 +234,3 @@ def _differences(one: Mapping[str, Any], two: Mapping[str, Any]) -> list[str]:
         x, y = (v if isinstance(v, Mapping) else {"": v} for v in (one.get(key), two.get(key)))
         found += [f"{key}.{k}".strip(".") for k in {**x, **y} if x.get(k) != y.get(k)]
     return found
-
-
-def flipped(a: Run, b: Run, task: str) -> list[dict[str, Any]]:
-    """Documents that one run gets right and the other does not, by the mean over its seeds.
-
-    Returns:
-        `{doc_id, better, rates: [a, b]}`, the clearest first.
-    """
-    rates: list[dict[int, float]] = []
-    for run in (a, b):
-        rows = [sample for m in run.scores[task].values() for sample in m.samples]
-        rows.sort(key=lambda sample: sample["doc_id"])
-        groups = groupby(rows, key=lambda sample: sample["doc_id"])
-        rates.append({doc: float(np.mean([s["correct"] for s in group])) for doc, group in groups})
-    found = [
-        {"doc_id": doc, "better": a.name if x > y else b.name, "rates": [x, y]}
-        for doc, x, y in ((doc, x, rates[1][doc]) for doc, x in rates[0].items())
-        if (x >= 0.5) != (y >= 0.5)
-    ]
-    return sorted(found, key=lambda flip: -abs(flip["rates"][0] - flip["rates"][1]))
-
-
-def flip_examples(a: Run, b: Run, task: str, count: int) -> list[Example]:
-    """Pictures and answers of the clearest documents that flipped, `count` for each of the runs."""
-    found = flipped(a, b, task)
-    chosen = [f for run in (a, b) for f in [f for f in found if f["better"] == run.name][:count]]
-    docs = {flip["doc_id"]: flip for flip in chosen}
-    measured = {run.name: list(run.scores[task].values()) for run in (a, b)}
-    rows = [s for s in measured[a.name][0].samples if s["doc_id"] in docs]
-    rows.sort(key=lambda sample: list(docs).index(sample["doc_id"]))
-    data = measured[a.name][0].result.get("data", {}).get("path")
-    pictures = sample_pictures(Path(data) if data else None, rows)
-    examples = []
-    for row in rows:
-        said = {}
-        for name, rate in zip(measured, docs[row["doc_id"]]["rates"], strict=True):
-            answers = [s for m in measured[name] for s in m.samples if s["doc_id"] == row["doc_id"]]
-            right = rate >= 0.5
-            # An answer that stands for the majority of the seeds.
-            answer = (max if right else min)(answers, key=lambda s: s["correct"])["answer"]
-            times = f"{sum(s['correct'] >= 0.5 for s in answers)} of {len(answers)} seeds"
-            share = f" (right in {times})" if len(answers) > 1 else ""
-            said[name] = (f"{answer}{share}", right)
-        picture = pictures.get(row["doc_id"])
-        examples.append(Example(picture, row["question"], str(row["target"]), said))
-    return examples
-
-
-def difference_chart(found: Mapping[str, Any], pair: Sequence[str]) -> str:
-    """Forest plot of one pair; empty where it was not compared.
-
-    Args:
-        found: What :func:`compare` returned, or the file that `eval/ab.py` wrote.
-        pair: Two names.
-    """
-    panels: dict[str, list[Mark]] = {"Benchmarks, points": [], "Retrieval R@1, points": []}
-    heads, seeds = list(panels), 1
-    for task, pairs in found["ab"].items():
-        if (row := pairs.get("-".join(pair))) is None:
-            continue
-        seeds, (_, _, kind) = row["n_seeds"], task.partition(":")
-        note = "" if kind or row["p"] is None else f"p {row['p']:.2g}"
-        label = kind.replace("_", " ") or found["titles"].get(task, task)
-        points = row["deltas_by_seed"] if row["n_seeds"] > 1 else ()
-        mark = Mark(label, row["delta"], row["ci"], points=points, note=note, strong=not kind)
-        panels[heads[task.startswith("retrieval_")]].append(mark)
-    times = f", {seeds} training seeds" if seeds > 1 else ""
-    drawn = {f"{head}{times}": rows for head, rows in panels.items() if rows}
-    title, labels = f"{pair[0]} minus {pair[1]}{times}", (f"{pair[1]} better", f"{pair[0]} better")
-    return forest_chart(drawn, title, labels) if drawn else ""
-
-
-def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str, str]:
-    """A comparison as files.
-
-    Args:
-        runs: What was compared.
-        found: From :func:`compare`.
-
-    Returns:
-        `compare.html`, `compare.md` and `compare.json` to their texts.
-    """
-    by_name = {run.name: run for run in runs}
-    pairs = {pair: (wins["a"], wins["b"]) for pair, wins in found["wins"].items()}
-    flips: dict[str, dict[str, Any]] = {}
-    shown = {}
-    for task, rows in found["ab"].items():
-        for pair in rows if ":" not in task else ():
-            a, b = (by_name[name] for name in pairs[pair])
-            flips.setdefault(task, {})[pair] = flipped(a, b, task)
-            if examples := flip_examples(a, b, task, FLIPS_SHOWN):
-                shown[pair, found["titles"][task]] = examples
-    sentences = {
-        pair: f"{w['a']} is above {w['b']} on {w['won']} of {w['benchmarks']} benchmarks, "
-        f"below on {w['lost']} (p < {ALPHA} after Holm's correction over them); "
-        f"{w['benchmarks'] - w['won'] - w['lost']} undecided."
-        for pair, w in found["wins"].items()
-    }
-    facts = {
-        "found": found,
-        "alpha": ALPHA,
-        "count": FLIPS_SHOWN,
-        "pairs": pairs,
-        "sentences": sentences,
-        "states": {
-            pair: "above" if w["won"] > w["lost"] else "below" if w["lost"] > w["won"] else ""
-            for pair, w in found["wins"].items()
-        },
-        "wins": [
-            [
-                " minus ".join(pairs[pair]),
-                *(w[key] for key in ("benchmarks", "higher", "lower", "won", "lost")),
-            ]
-            for pair, w in found["wins"].items()
-        ],
-        "charts": {pair: difference_chart(found, names) for pair, names in pairs.items()},
-        "flips": flips,
-        "shown": shown,
-        "stages": list(dict.fromkeys(s for run in found["runs"].values() for s in run["seconds"])),
-        "notes": [
-            f"{' minus '.join(pairs[pair])}: with {seeds} seeds no p is below {floor:.2g}, so that "
-            f"after correction over {w['tested']} benchmarks none can be won: name fewer "
-            "beforehand, or train more seeds."
-            for pair, w in found["wins"].items()
-            for seeds, floor in [(w["n_seeds"], w["least_p"])]
-            if seeds > 1 and floor * w["tested"] >= ALPHA
-        ]
-        + [
-            f"{found['titles'][task]}, {pair}: not evaluated alike, these differ: "
-            f"{', '.join(row['differs'])}."
-            for task, rows in found["ab"].items()
-            for pair, row in rows.items()
-            if row.get("differs")
-        ]
-        + [
-            f"{found['titles'][task]}, {pair}: the samples do not tell pictures by their pixels; "
-            "questions of one picture may count as independent: evaluate again."
-            for task, rows in found["ab"].items()
-            for pair, row in rows.items()
-            if row.get("pictures_unknown")
-        ],
-    }
-    whole = json.dumps({**found, "flips": flips}, indent=1, ensure_ascii=False)
-    pages = {name: render(name, **facts) for name in ("compare.html", "compare.md")}
-    return {**pages, "compare.json": whole + "\n"}

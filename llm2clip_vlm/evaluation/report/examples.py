@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,13 @@ from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.report.inputs import ReportError
-from llm2clip_vlm.evaluation.vlm.samples import load_samples
+from llm2clip_vlm.evaluation.vlm.samples import PIXELS
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, register
 from llm2clip_vlm.models.loading import read_config
+
+Samples = Mapping[str, Sequence[Mapping[str, Any]]]
+"""Model to its answers, from :func:`~llm2clip_vlm.evaluation.vlm.samples.load_samples`."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +36,9 @@ class Example:
     """The right caption, or the question."""
     expected: str
     """The right answer; the right caption."""
-    found: dict[str, tuple[str, bool]]
-    """Model to what it said, and whether that is right."""
+    found: Mapping[str, tuple[str, float | None]]
+    """Model to what it said, and its score from 0 to 1, of which only 1 is right; None: it has
+    no score alone."""
 
 
 def retrieved_captions(
@@ -71,16 +76,16 @@ def retrieved_captions(
     for number, record in enumerate(records[:count]):
         right = [text for text, owner in zip(texts, owners, strict=True) if owner == number]
         found = {name: texts[rows[number]] for name, rows in best.items()}
-        marked = {name: (text, text in right) for name, text in found.items()}
+        marked = {name: (text, float(text in right)) for name, text in found.items()}
         examples.append(Example(record.open(), right[0], right[0], marked))
     return examples
 
 
-def answered_questions(samples: Mapping[str, Path], data_file: Path, count: int) -> list[Example]:
+def answered_questions(samples: Samples, data_file: Path, count: int) -> list[Example]:
     """What the models answered to the first question of each type, one picture each.
 
     Args:
-        samples: Model to its `<task>.samples.jsonl`.
+        samples: Model to its answers.
         data_file: The task's rows (`id`, `image`); pictures are relative to its folder.
         count: At most so many questions.
 
@@ -90,9 +95,9 @@ def answered_questions(samples: Mapping[str, Path], data_file: Path, count: int)
     Raises:
         ReportError: The models answered other questions, or other ones than the file's.
     """
-    by_doc = {name: {s["doc_id"]: s for s in load_samples(path)} for name, path in samples.items()}
-    chosen: list[dict[str, Any]] = []
-    for sample in next(iter(by_doc.values())).values():
+    by_doc = {name: {s["doc_id"]: s for s in found} for name, found in samples.items()}
+    chosen: list[Mapping[str, Any]] = []
+    for sample in next(iter(samples.values())):
         seen = {s["image_id"] for s in chosen} | {s["type"] for s in chosen}
         if len(chosen) < count and not {sample["image_id"], sample["type"]} & seen:
             chosen.append(sample)
@@ -103,18 +108,44 @@ def answered_questions(samples: Mapping[str, Path], data_file: Path, count: int)
         asked = {row.get("question") for row in said.values()}
         if asked != {sample["question"]} or sample["doc_id"] not in pictures:
             raise ReportError(
-                f"{', '.join(map(str, samples.values()))}: document {sample['doc_id']}: expected "
-                f"the question {sample['question']!r} of {data_file}; evaluate again on this data"
+                f"{', '.join(samples)}: document {sample['doc_id']}: expected the question "
+                f"{sample['question']!r} of {data_file}; evaluate again on this data"
             )
-        examples.append(
-            Example(
-                pictures[sample["doc_id"]],
-                sample["question"],
-                str(sample["target"]),
-                {name: (str(row["answer"]), row["correct"] == 1.0) for name, row in said.items()},
-            )
-        )
+        examples.append(_answered(pictures[sample["doc_id"]], said))
     return examples
+
+
+def one_photograph(
+    retrieved: Sequence[Example], tasks: Iterable[Samples]
+) -> tuple[Example, Example] | None:
+    """The first photograph that towers found captions for and VLMs were asked about.
+
+    Args:
+        retrieved: From :func:`retrieved_captions`.
+        tasks: Answers of each task, the preferred one first; pictures are known by their pixels.
+
+    Returns:
+        What the towers found and what the VLMs answered; None where they share no photograph.
+    """
+    known = {f"{PIXELS}{pixel_hash([e.picture])}": e for e in retrieved if e.picture}
+    for samples in tasks:
+        for sample in next(iter(samples.values())):
+            if example := known.get(str(sample["image_id"])):
+                doc = sample["doc_id"]
+                rows = {name: [s for s in of if s["doc_id"] == doc] for name, of in samples.items()}
+                said = {name: found[0] for name, found in rows.items() if found}
+                answered = _answered(example.picture, said)
+                if sample["correct"] is None:  # a caption, judged among all, without its target
+                    answered = replace(answered, expected=example.expected)
+                return example, answered
+    return None
+
+
+def _answered(picture: Image.Image | None, said: Mapping[str, Mapping[str, Any]]) -> Example:
+    """What several models answered to one question."""
+    first = next(iter(said.values()))
+    found = {name: (str(row["answer"]), row["correct"]) for name, row in said.items()}
+    return Example(picture, first["question"], str(first["target"]), found)
 
 
 def sample_pictures(
@@ -125,7 +156,7 @@ def sample_pictures(
     Args:
         data_file: Its rows are known by `id`, or by place and question; `image` is a path below
             the file's folder, or bytes in a table. None, or a file that is not there = no pictures.
-        samples: From :func:`~llm2clip_vlm.metrics.statistics.load_samples`.
+        samples: Their answers.
 
     Returns:
         `doc_id` to picture, without those that the file does not have.

@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.report.charts import Line, Mark, bar_chart, line_chart
-from llm2clip_vlm.evaluation.report.comparison import difference_chart
+from llm2clip_vlm.evaluation.report.charts import Chart, Line, Mark, line_chart
+from llm2clip_vlm.evaluation.report.comparison_pages import difference_chart, score_chart
 from llm2clip_vlm.evaluation.report.examples import Example
-from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Run
+from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Measured, Run, guesses
 from llm2clip_vlm.recipe.report import ReportRecipe
+
+Retrieval = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
+"""Tower to kind of caption to direction to R@1."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Verdict:
 
 
 def retrieval_verdict(
-    retrieval: Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]],
+    retrieval: Retrieval,
     headline: Sequence[str],
     kind: str = "long",
 ) -> Verdict:
@@ -42,8 +45,23 @@ def retrieval_verdict(
 
     Returns:
         `above` only where the 95 % intervals of R@1 are apart in both directions; `below` likewise
-        the other way round; `mixed` where they are apart in one direction, or disagree.
+        the other way round; `mixed` where they are apart in one direction, or disagree. Where the
+        towers were also tested with a kind `<kind>_seen`, in wording that they were trained on, the
+        words say what that shows, too.
     """
+    state, start, words, figures, tail = _outcome(retrieval, headline, kind)
+    what = f"R@1 with {worded(kind)} of unseen pictures: {figures}"
+    short = f"R@1 with {worded(kind)} of {headline[0]} against {headline[1]}: {figures} ({tail})"
+    sentence = f"{start}{words} ({what}; {tail})."
+    if (seen := f"{kind}_seen") in retrieval[headline[0]]:
+        _, _, words, figures, tail = _outcome(retrieval, headline, seen)
+        sentence += f" In wording seen in training {words} ({figures}; {tail})."
+        short += f"; in wording seen in training {figures} ({tail})"
+    return Verdict(state, sentence, short)
+
+
+def _outcome(retrieval: Retrieval, headline: Sequence[str], kind: str) -> tuple[str, ...]:
+    """State, start of the sentence, what is said of the towers, figures, and why."""
     a, b = headline
     signs: dict[str, int] = {}
     numbers = []
@@ -55,22 +73,19 @@ def retrieval_verdict(
     tail = "the 95 % intervals are apart in both directions"
     match sorted(set(signs.values())):
         case [1]:
-            state, words = "above", f"Yes, in retrieval: {a} is above {b}"
+            found = "above", "Yes, in retrieval: ", f"{a} is above {b}"
         case [-1]:
-            state, words = "below", f"No: in retrieval {a} is below {b}"
+            found = "below", "No: in retrieval ", f"{a} is below {b}"
         case [0]:
-            state, words = "overlapping", f"Not shown: in retrieval {a} and {b} are not told apart"
+            found = "overlapping", "Not shown: in retrieval ", f"{a} and {b} are not told apart"
             tail = "the 95 % intervals overlap"
         case [-1, 1]:
-            state, words = "mixed", f"Mixed: {a} is above {b} in one direction, below in the other"
+            found = "mixed", "Mixed: ", f"{a} is above {b} in one direction, below in the other"
         case _:
-            state = "mixed"
-            words = f"Partly: {a} and {b} differ in one direction of retrieval only"
+            words = f"{a} and {b} differ in one direction of retrieval only"
+            found = "mixed", "Partly: ", words
             tail = f"apart in {next(arrow for arrow, sign in signs.items() if sign)}"
-    figures = ", ".join(numbers)
-    what = f"R@1 with {worded(kind)} of unseen pictures: {figures}"
-    short = f"R@1 with {worded(kind)} of {a} against {b}: {figures} ({tail})"
-    return Verdict(state, f"{words} ({what}; {tail}).", short)
+    return (*found, ", ".join(numbers), tail)
 
 
 def worded(kind: str) -> str:
@@ -84,16 +99,14 @@ class Facts:
 
     recipe: ReportRecipe
     """What is compared."""
-    retrieval: dict[str, dict[str, dict[str, dict[str, Any]]]]
-    """Tower to kind of caption to direction to R@1."""
+    retrieval: Retrieval
+    """What each tower retrieves."""
     verdict: Verdict
     """What retrieval says of the headline."""
     cra: dict[str, Any] | None = None
     """Caption separability; None = no stage 1."""
-    scores: dict[str, dict[str, dict[str, Any]]] = field(default_factory=dict)
-    """Task to checkpoint to result, the headline's task first; empty = no VLM."""
-    guesses: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Task to what needs no picture to what it gets, by type of question (`""` = all)."""
+    scores: dict[str, dict[str, Measured]] = field(default_factory=dict)
+    """Task to checkpoint to what was measured, the headline's task first; empty = no VLM."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step to wall time."""
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -110,6 +123,21 @@ class Facts:
     """Captions retrieved."""
     answers: list[Example] = field(default_factory=list)
     """Questions answered."""
+    one_photograph: tuple[Example, Example] | None = None
+    """Retrieved and answered for the same photograph; None where there is no such one."""
+
+    @property
+    def story(self) -> list[Example]:
+        """What stands at the top: captions retrieved, then answers, if only of one photograph."""
+        found = self.one_photograph or [*self.retrieved[:1], *self.answers[:1]]
+        return [example for example in found if example.found.keys() & {*self.recipe.headline}]
+
+    @property
+    def guesses(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Task to what needs no picture to what it gets, by type of question (`""` = all)."""
+        return {
+            task: guesses(next(iter(found.values())).samples) for task, found in self.scores.items()
+        }
 
     @property
     def untrained(self) -> dict[str, str]:
@@ -124,9 +152,24 @@ class Facts:
         figures = self.cra or {}
         return ", ".join(f"{w} {figures[key]:.1f} %" for w, key in self.untrained.items())
 
+    def vlms(self) -> list[Run]:
+        """Towers with the scores of their VLMs, seed by seed."""
+        return [
+            Run(
+                tower,
+                list(seeds.values()),
+                scores={
+                    task: {int(seed): found[f"{tower}-s{seed}"] for seed in seeds}
+                    for task, found in self.scores.items()
+                },
+            )
+            for tower, seeds in self.recipe.vlms.items()
+        ]
+
     def results(self, task: str, tower: str) -> list[dict[str, Any]]:
         """Results of a task, seed by seed."""
-        return [self.scores[task][f"{tower}-s{seed}"] for seed in self.recipe.vlms[tower]]
+        found = self.scores[task]
+        return [dict(found[f"{tower}-s{seed}"].result) for seed in self.recipe.vlms[tower]]
 
     def accuracies(self, task: str) -> dict[str, list[float]]:
         """Tower to its scores by seed, in per cent."""
@@ -135,6 +178,11 @@ class Facts:
             for tower in self.recipe.vlms
             if task in self.scores
         }
+
+    def counted(self, task: str) -> list[list[Any]]:
+        """Checkpoint, questions, empty and unparsable answers."""
+        keys = ("n", "n_empty", "n_unparsable")
+        return [[name, *(m.result[key] for key in keys)] for name, m in self.scores[task].items()]
 
     def vlm_verdict(self) -> Verdict | None:
         """What this run and the A/B say of the headline's VLMs; None = none was scored."""
@@ -163,9 +211,8 @@ class Facts:
 
     def title(self, task: str) -> str:
         """A task's name for people, with the cut where one was made."""
-        result = next(iter(self.scores.get(task, {}).values()), {})
-        cut = f" (first {result['limit']} only)" if result.get("limit") else ""
-        return f"{result.get('title', task)}{cut}"
+        found = next(iter(self.scores.get(task, {}).values()), None)
+        return found.title if found else task
 
     def not_shown(self) -> list[str]:
         """What a reader might take from this page, and must not."""
@@ -187,7 +234,7 @@ class Facts:
 def charts(facts: Facts) -> dict[str, Any]:
     """Charts of the report: `cra`, `retrieval`, `scores`, `types`, `ab`, and `curves` by panel."""
     recipe, task = facts.recipe, facts.recipe.headline_task
-    drawn: dict[str, Any] = {"types": "", "ab": "", "encoders": ""}
+    drawn: dict[str, Any] = {"types": None, "ab": None, "encoders": None}
     if cra := facts.cra:
         named = facts.untrained | {"after stage 1": "after"}
         bars = [
@@ -196,45 +243,21 @@ def charts(facts: Facts) -> dict[str, Any]:
         ]
         heading = "One caption finds its paraphrase"
         chance = {heading: {"chance": 100 / cra["queries"]}} if "queries" in cra else {}
-        drawn["cra"] = bar_chart({heading: bars}, "Caption separability", 100, chance)
+        drawn["cra"] = Chart("Caption separability", {heading: bars}, 100, chance)
     first, groups, chances = facts.retrieval[recipe.headline[0]], {}, {}
     for kind, way in product(first, DIRECTIONS):
         name = f"{worded(kind)}, {DIRECTIONS[way]}"
         groups[name] = [_recall(facts, tower, kind, way) for tower in facts.retrieval]
         if "chance_r1" in first[kind][way]:
             chances[name] = {"chance": first[kind][way]["chance_r1"]}
-    drawn["retrieval"] = bar_chart(groups, "Retrieval R@1 of each tower", guesses=chances)
-    tasks = {
-        task: seeds[None].title for r in facts.encoders.values() for task, seeds in r.scores.items()
-    }
-    if tasks:
-        groups = {
-            title: [
-                Mark(tower, run.values(task)[0], colour=recipe.colour(tower))
-                for tower, run in facts.encoders.items()
-                if task in run.scores
-            ]
-            for task, title in tasks.items()
-        }
-        chances = {
-            tasks[task]: {"chance": float(seeds[None].result[key])}
-            for run in facts.encoders.values()
-            for task, seeds in run.scores.items()
-            for key in ("chance_top1", "chance_miou")
-            if key in seeds[None].result
-        }
-        drawn["encoders"] = bar_chart(groups, "Other tasks of the encoders", 100, chances)
+    drawn["retrieval"] = Chart("Retrieval R@1 of each tower", groups, guesses=chances)
+    colours = {tower: recipe.colour(tower) for tower in recipe.order()}
+    if facts.encoders:
+        runs = list(facts.encoders.values())
+        drawn["encoders"] = score_chart("Tasks of the encoders", runs, colours)
     if facts.scores:
-        groups = {
-            facts.title(name): [_score(facts, name, tower) for tower in recipe.vlms]
-            for name in facts.scores
-        }
-        guesses = {
-            facts.title(name): {rule: kinds[""] for rule, kinds in facts.guesses[name].items()}
-            for name in facts.scores
-        }
-        drawn["scores"] = bar_chart(groups, "Score of each VLM", 100, guesses)
-        kinds = list(next(iter(facts.scores[task].values()))["by_type"])
+        drawn["scores"] = score_chart("Score of each VLM", facts.vlms(), colours)
+        kinds = list(next(iter(facts.scores[task].values())).result["by_type"])
         if len(kinds) > 1:
             rule, found = max(facts.guesses[task].items(), key=lambda g: g[1][""], default=("", {}))
             groups = {
@@ -244,8 +267,8 @@ def charts(facts: Facts) -> dict[str, Any]:
                 ]
                 for kind in kinds
             }
-            guesses = {kind.replace("_", " "): {rule: found[kind]} for kind in kinds if found}
-            drawn["types"] = bar_chart(groups, "By type of question", 100, guesses)
+            known = {kind.replace("_", " "): {rule: found[kind]} for kind in kinds if found}
+            drawn["types"] = Chart("By type of question", groups, 100, known)
     if facts.ab is not None:
         drawn["ab"] = difference_chart(facts.ab, recipe.headline)
     drawn["curves"] = {
@@ -262,11 +285,3 @@ def _recall(facts: Facts, tower: str, kind: str, way: str) -> Mark:
 def _by_type(facts: Facts, tower: str, kind: str) -> float:
     results = facts.results(facts.recipe.headline_task, tower)
     return float(np.mean([result["by_type"][kind]["score"] for result in results]))
-
-
-def _score(facts: Facts, task: str, tower: str) -> Mark:
-    results, colour = facts.results(task, tower), facts.recipe.colour(tower)
-    if len(results) == 1:
-        return Mark(tower, results[0]["score"], results[0]["score_ci"], colour)
-    values = facts.accuracies(task)[tower]
-    return Mark(tower, float(np.mean(values)), None, colour, values)

@@ -7,6 +7,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from llm2clip_vlm import files
 from llm2clip_vlm.evaluation.vlm.samples import load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
+from llm2clip_vlm.metrics.statistics import bootstrap_interval
 from llm2clip_vlm.runs.manifest import read_manifest
 
 SAMPLES = ".samples.jsonl"
@@ -106,45 +108,35 @@ def read_retrieval(towers: Mapping[str, str]) -> dict[str, dict[str, dict[str, d
     return found
 
 
-def read_scores(
-    folder: str | Path, checkpoints: Sequence[str], tasks: Iterable[str] | None = None
-) -> dict[str, dict[str, dict[str, Any]]]:
+def read_scores(folder: str | Path, checkpoints: Sequence[str]) -> dict[str, dict[str, Measured]]:
     """Results of `eval/run_lmms.py`.
 
     Args:
         folder: Its `--output`.
         checkpoints: Names in it.
-        tasks: Which ones; none = all that any of the checkpoints has.
 
     Returns:
-        `{task: {checkpoint: result}}`.
+        `{task: {checkpoint: what was measured}}`, all tasks that any of the checkpoints has.
 
     Raises:
         ReportError: A result is missing, or was made from other data or with other settings than
             those of the other checkpoints.
     """
     root = Path(folder)
-    if tasks is None:
-        files = [f.name for name in checkpoints for f in (root / name).glob(f"*{SAMPLES}")]
-        if not files:
-            raise ReportError(f"{root}: no result of {list(checkpoints)}; run eval/run_lmms.py")
-        tasks = sorted({name.removesuffix(SAMPLES) for name in files})
-    scores = {
-        task: {
-            name: read_json(root / name / f"{task}.json", "eval/run_lmms.py")
-            for name in checkpoints
-        }
-        for task in tasks
-    }
-    for task, results in scores.items():
-        for key in ("spec_hash", "limit"):
-            values = {name: result.get(key) for name, result in results.items()}
-            if len(set(values.values())) > 1:
-                raise ReportError(
-                    f"{root}: {task}: {key} differs between checkpoints ({values}): they were "
-                    "not asked the same; run eval/run_lmms.py for all of them with one suite"
-                )
-    return scores
+    found = {name: dict(measured_in(root / name)) for name in checkpoints}
+    tasks = sorted({task for scores in found.values() for task in scores if ":" not in task})
+    for name, scores in found.items():
+        if lost := [task for task in tasks if task not in scores] or [""] * (not tasks):
+            file = root / name / f"{lost[0] or '*'}.json"
+            raise ReportError(f"{file}: no such result; it is written by eval/run_lmms.py")
+    for task, key in product(tasks, ("spec_hash", "limit")):
+        values = {name: scores[task].result.get(key) for name, scores in found.items()}
+        if len(set(values.values())) > 1:
+            raise ReportError(
+                f"{root}: {task}: {key} differs between checkpoints ({values}): they were "
+                "not asked the same; run eval/run_lmms.py for all of them with one suite"
+            )
+    return {task: {name: scores[task] for name, scores in found.items()} for task in tasks}
 
 
 def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -157,10 +149,10 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
         `{name: {"": per cent of all, type: per cent of its questions}}`: the commonest answer
         always; and the commonest one of each wording, or of the type for a wording asked less than
         :data:`OFTEN` times. Both are known from the tested questions, which flatters the rule.
-        Empty where answers are graded, not right or wrong.
+        Empty where answers are graded, not right or wrong, or were not kept.
     """
     rows = list(samples)
-    if any(row["correct"] not in (0, 1) for row in rows):
+    if any(row["correct"] not in (0, 1) for row in rows) or not any(r["target"] for r in rows):
         return {}
     asked = Counter(row["question"] for row in rows)
     rules = {
@@ -204,8 +196,8 @@ def read_seconds(pipeline: str | None, stages: Mapping[str, str | None]) -> dict
     }
 
 
-_NO_MEANS = {"miou", "ap"}
-"""Scores of encoders that are no means over items."""
+_NO_MEANS = {"miou": "mean IoU", "ap": "box AP"}
+"""Scores of encoders that are no means over items, and how they are written."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +214,27 @@ class Measured:
     """One a document; empty where single answers were not kept."""
     result: Mapping[str, Any] = field(default_factory=dict)
     """The result that lies beside the samples."""
+    chance: float | None = None
+    """What a guess gets, in per cent; None = not known."""
+    ci: Sequence[float] | None = None
+    """95 % interval of a score that is no mean over samples."""
+
+    @property
+    def scored(self) -> Sequence[Mapping[str, Any]]:
+        """The samples, where each has a score of its own."""
+        return [sample for sample in self.samples if sample["correct"] is not None]
+
+    def interval(self) -> Sequence[float] | None:
+        """The 95 % interval over pictures; None where neither it nor single answers were kept."""
+        if not self.scored:
+            return self.ci
+        right, images = zip(*((s["correct"], s["image_id"]) for s in self.scored), strict=True)
+        return bootstrap_interval(right, images, 1000, seed=0)
+
+    def guesses(self) -> dict[str, float]:
+        """What needs no picture to what it gets, in per cent."""
+        rules = {name: kinds[""] for name, kinds in guesses(self.samples).items()}
+        return rules if self.chance is None else {"chance": self.chance} | rules
 
 
 @dataclass
@@ -266,7 +279,7 @@ def read_run(
     run = Run(name, list(places), fixed)
     for place, wanted in places.items():
         for seed, folder in _folders(place, seeds):
-            found = dict(_measured(folder))
+            found = dict(measured_in(folder))
             if lost := [task for task in wanted or () if task not in found]:
                 raise ReportError(f"{folder}: expected results of {lost}, got {sorted(found)}")
             for task, measured in found.items():
@@ -294,7 +307,8 @@ def _folders(place: str, seeds: Sequence[int] | None) -> Iterator[tuple[int | No
         yield from sorted((int(match[1]), Path(match[0])) for match in matches)
 
 
-def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
+def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
+    """Benchmarks of a folder, named as in :attr:`Run.scores`."""
     for file in sorted(folder.glob(f"*{SAMPLES}")):
         task = file.name.removesuffix(SAMPLES)
         # An encoder's task may have several of these: `<task>.<kind>.i2t`.
@@ -302,30 +316,50 @@ def _measured(folder: Path) -> Iterator[tuple[str, Measured]]:
         files = [folder / f"{name}.json" for name in names]
         result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
         samples = load_samples(file)
-        title = result.get("title", task.replace("_", " "))
+        parts = [DIRECTIONS.get(part, part.replace("_", " ")) for part in task.split(".")]
+        title = result.get("title", ", ".join(parts))
+        title += f" (first {result['limit']} only)" if result.get("limit") else ""
         if any(sample["correct"] is None for sample in samples):  # a metric of all of them together
-            yield task, Measured(title, float(result["score"]), folder, (), result)
+            score, ci = float(result["score"]), result.get("score_ci")
+            yield task, Measured(title, score, folder, samples, result, ci=ci)
             continue
         by_type: dict[str, list[dict[str, Any]]] = {}
         for sample in samples:
             by_type.setdefault(str(sample["type"]), []).append(sample)
-        parts = {
+        kinds = {
             f"{task}:{kind}": (kind.replace("_", " "), by_type[kind]) for kind in sorted(by_type)
         }
-        parts = {task: (title, samples)} | (parts if len(parts) > 1 else {})
-        for name, (title, rows) in parts.items():
+        kinds = {task: (title, samples)} | (kinds if len(kinds) > 1 else {})
+        for name, (title, rows) in kinds.items():
             value = 100 * float(np.mean([row["correct"] for row in rows]))
-            yield name, Measured(title, value, folder, rows, result)
+            yield name, Measured(title, value, folder, rows, result, _chance(result, task))
     if (folder / "results.json").is_file():
         whole = read_json(folder / "results.json", "the stage or the evaluation")
         retrieval = whole.get("retrieval") or {}
-        for kind, way, arrow in ((k, *item) for k in retrieval for item in DIRECTIONS.items()):
-            title = f"{kind.replace('_', ' ')}, {arrow}"
-            yield f"retrieval_{kind}_{way}", Measured(title, retrieval[kind][way]["r1"], folder)
+        for kind, way in product(retrieval, DIRECTIONS):
+            title, found = f"{kind.replace('_', ' ')}, {DIRECTIONS[way]}", retrieval[kind][way]
+            rest = {"chance": found.get("chance_r1"), "ci": found.get("ci")}
+            yield f"retrieval_{kind}_{way}", Measured(title, found["r1"], folder, **rest)
         for name, found in (whole.get("results") or {}).items():
-            for metric in _NO_MEANS & found.keys():
-                title = f"{name.replace('_', ' ')}, {metric}"
-                yield name, Measured(title, found[metric], folder, (), found)
+            for metric in _NO_MEANS.keys() & {
+                key for key, value in found.items() if value is not None
+            }:
+                title = f"{name.replace('_', ' ')}, {_NO_MEANS[metric]}"
+                rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
+                yield name, Measured(title, found[metric], folder, (), found, **rest)
+
+
+def _chance(result: Mapping[str, Any], samples: str) -> float | None:
+    """Chance of an encoder's task, whose samples may be of one kind and direction."""
+    kind, _, way = samples.rpartition(".")
+    chances: dict[str, Any] = dict(result.get("chance", {}))
+    for name, found in result.get("kinds", {}).items():
+        if kind.endswith("." + re.sub(r"[^\w.-]", "-", name)):
+            chances[way] = found[way]["chance_r1"]
+    if "cra" in result:
+        return 100 / float(result["queries"])
+    found = chances.get(way, result.get("chance_top1"))
+    return None if found is None else float(found)
 
 
 def run_seconds(run: Run) -> dict[str, float]:

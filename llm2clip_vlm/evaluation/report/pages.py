@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
 from statistics import fmean
@@ -13,33 +14,49 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from llm2clip_vlm.evaluation.report.charts import chart_css
+from llm2clip_vlm.evaluation.report.charts import chart_css, drawable, short
 
 THUMBNAIL_PX = 192
-"""Longest side of a picture in a page."""
+"""Longest side of a picture in a list of examples."""
+
+_MARKDOWN = (
+    (r"([\\`*|~$\[\]]|(?<![^\W_])_|_(?![^\W_])|:(?=//)|(?<=www)\.|^[#>+=-])", r"\\\1"),
+    (r"^(\d+)([.)])", r"\1\\\2"),
+    (r"&(?=#?\w+;)", "&amp;"),
+    (r"<(?=\S)", "&lt;"),
+)
+"""What Markdown or HTML would read as more than text, and how it is written as text."""
 
 
 def render(template: str, **facts: Any) -> str:
-    """A filled template; texts in an HTML page are escaped, charts and colours are not.
+    """A filled template; texts in a page or drawing are escaped, curves and colours are not.
 
     Args:
         template: File below `templates/`.
         facts: What it names; the time of writing is there as `now`.
     """
     now = f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-    return _environment().get_template(template).render(now=now, **facts)
+    return drawable(_environment().get_template(template).render(now=now, **facts))
 
 
-def data_uri(picture: Image.Image) -> str:
-    """A picture inside a page: PNG where it is small, else a JPEG of :data:`THUMBNAIL_PX`."""
+def data_uri(picture: Image.Image, side: int = THUMBNAIL_PX) -> str:
+    """A picture inside a page: PNG where it is small, else a JPEG with the longest side given."""
     small = max(picture.size) <= THUMBNAIL_PX
-    if not small:
+    if max(picture.size) > side:
         picture = picture.copy()
-        picture.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX))
+        picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if small else "JPEG")
     kind = "png" if small else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def markdown(text: str) -> str:
+    """A text on one line that Markdown and its tables show as it is."""
+    text = " ".join(text.split())
+    for pattern, replacement in _MARKDOWN:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def clock(seconds: float) -> str:
@@ -53,11 +70,16 @@ def rows(table: Mapping[str, Mapping[str, Any]], *keys: str) -> list[list[Any]]:
     return [[name, *(found[key] for key in keys)] for name, found in table.items()]
 
 
+def share(value: float, ticks: Sequence[float], start: float = 0.0, length: float = 100.0) -> float:
+    """Where a value lies along an axis."""
+    return round(start + length * (value - ticks[0]) / (ticks[-1] - ticks[0]), 2)
+
+
 @cache
 def _environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("llm2clip_vlm.evaluation.report"),
-        autoescape=select_autoescape(),
+        autoescape=select_autoescape(("html", "svg")),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -66,9 +88,12 @@ def _environment() -> Environment:
         "clock": clock,
         "data_uri": data_uri,
         "interval": lambda ends: "[{:+.1f}, {:+.1f}]".format(*ends) if ends else "-",
+        "md": markdown,
         "mean": fmean,
         "p_value": lambda p: "-" if p is None else f"{p:.2g}",
         "rows": rows,
+        "short": short,
+        "share": share,
     }
     environment.globals["colours"] = chart_css()
     return environment
