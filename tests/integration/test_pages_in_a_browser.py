@@ -71,7 +71,8 @@ def pages(tmp_path_factory: pytest.TempPathFactory, repo_root: Path) -> dict[str
     ab = {
         "date": "2031-02-03",
         "seeds": [0, 1],
-        "git": {},
+        "git": {"commit": None, "dirty": None},
+        "data": "",
         "titles": {"x": "A benchmark with a title of many words, in pictures of Flickr"},
         "ab": {"x": {"llm2clip-control_long": {**effect, "n_seeds": 2}}},
     }

@@ -356,7 +356,11 @@ def test_arrows_stand_left_and_right_of_zero_and_an_axis_holds_all_marks() -> No
         assert f'class="tick zero" style="left:{zero:.2f}%"' in html
         assert f'style="grid-template-columns:{zero:.2f}% 1fr"' in html
     assert html.count("<span>← b better</span><span>a better →</span>") == 2
-    assert Chart("t", {"g": []}).ticks("g")[0] == 0.0
+    for nothing in ([], [Mark("x", 0.0)]):
+        assert (
+            Chart("t", {"g": nothing}).ticks("g")[0] == 0.0 < Chart("t", {"g": []}).ticks("g")[-1]
+        )
+        assert Chart("t", {"g": nothing}, sides=("a", "b")).ticks("g")[0] < 0
     bars = [Chart("t", {"g": [Mark("CIDEr", value)]}, 100).ticks("g") for value in (60.0, 115.0)]
     assert bars[0][-1] == 100 and bars[1][-1] >= 115
 

@@ -10,6 +10,7 @@ never stands alone: bars are labelled, lines differ in dash.
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -88,17 +89,18 @@ class Chart:
 
         Of differences, neither side of zero has less than about a quarter of the axis.
         """
-        from matplotlib.ticker import MaxNLocator
-
         rows = self.groups[heading] if self.sides else [m for g in self.groups.values() for m in g]
         values = [0.0, *(v for m in rows for v in (m.value, *m.points, *(m.interval or ())))]
         values += [v for rules in self.guesses.values() for v in rules.values()]
         low, high = min(values), max(self.limit or 0.0, *values)
+        if low == high:  # nothing but zeros
+            high = 1.0
         if self.sides:
             low, high = min(low, -high / 3), max(high, -low / 3)
-        steps = MaxNLocator(4, steps=[1, 2, 2.5, 5, 10])
-        found = steps.tick_values(low, high if high > low else low + 1)
-        return [float(tick) for tick in found]
+        span = (high - low) / 4
+        power = 10.0 ** math.floor(math.log10(span))
+        step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= span * (1 - 1e-9))
+        return [step * n for n in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
 
 
 def line_chart(lines: Sequence[Line], title: str) -> str:
