@@ -33,11 +33,12 @@ _LINE = "# yaml-language-server: $schema="
 def models() -> dict[str, type[BaseModel]]:
     """Every program that reads a recipe, the demo's included, and what the recipe is read by."""
     sys.path.append(str(ROOT / "demo"))
-    base, prepare = (load_program(find_program(n)) for n in ("base_language_model", "prepare_real"))
+    from world.recipe import LanguageModelRecipe  # its program would import torch
+
     return {
         **MODELS,
-        "base_language_model": base.LanguageModelRecipe,
-        "prepare_real": prepare.PrepareRecipe,
+        "base_language_model": LanguageModelRecipe,
+        "prepare_real": load_program(find_program("prepare_real")).PrepareRecipe,
         "expected": ExpectedScores,
     }
 
