@@ -380,7 +380,7 @@ def test_two_encoders_are_compared_item_by_item(
     ("words", "message"),
     [
         (["{run}/eval/base-s0"], "at least two runs"),
-        (["{run}/eval/base-s0", "{run}/eval/none"], "none: no results"),
+        (["{run}/eval/base-s0", "{run}/eval/none"], "none: no such folder"),
         (["{run}/eval/base-s0", "x={run}/base"], "no benchmark in common"),
         (
             ["a={run}/eval/base-s{seed}", "b={run}/eval/llm2clip-s0", "b={run}/eval/base-s1"],

@@ -182,12 +182,11 @@ def test_the_recipe_decides_which_program_runs(
     (tmp_path / "a.yaml").write_text("notes: x\nstage: run_encoder\n")
     (tmp_path / "b.yaml").write_text("tasks: []\n")
     cli.main(["eval", str(tmp_path / "a.yaml"), "seed=1"])
-    cli.main(["eval", str(tmp_path / "b.yaml")])
+    assert cli.main(["eval", str(tmp_path / "b.yaml")]) == 2, "a suite is given by --suite"
     cli.main(["eval", "--suite", "x"])
     cli.main(["eval"])
     assert ran == [
         ("run_encoder", str(tmp_path / "a.yaml"), "seed=1"),
-        ("run_lmms", str(tmp_path / "b.yaml")),
         ("run_lmms", "--suite", "x"),
         ("run_lmms",),
     ]
