@@ -29,7 +29,7 @@ from pathlib import Path
 from llm2clip_vlm import __version__
 from llm2clip_vlm.files import find_shipped, read_text
 from llm2clip_vlm.programs import find_program, load_program
-from llm2clip_vlm.recipe.reading import did_you_mean, recipe_help
+from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, recipe_help
 
 STAGES = {
     "clip_baseline": "ordinary CLIP training: what stage 2 is compared with",
@@ -186,9 +186,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    program = find_program(_known_stage(arguments.stage))
-    recipe = _recipe_path(arguments.recipe)
-    result: int | None = load_program(program).main([str(recipe), *arguments.overrides])
+    from llm2clip_vlm.pipeline import RECIPES
+    from llm2clip_vlm.runs.inputs import require_inputs
+
+    stage = _known_stage(arguments.stage)
+    words = [str(_recipe_path(arguments.recipe)), *arguments.overrides]
+    if stage in RECIPES:  # before torch is imported
+        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
+    result: int | None = load_program(find_program(stage)).main(words)
     return result
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import json
 import shlex
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +30,7 @@ from llm2clip_vlm.runs.claims import (
     left_before_markers,
     refuse_changed_outputs,
 )
+from llm2clip_vlm.runs.inputs import require_inputs
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
@@ -38,7 +41,7 @@ from llm2clip_vlm.runs.manifest import (
     versions,
     write_manifest,
 )
-from llm2clip_vlm.runs.ownership import Hold, foreign
+from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, foreign
 from llm2clip_vlm.training.arguments import build_training_arguments
 from llm2clip_vlm.training.callbacks import MetricsJsonl
 from llm2clip_vlm.training.checkpoints import newest_whole
@@ -57,6 +60,8 @@ _AT_THE_END = frozenset(
     | set("text_encoder vision_tower".split())
 )
 
+_BEFORE_ANYTHING = frozenset({MARKER_NAME, RESOLVED_NAME, PARENTS_NAME, "composed"})
+
 _TOWER = "train stage3_projector RECIPE vlm.vision_tower={}/vision_tower"
 NEXT = {
     "stage0_mntp": "train stage1_text_encoder RECIPE text_encoder.language_model={}/language_model",
@@ -73,13 +78,17 @@ NEXT = {
 class StageRun(Generic[R]):
     """One run of a stage program.
 
-    In this order: :meth:`finished`, :meth:`parent` for each thing that it reads,
-    :meth:`arguments`, the stage's own work, and on the main process :meth:`finish`.
+    What the recipe names and is not there is refused at once. Then, in this order:
+    :meth:`finished`, :meth:`parent` for each thing that it reads, :meth:`arguments`, the stage's
+    own work, and on the main process :meth:`finish`.
 
     Args:
         argv: Recipe path and `key=value` overrides. None: those of the command line.
         recipe_class: The stage's recipe.
         usage: Text that is printed where there are no arguments.
+
+    Raises:
+        InputsError: Files, folders, models, packages or space are missing; nothing was written.
     """
 
     args: TrainingArguments | None = None
@@ -93,6 +102,7 @@ class StageRun(Generic[R]):
         if not words:
             raise SystemExit(usage)
         self.recipe: R = load_recipe(words[0], recipe_class, words[1:])
+        require_inputs(self.recipe, words[0])
         self.stage = str(getattr(self.recipe, "stage", recipe_class.__name__))
         self.out = Path(self.recipe.output_dir)
         self.parents: dict[str, str] = {}
@@ -175,6 +185,8 @@ class StageRun(Generic[R]):
             OwnershipError: Another run writes there, or files lie there that no run has written.
             HandoffError: What a run left there has been changed since.
         """
+        if not self.out.exists():
+            atexit.register(_leave_nothing, self.out)
         self._hold = Hold(
             self.out,
             self.stage,
@@ -292,6 +304,15 @@ class StageRun(Generic[R]):
         )
         if self._hold is not None:
             self._hold.release()
+
+
+def _leave_nothing(folder: Path) -> None:
+    """Remove the output directory that this process made, where the run came to nothing."""
+    if not folder.is_dir():
+        return
+    content = {file.name for file in folder.iterdir() if file.is_dir() or file.stat().st_size}
+    if content <= _BEFORE_ANYTHING:  # and empty files, such as a list of no bad records
+        shutil.rmtree(folder)
 
 
 class _Progress(MetricsJsonl):

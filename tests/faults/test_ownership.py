@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,8 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.data.reading.bad_records import RecordError
 from llm2clip_vlm.runs.claims import PARENTS_NAME
+from llm2clip_vlm.runs.inputs import InputsError
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME, HandoffError
 from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
 from tests.vlm_fixtures import run_here, write_llava, write_recipe
@@ -72,7 +74,7 @@ def test_a_folder_of_foreign_files_is_refused(tmp_path: Path, three: Three) -> N
 
 
 def test_data_are_looked_for_before_anything_is_made(tmp_path: Path, three: Three) -> None:
-    with pytest.raises(RecordError, match=r"none\.json: no such file"):
+    with pytest.raises(InputsError, match=r"none\.json: no such file"):
         run_here("stage3_projector", three(data=[{"path": str(tmp_path / "none.json")}]))
     assert content(tmp_path / "out") == {}
 
@@ -143,7 +145,7 @@ def test_other_data_are_refused(tmp_path: Path, three: Three, killed: bool) -> N
             run_here("stage3_projector", recipe)
         assert content(out) == before
     data.unlink()
-    with pytest.raises(RecordError, match=r"llava\.json: no such file"):
+    with pytest.raises(InputsError, match=r"llava\.json: no such file"):
         run_here("stage3_projector", three())
 
 
@@ -164,3 +166,15 @@ def test_what_a_killed_run_composed_is_replaced_but_nothing_of_mine(
     with pytest.raises(OwnershipError, match="model"):  # no run has come so far
         run_here("stage3_projector", three())
     assert {PARENTS_NAME, RESOLVED_NAME} <= content(out).keys()
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path: Path, three: Three) -> None:
+    """And the corrected command finds nothing in its way."""
+    code = "import sys; from llm2clip_vlm.cli import main; sys.exit(main(sys.argv[1:]))"
+    trainable = {"language_model": {"lr": 1e-3, "last_blocks": 99}}  # known once it is composed
+    words = ["train", "stage3_projector", str(three(trainable=trainable))]
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 2 and "last blocks of language_model" in ended.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,301 @@
+"""Everything that a recipe names and that must be there before anything is built or downloaded.
+
+Light to import: `train` asks before it loads torch, and every stage's program asks again before it
+claims its output directory.
+"""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import os
+import re
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.files import find_shipped
+from llm2clip_vlm.recipe.base import DataSource, ImageSource, LoraSection, RunRecipe, Section
+from llm2clip_vlm.recipe.yaml_files import read_yaml
+from llm2clip_vlm.runs.manifest import RESOLVED_NAME
+
+_MODELS = frozenset(
+    "checkpoint clip heads_from language_model projector text_encoder tokenizer vision_tower "
+    "write_through".split()
+)
+"""Keys whose text is a model directory or a hub id."""
+_OF_A_MODEL = ("config.json", "tokenizer_config.json", "modules.json")
+_WRITTEN_AGAIN = ("checkpoint", "clip", "language_model", "vision_tower")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+_LEAST_DISK_BYTES = 64 << 20
+_TRACKERS = {"tensorboard": ("tensorboard", "tensorboardX"), "azure_ml": ("azureml",)}
+_HUB_TIMEOUT_S = 3.0
+
+
+class InputsError(ValueError):
+    """What a run needs and is not there: one line for each thing."""
+
+    def __init__(self, problems: list[str]) -> None:
+        count = "1 thing is" if len(problems) == 1 else f"{len(problems)} things are"
+        lines = "".join(f"\n  {problem}" for problem in problems)
+        super().__init__(f"{count} missing; nothing was started and nothing written:{lines}")
+        self.problems = problems
+        """Each begins with the recipe's dotted key."""
+
+
+def require_inputs(recipe: RunRecipe, source: str | Path = "") -> None:
+    """Refuse a run that would miss something later.
+
+    Args:
+        recipe: Of a stage.
+        source: Its file; recipes beside it are asked which of them writes what is missing.
+
+    Raises:
+        InputsError: Lists everything.
+    """
+    if problems := list(missing_inputs(recipe, source)):
+        raise InputsError(problems)
+
+
+def missing_inputs(recipe: RunRecipe, source: str | Path = "") -> Iterator[str]:
+    """Name each data file, folder, model, cache, package and space that is not there.
+
+    Args:
+        recipe: Of a stage.
+        source: As :func:`require_inputs`.
+    """
+    leaves = list(_leaves(recipe))
+    for key, value in leaves:
+        if isinstance(value, DataSource):
+            yield from _missing_data(key, value)
+        elif isinstance(value, str):
+            yield from _missing_named(key, value, recipe, source)
+    if any(isinstance(value, LoraSection) for _, value in leaves):
+        yield from _absent("lora", "an adapter", ("peft",))
+    if getattr(recipe, "load_in_4bit", False):
+        yield from _absent("load_in_4bit", "true", ("bitsandbytes",))
+    yield from _missing_for_trainer(recipe)
+    yield from _missing_room(recipe)
+
+
+def _missing_named(key: str, value: str, recipe: RunRecipe, source: str | Path) -> Iterator[str]:
+    """What a text in a recipe names, by the key that it stands at."""
+    name = key.rpartition(".")[2]
+    if name in _MODELS:
+        if problem := missing_model(value, source):
+            yield f"{key}: {problem}"
+    elif name == "embedding_cache" and getattr(recipe, "write_through", None) is None:
+        if not (Path(value) / "header.json").is_file():
+            yield f"{key}: {value}: no such cache{_written_by(value, source)}"
+    elif name == "chat_template" and value.endswith(".jinja") and not Path(value).is_file():
+        yield f"{key}: {value}: no such file (from {Path.cwd()})"
+    elif value == "flash_attention_2":
+        yield from _absent(key, value, ("flash_attn", "kernels"))
+
+
+def _leaves(section: Section, above: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted keys with their values; sources and adapters stay whole."""
+    for name, value in section:
+        key = f"{above}{name}"
+        for part, item in (
+            [(f"{key}.{n}", item) for n, item in enumerate(value)]
+            if isinstance(value, list)
+            else [(key, value)]
+        ):
+            if isinstance(item, Section) and not isinstance(item, DataSource | LoraSection):
+                yield from _leaves(item, f"{part}.")
+            else:
+                yield part, item
+
+
+def _missing_data(key: str, source: DataSource) -> Iterator[str]:
+    path = source.path
+    if source.dataset:
+        yield from _absent(key, f"dataset {source.dataset}", ("datasets",))
+    elif not (Path(path).is_file() or (glob.has_magic(path) and any(glob.iglob(path)))):
+        yield (
+            f"{key}.path: {path}: no such file (from {Path.cwd()}); correct the path, or fetch the "
+            "data (docs/data-formats.md)"
+        )
+    elif path.endswith((".yaml", ".yml")):  # LLaVA-NeXT's mixture; what else is wrong in it its
+        listed = read_yaml(path)  # reader says
+        entries = listed.get("datasets") if isinstance(listed, dict) else None
+        for entry in entries if isinstance(entries, list) else ():
+            named = entry.get("json_path") if isinstance(entry, dict) else None
+            if isinstance(named, str) and not Path(named).is_file():
+                yield f"{key}.path: {path}: {named}: no such file (from {Path.cwd()})"
+    root = source.image_root if isinstance(source, ImageSource) else None
+    if root is not None and not Path(root).is_dir():
+        yield f"{key}.image_root: {root}: no such folder (from {Path.cwd()})"
+
+
+def missing_model(path: str, source: str | Path = "") -> str | None:
+    """Say why a model cannot be loaded from here, as far as its folder or the hub tells.
+
+    Args:
+        path: Directory or hub id.
+        source: As :func:`require_inputs`.
+    """
+    folder = Path(path)
+    if folder.is_file():
+        return None  # a GGUF, or a file of weights: its reader knows better
+    if folder.is_dir():
+        if any((folder / name).is_file() for name in _OF_A_MODEL):
+            return None
+        inner = [part.name for part in sorted(folder.iterdir()) if (part / "config.json").is_file()]
+        if (folder / MANIFEST_NAME).is_file() and not inner:
+            return None  # another stage's output: who reads its manifest says so
+        hint = f"; did you mean {folder / inner[0]}?" if inner else _written_by(path, source)
+        return f"{path}: no config.json in this folder{hint}"
+    if writer := _written_by(path, source):
+        return f"{path}: no such folder{writer}"
+    beside = "/" in path and folder.parent.is_dir()
+    if beside or not _HUB_ID.fullmatch(path) or path.startswith("runs/"):
+        return f"{path}: no such folder (from {Path.cwd()})"
+    return _missing_on_hub(path)
+
+
+@cache
+def _missing_on_hub(name: str) -> str | None:
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json")
+    if isinstance(found, str):
+        weights = ("*.safetensors", "*.bin")
+        if any(any(Path(found).parent.glob(kind)) for kind in weights):
+            return None
+    told = f"{name}: no such folder (from {Path.cwd()}), "
+    status = None if constants.HF_HUB_OFFLINE else ask_hub(f"api/models/{name}/auth-check")
+    if status is None:
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the hub does not answer"
+        return (
+            f"{told}not in the hub's cache, and {why}; where there is a network: hf download {name}"
+        )
+    if status in (401, 403):
+        return (
+            f"{told}and the hub lets this machine read no model of that name: correct it, or ask "
+            f"for access at {constants.ENDPOINT}/{name} and log in (`hf auth login`)"
+        )
+    return f"{told}and the hub has no model of that name; correct it" if status == 404 else None
+
+
+@cache
+def ask_hub(path: str) -> int | None:
+    """Ask the hub for something, with the token that is stored here.
+
+    Args:
+        path: Below its address.
+
+    Returns:
+        The status of its answer; none = there is no answer within some seconds.
+    """
+    from huggingface_hub import constants, get_token
+
+    token = get_token()
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
+    request = urllib.request.Request(f"{constants.ENDPOINT}/{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=_HUB_TIMEOUT_S) as answer:
+            return int(answer.status)
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return None
+
+
+def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | None:
+    """Which stage of which recipe writes something.
+
+    Args:
+        path: At or below the recipe's `output_dir`.
+        source: A recipe; those beside it come before the shipped ones.
+
+    Returns:
+        Stage and recipe; none = no recipe that is known here.
+    """
+    shipped = Path(find_shipped("recipes/llava15")).parent
+    folders = [Path(source).parent] if str(source) else []
+    files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    for file in [*files, *sorted(shipped.glob("*/*.yaml"))]:
+        stage, output = _stage_and_output(file)
+        if stage and output and Path(path).is_relative_to(output):
+            return stage, file
+    return None
+
+
+@cache
+def _stage_and_output(file: Path) -> tuple[str | None, str | None]:
+    """A recipe's `stage` and `output_dir`, or its parent's, without reading it whole."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return None, None
+    stage, output, base = (
+        found[1] if (found := re.search(rf"(?m)^{key}: *([^\s#]+)", text)) else None
+        for key in ("stage", "output_dir", "base")
+    )
+    if base and not (stage and output):
+        above = _stage_and_output(file.parent / base)
+        stage, output = stage or above[0], output or above[1]
+    return stage, output
+
+
+def _written_by(path: str, source: str | Path) -> str:
+    writer = writer_of(path, source)
+    if writer is None:
+        return ""
+    return f"; run that stage first: llm2clip-vlm train {writer[0]} {_shown(writer[1])}"
+
+
+def _shown(path: Path) -> str:
+    shipped = f"recipes/{path.parent.name}/{path.name}"
+    return shipped if find_shipped(shipped) == str(path) else str(path)
+
+
+def _absent(key: str, wanted: str, packages: tuple[str, ...]) -> Iterator[str]:
+    if not any(importlib.util.find_spec(package) for package in packages):
+        name = packages[0]
+        yield f"{key}: {wanted}, but {name} is not installed: pip install {name}"
+
+
+def _missing_for_trainer(recipe: RunRecipe) -> Iterator[str]:
+    trainer = recipe.trainer
+    report = trainer.get("report_to") or []
+    for name in report if isinstance(report, list) else [report]:
+        if isinstance(name, str) and name not in ("none", "all"):
+            yield from _absent("trainer.report_to", name, _TRACKERS.get(name, (name,)))
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in {"1", "true", "yes"}
+    if launched or trainer.get("deepspeed") is not None:
+        yield from _absent("trainer.deepspeed", "ZeRO", ("deepspeed",))
+    settings = trainer.get("deepspeed")
+    if isinstance(settings, str) and not Path(settings).is_file():
+        yield f"trainer.deepspeed: {settings}: no such file (from {Path.cwd()})"
+    if re.search("bnb|8bit", str(trainer.get("optim", ""))):
+        yield from _absent("trainer.optim", str(trainer["optim"]), ("bitsandbytes",))
+
+
+def _missing_room(recipe: RunRecipe) -> Iterator[str]:
+    """Whether the output directory can be written, and has room for what is certain to be."""
+    out = Path(recipe.output_dir)
+    there = next(place for place in (out, *out.absolute().parents) if place.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        yield f"output_dir: {out}: no permission to write in {there}; choose another folder"
+        return
+    if any((out / name).exists() for name in (MANIFEST_NAME, RESOLVED_NAME)):
+        return  # what a run has begun may be there already
+    needed = _LEAST_DISK_BYTES + sum(
+        file.stat().st_size
+        for key, value in _leaves(recipe)
+        if key.rpartition(".")[2] in _WRITTEN_AGAIN and isinstance(value, str)
+        for file in Path(value).glob("*.safetensors")
+    )
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        yield (
+            f"output_dir: {out}: {free / 1e9:.1f} GB are free there, and the model alone that will "
+            f"be written takes {needed / 1e9:.1f} GB; free space, or choose another folder"
+        )
