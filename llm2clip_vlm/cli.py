@@ -2,6 +2,7 @@
 
 llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage (accelerate launch -m
                                                   llm2clip_vlm.cli train ... for many GPUs)
+llm2clip-vlm plan RECIPE [--gpus 8 --gpu NAME]    memory, hours, disk, and what is missing
 llm2clip-vlm help STAGE                           the stage and every key of its recipe
 llm2clip-vlm embed ...                            build, verify, merge, import or report on a
                                                   cache of caption embeddings
@@ -176,6 +177,8 @@ def _parser() -> argparse.ArgumentParser:
         if name != "doctor":
             added.add_argument("stage", metavar="STAGE", help="one of the stages below")
         if name == "train":
+            told = "print what is missing and what it would cost (as `plan`), and stop"
+            added.add_argument("--dry-run", action="store_true", help=told)
             added.add_argument("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
             added.add_argument(
                 "overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML"
@@ -191,6 +194,8 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
     stage = _known_stage(arguments.stage)
     words = [str(_recipe_path(arguments.recipe)), *arguments.overrides]
+    if arguments.dry_run:
+        return _plan("plan", *words)
     if stage in RECIPES:  # before torch is imported
         require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
     result: int | None = load_program(find_program(stage)).main(words)
@@ -216,6 +221,12 @@ def _doctor(arguments: argparse.Namespace) -> int:
         broken += finding.state == "broken"
     print(f"{broken} broken" if broken else "nothing broken")
     return 1 if broken else 0
+
+
+def _plan(command: str, *words: str) -> int | None:
+    from llm2clip_vlm.preflight.plan import main as plan
+
+    return plan(words)
 
 
 def _program(command: str, *words: str) -> int | None:
@@ -250,6 +261,7 @@ def _push(command: str, *words: str) -> int:
 
 
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
+    "plan": (_plan, "say what a recipe needs and costs: memory, hours, disk, what is missing"),
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),

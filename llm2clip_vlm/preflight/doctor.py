@@ -14,6 +14,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from llm2clip_vlm.runs.inputs import ask_hub
+
 State = Literal["ok", "note", "broken"]
 
 _REQUIRED = ("torch", "transformers", "accelerate", "safetensors", "numpy", "pillow", "pydantic")
@@ -24,7 +26,13 @@ _OPTIONAL = {
     "lmms_eval": "benchmarks (extra `eval`)",
     "scipy": "lmms-eval's statistics (extra `eval`)",
     "openpyxl": "MMBench's submission file",
+    "bitsandbytes": "load_in_4bit (QLoRA) and 8-bit optimizers",
+    "flash_attn": "attn_implementation: flash_attention_2; sdpa, the default, needs nothing",
 }
+
+
+_ROOM_BYTES = 50e9
+"""Less free space than a 7B model and its checkpoints take is worth a note."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,8 @@ def examine() -> Iterator[Finding]:
     yield Finding("python", "ok", platform.python_version())
     for name, purpose in {**dict.fromkeys(_REQUIRED, ""), **_OPTIONAL}.items():
         version = _version(name)
-        absent = f"absent; needed for {purpose}" if purpose else f"absent; pip install {name}"
+        absent = f"absent; needed for {purpose}; " if purpose else "absent; "
+        absent += f"pip install {name.replace('_', '-')}"
         state: State = "ok" if version else "note" if purpose else "broken"
         yield Finding(name, state, version or absent)
     yield torch_state()
@@ -55,6 +64,9 @@ def examine() -> Iterator[Finding]:
     detail = f"{missing} not on PATH; needed only by DeepSpeed's own optimizers and offload"
     yield Finding("compiler", "note", detail) if missing else Finding("compiler", "ok", "on PATH")
     yield hub_folder_state()
+    yield hub_access_state()
+    yield disk_state()
+    yield threads_state()
 
 
 def _version(name: str) -> str | None:
@@ -86,8 +98,12 @@ def torch_state(load: Callable[[str], object] = importlib.import_module) -> Find
 
     if not torch.cuda.is_available():
         return Finding("devices", "note", f"no CUDA GPU; {os.cpu_count()} CPU cores, gloo")
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    return Finding("devices", "ok", f"{', '.join(names)}; CUDA {torch.version.cuda}")
+    found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    names = [f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in found]
+    told = f"{', '.join(names)}; CUDA {torch.version.cuda}"
+    if torch.cuda.is_bf16_supported(including_emulation=False):
+        return Finding("devices", "ok", f"{told}; bf16")
+    return Finding("devices", "note", f"{told}; no bf16: trainer.bf16=false trainer.fp16=true")
 
 
 def torchvision_state(
@@ -130,3 +146,51 @@ def hub_folder_state() -> Finding:
     except OSError as error:
         advice = "set HF_HOME to a folder that is"
         return Finding("HF_HOME", "broken", f"{folder} is not writable ({error}); {advice}")
+
+
+def hub_access_state() -> Finding:
+    """Whether the hub answers, and to whom; a token itself is never shown."""
+    from huggingface_hub import constants, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        detail = "not asked (HF_HUB_OFFLINE is set); only what `hf download` fetched is there"
+        return Finding("hub", "note", detail)
+    status = ask_hub("api/whoami-v2" if get_token() else "api/models?limit=1")
+    if status is None:
+        detail = (
+            f"{constants.ENDPOINT} does not answer; `hf download` what a recipe names elsewhere, "
+        )
+        return Finding("hub", "note", f"{detail}copy HF_HOME, and set HF_HUB_OFFLINE=1")
+    if not get_token():
+        return Finding("hub", "note", "answers; no token, for gated models (Llama): hf auth login")
+    if status != 200:
+        return Finding("hub", "broken", f"refuses the token ({status}): hf auth login")
+    return Finding("hub", "ok", "answers, and knows the token")
+
+
+def disk_state() -> Finding:
+    """Free space where runs and the hub's models go."""
+    from huggingface_hub import constants
+
+    places = {"here": Path.cwd(), "hub cache": Path(constants.HF_HUB_CACHE)}
+    free = {
+        name: shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
+        for name, place in places.items()
+    }
+    told = ", ".join(f"{size / 1e9:.0f} GB free {name}" for name, size in free.items())
+    if min(free.values()) >= _ROOM_BYTES:
+        return Finding("disk", "ok", told)
+    advice = "`plan RECIPE` says what a run takes; other places: output_dir=..., HF_HOME"
+    return Finding("disk", "note", f"{told}; {advice}")
+
+
+def threads_state() -> Finding:
+    """Whether OpenMP would start more threads than there are idle cores."""
+    cores = len(os.sched_getaffinity(0))
+    idle = max(1, round(cores - os.getloadavg()[0]))
+    threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
+    told = f"{threads} OpenMP threads, {cores} cores, about {idle} idle"
+    if threads <= idle:
+        return Finding("threads", "ok", told)
+    advice = f"on a busy machine they wait for each other: export OMP_NUM_THREADS={idle}"
+    return Finding("threads", "note", f"{told}; {advice}")

@@ -221,14 +221,14 @@ def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | N
     folders = [Path(source).parent] if str(source) else []
     files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
     for file in [*files, *sorted(shipped.glob("*/*.yaml"))]:
-        stage, output = _stage_and_output(file)
+        stage, output = stage_and_output(file)
         if stage and output and Path(path).is_relative_to(output):
             return stage, file
     return None
 
 
 @cache
-def _stage_and_output(file: Path) -> tuple[str | None, str | None]:
+def stage_and_output(file: Path) -> tuple[str | None, str | None]:
     """A recipe's `stage` and `output_dir`, or its parent's, without reading it whole."""
     try:
         text = file.read_text(encoding="utf-8")
@@ -239,7 +239,7 @@ def _stage_and_output(file: Path) -> tuple[str | None, str | None]:
         for key in ("stage", "output_dir", "base")
     )
     if base and not (stage and output):
-        above = _stage_and_output(file.parent / base)
+        above = stage_and_output(file.parent / base)
         stage, output = stage or above[0], output or above[1]
     return stage, output
 

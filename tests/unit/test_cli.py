@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections import namedtuple
 from pathlib import Path
 
 import pytest
@@ -180,6 +181,41 @@ def test_doctor_names_a_torch_that_does_not_import() -> None:
     found = doctor.torch_state(fail(OSError("libcudart.so.13: not found")))  # type: ignore[arg-type]
     assert found.state == "broken"
     assert "libcudart" in found.detail
+
+
+@pytest.mark.parametrize(
+    ("token", "status", "state", "told"),
+    [
+        (None, None, "note", "does not answer"),
+        (None, 200, "note", "hf auth login"),
+        ("hf_secret", 200, "ok", "knows the token"),
+        ("hf_secret", 401, "broken", "refuses the token (401): hf auth login"),
+    ],
+)
+def test_doctor_asks_the_hub_and_shows_no_token(
+    monkeypatch: pytest.MonkeyPatch, token: str | None, status: int | None, state: str, told: str
+) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    monkeypatch.setattr(doctor, "ask_hub", lambda _: status)
+    found = doctor.hub_access_state()
+    assert found.state == state and told in found.detail and "hf_secret" not in found.detail
+
+
+def test_doctor_sees_little_space_and_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(1e9))
+    assert doctor.disk_state().state == "note" and "1 GB free here" in doctor.disk_state().detail
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(1e12))
+    assert doctor.disk_state().state == "ok"
+    monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(8))
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    for load, state, told in ((0.1, "ok", "8 idle"), (6.0, "note", "export OMP_NUM_THREADS=2")):
+        monkeypatch.setattr(doctor.os, "getloadavg", lambda load=load: (load, 0, 0))
+        found = doctor.threads_state()
+        assert found.state == state and told in found.detail
 
 
 def test_doctor_checks_the_hub_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

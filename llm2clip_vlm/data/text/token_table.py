@@ -94,7 +94,7 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
             where += f":{number}"
         named.add(where)
         try:
-            record = _to_record(row, where)
+            record = to_record(row, where)
             for name in {image for image in record.images if isinstance(image, str)} - known:
                 resolve_image(root, name, follow_links=source.follow_links)
                 known.add(name)
@@ -109,7 +109,16 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
         yield record
 
 
-def _to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
+def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
+    """One conversation of a file.
+
+    Args:
+        row: As it lies there: `conversations`, `messages` or `texts`, with `image` or `images`.
+        where: Its name in messages.
+
+    Raises:
+        ConversationError: It is none, or has other numbers of `<image>` and images.
+    """
     turns = _listed(row.get("conversations") or row.get("messages"))
     asked = None if turns else _listed(row.get("texts"))
     if asked:  # The Cauldron's pairs; the row's pictures stand before the first

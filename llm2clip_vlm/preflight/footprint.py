@@ -1,0 +1,144 @@
+"""What a training step computes and holds, found by running it on tensors without content.
+
+torch's fake tensors go through the model's own code, dropout, autocast, checkpointing and all, and
+cost no memory; each operator's result is counted where its storage appears and where it goes.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_backward_flop_count(grad, query, key, value))
+
+
+_aten = torch.ops.aten
+ATTENTION_FLOPS: dict[Any, Any] = {
+    _aten._scaled_dot_product_flash_attention_for_cpu: _forward,
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
+}
+"""The CPU's fused attention, which torch counts on GPUs alone."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """A counter of matrix products, convolutions and attention (all pairs, masked or not)."""
+    return FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+
+
+@dataclass
+class Footprint:
+    """Of one pass, forward and backward."""
+
+    flops: float
+    forward_flops: float
+    held: Counter[str] = field(default_factory=Counter)
+    """Bytes at the peak by cause: `gradients`, `activations`, `logits`, `pictures`."""
+
+
+class _Storages(TorchDispatchMode):
+    """Counts bytes of storages that are alive, by what was running when they appeared."""
+
+    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+        super().__init__()
+        self.part, self.vocabulary = "activations", vocabulary
+        self.now: Counter[str] = Counter()
+        self.peak: Counter[str] = Counter()
+        self._causes: dict[int, str] = {}
+        self._own = {_key(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            key = _key(tensor) if isinstance(tensor, Tensor) else 0
+            if key and key not in self._own and key not in self._causes:
+                logits = tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary
+                storage = tensor.untyped_storage()
+                self._causes[key] = "logits" if logits else self.part
+                self.now[self._causes[key]] += storage.nbytes()
+                weakref.finalize(storage, self._gone, key, storage.nbytes())
+        if self.now.total() > self.peak.total():
+            self.peak = self.now.copy()
+        return out
+
+    def _gone(self, key: int, size: int) -> None:
+        self.now[self._causes.pop(key)] -= size
+
+    def is_gradient(self, parameter: Tensor) -> None:
+        """What autograd has just put into a parameter's `grad` is no activation any more."""
+        assert parameter.grad is not None
+        key, size = _key(parameter.grad), parameter.grad.untyped_storage().nbytes()
+        if (cause := self._causes.get(key)) not in (None, "gradients"):
+            self.now[cause] -= size
+            self.now["gradients"] += size
+            self._causes[key] = "gradients"
+
+
+def _key(tensor: Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
+
+
+def footprint(
+    model: nn.Module,
+    run: Callable[[], Tensor],
+    *,
+    tower: nn.Module | None = None,
+    vocabulary: int = -1,
+    autocast: Callable[[], AbstractContextManager[Any]] = ExitStack,
+    passes: int = 1,
+    trains: bool = True,
+) -> Footprint:
+    """Run a pass of fake tensors and see what it takes.
+
+    Args:
+        model: With `requires_grad` set, of fake tensors, on the CPU.
+        run: One forward pass under the model's fake mode; gives a loss.
+        tower: What is held while it runs is the pictures'.
+        vocabulary: Width of logits.
+        autocast: Around the forward pass.
+        passes: Two where gradients of an earlier pass are held meanwhile (accumulation).
+        trains: False = no backward pass.
+    """
+    seen = _Storages(model, vocabulary)
+    handles: list[Any] = []
+
+    def within(part: str) -> Callable[..., None]:
+        return lambda *_: setattr(seen, "part", part)
+
+    if tower is not None:
+        handles.append(tower.register_forward_pre_hook(within("pictures")))
+        handles.append(tower.register_forward_hook(within("activations")))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            hook = parameter.register_post_accumulate_grad_hook
+            handles.append(hook(seen.is_gradient))
+    forward = flops = 0
+    with seen, torch.set_grad_enabled(trains):
+        for _ in range(passes):
+            with flop_counter() as counter:
+                with autocast():
+                    loss = run()
+                forward = counter.get_total_flops()
+                if trains:
+                    loss.backward()
+                del loss
+            flops = counter.get_total_flops()
+    for handle in handles:
+        handle.remove()
+    model.zero_grad(set_to_none=True)
+    return Footprint(flops, forward, seen.peak)

@@ -1,0 +1,126 @@
+"""How many samples a recipe has and how long their texts are, measured on the first of each source."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+from llm2clip_vlm.chat.labels import texts_of
+from llm2clip_vlm.chat.template import ConversationError
+from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
+from llm2clip_vlm.data.reading.records import (
+    collect_captions,
+    iter_records,
+    source_files,
+    source_rows,
+)
+from llm2clip_vlm.data.text.token_table import to_record
+from llm2clip_vlm.recipe.base import CaptionSource, RunRecipe
+from llm2clip_vlm.recipe.vlm import VlmRecipe
+
+SAMPLE = 512
+"""Records of a source whose texts are measured."""
+GUESSED_SAMPLES = 1_000_000
+_CHARS_A_TOKEN = 4
+
+
+@dataclass
+class Lengths:
+    """Of a recipe's training data."""
+
+    samples: int
+    texts: list[int]
+    """Tokens of some captions, or of some conversations without their pictures, ascending."""
+    captions: float = 1.0
+    """Captions of a sample."""
+    images: float = 1.0
+    """Pictures of a sample."""
+    trained: float = 1.0
+    """Share of a conversation's tokens that is trained on."""
+    told: str = ""
+    """Where all this is known from."""
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a text."""
+        return sum(self.texts) / len(self.texts)
+
+    def quantile(self, share: float) -> int:
+        """Tokens that this share of the texts does not exceed."""
+        return self.texts[min(len(self.texts) - 1, int(len(self.texts) * share))]
+
+
+def guessed(recipe: RunRecipe) -> Lengths:
+    """What is taken where there are no data: web captions, LLaVA-1.5's conversations."""
+    told = f"guessed, as the data are not here: {GUESSED_SAMPLES:,} samples"
+    if isinstance(recipe, VlmRecipe):
+        plain = getattr(recipe, "plain", False)
+        return Lengths(
+            GUESSED_SAMPLES, [30 if plain else 300], trained=0.9 if plain else 0.45, told=told
+        )
+    return Lengths(GUESSED_SAMPLES, [12] * 50 + [120] * 50, captions=2, told=told)
+
+
+def measured(recipe: RunRecipe, count_tokens: Callable[[str], int] | None, a_turn: int) -> Lengths:
+    """Read a recipe's training data: all records of a source's first file, the others by size.
+
+    Args:
+        recipe: Whose data are there.
+        count_tokens: Of a text; none = four characters are a token.
+        a_turn: Tokens that the chat template writes around a turn, or that a caption has more.
+    """
+    count = count_tokens or (lambda text: math.ceil(len(text) / _CHARS_A_TOKEN))
+    conversations = isinstance(recipe, VlmRecipe)
+    given = [source for key in ("train", "data", "sources") for source in getattr(recipe, key, ())]
+    found, trained, images, captions, seen = Lengths(0, []), 0, 0, 0, 0
+    for source in expand_mixtures(given) if conversations else given:
+        rows, sample = _read(source, getattr(recipe, "plain", False))
+        found.samples += round(rows * (source.weight if conversations else 1))
+        for texts, pictures in sample:
+            lengths = [count(text) + a_turn for text, _ in texts]
+            trained += sum(n for n, (_, own) in zip(lengths, texts, strict=True) if own)
+            seen, images, captions = seen + 1, images + pictures, captions + len(texts)
+            found.texts += [sum(lengths)] if conversations else lengths
+    if not seen:
+        return guessed(recipe)
+    found.texts.sort()
+    found.images, found.captions = images / seen, captions / seen
+    found.trained = trained / max(1, sum(found.texts))
+    ruler = "the tokenizer" if count_tokens else f"{_CHARS_A_TOKEN} characters a token"
+    found.told = f"{found.samples:,} samples, {found.mean:.0f} tokens a text by {ruler}"
+    return found
+
+
+def _read(source: Any, plain: bool) -> tuple[int, list[tuple[list[tuple[str, bool]], int]]]:
+    """Records of a source, and of some their texts (and whether each trains) and pictures."""
+    files = source_files(source)
+    first = source.model_copy(update={"path": str(files[0]), "dataset": ""})
+    captions = isinstance(source, CaptionSource)
+    records: Iterator[Any] = (
+        iter_records(first, Refused()) if captions else source_rows(first, Refused())
+    )
+    kept: list[Any] = []
+    rows, draw = 0, random.Random(0)
+    for rows, record in enumerate(records, start=1):
+        at = rows - 1 if rows <= SAMPLE else draw.randrange(rows)
+        if at < SAMPLE:
+            kept[at : at + 1] = [record]
+    sizes = [file.stat().st_size for file in files]
+    rows = min(round(rows * sum(sizes) / max(1, sizes[0])), source.limit or 1 << 62)
+    sample = []
+    for record in kept:
+        with suppress(RecordError, ConversationError):
+            if captions:
+                found = collect_captions(record, source.fields).values()
+                sample.append(([(text, True) for texts in found for text in texts], 1))
+                continue
+            row = to_record(record[2], "")
+            spoken = [("".join(texts_of([m])), m["role"] == "assistant") for m in row.messages]
+            answers = [turn for turn in spoken if turn[1]]
+            sample.append((answers[:1] if plain else spoken, len(row.images)))
+    return rows, sample

@@ -1,0 +1,399 @@
+"""`llm2clip-vlm plan`: what a run needs and costs, before anything is downloaded but configs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from llm2clip_vlm.files import find_shipped, read_text
+from llm2clip_vlm.pipeline import RECIPES
+from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
+from llm2clip_vlm.runs.inputs import missing_inputs, stage_and_output
+
+GPUS = {
+    "b200-180gb": (180, 2250),
+    "h200-141gb": (141, 989),
+    "h100-80gb": (80, 989),
+    "a100-80gb": (80, 312),
+    "a100-40gb": (40, 312),
+    "l40s-48gb": (48, 362),
+    "rtx6000ada-48gb": (48, 364),
+    "a6000-48gb": (48, 155),
+    "rtx5090-32gb": (32, 210),
+    "rtx4090-24gb": (24, 165),
+    "rtx3090-24gb": (24, 71),
+    "a10-24gb": (24, 125),
+    "l4-24gb": (24, 121),
+    "t4-16gb": (16, 65),
+}
+"""Memory in GB and dense bf16 TFLOP/s (T4: fp16), from NVIDIA's data sheets without sparsity."""
+
+CONTEXT_BYTES = 1.2e9
+"""CUDA context, cuBLAS and what the allocator cannot use (a guess: measured nowhere here)."""
+_USABLE = 0.95
+_MFU = 0.35
+_NF4 = 0.5 + 4 / 64  # bytes of a weight, with a scale for each 64
+_BUCKET, _LIVE = 5e8, 1e9  # DeepSpeed's bucket and live elements
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would go."""
+
+    gpu: str = "h100-80gb"
+    gpus: int = 1
+    zero: int = 0
+    offload: bool = False
+
+
+def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: str) -> Machine:
+    """A machine as the command line says it; ZeRO as the recipe's launch line has it.
+
+    Raises:
+        ValueError: An unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"no GPU `{gpu}`{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})")
+    named = re.search(r"accelerate/zero(\d)", read_text(source))
+    chosen = zero if zero is not None else int(named[1]) if named and gpus > 1 else 0
+    return Machine(gpu, gpus, chosen, offload)
+
+
+def look(work: Any, recipe: Any, zero: int) -> Any:
+    """Run a work's pass on fake weights: :class:`~.footprint.Footprint`."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from llm2clip_vlm.preflight.footprint import footprint
+
+    with FakeTensorMode():
+        work.fake()
+        half = recipe.trainer.get("bf16") and not zero
+        return footprint(
+            work.model,
+            work.run,
+            tower=work.tower,
+            vocabulary=work.vocabulary,
+            autocast=partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext,
+            passes=2 if work.passes > 1 else 1,
+            trains=work.trains,
+        )
+
+
+def memory(work: Any, seen: Any, machine: Machine, recipe: Any) -> Counter[str]:
+    """Bytes on each GPU by cause, at the peak of a step.
+
+    Args:
+        work: With fake weights.
+        seen: Its footprint.
+        machine: Processes and ZeRO.
+        recipe: Its precision and optimizer.
+    """
+    trainer, world, zero = recipe.trainer, machine.gpus, machine.zero
+    half = bool(trainer.get("bf16") or trainer.get("fp16"))
+    four = getattr(recipe, "load_in_4bit", False)
+    named = list(work.model.named_parameters())
+    trained = sum(p.numel() for _, p in named if p.requires_grad)
+    gradients = sum(p.nbytes for _, p in named if p.requires_grad)
+    optim = str(trainer.get("optim", "adamw_torch_fused"))
+    states = trained * (2 if re.search("8bit|bnb", optim) else 0.1 if "adafactor" in optim else 8)
+    found = Counter(dict(seen.held))
+    if work.trains and gradients > sum(found.values()):  # the peak is the optimizer's step
+        found = Counter(gradients=gradients)
+    found["gradients"] //= world if zero >= 2 else 1
+    weights = sum(
+        p.numel() * (_NF4 if four and _is_nf4(n, p) else p.element_size()) for n, p in named
+    )
+    found["weights"] = work.beside_bytes + int(weights / (world if zero == 3 else 1))
+    masters = 4 * trained if zero and half else 0
+    kept = 0 if machine.offload and zero else (states + masters) / (world if zero else 1)
+    found["optimizer"] = int(kept) if work.trains else 0
+    if zero:
+        live = min(sum(p.numel() for _, p in named), _LIVE) if zero == 3 else 0
+        found["communication"] = int((2 if half else 4) * (2 * min(trained, _BUCKET) + live))
+    elif world > 1:  # DDP's buckets
+        found["communication"] = gradients
+    return found
+
+
+def _is_nf4(name: str, parameter: Any) -> bool:
+    """The linear layers of a language model, but for its head and adapters."""
+    return (
+        parameter.ndim == 2 and ".layers." in name and "lora_" not in name and "vision" not in name
+    )
+
+
+@dataclass
+class Plan:
+    """What a run needs and costs."""
+
+    stage: str
+    machine: Machine
+    parts: str
+    held: Counter[str]
+    room: float
+    steps: int
+    samples: float
+    tokens: float
+    flops: float
+    """Of the whole run."""
+    told: str
+    """Where the data's lengths are from."""
+    disk: dict[str, float]
+    changes: list[str]
+    """Single changes with which it fits."""
+    missing: list[str]
+
+    @property
+    def total(self) -> float:
+        """Bytes on each GPU."""
+        return sum(self.held.values()) + CONTEXT_BYTES
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step goes into a GPU."""
+        return self.total <= self.room
+
+    def hours(self, mfu: float) -> float:
+        """Of the run, at a share of the GPUs' dense bf16 rate."""
+        return self.flops / (mfu * GPUS[self.machine.gpu][1] * 1e12 * self.machine.gpus) / 3600
+
+
+def make_plan(
+    recipe: Any,
+    source: str,
+    machine: Machine,
+    *,
+    samples: int | None = None,
+    tokens: int | None = None,
+) -> Plan:
+    """Plan a recipe's run.
+
+    Args:
+        recipe: Of a stage.
+        source: Its file.
+        machine: Where it would go.
+        samples: Instead of the data's.
+        tokens: Of a text (a conversation without its pictures), instead of the data's.
+
+    Raises:
+        ValueError: A config is not here; the message says which `hf download` gets it.
+    """
+    from llm2clip_vlm.models.trainable import trainable_table
+
+    missing = list(missing_inputs(recipe, source))
+    lengths = _lengths(recipe, source)
+    if samples is not None:
+        lengths.samples, lengths.told = samples, f"{samples:,} samples as given"
+    if tokens is not None:
+        lengths.texts, lengths.told = [tokens], f"{lengths.told}, {tokens} tokens a text as given"
+    measure = partial(_measure, source, lengths)
+    work, seen, held = measure(recipe, machine)
+    world, trainer = machine.gpus, recipe.trainer
+    per_epoch = max(1, lengths.samples // recipe.global_batch_size)
+    steps = trainer.get("max_steps", -1)
+    if not work.trains:
+        steps = -(-lengths.samples * lengths.captions // (work.samples * world))
+        pass_flops, passes = seen.forward_flops, 1.0
+    else:
+        steps = steps if steps > 0 else round(per_epoch * trainer.get("num_train_epochs", 3))
+        pass_flops = seen.flops + (seen.forward_flops if work.cached else 0)
+        passes = work.passes
+    steps = int(steps)
+    done = steps * passes * world
+    plan = Plan(
+        recipe.stage,
+        machine,
+        trainable_table(work.model),
+        held,
+        _USABLE * GPUS[machine.gpu][0] * 1e9,
+        steps,
+        done * work.samples,
+        done * work.tokens,
+        done * pass_flops,
+        lengths.told,
+        _disk(recipe, work, lengths),
+        [],
+        missing,
+    )
+    if not plan.fits:
+        fits = lambda held: sum(held.values()) + CONTEXT_BYTES <= plan.room  # noqa: E731
+        plan.changes = [
+            told
+            for told, other, where in _changes(recipe, machine)
+            if fits(measure(other, where)[2])
+        ]
+    return plan
+
+
+def _measure(
+    source: str, lengths: Any, recipe: Any, machine: Machine
+) -> tuple[Any, Any, Counter[str]]:
+    from llm2clip_vlm.preflight.works import build
+
+    work = build(recipe, source, lengths, machine.gpus, machine.zero)
+    seen = look(work, recipe, machine.zero)
+    return work, seen, memory(work, seen, machine, recipe)
+
+
+def _lengths(recipe: Any, source: str) -> Any:
+    from llm2clip_vlm.preflight.lengths import guessed, measured
+
+    if any(
+        problem.startswith(("data.", "train.", "sources."))
+        for problem in missing_inputs(recipe, source)
+    ):
+        return guessed(recipe)
+    count, a_turn = None, 2
+    with suppress(ValueError, OSError):
+        from llm2clip_vlm.models.loading import read_tokenizer
+        from llm2clip_vlm.preflight.works import text_model
+
+        tokenizer = read_tokenizer(text_model(recipe, source))
+        count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
+        if not getattr(recipe, "plain", False) and hasattr(recipe, "data"):
+            a_turn = 6
+    return measured(recipe, count, a_turn)
+
+
+def _changes(recipe: Any, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
+    """Single changes that save memory, the least first."""
+
+    def trainer(**values: Any) -> Any:
+        return recipe.model_copy(update={"trainer": recipe.trainer | values})
+
+    batch = recipe.trainer.get("per_device_train_batch_size", 8)
+    if not recipe.trainer.get("gradient_checkpointing"):
+        yield "trainer.gradient_checkpointing=true", trainer(gradient_checkpointing=True), machine
+    if not recipe.contrastive:
+        for part in (2, 4, 8, 16):
+            if batch >= part:
+                yield (
+                    f"trainer.per_device_train_batch_size={batch // part}",
+                    trainer(per_device_train_batch_size=batch // part),
+                    machine,
+                )
+    elif hasattr(recipe, "micro_batch_size"):
+        for size in (256, 64, 16):
+            changed = recipe.model_copy(update={"micro_batch_size": size})
+            yield f"micro_batch_size={size}", changed, machine
+    elif hasattr(recipe, "micro_batch_tokens"):
+        for size in (16384, 4096):
+            changed = recipe.model_copy(update={"micro_batch_tokens": size})
+            yield f"micro_batch_tokens={size}", changed, machine
+    if not recipe.contrastive and machine.gpus > 1:
+        for zero in range(machine.zero + 1, 4):
+            if zero > 1:
+                file = f"--config_file recipes/accelerate/zero{zero}.yaml"
+                yield f"accelerate launch {file}", recipe, replace(machine, zero=zero)
+    if hasattr(recipe, "load_in_4bit") and not recipe.load_in_4bit:
+        values: dict[str, Any] = {"load_in_4bit": True}
+        key = "language_model_lora" if hasattr(recipe, "language_model_lora") else "lora"
+        if getattr(recipe, key) is None:
+            from llm2clip_vlm.recipe.base import LoraSection
+
+            values[key] = LoraSection()
+        changed = recipe.model_copy(update=values)
+        changed.trainer = recipe.trainer | {"gradient_checkpointing": True}
+        changed.trainer["per_device_train_batch_size"] = min(batch, 4)
+        told = f"load_in_4bit=true {key}={{r: 16}} trainer.gradient_checkpointing=true"
+        told += f" trainer.per_device_train_batch_size={min(batch, 4)}"
+        yield told, changed, replace(machine, zero=0)
+
+
+def _disk(recipe: Any, work: Any, lengths: Any) -> dict[str, float]:
+    """Bytes that the run writes, and those of the hub's models that it loads."""
+    every = list(work.model.parameters())
+    model = float(sum(p.nbytes for p in every))
+    trained = sum(p.numel() for p in every if p.requires_grad)
+    if not work.trains:
+        rows = lengths.samples * lengths.captions * (1 + len(recipe.prompts))
+        return {
+            "embedding cache (all captions different)": rows
+            * (2 * work.model.config.hidden_size + 32)
+        }
+    found = {"model": model}
+    if recipe.stage == "stage3_projector":
+        found["composed/ (removed at the end)"] = model
+    if recipe.trainer.get("save_strategy", "steps") != "no":
+        adapted = any("lora_" in name for name, _ in work.model.named_parameters())
+        weights = 4 * trained if adapted else model
+        found["checkpoints"] = recipe.trainer.get("save_total_limit", 2) * (weights + 8.0 * trained)
+    return found
+
+
+def shown(plan: Plan, mfu: float, price: float | None) -> str:
+    """A plan as text of at most 100 columns."""
+    gpus = plan.machine.gpus
+    head = f"{plan.stage} on {gpus} x {plan.machine.gpu}"
+    head += f", ZeRO-{plan.machine.zero}" if plan.machine.zero else ""
+    lines = [head, "", plan.parts, "", "memory of each GPU, GB"]
+    rows = [*plan.held.most_common(), ("context and fragments", CONTEXT_BYTES)]
+    lines += [f"  {cause:<24}{size / 1e9:>9.2f}" for cause, size in rows if size]
+    verdict = "fits" if plan.fits else "does not fit"
+    lines.append(
+        f"  {'at the peak':<24}{plan.total / 1e9:>9.2f}  of {plan.room / 1e9:.1f} usable: {verdict}"
+    )
+    if not plan.fits:
+        lines += [f"  fits with: {change}" for change in plan.changes[:4]]
+        lines += [] if plan.changes else ["  no single change fits: take more or larger GPUs"]
+    hours = plan.hours(mfu)
+    lines += ["", "work"]
+    lines.append(f"  data: {plan.told}")
+    lines.append(
+        f"  {plan.steps:,} steps, {plan.samples:,.0f} samples, {plan.tokens / 1e9:,.3f} G tokens, "
+        f"{plan.flops:.3g} FLOPs"
+    )
+    cost = "" if price is None else f", {hours * gpus * price:,.0f} at {price:g} a GPU hour"
+    lines.append(f"  {hours:,.2f} h at an MFU of {mfu:.0%} ({hours * gpus:,.1f} GPU hours{cost})")
+    lines += ["", "disk, GB"]
+    lines += [f"  {name:<40}{size / 1e9:>10.1f}" for name, size in plan.disk.items()]
+    lines += ["", "missing before it can start" if plan.missing else "nothing is missing"]
+    lines += [f"  {problem}" for problem in plan.missing]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str]) -> int:
+    """Run `llm2clip-vlm plan` (or `train --dry-run`).
+
+    Returns:
+        2 where something is missing or does not fit.
+    """
+    parser = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
+    parser.add_argument("--gpus", type=int, default=1, help="how many (default: 1)")
+    parser.add_argument("--gpu", default="h100-80gb", help=f"kind: {', '.join(GPUS)}")
+    parser.add_argument(
+        "--zero", type=int, choices=range(4), help="default: as the recipe's launch line"
+    )
+    parser.add_argument("--offload", action="store_true", help="ZeRO's optimizer states on the CPU")
+    parser.add_argument(
+        "--mfu", type=float, default=_MFU, help="share of the GPU's bf16 rate (default: 0.35)"
+    )
+    parser.add_argument("--price", type=float, help="of a GPU hour")
+    parser.add_argument("--samples", type=int, help="instead of counting the data")
+    parser.add_argument("--tokens", type=int, help="of a text, instead of measuring the data")
+    parser.add_argument("--json", action="store_true", help="print numbers for programs")
+    given = parser.parse_intermixed_args(words)
+    source = find_shipped(given.recipe)
+    stage = stage_and_output(Path(source))[0]
+    if stage not in RECIPES:
+        raise ValueError(f"{source}: stage: expected one of {', '.join(RECIPES)}, got {stage}")
+    recipe = load_recipe(source, RECIPES[stage], given.overrides)
+    machine = find_machine(given.gpu, given.gpus, given.zero, given.offload, source)
+    plan = make_plan(recipe, source, machine, samples=given.samples, tokens=given.tokens)
+    if given.json:
+        found = {**vars(plan), "machine": vars(machine), "total": plan.total, "fits": plan.fits}
+        print(json.dumps(found | {"hours": plan.hours(given.mfu), "mfu": given.mfu}, indent=1))
+    else:
+        print(shown(plan, given.mfu, given.price))
+    return 2 if plan.missing or not plan.fits else 0
