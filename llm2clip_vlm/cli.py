@@ -189,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    from llm2clip_vlm.pipeline import RECIPES
+    from llm2clip_vlm.recipe.stages import RECIPES
     from llm2clip_vlm.runs.inputs import require_inputs
 
     stage = _known_stage(arguments.stage)
@@ -203,7 +203,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
-    from llm2clip_vlm.pipeline import RECIPES
+    from llm2clip_vlm.recipe.stages import RECIPES
 
     stage = _known_stage(arguments.stage)
     text = find_program(stage).read_text(encoding="utf-8")

@@ -29,27 +29,13 @@ from tqdm import tqdm
 
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.programs import find_program
-from llm2clip_vlm.recipe.base import RunRecipe
-from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
-from llm2clip_vlm.recipe.text import MntpRecipe, Stage1Recipe, Stage2aRecipe
-from llm2clip_vlm.recipe.vlm import Stage3Recipe, Stage4Recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import supervise
 from llm2clip_vlm.runs.hashes import FileState, changed_files, file_states, fingerprint_file
 from llm2clip_vlm.runs.manifest import is_complete
 from llm2clip_vlm.runs.ownership import Hold, OwnershipError
-
-RECIPES: dict[str, type[RunRecipe]] = {
-    "clip_baseline": ClipBaselineRecipe,
-    "stage0_mntp": MntpRecipe,
-    "stage1_text_encoder": Stage1Recipe,
-    "stage2a_cache_text": Stage2aRecipe,
-    "stage2b_vision_encoder": Stage2bRecipe,
-    "stage3_projector": Stage3Recipe,
-    "stage4_instruction": Stage4Recipe,
-}
-"""Programs that read a stage recipe and leave a manifest."""
 
 COSTS_NAME = "costs.json"
 """What each job took, in the run that ended it: `seconds`, `cpu_seconds` of all its processes,

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 
 from llm2clip_vlm import __all__ as public
 from llm2clip_vlm.cli import STAGES, main
-from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import recipe_help
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
 
 

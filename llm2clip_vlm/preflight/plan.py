@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.files import find_shipped, read_text
-from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.inputs import missing_inputs, stage_and_output
 
 GPUS = {

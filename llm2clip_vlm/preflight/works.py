@@ -44,10 +44,10 @@ from llm2clip_vlm.models.trainable import (
 from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
 from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
 from llm2clip_vlm.models.vlm.vlm_loss import install_supervised_loss
-from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.preflight.lengths import Lengths
 from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.recipe.vlm import Stage3Recipe, VlmRecipe
 from llm2clip_vlm.runs.inputs import missing_model, writer_of

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm2clip_vlm.cli import STAGES
-from llm2clip_vlm.pipeline import RECIPES
+from llm2clip_vlm.recipe.stages import RECIPES
 
 
 @pytest.fixture(scope="module")

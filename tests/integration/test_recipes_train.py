@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
 from tests.conftest import REPO_ROOT

@@ -12,10 +12,11 @@ import pytest
 
 import llm2clip_vlm
 from llm2clip_vlm import cli, files, programs
-from llm2clip_vlm.pipeline import RECIPES, Pipeline, PipelineError
+from llm2clip_vlm.pipeline import Pipeline, PipelineError
 from llm2clip_vlm.preflight import doctor
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
 from llm2clip_vlm.training.stage_run import NEXT
 

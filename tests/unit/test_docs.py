@@ -12,12 +12,12 @@ import pytest
 
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.interop import command, push
-from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.training.arguments import check_trainer_keys
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import yaml
 
-from llm2clip_vlm.pipeline import RECIPES
 from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import inputs
 from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, require_inputs, writer_of
 

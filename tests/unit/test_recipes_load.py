@@ -12,13 +12,14 @@ import yaml
 from pydantic import BaseModel
 from world.recipe import LanguageModelRecipe
 
-from llm2clip_vlm.pipeline import COMMAND, RECIPES, expand
+from llm2clip_vlm.pipeline import COMMAND, expand
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe, Section
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved
 from llm2clip_vlm.recipe.report import AbRecipe, ReportRecipe
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
 from llm2clip_vlm.training.arguments import check_trainer_keys, shares_of_a_step
 
