@@ -1,4 +1,4 @@
-"""How many samples a recipe has and how long their texts are, measured on the first of each source."""
+"""How many samples a recipe has and how long their texts are, measured on some of each source."""
 
 from __future__ import annotations
 
@@ -66,7 +66,9 @@ def guessed(recipe: RunRecipe) -> Lengths:
     return Lengths(GUESSED_SAMPLES, [12] * 50 + [120] * 50, captions=2, told=told)
 
 
-def measured(recipe: RunRecipe, count_tokens: Callable[[str], int] | None, a_turn: int) -> Lengths:
+def measured(
+    recipe: RunRecipe, count_tokens: Callable[[str], int] | None, a_turn: float
+) -> Lengths:
     """Read a recipe's training data: all records of a source's first file, the others by size.
 
     Args:
@@ -82,7 +84,7 @@ def measured(recipe: RunRecipe, count_tokens: Callable[[str], int] | None, a_tur
         rows, sample = _read(source, getattr(recipe, "plain", False))
         found.samples += round(rows * (source.weight if conversations else 1))
         for texts, pictures in sample:
-            lengths = [count(text) + a_turn for text, _ in texts]
+            lengths = [count(text) + round(a_turn) for text, _ in texts]
             trained += sum(n for n, (_, own) in zip(lengths, texts, strict=True) if own)
             seen, images, captions = seen + 1, images + pictures, captions + len(texts)
             found.texts += [sum(lengths)] if conversations else lengths

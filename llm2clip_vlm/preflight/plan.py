@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -39,7 +39,6 @@ GPUS = {
 CONTEXT_BYTES = 1.2e9
 """CUDA context, cuBLAS and what the allocator cannot use (a guess: measured nowhere here)."""
 _USABLE = 0.95
-_MFU = 0.35
 _NF4 = 0.5 + 4 / 64  # bytes of a weight, with a scale for each 64
 _BUCKET, _LIVE = 5e8, 1e9  # DeepSpeed's bucket and live elements
 
@@ -190,7 +189,7 @@ def make_plan(
     from llm2clip_vlm.models.trainable import trainable_table
 
     missing = list(missing_inputs(recipe, source))
-    lengths = _lengths(recipe, source)
+    lengths = _lengths(recipe, source, missing)
     if samples is not None:
         lengths.samples, lengths.told = samples, f"{samples:,} samples as given"
     if tokens is not None:
@@ -244,69 +243,68 @@ def _measure(
     return work, seen, memory(work, seen, machine, recipe)
 
 
-def _lengths(recipe: Any, source: str) -> Any:
+def _lengths(recipe: Any, source: str, missing: Sequence[str]) -> Any:
     from llm2clip_vlm.preflight.lengths import guessed, measured
 
-    if any(
-        problem.startswith(("data.", "train.", "sources."))
-        for problem in missing_inputs(recipe, source)
-    ):
+    if any(problem.startswith(("data.", "train.", "sources.")) for problem in missing):
         return guessed(recipe)
-    count, a_turn = None, 2
-    with suppress(ValueError, OSError):
-        from llm2clip_vlm.models.loading import read_tokenizer
-        from llm2clip_vlm.preflight.works import text_model
-
-        tokenizer = read_tokenizer(text_model(recipe, source))
-        count = lambda text: len(tokenizer(text, add_special_tokens=False).input_ids)  # noqa: E731
-        if not getattr(recipe, "plain", False) and hasattr(recipe, "data"):
-            a_turn = 6
+    count, a_turn = None, 2.0
+    with suppress(ValueError, OSError):  # a guess needs no tokenizer
+        count, a_turn = _ruler(recipe, source)
     return measured(recipe, count, a_turn)
+
+
+def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
+    """Counts a text's tokens; and those that a turn, or a caption, has beside its text."""
+    from llm2clip_vlm.chat.template import find_chat_template
+    from llm2clip_vlm.models.loading import read_tokenizer
+    from llm2clip_vlm.preflight.works import text_model
+
+    tokenizer = read_tokenizer(text_model(recipe, source))
+
+    def count(text: str, special: bool = False) -> int:
+        return len(tokenizer(text, add_special_tokens=special).input_ids)
+
+    if not hasattr(recipe, "data") or getattr(recipe, "plain", False):
+        return count, count("a", special=True) - count("a") + hasattr(recipe, "data")
+    vlm = getattr(recipe, "vlm", None)
+    template = find_chat_template(vlm and vlm.chat_template, tokenizer)
+    turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
+    text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
+    return count, count(text) / 2 - count("a")
 
 
 def _changes(recipe: Any, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
     """Single changes that save memory, the least first."""
-
-    def trainer(**values: Any) -> Any:
-        return recipe.model_copy(update={"trainer": recipe.trainer | values})
+    from llm2clip_vlm.recipe.base import LoraSection
 
     batch = recipe.trainer.get("per_device_train_batch_size", 8)
-    if not recipe.trainer.get("gradient_checkpointing"):
-        yield "trainer.gradient_checkpointing=true", trainer(gradient_checkpointing=True), machine
-    if not recipe.contrastive:
-        for part in (2, 4, 8, 16):
-            if batch >= part:
-                yield (
-                    f"trainer.per_device_train_batch_size={batch // part}",
-                    trainer(per_device_train_batch_size=batch // part),
-                    machine,
-                )
-    elif hasattr(recipe, "micro_batch_size"):
-        for size in (256, 64, 16):
-            changed = recipe.model_copy(update={"micro_batch_size": size})
-            yield f"micro_batch_size={size}", changed, machine
-    elif hasattr(recipe, "micro_batch_tokens"):
-        for size in (16384, 4096):
-            changed = recipe.model_copy(update={"micro_batch_tokens": size})
-            yield f"micro_batch_tokens={size}", changed, machine
-    if not recipe.contrastive and machine.gpus > 1:
-        for zero in range(machine.zero + 1, 4):
-            if zero > 1:
-                file = f"--config_file recipes/accelerate/zero{zero}.yaml"
-                yield f"accelerate launch {file}", recipe, replace(machine, zero=zero)
-    if hasattr(recipe, "load_in_4bit") and not recipe.load_in_4bit:
-        values: dict[str, Any] = {"load_in_4bit": True}
-        key = "language_model_lora" if hasattr(recipe, "language_model_lora") else "lora"
-        if getattr(recipe, key) is None:
-            from llm2clip_vlm.recipe.base import LoraSection
-
-            values[key] = LoraSection()
-        changed = recipe.model_copy(update=values)
-        changed.trainer = recipe.trainer | {"gradient_checkpointing": True}
-        changed.trainer["per_device_train_batch_size"] = min(batch, 4)
-        told = f"load_in_4bit=true {key}={{r: 16}} trainer.gradient_checkpointing=true"
-        told += f" trainer.per_device_train_batch_size={min(batch, 4)}"
-        yield told, changed, replace(machine, zero=0)
+    halves = {"trainer.per_device_train_batch_size": [batch >> n for n in (1, 2, 3, 4)]}
+    if recipe.contrastive:
+        halves = {"micro_batch_size": [256, 64, 16], "micro_batch_tokens": [16384, 4096]}
+    tried: dict[str, Any] = {"trainer.gradient_checkpointing": [True], **halves}
+    if getattr(recipe, "load_in_4bit", True) is False:
+        tried["load_in_4bit"] = [True]
+    for key, values in tried.items():
+        for value in values:
+            changed = recipe.model_copy(deep=True)
+            if key.startswith("trainer."):
+                changed.trainer[key.partition(".")[2]] = value
+            elif hasattr(recipe, key):
+                setattr(changed, key, value)
+            told = f"{key}={str(value).lower()}"
+            if key == "load_in_4bit":
+                lora = "lora" if recipe.contrastive else "language_model_lora"
+                setattr(changed, lora, getattr(recipe, lora) or LoraSection())
+                changed.trainer |= {"gradient_checkpointing": True}
+                changed.trainer["per_device_train_batch_size"] = min(batch, 4)
+                told += f" {lora}={{r: 16}}, trainer.gradient_checkpointing=true, batch of 4"
+            if value and changed != recipe:
+                yield told, changed, machine
+    for zero in range(max(2, machine.zero + 1), 4 if machine.gpus > 1 else 0):
+        if not recipe.contrastive:
+            told = f"accelerate launch --config_file recipes/accelerate/zero{zero}.yaml"
+            yield told, recipe, replace(machine, zero=zero)
 
 
 def _disk(recipe: Any, work: Any, lengths: Any) -> dict[str, float]:
@@ -361,29 +359,31 @@ def shown(plan: Plan, mfu: float, price: float | None) -> str:
     return "\n".join(lines)
 
 
+def parser() -> argparse.ArgumentParser:
+    """Options of `llm2clip-vlm plan`."""
+    made = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
+    add = made.add_argument
+    add("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML")
+    add("--gpu", default="h100-80gb", help=f"{', '.join(GPUS)} (default: h100-80gb)")
+    add("--gpus", type=int, default=1, help="how many (default: 1)")
+    add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
+    add("--offload", action="store_true", help="ZeRO keeps optimizer states on the CPU")
+    add("--mfu", type=float, default=0.35, help="share of the GPUs' bf16 rate (default: 0.35)")
+    add("--price", type=float, help="of a GPU hour")
+    add("--samples", type=int, help="instead of the data's, such as where they are not here yet")
+    add("--tokens", type=int, help="of a text, instead of the data's")
+    add("--json", action="store_true", help="numbers for a program")
+    return made
+
+
 def main(words: Sequence[str]) -> int:
     """Run `llm2clip-vlm plan` (or `train --dry-run`).
 
     Returns:
         2 where something is missing or does not fit.
     """
-    parser = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
-    parser.add_argument("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
-    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*")
-    parser.add_argument("--gpus", type=int, default=1, help="how many (default: 1)")
-    parser.add_argument("--gpu", default="h100-80gb", help=f"kind: {', '.join(GPUS)}")
-    parser.add_argument(
-        "--zero", type=int, choices=range(4), help="default: as the recipe's launch line"
-    )
-    parser.add_argument("--offload", action="store_true", help="ZeRO's optimizer states on the CPU")
-    parser.add_argument(
-        "--mfu", type=float, default=_MFU, help="share of the GPU's bf16 rate (default: 0.35)"
-    )
-    parser.add_argument("--price", type=float, help="of a GPU hour")
-    parser.add_argument("--samples", type=int, help="instead of counting the data")
-    parser.add_argument("--tokens", type=int, help="of a text, instead of measuring the data")
-    parser.add_argument("--json", action="store_true", help="print numbers for programs")
-    given = parser.parse_intermixed_args(words)
+    given = parser().parse_intermixed_args(words)
     source = find_shipped(given.recipe)
     stage = stage_and_output(Path(source))[0]
     if stage not in RECIPES:

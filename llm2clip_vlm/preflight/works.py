@@ -32,6 +32,7 @@ from transformers import (
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from llm2clip_vlm.data.cache.shards import read_header
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.trainable import (
@@ -43,12 +44,11 @@ from llm2clip_vlm.models.trainable import (
 )
 from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
 from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
-from llm2clip_vlm.models.vlm.vlm_loss import install_supervised_loss
+from llm2clip_vlm.models.vlm.vlm_loss import SMALL_VOCABULARY, install_supervised_loss
 from llm2clip_vlm.preflight.lengths import Lengths
 from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
-from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.recipe.vlm import Stage3Recipe, VlmRecipe
 from llm2clip_vlm.runs.inputs import missing_model, writer_of
 from llm2clip_vlm.training.encoder.caption_cache import encoder_path
@@ -117,17 +117,19 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
     AttentionMaskInterface.register(_PLAIN, lambda *_, **__: None)
     with torch.device("meta"):
         if isinstance(recipe, VlmRecipe):
-            work = _vlm(recipe, source, lengths, batch)
+            work = _vlm(recipe, source, lengths, batch, share)
         elif isinstance(recipe, Stage2bRecipe | ClipBaselineRecipe):
-            work = _encoder(recipe, source, lengths, batch)
+            work = _encoder(recipe, source, lengths, batch, share)
         else:
-            work = _text(recipe, source, lengths, batch)
-        work.passes *= max(1.0, recipe.global_batch_size / world / batch)
-        set_precision(work.model, args)
+            work = _text(recipe, source, lengths, batch, share)
+        if work.trains:
+            set_precision(work.model, args)
         if zero and (args.bf16 or args.fp16):
             work.model.to(torch.bfloat16)
         work.model.train(work.trains)
-        if trainer.get("gradient_checkpointing") and work.trains:
+        if work.trains and (
+            trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing")
+        ):
             saving = {"use_reentrant": False, "preserve_rng_state": False}
             work.model.gradient_checkpointing_enable(saving)
             if getattr(recipe, "lora", None):
@@ -137,7 +139,7 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
 
 
 def origin(path: str, source: str | Path) -> str:
-    """The checkpoint whose config describes a path: itself, or what the run that writes it starts from.
+    """The checkpoint whose config describes a path, which may be a run's that is yet to come.
 
     Raises:
         ValueError: Its config.json is nowhere here.
@@ -152,7 +154,7 @@ def origin(path: str, source: str | Path) -> str:
         return path
     recipe: Any = load_recipe(writer[1], RECIPES[writer[0]])
     text = getattr(recipe, "text_encoder", None)
-    found = [encoder_path(text)] if text else []
+    found: list[Any] = [encoder_path(text)] if text else []
     found += [getattr(recipe, key, None) for key in ("vision_tower", "clip", "language_model")]
     return origin(next(value for value in found if isinstance(value, str)), writer[1])
 
@@ -195,199 +197,204 @@ def _tower_config(path: str, source: str | Path, side: int | None) -> Any:
     return config
 
 
-def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int) -> Work:
+def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
+    """A LLaVA on the meta device, and the crops of a picture (of AnyRes LLaVA-NeXT's most)."""
     vlm, near = vlm_section(recipe, source)
-    crops = 1.0
+    config: Any
     if vlm is None:
         config = read_config(near)
-        dtype = config.dtype or torch.float32
-        if config.model_type == "llava_next":
-            crops, grids = 5.0, {}
+        dtype, anyres = config.dtype, config.model_type == "llava_next"
+        shared = (
+            "vision_config text_config vision_feature_layer vision_feature_select_strategy".split()
+        )
+        config = LlavaConfig(**{name: getattr(config, name) for name in shared})
     else:
         text = read_config(origin(vlm.language_model, near))
-        tower = _tower_config(vlm.vision_tower, near, vlm.image_size_px)
         dtype = text.dtype if vlm.dtype == "auto" else getattr(torch, vlm.dtype)
-        crops = 5.0 if vlm.image_aspect_ratio == "anyres" else 1.0  # LLaVA-NeXT's most
-        config = LlavaConfig(vision_config=tower, text_config=text)
-        config.vision_feature_layer = vlm.vision_feature_layer
-        config.vision_feature_select_strategy = vlm.vision_feature_select_strategy
+        anyres = vlm.image_aspect_ratio == "anyres"
+        config = LlavaConfig(
+            vision_config=_tower_config(vlm.vision_tower, near, vlm.image_size_px),
+            text_config=text,
+            vision_feature_layer=vlm.vision_feature_layer,
+            vision_feature_select_strategy=vlm.vision_feature_select_strategy,
+        )
     config.text_config._attn_implementation = _PLAIN
     dtype = torch.float32 if dtype in (torch.float16, None) else dtype
-    model: Any = LlavaForConditionalGeneration(config).to(dtype)
+    model: Any = LlavaForConditionalGeneration(config)
+    return model.to(dtype), 5.0 if anyres else 1.0
+
+
+def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
+    model, crops = _vlm_model(recipe, source)
     prepare_trainable(model, recipe)
     install_text_only_guard(model)
     install_supervised_loss(model)
-    llava, side = model.model, config.vision_config.image_size
-    with torch.no_grad():
-        seen = llava.vision_tower(torch.zeros(1, 3, side, side, dtype=dtype))
-    total = seen.last_hidden_state.shape[1]
-    has_cls = total != (side // config.vision_config.patch_size) ** 2
-    if not has_cls:
+    llava, config = model.model, model.config
+    side, patch = config.vision_config.image_size, config.vision_config.patch_size
+    blank = torch.zeros(1, 3, side, side, dtype=model.dtype)
+    places = llava.vision_tower(blank).last_hidden_state.shape[1]
+    if places == (side // patch) ** 2:  # no CLS token that `default` could drop
         config.vision_feature_select_strategy = "full"
-    visual = total - (has_cls and config.vision_feature_select_strategy == "default")
-    pictures = lengths.images * crops
-    mean = min(recipe.max_length_tokens, lengths.mean + pictures * visual)
-    padded = mean
-    if not recipe.packing and lengths.texts:
-        longest = lengths.quantile(batch / (batch + 1)) + pictures * visual
-        padded = min(recipe.max_length_tokens, longest)
-    rows = recipe.max_length_tokens * batch / mean if recipe.packing else batch
-    rows = min(rows, recipe.global_batch_size)
-    trained = round(rows * (mean - pictures * visual) * lengths.trained)
-    words, width = config.get_text_config().vocab_size, config.get_text_config().hidden_size
-    images = max(1, round(rows * pictures))
-    if recipe.packing and recipe.packing_max_images:
-        images = min(images, recipe.packing_max_images)
+    visual = places - (config.vision_feature_select_strategy == "default")
+    seen = lengths.images * crops * visual
+    mean = min(recipe.max_length_tokens, lengths.mean + seen)
+    rows, width = float(min(batch, share)), mean
+    if recipe.packing:  # as full as its samples allow, all of the mean length
+        rows = min(recipe.max_length_tokens * batch / mean, share)
+    else:
+        longest = lengths.quantile(batch / (batch + 1)) + seen
+        width = min(recipe.max_length_tokens, longest)
+    count, trained = max(1, round(rows)), max(1, round(rows * lengths.mean * lengths.trained))
+    images = max(1, round(rows * lengths.images * crops))
+    images = min(images, recipe.packing_max_images or images)
+    text = config.get_text_config()
 
     def run() -> Tensor:
-        ids = torch.zeros(max(1, round(rows)), max(1, round(padded)), dtype=torch.long)
+        ids = torch.zeros(count, round(width), dtype=torch.long)
+        mask = torch.zeros(*ids.shape, text.hidden_size, dtype=torch.bool)
+        llava.get_placeholder_mask = lambda *_, **__: mask  # by ids, which are fake
         pixels = torch.zeros(images, 3, side, side)
-        mask = torch.zeros(*ids.shape, width, dtype=torch.bool)
-        llava.get_placeholder_mask = lambda *_, **__: mask
-        hidden = model.model(
-            input_ids=ids, pixel_values=pixels, use_cache=False, position_ids=None
-        ).last_hidden_state
-        if words <= 1024:  # as `install_supervised_loss`
+        hidden = llava(input_ids=ids, pixel_values=pixels, use_cache=False).last_hidden_state
+        if text.vocab_size <= SMALL_VOCABULARY:
             return model.lm_head(hidden).float().logsumexp(-1).sum()
-        flat = hidden.reshape(-1, width)[: max(1, trained)]
-        targets = torch.zeros(len(flat), dtype=torch.long)
-        loss: Tensor = model.lm_head(flat, targets)
+        targets = torch.zeros(min(trained, count * round(width)), dtype=torch.long)
+        loss: Tensor = model.lm_head(hidden.flatten(0, 1)[: len(targets)], targets)
         return loss
 
-    work = Work(model, run, rows, rows * mean, llava.vision_tower, words)
-    work.passes = batch / rows
-    return work
+    tower = llava.vision_tower
+    return Work(model, run, rows, rows * mean, tower, text.vocab_size, passes=share / rows)
 
 
-def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int) -> Work:
-    frozen = getattr(recipe, "tower_training", "full") == "frozen"
+def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
+    own = isinstance(recipe, Stage2bRecipe)
     size = min(batch, getattr(recipe, "micro_batch_size", None) or batch)
-    if isinstance(recipe, Stage2bRecipe):
-        tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
-        loop = recipe.text_in_loop
-        text = (loop and loop.text_encoder) or recipe.write_through or recipe.embedding_cache
-        llm = read_config(origin(encoder_path(text), source))  # type: ignore[arg-type]
-        dim = llm.hidden_size
-        bias = recipe.logit_bias_init if recipe.loss == "sigmoid" else None
-        config = LLM2CLIPConfig(
-            vision_config=tower,
-            text_embed_dim=dim,
-            projection_dim=recipe.projection_dim,
-            adaptor_num_blocks=recipe.text_adaptor.num_blocks,
-            adaptor_expansion=recipe.text_adaptor.expansion,
-            logit_bias_init_value=bias,
-        )
-        model: Any = LLM2CLIPModel(config)
-        if recipe.tower_lora:
-            add_lora(model.vision_tower, recipe.tower_lora, "tower_lora")
-        part, eyes = "vision_tower", model.vision_tower
-        trained = ["visual_projection", "text_adaptor", "logit_scale"]
-        trained += ["logit_bias"] if bias is not None else []
-        apply_trainable(model, trained if frozen else [*trained, part])
-        texts = size * recipe.captions_per_image * (1 + len(recipe.caption_prompts))
-    else:
-        if recipe.vision_tower is not None:
-            tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
-            config = VisionTextDualEncoderConfig(
-                vision_config=tower.to_dict(),
-                text_config=CLIPTextConfig(**(recipe.text_model or {})).to_dict(),
-                projection_dim=recipe.projection_dim,
-            )
-            model = VisionTextDualEncoderModel(config)
-        else:
-            given = recipe.clip
-            config = read_config(origin(given, source)) if isinstance(given, str) else None
-            config = config or CLIPConfig(**given)
-            model = (VisionTextDualEncoderModel if "dual" in config.model_type else CLIPModel)(
-                config
-            )
-        part, eyes = "vision_model", model.vision_model
-        lrs = {name for name, lr in recipe.learning_rates.items() if lr}
-        heads = {"visual_projection", "text_projection", "logit_scale"}
-        apply_trainable(model, lrs - {"projections"} | (heads if "projections" in lrs else set()))
-        frozen, texts, dim = part not in lrs, size, 0
-    train_last_blocks(model, part, recipe.tower_last_blocks)
-    side, width = tower_side(eyes), eyes.config.hidden_size
-    window = (
-        0
-        if dim
-        else min(
-            lengths.quantile(size / (size + 1)), model.config.text_config.max_position_embeddings
-        )
-    )
-    kept = frozen and recipe.feature_cache is not False and recipe.augmentation.crop_scale_min == 1
-    if kept:  # its features are there before the first step
+    model: Any = (_llm2clip if own else _clip)(recipe, source)
+    eyes = model.vision_tower if own else model.vision_model
+    train_last_blocks(model, "vision_tower" if own else "vision_model", recipe.tower_last_blocks)
+    side, width = eyes.config.image_size, eyes.config.hidden_size
+    trains = any(p.requires_grad for p in eyes.parameters())
+    kept = not trains and recipe.feature_cache is not False
+    if kept := kept and recipe.augmentation.crop_scale_min == 1:  # before the first step
         eyes.forward = lambda *_, **__: SimpleNamespace(pooler_output=torch.zeros(size, width))
+    texts = size * getattr(recipe, "captions_per_image", 1)
+    texts *= 1 + len(getattr(recipe, "caption_prompts", ()))
+    window = 1
+    if not own:
+        window = model.config.text_config.max_position_embeddings
+        window = min(window, lengths.quantile(size / (size + 1)))
 
     def run() -> Tensor:
-        pixels = torch.zeros(size, 3, side, side)
         captions = {"input_ids": torch.zeros(texts, window, dtype=torch.long)}
-        if dim:
-            captions = {"text_features": torch.zeros(texts, dim)}
-        out = model(pixel_values=pixels, **captions)
-        return out.image_embeds.float().sum() + out.text_embeds.float().sum()
+        if own:
+            captions = {"text_features": torch.zeros(texts, model.config.text_embed_dim)}
+        out = model(pixel_values=torch.zeros(size, 3, side, side), **captions)
+        loss: Tensor = out.image_embeds.float().sum() + out.text_embeds.float().sum()
+        return loss
 
-    work = Work(model, run, size, texts * lengths.mean, None if kept else eyes, passes=batch / size)
-    work.cached = size < batch
-    keeps = getattr(recipe, "self_distillation", None)
-    weights = sum(p.numel() for p in eyes.parameters())
-    work.beside_bytes = (
-        4 * weights * ((keeps is not None) + bool(getattr(recipe, "weight_average", 0)))
+    keys = ("self_distillation", "weight_average")  # a teacher, averages
+    copies = sum(getattr(recipe, key, None) is not None for key in keys)
+    return Work(
+        model,
+        run,
+        size,
+        texts * lengths.mean,
+        None if kept else eyes,
+        passes=share / size,
+        cached=size < batch,
+        beside_bytes=4 * copies * sum(p.numel() for p in eyes.parameters()),
     )
-    return work
 
 
-def tower_side(tower: Any) -> int:
-    """Pixels along a side of a tower's images."""
-    return int(tower.config.image_size)
+def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
+    loop = recipe.text_in_loop
+    text: Any = loop.text_encoder if loop else recipe.write_through or recipe.embedding_cache
+    bias = recipe.logit_bias_init if recipe.loss == "sigmoid" else None
+    config = LLM2CLIPConfig(
+        vision_config=_tower_config(recipe.vision_tower, source, recipe.image_size_px),
+        text_embed_dim=_width(text, source),
+        projection_dim=recipe.projection_dim,
+        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
+        adaptor_expansion=recipe.text_adaptor.expansion,
+        logit_bias_init_value=bias,
+    )
+    model = LLM2CLIPModel(config)
+    if recipe.tower_lora:
+        add_lora(model.vision_tower, recipe.tower_lora, "tower_lora")
+    parts = ["visual_projection", "text_adaptor", "logit_scale"]
+    parts += ["logit_bias"] * (bias is not None)
+    parts += ["vision_tower"] * (recipe.tower_training != "frozen")
+    apply_trainable(model, parts)
+    return model
 
 
-def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int) -> Work:
+def _width(text: Any, source: str | Path) -> int:
+    """Of a cache's or an encoder's embeddings."""
+    header = read_header(Path(encoder_path(text)))
+    return (
+        header.dim if header else int(read_config(origin(encoder_path(text), source)).hidden_size)
+    )
+
+
+def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
+    if recipe.vision_tower is not None:
+        tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
+        text = CLIPTextConfig(**(recipe.text_model or {}))
+        config: Any = VisionTextDualEncoderConfig(
+            vision_config=tower.to_dict(),
+            text_config=text.to_dict(),
+            projection_dim=recipe.projection_dim,
+        )
+    elif isinstance(recipe.clip, str):
+        config = read_config(origin(recipe.clip, source))
+    else:
+        config = CLIPConfig(**(recipe.clip or {}))
+    dual = config.model_type == "vision-text-dual-encoder"
+    model = (VisionTextDualEncoderModel if dual else CLIPModel)(config)
+    parts = {str(name) for name, lr in recipe.learning_rates.items() if lr}
+    if "projections" in parts:
+        parts |= {"visual_projection", "text_projection", "logit_scale"}
+    apply_trainable(model, parts - {"projections"})
+    return model
+
+
+def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
     section = getattr(recipe, "text_encoder", None)
-    path = encoder_path(section) if section else recipe.language_model
-    config: Any = read_config(origin(path, source))
-    chosen = getattr(section, "dtype", None) or getattr(recipe, "dtype", "auto")
+    words = section is None  # stage 0 guesses them
+    config: Any = read_config(origin(text_model(recipe, source), source))
+    chosen = getattr(recipe if words else section, "dtype", "auto")
     dtype = config.dtype if chosen == "auto" else getattr(torch, chosen)
-    bidirectional = getattr(section, "bidirectional", True)
-    config.is_causal = not bidirectional
-    heads = section is None  # stage 0 guesses words
-    model: Any = (AutoModelForCausalLM if heads else AutoModel).from_config(config).to(dtype)
-    longest = recipe.max_length_tokens if heads else getattr(section, "max_length_tokens", 512)
-    trains = heads or isinstance(recipe, Stage1Recipe)
-    vocabulary = config.vocab_size if heads else -1
+    config.is_causal = not getattr(section, "bidirectional", True)
+    model: Any = (AutoModelForCausalLM if words else AutoModel).from_config(config)
+    model.to(dtype or torch.float32)
     if lora := getattr(recipe, "lora", None):
         model = add_adapter(model, lora)
-    # captions are sorted by length and padded in groups; rows of stage 0 are full
-    if heads:
+    longest = getattr(recipe if words else section, "max_length_tokens", 512)
+    trains = hasattr(recipe, "lora")
+    budget = getattr(recipe, "micro_batch_tokens" if trains else "batch_tokens", None)
+    if words:
         shapes = [(batch, longest)]
-    elif trains and recipe.micro_batch_tokens is None:
-        number = max(1, min(LENGTH_GROUPS, 2 * batch // 16))
-        ends = [1 - 1 / (2 * batch + 1), *(1 - n / number for n in range(1, number))]
-        shapes = [(-(-2 * batch // number), min(longest, lengths.quantile(end))) for end in ends]
-    else:
-        budget = recipe.micro_batch_tokens if trains else recipe.batch_tokens
+    elif budget is not None:
         width = max(1, min(longest, math.ceil(lengths.mean)))
         shapes = [(max(1, budget // width), width)]
-    padded = not heads
+    else:  # sorted by length and padded in groups
+        count = max(1, min(LENGTH_GROUPS, 2 * batch // 16))
+        ends = [1 - 1 / (2 * batch + 1), *(1 - n / count for n in range(1, count))]
+        shapes = [(-(-2 * batch // count), min(longest, lengths.quantile(end))) for end in ends]
 
     def run() -> Tensor:
-        total: Any = 0.0
-        hidden = []
-        for rows, width in shapes:
-            ids = torch.zeros(rows, width, dtype=torch.long)
-            mask = torch.ones_like(ids) if padded else None
+        vectors = []
+        for shape in shapes:
+            ids = torch.zeros(*shape, dtype=torch.long)
+            mask = None if words else torch.ones_like(ids)
             out = model(input_ids=ids, attention_mask=mask, use_cache=False)
-            if heads:
+            if words:
                 return out.logits.float().logsumexp(-1).sum()
-            weights = torch.ones(rows, width, 1)
-            hidden.append((out.last_hidden_state.float() * weights).sum(1))
-        total = sum(part.sum() for part in hidden)
-        return total
+            vectors.append((out.last_hidden_state.float() * torch.ones(*shape, 1)).sum(1))
+        return torch.cat(vectors).sum()
 
-    tokens = sum(rows * width for rows, width in shapes)
     texts = sum(rows for rows, _ in shapes)
-    samples = texts / 2 if trains and not heads else texts
-    work = Work(model, run, samples, tokens, vocabulary=vocabulary, trains=trains)
-    work.passes = batch / samples
-    work.cached = trains and not heads and recipe.micro_batch_tokens is not None
+    samples = texts / 2 if trains and not words else texts
+    work = Work(model, run, samples, sum(rows * width for rows, width in shapes), trains=trains)
+    work.vocabulary = config.vocab_size if words else -1
+    work.passes, work.cached = share / samples, trains and budget is not None
     return work

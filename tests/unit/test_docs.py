@@ -12,12 +12,14 @@ import pytest
 
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.interop import command, push
+from llm2clip_vlm.preflight import plan
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
+from llm2clip_vlm.runs.inputs import stage_and_output
 from llm2clip_vlm.training.arguments import check_trainer_keys
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,6 +98,11 @@ def check_cli(words: list[str]) -> None:
     if words[0] == "compare":
         compare = load_program(find_program("compare"))
         assert len(compare.parser().parse_args(words[1:]).runs) > 1
+        return
+    if words[0] == "plan":
+        given = plan.parser().parse_intermixed_args(words[1:])
+        assert given.gpu in plan.GPUS
+        check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *given.overrides])
         return
     if words[0] == "push":
         push.parser().parse_args(words[1:])

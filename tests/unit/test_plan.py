@@ -1,0 +1,169 @@
+"""What a run needs and costs, from configs alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from llm2clip_vlm import cli
+from llm2clip_vlm.preflight import plan as plans
+from llm2clip_vlm.preflight.plan import Machine, Plan, find_machine, make_plan
+from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.stages import RECIPES
+from tests.vlm_fixtures import write_llava
+
+ONE = Machine()
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, tiny_llm: Path) -> Path:
+    """Recipes of all stages on tiny models, with data."""
+    folder = tmp_path_factory.mktemp("plan")
+    write_llava(folder, count=40)
+    rows = [
+        {"id": str(n), "image": f"images/{n}.png", "captions": ["a dog", "a big cat"]}
+        for n in range(40)
+    ]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    captions = [{"path": str(folder / "captions.jsonl")}]
+    common = {
+        "global_batch_size": 16,
+        "trainer": {"max_steps": 5, "per_device_train_batch_size": 8},
+    }
+    whole = {"global_batch_size": 16, "trainer": {"max_steps": 5}}
+    encoder = {"language_model": str(tiny_llm)}
+    vlm = {"vision_tower": str(tiny_clip), "language_model": str(tiny_llm)}
+    data = {"data": [{"path": str(folder / "llava.json")}], "max_length_tokens": 64}
+    both = {"multi_modal_projector": 1e-3, "language_model": 1e-3}
+    recipes: dict[str, dict[str, Any]] = {
+        "stage0_mntp": common | encoder | {"sources": captions, "max_length_tokens": 32},
+        "stage1_text_encoder": whole | {"text_encoder": encoder, "train": captions},
+        "stage2a_cache_text": {"text_encoder": encoder, "sources": captions},
+        "stage2b_vision_encoder": whole
+        | {
+            "vision_tower": str(tiny_clip),
+            "train": captions,
+            "embedding_cache": str(folder / "cache"),
+        }
+        | {"write_through": encoder, "projection_dim": 32},
+        "clip_baseline": whole | {"clip": str(tiny_clip), "train": captions},
+        "stage3_projector": common
+        | data
+        | {"vlm": vlm, "trainable": {"multi_modal_projector": 1e-3}},
+        "stage4_instruction": common
+        | data
+        | {"checkpoint": str(folder / "stage3_projector" / "model"), "trainable": both},
+    }
+    for stage, recipe in recipes.items():
+        values = {"stage": stage, "output_dir": str(folder / stage), **recipe}
+        (folder / f"{stage}.yaml").write_text(yaml.safe_dump(values))
+    return folder
+
+
+def planned(work: Path, stage: str, *overrides: str, machine: Machine = ONE, **given: Any) -> Plan:
+    source = str(work / f"{stage}.yaml")
+    return make_plan(load_recipe(source, RECIPES[stage], overrides), source, machine, **given)
+
+
+@pytest.mark.parametrize("stage", sorted(RECIPES))
+def test_every_stage_has_a_plan(work: Path, stage: str) -> None:
+    found = planned(work, stage)
+    assert found.fits and found.flops > 0 and found.held["weights"] > 0
+    assert found.steps == (1 if stage == "stage2a_cache_text" else 5)
+    assert "total" in found.parts and sum(found.disk.values()) > 0
+    assert not (work / stage).exists()
+    lines = plans.shown(found, 0.35, 2.0).splitlines()
+    assert all(len(line) <= 100 for line in lines if not line.startswith("  checkpoint:"))
+
+
+def test_flops_are_those_of_a_real_step(work: Path, tiny_clip: Path, tiny_llm: Path) -> None:
+    """The same shapes with weights, through the model as it trains."""
+    import torch
+
+    from llm2clip_vlm.models.vlm.building import build_vlm
+    from llm2clip_vlm.preflight.footprint import flop_counter
+
+    model, processor = build_vlm(tiny_clip, tiny_llm)
+    model.train().requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(True)
+    found = planned(work, "stage3_projector", "packing=false", tokens=14, samples=16)
+    ids = torch.full((8, 30), 5)
+    ids[:, 1:17] = processor.tokenizer.convert_tokens_to_ids("<image>")
+    with flop_counter() as counter:
+        model(input_ids=ids, pixel_values=torch.zeros(8, 3, 32, 32), labels=ids).loss.backward()
+    assert found.flops / found.steps == pytest.approx(2 * counter.get_total_flops(), rel=0.05)
+
+
+def test_memory_by_cause(work: Path) -> None:
+    stage = "stage4_instruction"
+    plain = planned(work, stage).held
+    assert plain["optimizer"] == 2 * plain["gradients"] > 0  # two fp32 moments of fp32 weights
+    eight = planned(work, stage, machine=Machine(gpus=8, zero=3)).held
+    assert eight["weights"] == pytest.approx(plain["weights"] / 8, rel=0.01)
+    assert eight["optimizer"] == pytest.approx(plain["optimizer"] / 8, rel=0.01)
+    assert (
+        planned(work, stage, machine=Machine(gpus=8, zero=2, offload=True)).held["optimizer"] == 0
+    )
+    long = ["max_length_tokens=512", "trainer.per_device_train_batch_size=16"]
+    long += ["global_batch_size=512", "trainable={multi_modal_projector: 1e-3}"]
+    whole = planned(work, stage, *long).held["activations"]
+    saved = planned(work, stage, *long, "trainer.gradient_checkpointing=true").held["activations"]
+    assert saved < 0.7 * whole
+
+
+def test_an_adapter_trains_alone(work: Path) -> None:
+    lora = "language_model_lora={r: 2, alpha: 4, dropout: 0.0}"
+    found = planned(work, "stage4_instruction", lora)
+    assert found.held["optimizer"] < planned(work, "stage4_instruction").held["optimizer"]
+    bits = planned(work, "stage4_instruction", lora, "load_in_4bit=true")
+    assert bits.held["weights"] < found.held["weights"]
+    assert any("bitsandbytes" in problem for problem in bits.missing)
+
+
+def test_what_does_not_fit_gets_a_change(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plans, "CONTEXT_BYTES", 0)
+    large = ["max_length_tokens=512", "trainer.per_device_train_batch_size=16"]
+    large += ["global_batch_size=512", "trainable={multi_modal_projector: 1e-3}"]
+    needed = planned(work, "stage3_projector", *large).total
+    monkeypatch.setitem(plans.GPUS, "small", (0.7 * needed / 1e9 / plans._USABLE, 100))
+    found = planned(work, "stage3_projector", *large, machine=Machine("small"))
+    assert not found.fits
+    assert any(c.startswith("trainer.per_device_train_batch_size=") for c in found.changes)
+
+
+def test_work_follows_the_data_and_the_machine(work: Path) -> None:
+    epochs = ["trainer.max_steps=-1", "trainer.num_train_epochs=2"]
+    found = planned(work, "stage3_projector", *epochs)
+    assert found.steps == 4 and found.told.startswith("40 samples")  # 2 x 40 // 16
+    many = planned(work, "stage3_projector", *epochs, samples=4000)
+    assert many.steps == 500 and many.flops == pytest.approx(125 * found.flops)
+    assert many.hours(0.35) == pytest.approx(many.flops / 0.35 / 989e12 / 3600)
+    cache = planned(work, "stage2a_cache_text", samples=350_000_000)
+    assert sum(cache.disk.values()) == pytest.approx(700e6 * (2 * 32 + 32))
+
+
+def test_the_launch_line_says_zero(work: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("# accelerate launch --config_file recipes/accelerate/zero3.yaml\n")
+    assert find_machine("h100-80gb", 8, None, False, str(recipe)).zero == 3
+    assert find_machine("h100-80gb", 1, None, False, str(recipe)).zero == 0
+    with pytest.raises(ValueError, match="did you mean `h100-80gb`"):
+        find_machine("h100", 1, None, False, str(recipe))
+
+
+def test_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = str(work / "stage3_projector.yaml")
+    assert cli.main(["plan", source, "--json", "--gpus", "2"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["machine"]["gpus"] == 2 and found["fits"] and found["missing"] == []
+    words = ["train", "--dry-run", "stage3_projector", source, "data.0.path=none.json"]
+    assert cli.main(words) == 2
+    out = capsys.readouterr().out
+    assert "data.0.path: none.json: no such file" in out and "guessed" in out
+    assert not (work / "stage3_projector").exists()
+    assert cli.main(["plan", source, "vlm.language_model=org/name"]) == 2
+    assert "hf download org/name config.json" in capsys.readouterr().err
