@@ -20,25 +20,18 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 
-def _forward(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-def _backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_backward_flop_count(grad, query, key, value))
-
-
-_aten = torch.ops.aten
-ATTENTION_FLOPS: dict[Any, Any] = {
-    _aten._scaled_dot_product_flash_attention_for_cpu: _forward,
-    _aten._scaled_dot_product_flash_attention_for_cpu_backward: _backward,
-}
-"""The CPU's fused attention, which torch counts on GPUs alone."""
-
-
 def flop_counter() -> FlopCounterMode:
     """A counter of matrix products, convolutions and attention (all pairs, masked or not)."""
-    return FlopCounterMode(display=False, custom_mapping=ATTENTION_FLOPS)
+    aten = torch.ops.aten  # the CPU's fused attention, which torch counts on GPUs alone
+    fused = {
+        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
+            *shapes[:3]
+        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
+        ),
+    }
+    return FlopCounterMode(display=False, custom_mapping=fused)
 
 
 @dataclass
@@ -47,6 +40,7 @@ class Footprint:
 
     flops: float
     forward_flops: float
+    """Of it, those of the forward pass."""
     held: Counter[str] = field(default_factory=Counter)
     """Bytes at the peak by cause: `gradients`, `activations`, `logits`, `pictures`."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +14,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm2clip_vlm.chat.template import find_chat_template
 from llm2clip_vlm.files import find_shipped, read_text
+from llm2clip_vlm.models.loading import read_tokenizer
+from llm2clip_vlm.models.trainable import trainable_table
+from llm2clip_vlm.preflight.footprint import Footprint, footprint
+from llm2clip_vlm.preflight.lengths import Lengths, guessed, measured
+from llm2clip_vlm.preflight.works import Work, build, text_model
+from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.inputs import missing_inputs, stage_and_output
@@ -66,28 +77,7 @@ def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: s
     return Machine(gpu, gpus, chosen, offload)
 
 
-def look(work: Any, recipe: Any, zero: int) -> Any:
-    """Run a work's pass on fake weights: :class:`~.footprint.Footprint`."""
-    import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from llm2clip_vlm.preflight.footprint import footprint
-
-    with FakeTensorMode():
-        work.fake()
-        half = recipe.trainer.get("bf16") and not zero
-        return footprint(
-            work.model,
-            work.run,
-            tower=work.tower,
-            vocabulary=work.vocabulary,
-            autocast=partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext,
-            passes=2 if work.passes > 1 else 1,
-            trains=work.trains,
-        )
-
-
-def memory(work: Any, seen: Any, machine: Machine, recipe: Any) -> Counter[str]:
+def memory(work: Work, seen: Footprint, machine: Machine, recipe: Any) -> Counter[str]:
     """Bytes on each GPU by cause, at the peak of a step.
 
     Args:
@@ -125,9 +115,8 @@ def memory(work: Any, seen: Any, machine: Machine, recipe: Any) -> Counter[str]:
 
 def _is_nf4(name: str, parameter: Any) -> bool:
     """The linear layers of a language model, but for its head and adapters."""
-    return (
-        parameter.ndim == 2 and ".layers." in name and "lora_" not in name and "vision" not in name
-    )
+    other = "lora_" in name or "vision" in name
+    return parameter.ndim == 2 and ".layers." in name and not other
 
 
 @dataclass
@@ -186,8 +175,6 @@ def make_plan(
     Raises:
         ValueError: A config is not here; the message says which `hf download` gets it.
     """
-    from llm2clip_vlm.models.trainable import trainable_table
-
     missing = list(missing_inputs(recipe, source))
     lengths = _lengths(recipe, source, missing)
     if samples is not None:
@@ -196,18 +183,15 @@ def make_plan(
         lengths.texts, lengths.told = [tokens], f"{lengths.told}, {tokens} tokens a text as given"
     measure = partial(_measure, source, lengths)
     work, seen, held = measure(recipe, machine)
-    world, trainer = machine.gpus, recipe.trainer
-    per_epoch = max(1, lengths.samples // recipe.global_batch_size)
-    steps = trainer.get("max_steps", -1)
-    if not work.trains:
-        steps = -(-lengths.samples * lengths.captions // (work.samples * world))
-        pass_flops, passes = seen.forward_flops, 1.0
-    else:
-        steps = steps if steps > 0 else round(per_epoch * trainer.get("num_train_epochs", 3))
-        pass_flops = seen.flops + (seen.forward_flops if work.cached else 0)
-        passes = work.passes
-    steps = int(steps)
-    done = steps * passes * world
+    if work.trains:
+        epochs = recipe.trainer.get("num_train_epochs", 3)
+        steps = round(max(1, lengths.samples // recipe.global_batch_size) * epochs)
+        steps = max(recipe.trainer.get("max_steps", 0), 0) or steps
+    else:  # each caption once
+        work.passes = 1
+        steps = math.ceil(lengths.samples * lengths.captions / work.samples / machine.gpus)
+    pass_flops = seen.flops + (seen.forward_flops if work.cached else 0)
+    done = steps * work.passes * machine.gpus
     plan = Plan(
         recipe.stage,
         machine,
@@ -234,18 +218,26 @@ def make_plan(
 
 
 def _measure(
-    source: str, lengths: Any, recipe: Any, machine: Machine
-) -> tuple[Any, Any, Counter[str]]:
-    from llm2clip_vlm.preflight.works import build
-
+    source: str, lengths: Lengths, recipe: Any, machine: Machine
+) -> tuple[Work, Footprint, Counter[str]]:
+    """A recipe's pass on fake weights."""
+    half = recipe.trainer.get("bf16") and not machine.zero
     work = build(recipe, source, lengths, machine.gpus, machine.zero)
-    seen = look(work, recipe, machine.zero)
+    with FakeTensorMode():
+        work.fake()
+        seen = footprint(
+            work.model,
+            work.run,
+            tower=work.tower,
+            vocabulary=work.vocabulary,
+            autocast=partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext,
+            passes=2 if work.passes > 1 else 1,
+            trains=work.trains,
+        )
     return work, seen, memory(work, seen, machine, recipe)
 
 
-def _lengths(recipe: Any, source: str, missing: Sequence[str]) -> Any:
-    from llm2clip_vlm.preflight.lengths import guessed, measured
-
+def _lengths(recipe: Any, source: str, missing: Sequence[str]) -> Lengths:
     if any(problem.startswith(("data.", "train.", "sources.")) for problem in missing):
         return guessed(recipe)
     count, a_turn = None, 2.0
@@ -256,10 +248,6 @@ def _lengths(recipe: Any, source: str, missing: Sequence[str]) -> Any:
 
 def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
     """Counts a text's tokens; and those that a turn, or a caption, has beside its text."""
-    from llm2clip_vlm.chat.template import find_chat_template
-    from llm2clip_vlm.models.loading import read_tokenizer
-    from llm2clip_vlm.preflight.works import text_model
-
     tokenizer = read_tokenizer(text_model(recipe, source))
 
     def count(text: str, special: bool = False) -> int:
@@ -276,8 +264,6 @@ def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
 
 def _changes(recipe: Any, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
     """Single changes that save memory, the least first."""
-    from llm2clip_vlm.recipe.base import LoraSection
-
     batch = recipe.trainer.get("per_device_train_batch_size", 8)
     halves = {"trainer.per_device_train_batch_size": [batch >> n for n in (1, 2, 3, 4)]}
     if recipe.contrastive:
@@ -307,17 +293,15 @@ def _changes(recipe: Any, machine: Machine) -> Iterator[tuple[str, Any, Machine]
             yield told, recipe, replace(machine, zero=zero)
 
 
-def _disk(recipe: Any, work: Any, lengths: Any) -> dict[str, float]:
+def _disk(recipe: Any, work: Work, lengths: Lengths) -> dict[str, float]:
     """Bytes that the run writes, and those of the hub's models that it loads."""
     every = list(work.model.parameters())
     model = float(sum(p.nbytes for p in every))
     trained = sum(p.numel() for p in every if p.requires_grad)
     if not work.trains:
         rows = lengths.samples * lengths.captions * (1 + len(recipe.prompts))
-        return {
-            "embedding cache (all captions different)": rows
-            * (2 * work.model.config.hidden_size + 32)
-        }
+        row = 2 * work.model.config.hidden_size + 32  # fp16, and a key
+        return {"embedding cache (all captions different)": rows * row}
     found = {"model": model}
     if recipe.stage == "stage3_projector":
         found["composed/ (removed at the end)"] = model
