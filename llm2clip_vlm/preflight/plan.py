@@ -27,7 +27,7 @@ from llm2clip_vlm.preflight.works import Work, build, text_model
 from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
-from llm2clip_vlm.runs.inputs import missing_inputs, stage_and_output
+from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, stage_and_output
 
 GPUS = {
     "b200-180gb": (180, 2250),
@@ -173,7 +173,7 @@ def make_plan(
         tokens: Of a text (a conversation without its pictures), instead of the data's.
 
     Raises:
-        ValueError: A config is not here; the message says which `hf download` gets it.
+        InputsError: A config is not here; the message says which `hf download` gets it.
     """
     missing = list(missing_inputs(recipe, source))
     lengths = _lengths(recipe, source, missing)
@@ -182,7 +182,10 @@ def make_plan(
     if tokens is not None:
         lengths.texts, lengths.told = [tokens], f"{lengths.told}, {tokens} tokens a text as given"
     measure = partial(_measure, source, lengths)
-    work, seen, held = measure(recipe, machine)
+    try:
+        work, seen, held = measure(recipe, machine)
+    except ValueError as error:
+        raise InputsError([*missing, f"plan: {error}"]) from error
     if work.trains:
         epochs = recipe.trainer.get("num_train_epochs", 3)
         steps = round(max(1, lengths.samples // recipe.global_batch_size) * epochs)

@@ -46,6 +46,7 @@ from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
 from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
 from llm2clip_vlm.models.vlm.vlm_loss import SMALL_VOCABULARY, install_supervised_loss
 from llm2clip_vlm.preflight.lengths import Lengths
+from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
@@ -124,6 +125,8 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
             work = _text(recipe, source, lengths, batch, share)
         if work.trains:
             set_precision(work.model, args)
+        else:
+            work.model.requires_grad_(False)
         if zero and (args.bf16 or args.fp16):
             work.model.to(torch.bfloat16)
         work.model.train(work.trains)
@@ -176,9 +179,11 @@ def text_model(recipe: Any, source: str | Path) -> str:
     if isinstance(recipe, VlmRecipe):
         vlm, near = vlm_section(recipe, source)
         return near if vlm is None else origin(vlm.language_model, near)
-    section = getattr(recipe, "text_encoder", None)
-    path = encoder_path(section) if section else getattr(recipe, "language_model", None)
-    return origin(path or recipe.tokenizer, source)
+    loop = getattr(recipe, "text_in_loop", None)
+    keys = "text_encoder write_through language_model tokenizer clip embedding_cache".split()
+    given = [loop and loop.text_encoder, *(getattr(recipe, key, None) for key in keys)]
+    chosen = next(value for value in given if isinstance(value, str | TextEncoderSection))
+    return origin(encoder_path(chosen), source)
 
 
 def _tower_config(path: str, source: str | Path, side: int | None) -> Any:
@@ -306,12 +311,12 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
 
 
 def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
-    loop = recipe.text_in_loop
-    text: Any = loop.text_encoder if loop else recipe.write_through or recipe.embedding_cache
+    header = read_header(Path(recipe.embedding_cache or ""))
+    width = header.dim if header else read_config(text_model(recipe, source)).hidden_size
     bias = recipe.logit_bias_init if recipe.loss == "sigmoid" else None
     config = LLM2CLIPConfig(
         vision_config=_tower_config(recipe.vision_tower, source, recipe.image_size_px),
-        text_embed_dim=_width(text, source),
+        text_embed_dim=width,
         projection_dim=recipe.projection_dim,
         adaptor_num_blocks=recipe.text_adaptor.num_blocks,
         adaptor_expansion=recipe.text_adaptor.expansion,
@@ -325,14 +330,6 @@ def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
     parts += ["vision_tower"] * (recipe.tower_training != "frozen")
     apply_trainable(model, parts)
     return model
-
-
-def _width(text: Any, source: str | Path) -> int:
-    """Of a cache's or an encoder's embeddings."""
-    header = read_header(Path(encoder_path(text)))
-    return (
-        header.dim if header else int(read_config(origin(encoder_path(text), source)).hidden_size)
-    )
 
 
 def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
@@ -360,7 +357,7 @@ def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
 def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
     section = getattr(recipe, "text_encoder", None)
     words = section is None  # stage 0 guesses them
-    config: Any = read_config(origin(text_model(recipe, source), source))
+    config: Any = read_config(text_model(recipe, source))
     chosen = getattr(recipe if words else section, "dtype", "auto")
     dtype = config.dtype if chosen == "auto" else getattr(torch, chosen)
     config.is_causal = not getattr(section, "bidirectional", True)
