@@ -189,17 +189,23 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
-    from llm2clip_vlm.recipe.stages import RECIPES
-    from llm2clip_vlm.runs.inputs import require_inputs
-
     stage = _known_stage(arguments.stage)
     words = [str(_recipe_path(arguments.recipe)), *arguments.overrides]
     if arguments.dry_run:
         return _plan("plan", *words)
-    if stage in RECIPES:  # before torch is imported
-        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
-    result: int | None = load_program(find_program(stage)).main(words)
+    program = find_program(stage)
+    _require_inputs(stage, words)
+    result: int | None = load_program(program).main(words)
     return result
+
+
+def _require_inputs(stage: str, words: Sequence[str]) -> None:
+    """Ask for all that the recipe names, before torch is imported."""
+    from llm2clip_vlm.recipe.stages import RECIPES
+    from llm2clip_vlm.runs.inputs import require_inputs
+
+    if stage in RECIPES:
+        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
 
 
 def _explain(arguments: argparse.Namespace) -> None:
