@@ -6,6 +6,7 @@ cost no memory; each operator's result is counted where its storage appears and 
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -48,9 +49,11 @@ class Footprint:
 class _Storages(TorchDispatchMode):
     """Counts bytes of storages that are alive, by what was running when they appeared."""
 
-    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, vocabulary: int, kept: float) -> None:
         super().__init__()
-        self.part, self.vocabulary = "activations", vocabulary
+        self.part, self.vocabulary, self.kept = "activations", vocabulary, kept
+        # torch's mode itself would hold every module's tensors, by its hooks
+        self.flops, self._formulas = 0, flop_counter().flop_registry
         self.now: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
         self._causes: dict[int, str] = {}
@@ -58,6 +61,8 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        if (formula := self._formulas.get(func._overloadpacket)) is not None:
+            self.flops += formula(*args, **(kwargs or {}), out_val=out)
         for tensor in tree_leaves(out):
             key = _key(tensor) if isinstance(tensor, Tensor) else 0
             if key and key not in self._own and key not in self._causes:
@@ -71,7 +76,8 @@ class _Storages(TorchDispatchMode):
         return out
 
     def _gone(self, key: int, size: int) -> None:
-        self.now[self._causes.pop(key)] -= size
+        cause = self._causes.pop(key)
+        self.now[cause] -= round(size * self.kept) if cause == "gradients" else size
 
     def is_gradient(self, parameter: Tensor) -> None:
         """What autograd has just put into a parameter's `grad` is no activation any more."""
@@ -79,7 +85,7 @@ class _Storages(TorchDispatchMode):
         key, size = _key(parameter.grad), parameter.grad.untyped_storage().nbytes()
         if (cause := self._causes.get(key)) not in (None, "gradients"):
             self.now[cause] -= size
-            self.now["gradients"] += size
+            self.now["gradients"] += round(size * self.kept)
             self._causes[key] = "gradients"
 
 
@@ -95,6 +101,7 @@ def footprint(
     vocabulary: int = -1,
     autocast: Callable[[], AbstractContextManager[Any]] = ExitStack,
     passes: int = 1,
+    kept: float = 1.0,
     trains: bool = True,
 ) -> Footprint:
     """Run a pass of fake tensors and see what it takes.
@@ -106,9 +113,10 @@ def footprint(
         vocabulary: Width of logits.
         autocast: Around the forward pass.
         passes: Two where gradients of an earlier pass are held meanwhile (accumulation).
+        kept: Share of a gradient that stays here once it is there (ZeRO-2 and 3: 1/processes).
         trains: False = no backward pass.
     """
-    seen = _Storages(model, vocabulary)
+    seen = _Storages(model, vocabulary, kept)
     handles: list[Any] = []
 
     def within(part: str) -> Callable[..., None]:
@@ -121,18 +129,18 @@ def footprint(
         if parameter.requires_grad:
             hook = parameter.register_post_accumulate_grad_hook
             handles.append(hook(seen.is_gradient))
-    forward = flops = 0
+    forward = 0
     with seen, torch.set_grad_enabled(trains):
         for _ in range(passes):
-            with flop_counter() as counter:
-                with autocast():
-                    loss = run()
-                forward = counter.get_total_flops()
-                if trains:
-                    loss.backward()
-                del loss
-            flops = counter.get_total_flops()
+            seen.flops = 0
+            with autocast():
+                loss = run()
+            forward = seen.flops
+            if trains:
+                loss.backward()
+            del loss
+            gc.collect()  # fake tensors in cycles live longer than real ones
     for handle in handles:
         handle.remove()
     model.zero_grad(set_to_none=True)
-    return Footprint(flops, forward, seen.peak)
+    return Footprint(seen.flops, forward, seen.peak)

@@ -92,12 +92,12 @@ def memory(work: Work, seen: Footprint, machine: Machine, recipe: Any) -> Counte
     named = list(work.model.named_parameters())
     trained = sum(p.numel() for _, p in named if p.requires_grad)
     gradients = sum(p.nbytes for _, p in named if p.requires_grad)
+    gradients //= world if zero >= 2 else 1
     optim = str(trainer.get("optim", "adamw_torch_fused"))
     states = trained * (2 if re.search("8bit|bnb", optim) else 0.1 if "adafactor" in optim else 8)
     found = Counter(dict(seen.held))
     if work.trains and gradients > sum(found.values()):  # the peak is the optimizer's step
         found = Counter(gradients=gradients)
-    found["gradients"] //= world if zero >= 2 else 1
     weights = sum(
         p.numel() * (_NF4 if four and _is_nf4(n, p) else p.element_size()) for n, p in named
     )
@@ -184,7 +184,7 @@ def make_plan(
     measure = partial(_measure, source, lengths)
     try:
         work, seen, held = measure(recipe, machine)
-    except ValueError as error:
+    except (ImportError, ValueError) as error:
         raise InputsError([*missing, f"plan: {error}"]) from error
     if work.trains:
         epochs = recipe.trainer.get("num_train_epochs", 3)
@@ -212,11 +212,15 @@ def make_plan(
     )
     if not plan.fits:
         fits = lambda held: sum(held.values()) + CONTEXT_BYTES <= plan.room  # noqa: E731
-        plan.changes = [
-            told
-            for told, other, where in _changes(recipe, machine)
-            if fits(measure(other, where)[2])
-        ]
+        for tried in _changes(recipe, machine):
+            best = None
+            for told, other, where in tried:  # from the smallest on
+                if not fits(measure(other, where)[2]):
+                    break
+                best = told
+            plan.changes += [best] if best else []
+            if len(plan.changes) == 2:
+                break
     return plan
 
 
@@ -235,6 +239,7 @@ def _measure(
             vocabulary=work.vocabulary,
             autocast=partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext,
             passes=2 if work.passes > 1 else 1,
+            kept=1 / machine.gpus if machine.zero >= 2 else 1.0,
             trains=work.trains,
         )
     return work, seen, memory(work, seen, machine, recipe)
@@ -265,35 +270,38 @@ def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
     return count, count(text) / 2 - count("a")
 
 
-def _changes(recipe: Any, machine: Machine) -> Iterator[tuple[str, Any, Machine]]:
-    """Single changes that save memory, the least first."""
+def _changes(recipe: Any, machine: Machine) -> Iterator[list[tuple[str, Any, Machine]]]:
+    """Changes that save memory: of each kind those that save most first."""
     batch = recipe.trainer.get("per_device_train_batch_size", 8)
-    halves = {"trainer.per_device_train_batch_size": [batch >> n for n in (1, 2, 3, 4)]}
+    sizes = sorted({max(1, batch >> n) for n in (1, 2, 4)} - {batch})
+    tried: dict[str, Any] = {"trainer.gradient_checkpointing": [True]}
     if recipe.contrastive:
-        halves = {"micro_batch_size": [256, 64, 16], "micro_batch_tokens": [16384, 4096]}
-    tried: dict[str, Any] = {"trainer.gradient_checkpointing": [True], **halves}
+        tried |= {"micro_batch_size": [16, 64, 256], "micro_batch_tokens": [4096, 16384]}
+    else:
+        tried["trainer.per_device_train_batch_size"] = sizes
     if getattr(recipe, "load_in_4bit", True) is False:
         tried["load_in_4bit"] = [True]
     for key, values in tried.items():
+        found = []
         for value in values:
             changed = recipe.model_copy(deep=True)
+            told = f"{key}={str(value).lower()}"
             if key.startswith("trainer."):
                 changed.trainer[key.partition(".")[2]] = value
             elif hasattr(recipe, key):
                 setattr(changed, key, value)
-            told = f"{key}={str(value).lower()}"
             if key == "load_in_4bit":
                 lora = "lora" if recipe.contrastive else "language_model_lora"
                 setattr(changed, lora, getattr(recipe, lora) or LoraSection())
-                changed.trainer |= {"gradient_checkpointing": True}
-                changed.trainer["per_device_train_batch_size"] = min(batch, 4)
-                told += f" {lora}={{r: 16}}, trainer.gradient_checkpointing=true, batch of 4"
-            if value and changed != recipe:
-                yield told, changed, machine
-    for zero in range(max(2, machine.zero + 1), 4 if machine.gpus > 1 else 0):
-        if not recipe.contrastive:
+                less = {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
+                changed.trainer |= less
+                told += f" {lora}={{r: 16}}, checkpointing, per_device_train_batch_size=1"
+            found += [(told, changed, machine)] if changed != recipe else []
+        yield found
+    if machine.gpus > 1 and not recipe.contrastive:
+        for zero in range(max(2, machine.zero + 1), 4):
             told = f"accelerate launch --config_file recipes/accelerate/zero{zero}.yaml"
-            yield told, recipe, replace(machine, zero=zero)
+            yield [(told, recipe, replace(machine, zero=zero))]
 
 
 def _disk(recipe: Any, work: Work, lengths: Lengths) -> dict[str, float]:
@@ -328,7 +336,7 @@ def shown(plan: Plan, mfu: float, price: float | None) -> str:
         f"  {'at the peak':<24}{plan.total / 1e9:>9.2f}  of {plan.room / 1e9:.1f} usable: {verdict}"
     )
     if not plan.fits:
-        lines += [f"  fits with: {change}" for change in plan.changes[:4]]
+        lines += [f"  fits with: {change}" for change in plan.changes]
         lines += [] if plan.changes else ["  no single change fits: take more or larger GPUs"]
     hours = plan.hours(mfu)
     lines += ["", "work"]

@@ -361,7 +361,9 @@ def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: 
     chosen = getattr(recipe if words else section, "dtype", "auto")
     dtype = config.dtype if chosen == "auto" else getattr(torch, chosen)
     config.is_causal = not getattr(section, "bidirectional", True)
-    model: Any = (AutoModelForCausalLM if words else AutoModel).from_config(config)
+    model: Any = (AutoModelForCausalLM if words else AutoModel).from_config(
+        config, trust_remote_code=False
+    )
     model.to(dtype or torch.float32)
     if lora := getattr(recipe, "lora", None):
         model = add_adapter(model, lora)

@@ -141,6 +141,8 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
         source: As :func:`require_inputs`.
     """
     folder = Path(path)
+    if (config := folder / "config.json").is_file() and "timm_vision" in config.read_text("utf-8"):
+        return next(_absent(path, "a tower of timm", ("timm",)), None)
     if folder.is_file():
         return None  # a GGUF, or a file of weights: its reader knows better
     if folder.is_dir():

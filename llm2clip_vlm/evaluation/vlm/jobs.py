@@ -52,6 +52,7 @@ SCORING_CODE = (
     "evaluation/vlm/llava15.py",
     "evaluation/vlm/samples.py",
     "evaluation/vlm/task_helpers.py",
+    "evaluation/vlm/token_queue.py",
     "evaluation/vlm/worker.py",
 )
 """Files of this package whose change makes earlier results stale."""
