@@ -250,7 +250,10 @@ _TABS = {"chat": _chat_tab, "search": _search_tab, "look": _look_tab, "runs": _r
 def _picture(gr: Any) -> Any:
     sources = ["upload", "clipboard"]
     look = {"label": "picture", "height": 280, "buttons": []}
-    return gr.Image(type="filepath", image_mode=None, sources=sources, **look)
+    shown = gr.Image(type="filepath", image_mode=None, sources=sources, **look)
+    # The file as it came: Gradio would open it, and fail without a word on one that is no picture.
+    shown.preprocess = lambda payload: payload and payload.path
+    return shown
 
 
 def _two(gr: Any, names: list[str], kind: str) -> tuple[Any, Any]:
