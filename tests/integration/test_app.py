@@ -129,7 +129,7 @@ def test_the_page_is_used_from_a_desk_and_a_phone(visit: Visit, run: Path, tmp_p
 
         visit.tab("runs")
         page.get_by_text("stage4_instruction").filter(visible=True).first.wait_for()
-        assert page.locator("canvas:visible, svg.marks:visible").count() >= 1
+        page.locator("canvas:visible, svg.marks:visible").first.wait_for()
         assert visit.overflow() <= 0
         page.reload()
         visit.tab("chat")
