@@ -48,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="what prepare_real.py wrote")
     parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
     parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
+    parser.add_argument("--earlier", type=Path, help="result whose arms fill in for those not run")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
@@ -63,6 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     found["tests"] = tests(found, given.main)
     found["costs"] = optional(given.run / "costs.json")
     found["missing"] = missing
+    if given.earlier:
+        take_earlier(found, dict(read_json(given.earlier)))
     write_atomically(given.output, json.dumps(rounded(found, 3), indent=1) + "\n")
     show(found)
     print(f"{given.output}; missing: {len(missing)} results")
@@ -179,6 +182,20 @@ def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
                 name = f"{task}_llm2clip_minus_{other}"
                 compare(name, by_seed.get("llm2clip", {}), by_seed.get(other, {}))
     return made
+
+
+def take_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
+    """Add arms, and comparisons of them, that an earlier run has and this one lacks altogether.
+
+    Each bears the commit that it was run at: another machine and another seed's luck lie between it
+    and the arms beside it, so no comparison is made across the two.
+    """
+    kinds = ("photos", "long")
+    pairs = [(found[part], earlier[part]) for part in ("retrieval", "tests")]
+    pairs += [(found["separability"][kind], earlier["separability"][kind]) for kind in kinds]
+    for now, before in pairs:
+        for arm in before.keys() - now.keys():
+            now[arm] = {"commit": earlier["commit"], **before[arm]}
 
 
 def show(found: dict[str, Any]) -> None:
