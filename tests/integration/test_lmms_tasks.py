@@ -21,10 +21,6 @@ from tests.lmms_rows import ANSWERS, ROWS
 ROOT = Path(__file__).resolve().parents[2]
 
 
-APART = {"HF_HUB_OFFLINE": "1", "OPENAI_API_KEY": "none"}
-"""No hub, and no judge: lmms-eval's modules make a client where `openai` is installed."""
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory, tiny_clip: Path, tiny_llm: Path) -> Any:
     folder = tmp_path_factory.mktemp("lmms-tasks")

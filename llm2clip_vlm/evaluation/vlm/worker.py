@@ -249,11 +249,19 @@ STATIC_DESPITE_MARKS = frozenset({"mmbench_en_dev_static", "l2c_mmbench_cn_dev_s
 def load_config(yaml: Path) -> dict[str, Any]:
     """Read a task's YAML with includes merged and functions imported.
 
-    A hub token is dropped: it makes public data sets fail without a login.
+    A hub token is dropped: it makes public data sets fail without a login. Some modules make a
+    client of the judge when they are imported, and where `openai` is installed it wants a key: it
+    gets none that works, and is never asked (a suite with a judge needs a key of its own).
     """
     from lmms_eval.utils import load_yaml_config
 
-    config: dict[str, Any] = load_yaml_config(str(yaml), mode="full")
+    keyless = "OPENAI_API_KEY" not in os.environ
+    os.environ.setdefault("OPENAI_API_KEY", "none")
+    try:
+        config: dict[str, Any] = load_yaml_config(str(yaml), mode="full")
+    finally:
+        if keyless:
+            del os.environ["OPENAI_API_KEY"]
     kwargs = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
     config["dataset_kwargs"] = kwargs or None
     return config
