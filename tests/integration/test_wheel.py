@@ -164,9 +164,11 @@ def test_what_is_shipped_is_found_by_its_name(installed: Path, tmp_path: Path) -
     told = command(installed, "eval", "--suite", "llava15", "--prefetch", cwd=tmp_path)
     assert "hf download --repo-type dataset" in told
     code = (
-        "import os, torch; from llm2clip_vlm import cli;"
+        "import os, torch, types; from llm2clip_vlm import cli;"
         "from llm2clip_vlm.chat.template import find_chat_template;"
-        "assert 'ASSISTANT' in find_chat_template('vicuna_v1', None);"
+        "none = types.SimpleNamespace(chat_template=None);"
+        "assert 'ASSISTANT' in find_chat_template('vicuna_v1', none);"
+        "cli._require_inputs = lambda *_: None;"
         "torch.cuda.device_count = lambda: 8;"
         "os.execv = lambda path, words: None;"
         "cli.main(['train', 'stage4', 'llava15/stage4', '--gpus', '8'])"
