@@ -19,6 +19,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from llm2clip_vlm.evaluation.vlm import MODEL_ID
 from llm2clip_vlm.evaluation.vlm.jobs import (
@@ -255,13 +256,8 @@ def load_config(yaml: Path) -> dict[str, Any]:
     """
     from lmms_eval.utils import load_yaml_config
 
-    keyless = "OPENAI_API_KEY" not in os.environ
-    os.environ.setdefault("OPENAI_API_KEY", "none")
-    try:
+    with patch.dict(os.environ, {"OPENAI_API_KEY": os.environ.get("OPENAI_API_KEY", "none")}):
         config: dict[str, Any] = load_yaml_config(str(yaml), mode="full")
-    finally:
-        if keyless:
-            del os.environ["OPENAI_API_KEY"]
     kwargs = {k: v for k, v in (config.get("dataset_kwargs") or {}).items() if k != "token"}
     config["dataset_kwargs"] = kwargs or None
     return config
