@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,18 @@ from llm2clip_vlm.evaluation.report.pages import render
 
 FLIPS_SHOWN = 6
 """Flipped samples on the page, of each run, benchmark and pair."""
+
+_REMARKS: dict[str, Callable[[Any, Mapping[str, str]], str]] = {
+    "differs": lambda keys, titles: f"not evaluated alike, these differ: {', '.join(keys)}",
+    "pictures_unknown": lambda _, titles: (
+        "the samples do not tell pictures by their pixels; questions of one picture may count as "
+        "independent: evaluate again"
+    ),
+    "judged_with": lambda task, titles: (
+        f"judges the same answers as {titles[task]}, and counts once with it"
+    ),
+}
+"""Key of a compared row to what the page says where it is set."""
 
 
 def flipped(a: Run, b: Run, task: str) -> list[dict[str, Any]]:
@@ -169,25 +181,11 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
             if seeds > 1 and floor * w["tested"] >= ALPHA
         ]
         + [
-            f"{found['titles'][task]}, {pair}: not evaluated alike, these differ: "
-            f"{', '.join(row['differs'])}."
+            f"{found['titles'][task]}, {pair}: {why(row[key], found['titles'])}."
+            for key, why in _REMARKS.items()
             for task, rows in found["ab"].items()
             for pair, row in rows.items()
-            if row.get("differs")
-        ]
-        + [
-            f"{found['titles'][task]}, {pair}: the samples do not tell pictures by their pixels; "
-            "questions of one picture may count as independent: evaluate again."
-            for task, rows in found["ab"].items()
-            for pair, row in rows.items()
-            if row.get("pictures_unknown")
-        ]
-        + [
-            f"{found['titles'][task]}, {pair}: judges the same answers as "
-            f"{found['titles'][row['judged_with']]}, and counts once with it."
-            for task, rows in found["ab"].items()
-            for pair, row in rows.items()
-            if row.get("judged_with")
+            if row.get(key)
         ],
     }
     whole = json.dumps({**found, "flips": flips}, indent=1, ensure_ascii=False)
