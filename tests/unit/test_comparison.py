@@ -14,6 +14,7 @@ import pytest
 from world.files import WorldConfig, ensure_world
 
 from llm2clip_vlm import cli
+from llm2clip_vlm.evaluation.report import comparison_pages
 from llm2clip_vlm.evaluation.report.comparison import compare
 from llm2clip_vlm.evaluation.report.comparison_pages import flip_examples, flipped
 from llm2clip_vlm.evaluation.report.inputs import guesses, read_run
@@ -403,3 +404,15 @@ def test_runs_that_cannot_be_compared_are_refused(
         write_json(run / target / f"{TASK}.json", result)
     assert cli.main(["compare", *(word.replace("{run}", str(run)) for word in words)]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("differs", ["limit", "judge"], "not evaluated alike, these differ: limit, judge"),
+        ("pictures_unknown", True, "may count as independent: evaluate again"),
+        ("judged_with", "pope", "judges the same answers as POPE, and counts once with it"),
+    ],
+)
+def test_what_sets_a_comparison_apart_is_said(key: str, value: Any, said: str) -> None:
+    assert said in comparison_pages._REMARKS[key](value, {"pope": "POPE"})
