@@ -95,9 +95,14 @@ test-all: $(STAMP) ## all tests, those that take minutes included
 docs: $(STAMP) ## the site of these docs, links checked: runs/site/index.html (ARGS=serve: on this machine)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
-bench: $(STAMP) ## every benchmark: ours, the baseline, the ratio
+bench: $(VENV)/bench/.installed ## every benchmark: ours, the peer's own program, the ratio (ARGS=--quick)
 	@set -e; for program in $(filter-out benchmarks/arms.py benchmarks/keeping.py,$(wildcard benchmarks/*.py)); \
-	do $(BIN)/python $$program; done
+	do $(BIN)/python $$program $(ARGS); done
+
+# The programs that the benchmarks compare with, as they are published.
+$(VENV)/bench/.installed: $(STAMP) constraints/peers.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/bench -r constraints/peers.txt
+	@touch $@
 
 build: $(STAMP) ## the wheel, into dist/
 	$(BIN)/python -m build --wheel

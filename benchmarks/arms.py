@@ -2,13 +2,43 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+
+PEERS = Path(__file__).parents[1] / ".venv" / "bench"
+
+
+def use_peers(*modules: str) -> None:
+    """Makes the programs that `make bench` installs importable, and imports `modules`.
+
+    The wheel of torchvision expects CUDA's runtime; beside a torch without it, its compiled
+    operators are missing and the import fails at their registration. Declared, they are absent
+    but not missed: the transforms are Python.
+
+    Raises:
+        SystemExit: If one cannot be imported; the message names the command that installs it.
+    """
+    if PEERS.is_dir() and str(PEERS) not in sys.path:
+        sys.path.append(str(PEERS))
+    if not torch.cuda.is_available() and "torchvision" not in sys.modules:
+        library = torch.library.Library("torchvision", "DEF")
+        library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise SystemExit(
+                f"{name} is missing ({error}); install the peers: make .venv/bench/.installed"
+            ) from None
 
 
 def take_turns(
