@@ -165,7 +165,10 @@ def separability(
 ) -> dict[str, Any]:
     """Measure :func:`caption_accuracy`, then keep and report it at once."""
     measured = run.measured(name, lambda: caption_accuracy(encoder, records, name), of)
-    shown = f"{measured[name]:.1f} % {measured[f'{name}_ci']}" if measured else "not evaluated"
+    shown = "not evaluated"
+    if measured:
+        low, high = measured[f"{name}_ci"]
+        shown = f"{measured[name]:.1f} % [{low:.1f}, {high:.1f}]"
     say(f"caption separability, {name}: {shown}")
     return measured
 

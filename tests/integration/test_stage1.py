@@ -105,9 +105,23 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path, repo_root:
     """A finished stage 1 (one process), and stage 2a after it."""
     folder = tmp_path_factory.mktemp("stage1")
     trainer = {"save_steps": 3, "save_total_limit": 2, "per_device_train_batch_size": 32}
+    if importlib.util.find_spec("tensorboard"):
+        trainer["report_to"] = ["tensorboard"]
     recipe = write_recipe(folder, tiny_llm, trainer=trainer, global_batch_size=32)
     load(repo_root, "stage1_text_encoder").main([str(recipe)])
     return folder
+
+
+def test_a_tracker_has_what_metrics_jsonl_has(trained: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [written] = (trained / "stage1/checkpoints/runs").glob("*/events.out.tfevents.*")
+    events = EventAccumulator(str(written)).Reload()
+    found = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    ours = [(row["step"], row["loss"]) for row in metrics(trained / "stage1")]
+    assert [step for step, _ in found] == [step for step, _ in ours] == [1, 2, 3, 4, 5, 6]
+    assert [loss for _, loss in found] == pytest.approx([loss for _, loss in ours], rel=1e-3)
 
 
 def test_stage1_learns_and_hands_off(trained: Path, tiny_llm: Path) -> None:
