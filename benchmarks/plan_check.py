@@ -128,7 +128,8 @@ def _resident(name: str) -> int:
 
 def planned(words: list[str]) -> dict[str, float]:
     """What `plan` says of the same steps."""
-    from llm2clip_vlm.preflight.plan import Machine, make_plan
+    from llm2clip_vlm.preflight.machines import Machine
+    from llm2clip_vlm.preflight.plan import make_plan
     from llm2clip_vlm.recipe.reading import load_recipe
     from llm2clip_vlm.recipe.stages import RECIPES
     from llm2clip_vlm.runs.inputs import stage_and_output

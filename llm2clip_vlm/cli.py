@@ -291,9 +291,14 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _plan(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.preflight.plan import main as plan
+    from llm2clip_vlm.preflight.machines import find_machine, parser
 
-    return plan(words)
+    given = parser().parse_intermixed_args(words)
+    source = find_recipe(given.recipe)
+    machine = find_machine(given.gpu, given.gpus, given.zero, given.offload, source)
+    from llm2clip_vlm.preflight.plan import main as plan  # torch: after what needs none
+
+    return plan(given, source, machine)
 
 
 def _program(command: str, *words: str) -> int | None:

@@ -31,7 +31,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     seconds = time.monotonic() - started
     minutes = sum(cost["cpu_seconds"] for cost in pipeline.costs.values()) / 60
     print(f"pipeline: all steps of {path} are finished")
-    print(f"{pipeline.last_words()} ({seconds:.0f} s, {minutes:.1f} CPU minutes)".lstrip())
+    for line in filter(None, pipeline.last_words().split("; ")):
+        print(f"  {line}")
+    if recipe.next:
+        print(f"next: {recipe.next}")
+    print(f"took {seconds:.0f} s, {minutes:.1f} CPU minutes")
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def sizes(hidden: int, inner: int, layers: int, heads: int, kv: int) -> dict[str
 
 def tower(kind: str, hidden: int, inner: int, layers: int, size: int, patch: int) -> dict[str, Any]:
     """The config of a CLIP or SigLIP; the text tower is CLIP L's or SigLIP's default."""
-    vision = sizes(hidden, inner, layers, 16 if hidden >= 1024 else 12, 0)
+    vision: dict[str, Any] = {**sizes(hidden, inner, layers, 16 if hidden >= 1024 else 12, 0)}
     vision |= {"image_size": size, "patch_size": patch, "model_type": f"{kind}_vision_model"}
     del vision["num_key_value_heads"]
     return {"model_type": kind, "vision_config": vision, "text_config": {"num_hidden_layers": 12}}

@@ -18,63 +18,22 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2clip_vlm.chat.template import find_chat_template
-from llm2clip_vlm.files import find_recipe, read_text
 from llm2clip_vlm.models.loading import read_tokenizer
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.preflight.footprint import Footprint, footprint
 from llm2clip_vlm.preflight.lengths import Lengths, guessed, measured
+from llm2clip_vlm.preflight.machines import GPUS, Machine
 from llm2clip_vlm.preflight.works import Work, build, text_model
 from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, stage_and_output
-
-GPUS = {
-    "b200-180gb": (180, 2250),
-    "h200-141gb": (141, 989),
-    "h100-80gb": (80, 989),
-    "a100-80gb": (80, 312),
-    "a100-40gb": (40, 312),
-    "l40s-48gb": (48, 362),
-    "rtx6000ada-48gb": (48, 364),
-    "a6000-48gb": (48, 155),
-    "rtx5090-32gb": (32, 210),
-    "rtx4090-24gb": (24, 165),
-    "rtx3090-24gb": (24, 71),
-    "a10-24gb": (24, 125),
-    "l4-24gb": (24, 121),
-    "t4-16gb": (16, 65),
-}
-"""Memory in GB and dense bf16 TFLOP/s (T4: fp16), from NVIDIA's data sheets without sparsity."""
 
 CONTEXT_BYTES = 1.2e9
 """CUDA context, cuBLAS and what the allocator cannot use (a guess: measured nowhere here)."""
 _USABLE = 0.95
 _NF4 = 0.5 + 4 / 64  # bytes of a weight, with a scale for each 64
 _BUCKET, _LIVE = 5e8, 1e9  # DeepSpeed's bucket and live elements
-
-
-@dataclass(frozen=True)
-class Machine:
-    """Where a run would go."""
-
-    gpu: str = "h100-80gb"
-    gpus: int = 1
-    zero: int = 0
-    offload: bool = False
-
-
-def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: str) -> Machine:
-    """A machine as the command line says it; ZeRO as the recipe's launch line has it.
-
-    Raises:
-        ValueError: An unknown GPU.
-    """
-    if gpu not in GPUS:
-        raise ValueError(f"no GPU `{gpu}`{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})")
-    named = re.search(r"accelerate/zero(\d)", read_text(source))
-    chosen = zero if zero is not None else int(named[1]) if named and gpus > 1 else 0
-    return Machine(gpu, gpus, chosen, offload)
 
 
 def memory(work: Work, seen: Footprint, machine: Machine, recipe: Any) -> Counter[str]:
@@ -354,37 +313,21 @@ def shown(plan: Plan, mfu: float, price: float | None) -> str:
     return "\n".join(lines)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of `llm2clip-vlm plan`."""
-    made = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
-    add = made.add_argument
-    add("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
-    add("overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML")
-    add("--gpu", default="h100-80gb", help=f"{', '.join(GPUS)} (default: h100-80gb)")
-    add("--gpus", type=int, default=1, help="how many (default: 1)")
-    add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
-    add("--offload", action="store_true", help="ZeRO keeps optimizer states on the CPU")
-    add("--mfu", type=float, default=0.35, help="share of the GPUs' bf16 rate (default: 0.35)")
-    add("--price", type=float, help="of a GPU hour")
-    add("--samples", type=int, help="instead of the data's, such as where they are not here yet")
-    add("--tokens", type=int, help="of a text, instead of the data's")
-    add("--json", action="store_true", help="numbers for a program")
-    return made
-
-
-def main(words: Sequence[str]) -> int:
+def main(given: argparse.Namespace, source: str, machine: Machine) -> int:
     """Run `llm2clip-vlm plan` (or `train --dry-run`).
+
+    Args:
+        given: What :func:`~llm2clip_vlm.preflight.machines.parser` made of the command line.
+        source: File of the recipe.
+        machine: Where the run would go.
 
     Returns:
         2 where something is missing or does not fit.
     """
-    given = parser().parse_intermixed_args(words)
-    source = find_recipe(given.recipe)
     stage = stage_and_output(Path(source))[0]
     if stage not in RECIPES:
         raise ValueError(f"{source}: stage: expected one of {', '.join(RECIPES)}, got {stage}")
     recipe = load_recipe(source, RECIPES[stage], given.overrides)
-    machine = find_machine(given.gpu, given.gpus, given.zero, given.offload, source)
     plan = make_plan(recipe, source, machine, samples=given.samples, tokens=given.tokens)
     if given.json:
         found = {**vars(plan), "machine": vars(machine), "total": plan.total, "fits": plan.fits}

@@ -47,5 +47,7 @@ class PipelineRecipe(RecipeFile):
     """The programs."""
     common: dict[str, str | int | float | bool] = Field(default_factory=dict)
     """Overrides for the recipes of all steps, such as `{variables.data: ${variables.data}}`."""
+    next: str | None = None
+    """Command to go on with, printed at the end."""
     frozen: dict[str, str] = Field(default_factory=dict)
     """SHA-256 of files by path. A file with another hash is refused before anything runs."""

@@ -36,10 +36,10 @@ def test_the_demo_shows_what_it_is_for(tmp_path: Path) -> None:
         command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=7200, check=False
     )
     assert done.returncode == 0, f"{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
-    last = done.stdout.splitlines()[-1]
-    assert "VLM: not decided by this run (A/B over 8 seeds: +4.1" in last
-    assert f"{tmp_path}/demo/report.html" in last
-    assert re.search(r"\(\d+ s, \d+\.\d CPU minutes\)$", last)
+    *_, last, going_on, took = done.stdout.splitlines()
+    assert "VLM: not decided by this run (A/B over 8 seeds: +4.1" in done.stdout
+    assert last == f"  report: {tmp_path}/demo/report.html" and going_on.startswith("next: ")
+    assert re.fullmatch(r"took \d+ s, \d+\.\d CPU minutes", took)
 
     # Figures differ between processors by some points: these bounds leave room for it.
     found = json.loads((tmp_path / "demo" / "report.json").read_text())

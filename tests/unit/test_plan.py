@@ -11,7 +11,8 @@ import yaml
 
 from llm2clip_vlm import cli
 from llm2clip_vlm.preflight import plan as plans
-from llm2clip_vlm.preflight.plan import Machine, Plan, find_machine, make_plan
+from llm2clip_vlm.preflight.machines import Machine, find_machine
+from llm2clip_vlm.preflight.plan import Plan, make_plan
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from tests.vlm_fixtures import write_llava

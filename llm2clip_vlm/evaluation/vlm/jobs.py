@@ -28,7 +28,7 @@ from typing import Any
 import llm2clip_vlm
 from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
-from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file
 from llm2clip_vlm.runs.manifest import versions
@@ -255,7 +255,8 @@ def data_hash(file: Path, made_by: str | None = None) -> str:
         EvaluationError: The file or an image is missing.
     """
     if not file.is_file():
-        remedy = f"make it: {made_by}" if made_by else "write it"
+        words = (find_shipped(word) for word in (made_by or "").split(" "))
+        remedy = f"make it: {' '.join(words)}" if made_by else "write it"
         raise EvaluationError(f"data file {file}: not there; set data_dir, or {remedy}")
     digest = hashlib.sha256(fingerprint_file(file).encode())
     if file.suffix != ".parquet":

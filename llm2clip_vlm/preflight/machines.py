@@ -1,0 +1,69 @@
+"""The GPUs that `llm2clip-vlm plan` knows, and its options; nothing here imports torch."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from dataclasses import dataclass
+
+from llm2clip_vlm.files import read_text
+from llm2clip_vlm.recipe.reading import did_you_mean
+
+GPUS = {
+    "b200-180gb": (180, 2250),
+    "h200-141gb": (141, 989),
+    "h100-80gb": (80, 989),
+    "a100-80gb": (80, 312),
+    "a100-40gb": (40, 312),
+    "l40s-48gb": (48, 362),
+    "rtx6000ada-48gb": (48, 364),
+    "a6000-48gb": (48, 155),
+    "rtx5090-32gb": (32, 210),
+    "rtx4090-24gb": (24, 165),
+    "rtx3090-24gb": (24, 71),
+    "a10-24gb": (24, 125),
+    "l4-24gb": (24, 121),
+    "t4-16gb": (16, 65),
+}
+"""Memory in GB and dense bf16 TFLOP/s (T4: fp16), from NVIDIA's data sheets without sparsity."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where a run would go."""
+
+    gpu: str = "h100-80gb"
+    gpus: int = 1
+    zero: int = 0
+    offload: bool = False
+
+
+def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: str) -> Machine:
+    """A machine as the command line says it; ZeRO as the recipe's launch line has it.
+
+    Raises:
+        ValueError: An unknown GPU.
+    """
+    if gpu not in GPUS:
+        raise ValueError(f"no GPU `{gpu}`{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})")
+    named = re.search(r"accelerate/zero(\d)", read_text(source))
+    chosen = zero if zero is not None else int(named[1]) if named and gpus > 1 else 0
+    return Machine(gpu, gpus, chosen, offload)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of `llm2clip-vlm plan`."""
+    made = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
+    add = made.add_argument
+    add("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
+    add("overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML")
+    add("--gpu", default="h100-80gb", help=f"{', '.join(GPUS)} (default: h100-80gb)")
+    add("--gpus", type=int, default=1, help="how many (default: 1)")
+    add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
+    add("--offload", action="store_true", help="ZeRO keeps optimizer states on the CPU")
+    add("--mfu", type=float, default=0.35, help="share of the GPUs' bf16 rate (default: 0.35)")
+    add("--price", type=float, help="of a GPU hour")
+    add("--samples", type=int, help="instead of the data's, such as where they are not here yet")
+    add("--tokens", type=int, help="of a text, instead of the data's")
+    add("--json", action="store_true", help="numbers for a program")
+    return made
