@@ -68,7 +68,7 @@ ROWS = [
     ("llava15/stage4_qwen25_0_5b_24gb", 1, "rtx4090-24gb", ("--samples", INSTRUCT)),
     ("llava15/stage3_qwen25_1_5b_24gb", 1, "rtx4090-24gb", ("--samples", PRETRAIN)),
     ("llava15/stage4_qwen25_1_5b_24gb", 1, "rtx4090-24gb", ("--samples", INSTRUCT)),
-    ("nano/stage4", 1, "h100-80gb", ("--samples", "1000000")),
+    ("nano/stage4", 1, "h100-80gb", ("--samples", "1700000")),
 ]
 
 
