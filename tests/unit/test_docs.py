@@ -13,7 +13,7 @@ import pytest
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.interop import command, push
 from llm2clip_vlm.play import command as play
-from llm2clip_vlm.preflight import plan
+from llm2clip_vlm.preflight import machines
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
@@ -102,8 +102,8 @@ def check_cli(words: list[str]) -> None:
         assert len(compare.parser().parse_args(words[1:]).runs) > 1
         return
     if words[0] == "plan":
-        given = plan.parser().parse_intermixed_args(words[1:])
-        assert given.gpu in plan.GPUS
+        given = machines.parser().parse_intermixed_args(words[1:])
+        assert given.gpu in machines.GPUS
         check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *given.overrides])
         return
     if words[0] == "push":
