@@ -26,6 +26,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from arms import finish, ratio, take_turns, use_peers
@@ -34,10 +35,11 @@ from torch import Tensor
 from llm2clip_vlm.metrics.retrieval import retrieval_report
 
 WIDTH, KS, BATCH, UNTIED = 512, (1, 5, 10), 64, 400
-CHUNK_IMAGES = 500
+CHUNK_IMAGES = 320  # the fastest of 50, 150, 320 and 500 here
 GOALS = {"ratio": 20.0, "ratio_torch": 1.5, "limit_ratio": 1.5, "memory_ratio": 10.0}
 
 Recall = dict[str, float]
+ROOM: dict[str, Any] = {}
 
 
 def embeds(images: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +103,11 @@ def torch_lines(image: Tensor, text: Tensor, owners: Tensor) -> Recall:
 
 
 def product(image: Tensor, text: Tensor, owners: Tensor) -> Recall:
-    """The limit: all scores, and nothing done with them."""
-    image.numpy() @ text.numpy().T
+    """The limit: all scores, written to memory that is there, and nothing done with them."""
+    size = (len(image), len(text))
+    if ROOM.get("size") != size:
+        ROOM.update(size=size, scores=np.zeros(size, np.float32))
+    np.matmul(image.numpy(), text.numpy().T, out=ROOM["scores"])
     return {}
 
 
@@ -165,6 +170,7 @@ def main() -> None:
     def timed(arm: str) -> None:
         results[arm] = ARMS[arm](*inputs)
 
+    timed("product")
     seconds = take_turns({arm: partial(timed, arm) for arm in ARMS}, repeats)
     for arm, values in seconds.items():
         cpu, wall = (statistics.median(values[kind]) for kind in ("cpu", "wall"))
