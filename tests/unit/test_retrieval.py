@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from llm2clip_vlm.metrics import retrieval
-from llm2clip_vlm.metrics import retrieval
 from llm2clip_vlm.metrics.retrieval import chance_recall, recall_at_k, retrieval_report
 from llm2clip_vlm.metrics.statistics import bootstrap_interval
 
