@@ -128,7 +128,8 @@ def make_arms(shard: Path, pictures: list[bytes]) -> dict[str, Callable[[], Batc
     exact: Any = CLIPImageProcessorPil(size=edge, crop_size=square)
     records = read_image_text(ImageTextSource(path=str(shard), fields=["txt"]), BadRecords())
     data = ImageTextDataset(records, exact, fast=True, preload_limit_bytes=0)
-    loader: Any = DataLoader(data, batch_size=BATCH, collate_fn=collate)
+    whole: Any = collate  # of batches, not of samples
+    loader = DataLoader(data, batch_size=BATCH, collate_fn=whole)
 
     def ours() -> Batches:
         for batch in loader:

@@ -50,7 +50,11 @@ from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_vlm.training.encoder.encoder_trainer import EncoderTrainer
 
 WIDTH, LAYERS, TEXT_WIDTH, JOINT = 384, 6, 256, 256
-VISION = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_hidden_layers": LAYERS}
+VISION: dict[str, Any] = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 4 * WIDTH,
+    "num_hidden_layers": LAYERS,
+}
 VISION |= {"num_attention_heads": WIDTH // 64, "image_size": 224, "patch_size": 32}
 TEXT_EMBEDS, VOCABULARY, CONTEXT = 768, 49408, 77
 RATE, DECAY, BETAS, EPS = 1e-4, 0.05, (0.9, 0.98), 1e-6
@@ -210,7 +214,8 @@ def differences(ours: LLM2CLIPModel, peer: Any, pixels: Tensor, tokens: Tensor) 
         texts = peer.encode_text(tokens, normalize=True)
     scale = peer.logit_scale.detach().exp()
     found = []
-    for loss in (contrastive_loss, ClipLoss()):
+    losses: tuple[Callable[..., Tensor], ...] = (contrastive_loss, ClipLoss())
+    for loss in losses:
         leaves = [features.clone().requires_grad_() for features in (theirs, texts)]
         value = loss(*leaves, scale)
         found.append([value.detach(), *torch.autograd.grad(value, leaves)])

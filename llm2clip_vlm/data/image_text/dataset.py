@@ -200,7 +200,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if self._pixels is not None:
             pixels = self._pixels[torch.as_tensor(indices)]
         else:
-            indices, loaded = zip(*map(self._load_or_next, indices), strict=True)
+            indices, loaded = map(list, zip(*map(self._load_or_next, indices), strict=True))
             if self._training is None:
                 pixels = process_images(self.image_processor, loaded, None)
             else:
