@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,6 +92,45 @@ def test_the_table_is_the_processor_to_the_bit() -> None:
     assert torch.equal(table(raw), process_images(CLIP, images, None))
     meta = table(raw.to("meta"))  # another device takes the other road
     assert (meta.device.type, meta.shape) == ("meta", raw.shape)
+
+
+class Squared(CLIPImageProcessorPil):
+    """A processor that no divisor, mean and deviation imitate."""
+
+    def normalize(self, image: np.ndarray, *args: object, **more: object) -> np.ndarray:
+        return image**2
+
+
+class Fused(CLIPImageProcessorPil):
+    """Rescales by a larger mean and deviation, as transformers does on torchvision."""
+
+    def rescale(self, image: np.ndarray, *args: object, **more: object) -> np.ndarray:
+        return image
+
+    def normalize(self, image: np.ndarray, mean: Any, std: Any, **more: object) -> np.ndarray:
+        mean, std = (np.float32(255) * np.array(v, np.float32)[:, None, None] for v in (mean, std))
+        return (image.astype(np.float32) - mean) / std
+
+
+@pytest.mark.parametrize(
+    ("processor", "quick"),
+    [
+        (CLIP, True),
+        (SIGLIP, True),
+        (CLIPImageProcessorPil(do_normalize=False), True),
+        (CLIPImageProcessorPil(rescale_factor=1 / 128, image_mean=[0.1, 0.2, 0.3]), True),
+        (Fused(), True),
+        (Squared(), False),
+    ],
+    ids=["clip", "siglip", "not-normalised", "other-scale", "fused", "squared"],
+)
+def test_arithmetic_takes_the_tables_place_only_where_it_is_the_same(
+    processor: Any, quick: bool
+) -> None:
+    table = PixelTable.of(processor)
+    assert table is not None and (table._steps is not None) is quick
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).repeat(2, 3, 1, 1)
+    assert torch.equal(table(pixels)[1].reshape(3, 256), table.table)
 
 
 def test_random_crops_stay_inside_and_keep_their_share() -> None:

@@ -173,3 +173,22 @@ def test_defaults_and_chance_of_a_gallery_smaller_than_k() -> None:
         given = inspect.signature(function).parameters
         assert (given["bootstrap"].default, given["seed"].default) == (1000, 0)
     assert inspect.signature(recall_at_k).parameters["ks"].default == (1, 5, 10)
+
+
+@pytest.mark.parametrize(("chunk", "part"), [(1, 1), (70, 1), (200, 60), (10**6, 37)])
+def test_the_pieces_in_which_scores_are_compared_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, chunk: int, part: int
+) -> None:
+    rng = np.random.default_rng(6)
+    images, texts = unit(rng, 23).round(decimals=1) + 0.01, unit(rng, 31).round(decimals=1) + 0.01
+    index = rng.integers(0, 23, 31).tolist()
+    whole = retrieval_report(images, {"c": texts}, {"c": index}, bootstrap=0)
+    monkeypatch.setattr(retrieval, "_CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(retrieval, "_PART_ELEMENTS", part)
+    assert retrieval_report(images, {"c": texts}, {"c": index}, bootstrap=0) == whole
+
+
+def test_more_rivals_than_a_byte_counts() -> None:
+    point = torch.ones(257, 4)  # 257 items that tie, one of them right: 256 is 0 in eight bits
+    found = retrieval_report(point, {"c": point}, {"c": range(257)}, bootstrap=0)["c"]
+    assert found["t2i"]["r1"] == found["i2t"]["r1"] == 0.0

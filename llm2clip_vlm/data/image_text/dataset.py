@@ -16,7 +16,13 @@ from tqdm import tqdm
 from llm2clip_vlm.data.image_text.index import ImageTextRecord, ImageTextRecords
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.images import ImageError
-from llm2clip_vlm.data.reading.pixels import Geometry, PixelTable, TrainingPixels, process_images
+from llm2clip_vlm.data.reading.pixels import (
+    Geometry,
+    PixelTable,
+    TrainingPixels,
+    large_empty,
+    process_images,
+)
 from llm2clip_vlm.data.text.caption_draw import (
     caption_id,
     draw,
@@ -194,12 +200,12 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if self._pixels is not None:
             pixels = self._pixels[torch.as_tensor(indices)]
         else:
-            found = [self._load_or_next(index) for index in indices]
-            indices, loaded = [index for index, _ in found], [image for _, image in found]
+            indices, loaded = map(list, zip(*map(self._load_or_next, indices), strict=True))
             if self._training is None:
                 pixels = process_images(self.image_processor, loaded, None)
             else:
-                pixels = torch.stack(loaded)
+                room = large_empty((len(loaded), *loaded[0].shape), np.uint8)
+                pixels = torch.stack(loaded, out=room)
         texts = [text for index in indices for text in self._draw(index)]
         batch: dict[str, Any] = {
             "pixel_values": pixels,

@@ -101,6 +101,7 @@ class ImageTextTable:
 
     def __init__(self, table: Table, source: ImageTextSource) -> None:
         self._table, self._source = table, source
+        self._folder = source.folder
         self._files = [Path(name) for name, *_ in table.facts["files"]]
         self.kinds: list[str] = table.facts["kinds"]
         """All kinds of captions."""
@@ -137,7 +138,7 @@ class ImageTextTable:
         file, source = self._files[number], self._source
         found = image if isinstance(image, str) else PackedImage(file, *image)
         return ImageTextRecord(
-            key, found, captions, source.folder, str(file), place or key, source.follow_links
+            key, found, captions, self._folder, str(file), place or key, source.follow_links
         )
 
 

@@ -9,6 +9,7 @@ times faster (`benchmarks/image_pipeline.py`).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -35,9 +36,10 @@ _CROPS_TRIED = 10
 class PixelTable:
     """The processor's rescaling and normalising as a table of 256 values for each channel."""
 
-    def __init__(self, table: Tensor) -> None:
+    def __init__(self, table: Tensor, image_processor: Any = None) -> None:
         self.table = table
         """`[3, 256]`, fp32."""
+        self._steps = self._arithmetic(image_processor)
 
     @classmethod
     def of(cls, image_processor: Any) -> PixelTable | None:
@@ -49,19 +51,45 @@ class PixelTable:
         geometry = ("do_resize", "do_center_crop")
         off = {name: False for name in geometry if hasattr(image_processor, name)}
         table = image_processor(images=[ramp], return_tensors="pt", **off)["pixel_values"]
-        return (
-            cls(rearrange(table, "1 c h w -> c (h w)")) if table.shape == (1, 3, 16, 16) else None
-        )
+        if table.shape != (1, 3, 16, 16):
+            return None
+        return cls(rearrange(table, "1 c h w -> c (h w)"), image_processor)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         """Args: pixels: `[n, 3, h, w]` uint8. Returns: the same shape and device, fp32."""
-        if pixels.device.type == "cpu":  # a fifth of the time of torch's indexing
-            result = torch.empty(pixels.shape)
-            for c, row in enumerate(self.table.numpy()):
-                np.take(row, pixels[:, c].numpy(), out=result[:, c].numpy(), mode="clip")
-            return result
-        table = self.table.to(pixels.device)
-        return torch.stack([table[c][pixels[:, c].long()] for c in range(3)], dim=1)
+        if pixels.device.type != "cpu" or self._steps is None:
+            table = self.table.to(pixels.device)
+            return torch.stack([table[c][pixels[:, c].long()] for c in range(3)], dim=1)
+        result = large_empty(pixels.shape, np.float32)
+        for image, out in zip(pixels, result, strict=True):  # which stays in the cache meanwhile
+            _finish(out.copy_(image), self._steps)
+        return result
+
+    def _arithmetic(self, processor: Any) -> tuple[float, Tensor, Tensor] | None:
+        """Divisor, mean and deviation that give the table to the bit, for a quarter of the time."""
+        off = ([0.0], [1.0])
+        on = getattr(processor, "do_normalize", False)
+        both = (processor.image_mean, processor.image_std) if on else off
+        mean, deviation = (torch.tensor(values).reshape(-1, 1, 1) for values in both)
+        whole = 1 / processor.rescale_factor if getattr(processor, "do_rescale", False) else 1.0
+        ramp = repeat(torch.arange(256.0), "v -> 3 v 1")
+        for steps in ((whole, mean, deviation), (1.0, mean * whole, deviation * whole)):
+            if torch.equal(_finish(ramp.clone(), steps)[..., 0], self.table):
+                return steps
+        return None
+
+
+def large_empty(shape: Sequence[int], dtype: npt.DTypeLike) -> Tensor:
+    """Memory for a batch, by numpy, which asks for huge pages.
+
+    Touching 40 MB of small ones for the first time takes three times the arithmetic.
+    """
+    return torch.from_numpy(np.empty(shape, dtype))
+
+
+def _finish(pixels: Tensor, steps: tuple[float, Tensor, Tensor]) -> Tensor:
+    divisor, mean, deviation = steps
+    return pixels.div_(divisor).sub_(mean).div_(deviation)
 
 
 def process_images(
@@ -139,7 +167,7 @@ class Geometry:
         left, top = (width - self.size[0]) // 2, (height - self.size[1]) // 2
         box, shown = _box(pixels, 0, 0, *size, size)
         whole = resize(box, (width, height), self.mode, shown)
-        return whole[:, top : top + self.size[1], left : left + self.size[0]].contiguous()
+        return whole[:, top : top + self.size[1], left : left + self.size[0]]
 
     def _fits(self, image_processor: Any) -> bool:
         """Whether a picture of noise comes out as from the processor, but for rounding."""
@@ -246,7 +274,7 @@ class TrainingPixels:
         whole = (size[0] * image.size[0] / width, size[1] * image.size[1] / height)
         pixels = self._decoded(image, whole)
         box, shown = _box(pixels, left, top, width, height, image.size)
-        return resize(box, size, self.geometry.mode, shown).contiguous()
+        return resize(box, size, self.geometry.mode, shown)
 
     def _decoded(self, image: EncodedImage, whole: tuple[float, float]) -> npt.NDArray[np.uint8]:
         """All of a picture, of which the tower would see `whole` as width and height."""
