@@ -101,7 +101,8 @@ class ImageTextTable:
 
     def __init__(self, table: Table, source: ImageTextSource) -> None:
         self._table, self._source = table, source
-        self._files = [Path(name) for name, *_ in table.facts["files"]]
+        self.files = table.files
+        """Files of the source."""
         self.kinds: list[str] = table.facts["kinds"]
         """All kinds of captions."""
         self.refused = list(table.refused)
@@ -134,7 +135,7 @@ class ImageTextTable:
 
     def __getitem__(self, row: int) -> ImageTextRecord:
         key, number, place, image, captions = self._table.record(int(self._rows[row]))
-        file, source = self._files[number], self._source
+        file, source = self.files[number], self._source
         found = image if isinstance(image, str) else PackedImage(file, *image)
         return ImageTextRecord(
             key, found, captions, source.folder, str(file), place or key, source.follow_links
@@ -225,7 +226,7 @@ def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
             f"{source.title}: weight is {source.weight}: image-text sources take none, every image "
             "is seen once an epoch; leave it out, and shorten the larger source with `limit`"
         )
-    chosen = {"weight", "index_dir"}
+    chosen = {"weight", "index_dir", "cache_dir", "cache_gib"}
     table = ImageTextTable(
         arrow_table(
             source_files(source),
