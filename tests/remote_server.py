@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 
 class Faults:
@@ -23,7 +24,7 @@ class Faults:
 
     def __init__(self) -> None:
         self.plan: list[str] = []
-        """Of the next range requests, one each: `503`, `cut`, `short`, `slow`, `other` or `` (none)."""
+        """Of the next range requests, one each: `503`, `cut`, `short`, `slow`; empty is none."""
         self.always = ""
         """Of all range requests."""
         self.seen: Counter[str] = Counter()
@@ -112,3 +113,42 @@ def served(root: Path) -> Iterator[tuple[str, Faults]]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+@contextmanager
+def s3_served(monkeypatch: Any) -> Iterator[tuple[str, Any, Faults]]:
+    """Serve S3 by moto; yields a bucket's address, a boto3 client, and what goes wrong.
+
+    Credentials and the service's address stand in the environment, as they do for users.
+    """
+    import boto3
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from werkzeug.serving import make_server
+
+    faults = Faults()
+    served = DomainDispatcherApplication(create_backend_app)
+
+    def application(environ: Any, start: Any) -> Any:
+        fault = ""
+        if environ["REQUEST_METHOD"] == "GET" and "HTTP_RANGE" in environ:
+            fault = faults.next()
+        if fault == "503":
+            start("503 Slow Down", [("Content-Length", "0")])
+            return []
+        if fault == "slow":
+            time.sleep(1)
+        body = served(environ, start)
+        return [b"".join(body)[:100]] if fault == "cut" else body
+
+    server = make_server("127.0.0.1", 0, application, threaded=True)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    names = {"ACCESS_KEY_ID": "test", "SECRET_ACCESS_KEY": "test", "DEFAULT_REGION": "us-east-1"}
+    names["ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
+    for name, value in names.items():
+        monkeypatch.setenv(f"AWS_{name}", value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="shards")
+    try:
+        yield "s3://shards", client, faults
+    finally:
+        server.shutdown()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import logging
+import os
 import random
 import re
 import time
@@ -142,22 +143,28 @@ def tag_of(info: Mapping[str, Any]) -> str:
 
 
 def file_system(path: str) -> Any:
-    """The file system of an address, by fsspec; each process and thread has its own.
+    """The file system of an address, by fsspec; a process has one for all its threads.
 
     Raises:
         RemoteError: It is the hub's, which cannot be reached or may not be (`HF_HUB_OFFLINE`).
     """
-    import fsspec
-
     scheme = path.partition("://")[0]
     if scheme == "hf" and is_offline():
         raise RemoteError(f"{path}: HF_HUB_OFFLINE is set, or the hub cannot be reached")
-    options: dict[str, Any] = {}
+    return _file_system(os.getpid(), scheme)
+
+
+@cache
+def _file_system(_process: int, scheme: str) -> Any:
+    import fsspec
+
+    # A listing that is some minutes old would hide that a file has changed.
+    options: dict[str, Any] = {} if scheme == "hf" else {"use_listings_cache": False}
     if scheme.startswith("http"):
         from aiohttp import ClientTimeout
 
         silence = ClientTimeout(total=None, sock_connect=_SILENCE_S, sock_read=_SILENCE_S)
-        options = {"client_kwargs": {"timeout": silence, "trust_env": True}}
+        options["client_kwargs"] = {"timeout": silence, "trust_env": True}
     return fsspec.filesystem(scheme, **options)
 
 

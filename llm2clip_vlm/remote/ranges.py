@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from copy import copy
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -120,10 +119,8 @@ class RemoteFile:
         """
 
         def once() -> bytes:
-            # Each thread needs a position of its own, and its opening costs a request.
-            file = copy(_opened(os.getpid(), self.state))
-            file.seek(start)
-            data: bytes = file.read(size)
+            # What every file of fsspec defines: `read` moves a position, which threads would share.
+            data: bytes = _opened(os.getpid(), self.state)._fetch_range(start, start + size)
             if len(data) != size:
                 raise OSError(f"{len(data)} of {size} bytes came")
             return data
@@ -132,6 +129,10 @@ class RemoteFile:
 
     def _key(self, start: int, size: int) -> str:
         return hashlib.sha256(repr((*self.state, start, size)).encode()).hexdigest()
+
+
+File = Path | RemoteFile
+"""A data file, here or elsewhere."""
 
 
 class _Stream(io.RawIOBase):
@@ -156,22 +157,22 @@ class _Stream(io.RawIOBase):
         return count
 
 
-def fetch_ahead(ranges: Iterable[tuple[RemoteFile, int, int]]) -> None:
+def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
     """Fetch several ranges beside each other into the cache.
 
     Args:
-        ranges: File, first byte and number of bytes of each. What cannot be fetched is left to
-            its reader, who says so.
+        ranges: File, first byte and number of bytes of each; files of this machine have no part.
+            What cannot be fetched is left to its reader, who says so.
     """
-    absent = [one for one in ranges if not one[0].is_kept(*one[1:])]
 
-    def fetch(one: tuple[RemoteFile, int, int]) -> None:
+    def fetch(file: RemoteFile, start: int, size: int) -> None:
         with suppress(RemoteError):
-            one[0].read(*one[1:])
+            file.read(start, size)
 
-    if len(absent) > 1:
-        with ThreadPoolExecutor(min(len(absent), AT_ONCE)) as pool:
-            list(pool.map(fetch, absent))
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for file, start, size in ranges:
+            if isinstance(file, RemoteFile) and not file.is_kept(start, size):
+                pool.submit(fetch, file, start, size)
 
 
 @lru_cache(maxsize=2048)
@@ -189,7 +190,3 @@ def _opened(_process: int, state: FileState) -> Any:
     if (file.size, tag_of(file.details)) != (size, tag):
         raise RemoteError(f"{address}: {CHANGED}")
     return file
-
-
-File = Path | RemoteFile
-"""A data file, here or elsewhere."""

@@ -164,6 +164,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             ImageError: An image does not decode (only where images are not in memory).
         """
         if self._pixels is None:
+            self.records.fetch_ahead(indices)
             images = [self.records[index].open() for index in indices]
             return process_images(self.image_processor, images, None)
         return self.to_float(self._pixels[torch.as_tensor(indices)])
@@ -194,6 +195,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if self._pixels is not None:
             pixels = self._pixels[torch.as_tensor(indices)]
         else:
+            self.records.fetch_ahead(indices)
             found = [self._load_or_next(index) for index in indices]
             indices, loaded = [index for index, _ in found], [image for _, image in found]
             if self._training is None:
@@ -247,6 +249,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         starts = tqdm(rows[::_CHUNK], "decode images", unit="img", unit_scale=_CHUNK, disable=None)
         for start in starts:
             images: list[Image.Image] = []
+            self.records.fetch_ahead(rows[start : start + _CHUNK])
             for index in rows[start : start + _CHUNK]:
                 record = self.records[index]
                 try:

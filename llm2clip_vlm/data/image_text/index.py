@@ -6,7 +6,7 @@ image lies, its captions) goes into a table (:mod:`llm2clip_vlm.data.reading.tab
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -30,6 +30,7 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
 VERSION = 5
 """Version of the table's layout and of the rules by which records are taken or refused."""
@@ -174,6 +175,20 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
             chosen: Positions, or one boolean a record.
         """
         return ImageTextRecords(self._tables, self._positions[np.asarray(chosen)])
+
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """Fetch images that lie elsewhere beside each other, before each is asked for.
+
+        Args:
+            indices: Positions of the records.
+        """
+        if any(isinstance(table.files[0], RemoteFile) for table in self._tables):
+            images = [self[index].image for index in indices]
+            fetch_ahead(
+                (image.path, image.start, image.size)
+                for image in images
+                if isinstance(image, PackedImage) and image.column is None
+            )
 
     def has_kinds(self, wanted: Collection[str]) -> npt.NDArray[np.bool_]:
         """Whether each record has a caption of one of these kinds."""
