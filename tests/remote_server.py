@@ -18,6 +18,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+SLOW_S = 0.3
+
 
 class Faults:
     """What goes wrong with the requests that are made from now on."""
@@ -77,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._head(503, {"Content-Length": "0"})
             return
         if fault == "slow":
-            time.sleep(1)
+            time.sleep(SLOW_S)
         if fault == "short":
             data = data[: len(data) // 2]
         self._head(status, headers | {"Content-Length": str(len(data))})
@@ -136,7 +138,7 @@ def s3_served(monkeypatch: Any) -> Iterator[tuple[str, Any, Faults]]:
             start("503 Slow Down", [("Content-Length", "0")])
             return []
         if fault == "slow":
-            time.sleep(1)
+            time.sleep(SLOW_S)
         body = served(environ, start)
         return [b"".join(body)[:100]] if fault == "cut" else body
 

@@ -216,8 +216,9 @@ def _told(error: Exception, status: int | None, attempts: int) -> str:
         return CHANGED
     if isinstance(error, ImportError):
         return f"{error}; pip install 'llm2clip-vlm[remote]'"
-    if status in (401, 403) or isinstance(error, PermissionError):
-        hint = "; access is refused: set the credentials in the environment"
+    refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
+    if refused or status in (401, 403):
+        hint = "; set the credentials in the environment (docs/data-formats.md)"
     elif isinstance(error, FileNotFoundError) and status in (None, 404, 410):
         hint = "; no such file: correct the path"
     else:

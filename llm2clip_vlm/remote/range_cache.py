@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _FOLDERS = 256
 _LOOKED_AT = 4096  # files among which the oldest are found; below that many all are
+_FILLED = 7 / 8  # share of the bound that is left filled when room is made
 _CHECK_BYTES = 4
 
 
@@ -63,7 +64,8 @@ class RangeCache:
         path = self.place(key)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if not self._reserve(int(key[:2], 16), len(data) + _CHECK_BYTES):
+            size = len(data) + _CHECK_BYTES
+            if size > self.limit_bytes * _FILLED or not self._reserve(int(key[:2], 16), size):
                 return
             handle, partial = tempfile.mkstemp(prefix=".", dir=path.parent)
             with os.fdopen(handle, "wb") as file:
@@ -95,7 +97,7 @@ class RangeCache:
     def _evict(self, used: array[int], size: int) -> None:
         """Remove the oldest quarter of some thousand files, or as many as needed of fewer."""
         left = random.sample(range(_FOLDERS), _FOLDERS)
-        wanted = self.limit_bytes * 7 // 8 - size
+        wanted = self.limit_bytes * _FILLED - size
         while left and sum(used) + size > self.limit_bytes:
             seen: list[tuple[int, int, str, int]] = []
             while left and len(seen) < _LOOKED_AT:
