@@ -123,7 +123,7 @@ def s3_served(monkeypatch: Any) -> Iterator[tuple[str, Any, Faults]]:
 
     Credentials and the service's address stand in the environment, as they do for users.
     """
-    import boto3
+    import boto3  # and flask-cors, which moto's server imports
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 

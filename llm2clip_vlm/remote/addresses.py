@@ -156,7 +156,7 @@ def file_system(path: str) -> Any:
 
 @cache
 def _file_system(_process: int, scheme: str) -> Any:
-    import fsspec
+    import fsspec  # which imports s3fs, gcsfs or huggingface_hub by the scheme
 
     # A listing that is some minutes old would hide that a file has changed.
     options: dict[str, Any] = {} if scheme == "hf" else {"use_listings_cache": False}
