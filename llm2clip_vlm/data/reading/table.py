@@ -47,13 +47,13 @@ class Table:
 
     Args:
         source: A file that :func:`arrow_table` wrote, or a buffer of the same.
-        files: Files of the source.
+        files: Files of the source, of which :attr:`files` tells.
 
     Raises:
         ValueError: The file is damaged, or has changed since it was written.
     """
 
-    def __init__(self, source: Any, files: Sequence[File]) -> None:
+    def __init__(self, source: Any, files: Sequence[File] = ()) -> None:
         from datasets import Dataset
 
         self._source = source
@@ -119,7 +119,7 @@ def arrow_table(
     One process at a time reads a large source; the others wait and map what it wrote.
 
     Args:
-        files: Files of the source.
+        files: Files of the source, of which :attr:`files` tells.
         index_dir: Folder of tables. None: `.llm2clip-index` beside the files.
         settings: Gives what the table depends on beside the files; each has its own file.
         features: Columns beside `record`: name to the type of a number, or a list of one type for a
