@@ -37,6 +37,7 @@ from llm2clip_vlm import __version__
 from llm2clip_vlm.files import find_recipe
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, stage_of
+from llm2clip_vlm.remote.addresses import RemoteError
 
 STAGES = {
     "clip_baseline": "ordinary CLIP training: what stage 2 is compared with",
@@ -112,7 +113,7 @@ def guard(program: Callable[[], int | None]) -> int:
             )
             return 1
         where = "LLM2CLIP_DEBUG=1 shows where"
-        if not isinstance(error, ValueError | FileNotFoundError):
+        if not isinstance(error, _TOLD):
             where += f"; {_kept_traceback()}"
         print(f"error: {_told(error)}\n({where})", file=sys.stderr)
         return 2
@@ -131,6 +132,9 @@ _OURS = (
     SyntaxError,
 )
 """What mistakes in code raise."""
+
+_TOLD = (ValueError, FileNotFoundError, RemoteError)
+"""What has a message of ours."""
 
 _ISSUES = "with the lines above and the command, in the project's issue tracker"
 
@@ -159,7 +163,7 @@ def _told(error: Exception) -> str:
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         remedy = "not enough memory: use smaller batches, fewer workers, or more processes"
-    if not isinstance(error, ValueError | FileNotFoundError):
+    if not isinstance(error, _TOLD):
         text = f"{type(error).__name__}: {text}"
     return f"{text}\n{remedy}" if remedy else text
 

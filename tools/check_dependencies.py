@@ -21,7 +21,7 @@ SHIPPED = ("llm2clip_vlm", "stages", "eval", "demo")
 """Folders that travel in the wheel."""
 OTHERS = ("benchmarks", "tests", "tools")
 """Folders that only a checkout has: they may use every extra."""
-OPTIONAL_EXTRAS = ("train", "eval", "timm", "app")
+OPTIONAL_EXTRAS = ("train", "eval", "timm", "app", "remote")
 
 
 def normal(name: str) -> str:

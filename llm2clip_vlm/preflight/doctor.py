@@ -25,6 +25,8 @@ _OPTIONAL = {
     "datasets": "lmms-eval (extra `eval`)",
     "lmms_eval": "benchmarks (extra `eval`)",
     "scipy": "lmms-eval's statistics (extra `eval`)",
+    "s3fs": "shards at s3:// (extra `remote`)",
+    "gcsfs": "shards at gs:// (extra `remote`)",
     "openpyxl": "MMBench's submission file",
     "bitsandbytes": "load_in_4bit (QLoRA) and 8-bit optimizers",
     "flash_attn": "attn_implementation: flash_attention_2; sdpa, the default, needs nothing",

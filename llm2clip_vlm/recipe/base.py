@@ -18,8 +18,8 @@ class DataSource(Section):
     """Source of rows: files, or a data set of the Hugging Face hub."""
 
     path: str = ""
-    """File with one record a row; `*` and `?` name several (`shards/*.tar`). Either this or
-    `dataset`."""
+    """File with one record a row; `*` and `?` name several (`shards/*.tar`). It may be an address:
+    `s3://`, `gs://`, `hf://`, `https://`. Either this or `dataset`."""
     dataset: str = ""
     """Data set of the Hugging Face hub (`lmms-lab/LLaVA-NeXT-Data`), a folder that `save_to_disk`
     wrote, or a folder of Parquet, as `datasets.load_dataset` takes it; no code of it is run."""
@@ -34,6 +34,11 @@ class DataSource(Section):
     `dialogue` and calls them `images` and `texts`."""
     limit: int | None = Field(default=None, ge=1)
     """Take at most this many records, in file order."""
+    cache_dir: str | None = None
+    """Folder for what is fetched of an address, shared by all runs of a machine. None:
+    `llm2clip_vlm` in `XDG_CACHE_HOME`, or in `~/.cache`."""
+    cache_gib: float = Field(default=64.0, gt=0)
+    """Most that pictures take in `cache_dir`; those not asked for longest go first."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:

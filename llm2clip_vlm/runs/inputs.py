@@ -21,6 +21,7 @@ from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import find_shipped
 from llm2clip_vlm.recipe.base import DataSource, ImageSource, LoraSection, RunRecipe, Section
 from llm2clip_vlm.recipe.yaml_files import read_yaml
+from llm2clip_vlm.remote.addresses import is_remote, missing_remote
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
 
 _MODELS = frozenset(
@@ -116,6 +117,9 @@ def _missing_data(key: str, source: DataSource) -> Iterator[str]:
     path = source.path
     if source.dataset:
         yield from _absent(key, f"dataset {source.dataset}", ("datasets",))
+    elif is_remote(path):
+        if problem := missing_remote(path):
+            yield f"{key}.path: {problem}"
     elif not (Path(path).is_file() or (glob.has_magic(path) and any(glob.iglob(path)))):
         yield (
             f"{key}.path: {path}: no such file (from {Path.cwd()}); correct the path, or fetch the "

@@ -24,6 +24,7 @@ from pydantic import BaseModel
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import let_read, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import to_plain
+from llm2clip_vlm.remote.addresses import is_remote, look_up
 from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.hashes import (
     FileState,
@@ -203,8 +204,8 @@ def parent_state(path: str | Path) -> dict[str, Any]:
     """State of a parent for a manifest: the hash of its manifest, else its fingerprint or files.
 
     Args:
-        path: A directory, a file or a pattern (sizes, dates and hashes of the files), or a hub id
-            (kept by name only: there is nothing to hash).
+        path: A directory, a file or a pattern (sizes, dates and hashes of the files), an address
+            (sizes and tags), or a hub id (kept by name only: there is nothing to hash).
     """
     target = Path(path)
     state: dict[str, Any] = {"path": str(path)}
@@ -213,6 +214,8 @@ def parent_state(path: str | Path) -> dict[str, Any]:
         state["manifest_hash"] = fingerprint_file(manifest)
     elif target.is_dir():
         state["fingerprint"] = fingerprint_dir(target)
+    elif is_remote(path):
+        state["remote"] = [[*file] for file in look_up(str(path))]
     elif files := data_files(path):
         state["files"] = file_states(files)
     return state

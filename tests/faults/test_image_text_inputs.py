@@ -20,6 +20,7 @@ from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.images import MAX_IMAGE_BYTES, ImageError
 from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.remote.addresses import RemoteError
 from tests.image_corpus import BROKEN, GOOD, HTML, jpeg, photo
 from tests.image_text_files import FORMATS, add, write_folder, write_parquet, write_tar
 from tests.unit.test_image_text import processor
@@ -97,13 +98,14 @@ def test_no_path_leaves_the_folder(tmp_path: Path, image: object) -> None:
     assert bad.count == 1
 
 
-@pytest.mark.parametrize("path", ["pipe:cat {0}", "https://host/{0}", "{0}.gz", "file://{0}"])
+@pytest.mark.parametrize("path", ["pipe:cat {0}", "ftp://host/{0}", "{0}.gz", "file://{0}"])
 def test_a_source_is_a_file_and_nothing_else(
     tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shard = write_tar(tmp_path / "a.tar", GOOD_ROWS).path
     monkeypatch.setattr(os, "system", lambda _: pytest.fail("a command was run"))
-    with pytest.raises(RecordError, match=r"no such file|unknown kind"):
+    refused = r"no such file|unknown kind|expected s3://"
+    with pytest.raises((RecordError, RemoteError), match=refused):
         read_image_text(ImageTextSource(path=path.format(shard)), BadRecords())
 
 

@@ -32,6 +32,7 @@ from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, open_imag
 from llm2clip_vlm.data.text.token_table import ImageRef, TokenTable, folder_of, read_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.recipe.yaml_files import read_yaml
+from llm2clip_vlm.remote.addresses import is_remote
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def expand_mixtures(sources: Sequence[InstructionSource]) -> list[InstructionSou
             listed = read_yaml(source.path)["datasets"]
             for entry in listed:
                 strategy = entry.get("sampling_strategy", "all")
+                if is_remote(entry["json_path"]):
+                    raise ValueError("an address in a data file; name it in the recipe")
                 values = {"path": entry["json_path"], "sampling_strategy": strategy}
                 expanded.append(InstructionSource(**{**source.model_dump(), **values}))
         except (KeyError, TypeError, AttributeError, ValueError) as error:

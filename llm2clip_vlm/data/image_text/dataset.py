@@ -170,6 +170,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             ImageError: An image does not decode (only where images are not in memory).
         """
         if self._pixels is None:
+            self.records.fetch_ahead(indices)
             images = [self.records[index].open() for index in indices]
             return process_images(self.image_processor, images, None)
         return self.to_float(self._pixels[torch.as_tensor(indices)])
@@ -200,6 +201,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if self._pixels is not None:
             pixels = self._pixels[torch.as_tensor(indices)]
         else:
+            self.records.fetch_ahead(indices)
             indices, loaded = map(list, zip(*map(self._load_or_next, indices), strict=True))
             if self._training is None:
                 pixels = process_images(self.image_processor, loaded, None)
@@ -253,6 +255,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         starts = tqdm(rows[::_CHUNK], "decode images", unit="img", unit_scale=_CHUNK, disable=None)
         for start in starts:
             images: list[Image.Image] = []
+            self.records.fetch_ahead(rows[start : start + _CHUNK])
             for index in rows[start : start + _CHUNK]:
                 record = self.records[index]
                 try:

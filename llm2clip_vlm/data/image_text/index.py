@@ -6,7 +6,7 @@ image lies, its captions) goes into a table (:mod:`llm2clip_vlm.data.reading.tab
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -30,6 +30,7 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
 VERSION = 5
 """Version of the table's layout and of the rules by which records are taken or refused."""
@@ -102,7 +103,8 @@ class ImageTextTable:
     def __init__(self, table: Table, source: ImageTextSource) -> None:
         self._table, self._source = table, source
         self._folder = source.folder
-        self._files = [Path(name) for name, *_ in table.facts["files"]]
+        self.files = table.files
+        """Files of the source."""
         self.kinds: list[str] = table.facts["kinds"]
         """All kinds of captions."""
         self.refused = list(table.refused)
@@ -135,7 +137,7 @@ class ImageTextTable:
 
     def __getitem__(self, row: int) -> ImageTextRecord:
         key, number, place, image, captions = self._table.record(int(self._rows[row]))
-        file, source = self._files[number], self._source
+        file, source = self.files[number], self._source
         found = image if isinstance(image, str) else PackedImage(file, *image)
         return ImageTextRecord(
             key, found, captions, self._folder, str(file), place or key, source.follow_links
@@ -174,6 +176,20 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
             chosen: Positions, or one boolean a record.
         """
         return ImageTextRecords(self._tables, self._positions[np.asarray(chosen)])
+
+    def fetch_ahead(self, indices: Iterable[int]) -> None:
+        """Fetch images that lie elsewhere beside each other, before each is asked for.
+
+        Args:
+            indices: Positions of the records.
+        """
+        if any(isinstance(table.files[0], RemoteFile) for table in self._tables):
+            images = [self[index].image for index in indices]
+            fetch_ahead(
+                (image.path, image.start, image.size)
+                for image in images
+                if isinstance(image, PackedImage) and image.column is None
+            )
 
     def has_kinds(self, wanted: Collection[str]) -> npt.NDArray[np.bool_]:
         """Whether each record has a caption of one of these kinds."""
@@ -226,7 +242,7 @@ def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
             f"{source.title}: weight is {source.weight}: image-text sources take none, every image "
             "is seen once an epoch; leave it out, and shorten the larger source with `limit`"
         )
-    chosen = {"weight", "index_dir"}
+    chosen = {"weight", "index_dir", "cache_dir", "cache_gib"}
     table = ImageTextTable(
         arrow_table(
             source_files(source),

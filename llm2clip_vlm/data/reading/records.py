@@ -12,14 +12,18 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refusals, Refused
 from llm2clip_vlm.data.reading.hub import dataset_files
+from llm2clip_vlm.data.reading.remote_rows import each_file, remote_files
 from llm2clip_vlm.data.reading.shards import PackedImage, table_rows, tar_rows
 from llm2clip_vlm.data.text.text_rows import UNDECODED, text_rows
 from llm2clip_vlm.recipe.base import CaptionSource, DataSource
+from llm2clip_vlm.remote.addresses import is_remote
+from llm2clip_vlm.remote.ranges import File, RemoteFile
 
 Row = dict[str, Any]
 
@@ -39,7 +43,7 @@ _VALUES_SHOWN = 5
 class RowGroup:
     """The rows of one record: a single one, or all that share the `group_by` value."""
 
-    file: Path
+    file: File
     """File of the first row."""
     place: str
     """Its line, position or key there."""
@@ -78,7 +82,7 @@ def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
         yield row
 
 
-def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[Path, int | str, Row]]:
+def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[File, int | str, Row]]:
     """Reads a source row by row, its columns called as the source says.
 
     Args:
@@ -93,8 +97,9 @@ def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[Path, int |
     """
     named = source.columns
     names = named if isinstance(named, dict) else {name: name for name in named}
-    for file in source_files(source):
-        for place, row in _located(file, bad, list(names.values())):
+    read = partial(_located, columns=list(names.values()))
+    for file, rows in each_file(source_files(source), read, bad):
+        for place, row in rows:
             yield (
                 file,
                 place,
@@ -308,11 +313,12 @@ def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> It
     yield from groups.values()
 
 
-def source_files(source: DataSource) -> list[Path]:
+def source_files(source: DataSource) -> list[File]:
     """The files that a source names.
 
     Args:
-        source: Names one file in `path`, or a pattern with `*`, `?` or `[...]`.
+        source: Names one file in `path`, or a pattern with `*`, `?` or `[...]`, here or at an
+            address.
 
     Returns:
         The files, sorted; those of a `dataset` in its own order. A pattern leaves out
@@ -320,26 +326,29 @@ def source_files(source: DataSource) -> list[Path]:
 
     Raises:
         RecordError: No file, or one of a kind that is not read.
+        RemoteError: See :func:`~llm2clip_vlm.data.reading.remote_rows.remote_files`.
     """
     if source.dataset:
-        return dataset_files(source)
+        return [*dataset_files(source)]
     path = source.path
-    files = [Path(path)]
-    if glob.has_magic(str(path)) and not files[0].is_file():
-        found = sorted(glob.glob(str(path)))
-        files = [Path(name) for name in found if not name.endswith("_text_embeddings.tar")]
+    files: list[File] = [Path(path)]
+    elsewhere = is_remote(path)
+    if elsewhere or (glob.has_magic(path) and not Path(path).is_file()):
+        found = remote_files(source) if elsewhere else map(Path, sorted(glob.glob(path)))
+        files = [file for file in found if not file.name.endswith("_text_embeddings.tar")]
     for file in files:
-        if not file.name.endswith(_SUFFIXES):
+        if not file.name.endswith(_SUFFIXES) or (elsewhere and file.suffix == ".arrow"):
             raise RecordError(
-                f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)}"
+                f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)} (.arrow on "
+                "this machine alone)"
             )
-    if not files or not all(file.is_file() for file in files):
+    if not files or not all(isinstance(f, RemoteFile) or f.is_file() for f in files):
         raise RecordError(f"{path}: no such file (from {Path.cwd()}); check the source's path")
     return files
 
 
 def _located(
-    path: Path, bad: Refusals, columns: Sequence[str] = ()
+    path: File, bad: Refusals, columns: Sequence[str] = ()
 ) -> Iterator[tuple[int | str, Row]]:
     """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
     name = path.name

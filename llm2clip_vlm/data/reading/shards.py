@@ -12,11 +12,11 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import IO, Any
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refusals
 from llm2clip_vlm.data.reading.images import MAX_IMAGE_BYTES, ImageError
+from llm2clip_vlm.remote.ranges import File, RemoteFile
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif heic jp2 jxl ppm".split())
 _PAX = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
@@ -40,7 +40,7 @@ _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 class PackedImage:
     """Place of an image's bytes in a larger file."""
 
-    path: Path
+    path: File
     start: int
     """First byte in a tar; row group of a Parquet file, record batch of an Arrow file."""
     size: int
@@ -57,6 +57,7 @@ image."""
         Raises:
             ImageError: It is too large, the row holds no bytes, or the file cannot be read or is
                 shorter than it was.
+            RemoteError: An address cannot be read; that makes no record a bad one.
         """
         try:
             return self._member() if self.column is None else self._cell(self.column)
@@ -66,6 +67,8 @@ image."""
     def _member(self) -> bytes:
         if self.size > MAX_IMAGE_BYTES:
             raise OSError(f"{self.size} bytes, expected at most {MAX_IMAGE_BYTES}")
+        if isinstance(self.path, RemoteFile):
+            return self.path.read(self.start, self.size)
         with self.path.open("rb") as handle:
             handle.seek(self.start)
             data = handle.read(self.size)
@@ -82,7 +85,7 @@ image."""
         if self.column is None:
             return 1
         try:
-            value = _column(str(self.path), self.start, self.column)[self.size].as_py()
+            value = _column(self.path, self.start, self.column)[self.size].as_py()
         except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
         values = value if isinstance(value, list) else [value]
@@ -90,7 +93,7 @@ image."""
         return sum(any(part is not None for part in cell) for cell in cells)
 
     def _cell(self, column: str) -> bytes:
-        value = _column(str(self.path), self.start, column)[self.size].as_py()
+        value = _column(self.path, self.start, column)[self.size].as_py()
         if self.item is not None:
             values = value if isinstance(value, list) else [value]
             if len(values) != self.item[1]:
@@ -119,7 +122,7 @@ class _Member(tarfile.TarInfo):
         return super()._proc_member(shard)  # type: ignore[misc]
 
 
-def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
+def tar_rows(path: File, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
     """The samples of a webdataset shard (img2dataset's layout: `key.jpg`, `key.txt`, `key.json`).
 
     Members belong together by their name up to the last dot, wherever in the shard they lie. A
@@ -141,7 +144,10 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
     broken: dict[str, str] = {}
     end, size = "", path.stat().st_size
     try:
-        with tarfile.open(path, "r:", tarinfo=_Member) as shard, path.open("rb") as handle:
+        with (
+            path.open("rb") as handle,
+            tarfile.open(fileobj=handle, mode="r:", tarinfo=_Member) as shard,
+        ):
             while True:
                 try:
                     member = shard.next()
@@ -179,7 +185,7 @@ def tar_rows(path: Path, bad: Refusals) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _take(
-    parts: dict[str, Any], suffix: str, member: tarfile.TarInfo, handle: IO[bytes], path: Path
+    parts: dict[str, Any], suffix: str, member: tarfile.TarInfo, handle: IO[bytes], path: File
 ) -> None:
     """Add a member to its sample: where the image lies, a text, or the JSON object."""
     part = "image" if suffix in IMAGE_SUFFIXES else suffix
@@ -226,7 +232,7 @@ def missing_end(handle: IO[bytes], offset: int) -> str:
 
 
 def table_rows(
-    path: Path, bad: Refusals, columns: Sequence[str] = ()
+    path: File, bad: Refusals, columns: Sequence[str] = ()
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The rows of a Parquet or Arrow file; columns of bytes become :class:`PackedImage`.
 
@@ -253,7 +259,7 @@ def table_rows(
                 yield from _rows(path, group, batch.select(plain), packed, bad, first)
                 first += batch.num_rows
             return
-        with parquet.ParquetFile(path) as table:
+        with parquet.ParquetFile(_readable(path)) as table:
             packed, plain = _columns(path, table.schema_arrow, columns)
             count, size = table.metadata.num_rows, path.stat().st_size
             if count > max(_MAX_ROWS_A_BYTE * size, 2**20):
@@ -272,7 +278,12 @@ def table_rows(
         ) from error
 
 
-def _require_measure(path: Path, group: Any, columns: list[str]) -> None:
+def _readable(path: File) -> Any:
+    """What pyarrow opens; of an address the ranges that it asks for are kept."""
+    return path.open("rb", keep=True) if isinstance(path, RemoteFile) else path
+
+
+def _require_measure(path: File, group: Any, columns: list[str]) -> None:
     """Refuse a Parquet row group by whose own figures few bytes of the file unpack to many.
 
     Raises:
@@ -290,7 +301,7 @@ def _require_measure(path: Path, group: Any, columns: list[str]) -> None:
 
 
 def _rows(
-    path: Path, group: int, rows: Any, packed: list[str], bad: Refusals, first: int, at: int = 0
+    path: File, group: int, rows: Any, packed: list[str], bad: Refusals, first: int, at: int = 0
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     if rows.nbytes > _MAX_COLUMN_BYTES:
         raise OSError(f"{rows.nbytes} bytes in {rows.num_rows} rows")
@@ -308,7 +319,7 @@ def _rows(
         yield first + number, own | images
 
 
-def _columns(path: Path, schema: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
+def _columns(path: File, schema: Any, wanted: Sequence[str]) -> tuple[list[str], list[str]]:
     """Names of the wanted columns: those that hold bytes, and the others."""
     from pyarrow import types
 
@@ -329,16 +340,16 @@ def _columns(path: Path, schema: Any, wanted: Sequence[str]) -> tuple[list[str],
 
 
 @lru_cache(maxsize=_ROW_GROUPS_KEPT)
-def _column(path: str, group: int, column: str) -> Any:
+def _column(path: File, group: int, column: str) -> Any:
     """One column of a row group or batch: neighbours in it are read once."""
     import pyarrow
     from pyarrow import parquet
 
     try:
-        if path.endswith(".arrow"):
-            return _arrow_batches(path)[group].column(column)
-        with parquet.ParquetFile(path) as table:
-            _require_measure(Path(path), table.metadata.row_group(group), [column])
+        if path.suffix == ".arrow":
+            return _arrow_batches(str(path))[group].column(column)
+        with parquet.ParquetFile(_readable(path)) as table:
+            _require_measure(path, table.metadata.row_group(group), [column])
             return table.read_row_group(group, columns=[column], use_threads=False).column(column)
     except (pyarrow.ArrowException, MemoryError) as error:
         raise OSError(f"{path}: row group {group} cannot be read ({error})") from error

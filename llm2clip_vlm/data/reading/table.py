@@ -27,6 +27,7 @@ import numpy.typing as npt
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
 from llm2clip_vlm.data.text.text_rows import UNDECODED
 from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.remote.ranges import File, RemoteFile
 
 logger = logging.getLogger(__name__)
 
@@ -46,15 +47,17 @@ class Table:
 
     Args:
         source: A file that :func:`arrow_table` wrote, or a buffer of the same.
+        files: Files of the source, of which :attr:`files` tells.
 
     Raises:
         ValueError: The file is damaged, or has changed since it was written.
     """
 
-    def __init__(self, source: Any) -> None:
+    def __init__(self, source: Any, files: Sequence[File] = ()) -> None:
         from datasets import Dataset
 
         self._source = source
+        self.files = files
         if isinstance(source, Path):
             _require_whole(source)
             self._table = Dataset.from_file(str(source)).data
@@ -73,7 +76,7 @@ class Table:
 
     def __reduce__(self) -> Any:
         """Let workers that are spawned map the file, too."""
-        return Table, (self._source,)
+        return Table, (self._source, self.files)
 
     def record(self, row: int) -> Any:
         """Read what was kept of a record."""
@@ -105,7 +108,7 @@ def _require_whole(path: Path) -> None:
 
 
 def arrow_table(
-    files: Sequence[Path],
+    files: Sequence[File],
     index_dir: str | None,
     settings: Callable[[], Any],
     features: Mapping[str, Any],
@@ -116,7 +119,7 @@ def arrow_table(
     One process at a time reads a large source; the others wait and map what it wrote.
 
     Args:
-        files: Files of the source.
+        files: Files of the source, of which :attr:`files` tells.
         index_dir: Folder of tables. None: `.llm2clip-index` beside the files.
         settings: Gives what the table depends on beside the files; each has its own file.
         features: Columns beside `record`: name to the type of a number, or a list of one type for a
@@ -131,7 +134,7 @@ def arrow_table(
 
         sink = pyarrow.BufferOutputStream()
         _write(sink, features, files, rows)
-        return Table(sink.getvalue())
+        return Table(sink.getvalue(), files)
     digest = hashlib.sha256(json.dumps(settings(), sort_keys=True, default=str).encode())
     folder = Path(index_dir) if index_dir else files[0].parent / ".llm2clip-index"
     path = folder / f"{files[0].stem}-{digest.hexdigest()[:16]}.arrow"
@@ -140,7 +143,7 @@ def arrow_table(
         with _alone(folder):
             if path.is_file():
                 try:
-                    table = Table(path)
+                    table = Table(path, files)
                     if table.facts["files"] == file_states(files):
                         return table
                     logger.info("%s: the data have changed; it is made again", path)
@@ -158,10 +161,10 @@ def arrow_table(
             "a folder that can be"
         ) from error
     logger.info("made %s", path)
-    return Table(path)
+    return Table(path, files)
 
 
-def _write(sink: Any, features: Mapping[str, Any], files: Sequence[Path], rows: Rows) -> None:
+def _write(sink: Any, features: Mapping[str, Any], files: Sequence[File], rows: Rows) -> None:
     import pyarrow
     from datasets import Features, List, Value
 
@@ -192,14 +195,20 @@ def _json(value: Any) -> str:
     return json.dumps(value) if UNDECODED.search(text) else text
 
 
-def file_states(files: Sequence[Path]) -> list[list[Any]]:
-    """Name, size and date of each file."""
-    return [[str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns] for file in files]
+def file_states(files: Sequence[File]) -> list[list[Any]]:
+    """Name, size and date of each file, or what an address is recognised by."""
+    return [
+        [*file.state]
+        if isinstance(file, RemoteFile)
+        else [str(file), (stat := os.stat(file)).st_size, stat.st_mtime_ns]
+        for file in files
+    ]
 
 
-def is_large(files: Sequence[Path]) -> bool:
-    """Whether a table of these files is worth its own file."""
-    return bool(files) and sum(file.stat().st_size for file in files) >= TABLE_FILE_FROM_BYTES
+def is_large(files: Sequence[File]) -> bool:
+    """Whether a table of these files is worth its own file; of an address it always is."""
+    size = sum(file.stat().st_size for file in files)
+    return size >= TABLE_FILE_FROM_BYTES or any(isinstance(file, RemoteFile) for file in files)
 
 
 @contextmanager

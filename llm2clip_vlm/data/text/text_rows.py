@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from itertools import count
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refusals
+from llm2clip_vlm.remote.ranges import File
 
 Row = dict[str, Any]
 
@@ -30,7 +31,7 @@ _HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
 _NO_BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def text_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, Row]]:
+def text_rows(path: File, bad: Refusals) -> Iterator[tuple[int, Row]]:
     """Rows of a text file with their line (JSONL) or position (others), counted from 1.
 
     Args:
@@ -58,7 +59,7 @@ def text_rows(path: Path, bad: Refusals) -> Iterator[tuple[int, Row]]:
 class _Unpacked(io.RawIOBase):
     """The contents of a `.gz`, read no further than where they grow beyond all measure."""
 
-    def __init__(self, path: Path, file: IO[bytes]) -> None:
+    def __init__(self, path: File, file: IO[bytes]) -> None:
         self._path, self._file = path, file
         self._unpacked = gzip.GzipFile(fileobj=file)
         self._length = 0
@@ -77,7 +78,7 @@ class _Unpacked(io.RawIOBase):
         return count
 
 
-def _lines(path: Path, handle: IO[str]) -> Iterator[str]:
+def _lines(path: File, handle: IO[str]) -> Iterator[str]:
     """Yield lines, none of which may fill the memory."""
     for number in count(1):
         line = handle.readline(MAX_LINE_CHARS + 1)
@@ -88,7 +89,7 @@ def _lines(path: Path, handle: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
+def _csv_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     csv.field_size_limit(MAX_LINE_CHARS)
     # Without `strict` all that follows a quote without its partner is one cell.
     reader = csv.DictReader(_lines(path, handle), strict=True)
@@ -107,7 +108,7 @@ def _csv_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int,
         raise RecordError(f"{path}: line {reader.reader.line_num}: no CSV ({error})") from error
 
 
-def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
+def _jsonl_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(_lines(path, handle), start=1):
         if not line.strip():
             continue
@@ -122,7 +123,7 @@ def _jsonl_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[in
         yield from _objects(path, [row], bad, number, _HALF_ESCAPED.search(line) is not None)
 
 
-def _json_rows(path: Path, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
+def _json_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     try:
         start = handle.read(_READ_CHARS)
         if start.lstrip().startswith("["):
@@ -173,7 +174,7 @@ def _items(start: str, handle: IO[str]) -> Iterator[tuple[Any, str]]:
 
 
 def _objects(
-    path: Path, rows: Iterable[Any], bad: Refusals, first: int, halves: bool = False
+    path: File, rows: Iterable[Any], bad: Refusals, first: int, halves: bool = False
 ) -> Iterator[tuple[int, Row]]:
     """Rows that are objects; where `halves` is true, without half a character anywhere."""
     for number, row in enumerate(rows, start=first):
@@ -197,7 +198,7 @@ def _damaged(row: Row) -> str | None:
     return None
 
 
-def _annotated(path: Path, document: Row, bad: Refusals) -> list[Any]:
+def _annotated(path: File, document: Row, bad: Refusals) -> list[Any]:
     """Rows of COCO's `{images, annotations}` or Karpathy's `{images: [{sentences}]}`.
 
     `id`, `image` and `captions`, all of them, stand beside an image's own fields (`split`, ...).

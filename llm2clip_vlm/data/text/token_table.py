@@ -176,7 +176,7 @@ class TokenTable:
 
     def __init__(self, table: Table) -> None:
         self._table = table
-        self._files = [Path(name) for name, *_ in table.facts["files"]]
+        self._files = table.files
         self.refused = table.refused
         """`(where, why)` of what could not be used."""
         self.control: Counter[str] = Counter(table.facts["control"])
@@ -230,6 +230,7 @@ def read_table(
 
     def settings() -> list[Any]:
         chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
+        chosen |= {"cache_dir", "cache_gib"}
         tokenizer = processor.tokenizer
         return [
             VERSION,

@@ -1,0 +1,126 @@
+"""A folder of bounded size for what was fetched, shared by all processes of a machine."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import random
+import tempfile
+import zlib
+from array import array
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+_FOLDERS = 256
+_LOOKED_AT = 4096  # files among which the oldest are found; below that many all are
+_FILLED = 7 / 8  # share of the bound that is left filled when room is made
+_CHECK_BYTES = 4
+
+
+@dataclass(frozen=True)
+class RangeCache:
+    """Ranges of remote files in a folder; those that were not asked for longest go first.
+
+    Each is a file that appears whole and ends with a checksum. Room is reserved before anything is
+    written, by a lock that all processes share, so that the bound holds at every moment; bytes that
+    a killed process has reserved in vain are found at the next counting.
+    """
+
+    folder: Path
+    limit_bytes: int
+
+    def place(self, key: str) -> Path:
+        """Where a range lies, or would."""
+        return self.folder / "ranges" / key[:2] / key
+
+    def read(self, key: str, size: int) -> bytes | None:
+        """A range as it was written. None: it is not there, or damaged.
+
+        Args:
+            key: Its name, 64 hexadecimal digits.
+            size: Number of bytes.
+        """
+        path = self.place(key)
+        try:
+            data = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        body, check = data[:-_CHECK_BYTES], data[-_CHECK_BYTES:]
+        return body if len(body) == size and _checksum(body) == check else None
+
+    def write(self, key: str, data: bytes) -> None:
+        """Keep a range, if there is room; what goes wrong is logged, and costs another fetch.
+
+        Args:
+            key: See :meth:`read`.
+            data: The bytes.
+        """
+        path = self.place(key)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = len(data) + _CHECK_BYTES
+            if size > self.limit_bytes * _FILLED or not self._reserve(int(key[:2], 16), size):
+                return
+            handle, partial = tempfile.mkstemp(prefix=".", dir=path.parent)
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.write(_checksum(data))
+            os.replace(partial, path)
+        except OSError as error:
+            logger.warning("%s: nothing can be kept there (%s)", self.folder, error)
+
+    def _reserve(self, number: int, size: int) -> bool:
+        """Count a file in before it is there; older ones make room."""
+        handle = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            with suppress(OSError):  # some network file systems lock nothing
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            used = array("q", os.pread(handle, 8 * _FOLDERS, 0))
+            if len(used) < _FOLDERS:
+                counts = (sum(size for _, size, _ in self._files(n)) for n in range(_FOLDERS))
+                used = array("q", counts)
+            if sum(used) + size > self.limit_bytes:
+                self._evict(used, size)
+            fits = sum(used) + size <= self.limit_bytes
+            used[number] += size * fits
+            os.pwrite(handle, used.tobytes(), 0)
+        finally:
+            os.close(handle)
+        return fits
+
+    def _evict(self, used: array[int], size: int) -> None:
+        """Remove the oldest quarter of some thousand files, or as many as needed of fewer."""
+        left = random.sample(range(_FOLDERS), _FOLDERS)
+        wanted = self.limit_bytes * _FILLED - size
+        while left and sum(used) + size > self.limit_bytes:
+            seen: list[tuple[int, int, str, int]] = []
+            while left and len(seen) < _LOOKED_AT:
+                number = left.pop()
+                files = [*self._files(number)]
+                used[number] = sum(count for _, count, _ in files)
+                seen += [(*file, number) for file in files]
+            for _, count, path, number in sorted(seen)[: len(seen) // 4 + 1 if left else None]:
+                if sum(used) <= wanted:
+                    return
+                with suppress(OSError):
+                    os.unlink(path)
+                    used[number] -= count
+
+    def _files(self, number: int) -> Iterator[tuple[int, int, str]]:
+        """Date of last use, size and path of each file in one of the folders."""
+        folder = self.folder / "ranges" / f"{number:02x}"
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                with suppress(OSError):
+                    stat = entry.stat()
+                    yield stat.st_mtime_ns, stat.st_size, entry.path
+
+
+def _checksum(data: bytes) -> bytes:
+    return zlib.crc32(data).to_bytes(_CHECK_BYTES)

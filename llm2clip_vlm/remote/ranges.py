@@ -1,0 +1,192 @@
+"""Remote files, read by range through a folder of what was fetched before."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path, PurePosixPath
+from typing import IO, Any
+
+from llm2clip_vlm.remote.addresses import (
+    AT_ONCE,
+    CHANGED,
+    FileState,
+    RemoteError,
+    file_system,
+    tag_of,
+    tried,
+)
+from llm2clip_vlm.remote.range_cache import RangeCache
+
+_STREAM_BYTES = 4 * 2**20  # read at once where a file is read through
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file that is read by range; it takes a path's place where files are read.
+
+    Example:
+        `RemoteFile(look_up("s3://bucket/00000.tar")[0], RangeCache(folder, 2**30)).read(512, 99)`
+    """
+
+    state: FileState
+    """Address, size, and what its contents are recognised by."""
+    cache: RangeCache
+    """Where its ranges are kept."""
+
+    def __str__(self) -> str:
+        return self.state.address
+
+    @property
+    def _path(self) -> PurePosixPath:
+        return PurePosixPath(self.state.address)
+
+    @property
+    def name(self) -> str:
+        """Its last part."""
+        return self._path.name
+
+    @property
+    def stem(self) -> str:
+        """Its name without the ending."""
+        return self._path.stem
+
+    @property
+    def suffix(self) -> str:
+        """The ending."""
+        return self._path.suffix
+
+    @property
+    def suffixes(self) -> list[str]:
+        """All endings."""
+        return self._path.suffixes
+
+    @property
+    def parent(self) -> Path:
+        """Folder on this machine for what is made of this file."""
+        return self.cache.folder / "tables" / hashlib.sha256(str(self).encode()).hexdigest()[:16]
+
+    def stat(self) -> FileState:
+        """Its size, and what it is recognised by; nothing is asked."""
+        return self.state
+
+    def open(self, mode: str = "rb", *, keep: bool = False) -> IO[bytes]:
+        """Open it for reading from one end to the other; long distances are skipped unread.
+
+        Args:
+            mode: `rb`.
+            keep: Look for what is read in the cache, and leave it there.
+        """
+        assert mode == "rb", mode
+        return io.BufferedReader(_Stream(self, keep), _STREAM_BYTES)
+
+    def read(self, start: int, size: int) -> bytes:
+        """Bytes from the cache, or fetched and left there.
+
+        Args:
+            start: The first.
+            size: How many.
+
+        Raises:
+            RemoteError: See :meth:`fetch`.
+        """
+        key = self._key(start, size)
+        data = self.cache.read(key, size)
+        if data is None:
+            data = self.fetch(start, size)
+            self.cache.write(key, data)
+        return data
+
+    def is_kept(self, start: int, size: int) -> bool:
+        """Whether a range lies in the cache."""
+        return self.cache.place(self._key(start, size)).is_file()
+
+    def fetch(self, start: int, size: int) -> bytes:
+        """Bytes from the service.
+
+        Args:
+            start: The first.
+            size: How many.
+
+        Raises:
+            RemoteError: They cannot be had after all attempts, or the file is another by now.
+        """
+
+        def once() -> bytes:
+            # What every file of fsspec defines: `read` moves a position, which threads would share.
+            data: bytes = _opened(os.getpid(), self.state)._fetch_range(start, start + size)
+            if len(data) != size:
+                raise OSError(f"{len(data)} of {size} bytes came")
+            return data
+
+        return tried(f"{self}: bytes {start} to {start + size - 1}", once) if size else b""
+
+    def _key(self, start: int, size: int) -> str:
+        return hashlib.sha256(repr((*self.state, start, size)).encode()).hexdigest()
+
+
+File = Path | RemoteFile
+"""A data file, here or elsewhere."""
+
+
+class _Stream(io.RawIOBase):
+    def __init__(self, file: RemoteFile, keep: bool) -> None:
+        self._file, self._at = file, 0
+        self._read = file.read if keep else file.fetch
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = offset + (0, self._at, self._file.state.st_size)[whence]
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        count = max(0, min(len(buffer), self._file.state.st_size - self._at))
+        buffer[:count] = self._read(self._at, count)
+        self._at += count
+        return count
+
+
+def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
+    """Fetch several ranges beside each other into the cache.
+
+    Args:
+        ranges: File, first byte and number of bytes of each; files of this machine have no part.
+            What cannot be fetched is left to its reader, who says so.
+    """
+
+    def fetch(file: RemoteFile, start: int, size: int) -> None:
+        with suppress(RemoteError):
+            file.read(start, size)
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for file, start, size in ranges:
+            if isinstance(file, RemoteFile) and not file.is_kept(start, size):
+                pool.submit(fetch, file, start, size)
+
+
+@lru_cache(maxsize=2048)
+def _opened(_process: int, state: FileState) -> Any:
+    """A file as its service reads it; it refuses to read other contents than those of `state`."""
+    address, size, tag = state
+    if address.startswith("http"):
+        # `W/` marks what may stand for several contents: servers compare no such tag
+        name = "If-Match" if tag.startswith('"') else "If-Unmodified-Since"
+        headers = {name: tag} if tag and not tag.startswith("W/") else {}
+        return file_system(address).open(
+            address, "rb", size=size, cache_type="none", headers=headers
+        )
+    file = file_system(address).open(address, "rb", cache_type="none")
+    if (file.size, tag_of(file.details)) != (size, tag):
+        raise RemoteError(f"{address}: {CHANGED}")
+    return file
