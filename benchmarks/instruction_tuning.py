@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import resource
 import statistics
@@ -108,9 +109,9 @@ def make_model(folder: Path, vocabulary: int) -> tuple[Any, Any]:
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
     ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
-    LlamaForCausalLM(
-        LlamaConfig(**TEXT, **ids, vocab_size=len(words))
-    ).save_pretrained(folder / "llm")
+    LlamaForCausalLM(LlamaConfig(**TEXT, **ids, vocab_size=len(words))).save_pretrained(
+        folder / "llm"
+    )
     tokenizer.save_pretrained(folder / "llm")
     CLIPVisionModel(CLIPVisionConfig(**VISION)).save_pretrained(folder / "tower")
     edge = VISION["image_size"]
@@ -136,7 +137,8 @@ def write_conversations(folder: Path, name: str, chosen: list[list[Turn]]) -> li
             if (used := used + question + answer + 3) > MAX_TOKENS:
                 break
             ask, reply = (
-                " ".join(f"w{n}" for n in draw.integers(0, 3000, size)) for size in (question, answer)
+                " ".join(f"w{n}" for n in draw.integers(0, 3000, size))
+                for size in (question, answer)
             )
             said.append({"from": "human", "value": ("<image>\n" if place == 0 else "") + ask})
             said.append({"from": "gpt", "value": reply})
@@ -231,7 +233,9 @@ class Arms:
         instruction.PRELOAD_LIMIT_BYTES = 0
         source = InstructionSource(path=str(self.folder / f"{name}.json"))
         bad = BadRecords(0)
-        samples = InstructionDataset([source], self.processor, max_length_tokens=MAX_TOKENS, bad=bad)
+        samples = InstructionDataset(
+            [source], self.processor, max_length_tokens=MAX_TOKENS, bad=bad
+        )
         batches = PackedBatches(
             samples.lengths, samples.image_counts, global_batch_size=min(SIZE, len(rows)),
             max_tokens=SIZE * MAX_TOKENS,
@@ -278,6 +282,21 @@ def fill_of_ours(ranks: int = 8, samples: int = 128, rows: int = 4) -> float:
     return round(sum(lengths) / room, 4)
 
 
+def weights_of(model: Any) -> dict[str, int]:
+    """Weights of the parts that multiply."""
+
+    def size(part: Any) -> int:
+        return sum(weight.numel() for weight in part.parameters())
+
+    llava = model.model
+    return {
+        "tower": size(llava.vision_tower),
+        "projector": size(llava.multi_modal_projector),
+        "blocks": size(llava.language_model.layers),
+        "head": size(model.lm_head),
+    }
+
+
 def memory_mib(arm: str) -> float:
     """Memory that a step of one batch needs on top, in a process of its own."""
     command = [sys.executable, __file__, "--memory-of", arm]
@@ -312,15 +331,20 @@ def main() -> None:
         for n in range(count):
             arms.add(str(n), batches[n] if given.quick else batches[n] + batches[n + count])
         turns = {name: iter(range(count)) for name in names}
-        timed = {
-            name: lambda name=name: arms.run(name, str(next(turns[name]))) for name in names
-        }
+        timed = {name: lambda name=name: arms.run(name, str(next(turns[name]))) for name in names}
+        gc.collect()
+        gc.freeze()  # a Trainer collects at each start, here at each round
         seconds = take_turns(timed, count)
-        trained, tokens = 0, 0
-        for n in range(count):
-            samples = arms.data[str(n)]["ours"]
-            tokens += sum(samples.lengths)
-            trained += sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in samples)
+        sets = [arms.data[str(n)]["ours"] for n in range(count)]
+        lengths = [samples.lengths for samples in sets]
+        count_samples, tokens = sum(map(len, sets)), sum(map(sum, lengths))
+        trained = sum(int((item["labels"] != IGNORE_INDEX).sum()) for own in sets for item in own)
+        weights = weights_of(arms.trainers["hf"].model)
+    padded = sum(SIZE * max(own[n : n + SIZE]) for own in lengths for n in range(0, len(own), SIZE))
+    # multiplications: the same for all arms, then of blocks and of logits, forward and backward
+    same = count_samples * (VISUAL * (2 * weights["tower"] + 6 * weights["projector"]))
+    of_peers = same + 6 * padded * (weights["blocks"] + weights["head"])
+    of_ours = same + 6 * (tokens * weights["blocks"] + trained * weights["head"])
     speed = {name: ratio(seconds, name, "ours") for name in ("trl", "hf")}
     rates = {name: round(trained / sum(seconds[name]["cpu"]), 2) for name in names}
     apart = max(abs(losses[name] - losses["ours"]) for name in ("hf", "trl"))
@@ -345,11 +369,13 @@ def main() -> None:
             "limit": "share of 8 processes' room that holds tokens",
             "cpu_s": {name: round(statistics.median(seconds[name]["cpu"]), 2) for name in names},
             "rounds": count,
-            "samples": sum(len(arms.data[str(n)]["ours"]) for n in range(count)),
-            "mean_tokens": round(tokens / sum(len(arms.data[str(n)]["ours"]) for n in range(count))),
+            "samples": count_samples,
+            "mean_tokens": round(tokens / count_samples),
             "trained": round(trained / tokens, 4),
+            "ratio_by_multiplications": round(of_peers / of_ours, 4),
             "peers_batches": "shuffled" if given.random else "grouped by length",
-            "peers_fill": peers_fill,
+            "peers_fill": round(tokens / padded, 4),
+            "peers_fill_of_epoch": peers_fill,
             "text": TEXT | {"vocabulary": VOCABULARY},
             "vision": VISION,
         },
