@@ -72,13 +72,13 @@ from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 GOALS = {"ratio_trl": 2.0, "ratio_hf": 1.3, "limit_ratio": 0.97}
 EPOCH, SIZE, VISUAL, MAX_TOKENS, VOCABULARY = 3200, 8, 196, 2048, 3277
 PARTS = {name: PartTraining(lr=1e-6) for name in ("multi_modal_projector", "language_model")}
-TEXT = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2} | {
+TEXT: dict[str, Any] = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 2} | {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
     "max_position_embeddings": MAX_TOKENS,
 }
-VISION = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2} | {
+VISION: dict[str, Any] = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 2} | {
     "num_attention_heads": 8,
     "image_size": 224,
     "patch_size": 16,
@@ -102,13 +102,15 @@ def make_model(folder: Path, vocabulary: int) -> tuple[Any, Any]:
     words = [*special, *(f"w{n}" for n in range(vocabulary - 1 - len(special)))]  # and <image>
     backend = Tokenizer(models.WordLevel({w: n for n, w in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    names = dict(zip(("pad_token", "unk_token", "bos_token", "eos_token"), special, strict=False))
+    names: dict[str, Any] = dict(
+        zip(("pad_token", "unk_token", "bos_token", "eos_token"), special, strict=False)
+    )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, additional_special_tokens=special[4:], **names
     )
     tokenizer.chat_template = TEMPLATE
     torch.manual_seed(0)
-    ids = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
+    ids: dict[str, Any] = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3}
     LlamaForCausalLM(LlamaConfig(**TEXT, **ids, vocab_size=len(words))).save_pretrained(
         folder / "llm"
     )
