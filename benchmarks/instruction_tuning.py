@@ -9,9 +9,10 @@ All three train the same `LlavaForConditionalGeneration` on the same conversatio
   gradient checkpointing that it turns on by itself. It refuses packing for pictures.
 
 Both peers get `group_by_length` as it is over an epoch of 3,200 conversations: transformers' own
-function groups them into batches, of which every 17th is trained (with `--random`: batches as they
-are shuffled, TRL's default). A round is two of these batches, the same 16 samples for all arms. Our
-pictures are opened each time, as with a set that does not fit into memory.
+function groups them into batches, of which every 18th is trained (with `--random`: batches as they
+are shuffled, TRL's default). A round is two of these batches, the same 16 samples for all arms; a
+ratio is that of all rounds' CPU time, since their samples differ. Our pictures are opened each
+time, as with a set that does not fit into memory.
 
 The model has the widths of SmolLM2-135M with a 15th of its layers and of its vocabulary, so the
 shares of blocks and head stay (79 and 21 %); the tower is sized as ViT-B/16 is to it, with its 196
@@ -32,7 +33,6 @@ import copy
 import gc
 import json
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -257,17 +257,26 @@ class Arms:
         return float(trainer.train().training_loss)
 
 
-def choose_batches(shuffled: bool) -> tuple[list[list[list[Turn]]], float]:
-    """Batches of the epoch as a peer forms them, every 17th, and the fill of all of them."""
+def choose_batches(shuffled: bool, count: int) -> tuple[list[list[list[Turn]]], float]:
+    """So many batches, spread over the epoch as a peer forms them, and the fill of all of them.
+
+    Of the ways to take every n-th, the one whose fill is nearest to that of the whole epoch.
+    """
     conversations = draw_conversations(EPOCH)
     lengths = [length for length, _ in draw_lengths(EPOCH, VISUAL, MAX_TOKENS)]
     order = list(range(EPOCH))
     if not shuffled:
         order = get_length_grouped_indices(lengths, SIZE, generator=torch.manual_seed(0))
     batches = [order[start : start + SIZE] for start in range(0, EPOCH, SIZE)]
-    room = sum(SIZE * max(lengths[i] for i in batch) for batch in batches)
-    chosen = [[conversations[i] for i in batch] for batch in batches[3::17]]
-    return chosen, round(sum(lengths) / room, 4)
+
+    def fill(some: list[list[int]]) -> float:
+        held = sum(lengths[i] for batch in some for i in batch)
+        return held / sum(SIZE * max(lengths[i] for i in batch) for batch in some)
+
+    every = len(batches) // count
+    ways = [batches[first::every][:count] for first in range(every)]
+    chosen = min(ways, key=lambda some: abs(fill(some) - fill(batches)))
+    return [[conversations[i] for i in batch] for batch in chosen], round(fill(batches), 4)
 
 
 def fill_of_ours(ranks: int = 8, samples: int = 128, rows: int = 4) -> float:
@@ -314,11 +323,12 @@ def main() -> None:
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     given = parser.parse_args()
     use_peers("trl")
-    batches, peers_fill = choose_batches(given.random)
+    count = 3 if given.quick else 11
+    batches, peers_fill = choose_batches(given.random, 2 * count)
     with tempfile.TemporaryDirectory() as scratch:
         if given.memory_of:
             arms = Arms(Path(scratch), 32_000, [given.memory_of])
-            arms.add("batch", batches[5])
+            arms.add("batch", choose_batches(False, 22)[0][5])
             arms.run(given.memory_of, "first")  # gradients and optimizer are there
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             arms.run(given.memory_of, "batch")
@@ -327,9 +337,8 @@ def main() -> None:
         memory = {name: round(memory_mib(name), 1) for name in ("ours", "hf", "trl")}
         names = ["ours", "hf", "trl"]
         arms = Arms(Path(scratch), VOCABULARY, names)
-        arms.add("warm", batches[4])
+        arms.add("warm", batches[1])
         losses = {name: arms.run(name, "warm") for name in names}
-        count = 3 if given.quick else 11
         for n in range(count):
             arms.add(str(n), batches[n] if given.quick else batches[n] + batches[n + count])
         turns = {name: iter(range(count)) for name in names}
@@ -347,18 +356,20 @@ def main() -> None:
     same = count_samples * (VISUAL * (2 * weights["tower"] + 6 * weights["projector"]))
     of_peers = same + 6 * padded * (weights["blocks"] + weights["head"])
     of_ours = same + 6 * (tokens * weights["blocks"] + trained * weights["head"])
-    speed = {name: ratio(seconds, name, "ours") for name in ("trl", "hf")}
-    rates = {name: round(trained / sum(seconds[name]["cpu"]), 2) for name in names}
+    total = {name: sum(seconds[name]["cpu"]) for name in names}
+    speed = {name: round(total[name] / total["ours"], 4) for name in ("trl", "hf")}
+    spread = {f"ratio_{name}": ratio(seconds, name, "ours")[1] for name in speed}
+    rates = {name: round(trained / total[name], 2) for name in names}
     apart = max(abs(losses[name] - losses["ours"]) for name in ("hf", "trl"))
     finish(
         "instruction_tuning",
         ours=rates["ours"],
         baseline=rates["trl"],
         baseline_hf=rates["hf"],
-        ratio=speed["trl"][0],
-        ratio_trl=speed["trl"][0],
-        ratio_hf=speed["hf"][0],
-        spread={"ratio_trl": speed["trl"][1], "ratio_hf": speed["hf"][1]},
+        ratio=speed["trl"],
+        ratio_trl=speed["trl"],
+        ratio_hf=speed["hf"],
+        spread=spread,
         memory_ratio=round(memory["hf"] / memory["ours"], 2),
         memory_ratio_trl=round(memory["trl"] / memory["ours"], 2),
         memory_mib=memory,
@@ -369,7 +380,7 @@ def main() -> None:
         settings={
             "unit": "trained tokens per CPU second",
             "limit": "share of 8 processes' room that holds tokens",
-            "cpu_s": {name: round(statistics.median(seconds[name]["cpu"]), 2) for name in names},
+            "cpu_s": {name: round(own, 2) for name, own in total.items()},
             "rounds": count,
             "samples": count_samples,
             "mean_tokens": round(tokens / count_samples),

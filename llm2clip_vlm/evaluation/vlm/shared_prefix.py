@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache, GenerationConfig
 from transformers.cache_utils import DynamicLayer
 
 from llm2clip_vlm.models.equal import HALF_TOLERANCE, TOLERANCE, difference
@@ -63,49 +64,41 @@ class PrefixSharing:
             return inputs
         if self._right is None:
             wrong = self._difference(inputs)
-            if wrong is not None:
+            if wrong:
                 logger.warning("the picture is computed anew for each question: %s", wrong)
-            self._right = self._right is None and wrong is None
-        return (self._right and self._share(inputs, pictures)) or inputs
+            self._right = wrong is None
+        return self._share(inputs, pictures) if self._right else inputs
 
     def _difference(self, inputs: dict[str, Tensor]) -> str | None:
-        """How the next token's logits change for the most padded prompt. None: by rounding."""
-        row = int(inputs["attention_mask"].sum(-1).argmin())
+        """Why not, in words where it is a surprise. None: the next token's logits stay the same."""
+        layers = DynamicCache(config=self._model.config.get_text_config()).layers
+        if any(type(layer) is not DynamicLayer for layer in layers):
+            return ""  # windows and recurrent states depend on where the padding is
+        row = int(inputs["attention_mask"].sum(-1).argmin())  # the most padded prompt
         one = {name: value[row : row + 1] for name, value in inputs.items()}
-        if (shared := self._share(one, [""])) is None:
-            return None
-        keep = {"max_new_tokens": 1, "do_sample": False, "pad_token_id": self._pad_id}
-        keep |= {"output_logits": True, "return_dict_in_generate": True}
-        found = [self._model.generate(**given, **keep).logits[0] for given in (one, shared)]
+        keep = GenerationConfig(max_new_tokens=1, pad_token_id=self._pad_id, output_logits=True)
+        keep.return_dict_in_generate = True
+        both = (one, self._share(one, [""]))
+        found = [self._model.generate(**g, generation_config=keep).logits[0] for g in both]
         return difference(*found, TOLERANCE.get(self._model.dtype, HALF_TOLERANCE))
 
-    def _share(self, inputs: dict[str, Tensor], pictures: Sequence[str]) -> dict[str, Any] | None:
-        """The shared form. None: prompts differ before a picture ends, or the cache is unlike."""
-        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    def _share(self, inputs: dict[str, Tensor], pictures: Sequence[str]) -> dict[str, Any]:
+        """The shared form; `inputs` where prompts differ before a picture ends."""
         # Padding moves from the left to where the questions begin. Example: of `. . I I a` and
         # `I I b c d` (`.` fills, `I` is the picture) the first becomes `I I . . a`.
-        pads = ids.shape[1] - mask.sum(-1)
-        last = (ids == self._model.config.image_token_id).int().cumsum(-1).argmax(-1)
-        end, *others = (last + 1 - pads).tolist()
-        begins = [row[pad:][:end] for row, pad in zip(ids, pads.tolist(), strict=True)]
-        if any(other != end for other in others) or any(
-            bool((b != begins[0]).any()) for b in begins
-        ):
-            return None
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        pads = (ids.shape[1] - mask.sum(-1))[:, None]
+        at = torch.arange(ids.shape[1], device=ids.device)
+        begun = ids.gather(1, (at + pads).clamp(max=ids.shape[1] - 1))  # `I I a a a`
+        end = int((begun == self._model.config.image_token_id).nonzero()[:, 1].max()) + 1
+        if bool((begun[:, :end] != begun[:1, :end]).any()):
+            return inputs
         order = list(dict.fromkeys(pictures))
-        cache = self._model(
-            input_ids=begins[0].expand(len(order), -1),
-            pixel_values=inputs["pixel_values"][[pictures.index(picture) for picture in order]],
-            use_cache=True,
-            logits_to_keep=1,
-        ).past_key_values
-        if any(type(layer) is not DynamicLayer for layer in cache.layers):
-            self._right = False
-            return None
+        pixels = inputs["pixel_values"][[pictures.index(picture) for picture in order]]
+        first = begun[: len(order), :end]
+        cache = self._model(first, pixels, use_cache=True, logits_to_keep=1).past_key_values
         rows = torch.tensor([order.index(picture) for picture in pictures], device=ids.device)
         cache.batch_select_indices(rows)
-        at = torch.arange(ids.shape[1], device=ids.device)
-        gap = (at >= end) & (at < end + pads[:, None])
-        moved = ids.masked_fill(gap, self._pad_id)
-        moved[:, :end] = begins[0]
+        gap = (at >= end) & (at < end + pads)
+        moved = torch.where(at < end, begun, ids).masked_fill(gap, self._pad_id)
         return {"input_ids": moved, "attention_mask": (~gap).to(mask), "past_key_values": cache}
