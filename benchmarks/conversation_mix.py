@@ -89,11 +89,12 @@ def measure(data: Path, tokenizer: Any) -> dict[str, tuple[list[int], list[int]]
     for kind, *texts in pairs(data):
         for kept, text in zip(lengths.setdefault(kind, ([], [])), texts, strict=True):
             kept.append(len(tokenizer(text)["input_ids"]))
-    marks = np.arange(5, 100, 10)
-    return {
-        kind: tuple(np.percentile(own, marks).round().astype(int).tolist() for own in both)
-        for kind, both in lengths.items()
-    }
+
+    def quantiles(own: list[int]) -> list[int]:
+        found: list[int] = np.percentile(own, np.arange(5, 100, 10)).round().astype(int).tolist()
+        return found
+
+    return {kind: (quantiles(asked), quantiles(said)) for kind, (asked, said) in lengths.items()}
 
 
 def main() -> None:

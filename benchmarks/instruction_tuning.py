@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import importlib
 import json
 import resource
 import subprocess
@@ -208,11 +209,10 @@ class Arms:
         for name in names:
             own = copy.deepcopy(model)
             if name == "trl":
-                from trl import SFTConfig, SFTTrainer
-
-                self.trainers[name] = SFTTrainer(
+                trl: Any = importlib.import_module("trl")
+                self.trainers[name] = trl.SFTTrainer(
                     own,
-                    SFTConfig(**options, assistant_only_loss=True, max_length=MAX_TOKENS),
+                    trl.SFTConfig(**options, assistant_only_loss=True, max_length=MAX_TOKENS),
                     train_dataset=first["trl"],
                     processing_class=self.processor,
                 )

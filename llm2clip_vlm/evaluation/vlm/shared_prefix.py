@@ -79,8 +79,8 @@ class PrefixSharing:
         keep = GenerationConfig(max_new_tokens=1, pad_token_id=self._pad_id, output_logits=True)
         keep.return_dict_in_generate = True
         both = (one, self._share(one, [""]))
-        found = [self._model.generate(**g, generation_config=keep).logits[0] for g in both]
-        return difference(*found, TOLERANCE.get(self._model.dtype, HALF_TOLERANCE))
+        want, got = (self._model.generate(**g, generation_config=keep).logits[0] for g in both)
+        return difference(want, got, TOLERANCE.get(self._model.dtype, HALF_TOLERANCE))
 
     def _share(self, inputs: dict[str, Tensor], pictures: Sequence[str]) -> dict[str, Any]:
         """The shared form; `inputs` where prompts differ before a picture ends."""
