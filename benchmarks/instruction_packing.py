@@ -1,18 +1,14 @@
 """FLOPs and CPU time per trained token in stage 4: packed, against padded batches.
 
-Baselines: (a) random batches, padded to their longest sample; (b) LLaVA's
-`group_by_modality_length`: pictures apart from text alone, megabatches of all processes, dealt to
-processes so that their tokens are even, padded. Both have 8 processes x 16 samples, logits of all
-positions; ours has the same 128 samples a step, logits of all positions (`packed`) or of trained
-ones (`sliced`, what `VlmTrainer` does).
+A regression check, ours against ours; `instruction_tuning.py` compares with other trainers.
+Baselines: (a) random batches, padded to their longest sample; (b) LLaVA's `group_by_length`:
+megabatches of all processes, dealt to processes so that their tokens are even, padded. Both have
+8 processes x 16 samples, logits of all positions; ours has the same 128 samples a step, logits of
+all positions (`packed`) or of trained ones (`sliced`, what `VlmTrainer` does).
 
-How the lengths were made: LLaVA-1.5's 665k is not here. Its ten sources enter with their sizes
-(2310.03744, table 7), 576 visual tokens where there is a picture, and log-normal text lengths that
-are guesses; text beyond 2,048 is cut. ShareGPT's is chosen so that a sample has 850 tokens in the
-mean (with a median of 1,100 instead of 1,700 the mean is 832 and `ratio` about 0.06 less). All
-lengths are divided by 8, so that a CPU can train them. The last 35 % of a sample's tokens are
-trained. The model is a Llama whose head has 5 % of its weights. The tower is left out: it sees the
-same pictures in each arm.
+The lengths are those of `conversation_mix.py` with 576 visual tokens, cut at 2,048 and divided by
+8, so that a CPU can train them. The model is a Llama whose head has 5 % of its weights. The tower
+is left out: it sees the same pictures in each arm.
 
 FLOPs are counted, over all steps, for what an arm computes: padding included, attention by the
 square of what a row is padded to, or of each sample where it is packed. Time is CPU time of the
@@ -34,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from arms import finish
+from conversation_mix import draw_lengths
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from llm2clip_vlm.constants import IGNORE_INDEX
@@ -43,27 +40,15 @@ from llm2clip_vlm.models.vlm import vlm_loss
 from llm2clip_vlm.models.vlm.document_attention import install_document_attention
 
 GOALS = {"ratio": 2.0, "time_ratio_grouped": 1.15, "fill": 0.95}
-RANKS, SIZE, MAX_TOKENS, VISUAL, SCALE, TRAINED = 8, 16, 2048, 576, 8, 0.35
-SOURCES = {  # thousands, picture, median and spread of the text's tokens
-    "LLaVA-Instruct": (158, True, 260, 0.5),
-    "ShareGPT": (40, False, 1700, 0.6),
-    "VQAv2": (83, True, 130, 0.5),
-    "GQA": (72, True, 190, 0.5),
-    "OKVQA": (9, True, 60, 0.3),
-    "OCR-VQA": (80, True, 150, 0.3),
-    "A-OKVQA": (66, True, 90, 0.3),
-    "TextCaps": (22, True, 70, 0.3),
-    "RefCOCO": (48, True, 180, 0.6),
-    "VisualGenome": (86, True, 380, 0.6),
-}
-TEXT = {
+RANKS, SIZE, MAX_TOKENS, VISUAL, SCALE = 8, 16, 2048, 576, 8
+TEXT: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 128,
     "intermediate_size": 352,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
 }
-VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1} | {
+VISION: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1} | {
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
@@ -73,24 +58,11 @@ Step = list[list[list[int]]]
 """Micro-step, process, samples."""
 
 
-def make_lengths(count: int) -> tuple[list[int], list[int]]:
-    """Tokens and images of so many samples."""
-    draw = np.random.default_rng(0)
-    shares = np.array([source[0] for source in SOURCES.values()], float)
-    lengths, images = [], []
-    for kind in draw.choice(len(SOURCES), count, p=shares / shares.sum()):
-        _, picture, median, spread = list(SOURCES.values())[kind]
-        tokens = draw.lognormal(np.log(median), spread) + VISUAL * picture
-        lengths.append(max(8, round(min(tokens, MAX_TOKENS) / SCALE)))
-        images.append(int(picture))
-    return lengths, images
-
-
-def sample(length: int, seed: int) -> dict[str, Any]:
+def sample(length: int, trained: int, seed: int) -> dict[str, Any]:
     """Random tokens, the last of them trained."""
     ids = torch.randint(8, TEXT["vocab_size"], (length,), generator=torch.manual_seed(seed))
     labels = ids.clone()
-    labels[: length - round(TRAINED * length)] = IGNORE_INDEX
+    labels[: length - trained] = IGNORE_INDEX
     return {"input_ids": ids, "labels": labels, "sample_id": str(seed)}
 
 
@@ -103,27 +75,24 @@ def random_steps(lengths: Sequence[int]) -> list[Step]:
     ]
 
 
-def grouped_steps(lengths: Sequence[int], images: Sequence[int]) -> list[Step]:
+def grouped_steps(lengths: Sequence[int]) -> list[Step]:
     """Baseline (b): a process takes the next longest sample when it has the fewest tokens."""
     draw, steps = np.random.default_rng(1), []
-    for kind in (1, 0):
-        order = draw.permutation([i for i, n in enumerate(images) if n == kind])
-        for start in range(0, len(order) - RANKS * SIZE + 1, RANKS * SIZE):
-            ranks: list[list[int]] = [[] for _ in range(RANKS)]
-            for i in sorted(order[start : start + RANKS * SIZE], key=lambda i: -lengths[i]):
-                open_ones = [rank for rank in ranks if len(rank) < SIZE]
-                min(open_ones, key=lambda rank: sum(lengths[j] for j in rank)).append(int(i))
-            steps.append([ranks])
-    return [steps[n] for n in draw.permutation(len(steps))]
+    order = draw.permutation(len(lengths))
+    for start in range(0, len(order) - RANKS * SIZE + 1, RANKS * SIZE):
+        ranks: list[list[int]] = [[] for _ in range(RANKS)]
+        for i in sorted(order[start : start + RANKS * SIZE], key=lambda i: -lengths[i]):
+            open_ones = [rank for rank in ranks if len(rank) < SIZE]
+            min(open_ones, key=lambda rank: sum(lengths[j] for j in rank)).append(int(i))
+        steps.append([ranks])
+    return steps
 
 
-def packed_steps(
-    lengths: Sequence[int], images: Sequence[int], rows: int
-) -> tuple[list[Step], int]:
+def packed_steps(lengths: Sequence[int], rows: int) -> tuple[list[Step], int]:
     """Ours, and the micro-batches of a step."""
     batches = PackedBatches(
         lengths,
-        images,
+        [1] * len(lengths),
         global_batch_size=RANKS * SIZE,
         max_tokens=rows * MAX_TOKENS // SCALE,
         world_size=RANKS,
@@ -133,15 +102,17 @@ def packed_steps(
     return [[step[n : n + RANKS] for n in chunks] for step in steps], batches.accumulation
 
 
-def flops(steps: list[Step], lengths: Sequence[int], *, padded: bool, sliced: bool) -> float:
+def flops(
+    steps: list[Step], mix: Sequence[tuple[int, int]], *, padded: bool, sliced: bool
+) -> float:
     """Model FLOPs, forward and backward, for each trained token."""
     width, layers = TEXT["hidden_size"], TEXT["num_hidden_layers"]
     block = layers * (4 * width**2 + 3 * width * TEXT["intermediate_size"])
     total = trained = 0.0
     for batch in (batch for step in steps for ranks in step for batch in ranks):
-        own = [lengths[i] for i in batch]
+        own = [mix[i][0] for i in batch]
         computed = [max(own)] * len(own) if padded else own
-        wanted = sum(round(TRAINED * n) for n in own)
+        wanted = sum(mix[i][1] for i in batch)
         total += 6 * block * sum(computed) + 6 * width * layers * sum(n * n for n in computed)
         total += 6 * width * TEXT["vocab_size"] * (wanted if sliced else sum(computed))
         trained += wanted
@@ -208,10 +179,12 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="1,280 samples, 1 step")
     args = parser.parse_args()
     count, repeats = (1_280, 1) if args.quick else (args.samples, args.repeats)
-    lengths, images = make_lengths(count)
-    data = [sample(length, seed) for seed, length in enumerate(lengths)]
-    packed, accumulation = packed_steps(lengths, images, args.rows)
-    steps = {"random": random_steps(lengths), "grouped": grouped_steps(lengths, images)}
+    drawn = draw_lengths(count, VISUAL, MAX_TOKENS)
+    mix = [(round(tokens / SCALE), max(1, round(own / SCALE))) for tokens, own in drawn]
+    lengths = [length for length, _ in mix]
+    data = [sample(*own, seed) for seed, own in enumerate(mix)]
+    packed, accumulation = packed_steps(lengths, args.rows)
+    steps = {"random": random_steps(lengths), "grouped": grouped_steps(lengths)}
     model, padding = make_model(False), InstructionCollator(0)
     arms = {name: Arm(model, data, own, padding) for name, own in steps.items()}
     arms["packed"] = Arm(model, data, packed, PackedCollator())
@@ -236,7 +209,7 @@ def main() -> None:
         arm.cpu, arm.slowest = arm.cpu[-repeats:], arm.slowest[-repeats:]
 
     counted = {
-        name: flops(arm.steps, lengths, padded=arm.collator is padding, sliced=name == "sliced")
+        name: flops(arm.steps, mix, padded=arm.collator is padding, sliced=name == "sliced")
         for name, arm in arms.items()
     }
 
@@ -271,10 +244,7 @@ def main() -> None:
             "unit": "FLOPs per trained token",
             "samples": count,
             "mean_tokens": round(SCALE * sum(lengths) / count),
-            "text_alone": round(1 - sum(images) / count, 4),
-            "head_of_flops": round(
-                (counted["packed"] - counted["sliced"]) / (1 - TRAINED) / counted["packed"], 4
-            ),
+            "trained": round(sum(own for _, own in mix) / sum(lengths), 4),
             "micro_batches": accumulation,
             "rows_a_micro_batch": args.rows,
             "text": TEXT,

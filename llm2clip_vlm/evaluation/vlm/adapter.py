@@ -26,7 +26,6 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
 from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator, Prompt
-from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.models.vlm.building import load_checkpoint
 
 _BATCHES_AT_ONCE = 8
@@ -124,7 +123,7 @@ class Llm2ClipVlmChat(lmms):
                 given = asked[len(answers) : len(answers) + len(rendered)]
                 for (_, doc), prompt in zip(given, rendered, strict=True):
                     if prompt.images:
-                        self.pictures[doc] = pixel_hash(prompt.images)
+                        self.pictures[doc] = prompt.pictures
                 options = [arguments for arguments, _ in given]
                 answers += generator.generate(rendered, options, bar.update)
         tokens = sum(answer.num_tokens for answer in answers)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from llm2clip_vlm.chat.labels import prompt_text
 from llm2clip_vlm.chat.template import render, template_of
 from llm2clip_vlm.chat.text_tokens import TextTokens, text_tokens
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.evaluation.vlm.shared_prefix import PrefixSharing, places
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.evaluation.vlm.token_queue import Closed, TokenQueue
 
 logger = logging.getLogger(__name__)
@@ -47,6 +50,11 @@ class Prompt:
     shown: Mapping[int, str] = field(default_factory=dict)
     """Characters of :attr:`text` that stand for others, where a text in it has a control token's
     name, and stays text."""
+
+    @cached_property
+    def pictures(self) -> str:
+        """Hash of the images' pixels."""
+        return pixel_hash(self.images)
 
 
 class _TextStays:
@@ -148,6 +156,7 @@ class Generator:
         self.pad_id: int = pad if pad is not None else (self.eos_ids or [0])[0]
         limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
         self.window: int | None = limit
+        self._sharing = PrefixSharing(model, self.pad_id)
 
     def render(self, messages: Sequence[Mapping[str, Any]]) -> Prompt:
         """Apply the chat template.
@@ -209,7 +218,7 @@ class Generator:
         """Answer each prompt.
 
         Prompts with equal options, and with or without images, are batched together, sorted by
-        length so that little is padded.
+        length so that little is padded; or by picture, if many ask about the same one.
 
         Args:
             prompts: Result of :meth:`render`.
@@ -232,6 +241,8 @@ class Generator:
         answers: dict[int, Answer] = {}
         for members in groups.values():
             members.sort(key=lambda i: (len(prompts[i].images), len(prompts[i].text), i))
+            place = places([prompts[i].pictures for i in members])
+            members.sort(key=lambda i: (len(prompts[i].images), place[prompts[i].pictures]))
             _, config, until = settings[members[0]]
             for start in range(0, len(members), self.batch_size):
                 batch = members[start : start + self.batch_size]
@@ -311,6 +322,8 @@ class Generator:
         if fitting is not config and len(prompts) > 1:  # the longest shortens no other's answer
             return [self._generate_batch([prompt], config, until)[0] for prompt in prompts]
         with _evaluating(self.model):
+            if config.num_beams == 1 and all(len(prompt.images) == 1 for prompt in prompts):
+                inputs = self._sharing(inputs, [prompt.pictures for prompt in prompts])
             output = self.model.generate(**inputs, generation_config=fitting)  # type: ignore[operator]
         return [self._answer(row.tolist(), until) for row in output[:, length:]]
 

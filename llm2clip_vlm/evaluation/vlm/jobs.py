@@ -51,6 +51,7 @@ SCORING_CODE = (
     "evaluation/vlm/generation.py",
     "evaluation/vlm/llava15.py",
     "evaluation/vlm/samples.py",
+    "evaluation/vlm/shared_prefix.py",
     "evaluation/vlm/task_helpers.py",
     "evaluation/vlm/token_queue.py",
     "evaluation/vlm/worker.py",
