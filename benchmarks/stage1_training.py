@@ -70,16 +70,15 @@ GOALS = {"ratio_mixed": 2.2, "ratio_directed": 1.5, "ratio_short": 1.2, "ratio_c
 
 
 def records(mix: str, count: int) -> list[CaptionRecord]:
-    """Pairs of different texts; of lengths as the mix says."""
+    """Pairs of different texts, of lengths as the mix says."""
     short, long = short_texts(2 * count), long_texts(count)
-    if mix == "short":
-        long = short[count:]
-    return [
-        CaptionRecord(str(row), {"short": [short[row]], "long": [long[row]]})
-        if mix != "short"
-        else CaptionRecord(str(row), {"short": [short[row], long[row]]})
-        for row in range(count)
-    ]
+    found = []
+    for row in range(count):
+        captions = {"short": [short[row]], "long": [long[row]]}
+        if mix == "short":
+            captions = {"short": short[2 * row : 2 * row + 2]}
+        found.append(CaptionRecord(str(row), captions))
+    return found
 
 
 class _InOrder(DefaultBatchSampler):
