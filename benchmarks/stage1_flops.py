@@ -77,7 +77,8 @@ class Lengths:
     def __init__(self, lengths: Sequence[int]) -> None:
         self.lengths = lengths
 
-    def __getitem__(self, text: int) -> np.ndarray[Any, Any]:
+    def items(self, _: str, text: int) -> np.ndarray[Any, Any]:
+        """Token ids of a text."""
         return np.random.default_rng(text).integers(1, 1000, self.lengths[text])
 
     def ids(self, prompt: str) -> list[int]:
@@ -119,7 +120,7 @@ def make_arms(
         return pool(hidden, moved["pool_mask"], "mean")
 
     def pad(rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        return pad_tokens([table[row] for row in rows], 0, 1)
+        return pad_tokens([table.items("ids", row) for row in rows], 0, 1)
 
     def contrast(query: torch.Tensor, positive: torch.Tensor, **more: Any) -> torch.Tensor:
         if device == "meta":  # the loss's own FLOPs are a millionth

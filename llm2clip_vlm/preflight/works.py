@@ -35,6 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from llm2clip_vlm.data.cache.shards import read_header
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import read_config
+from llm2clip_vlm.models.text.caption_tokens import length_groups
 from llm2clip_vlm.models.trainable import (
     apply_trainable,
     frozen_modules,
@@ -54,7 +55,7 @@ from llm2clip_vlm.recipe.vlm import Stage3Recipe, VlmRecipe
 from llm2clip_vlm.runs.inputs import missing_model, writer_of
 from llm2clip_vlm.training.encoder.caption_cache import encoder_path
 from llm2clip_vlm.training.export import add_lora
-from llm2clip_vlm.training.text.text_trainer import LENGTH_GROUPS, add_adapter
+from llm2clip_vlm.training.text.text_trainer import add_adapter
 from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 
 _PLAIN = "sdpa_without_mask"
@@ -376,9 +377,9 @@ def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: 
         width = max(1, min(longest, math.ceil(lengths.mean)))
         shapes = [(max(1, budget // width), width)]
     else:  # sorted by length and padded in groups
-        count = max(1, min(LENGTH_GROUPS, 2 * batch // 16))
-        ends = [1 - 1 / (2 * batch + 1), *(1 - n / count for n in range(1, count))]
-        shapes = [(-(-2 * batch // count), min(longest, lengths.quantile(end))) for end in ends]
+        ends = ((row + 1) / (2 * batch + 1) for row in range(2 * batch))
+        widths = [min(longest, lengths.quantile(end)) for end in ends]
+        shapes = [(len(rows), widths[rows[0]]) for rows in length_groups(widths)]
 
     def run() -> Tensor:
         vectors = []

@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, BertConfig, BertModel, Qwen3Config, Qwen3Model
 
@@ -30,6 +32,7 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-bf16": ("llama", {"dtype": "bfloat16"}),
     "llama-no-eos": ("llama", {"eos": False}),
     "llama-chat": ("llama", {"chat": True, "max_length_tokens": 6}),
+    "qwen2-instruction": ("qwen2", {"instruction": "a star "}),
     "qwen2-eos": ("qwen2", {"pooling": "eos"}),
     "qwen3": ("qwen3", {}),
     "mistral-last": ("mistral", {"pooling": "last"}),
@@ -41,14 +44,30 @@ FOREIGN = ("bert-mean", "bert-cls-lower", "qwen3-last-prompt")
 SCRIPT = """
 import json, pathlib, sys
 import torch
-from sentence_transformers import SentenceTransformer
+from datasets import Dataset
+from sentence_transformers import (
+    SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+)
+from sentence_transformers.losses import MultipleNegativesRankingLoss
 from sentence_transformers.models import Normalize, Pooling, Transformer
 
 root, texts = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2])
 for folder in root.glob("export-*"):
     model = SentenceTransformer(str(folder), device="cpu")
     found = [model.encode(texts), model.encode_query(texts), model.encode(texts, batch_size=1)]
-    torch.save([torch.tensor(part) for part in found], root / f"{folder.name}.pt")
+    args = SentenceTransformerTrainingArguments(
+        root / "out", max_steps=1, learning_rate=1e-2, per_device_train_batch_size=len(texts),
+        save_strategy="no", report_to=[], use_cpu=True,
+    )
+    trainer = SentenceTransformerTrainer(
+        model, args, Dataset.from_dict({"anchor": texts, "positive": texts[::-1]}),
+        loss=MultipleNegativesRankingLoss(model, scale=10.0),
+    )
+    loss = torch.tensor(trainer.train().training_loss)
+    model.save(str(root / "tuned"))
+    again = SentenceTransformer(str(root / "tuned"))
+    tuned = [torch.tensor(one.encode(texts)) for one in (model, again)]
+    torch.save(([torch.tensor(part) for part in found], loss, tuned), root / f"{folder.name}.pt")
 for name in json.loads(sys.argv[3]):
     kind, pooling, *more = name.split("-")
     transformer = Transformer(str(root / kind), do_lower_case="lower" in more)
@@ -127,9 +146,15 @@ def test_exports_open_in_sentence_transformers(
     shelf: tuple[Path, dict[str, torch.Tensor]], name: str
 ) -> None:
     root, ours = shelf
-    for found in torch.load(root / f"export-{name}.pt"):
+    vectors, loss, tuned = torch.load(root / f"export-{name}.pt")
+    for found in vectors:
         torch.testing.assert_close(found, ours[name], atol=1e-6, rtol=0)
         torch.testing.assert_close(found.norm(dim=-1), torch.ones(4), atol=1e-6, rtol=0)
+    # its Trainer, without options, pools the same tokens
+    expected = F.cross_entropy(10 * ours[name] @ ours[name].flip(0).T, torch.arange(4))
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(*tuned, atol=1e-6, rtol=0)
+    assert (tuned[0] - ours[name]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -167,7 +192,8 @@ def test_no_export_where_the_vectors_would_differ(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = build(tmp_path / "llm", "qwen2")
-    encoder = TextEncoder.from_pretrained(llm, instruction="a star")
+    encoder = TextEncoder.from_pretrained(llm)
+    encoder.tokenizer.backend_tokenizer.normalizer = Lowercase()  # Qwen2Tokenizer has its own
     encoder.save_pretrained(tmp_path / "encoder")
     with caplog.at_level(logging.WARNING):
         found = export_sentence_transformers(encoder, tmp_path / "encoder", tmp_path / "export")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,13 @@ from transformers import (
 from llm2clip_vlm.chat.labels import user_turn
 from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.models.text import caption_tokens, text_encoder
-from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, TextEncoderError, pad_tokens
+from llm2clip_vlm.models.text.caption_tokens import (
+    PASS_TOKENS,
+    CaptionTokenizer,
+    TextEncoderError,
+    length_groups,
+    pad_tokens,
+)
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, TextEncoderSettings, pool
 from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.runs.manifest import HandoffError, refuse_bidirectional
@@ -175,6 +182,31 @@ def test_batches_hold_the_token_budget(llm: Path, monkeypatch: pytest.MonkeyPatc
     encoder.encode(["dog"] * 8 + [TEXTS[1]] * 2, batch_tokens=40)
     assert all(rows * width <= 40 for rows, width in shapes)
     assert shapes == [(2, 16), (8, 3)]  # long and short texts apart
+
+
+def test_length_groups_are_the_cheapest() -> None:
+    lengths = [300, 12, 290, 7, 120, 110, 10, 300]
+
+    def cost(groups: Iterable[Sequence[int]]) -> int:
+        return sum(len(rows) * max(lengths[row] for row in rows) + PASS_TOKENS for rows in groups)
+
+    def all_plans(rows: list[int]) -> Iterator[list[list[int]]]:
+        for end in range(1, len(rows)):
+            yield from ([rows[:end], *rest] for rest in all_plans(rows[end:]))
+        yield [rows]
+
+    order = sorted(range(8), key=lambda row: -lengths[row])
+    for budget in (math.inf, 700, 240, 1):
+        groups = [rows.tolist() for rows in length_groups(lengths, budget)]
+        assert [row for rows in groups for row in rows] == order
+        allowed = [
+            plan
+            for plan in all_plans(order)
+            if all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= budget for rows in plan)
+        ]
+        assert groups in allowed
+        assert cost(groups) == min(map(cost, allowed))
+    assert length_groups([]) == []
 
 
 def test_mean_leaves_out_bos_and_instruction_and_keeps_eos(llm: Path) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -40,20 +41,24 @@ def fit_logistic(
     Returns:
         `[classes, d + 1]`: weights and, last, the biases, which are not regularised.
     """
-    width = features.shape[1]
-    begin = features.new_zeros(num_classes, width + 1) if start is None else start.clone()
-    weights = begin.requires_grad_()
-    optimizer = torch.optim.LBFGS([weights], max_iter=1000, line_search_fn="strong_wolfe")
+    from scipy.optimize import minimize
 
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        penalty = l2 / 2 / len(features) * weights[:, :width].square().sum()
-        value = F.cross_entropy(_logits(features, weights), labels) + penalty
-        value.backward()
-        return value
+    shape, rows = (num_classes, features.shape[1] + 1), torch.arange(len(labels))
+    begin = np.zeros(shape) if start is None else start.double().cpu().numpy()
 
-    optimizer.step(loss)
-    return weights.detach()
+    def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
+        weights = torch.from_numpy(flat).to(features).view(shape)
+        decayed = F.pad(l2 / len(features) * weights[:, :-1], (0, 1))
+        log_probs = _logits(features, weights).log_softmax(1)
+        value = F.nll_loss(log_probs, labels) + (decayed * weights).sum() / 2
+        slopes = log_probs.exp_()
+        slopes[rows, labels] -= 1
+        grad = torch.cat([slopes.T @ features, slopes.sum(0)[:, None]], 1) / len(features) + decayed
+        return value.item(), grad.double().flatten().cpu().numpy()
+
+    options = {"maxiter": 1000, "gtol": 1e-4, "ftol": 1e-9}  # scikit-learn stops at such gradients
+    found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options=options)
+    return torch.from_numpy(found.x).to(features).view(shape)
 
 
 def choose_l2(accuracy: Callable[[float], float]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip_vlm.chat.labels import user_turn
 from llm2clip_vlm.chat.text_tokens import text_ids, text_tokens
 
+PASS_TOKENS = 128
+"""Tokens that take as long as the fixed cost of one more forward pass, about."""
 _BLOCK = 4096
 
 
@@ -120,10 +123,7 @@ class CaptionTokenizer:
         tokens: list[list[int]] = []
         for start in range(0, len(texts), _BLOCK):
             block = list(texts[start : start + _BLOCK])
-            # sentence-transformers learns of the front by a blank (training/embedder_export)
-            strip = self.leaves_out_front
-            whole = [text.lstrip() if strip else text for text in block]
-            encoded = text_ids(self.tokenizer, whole, prefix="" if strip else self._prefix)
+            encoded = text_ids(self.tokenizer, block, prefix=self._prefix)
             self.control.update(text_tokens(self.tokenizer).count(block))
             for text, ids in zip(block, encoded, strict=True):
                 if not ids:
@@ -199,6 +199,36 @@ class CaptionTokenizer:
                 f"loads it, expected {fingerprint}; use the version that saved it, or a model with "
                 "its own architecture's tokenizer"
             )
+
+
+def length_groups(
+    lengths: npt.ArrayLike, budget_tokens: float = math.inf
+) -> list[npt.NDArray[np.int64]]:
+    """The cheapest groups of texts to pad together: rows of each, from long to short.
+
+    The cost of a group is its tokens, padding counted, and :data:`PASS_TOKENS`.
+
+    Args:
+        lengths: Tokens of each text.
+        budget_tokens: Tokens of a group at most, but for a single longer text.
+    """
+    # The best groups of the first n texts (the longest first) are a last group and the best ones of
+    # those before it, so each n needs one look at the possible starts of its last group.
+    order = np.argsort(-np.asarray(lengths, dtype=np.int64), kind="stable")
+    sizes = np.asarray(lengths, dtype=np.int64)[order]
+    cost, start = np.zeros((2, len(order) + 1), dtype=np.int64)
+    first = 0
+    for end in range(1, len(order) + 1):
+        while first < end - 1 and (end - first) * sizes[first] > budget_tokens:
+            first += 1
+        total = cost[first:end] + np.arange(end - first, 0, -1) * sizes[first:end]
+        best = int(total.argmin())
+        cost[end], start[end] = total[best] + PASS_TOKENS, first + best
+    groups, end = [], len(order)
+    while end:
+        groups.append(order[start[end] : end])
+        end = int(start[end])
+    return groups[::-1]
 
 
 def pad_tokens(

@@ -57,7 +57,7 @@ def read_embedder(directory: str | Path) -> Embedder | None:
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
         raise TextEncoderError(
             f"{root / MODULES_NAME}: modules are {kinds}, expected Transformer, Pooling and at "
-            "most Normalize"
+            "most Normalize; what this package trained is read from its `text_encoder` directory"
         )
     if escaped := [path for _, path in found if not path.resolve().is_relative_to(root.resolve())]:
         raise TextEncoderError(f"{root / MODULES_NAME}: {escaped[0]} is outside of the directory")
@@ -67,8 +67,7 @@ def read_embedder(directory: str | Path) -> Embedder | None:
     prompt = general.get("prompts", {}).get(general.get("default_prompt_name"), "")
     if prompt and not pooling.get("include_prompt", True):
         raise TextEncoderError(
-            f"{root}: a default prompt that is not pooled (include_prompt: false) is not known "
-            "here; what this package trained is read from its `text_encoder` directory"
+            f"{root}: a default prompt that is not pooled (include_prompt: false) is not known here"
         )
     return Embedder(
         model_dir=found[0][1],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cached_property
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip_vlm.models.loading import four_bits, load_complete, read_config, read_tokenizer
-from llm2clip_vlm.models.text.caption_tokens import TextEncoderError, pad_tokens
+from llm2clip_vlm.models.text.caption_tokens import TextEncoderError, length_groups, pad_tokens
 from llm2clip_vlm.models.text.embedder import read_embedder
 from llm2clip_vlm.models.text.open_layers import (
     attention_kind,
@@ -252,7 +252,8 @@ class TextEncoder(nn.Module):
 
         Args:
             texts: Texts in any order.
-            batch_tokens: Tokens of a batch, padding counted; a single longer text goes alone.
+            batch_tokens: Tokens of a batch at most, padding counted; a single longer text goes
+                alone. On a CPU 2,048 at most, which its caches hold.
             show_progress: Draw a progress bar, or advance the one given.
             normalize: Scale to unit norm.
 
@@ -271,13 +272,15 @@ class TextEncoder(nn.Module):
                 len(texts),
                 self.settings.max_length_tokens,
             )
+        if self.device.type == "cpu":
+            batch_tokens = min(batch_tokens, 2048)
         embeds = torch.empty(len(texts), self.hidden_size)
         was_training = self.backbone.training
         self.backbone.eval()
         try:
             given = nullcontext(show_progress) if isinstance(show_progress, tqdm) else None
             with given or tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
-                for rows in _length_sorted_batches([len(ids) for ids in tokens], batch_tokens):
+                for rows in length_groups([len(ids) for ids in tokens], batch_tokens):
                     batch = pad_tokens(
                         [tokens[row] for row in rows],
                         self.tokens.pad_token_id,
@@ -358,24 +361,6 @@ def require_equal(
             f"{what}: expected equal vectors, got a cosine of {cosine:.4f} (at least {least} in "
             f"{str(dtype).removeprefix('torch.')}): {remedy}"
         )
-
-
-def _length_sorted_batches(lengths: Sequence[int], batch_tokens: int) -> Iterable[list[int]]:
-    """Rows grouped from long to short (memory peaks first), each batch within the budget.
-
-    A batch also ends where its next text is 5 % shorter than its longest, once it is large enough
-    to keep the device busy (a sixteenth of the budget).
-    """
-    batch: list[int] = []
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        longest = lengths[batch[0]] if batch else lengths[row]
-        shorter = lengths[row] < 0.95 * longest and 16 * len(batch) * longest >= batch_tokens
-        if batch and (shorter or (len(batch) + 1) * longest > batch_tokens):
-            yield batch
-            batch = []
-        batch.append(row)
-    if batch:
-        yield batch
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
@@ -20,7 +20,7 @@ from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, EpochSampler
 from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
 from llm2clip_vlm.losses.contrastive import NO_CANDIDATE, caption_contrastive_loss
-from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, pad_tokens
+from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, length_groups, pad_tokens
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, pool
 from llm2clip_vlm.models.text.text_encoder_settings import Pooling
 from llm2clip_vlm.recipe.base import LoraSection
@@ -31,10 +31,6 @@ from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 
 logger = logging.getLogger(__name__)
 
-LENGTH_GROUPS = 4
-"""Forward passes of a batch, each over captions of like length. One pass over short and long
-captions mixed would spend more than half of its tokens on padding."""
-_ROWS_PER_GROUP = 16
 _BLOCK = 16384
 
 
@@ -62,7 +58,7 @@ class PairCollator:
         tokens: Tokenizer of the text encoder; puts prompts into texts.
         prompts: Prompts that a pair's `prompt` numbers.
         micro_batch_tokens: Tokens of a group at most, padding counted, but for a single longer
-            text. None: :data:`LENGTH_GROUPS` groups.
+            text. None: no limit.
     """
 
     def __init__(
@@ -75,10 +71,10 @@ class PairCollator:
         self.table = table
         self.tokens = tokens
         self.prompts = [tokens.ids(prompt) for prompt in prompts]
-        self.micro_batch_tokens = micro_batch_tokens
+        self.budget_tokens = math.inf if micro_batch_tokens is None else micro_batch_tokens
 
     def __call__(self, pairs: Sequence[CaptionPair]) -> dict[str, Any]:
-        """Sorts all texts of a batch by length and pads each group to its own longest.
+        """Groups all texts of a batch by length and pads each group to its own longest.
 
         Returns:
             `groups`: arguments of the encoder for each group; `order`: int64 `[2b + m]`, where each
@@ -95,14 +91,7 @@ class PairCollator:
             self.tokens.add_prompt(ids, prompt) if prompt else ids
             for ids, prompt in zip(rows, prompts, strict=True)
         ]
-        lengths = np.array([len(ids) for ids in rows])
-        by_length = np.argsort(-lengths, kind="stable")
-        if self.micro_batch_tokens is None:
-            count = max(1, min(LENGTH_GROUPS, len(rows) // _ROWS_PER_GROUP))
-            parts = np.array_split(by_length, count)
-        else:
-            starts = _starts(lengths[by_length], self.micro_batch_tokens)
-            parts = np.split(by_length, starts[1:])
+        parts = length_groups([len(ids) for ids in rows], self.budget_tokens)
         front = self.tokens.num_front_tokens
         groups = [
             pad_tokens(
@@ -114,20 +103,11 @@ class PairCollator:
         ]
         return {
             "groups": groups,
-            "order": torch.from_numpy(np.argsort(by_length)),
+            "order": torch.from_numpy(np.argsort(np.concatenate(parts))),
             "texts": torch.tensor([[pair.query, pair.positive] for pair in pairs]),
             "negatives": torch.tensor(negatives, dtype=torch.int64),
             "records": torch.tensor([pair.record for pair in pairs]),
         }
-
-
-def _starts(lengths: npt.NDArray[np.int64], budget_tokens: int) -> list[int]:
-    """First row of each group of texts, which are sorted from long to short."""
-    starts = [0]
-    for row in range(1, len(lengths)):
-        if (row + 1 - starts[-1]) * lengths[starts[-1]] > budget_tokens:
-            starts.append(row)
-    return starts
 
 
 def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
