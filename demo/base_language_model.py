@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **ids, **recipe.config))
     dataset: Dataset[dict[str, torch.Tensor]] = TextBatches(recipe.phases, tokenizer, recipe.seed)
     trainer = StrictTrainer(
-        model, args, data_collator=itemgetter(0), train_dataset=dataset, callbacks=[run.metrics]
+        model, args, data_collator=itemgetter(0), train_dataset=dataset, callbacks=run.callbacks
     )
     trainer.train(resume_from_checkpoint=run.checkpoint)
 

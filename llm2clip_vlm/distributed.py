@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -81,6 +83,35 @@ def shared_out(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Re
     found: list[Any] = [None] * world_size()
     dist.all_gather_object(found, mine)
     return [found[n % world_size()][n // world_size()] for n in range(len(parts))]
+
+
+def await_files(folder: str | Path, patience_s: float = 180.0) -> None:
+    """Wait until this machine sees the files that the main process sees. Call it on all ranks.
+
+    On network file systems what one machine writes or renames can appear late on the others.
+
+    Args:
+        folder: Written by the main process, before it calls this.
+        patience_s: How long to wait for them.
+
+    Raises:
+        FileNotFoundError: A file has not appeared, or has another size.
+    """
+
+    def sizes() -> dict[str, int]:
+        names = (os.path.join(place, n) for place, _, files in os.walk(folder) for n in files)
+        return {os.path.relpath(n, folder): os.path.getsize(n) for n in names if os.path.exists(n)}
+
+    (wanted,) = shared_out([None], lambda _: sizes())
+    deadline = time.monotonic() + patience_s
+    while late := wanted.items() - sizes().items():
+        if time.monotonic() > deadline:
+            raise FileNotFoundError(
+                f"{folder}/{min(late)[0]}: rank 0 has written it, but {socket.gethostname()} (rank "
+                f"{rank()}) does not see it after {patience_s:g} s; the machines must share the "
+                "file system of output_dir"
+            )
+        time.sleep(0.2)
 
 
 def teardown() -> None:

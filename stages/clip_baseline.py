@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         learning_rates=lrs,
         flops_per_image=prepare_model(model, dataset, tokens, args.device),
         measure=lambda: logged(held_out(*clip_encoders(model.eval(), tokens))),
-        callbacks=[run.metrics],
+        callbacks=run.callbacks,
     )
     say(trainable_table(model, lrs))
     if not recipe.evaluate_only:

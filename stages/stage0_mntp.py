@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(f"data: {len(rows)} rows of {recipe.max_length_tokens} tokens")
 
     # trainer, train: the causal-LM loss predicts each token from the place before it, as MNTP does
-    trainer = StrictTrainer(model, args, train_dataset=rows, callbacks=[run.metrics])
+    trainer = StrictTrainer(model, args, train_dataset=rows, callbacks=run.callbacks)
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # hand off (stage 1 evaluates the encoder that begins with it)

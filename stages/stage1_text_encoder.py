@@ -28,7 +28,7 @@ from torch import Tensor
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, read_captions
-from llm2clip_vlm.distributed import barrier, is_main, say, shared_out, teardown, world_size
+from llm2clip_vlm.distributed import await_files, is_main, say, shared_out, teardown, world_size
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
 from llm2clip_vlm.models.text.open_layers import turned
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         symmetric=recipe.symmetric,
         micro_batch_tokens=recipe.micro_batch_tokens,
         measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra")["cra"]},
-        callbacks=[run.metrics],
+        callbacks=run.callbacks,
     )
     say(trainer.lengths)
     trainer.train(resume_from_checkpoint=run.checkpoint)
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if rounding.lost:
             say(rounding)
             extra["merge_loss"] = rounding.share
-    barrier()
+    await_files(run.out / "text_encoder")
     encoder = TextEncoder.from_pretrained(run.out / "text_encoder", device=args.device)
     if live is not None:
         what, again = f"{run.out}/text_encoder", encoder.encode(PROBE_TEXTS)

@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         teacher=keeping.teacher,
         flops_per_image=prepare_model(model, dataset, captions, args.device),
         measure=lambda: logged(held_out(*model.eval().encoders(captions.lookup))),
-        callbacks=[run.metrics, *captions.callbacks(), *keeping.callbacks],
+        callbacks=[*run.callbacks, *captions.callbacks(), *keeping.callbacks],
     )
     say(trainable_table(model, lrs))
     trainer.train(resume_from_checkpoint=run.checkpoint)

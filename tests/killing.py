@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from llm2clip_vlm.distributed import free_port
 
 Main = Callable[[Sequence[str]], None]
 
@@ -31,24 +35,43 @@ MOMENTS = [
 """Shares of a run's time at which it is killed: one of them always, twenty in `make test-all`."""
 
 
-def run_apart(main: Main, argv: Sequence[str], kill_after_s: float | None = None) -> float:
-    """Runs a program in a process of its own, and kills it if it takes longer than it may.
+def start_apart(
+    main: Main, argv: Sequence[str], env: Mapping[str, str] | None = None
+) -> multiprocessing.process.BaseProcess:
+    """Starts a program in a process of its own.
 
     It is forked from a server that has imported the stages and computed nothing, so a tiny run
     takes a second or two. A fork of the test process itself would inherit torch's thread pool
     without its threads, and fail now and then ("Invalid thread pool!").
 
-    Returns:
-        Seconds that it ran.
+    Args:
+        main: The program.
+        argv: Its arguments.
+        env: More of its environment.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     warm_up = context.Process(target=int)  # the server's imports count for no run
     warm_up.start()
     warm_up.join()
-    started = time.monotonic()
-    process = context.Process(target=main, args=(list(argv),))
+    process = context.Process(target=_run, args=(main, list(argv), dict(env or {})))
     process.start()
+    return process
+
+
+def _run(main: Main, argv: list[str], env: dict[str, str]) -> None:
+    os.environ.update(env)
+    main(argv)
+
+
+def run_apart(main: Main, argv: Sequence[str], kill_after_s: float | None = None) -> float:
+    """Runs a program in a process of its own, and kills it if it takes longer than it may.
+
+    Returns:
+        Seconds that it ran.
+    """
+    process = start_apart(main, argv)
+    started = time.monotonic()
     process.join(kill_after_s)
     if process.is_alive():
         process.kill()
@@ -56,6 +79,15 @@ def run_apart(main: Main, argv: Sequence[str], kill_after_s: float | None = None
     else:
         assert process.exitcode == 0, process.exitcode
     return time.monotonic() - started
+
+
+def start_ranks(main: Main, argv: Sequence[str], count: int) -> list[Any]:
+    """Starts a program in so many processes of one group, which share a step."""
+    port = str(free_port())
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    return [
+        start_apart(main, argv, env | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)
+    ]
 
 
 def kill_within(main: Main, argv: Sequence[str], folder: Path, after_s: float) -> None:

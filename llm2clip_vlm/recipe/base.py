@@ -192,6 +192,9 @@ class RunRecipe(RecipeFile):
     """Bad records (image, caption) skipped, counted and named before the run stops."""
     max_bad_fraction: float = Field(default=0.01, ge=0, lt=1)
     """Share of bad records at which the run stops, where that is more than `max_bad_records`."""
+    hang_timeout_s: float | None = Field(default=1800.0, gt=0)
+    """Seconds without a new step (stages 3 and 4: micro-step) after which a process names its rank
+    and those that are gone, shows where it stands, and ends. None: wait without end."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
 

@@ -110,9 +110,6 @@ class VlmRecipe(RunRecipe):
     load_in_4bit: bool = False
     """QLoRA: the LLM's own weights stay frozen as NF4; what trains is merged into the original
     ones. Needs bitsandbytes, and `language_model_lora` where the LLM trains; not with ZeRO-3."""
-    hang_timeout_s: float | None = Field(default=1800.0, gt=0)
-    """Seconds without a new micro-step after which a process names its rank and samples, shows
-    where it stands, and ends. None: wait without end."""
 
     @model_validator(mode="after")
     def _four_bits_have_an_adapter(self) -> Self:

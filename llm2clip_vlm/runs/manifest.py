@@ -61,8 +61,8 @@ _NEUTRAL_KEYS = frozenset(
 )
 _NEUTRAL_TRAINER_KEYS = frozenset(
     "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
-    "logging_nan_inf_filter logging_steps logging_strategy report_to run_name save_on_each_node "
-    "save_steps save_strategy save_total_limit".split()
+    "logging_nan_inf_filter logging_steps logging_strategy per_device_train_batch_size report_to "
+    "run_name save_on_each_node save_steps save_strategy save_total_limit".split()
 )
 
 
@@ -353,7 +353,7 @@ def is_complete(directory: str | Path, recipe: BaseModel) -> bool:
         what it was, and no parent has changed.
     """
     manifest = read_manifest(directory)
-    if manifest is None or manifest["recipe_hash"] != recipe_hash(recipe):
+    if manifest is None or recipe_hash(manifest["recipe"]) != recipe_hash(recipe):
         return False
     if changed_outputs(directory, manifest):
         return False

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
+import signal
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from llm2clip_vlm.distributed import max_over_ranks, say, teardown
 from llm2clip_vlm.files import read_text, write_atomically
 from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
 
@@ -136,6 +141,63 @@ class EachEpoch(TrainerCallback):
         # state.epoch is a whole number here, or lies inside the epoch that a resume goes on with
         for thing in self.things:
             thing.set_epoch(int((state.epoch or 0.0) + 1e-6))
+
+
+class GracefulStop(TrainerCallback):
+    """Saves a checkpoint and ends the program, exit code 0, when SIGTERM comes during training.
+
+    SLURM, Kubernetes and systemd send it some time before they kill. The processes agree after each
+    step, so one of them is enough to stop all at the same step. Comes before callbacks that prepare
+    for a checkpoint when a step ends.
+    """
+
+    def __init__(self, leave: Callable[[], None]) -> None:
+        """Args: leave: Called before the program ends."""
+        self._leave = leave
+        self._asked = self._stopping = False
+        self._before: Any = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Take the signal over, unless the program that runs this training has done so itself."""
+        free = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if free and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGTERM, self._ask)
+        loader = kwargs.get("train_dataloader")
+        loader = getattr(loader, "base_dataloader", loader)  # accelerate's is around it
+        if loader is not None:
+            seed = loader.worker_init_fn
+            loader.worker_init_fn = functools.partial(_outlive_one_signal, seed)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the signal back: what follows the training is done anew when it is killed."""
+        if self._before is not None:
+            signal.signal(signal.SIGTERM, self._before)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Ask all processes, and have the step's checkpoint written without an evaluation."""
+        (stopping,) = max_over_ranks(int(self._asked), device=args.device)
+        if stopping:
+            self._stopping = control.should_save = control.should_log = True
+            control.should_evaluate = False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """End the program once the checkpoint is whole."""
+        if self._stopping:
+            say(f"stopped by SIGTERM: step {state.global_step} is saved, the same command goes on")
+            self._leave()
+            teardown()
+            raise SystemExit(0)
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self._asked = True
+
+
+def _outlive_one_signal(then: Callable[[int], None] | None, worker: int) -> None:
+    """Let a loader's worker live through a SIGTERM that goes to a whole process group."""
+    default = signal.SIG_DFL
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, default) and None)
+    if then is not None:
+        then(worker)
 
 
 class PatchDropoutTail(TrainerCallback):

@@ -129,8 +129,7 @@ def newest_whole(directory: str | Path) -> str | None:
         directory: Where the checkpoints are, if there are any.
 
     Raises:
-        HandoffError: Another number of processes wrote it, on which optimizer shards, random states
-            and the order of the samples depend.
+        HandoffError: Another number of processes wrote it, over which ZeRO has split the optimizer.
     """
     for _, folder in sorted(_checkpoints(Path(directory)), reverse=True):
         if (problem := damage(folder)) is not None:
@@ -138,9 +137,16 @@ def newest_whole(directory: str | Path) -> str | None:
             continue
         written = (_seal(folder) or {})["world_size"]
         if written != world_size():
-            raise HandoffError(
-                f"{folder}: world_size: it was written by {written} processes, now there "
-                f"are {world_size()}; start {written}, or delete the checkpoints and begin anew"
+            note = f"{folder} was written by {written} processes, now there are {world_size()}"
+            if (folder / "latest").is_file():  # DeepSpeed's
+                raise HandoffError(
+                    f"{note}, and ZeRO has split the optimizer over them; start {written}, or "
+                    "delete the checkpoints and begin anew"
+                )
+            logger.warning(
+                "%s: weights, optimizer and the samples of each step stay; the model's random "
+                "numbers (dropout) are drawn anew, and sums are rounded in another order",
+                note,
             )
         return str(folder)
     return None

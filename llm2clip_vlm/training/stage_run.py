@@ -13,12 +13,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from transformers import TrainingArguments, set_seed
+from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.records import source_files
-from llm2clip_vlm.distributed import is_main, say, shared_out
+from llm2clip_vlm.distributed import await_files, is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
@@ -42,8 +42,9 @@ from llm2clip_vlm.runs.manifest import (
 )
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, foreign
 from llm2clip_vlm.training.arguments import build_training_arguments
-from llm2clip_vlm.training.callbacks import MetricsJsonl
+from llm2clip_vlm.training.callbacks import GracefulStop, MetricsJsonl
 from llm2clip_vlm.training.checkpoints import newest_whole
+from llm2clip_vlm.training.step_guard import Watchdog
 
 R = TypeVar("R", bound=RunRecipe)
 R2 = TypeVar("R2")
@@ -104,7 +105,11 @@ class StageRun(Generic[R]):
         self.out = Path(self.recipe.output_dir)
         self.parents: dict[str, str] = {}
         """Parents by the names that the manifest gives them."""
-        self.metrics = _Progress(self)
+        watchdog = Watchdog(self.recipe.hang_timeout_s)
+        self.callbacks: list[TrainerCallback] = [
+            *(_Progress(self), watchdog, GracefulStop(self._release))
+        ]
+        """For the trainer, before its others."""
         self._hold: Hold | None = None
         self._data: dict[str, dict[str, Any]] = {}
 
@@ -164,8 +169,8 @@ class StageRun(Generic[R]):
         if is_main():
             self.hold()
         self.note_data()
+        resumes = self.checkpoint is not None
         if is_main():
-            resumes = self.checkpoint is not None
             claim_output_dir(self.recipe)
             self._data = claim_parents(self.out, self.parents, resumes=resumes)
         set_seed(self.recipe.seed)
@@ -224,8 +229,14 @@ class StageRun(Generic[R]):
 
     @cached_property
     def checkpoint(self) -> str | None:
-        """Checkpoint that the trainer resumes from, as found at the start. None: a fresh run."""
-        return None if self.args is None else newest_whole(str(self.args.output_dir))
+        """Checkpoint that the trainer resumes from, as rank 0 found it. None: a fresh run."""
+        if self.args is None:
+            return None
+        folder = str(self.args.output_dir)
+        (found,) = shared_out([None], lambda _: newest_whole(folder))
+        if found is not None:
+            await_files(found)
+        return found
 
     @cached_property
     def bad(self) -> BadRecords:
@@ -299,6 +310,9 @@ class StageRun(Generic[R]):
             seconds=time.monotonic() - self._started,
             extra={"bad_records": self.bad.count, **extra},
         )
+        self._release()
+
+    def _release(self) -> None:
         if self._hold is not None:
             self._hold.release()
 

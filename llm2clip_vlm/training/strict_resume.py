@@ -14,10 +14,12 @@ from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, Trainer
+from transformers.trainer_utils import TrainOutput
 
 from llm2clip_vlm.distributed import barrier
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 from llm2clip_vlm.training.checkpoints import make_room, rotate, seal_checkpoint
+from llm2clip_vlm.training.step_guard import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,31 @@ class StrictResumeMixin:
     @functools.cached_property
     def _frozen(self) -> list[nn.Module]:
         return frozen_modules(self.model)
+
+    @functools.cached_property
+    def watchdog(self) -> Watchdog:
+        """The one among the callbacks, or one that never barks."""
+        callbacks = self.callback_handler.callbacks  # type: ignore[attr-defined]
+        return next((c for c in callbacks if isinstance(c, Watchdog)), Watchdog(None))
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """Train under the watchdog.
+
+        Raises:
+            ConnectionError: Training failed, and another process is gone; it is named.
+        """
+        try:
+            result: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
+        except RuntimeError as error:
+            if missing := self.watchdog.missing():
+                raise ConnectionError(
+                    f"{missing}; start the whole job again, and it goes on from the last "
+                    f"checkpoint ({str(error).splitlines()[0]})"
+                ) from error
+            raise
+        finally:
+            self.watchdog.stop()
+        return result
 
     def compute_loss_context_manager(self) -> Any:
         """Put what is frozen into evaluation mode; transformers calls it after `model.train()`."""

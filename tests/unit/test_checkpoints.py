@@ -61,13 +61,20 @@ def test_the_one_before_is_taken(
     assert f"{bad} is passed over" in caplog.text and reason in caplog.text
 
 
-def test_another_number_of_processes_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_number_of_processes_is_told_and_refused_where_zero_split_the_optimizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """T44."""
-    checkpoint(tmp_path, 4)
+    folder = checkpoint(tmp_path, 4)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(HandoffError, match="written by 1 processes, now there are 2; start 1"):
+    assert newest_whole(tmp_path) == str(folder)
+    assert "written by 1 processes, now there are 2: weights, optimizer and the" in caplog.text
+    (folder / "latest").write_text("global_step4")  # as DeepSpeed does
+    with monkeypatch.context() as then:
+        then.delenv("WORLD_SIZE")
+        seal_checkpoint(folder)
+        assert newest_whole(tmp_path) == str(folder)
+    with pytest.raises(HandoffError, match=r"now there are 2, and ZeRO .*; start 1, or delete"):
         newest_whole(tmp_path)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -206,3 +207,20 @@ def test_rank_comes_from_the_launcher_before_there_is_a_group(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert (distributed.rank(), distributed.world_size(), distributed.is_main()) == (1, 2, False)
+
+
+def test_files_that_another_machine_wrote_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The main process sees `a` with 3 bytes and `b`; here `b` is late, and then `a` is another."""
+    (tmp_path / "a").write_text("abc")
+    monkeypatch.setattr(distributed, "shared_out", lambda *_: [{"a": 3, "b": 1}])
+    late = threading.Timer(0.3, (tmp_path / "b").write_text, ["b"])
+    late.start()
+    distributed.await_files(tmp_path)
+    assert (tmp_path / "b").exists()
+    (tmp_path / "a").write_text("old")
+    distributed.await_files(tmp_path, patience_s=0)
+    (tmp_path / "a").write_text("older")
+    with pytest.raises(FileNotFoundError, match=r"/a: rank 0 has written it, but .* must share"):
+        distributed.await_files(tmp_path, patience_s=0.3)

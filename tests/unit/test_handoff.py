@@ -98,7 +98,10 @@ def test_a_broken_manifest_is_refused(tmp_path: Path, text: str, part: str) -> N
 def test_the_recipe_hash_follows_what_is_computed_only() -> None:
     first = make_recipe("a", trainer={"max_steps": 3, "logging_steps": 1})
     same = make_recipe(
-        "b", notes="n", deviations={"x": "y"}, trainer={"save_steps": 9, "max_steps": 3}
+        "b",
+        notes="n",
+        deviations={"x": "y"},
+        trainer={"save_steps": 9, "max_steps": 3, "per_device_train_batch_size": 1},
     )
     assert recipe_hash(first) == recipe_hash(same)
     assert recipe_hash(first) != recipe_hash(make_recipe("a", trainer={"max_steps": 4}))

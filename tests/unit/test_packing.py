@@ -186,6 +186,13 @@ def plan(count: int = 203, *, text: float = 0.3, **values: Any) -> tuple[PackedB
     return PackedBatches(lengths, images, **arguments), images
 
 
+def test_steps_have_the_same_samples_where_as_many_are_dealt_at_a_time() -> None:
+    plans = {world: plan(world_size=world)[0] for world in (1, 2, 4, 3)}
+    steps = {world: [step.tolist() for step in p.steps(1)] for world, p in plans.items()}
+    assert {world: p.dealt for world, p in plans.items()} == {1: 8, 2: 8, 4: 8, 3: 12}
+    assert steps[1] == steps[2] == steps[4] != steps[3]
+
+
 @pytest.mark.parametrize("text", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_t50_t52_each_micro_step_has_images_on_all_processes_or_none(

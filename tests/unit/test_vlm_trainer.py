@@ -10,12 +10,15 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from llm2clip_vlm import distributed
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator
 from llm2clip_vlm.data.conversation.packing import PackedCollator
@@ -26,6 +29,7 @@ from llm2clip_vlm.models.vlm import vlm_loss
 from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.recipe.vlm import PartTraining
+from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.adapters import merged_state
 from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
 from llm2clip_vlm.training.vlm import vlm_run
@@ -216,6 +220,51 @@ def test_who_stands_still_is_named(
     Watchdog(None).beat("y")
     ended.clear()
     assert not ended.wait(0.2)
+
+
+def test_who_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The store of the launcher holds a sign of rank 1 that never changes, and none of rank 2."""
+    port = distributed.free_port()
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", str(port))
+    store.set("llm2clip_vlm/1", "7\nbox1, last seen in step 3,")
+    dog = Watchdog(60)
+    dog._interval_s = 0.05
+    dog.beat("step 4")
+    told = dog.missing()
+    dog.stop()
+    assert told == (
+        "rank 1 on box1, last seen in step 3, is gone or stopped; rank 2 on no host is gone or "
+        "stopped"
+    )
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert Watchdog(0.2).missing() == ""
+
+
+def test_an_error_because_of_a_lost_process_names_it(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(model, tmp_path, samples())
+    monkeypatch.setattr(Trainer, "train", Mock(side_effect=RuntimeError("Connection closed\nby")))
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run.train()
+    monkeypatch.setattr(run.watchdog, "missing", lambda: "rank 1 on box1 is gone")
+    with pytest.raises(ConnectionError, match=r"rank 1 on box1 is gone; start .* \(Connection cl"):
+        run.train()
+
+
+@pytest.mark.parametrize(("noted", "dealt"), [(8, 12), (8, 0), (False, 8), (True, 0)])
+def test_samples_that_would_be_dealt_otherwise_are_refused(
+    model: Any, tmp_path: Path, noted: int, dealt: int
+) -> None:
+    """Packed steps deal 8 samples at a time on 1, 2 or 4 processes, 12 on 3, and none unpacked."""
+    run = trainer(model, tmp_path, samples())
+    (tmp_path / "packing.json").write_text(json.dumps(noted))
+    run.batches = SimpleNamespace(dealt=dealt) if dealt else None
+    with pytest.raises(HandoffError, match="would come in another order"):
+        run._init_training_state(4, 1, 1, str(tmp_path))
 
 
 def test_the_watchdog_hears_every_micro_step(model: Any, tmp_path: Path) -> None:

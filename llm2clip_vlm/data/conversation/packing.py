@@ -205,8 +205,9 @@ class PackedBatches(Sampler[list[int]]):
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._epoch, self._resumed, self._done = 0, 0, 0
         sizes = range(min(max(8, global_batch_size // 4), global_batch_size), global_batch_size + 1)
-        self._dealt = next(n for n in sizes if global_batch_size % n == 0 and n % world_size == 0)
-        self._deals = global_batch_size // self._dealt
+        self.dealt = next(n for n in sizes if global_batch_size % n == 0 and n % world_size == 0)
+        """Samples that are shuffled as one; with the seed and the epoch, what decides the order."""
+        self._deals = global_batch_size // self.dealt
         whole, rest = divmod(len(lengths), global_batch_size)
         self._num_steps = whole + (rest > 0 and not drop_last)
         if not self._num_steps:
@@ -234,7 +235,7 @@ class PackedBatches(Sampler[list[int]]):
 
     def steps(self, epoch: int, first: int = 0) -> Iterator[npt.NDArray[np.int64]]:
         """Samples of each optimizer step of an epoch, in order, from the step `first` on."""
-        draw, size = np.random.default_rng([self._seed, epoch]), self._dealt
+        draw, size = np.random.default_rng([self._seed, epoch]), self.dealt
         orders = [draw.permutation(kind) for kind in self._kinds(np.arange(len(self._lengths)))]
         whole = [order[: len(order) // size * size] for order in orders]
         rest = [order[len(part) :] for order, part in zip(orders, whole, strict=True)]

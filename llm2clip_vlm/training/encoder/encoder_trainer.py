@@ -16,7 +16,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, TextInputs, collate
-from llm2clip_vlm.distributed import barrier, is_initialized, is_main, world_size
+from llm2clip_vlm.distributed import await_files, is_initialized, is_main, world_size
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.trainable import freeze_unused
 from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, WeightAverage
@@ -192,7 +192,7 @@ class EncoderTrainer(ContrastiveTrainer):
         self.save_model(str(directory))
         if is_main():
             (Path(directory) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        barrier()
+        await_files(directory)
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         if self.text_inputs is not None and "captions" in inputs:

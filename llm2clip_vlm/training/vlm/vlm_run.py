@@ -72,9 +72,8 @@ def build_trainer(
         parts=parts,
         checkpoint=base,
         dtype=dtype,
-        hang_timeout_s=run.recipe.hang_timeout_s,
         report=distributed.say,
-        callbacks=[run.metrics],
+        callbacks=run.callbacks,
     )
 
 
@@ -260,6 +259,7 @@ def compose_once(
             with written_whole(folder) as partial, _weights_unsplit(args):
                 save_vlm(*build(), partial)
                 sign(partial)
+    distributed.await_files(folder)
     return load_vlm(folder, load_in_4bit=load_in_4bit, device=args.device)
 
 

@@ -39,7 +39,7 @@ from llm2clip_vlm.training.adapters import (
 )
 from llm2clip_vlm.training.callbacks import Throughput
 from llm2clip_vlm.training.param_groups import build_param_groups
-from llm2clip_vlm.training.step_guard import Watchdog, keep_batch
+from llm2clip_vlm.training.step_guard import keep_batch
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 from llm2clip_vlm.training.vlm.gradient_audit import GradientAudit
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
@@ -47,7 +47,7 @@ from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 logger = logging.getLogger(__name__)
 
 PACKING_NAME = "packing.json"
-"""File of a checkpoint that says whether its micro-batches were packed."""
+"""File of a checkpoint: false, or how many samples at a time were dealt to packed steps."""
 
 
 class VlmTrainer(StrictResumeMixin, Trainer):
@@ -69,7 +69,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         checkpoint: Directory or hub id that the model was loaded from; adapters keep its
             fingerprint.
         dtype: Dtype of the exported weights. None: those in memory.
-        hang_timeout_s: See the recipe.
         report: Takes the table of the first step's gradients.
         callbacks: More callbacks.
     """
@@ -86,7 +85,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         parts: Mapping[str, PartTraining],
         checkpoint: str | Path = "",
         dtype: torch.dtype | None = None,
-        hang_timeout_s: float | None = None,
         report: Callable[[str], None] = logger.info,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -103,7 +101,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
         self.flops = VlmFlops(model)
-        self.watchdog = Watchdog(hang_timeout_s)
         self.audit: GradientAudit | None = GradientAudit(model, list(parts), report)
         super().__init__(
             model=model,
@@ -131,14 +128,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             arguments.pop("lr", None)
             self.optimizer = optimizer_class(groups, lr=groups[0]["lr"], **arguments)
         return self.optimizer
-
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """Train under the watchdog."""
-        try:
-            result: TrainOutput = super().train(*args, **kwargs)
-        finally:
-            self.watchdog.stop()
-        return result
 
     def training_step(
         self,
@@ -233,18 +222,23 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
-        folder = args[2]  # that is resumed from
+        folder, order = args[2], self._order()  # the one that is resumed from
         note = Path(folder or "") / PACKING_NAME
-        if folder and note.is_file() and read_json(note, object) != (self.batches is not None):
+        noted = read_json(note, object) if folder and note.is_file() else order
+        if noted != order and not (noted is True and order):  # true: noted by an earlier version
             raise HandoffError(
-                f"{folder} was trained {'padded' if self.batches else 'packed'}, now the samples "
-                "would come in another order; go on with the packages and the kind of machine that "
-                "it began with, or choose another output_dir"
+                f"{folder} was trained {'packed' if noted else 'padded'}, now the samples "
+                "would come in another order; go on with the packages, the kind of machine and the "
+                "number of processes that it began with, or choose another output_dir"
             )
         epoch, done = super()._init_training_state(max_steps, *args)
         if self.batches is not None:
             self.batches.resume(epoch, done)
         return epoch, done
+
+    def _order(self) -> int | bool:
+        """What the order of the samples depends on beside the recipe."""
+        return False if self.batches is None else self.batches.dealt
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -269,7 +263,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         else:
             super()._save(output_dir, state_dict)
             write_lineage(folder, self.model, self.processor, state)
-        (folder / PACKING_NAME).write_text(json.dumps(self.batches is not None))
+        (folder / PACKING_NAME).write_text(json.dumps(self._order()))
         recipe = Path(str(self.args.output_dir)).parent / RESOLVED_NAME
         if recipe.is_file():
             shutil.copy(recipe, folder)
