@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
@@ -93,6 +94,50 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         else:
             let_read(partial)
         partial.replace(target)
+
+
+HASH_BYTES = 32
+"""Bytes of the SHA-256 at the end of a hashed file."""
+_AS_WRITTEN: set[tuple[str, int, int, int]] = set()  # as this process has found
+
+
+@contextmanager
+def written_hashed(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write, which appears whole, as :func:`written_whole` says, with its hash.
+
+    Args:
+        path: Where it goes; read it by :func:`map_hashed`.
+    """
+    with written_whole(path) as partial:
+        with partial.open("wb") as handle:
+            yield handle
+        with partial.open("rb") as handle:
+            end = hashlib.file_digest(handle, "sha256").digest()
+        with partial.open("ab") as handle:
+            handle.write(end)
+
+
+def map_hashed(path: Path) -> memoryview:
+    """What :func:`written_hashed` wrote, without the hash, mapped into memory.
+
+    It is compared with the hash once in each process.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: It is damaged, or has changed since it was written.
+    """
+    import numpy as np
+
+    stat = path.stat()
+    content = np.memmap(path, np.uint8, "r") if stat.st_size else np.empty(0, np.uint8)
+    body, end = content[:-HASH_BYTES].data, content[-HASH_BYTES:].data
+    found = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    if found not in _AS_WRITTEN and hashlib.sha256(body).digest() != end:
+        raise ValueError(f"{path} has changed since it was written; delete it: it is made again")
+    _AS_WRITTEN.add(found)
+    return body
 
 
 def let_read(folder: Path) -> None:

@@ -93,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         features=frozen,
     )
     held_out = HeldOut(recipe, tower.image_processor, run.bad, frozen)
-    captions.require([*dataset.captions(), *(texts := held_out.texts())])
+    captions.require(dataset, texts := held_out.texts())
     say(f"data: {len(dataset)} pairs; {len(texts)} texts of held-out images")
     keeping = prepare_keeping(
         recipe,

@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,11 +31,16 @@ from llm2clip_vlm.data.cache.shards import (
     CacheError,
     Header,
     digests_of,
-    text_digest,
+    text_digests,
 )
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures
 
+NO_RECORDS: Any = SimpleNamespace(
+    kinds=[],
+    each_caption=lambda: iter(()),
+    records=SimpleNamespace(made_of=[], digests=lambda _: iter(())),
+)
 FINGERPRINT = {"text_weights": "abc", "pooling": "mean"}
 TEXTS = [f"text {i}" for i in range(10)]
 
@@ -54,7 +60,7 @@ class Encoder:
         return 3 * torch.stack([self.of(text) for text in texts])
 
     def of(self, text: str) -> Tensor:
-        seed = int.from_bytes(text_digest(text)[:4], "big")
+        seed = int.from_bytes(text_digests([text])[:4], "big")
         return F.normalize(
             torch.randn(self.dim, generator=torch.Generator().manual_seed(seed)), dim=0
         )
@@ -99,7 +105,7 @@ def test_layout_on_disk(tmp_path: Path) -> None:
     shards = [load_file(tmp_path / name) for name in names]
     assert [len(shard["keys"]) for shard in shards] == [3, 3, 3, 1]
     assert (shards[1]["embeds"].dtype, shards[1]["embeds"].shape) == (np.float16, (3, 4))
-    assert shards[1]["keys"][0].tobytes() == text_digest(TEXTS[3])
+    assert shards[1]["keys"][0].tobytes() == text_digests([TEXTS[3]])
     with safe_open(tmp_path / names[0], "numpy") as file:
         stated = json.loads(file.metadata()["embedding_cache"])
     assert {**header, "sha256": stated["sha256"]} == stated
@@ -108,9 +114,11 @@ def test_layout_on_disk(tmp_path: Path) -> None:
 def test_keys_with_an_equal_beginning_are_told_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digests = {"a": b"\1" + bytes(31), "b": b"\1" + bytes(30) + b"\1", "c": bytes(32)}
-    digests |= {"d": b"\1" * 32, "e": b"\1" + bytes(30) + b"\2"}
-    monkeypatch.setattr(shards, "text_digest", lambda text, prompt="": digests[text])
+    ends = {"a": bytes(24), "b": bytes(7) + b"\1" + bytes(16), "d": b"\1" * 24, "e": b"\2" * 24}
+    digests = {text: b"\1" + bytes(7) + end for text, end in ends.items()} | {"c": bytes(32)}
+    monkeypatch.setattr(
+        shards, "text_digests", lambda texts, prompt="": b"".join(digests[text] for text in texts)
+    )
     cache = build(tmp_path, ["a", "b", "c"])
     assert cache.missing(["a", "b", "c", "d", "e"]) == ["d", "e"]
     assert cache.find(["b", "a", "c", "b"]).tolist() == [1, 0, 2, 1]
@@ -433,4 +441,4 @@ def test_embeddings_of_prompts_stand_behind_their_caption(tmp_path: Path) -> Non
     torch.testing.assert_close(found, torch.stack(want), atol=1e-3, rtol=0)
     assert features.lookup(["a dog"]).shape == (1, 4)
     with pytest.raises(HandoffError, match=r"1 of 1 captions .* with the prompt 'why '"):
-        CaptionFeatures(cache, {}, ["why "]).require(["a dog"])
+        CaptionFeatures(cache, {}, ["why "]).require(NO_RECORDS, ["a dog"])

@@ -286,7 +286,7 @@ def test_at_most_63_kinds_of_captions(tmp_path: Path) -> None:
 def test_other_keys_of_one_hash_are_other_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(image_text_index, "caption_id", lambda text: 7)
+    monkeypatch.setattr(image_text_index, "hash", lambda text: 7, raising=False)
     source = write_folder(tmp_path / "pairs.jsonl", SAMPLES)
     assert [record.key for record in read(source)] == [key for key, *_ in SAMPLES]
 

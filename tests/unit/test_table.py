@@ -36,6 +36,11 @@ def make(data: Path, count: int = 1203, kill_at: int = -1) -> Table:
     return arrow_table([data], None, lambda: ["settings"], FEATURES, rows)
 
 
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "_BATCH", 500)
+
+
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text("data")

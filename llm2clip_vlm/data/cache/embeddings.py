@@ -3,7 +3,8 @@
 A row is looked up by the digest of its text (and prompt), never by its position in some file, so
 captions may be reordered, filtered, repeated and shared between data sets, and an image may have
 any number of captions and prompts. The files are those of :mod:`shards`; rows stay on disk,
-memory-mapped, and 16 bytes a row are held in memory to find them.
+memory-mapped, and so does the sorted list of keys by which they are found (24 bytes a row, in
+`.index-*` where there are many rows).
 
 Which texts make which shard follows from the list of texts and the shards that are there, not from
 who asks: N writers make the files of one writer, byte for byte, and so does a killed one that is
@@ -19,8 +20,10 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
-from itertools import chain
+from hashlib import sha256
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +34,20 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 
 from llm2clip_vlm.data.cache import shards
-from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.files import map_hashed, written_hashed, written_whole
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_SHARD_ROWS = 16384
 """Rows of a shard: what an interruption loses at most."""
+
+INDEX_FILE_FROM_ROWS = 2**17
+"""Caches of so many rows keep their sorted keys in a file; those of smaller ones are sorted each
+time that they are opened."""
+
+_INDEX = ".index-1-"  # with the version of its layout
+_AT_ONCE = 64  # rows that are made float32 while they are in the processor's cache
+_BLOCK = 32  # parts of keys that are sorted to be looked up together
 
 Encode = Callable[[list[str]], Tensor]
 """Texts to embeddings `[n, dim]`, each the same whatever else is in the list (to rounding)."""
@@ -57,7 +68,9 @@ class EmbeddingCache:
         torch.Size([64])
     """
 
-    def __init__(self, directory: Path, header: shards.Header, files: Iterable[Path]) -> None:
+    def __init__(
+        self, directory: Path, header: shards.Header, files: Iterable[Path], *, keep: bool = False
+    ) -> None:
         self.directory = directory
         """Directory of the cache."""
         self.dim = header.dim
@@ -69,12 +82,32 @@ class EmbeddingCache:
         self.shards: list[shards.Shard] = [shards.read_shard(path, header) for path in files]
         """Shards in order; of two rows for one text the first counts."""
         self._first_rows = np.cumsum([0, *(len(shard.keys) for shard in self.shards)])
-        prefixes = [_prefixes(shard.keys) for shard in self.shards]
-        flat = np.concatenate([np.empty(0, np.uint64), *prefixes])
-        self._order = np.argsort(flat, kind="stable")
-        self._prefixes = flat[self._order]
-        self._keys = [shard.keys.reshape(-1).data for shard in self.shards].__getitem__
+        names = "".join(shard.path.name for shard in self.shards)
+        self.index = directory / f"{_INDEX}{sha256(names.encode()).hexdigest()[:32]}"
+        """File of the sorted keys, if there is one; its name stands for all keys, for a shard's
+        name says which it holds. What is noted about them has its name, and an ending."""
+        self._first, self._second, self._order = self._sorted(keep)
         self._embeds = cache(lambda number: self.shards[number].touch())
+
+    def _sorted(self, keep: bool) -> npt.NDArray[np.uint64]:
+        """First and second 8 bytes of all keys in order, and their rows: `[3, rows]`."""
+        rows = int(self._first_rows[-1])
+        keep &= rows >= INDEX_FILE_FROM_ROWS
+        if keep:
+            with suppress(OSError, ValueError):  # absent or damaged: it is made again
+                return np.frombuffer(map_hashed(self.index), np.uint64).reshape(3, rows)
+        words = [np.empty((0, 2), np.uint64), *(_words(shard.keys) for shard in self.shards)]
+        flat = np.concatenate(words)
+        order = np.argsort(flat[:, 0], kind="stable")
+        index = np.stack([*flat[order].T, order.astype(np.uint64)])
+        if keep:
+            with suppress(OSError):  # where nobody may write it stays in memory
+                for outdated in self.directory.glob(f"{_INDEX}*"):
+                    outdated.unlink()
+                with written_hashed(self.index) as handle:
+                    handle.write(index.data)
+                return self._sorted(keep)
+        return index
 
     def __reduce__(self) -> Any:
         """Loader workers open the files again instead of getting a copy of the rows."""
@@ -85,6 +118,8 @@ class EmbeddingCache:
         cls, directory: str | Path, fingerprint: Mapping[str, str] | None = None
     ) -> EmbeddingCache:
         """Opens a cache: reads the keys, and leaves the rows on disk.
+
+        The first to open a large cache since it has changed writes the sorted keys beside it.
 
         Args:
             directory: Where it lies.
@@ -102,7 +137,7 @@ class EmbeddingCache:
             )
         if fingerprint is not None:
             header.require(directory, fingerprint)
-        return cls(directory, header, shards.shard_files(directory))
+        return cls(directory, header, shards.shard_files(directory), keep=True)
 
     @classmethod
     def build(
@@ -229,7 +264,7 @@ class EmbeddingCache:
 
         Raises:
             MissingTextError: The cache does not hold all of them.
-            CacheError: A file has changed since it was written, or a row is no unit vector.
+            CacheError: See :meth:`read`.
         """
         found = self.find(texts, prompt)
         if (found < 0).any():
@@ -239,13 +274,30 @@ class EmbeddingCache:
                 f"{f' with the prompt {prompt!r}' if prompt else ''}, such as {lost[0][:200]!r}; "
                 "add their file to stage 2a's sources and run it again (it encodes only these)"
             )
-        rows = self.read(found).float()
-        return shards.require_unit(rows, f"{self.directory}: the embedding of", texts)
+        rows = torch.empty(len(found), self.dim)
+        parts = self._rows(found)
+        for at in range(0, len(parts), _AT_ONCE):
+            rows[at : at + _AT_ONCE] = self._joined(parts[at : at + _AT_ONCE])
+        return rows
 
     def missing(self, texts: Iterable[str], prompt: str = "") -> list[str]:
         """The texts that the cache does not hold, each once, in their order."""
         unique = list(dict.fromkeys(texts))
         return [unique[i] for i in np.flatnonzero(self.find(unique, prompt) < 0)]
+
+    def holds(self, digests: Iterable[shards.Digests]) -> bool:
+        """Whether all of these keys are there.
+
+        Args:
+            digests: Keys in parts of some thousand. Many are sorted and go through the index
+                together, in its order, so that a billion of either touches each page once a block.
+        """
+        left = iter(digests)
+        while block := list(islice(left, _BLOCK)):
+            keys = np.concatenate(block)
+            if (self.find_digests(keys[np.argsort(_words(keys)[:, 0])]) < 0).any():
+                return False
+        return True
 
     def find(self, texts: Sequence[str], prompt: str = "") -> npt.NDArray[np.int64]:
         """Row number of each text, to keep and to :meth:`read` by; -1 where there is none."""
@@ -254,19 +306,35 @@ class EmbeddingCache:
     def read(self, numbers: npt.NDArray[np.int64]) -> Float16[Tensor, "n dim"]:
         """Rows by number, straight from the memory-mapped files.
 
-        A shard is read whole before its first row is given out.
+        A shard is read whole, and each of its rows is looked at, before the first is given out.
 
         Raises:
-            CacheError: A file has changed since it was written, or no row has a number (-1: the
-                text is not there).
+            CacheError: A file has changed since it was written, one of its rows is no unit vector,
+                or no row has a number (-1: the text is not there).
         """
+        return self._joined(self._rows(numbers))
+
+    def _rows(self, numbers: npt.NDArray[np.int64]) -> list[memoryview]:
+        """Each row's bytes, on disk."""
         if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(self):
             raise shards.CacheError(
                 f"{self.directory}: rows {numbers.min()} to {numbers.max()} were asked for, "
                 f"expected 0 to {len(self) - 1}"
             )
-        rows = np.frombuffer(self._joined(self._embeds, 2 * self.dim, numbers), np.float16)
-        return torch.from_numpy(rows.reshape(-1, self.dim))
+        owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
+        size = 2 * self.dim
+        starts = (numbers - self._first_rows[owner]) * size
+        held = {number: self._embeds(number) for number in np.unique(owner).tolist()}
+        places = zip(owner.tolist(), starts.tolist(), strict=True)
+        return [held[number][at : at + size] for number, at in places]
+
+    def _joined(self, rows: list[memoryview]) -> Float16[Tensor, "n dim"]:
+        """Rows one after the other, each copied once.
+
+        As fast with a thousand shards as with one; indexing arrays shard by shard copies twice.
+        """
+        flat = np.frombuffer(bytearray().join(rows), np.float16)
+        return torch.from_numpy(flat.reshape(-1, self.dim))
 
     def verify(self) -> None:
         """Reads every file whole, and looks at each row.
@@ -278,37 +346,21 @@ class EmbeddingCache:
             shard.verify()
 
     def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
-        """Row number of each key, -1 where there is none."""
+        """Row number of each key by its first 16 bytes, -1 where there is none."""
         found = np.full(len(digests), -1, dtype=np.int64)
-        wanted = _prefixes(digests)
-        place = np.searchsorted(self._prefixes, wanted)
+        first, second = _words(digests).T
+        place = np.searchsorted(self._first, first)
         todo = np.arange(len(digests))
         while len(todo):  # once, and again for keys whose first 8 bytes are equal
-            todo = todo[place[todo] < len(self._prefixes)]
-            todo = todo[self._prefixes[place[todo]] == wanted[todo]]
-            rows = self._order[place[todo]]
-            keys = np.frombuffer(self._joined(self._keys, shards.DIGEST_BYTES, rows), np.uint8)
-            equal = (keys.reshape(-1, shards.DIGEST_BYTES) == digests[todo]).all(axis=1)
-            found[todo[equal]] = rows[equal]
+            todo = todo[place[todo] < len(self)]
+            todo = todo[self._first[place[todo]] == first[todo]]
+            equal = self._second[place[todo]] == second[todo]
+            found[todo[equal]] = self._order[place[todo[equal]]]
             todo = todo[~equal]
             place[todo] += 1
         return found
 
-    def _joined(
-        self, shard: Callable[[int], memoryview], size: int, numbers: npt.NDArray[np.int64]
-    ) -> bytearray:
-        """Rows of `size` bytes one after the other, each copied once.
 
-        As fast with a thousand shards as with one; indexing arrays shard by shard copies twice.
-        """
-        owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
-        starts = (numbers - self._first_rows[owner]) * size
-        held = {number: shard(number) for number in np.unique(owner).tolist()}
-        places = zip(owner.tolist(), starts.tolist(), strict=True)
-        return bytearray().join([held[number][at : at + size] for number, at in places])
-
-
-def _prefixes(digests: shards.Digests) -> npt.NDArray[np.uint64]:
-    """The first 8 bytes of each key as a number."""
-    first = np.ascontiguousarray(digests[:, :8])
-    return first.view(">u8").reshape(-1).astype(np.uint64)
+def _words(digests: shards.Digests) -> npt.NDArray[np.uint64]:
+    """The first and the second 8 bytes of each key as numbers, `[n, 2]`."""
+    return np.ascontiguousarray(digests[:, :16]).view(">u8").astype(np.uint64)

@@ -122,8 +122,7 @@ class FillingCache:
             served[n] = self._added[key]
         if len(self._pending) >= self._shard_rows:
             self.write()  # all that was encoded together: a resumed run finds it whole
-        embeds = torch.from_numpy(served)
-        return shards.require_unit(embeds, f"{self.directory}: the embedding of", texts)
+        return torch.from_numpy(served)
 
     def write(self) -> None:
         """Puts on disk what this process has encoded since the last time.

@@ -122,13 +122,13 @@ class Shard:
     """Inode and time of change of the file that was opened."""
 
     def touch(self) -> memoryview:
-        """Reads all rows where this process has not done so.
+        """Reads all rows, and looks at each, where this process has not done so.
 
         Returns:
             Their bytes, on disk.
 
         Raises:
-            CacheError: They have changed since they were written.
+            CacheError: They have changed since they were written, or one is no unit vector.
         """
         read = (str(self.path), self.sha256, *self.stamp)
         if read not in _READ and (got := _checksum(self.embeds)) != self.sha256:
@@ -136,32 +136,32 @@ class Shard:
                 f"{self.path}: sha256 is {got}, expected {self.sha256}; the file is damaged: "
                 f"{_AGAIN}"
             )
+        if read not in _READ:  # the same bytes give the same norms each time
+            for start in range(0, len(self.embeds), 4096):
+                rows = from_numpy(self.embeds[start : start + 4096]).float()
+                require_unit(rows, f"{self.path}: row", range(start, start + len(rows)))
         _READ.add(read)
         return self.embeds.reshape(-1).view(np.uint8).data
 
     def verify(self) -> None:
-        """Reads all rows, even where this process has done so.
+        """Does :meth:`touch` even where this process has done so.
 
         Raises:
-            CacheError: They have changed since they were written, or one is no unit vector.
+            CacheError: See :meth:`touch`.
         """
         _READ.clear()
         self.touch()
-        for start in range(0, len(self.embeds), 4096):
-            rows = from_numpy(self.embeds[start : start + 4096]).float()
-            require_unit(rows, f"{self.path}: row", range(start, start + len(rows)))
 
 
-def text_digest(text: str, prompt: str = "") -> bytes:
-    """SHA-256 of a text's UTF-8 bytes, after the prompt's own where there is one: a row's key."""
-    start = hashlib.sha256(prompt.encode()).digest() if prompt else b""
-    return hashlib.sha256(start + text.encode()).digest()
+def text_digests(texts: Sequence[str], prompt: str = "") -> bytes:
+    """SHA-256 of each text's UTF-8 bytes, after the prompt's own where there is one: rows' keys."""
+    start, sha256 = hashlib.sha256(prompt.encode()).digest() if prompt else b"", hashlib.sha256
+    return b"".join([sha256(start + text.encode()).digest() for text in texts])
 
 
 def digests_of(texts: Sequence[str], prompt: str = "") -> Digests:
     """Keys of several texts, `[n, 32]`."""
-    flat = b"".join([text_digest(text, prompt) for text in texts])
-    return np.frombuffer(flat, np.uint8).reshape(-1, DIGEST_BYTES)
+    return np.frombuffer(text_digests(texts, prompt), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:

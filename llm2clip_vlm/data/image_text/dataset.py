@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -149,13 +150,18 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def captions(self) -> list[str]:
         """All captions that can be drawn, each once, in order of first appearance."""
-        return list(
-            dict.fromkeys(
-                text
-                for record in self.records
-                for text in weighted_captions(record.captions, self.caption_weights)[0]
-            )
-        )
+        return list(dict.fromkeys(self.each_caption()))
+
+    def each_caption(self) -> Iterator[str]:
+        """Each caption that can be drawn, read record by record."""
+        for record in self.records:
+            yield from weighted_captions(record.captions, self.caption_weights)[0]
+
+    @property
+    def kinds(self) -> list[str]:
+        """Kinds of captions that can be drawn."""
+        weighted = {kind for kind, weight in self.caption_weights.items() if weight > 0}
+        return sorted(weighted or self.records.kinds())
 
     def pixel_values(self, indices: Sequence[int]) -> Tensor:
         """Images exactly as the image processor makes them; for evaluation.
@@ -246,8 +252,10 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
 
     def _preload(self, limit_bytes: int) -> None:
         """Decode all images, unless the first that can be read show that they do not fit."""
-        table = self._to_float
-        if table is None:
+        table, geometry = self._to_float, Geometry.of(self.image_processor)
+        if table is None or (
+            geometry and 3 * math.prod(geometry.size) * len(self.records) >= limit_bytes
+        ):
             return
         kept: list[int] = []
         chunks: list[Tensor] = []

@@ -1,14 +1,19 @@
 """Image-text records of any format, read in one pass and then by their number.
 
 A source's files are read once, through its filters. What a record consists of (its key, where the
-image lies, its captions) goes into a table (:mod:`llm2clip_vlm.data.reading.table`).
+image lies, its captions) goes into a table (:mod:`llm2clip_vlm.data.reading.table`), and so do the
+digests of the captions, by which an embedding cache says whether it has them all. Nothing here
+grows with the number of records but what a selection of them takes.
 """
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, text_digests
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, check_image_name, read_image
 from llm2clip_vlm.data.reading.records import (
@@ -32,10 +38,11 @@ from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
-VERSION = 5
+VERSION = 6
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
+_NOT_DATA = {"weight", "index_dir", "cache_dir", "cache_gib"}
 
 
 @dataclass(frozen=True)
@@ -101,47 +108,54 @@ class ImageTextTable:
     """
 
     def __init__(self, table: Table, source: ImageTextSource) -> None:
-        self._table, self._source = table, source
-        self._folder = source.folder
+        self._table, self._source, self._root = table, source, source.folder
         self.files = table.files
         """Files of the source."""
         self.kinds: list[str] = table.facts["kinds"]
         """All kinds of captions."""
         self.refused = list(table.refused)
         """`(where, why)` of what could not be used."""
-        self._rows = np.arange(len(table))
-        self._rows = self._without_repeats(table.column("hash"))
-        self.kind_bits = table.column("kinds")[self._rows]
-        """Bits of each record: bit `i` is set where it has a caption of kind `i`."""
-
-    def _without_repeats(self, hashes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Refuse rows whose key an earlier row has; return the others."""
-        # Equal hashes stand together once they are sorted, the earlier row first: 8 bytes a record
-        # are held in memory, and the keys are compared only where their hashes are equal.
-        order = np.argsort(hashes, kind="stable")
-        same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+        self.made_of = [*_settings(source), table.facts["files"]]
+        """What the table depends on: rules, source, and its files with their sizes and dates."""
         repeated = []
-        for row, before in zip(order[same + 1].tolist(), order[same].tolist(), strict=True):
-            record = self[row]
-            if record.key == self[before].key:
+        for row, before in table.facts["alike"]:
+            record = self._record(row)
+            if record.key == self._record(before).key:
                 repeated.append(row)
                 where = f"{record.source}:{record.place}"
                 self.refused.append((where, f"the key {record.key!r} occurs twice"))
-        return np.delete(self._rows, repeated)
+        self._repeated = sorted(repeated)
+        # rows that come before each of them and are no such rows: [3, 5] has 3 and 4
+        self._before = [row - number for number, row in enumerate(self._repeated)]
 
     def __reduce__(self) -> Any:
         return ImageTextTable, (self._table, self._source)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self._table) - len(self._repeated)
 
     def __getitem__(self, row: int) -> ImageTextRecord:
-        key, number, place, image, captions = self._table.record(int(self._rows[row]))
+        return self._record(row + bisect_right(self._before, row))
+
+    def _record(self, row: int) -> ImageTextRecord:
+        key, number, place, image, captions = self._table.record(row)
         file, source = self.files[number], self._source
         found = image if isinstance(image, str) else PackedImage(file, *image)
         return ImageTextRecord(
-            key, found, captions, self._folder, str(file), place or key, source.follow_links
+            key, found, captions, self._root, str(file), place or key, source.follow_links
         )
+
+    def has_kinds(self, wanted: Collection[str]) -> npt.NDArray[np.bool_]:
+        """Whether each record has a caption of one of these kinds."""
+        bits = sum(1 << i for i, kind in enumerate(self.kinds) if kind in wanted)
+        return np.delete(self._table.column("kinds") & bits != 0, self._repeated)
+
+    def digests(self, wanted: Collection[str]) -> Iterator[npt.NDArray[np.uint8]]:
+        """SHA-256 of each caption of these kinds, `[n, 32]`, read some thousand at a time."""
+        chosen = np.array([kind in wanted for kind in self.kinds])
+        columns = self._table.cells("kind_of"), self._table.cells("digests")
+        for kinds, digests in zip(*columns, strict=True):
+            yield digests.reshape(-1, DIGEST_BYTES)[chosen[kinds]]
 
 
 class ImageTextRecords(Sequence[ImageTextRecord]):
@@ -156,18 +170,22 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
         self, tables: Sequence[ImageTextTable], positions: npt.NDArray[np.int64] | None = None
     ) -> None:
         self._tables = tables
-        self._starts = np.cumsum([0, *map(len, tables)])
-        self._positions = np.arange(self._starts[-1]) if positions is None else positions
+        self._starts = np.cumsum([0, *map(len, tables)]).tolist()
+        self._positions: Any = range(self._starts[-1]) if positions is None else positions
 
     def __len__(self) -> int:
         return len(self._positions)
 
+    @property
+    def _whole(self) -> bool:
+        return isinstance(self._positions, range) and self._positions == range(self._starts[-1])
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return ImageTextRecords(self._tables, self._positions[index])
-        position = self._positions[index]
-        table = int(np.searchsorted(self._starts, position, side="right")) - 1
-        return self._tables[table][int(position - self._starts[table])]
+        position = int(self._positions[index])
+        table = bisect_right(self._starts, position) - 1
+        return self._tables[table][position - self._starts[table]]
 
     def take(self, chosen: Sequence[int] | npt.NDArray[Any]) -> ImageTextRecords:
         """A selection, by positions or as a mask.
@@ -175,7 +193,10 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
         Args:
             chosen: Positions, or one boolean a record.
         """
-        return ImageTextRecords(self._tables, self._positions[np.asarray(chosen)])
+        mask = np.asarray(chosen)
+        if mask.dtype == bool and mask.all():
+            return self
+        return ImageTextRecords(self._tables, np.asarray(self._positions)[mask])
 
     def fetch_ahead(self, indices: Iterable[int]) -> None:
         """Fetch images that lie elsewhere beside each other, before each is asked for.
@@ -193,11 +214,21 @@ class ImageTextRecords(Sequence[ImageTextRecord]):
 
     def has_kinds(self, wanted: Collection[str]) -> npt.NDArray[np.bool_]:
         """Whether each record has a caption of one of these kinds."""
-        found = [
-            table.kind_bits & sum(1 << i for i, kind in enumerate(table.kinds) if kind in wanted)
-            for table in self._tables
-        ]
-        return np.concatenate(found)[self._positions] != 0
+        found = np.concatenate([table.has_kinds(wanted) for table in self._tables])
+        return found if self._whole else found[np.asarray(self._positions)]
+
+    def digests(self, wanted: Collection[str]) -> Iterator[npt.NDArray[np.uint8]]:
+        """SHA-256 of each caption of these kinds, `[n, 32]`, read some thousand at a time.
+
+        Those of records that are not chosen, or whose key occurs twice, are among them.
+        """
+        return chain.from_iterable(table.digests(wanted) for table in self._tables)
+
+    @property
+    def made_of(self) -> list[Any]:
+        """What these records depend on: the tables' files and settings, and which are chosen."""
+        chosen = b"" if self._whole else np.asarray(self._positions).tobytes()
+        return [sha256(chosen).hexdigest(), *(table.made_of for table in self._tables)]
 
     def kinds(self) -> set[str]:
         """All kinds of captions."""
@@ -242,13 +273,12 @@ def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
             f"{source.title}: weight is {source.weight}: image-text sources take none, every image "
             "is seen once an epoch; leave it out, and shorten the larger source with `limit`"
         )
-    chosen = {"weight", "index_dir", "cache_dir", "cache_gib"}
     table = ImageTextTable(
         arrow_table(
             source_files(source),
             source.index_dir,
-            lambda: [VERSION, source.model_dump(exclude=chosen)],
-            {"hash": "int64", "kinds": "int64"},
+            lambda: _settings(source),
+            {"kinds": "int64", "kind_of": "binary", "digests": "binary"},
             partial(_rows, source),
         ),
         source,
@@ -259,27 +289,47 @@ def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
     return table
 
 
+def _settings(source: ImageTextSource) -> list[Any]:
+    return [VERSION, source.model_dump(exclude=_NOT_DATA)]
+
+
 def _rows(
     source: ImageTextSource, refused: Refused, facts: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """The table's rows: key, number of the file, place, image and captions of each record."""
     numbers = {name: number for number, (name, *_) in enumerate(facts["files"])}
-    kinds = facts["kinds"] = list[str]()
+    numbered: dict[str, int] = {}  # kinds of captions
+    hashes = array("q")
     for row, (group, image, captions) in enumerate(_records(source, refused)):
         name = group.name(source.id_field)
         lies = image if isinstance(image, str) else [image.start, image.size, image.column]
         key = name or f"{group.file.name}:{group.place}"
         place = "" if group.place == key else group.place
-        kinds += [kind for kind in captions if kind not in kinds]
-        if len(kinds) > _MAX_KINDS:
-            raise RecordError(
-                f"{source.title}: more than {_MAX_KINDS} kinds of captions ({', '.join(kinds)})"
-            )
+        bits, kind_of = 0, b""
+        for kind, texts in captions.items():
+            number = numbered.setdefault(kind, len(numbered))
+            if number == _MAX_KINDS:
+                raise RecordError(
+                    f"{source.title}: more than {_MAX_KINDS} kinds of captions "
+                    f"({', '.join(numbered)})"
+                )
+            bits |= 1 << number
+            kind_of += bytes([number]) * len(texts)
+        hashes.append(hash(name) if name else ~row)  # without an id none can occur twice
         yield {
             "record": [key, numbers[str(group.file)], place, lies, captions],
-            "hash": caption_id(name) if name else ~row,  # without an id none can occur twice
-            "kinds": sum(1 << kinds.index(kind) for kind in captions),
+            "kinds": bits,
+            "kind_of": kind_of,
+            "digests": text_digests(list(chain.from_iterable(captions.values()))),
         }
+    facts["kinds"], facts["alike"] = list(numbered), _alike(np.frombuffer(hashes, np.int64))
+
+
+def _alike(hashes: npt.NDArray[np.int64]) -> list[list[int]]:
+    """Pairs of a row and the last one before it with an equal hash, whose keys may be equal."""
+    order = np.argsort(hashes, kind="stable")
+    same = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    return np.stack([order[same + 1], order[same]], 1).tolist()
 
 
 def _records(

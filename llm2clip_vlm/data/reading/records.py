@@ -11,10 +11,9 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refusals, Refused
 from llm2clip_vlm.data.reading.hub import dataset_files
@@ -39,8 +38,7 @@ _WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
 _VALUES_SHOWN = 5
 
 
-@dataclass(frozen=True)
-class RowGroup:
+class RowGroup(NamedTuple):
     """The rows of one record: a single one, or all that share the `group_by` value."""
 
     file: File
@@ -204,8 +202,10 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
                 for given in texts if isinstance(texts, list | tuple) else [texts]:
                     if given is None:
                         continue
-                    text = _text(given, name)
-                    if reason := _unusable(text):
+                    text = given.strip() if isinstance(given, str) else _text(given, name)
+                    # nearly every caption: nothing that makes one unusable can be true of it
+                    plain = " " in text and len(text) <= MAX_CAPTION_CHARS and text.isprintable()
+                    if not plain and (reason := _unusable(text)):
                         raise RecordError(f"{reason} in {name!r}")
                     captions.setdefault(str(kind), []).append(text)
     if not captions:
@@ -285,7 +285,8 @@ def _kept(
 ) -> Iterator[RowGroup]:
     """Yield rows that pass the filters; strike what is met off `unseen`, collect the columns."""
     for file, place, row in source_rows(source, bad):
-        known.update(dict.fromkeys(row))
+        if not row.keys() <= known.keys():
+            known.update(dict.fromkeys(row))
         if unseen:
             unseen -= {c for c in unseen if c in row or get_column(row, c) is not None}
         group = RowGroup(file, str(place), [row])

@@ -1,11 +1,12 @@
 """One Arrow table for the records of a source: in memory, or in a file that all processes map.
 
-A table is a stream of record batches, opened by `datasets`, and 32 bytes after its end: the
-SHA-256 of all before them. Its rows are the usable records, then what was refused, then one with
+A table is a stream of record batches, and 32 bytes after its end: the SHA-256 of all before
+them. Its rows are the usable records, then what was refused, then one with
 the facts (which files it was made of). `record` holds JSON, because names of files need not be
 UTF-8 and an Arrow string must be; token ids, lengths and the like have columns of their own.
-`Dataset.from_generator` would write the same batches, but in parts of 500 MB below a folder of its
-own, beside its locks; here a table is one file that appears whole, with its hash.
+`Dataset.from_generator` of `datasets` would write the same batches, but in parts of 500 MB below a
+folder of its own, beside its locks, and take 2.5 s to import; here a table is one file that appears
+whole, with its hash.
 """
 
 from __future__ import annotations
@@ -26,20 +27,23 @@ import numpy.typing as npt
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
 from llm2clip_vlm.data.text.text_rows import UNDECODED
-from llm2clip_vlm.files import written_whole
+from llm2clip_vlm.files import map_hashed, written_hashed
 from llm2clip_vlm.remote.ranges import File, RemoteFile
 
 logger = logging.getLogger(__name__)
 
-TABLE_FILE_FROM_BYTES = 64 * 2**20
+TABLE_FILE_FROM_BYTES = 16 * 2**20
 """Sources of this size or more keep their table in a file; smaller ones are read at each start."""
 
 Rows = Callable[[Refused, dict[str, Any]], Iterator[dict[str, Any]]]
 """Yields the usable records, and collects what it refused and what else is worth keeping."""
 
-_BATCH = 500
-_HASH_BYTES = 32
-_READ: set[tuple[str, int, int, int]] = set()  # found to be as written, by this process
+_BATCH = 4096
+_PLAIN = json.JSONEncoder(ensure_ascii=False)
+# What `_PLAIN.encode` makes for each value anew, in half of its time.
+_encoder = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+    None, _PLAIN.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, True
+)
 
 
 class Table:
@@ -54,16 +58,14 @@ class Table:
     """
 
     def __init__(self, source: Any, files: Sequence[File] = ()) -> None:
-        from datasets import Dataset
+        import pyarrow
 
         self._source = source
         self.files = files
-        if isinstance(source, Path):
-            _require_whole(source)
-            self._table = Dataset.from_file(str(source)).data
-        else:
-            self._table = Dataset.from_buffer(source).data
+        content = map_hashed(source) if isinstance(source, Path) else source
+        self._table = pyarrow.ipc.open_stream(content).read_all()
         self._chunks = {name: self._table.column(name).chunks for name in self._table.column_names}
+        self._batch = len(self._chunks["record"][0])
         end = self._table.num_rows - 1
         self.facts: dict[str, Any] = self.record(end)
         """Facts noted while it was made; `files` has name, size and date of each."""
@@ -86,25 +88,21 @@ class Table:
         """A record's list in a column of lists; not to be written to."""
         return np.asarray(self._cell(name, row).values.to_numpy(zero_copy_only=False))
 
+    def cells(self, name: str) -> Iterator[npt.NDArray[np.uint8]]:
+        """The bytes of a binary column, some thousand records at a time, as they lie on disk."""
+        for chunk in self._chunks[name]:
+            yield np.frombuffer(chunk.buffers()[2] or b"", np.uint8)
+
     def column(self, name: str) -> npt.NDArray[Any]:
         """A column of numbers."""
-        return np.asarray(self._table.column(name).slice(0, len(self)).to_numpy())
+        parts = self._table.column(name).slice(0, len(self)).chunks
+        return np.concatenate(
+            [part.to_numpy() for part in parts]
+        )  # by numpy: Arrow's pool keeps memory
 
     def _cell(self, name: str, row: int) -> Any:
         # All batches but the last have as many rows: no search, where `Dataset[i]` takes 75 us.
-        return self._chunks[name][row // _BATCH][row % _BATCH]
-
-
-def _require_whole(path: Path) -> None:
-    """Compare a file with the hash at its end, once in each process."""
-    stat = path.stat()
-    read = (str(path), stat.st_ino, stat.st_size, stat.st_mtime_ns)
-    if read in _READ:
-        return
-    content = np.memmap(path, np.uint8, "r") if stat.st_size > _HASH_BYTES else np.empty(0)
-    if hashlib.sha256(content[:-_HASH_BYTES].data).digest() != content[-_HASH_BYTES:].tobytes():
-        raise ValueError(f"{path} has changed since it was written; delete it: it is made again")
-    _READ.add(read)
+        return self._chunks[name][row // self._batch][row % self._batch]
 
 
 def arrow_table(
@@ -122,8 +120,8 @@ def arrow_table(
         files: Files of the source, of which :attr:`files` tells.
         index_dir: Folder of tables. None: `.llm2clip-index` beside the files.
         settings: Gives what the table depends on beside the files; each has its own file.
-        features: Columns beside `record`: name to the type of a number, or a list of one type for a
-            column of lists (`{"length": "int64", "ids": ["int32"]}`).
+        features: Columns beside `record`: name to the type of a number or `binary`, or a list of
+            one type for a column of lists (`{"length": "int64", "ids": ["int32"]}`).
         rows: Yields the usable records: `record`, what JSON can hold, and these columns.
 
     Raises:
@@ -149,12 +147,8 @@ def arrow_table(
                     logger.info("%s: the data have changed; it is made again", path)
                 except ValueError:
                     logger.warning("%s is damaged; it is made again", path)
-            with written_whole(path) as partial:
-                with partial.open("wb") as handle:
-                    _write(handle, features, files, rows)
-                end = hashlib.sha256(np.memmap(partial, np.uint8, "r").data).digest()
-                with partial.open("ab") as handle:
-                    handle.write(end)
+            with written_hashed(path) as handle:
+                _write(handle, features, files, rows)
     except OSError as error:
         raise RecordError(
             f"the table of {files[0]} cannot be written to {folder} ({error}); set `index_dir` to "
@@ -165,14 +159,15 @@ def arrow_table(
 
 
 def _write(sink: Any, features: Mapping[str, Any], files: Sequence[File], rows: Rows) -> None:
-    import pyarrow
-    from datasets import Features, List, Value
+    import pyarrow as pa
 
     kinds = {
-        name: List(Value(kind[0])) if isinstance(kind, list) else Value(kind)
+        name: pa.list_(pa.type_for_alias(kind[0]))
+        if isinstance(kind, list)
+        else pa.type_for_alias(kind)
         for name, kind in features.items()
     }
-    schema = Features({"record": Value("string"), **kinds}).arrow_schema
+    schema = pa.schema({"record": pa.string(), **kinds})
     refused = Refused()
     facts: dict[str, Any] = {"files": file_states(files), "rows": 0}
 
@@ -185,14 +180,14 @@ def _write(sink: Any, features: Mapping[str, Any], files: Sequence[File], rows: 
         yield {"record": facts}
 
     left = whole()
-    with pyarrow.ipc.new_stream(sink, schema) as writer:
+    with pa.ipc.new_stream(sink, schema) as writer:
         while part := [row | {"record": _json(row["record"])} for row in islice(left, _BATCH)]:
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(part, schema))
+            writer.write_batch(pa.RecordBatch.from_pylist(part, schema))
 
 
 def _json(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return json.dumps(value) if UNDECODED.search(text) else text
+    text = "".join(_encoder(value, 0))
+    return text if text.isascii() or not UNDECODED.search(text) else json.dumps(value)
 
 
 def file_states(files: Sequence[File]) -> list[list[Any]]:

@@ -28,6 +28,7 @@ _READ_CHARS = 2**20
 
 UNDECODED = re.compile("[\ud800-\udfff]")
 _HALF_ESCAPED = re.compile(r"\\u[dD][89a-fA-F]")
+_decode = json.JSONDecoder().raw_decode
 _NO_BLANK = re.compile(r"[ \t\r\n]*")
 
 
@@ -110,17 +111,23 @@ def _csv_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int,
 
 def _jsonl_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
     for number, line in enumerate(_lines(path, handle), start=1):
-        if not line.strip():
+        if line.isspace():
             continue
-        if UNDECODED.search(line):
+        if not line.isascii() and UNDECODED.search(line):
             bad.add(f"{path}:{number}", "the line cannot be read as UTF-8")
             continue
         try:
-            row = json.loads(line)
+            row, end = _decode(line)
+            if line[end:] not in ("\n", "\r\n"):
+                row = json.loads(line)
         except (ValueError, RecursionError) as error:  # also a number of thousands of digits
             bad.add(f"{path}:{number}", f"no JSON ({error})")
             continue
-        yield from _objects(path, [row], bad, number, _HALF_ESCAPED.search(line) is not None)
+        halves = "\\u" in line and _HALF_ESCAPED.search(line) is not None
+        if halves or not isinstance(row, dict):
+            yield from _objects(path, [row], bad, number, halves)
+        else:
+            yield number, row
 
 
 def _json_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:

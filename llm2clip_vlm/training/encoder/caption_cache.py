@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from einops import rearrange
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.filling import FillingCache
-from llm2clip_vlm.data.cache.shards import HEADER_NAME, seal
-from llm2clip_vlm.distributed import barrier, is_main, rank
+from llm2clip_vlm.data.cache.shards import HEADER_NAME, digests_of, seal
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
+from llm2clip_vlm.distributed import barrier, is_main, rank, shared_out
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
@@ -22,6 +28,8 @@ from llm2clip_vlm.runs.manifest import HandoffError, verify_parent
 from llm2clip_vlm.training.callbacks import EachEpoch
 
 logger = logging.getLogger(__name__)
+
+_TEXTS = 2**14  # looked up together
 
 
 def encoder_path(spec: str | TextEncoderSection) -> str:
@@ -91,7 +99,8 @@ class CaptionFeatures:
         """
         directory = str(recipe.embedding_cache)
         if recipe.write_through is None:
-            cache, hashes = _open_complete(directory)
+            with args.main_process_first(local=False, desc="opening the cache"):
+                cache, hashes = _open_complete(directory)
             return cls(cache, hashes, recipe.caption_prompts)
         encoder = load_caption_encoder(recipe.write_through, args.device)
         with args.main_process_first(local=False, desc="opening the cache"):
@@ -119,28 +128,61 @@ class CaptionFeatures:
         each = [self._cache.lookup(texts, prompt) for prompt in self._prompts]
         return {"text_features": rearrange(each, "k n d -> (n k) d")}
 
-    def require(self, texts: Sequence[str]) -> None:
+    def require(self, dataset: ImageTextDataset, texts: Sequence[str]) -> None:
         """Refuse to start where a caption that will be asked for has no embedding.
 
+        The main process looks, for all. That all captions of these records are there is noted
+        beside a large cache: the next start does not look again.
+
         Args:
-            texts: Texts of training and evaluation.
+            dataset: Training captions.
+            texts: Texts of evaluation.
 
         Raises:
             HandoffError: Says how many captions are missing, of how many, with an example.
         """
-        if isinstance(self._cache, FillingCache):
+        cache = self._cache
+        if isinstance(cache, FillingCache):
             return
-        for prompt in self._prompts:
-            wanted = list(dict.fromkeys(texts))
-            if missing := self._cache.missing(wanted, prompt):
-                raise HandoffError(
-                    f"{len(missing)} of {len(wanted)} captions are not in the cache "
-                    f"{self._cache.directory}{f' with the prompt {prompt!r}' if prompt else ''}, "
-                    f"for example {missing[0]!r}. Add the files that stage 2b names under `train`, "
-                    "`evaluation` and `zero_shot` to the sources of stage 2a's recipe and run it "
-                    "again (it encodes only what is missing), or name the text encoder as "
-                    "`write_through`, which fills the cache while stage 2b trains."
-                )
+
+        def lacking(data: ImageTextDataset) -> str:
+            facts = json.dumps([data.records.made_of, data.kinds, self._prompts], default=str)
+            note = cache.index.with_suffix(f".{hashlib.sha256(facts.encode()).hexdigest()[:32]}")
+            # The table's digests stand for texts without a prompt; they are of all records, so what
+            # they lack may belong to one that is not drawn: then the texts themselves are read.
+            complete = note.exists() or (
+                self._prompts == ("",) and cache.holds(data.records.digests(data.kinds))
+            )
+            for prompt in self._prompts:
+                left = iter(texts) if complete else chain(data.each_caption(), texts)
+                seen, lost, example = [], [], ""
+                while part := list(islice(left, _TEXTS)):
+                    keys = digests_of(part, prompt)
+                    absent = cache.find_digests(keys) < 0
+                    example = example or next((part[n] for n in np.flatnonzero(absent)), "")
+                    seen.append(np.ascontiguousarray(keys[:, :8]))  # equal texts count once
+                    lost.append(seen[-1][absent])
+                if example:
+                    missing, total = (
+                        len(np.unique(np.concatenate(each).view(np.uint64)))
+                        for each in (lost, seen)
+                    )
+                    return (
+                        f"{missing} of {total} captions are not in the cache {cache.directory}"
+                        f"{f' with the prompt {prompt!r}' if prompt else ''}, for example "
+                        f"{example!r}. Add the files that stage 2b names under `train`, "
+                        "`evaluation` and `zero_shot` to the sources of stage 2a's recipe and run "
+                        "it again (it encodes only what is missing), or name the text encoder as "
+                        "`write_through`, which fills the cache while stage 2b trains."
+                    )
+            if cache.index.exists():
+                with suppress(OSError):  # a folder that nobody may write to
+                    note.touch()
+            return ""
+
+        (why,) = shared_out([dataset], lacking)
+        if why:
+            raise HandoffError(why)
 
     def callbacks(self) -> list[TrainerCallback]:
         """Callback that writes a filling cache before each checkpoint, and shares it each epoch."""

@@ -58,7 +58,7 @@ class TextInLoop:
         tokens = self.encoder.tokens
         return pad_tokens(tokens(texts), tokens.pad_token_id, tokens.num_front_tokens)
 
-    def require(self, texts: Sequence[str]) -> None:
+    def require(self, dataset: Any, texts: Sequence[str]) -> None:
         """Accept all texts: the encoder embeds any."""
 
     def callbacks(self) -> list[TrainerCallback]:
