@@ -39,7 +39,7 @@ from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.models.vlm import vlm_loss
 from llm2clip_vlm.models.vlm.document_attention import install_document_attention
 
-GOALS = {"ratio": 2.0, "time_ratio_grouped": 1.15, "fill": 0.95}
+GOALS = {"ratio": 1.6, "time_ratio_grouped": 1.15, "fill": 0.95}
 RANKS, SIZE, MAX_TOKENS, VISUAL, SCALE = 8, 16, 2048, 576, 8
 TEXT: dict[str, Any] = {
     "vocab_size": 320,
