@@ -132,7 +132,7 @@ def test_a_run_that_began_padded_is_not_resumed_packed(
     """Its samples would come in another order, some twice and some never."""
     curve(make(tiny_clip, tiny_llm, tmp_path, save_strategy="steps", save_steps=2))
     folder = tmp_path / "checkpoints" / "checkpoint-2"
-    assert (folder / "packing.json").read_text() == "true"
+    assert int((folder / "packing.json").read_text()) > 1  # samples that are dealt at a time
     (folder / "packing.json").write_text("false")
     with pytest.raises(HandoffError, match="checkpoint-2 was trained padded, now"):
         make(tiny_clip, tiny_llm, tmp_path).train(resume_from_checkpoint=str(folder))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -464,7 +465,9 @@ def test_a_dying_pipeline_takes_its_steps_along(root: Path, number: int) -> None
     here = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": str(here)}
     command = [sys.executable, str(here / "stages" / "pipeline.py"), "p.yaml"]
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    # A shell starts what it has in the background deaf to SIGINT, and so are these tests then.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=hears)
     deadline = time.monotonic() + 60
     while len(found := list(root.glob("pid-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
