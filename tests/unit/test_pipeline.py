@@ -11,7 +11,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -466,8 +465,9 @@ def test_a_dying_pipeline_takes_its_steps_along(root: Path, number: int) -> None
     environment = {**os.environ, "PYTHONPATH": str(here)}
     command = [sys.executable, str(here / "stages" / "pipeline.py"), "p.yaml"]
     # A shell starts what it has in the background deaf to SIGINT, and so are these tests then.
-    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=hears)
+    heard = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    signal.signal(signal.SIGINT, heard)
     deadline = time.monotonic() + 60
     while len(found := list(root.glob("pid-*"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
