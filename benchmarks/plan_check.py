@@ -1,7 +1,7 @@
 """What `plan` says of a training step beside what the step takes: FLOPs and peak memory.
 
 Stages 1, 2b, 3 and 4, each with a tiny model and with SmolLM2-135M and EfficientNet-Lite0 (what
-`make real` leaves in `runs/real`; left out where it is not there). A process of its own runs the
+`make real` leaves in `runs/real`; left out where it or timm is not there). A process of its own runs the
 stage's own program up to its third optimizer step: FLOPs by torch's counter inside of
 `Trainer.training_step`, memory as the largest resident set (VmHWM, set back as the second step
 begins). Both are of one process on the CPU, whose C library gives each freed tensor back at once
@@ -16,6 +16,7 @@ libraries, tokenizer, tables: what the tiny models' processes hold, to 4 %), whi
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import subprocess
@@ -75,7 +76,8 @@ def tiny_recipes(folder: Path) -> dict[str, list[str]]:
 
 def real_recipes(folder: Path) -> dict[str, list[str]]:
     """`make real`'s recipes, with steps of fewer samples."""
-    if not Path("runs/real/vlm/llm2clip/stage3/model").is_dir():
+    built = importlib.util.find_spec("timm") is not None  # what `make real` builds its tower with
+    if not built or not Path("runs/real/vlm/llm2clip/stage3/model").is_dir():
         return {}
     files = dict(zip(STAGES, ("stage1", "stage2b", "stage3", "stage4"), strict=True))
     few = {"stage1_text_encoder": 32, "stage2b_vision_encoder": 64}
@@ -145,6 +147,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", choices=STAGES)
     parser.add_argument("--size", choices=("tiny", "real"))
+    parser.add_argument("--quick", action="store_const", const="tiny", dest="size")
     parser.add_argument("--run", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.run:
