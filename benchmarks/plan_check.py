@@ -1,16 +1,15 @@
 """What `plan` says of a training step beside what the step takes: FLOPs and peak memory.
 
 Stages 1, 2b, 3 and 4, each with a tiny model and with SmolLM2-135M and EfficientNet-Lite0 (what
-`make real` leaves in `runs/real`; left out where it or timm is not there). A process of its own runs the
-stage's own program up to its third optimizer step: FLOPs by torch's counter inside of
+`make real` leaves in `runs/real`; left out where it or timm is not there). A process of its own
+runs the stage's own program up to its third optimizer step: FLOPs by torch's counter inside of
 `Trainer.training_step`, memory as the largest resident set (VmHWM, set back as the second step
 begins). Both are of one process on the CPU, whose C library gives each freed tensor back at once
 (MALLOC_MMAP_THRESHOLD_): otherwise it keeps holes between tensors, 20 to 27 % of SmolLM2's peak,
 which are its allocator's and not the step's. Such a process holds 0.6 GB beside the model (imported
-libraries, tokenizer, tables: what the tiny models' processes hold, to 4 %), which is added to what
-`plan` says.
+libraries, tokenizer, tables), which is added to what `plan` says.
 
-    python benchmarks/plan_check.py [--only stage3_projector] [--size tiny]
+    python benchmarks/plan_check.py [--only stage3_projector] [--size tiny | --quick]
 """
 
 from __future__ import annotations
