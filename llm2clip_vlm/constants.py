@@ -11,3 +11,6 @@ MANIFEST_NAME = "manifest.json"
 
 SEAL_NAME = "files.json"
 """File that makes a checkpoint whole: processes that wrote it, and sha256 of each of its files."""
+
+STOPPED = "stopped by SIGTERM"
+"""What a stage prints when a signal ended it after a checkpoint, with exit code 0."""

@@ -24,6 +24,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from llm2clip_vlm.constants import STOPPED
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.programs import find_program
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
@@ -332,6 +333,10 @@ class Pipeline:
                 end = "\n  ".join(_why(job))
                 raise PipelineError(
                     f"step {job.name!r} ended with exit code {code}; the end of {job.log}:\n  {end}"
+                )
+            if STOPPED in _end(job.log, job.log_start, 4000):  # alone, its exit code is 0
+                raise PipelineError(
+                    f"step {job.name!r} was {STOPPED}; the same command goes on from its checkpoint"
                 )
             self.seconds[job.name] = round(time.monotonic() - job.started, 1)
             self._note("seconds.json", self.seconds)

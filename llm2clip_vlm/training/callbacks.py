@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from llm2clip_vlm.constants import STOPPED
 from llm2clip_vlm.distributed import max_over_ranks, say, teardown
 from llm2clip_vlm.files import read_text, write_atomically
 from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
@@ -183,7 +184,7 @@ class GracefulStop(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """End the program once the checkpoint is whole."""
         if self._stopping:
-            say(f"stopped by SIGTERM: step {state.global_step} is saved, the same command goes on")
+            say(f"{STOPPED}: step {state.global_step} is saved, the same command goes on")
             self._leave()
             teardown()
             raise SystemExit(0)

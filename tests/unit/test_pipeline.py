@@ -49,6 +49,9 @@ if "launcher" in rest:
     print("error: the batch\\n  does not divide")
     print("Traceback of the launcher\\n" * 20, flush=True)
     sys.exit(1)
+if "stopped" in rest:
+    print("stopped by SIGTERM: step 3 is saved, the same command goes on", flush=True)
+    sys.exit(0)
 if "wait" in rest and not Path("go").exists():
     Path("pid").write_text(str(os.getpid()))
     time.sleep(60)
@@ -479,6 +482,14 @@ def test_a_dying_pipeline_takes_its_steps_along(root: Path, number: int) -> None
     while any(map(alive, steps)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(map(alive, steps))
+
+
+def test_a_step_that_was_stopped_is_not_finished(root: Path) -> None:
+    """A stage that SIGTERM ends has saved its step, and ends with exit code 0."""
+    recipe = pipeline(step("a", "stopped"), step("b", needs=["a"]))
+    with pytest.raises(PipelineError, match="step 'a' was stopped by SIGTERM; the same command"):
+        Pipeline(recipe, root).run()
+    assert (root / "order.txt").read_text() == "a\n"
 
 
 def test_a_second_pipeline_is_refused(root: Path) -> None:
