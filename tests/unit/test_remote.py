@@ -333,7 +333,8 @@ def test_processes_that_are_killed_leave_nothing_torn(tmp_path: Path) -> None:
         for process in pair:
             process.start()
         ends = time.monotonic() + draw.uniform(0.05, 0.3)
-        while time.monotonic() < ends:
+        # On a busy machine the first of them need longer until there is something to push out.
+        while time.monotonic() < ends or (most <= 100_000 and time.monotonic() < ends + 20):
             most = max(most, taken(cache))
         assert all(process.is_alive() for process in pair)
         for process in pair:
