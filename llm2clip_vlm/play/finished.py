@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import read_text
@@ -47,6 +48,7 @@ def finished_runs(root: str | Path) -> list[FinishedRun]:
         photos = source.get("image_root")
         if photos is None and "path" in source:
             photos = str(Path(source["path"]).parent)
+        photos = photos and from_run(folder, manifest, photos)
         name = folder.relative_to(root).as_posix()
         found.append(
             FinishedRun(
@@ -54,6 +56,25 @@ def finished_runs(root: str | Path) -> list[FinishedRun]:
             )
         )
     return found
+
+
+def from_run(folder: Path, manifest: dict[str, Any], path: str) -> str:
+    """Find what a recipe named from the folder in which it was run, wherever this process is.
+
+    Args:
+        folder: Output of a finished stage.
+        manifest: Its manifest.
+        path: As the recipe has it; absolute, from where the stage was started, or a hub id.
+
+    Returns:
+        A path that is there, or else the same.
+    """
+    output = Path(manifest["recipe"].get("output_dir") or folder).parts
+    whole = folder.resolve().parts
+    if Path(path).exists() or whole[-len(output) :] != output:
+        return path
+    there = Path(*whole[: -len(output)], path)
+    return str(there) if there.exists() else path
 
 
 def _losses(folder: Path) -> list[tuple[int, float]]:

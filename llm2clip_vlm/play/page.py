@@ -208,7 +208,7 @@ def _look_tab(gr: Any, shelf: Shelf) -> None:
         with gr.Column(scale=2, min_width=280):
             one, two = _two(gr, list(shelf.encoders), "encoder")
             words = gr.Textbox(label="words, with commas between", submit_btn=True, max_length=1000)
-    galleries = _galleries(gr)
+    galleries = _galleries(gr, columns=2)  # their captions are longer
 
     def look(path: str | None, words: str, *names: str) -> list[Any]:
         def maps(name: str) -> list[Any]:
@@ -257,15 +257,17 @@ def _picture(gr: Any) -> Any:
 
 
 def _two(gr: Any, names: list[str], kind: str) -> tuple[Any, Any]:
-    second = names[1] if len(names) > 1 else _NOBODY
+    others = sorted(names[1:], key=lambda name: Path(name).parent != Path(names[0]).parent)
+    second = next(iter(others), _NOBODY)  # the same stage of another arm, rather than another stage
     one = gr.Dropdown(names, value=names[0], label=kind)
     return one, gr.Dropdown([_NOBODY, *names], value=second, label=f"second {kind}")
 
 
-def _galleries(gr: Any) -> list[Any]:
-    look = {"columns": 3, "object_fit": "contain", "buttons": [], "interactive": False}
+def _galleries(gr: Any, columns: int = 3) -> list[Any]:
+    look = {"columns": columns, "height": "auto", "object_fit": "contain", "buttons": []}
+    some = {"visible": False, "interactive": False, "min_width": 280, **look}
     with gr.Row():
-        return [gr.Gallery(visible=False, min_width=280, **look) for _ in range(2)]
+        return [gr.Gallery(**some) for _ in range(2)]
 
 
 def _of_each(gr: Any, names: Sequence[str], show: Callable[[str], list[Any]]) -> list[Any]:

@@ -36,6 +36,7 @@ from llm2clip_vlm.data.reading.images import (
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.equal import difference
+from llm2clip_vlm.play.finished import from_run
 from llm2clip_vlm.play.vlm_chat import model_folder
 from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.runs.manifest import read_manifest
@@ -95,17 +96,27 @@ def _text_encoder_of(model: str) -> str | TextEncoderSection | None:
         return str(stage / "text_encoder")
     given: Any = recipe.get("write_through")
     if given is None:
-        cache = read_manifest(recipe["embedding_cache"])
+        where = from_run(stage, manifest, recipe["embedding_cache"])
+        cache = read_manifest(where)
+        if cache is None and not Path(where).exists():
+            raise _not_there(model, where, "embedding cache, which names its text encoder,")
         if cache is None or "text_encoder" not in cache["recipe"]:
             return None
         given = cache["recipe"]["text_encoder"]
     place = given if isinstance(given, str) else given["language_model"]
-    if not Path(place).exists() and place.count("/") != 1:
-        raise ValueError(
-            f"{model}: its text encoder was {place}, which is not there from here; run the command "
-            "from the folder in which the model was trained, or give --text-encoder DIR"
-        )
-    return given if isinstance(given, str) else TextEncoderSection.model_validate(given)
+    there = from_run(stage, manifest, place)
+    if not Path(there).exists() and place.count("/") != 1:
+        raise _not_there(model, place, "text encoder")
+    if isinstance(given, str):
+        return there
+    return TextEncoderSection.model_validate({**given, "language_model": there})
+
+
+def _not_there(model: str, place: str, what: str) -> ValueError:
+    return ValueError(
+        f"{model}: its {what} was {place}, which is not there from here; run the command "
+        "from the folder in which the model was trained, or give --text-encoder DIR"
+    )
 
 
 @dataclass

@@ -50,7 +50,7 @@ def similarity_maps(
         at, steps = np.clip(np.asarray(smooth), 0, 1), np.linspace(0, 1, len(_COLOURS))
         colours = np.stack([np.interp(at, steps, part) for part in _COLOURS.T], axis=-1)
         layer = Image.fromarray(colours.astype(np.uint8))
-        told = f"{text}: picture {float(whole):.2f}, best patch {float(cosines.max()):.2f}"
+        told = f"{text} {float(whole):.2f} / {float(cosines.max()):.2f}"
         found.append((Image.blend(seen, layer, _OPACITY), told))
     return found
 

@@ -49,13 +49,11 @@ def test_the_three_recipes_run_on_shards(
         "global_batch_size=8",
         "trainer.per_device_train_batch_size=8",
         "trainer.dataloader_num_workers=0",
-        "trainer.bf16=false",
     ]
     stages = {
         "stage1_text_encoder": [
             *small,
             f"text_encoder.language_model={tiny_llm}",
-            "text_encoder.dtype=float32",
         ],
         "stage2a_cache_text": [],
         "stage2b_vision_encoder": [*small, f"vision_tower={tiny_clip}", "projection_dim=16"],

@@ -106,7 +106,7 @@ def test_maps_are_the_cosines_of_patches(run: Path) -> None:
     for row, (image, told) in enumerate(maps):
         assert image.size == (SHOWN_PX, SHOWN_PX)
         best = float(cosines[..., row].max())
-        assert told == f"{texts[row]}: picture {float(whole[0, row]):.2f}, best patch {best:.2f}"
+        assert told == f"{texts[row]} {float(whole[0, row]):.2f} / {best:.2f}"
     place = int(torch.stack([cosines[..., 0], cosines[..., 1]]).flatten().argmax())
     which, at = divmod(place, cosines.shape[0] ** 2)
     y, x = divmod(at, cosines.shape[0])
@@ -159,3 +159,16 @@ def test_a_report_runs_nothing(tmp_path: Path) -> None:
     framed = page._framed(tmp_path / "r.html")
     assert 'sandbox=""' in framed and "<script>" not in framed and "&quot;x&quot;" in framed
     assert page._framed(None) == ""
+
+
+def test_two_arms_of_one_stage_stand_side_by_side() -> None:
+    shown: list[str] = []
+
+    class Gradio:
+        def Dropdown(self, names: list[str], value: str, label: str) -> None:
+            shown.append(value)
+
+    names = ["towers/mine", "heads/mine", "heads/rival", "towers/rival"]
+    for given in (names, names[:3], names[:1]):
+        page._two(Gradio(), given, "encoder")
+    assert shown[1::2] == ["towers/rival", "heads/mine", page._NOBODY]

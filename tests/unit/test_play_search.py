@@ -183,6 +183,27 @@ def test_a_stage_2b_model_finds_its_text_encoder(stage2b: Path, tmp_path: Path) 
     torch.testing.assert_close(load_searcher(str(stage2b)).embed_texts(texts), want)
 
 
+def test_paths_of_a_run_are_found_from_any_folder(
+    stage2b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recipes name what lies below the folder in which they are run."""
+    want = load_searcher(str(stage2b)).embed_texts(["a red dog"])
+    for name in ("stage2b", "stage2a"):
+        file = tmp_path / name / "manifest.json"
+        text = file.read_text().replace(f"{tmp_path}/", "")
+        manifest = json.loads(text)
+        manifest["recipe"]["output_dir"] = name
+        file.write_text(json.dumps(manifest))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    for place in (stage2b, Path("../stage2b")):
+        got = load_searcher(str(place)).embed_texts(["a red dog"])
+        torch.testing.assert_close(got, want)
+    shutil.rmtree(tmp_path / "stage2a")
+    with pytest.raises(ValueError, match=r"its embedding cache.* was stage2a, which is not there"):
+        load_searcher(str(stage2b))
+
+
 def test_a_text_encoder_that_is_gone_is_named(stage2b: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "text_encoder")
     with pytest.raises(ValueError, match=r"text encoder was .*give --text-encoder DIR"):

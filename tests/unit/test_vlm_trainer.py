@@ -23,10 +23,10 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator
 from llm2clip_vlm.data.conversation.packing import PackedCollator
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
+from llm2clip_vlm.models.equal import difference, vlm_difference, vlm_outputs
 from llm2clip_vlm.models.trainable import apply_trainable, set_precision
 from llm2clip_vlm.models.vlm import vlm_loss
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
+from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.recipe.vlm import PartTraining
 from llm2clip_vlm.runs.manifest import HandoffError
@@ -443,6 +443,34 @@ def test_an_export_that_cannot_be_compared_says_so(
     model.is_quantized = True
     assert run._outputs() is None
     assert ["ZeRO-3" in caplog.text, "four bits" in caplog.text] == [True, True]
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_what_autocast_rounds_is_not_taken_for_another_model(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path, mixed: bool
+) -> None:
+    """The projector's large numbers cancel: in bf16 its tokens are noise, its weights are right."""
+    model, processor = build_vlm(tiny_clip, tiny_llm, dtype="float32")
+    run = trainer(model, tmp_path, samples(), bf16=True)
+    run.processor = processor
+    run.train()
+    first, second = (getattr(model.model.multi_modal_projector, f"linear_{n}") for n in (1, 2))
+    with torch.no_grad():
+        first.bias.fill_(1000.0)
+        second.bias.copy_(-1000.0 * second.weight.sum(1))
+    exact = vlm_outputs(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = vlm_outputs(model)
+    assert difference(exact[1], rounded[1], 0.5) is not None
+    assert vlm_difference(rounded, copy.deepcopy(model)) is None
+    if mixed:
+        model.model.vision_tower.bfloat16()
+    run.export(tmp_path / "model")
+    want = run._outputs()
+    assert want is not None
+    assert (want[1].dtype == torch.float32) != mixed
+    if not mixed:
+        assert difference(want[1], vlm_outputs(load_vlm(tmp_path / "model")[0])[1]) is None
 
 
 def test_half_precision_is_asked_how_much_it_rounds(tiny_clip: Path, tiny_llm: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -310,8 +311,11 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         if unlike:
             logger.warning("the export is not compared with the model in memory: %s", unlike)
             return None
-        with self.accelerator.autocast():
-            return vlm_outputs(self.model)
+        # Weights are compared, not what autocast rounds: it computes only where dtypes differ.
+        model = self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        mixed = len({p.dtype for p in model.parameters() if p.is_floating_point()}) > 1
+        with self.accelerator.autocast() if mixed else nullcontext():
+            return vlm_outputs(model)
 
     def summary(self, result: TrainOutput) -> dict[str, Any]:
         """Facts of a finished training for the manifest: loss, steps, processes, ZeRO stage.
