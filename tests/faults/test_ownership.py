@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.data.reading.bad_records import RecordError
 from llm2clip_vlm.runs.claims import PARENTS_NAME
 from llm2clip_vlm.runs.inputs import InputsError
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME, HandoffError
@@ -78,6 +79,11 @@ def test_a_folder_of_foreign_files_is_refused(tmp_path: Path, three: Three) -> N
 def test_data_are_looked_for_before_anything_is_made(tmp_path: Path, three: Three) -> None:
     with pytest.raises(InputsError, match=r"none\.json: no such file"):
         run_here("stage3_projector", three(data=[{"path": str(tmp_path / "none.json")}]))
+    for wrong in ({"image_root": str(tmp_path / "images")}, {"path": str(tmp_path / "no.json")}):
+        (tmp_path / "no.json").write_text('[{"id": 1}]')
+        source = {"path": str(tmp_path / "llava.json"), **wrong}
+        with pytest.raises(RecordError, match=r"no usable record; the first is .*json:"):
+            run_here("stage3_projector", three(data=[source]))
     assert content(tmp_path / "out") == {}
 
 
