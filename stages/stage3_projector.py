@@ -14,6 +14,7 @@ Writes: `<output_dir>/model` (a `LlavaForConditionalGeneration` directory), `met
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,6 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made_of = {n: fingerprint_dir(p) for n, p in run.parents.items() if Path(p).is_dir()}
     if vlm.projector is not None:
         run.parent("projector", vlm.projector, "stage3_projector", "stage4_instruction")
+    if vlm.chat_template is not None and os.path.isfile(vlm.chat_template):
+        run.parents["chat_template"] = vlm.chat_template
     args = run.arguments()
     if run.checkpoint is None and is_main() and composed.is_dir():
         foreign(composed, unsigned(composed))

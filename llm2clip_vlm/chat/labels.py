@@ -14,6 +14,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -73,8 +74,8 @@ def label(
         `(input_ids, labels)`; `IGNORE_INDEX` where nothing is trained, each `<image>` one token.
 
     Raises:
-        ConversationError: The template marks another number of answers, rewrites earlier turns, or
-            writes no end-of-turn token; or a token joins a prompt and its answer.
+        ConversationError: The template leaves out a turn, marks another number of answers, rewrites
+            earlier turns, or writes no end-of-turn token; or a token joins a prompt and its answer.
     """
     # One tokenisation of the whole text, whose offsets say which tokens an answer has: pieces that
     # are tokenised apart and added up disagree with it where a token would cross their border.
@@ -129,6 +130,13 @@ def _encoded(
 ) -> tuple[str, list[Span], list[int], list[Span]]:
     """Text, answers' spans in it, ids and offsets of a conversation whose contents stay text."""
     text, spans = _answers(messages, template, tokenizer)
+    for number, message in enumerate(messages, start=1):
+        for said in texts_of([message]):  # what a model has thought, a template may leave out
+            if (words := said.rpartition("</think>")[2].strip()) not in text:
+                raise ConversationError(
+                    f"turn {number}: the chat template leaves out or changes what is said, "
+                    f"{words[:80]!r}"
+                )
     ids, offsets = tokenize(tokenizer, text)
     known = text_tokens(tokenizer, template)
     hide, show = _to_hide(messages, template, tokenizer, ids)
@@ -229,7 +237,11 @@ def _answers(
             )
         prompt = render(messages[:index], template, tokenizer, prompt=True)
         answered = render(messages[: index + 1], template, tokenizer)
-        if not text.startswith(answered) or not answered.startswith(prompt):
+        if not text.startswith(answered):  # Phi 3 writes one token more after the last turn
+            answered = commonprefix([text, answered])  # noqa: RUF071
+        said = [words.strip() for words in texts_of([messages[index]])]
+        shown = answered[len(prompt) :]
+        if not answered.startswith(prompt) or not all(words in shown for words in said):
             raise ConversationError(
                 f"turn {index + 1}: the chat template rewrites earlier turns, so an answer's "
                 "place cannot be found; put {% generation %} around the answer in the template"
@@ -304,11 +316,10 @@ def _probe(text: str) -> list[Message]:
 
 
 def end_of_turn_ids(template: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids for `generation_config.eos_token_id`: eos and the template's end-of-turn token."""
-    labels = label(_probe("what is it ?"), template, tokenizer)[1]
-    last = [token for token in labels if token != IGNORE_INDEX][-1]
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return list(dict.fromkeys([*eos, last]))
+    """Ids for `generation_config.eos_token_id`: eos and the template's end-of-turn tokens."""
+    label(_probe("what is it ?"), template, tokenizer)
+    ends = _ends_of_turns(template, tokenizer, len(tokenizer))
+    return sorted(ends, key=lambda index: (index != tokenizer.eos_token_id, index))
 
 
 def check_chat_template(processor_or_tokenizer: Any) -> None:

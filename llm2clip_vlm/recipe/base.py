@@ -7,6 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llm2clip_vlm.remote.addresses import is_remote
+
 
 class Section(BaseModel):
     """A part of a recipe: unknown keys refused, no silent conversion between types."""
@@ -150,6 +152,8 @@ def _folder(value: str) -> str:
     """Check a folder to write to: no empty text, no file; `~` is the home."""
     if not value.strip() or "\x00" in value:
         raise ValueError(f"expected a folder to write to, got {value!r}")
+    if is_remote(value):
+        raise ValueError(f"expected a folder of this machine to write to, got the address {value}")
     path = Path(value).expanduser()
     for above in (path, *path.parents):
         if above.exists() and not above.is_dir():
@@ -182,7 +186,7 @@ class RunRecipe(RecipeFile):
     """Where and why this recipe differs from what it reproduces."""
     output_dir: OutputDir
     """Folder of checkpoints, manifest and results of this stage."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**32)
     """Seed of initialisation, shuffling and dropout."""
     global_batch_size: int = Field(default=256, ge=1)
     """Samples per optimizer step over all processes. Accumulation follows from the number of

@@ -34,7 +34,7 @@ from llm2clip_vlm.recipe.yaml_files import RecipeError as RecipeError  # noqa: P
 
 T = TypeVar("T", bound=BaseModel)
 
-_REFERENCE = re.compile(r"\$?\$\{([^{}]*)\}")
+_REFERENCE = re.compile(r"\$\$\{|\$\{([^{}]*)\}")
 _SECRET_KEY = re.compile(
     r"(?i).*(hub|api|auth|access|refresh|bearer|session|push_to_hub|wandb|comet|hf)_?-?tokens?"
     r"|(?!.*(pad|bos|eos|unk|cls|sep|mask|image|video|audio|box|start|end|begin|special)_token$)"
@@ -74,9 +74,9 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         key, equals, text = override.partition("=")
         last = key.rpartition(".")[2]
         secret = _SECRET_KEY.fullmatch(last) or _SECRET_VALUE.search(override)
-        source = f"override `{key if secret or len(override) > 200 else override}`"
-        if not equals or not all(key.split(".")):
-            raise RecipeError(source, f"{key}: expected `dotted.key=value`")
+        source = f"override `{key[:200] if secret or len(override) > 200 else override}`"
+        if not equals or not all(key.split(".")) or key.count(".") > DEEPEST:
+            raise RecipeError(source, f"{key:.200}: expected `dotted.key=value`")
         data = _with(data, key.split("."), parse_value(text, source), source)
     if strange := _of_another_stage(data.get("stage"), model):
         raise RecipeError(path, strange)
@@ -301,6 +301,12 @@ def _interpolated(data: Any, model: type[BaseModel], source: str | Path) -> Any:
             return [fill(item, trail) for item in value]
         if not isinstance(value, str):
             return spend(value)
+        if "${" in _REFERENCE.sub("", value):
+            raise RecipeError(
+                source,
+                f"{shown(value)}: a reference `${{...}}` that has no end or another one inside; "
+                "`$${` stands for the signs themselves",
+            )
         whole = _REFERENCE.fullmatch(value)
         if whole and not value.startswith("$$"):
             return refer(whole[1], trail)

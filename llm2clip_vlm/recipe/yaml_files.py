@@ -41,10 +41,12 @@ class RecipeError(ValueError):
 def _mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in node.value:
-        if name.tag != f"{_TAG}str" or name.value in found:
-            wrong = "given twice" if name.value in found else "not text; put it in quotes"
+        text = name.tag == f"{_TAG}str"
+        if not text or name.value in found:
+            wrong = "given twice" if text else "not text; put it in quotes"
+            what = repr(name.value) if isinstance(name, yaml.ScalarNode) else "of several parts"
             raise yaml.constructor.ConstructorError(
-                None, None, f"key {name.value!r} is {wrong}", name.start_mark
+                None, None, f"key {what} is {wrong}", name.start_mark
             )
         found[name.value] = loader.construct_object(value, deep=True)
     return found

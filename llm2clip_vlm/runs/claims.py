@@ -28,6 +28,8 @@ from llm2clip_vlm.runs.manifest import (
 )
 from llm2clip_vlm.runs.ownership import MARKER_NAME
 
+_OF_A_MODEL = ("config.json", "tokenizer_config.json")
+
 
 def refuse_changed_outputs(directory: str | Path) -> None:
     """Refuse to write over files that have been changed since a stage wrote them.
@@ -127,7 +129,7 @@ def claim_parents(
         before = earlier.get(name)
         if manifest := read_manifest(parent):
             content[name] = manifest["fingerprints"]
-        elif (Path(parent) / "config.json").is_file():
+        elif any((Path(parent) / name).is_file() for name in _OF_A_MODEL):
             content[name] = fingerprint_dir(parent)
         elif isinstance(before, dict) and "files" in before and (resumes or finished):
             if before["path"] != str(parent) or (changed := changed_parent(before)) is not None:

@@ -16,12 +16,16 @@ from typing import Any, Generic, TypeVar
 from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import source_files
+from llm2clip_vlm.data.text.token_table import read_instructions
 from llm2clip_vlm.distributed import await_files, is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
+from llm2clip_vlm.recipe.vlm import InstructionSource
+from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.claims import (
     claim_output_dir,
@@ -214,18 +218,23 @@ class StageRun(Generic[R]):
         """Take the recipe's data files for parents.
 
         Raises:
-            RecordError: One is not there.
+            RecordError: One is not there, or no conversation in it can be used.
         """
         for name, sources in self.recipe:
             for number, source in enumerate(sources if isinstance(sources, list) else ()):
-                if isinstance(source, DataSource):
-                    files = source_files(source)
-                    parts = (
-                        {"": source.path}
-                        if source.path
-                        else {f".{n}": str(file) for n, file in enumerate(files)}
-                    )
-                    self.parents |= {f"{name}.{number}{n}": path for n, path in parts.items()}
+                if not isinstance(source, DataSource):
+                    continue
+                listed: Sequence[DataSource] = [source]
+                if isinstance(source, InstructionSource):
+                    listed = expand_mixtures([source])
+                files = [str(file) for each in listed for file in source_files(each)]
+                for each in listed:
+                    if isinstance(each, InstructionSource):
+                        _require_record(each)
+                if source.path:
+                    self.parents[f"{name}.{number}"] = source.path
+                    files = [each.path for each in listed if each.path != source.path]
+                self.parents |= {f"{name}.{number}.{n}": file for n, file in enumerate(files)}
 
     @cached_property
     def checkpoint(self) -> str | None:
@@ -315,6 +324,19 @@ class StageRun(Generic[R]):
     def _release(self) -> None:
         if self._hold is not None:
             self._hold.release()
+
+
+def _require_record(source: InstructionSource) -> None:
+    """Look for one usable conversation, before minutes are spent on the models."""
+    bad = Refused()
+    if (
+        source.dataset
+        or is_remote(source.path)
+        or any(True for _ in read_instructions(source, bad))
+    ):
+        return
+    where, why = bad.rows[0] if bad.rows else (source.title, "it is empty")
+    raise RecordError(f"{source.title}: no usable record; the first is {where}: {why}")
 
 
 def _leave_nothing(folder: Path) -> None:

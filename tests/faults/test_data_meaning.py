@@ -57,8 +57,8 @@ def between_scans(scans: int) -> bytes:
     return data[: tables if data.rfind(b"\xff\xda", 0, at) < tables else at] + b"\xff\xd9"
 
 
-def webp(**options: object) -> bytes:
-    data = encode(photo(240, 160), "WEBP", **options)
+def half(kind: str, **options: object) -> bytes:
+    data = encode(photo(240, 160), kind, **options)
     return data[: len(data) // 2] + bytes(len(data) - len(data) // 2)
 
 
@@ -77,8 +77,9 @@ CUT = {
     "PNG of a tenth": lambda: png(0.1),
     "PNG without end": lambda: png(1, b"teXt"),
     **{f"JPEG after {n} scans": lambda n=n: between_scans(n) for n in (1, 4, 9)},
-    "WebP": webp,
-    "lossless WebP": lambda: webp(lossless=True),
+    "WebP": lambda: half("WEBP"),
+    "lossless WebP": lambda: half("WEBP", lossless=True),
+    "AVIF": lambda: half("AVIF"),
     "CMYK JPEG": cmyk,
     "JPEG in TIFF": tiff,
 }
@@ -91,7 +92,7 @@ def test_missing_parts_are_refused(name: str) -> None:
 
 
 def test_black_pictures_are_whole() -> None:
-    for kind in ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"):
+    for kind in ("PNG", "JPEG", "WEBP", "AVIF", "GIF", "BMP", "TIFF"):
         data = encode(Image.new("RGB", (300, 200)), kind)
         assert EncodedImage(data, "x").rgb(strict=True).getextrema()[0][1] == 0
     for mode in ("1", "L", "P", "LA", "RGBA", "I;16"):
@@ -117,6 +118,42 @@ def test_sixteen_bits_stay_grey(order: str) -> None:
         image = Image.frombytes("I;16B", (256, 256), ramp.astype(order).tobytes())
         data = encode(image, "TIFF")
     assert abs(np.asarray(EncodedImage(data, "x").rgb()).mean() - 127.5) < 0.1
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_a_transparent_colour_is_white_and_no_other(bits: int, colours: int) -> None:
+    if colours == 3 and bits < 8:
+        return
+    top, dark = 2**bits - 1, 2**bits // 4
+    values = np.full((16, 16, colours), top)
+    values[4:12, 4:12], values[12:, :] = dark, 0
+    flat = values.reshape(16, -1)
+    places = 2 ** np.arange(bits)[::-1]
+    rows = np.packbits((flat[..., None] & places > 0).reshape(16, -1), axis=1)
+    header = struct.pack(">IIBBBBB", 16, 16, bits, colours - 1, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    parts = (b"IHDR", header), (b"tRNS", struct.pack(">H", dark) * colours), (b"IDAT", data)
+    file = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*p) for p in (*parts, (b"IEND", b"")))
+    shown = np.asarray(EncodedImage(file, "x").rgb())
+    assert (shown[:12] == 255).all() and (shown[12:] == (255 if dark == 0 else 0)).all()
+
+
+@pytest.mark.parametrize(("bits", "inverted"), [(12, False), (16, True)])
+def test_greys_of_a_tiff_keep_their_range(bits: int, inverted: bool) -> None:
+    ramp = np.tile(np.linspace(0, 2**bits - 1, 256).astype(np.uint16), (64, 1))
+    body = (2**bits - 1 - ramp if inverted else ramp).astype("<u2").tobytes()
+    if bits == 12:
+        first, second = np.frombuffer(body, "<u2").astype(int).reshape(-1, 2).T
+        packed = [first >> 4, (first & 15) << 4 | second >> 8, second & 255]
+        body = np.stack(packed, 1).astype(np.uint8).tobytes()
+    tags = {256: 256, 257: 64, 258: bits, 259: 1, 262: int(not inverted), 273: 8, 277: 1,
+            278: 64, 279: len(body)}  # fmt: skip
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    ends = struct.pack("<I", 8 + len(body)), struct.pack("<H", len(tags)), bytes(4)
+    data = b"II*\0" + ends[0] + body + ends[1] + entries + ends[2]
+    shown = np.asarray(EncodedImage(data, "x").rgb())[0, :, 0].astype(int)
+    assert np.abs(shown - np.arange(256)).max() <= 1
 
 
 def test_reasons_are_equal_where_the_fault_is() -> None:

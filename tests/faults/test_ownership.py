@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.data.reading.bad_records import RecordError
 from llm2clip_vlm.runs.claims import PARENTS_NAME
 from llm2clip_vlm.runs.inputs import InputsError
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME, HandoffError
 from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
+from tests.tiny import CHAT_TEMPLATE
 from tests.vlm_fixtures import run_here, write_llava, write_recipe
 
 Three = Callable[..., Path]
@@ -76,6 +79,11 @@ def test_a_folder_of_foreign_files_is_refused(tmp_path: Path, three: Three) -> N
 def test_data_are_looked_for_before_anything_is_made(tmp_path: Path, three: Three) -> None:
     with pytest.raises(InputsError, match=r"none\.json: no such file"):
         run_here("stage3_projector", three(data=[{"path": str(tmp_path / "none.json")}]))
+    for wrong in ({"image_root": str(tmp_path / "images")}, {"path": str(tmp_path / "no.json")}):
+        (tmp_path / "no.json").write_text('[{"id": 1}]')
+        source = {"path": str(tmp_path / "llava.json"), **wrong}
+        with pytest.raises(RecordError, match=r"no usable record; the first is .*json:"):
+            run_here("stage3_projector", three(data=[source]))
     assert content(tmp_path / "out") == {}
 
 
@@ -147,6 +155,24 @@ def test_other_data_are_refused(tmp_path: Path, three: Three, killed: bool) -> N
     data.unlink()
     with pytest.raises(InputsError, match=r"llava\.json: no such file"):
         run_here("stage3_projector", three())
+
+
+@pytest.mark.parametrize("name", ["llava.json", "mine.jinja"])
+def test_what_a_recipe_names_at_second_hand_is_watched(
+    tmp_path: Path, three: Three, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mixture's files, and a file with the chat template."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.jinja").write_text(CHAT_TEMPLATE)
+    (tmp_path / "mix.yaml").write_text("datasets: [{json_path: llava.json}]")
+    recipe = three(data=[{"path": "mix.yaml", "image_root": "."}])
+    values = yaml.safe_load(recipe.read_text())
+    values["vlm"]["chat_template"] = "mine.jinja"
+    recipe.write_text(yaml.safe_dump(values))
+    run_here("stage3_projector", recipe)
+    (tmp_path / name).write_text((tmp_path / name).read_text() + " ")
+    with pytest.raises(HandoffError, match=rf"other data \(.*\): {name} has been changed"):
+        run_here("stage3_projector", recipe)
 
 
 def test_what_a_killed_run_composed_is_replaced_but_nothing_of_mine(

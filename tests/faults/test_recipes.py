@@ -62,6 +62,13 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "1e999": (GOOD + "trainer: {learning_rate: 1e999}", r"trainer\.learning_rate: .*finite"),
     "negative": (GOOD.replace("1e-3", "-1e-3"), r"trainable\.multi_modal_projector: .*greater"),
     "float batch": (GOOD.replace("size: 4", "size: 4.0"), "global_batch_size: .*integer"),
+    "key of several parts": (GOOD + "? [a]\n: 2\n", "key of several parts is not text"),
+    "reference inside a reference": (
+        GOOD + "variables: {a: a}\nnotes: ${variables.${variables.a}}", "another one inside"),
+    "reference without end": (GOOD + "notes: ${seed", "has no end"),
+    "seed of no generator": (GOOD + "seed: 4294967296", "seed: .*less than 4294967296"),
+    "negative seed": (GOOD + "seed: -1", "seed: .*greater"),
+    "bucket": (GOOD.replace(" out", " s3://bucket/out"), "output_dir: .*got the address s3"),
     "sexagesimal": (GOOD + "seed: 1:30", "seed: .*integer"),
     "underscore": (GOOD + "seed: 1_000", "seed: .*integer"),
     "no folder": (GOOD.replace(" out", ' ""'), "output_dir: .*expected a folder"),
@@ -118,6 +125,7 @@ def test_a_bad_recipe_is_one_message(name: str, tmp_path: Path) -> None:
         ("seed.x=hf_" + "s" * 30, "override `seed.x`"),
         ("seed=!!python/name:os.system", "constructor"),
         ("seed=\0", "not valid YAML"),
+        (".".join(["a"] * 9000) + "=1", "expected `dotted.key=value`"),
     ],
 )
 def test_a_bad_override_is_one_message(override: str, told: str, tmp_path: Path) -> None:
@@ -134,7 +142,7 @@ def test_names_that_look_like_secrets_or_comments_pass(tmp_path: Path) -> None:
     file.write_text(GOOD)
     given = ["output_dir=runs/exp #3", "trainer.token=null", "trainer.max_tokens=3",
              "trainer.include_num_input_tokens_seen=all", "deviations.pad_token=as LLaVA",
-             "notes=${output_dir} holds <image> tokens"]  # fmt: skip
+             "notes=${output_dir} holds <image> tokens and $${ alone"]  # fmt: skip
     recipe = load_recipe(file, Stage3Recipe, given)
     assert recipe.output_dir == "runs/exp #3"
     save_resolved(recipe, tmp_path / "resolved.yaml")

@@ -186,6 +186,22 @@ def test_a_refused_system_turn_costs_one_record_by_name(
     assert len(notices) == 1 and "</s> 2 times, <|user|> 1 times" in notices[0]
 
 
+def test_a_template_that_leaves_a_turn_out_costs_a_record() -> None:
+    tokenizer = llm_tokenizer()
+    dropped = "{% if message['role'] == 'system' %}{% elif message['role'] == 'assistant' %}"
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{% if message['role'] == 'assistant' %}", dropped, 1
+    )
+    whole = turns("what ?", " red ")
+    ids, labels = build_labels(tokenizer, whole)
+    assert trained(tokenizer, ids, labels) == ["red </s>"]
+    with pytest.raises(ConversationError, match=r"turn 1: the chat template leaves out.*be brief"):
+        build_labels(tokenizer, [{"from": "system", "value": "be brief"}, *whole])
+    thought = CHAT_TEMPLATE.replace("part['text'] }}", "part['text'].split('</think>')[-1] }}")
+    tokenizer.chat_template = thought
+    assert build_labels(tokenizer, turns("what ?", "a dog </think> red")) == (ids, labels)
+
+
 @pytest.mark.parametrize("who", ["system", "gpt"])
 def test_an_image_where_none_can_stand_is_a_bad_record(who: str) -> None:
     said = {"system": "be brief", "gpt": "red"}

@@ -180,6 +180,17 @@ def test_without_markers_the_labels_are_the_same() -> None:
     assert build_labels(tokenizer, TURNS) == expected
 
 
+def test_a_token_after_the_last_turn_alone_is_no_rewriting() -> None:
+    """As Phi 3 writes it."""
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = CHATML.replace("{% endif %}", "{% else %}{{ eos_token }}{% endif %}")
+    found = trained(tokenizer, *build_labels(tokenizer, [TURNS[2], TURNS[3]] * 2))
+    assert found == ["yes .<|im_end|>", "yes .<|im_end|>\n</s>"]
+    ends = tokenizer.convert_tokens_to_ids(["</s>", "<|im_end|>"])
+    template = accept_image_parts(tokenizer.chat_template, tokenizer)
+    assert end_of_turn_ids(template, tokenizer) == ends
+
+
 def test_a_system_turn_is_not_trained() -> None:
     tokenizer = llm_tokenizer()
     ids, labels = build_labels(tokenizer, [{"from": "system", "value": "look"}, *TURNS[:2]])

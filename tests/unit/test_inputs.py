@@ -56,6 +56,7 @@ def test_complete_inputs_are_no_problem(work: Path) -> None:
     [
         ("data.0.path=none.json", "data.0.path: none.json: no such file"),
         ("data.0.path=none/*.tar", "data.0.path: none/*.tar: no such file"),
+        ("data=[]", "data: expected at least one, got an empty list"),
         ("data.0.image_root=pics", "data.0.image_root: pics: no such folder"),
         ("vlm.vision_tower=models/no", "vlm.vision_tower: models/no: no such folder (from"),
         ("vlm.vision_tower=./x/y", "vlm.vision_tower: ./x/y: no such folder (from"),

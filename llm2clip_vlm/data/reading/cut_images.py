@@ -30,7 +30,8 @@ def require_ends(data: bytes) -> None:
         data: An encoded picture of any format.
 
     Raises:
-        ValueError: Scans of a JPEG, chunks of a PNG or bytes of a WebP are missing or too many.
+        ValueError: Scans of a JPEG, chunks of a PNG, or bytes of a WebP or an AVIF
+            are missing or too many.
     """
     if data.startswith(b"\xff\xd8"):
         _require_scans(data)
@@ -39,6 +40,8 @@ def require_ends(data: bytes) -> None:
             pass
     elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         _require_webp(data, 12, len(data))
+    elif data[4:8] == b"ftyp" and (start := data.find(b"mdat")) >= 0:
+        _require_coded("AVIF", data, start, len(data))
 
 
 def _require_scans(data: bytes) -> None:  # noqa: PLR0912
@@ -132,9 +135,14 @@ def _require_webp(data: bytes, at: int, end: int) -> None:
         if kind == b"ANMF":
             _require_webp(data, at + 16, min(at + size, end))
             return  # the first frame is taken
-        if kind in (b"VP8 ", b"VP8L") and data.find(bytes(_MAX_EMPTY_BYTES), at, at + size) >= 0:
-            raise ValueError(f"damaged: {_MAX_EMPTY_BYTES} zeros or more inside the WebP's data")
+        if kind in (b"VP8 ", b"VP8L"):
+            _require_coded("WebP", data, at, at + size)
         at += size + (size & 1)
+
+
+def _require_coded(kind: str, data: bytes, start: int, end: int) -> None:
+    if data.find(bytes(_MAX_EMPTY_BYTES), start, end) >= 0:
+        raise ValueError(f"damaged: {_MAX_EMPTY_BYTES} zeros or more inside the {kind}'s data")
 
 
 def tiff_jpegs(image: Any, data: bytes) -> Iterator[bytes]:

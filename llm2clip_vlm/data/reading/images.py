@@ -23,6 +23,7 @@ import numpy.typing as npt
 from PIL import ExifTags, Image, ImageFile
 
 from llm2clip_vlm.data.reading.cut_images import require_all_rows, require_ends, tiff_jpegs
+from llm2clip_vlm.data.reading.samples import scale_transparency, to_rgb
 
 MAX_IMAGE_PIXELS = 89_478_485
 """Pictures with more pixels are refused: up to here every format decodes within a gibibyte, and
@@ -52,7 +53,6 @@ _FORMATS = "JPEG MPO PNG WEBP GIF BMP DIB TIFF AVIF JPEG2000 PPM ICO TGA".split(
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://|data:|file:|pipe:", re.IGNORECASE)
 _ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
 _ADDRESS = re.compile(r"( object)? at 0x[0-9a-fA-F]+")
-_STRIP_PIXELS = 2**22
 _NAME_SHOWN = 200
 
 
@@ -268,7 +268,7 @@ class EncodedImage:
 
     def _upright_rgb(self, image: Image.Image) -> Image.Image:
         image.load()
-        return _to_rgb(image if self._turn is None else image.transpose(self._turn))
+        return to_rgb(image if self._turn is None else image.transpose(self._turn))
 
 
 def _decode_jpeg(
@@ -314,6 +314,7 @@ def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[
         opened.load()
         if opened.format == "PNG" and isinstance(source, BytesIO):
             require_all_rows(opened, source.getvalue())
+            scale_transparency(opened, source.getvalue()[24])
     turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     width, height = opened.size
     return opened, turn, (height, width) if turn in _TURNS else (width, height)
@@ -359,34 +360,3 @@ def _as_image_error(name: str) -> Iterator[None]:
         raise ImageError(f"image {name} does not decode: {why}") from error
     finally:
         ImageFile.LOAD_TRUNCATED_IMAGES = lenient
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """RGB; transparent pixels become white, 16-bit greys keep their high byte."""
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
-        return _sixteen_bits(image)
-    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
-        white = Image.new("RGB", image.size)
-        rows = max(_STRIP_PIXELS // image.width, 1)  # a strip at a time: an RGBA takes four bytes
-        for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            white.paste(_on_white(strip), (0, top))
-        return white
-    if image.mode in {"I", "F"}:
-        raise ValueError("32-bit samples, whose range is unknown; save it with 8 or 16 bits")
-    return image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
-
-
-def _sixteen_bits(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits by their high byte; those of the transparent value become white."""
-    values = np.asarray(image)
-    high = (values >> 8).astype(np.uint8)
-    if isinstance(clear := image.info.get("transparency"), int):
-        high[values == clear] = 255
-    return Image.fromarray(high).convert("RGB")
