@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm import __version__
-from llm2clip_vlm.files import find_recipe
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, find_recipe, load_program
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, stage_of
 from llm2clip_vlm.remote.addresses import RemoteError
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, load_program
 
 COST_NAME = "encode_cost.jsonl"
 """File beside a cache: texts and seconds of each part that stage 2a has encoded."""

@@ -1,18 +1,21 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all; recipes and programs that are shipped."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -64,6 +67,36 @@ def recipe_names(beside: Path) -> list[str]:
         for root in (_PACKAGE.parent / folder, _PACKAGE / packed):
             names += [f"{folder}/{path.relative_to(root)}" for path in root.rglob("*.yaml")]
     return names
+
+
+def find_program(name: str, root: Path | None = None) -> Path:
+    """File of a program of `stages/`, `eval/` or `demo/`, in a checkout or a wheel.
+
+    Args:
+        name: Without its ending, such as `stage1_text_encoder` or `run_lmms`.
+        root: A folder with `stages/`, `eval/` and `demo/` that is asked first.
+
+    Raises:
+        FileNotFoundError: There is none of this name; the message lists those there are.
+    """
+    roots = [_PACKAGE.parent] if root is None else [root, _PACKAGE.parent]
+    folders = [place / kind for place in roots for kind in ("stages", "eval", "demo")]
+    folders += [_PACKAGE / kind for kind in ("stages", "eval_assets", "demo")]
+    programs = {file.stem: file for f in reversed(folders) for file in f.glob("[a-z]*.py")}
+    if name not in programs:
+        raise FileNotFoundError(f"no program `{name}`; there are: {', '.join(sorted(programs))}")
+    return programs[name]
+
+
+def load_program(path: Path) -> ModuleType:
+    """Import a program from its file (these folders are no packages in a checkout)."""
+    name = f"llm2clip_vlm_program_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

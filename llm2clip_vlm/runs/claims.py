@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,6 @@ from llm2clip_vlm.runs.manifest import (
     read_manifest,
     recipe_hash,
 )
-from llm2clip_vlm.runs.ownership import MARKER_NAME
 
 
 def refuse_changed_outputs(directory: str | Path) -> None:
@@ -46,18 +44,6 @@ def refuse_changed_outputs(directory: str | Path) -> None:
                 f"{Path(directory) / name} was changed after {(manifest or {})['stage']} wrote it, "
                 "and would be written over: put it back, or delete it to have it made again"
             )
-
-
-def left_before_markers(directory: str | Path) -> list[str]:
-    """Names in an output directory that a version without ownership markers wrote."""
-    folder = Path(directory)
-    if (folder / MARKER_NAME).exists() or not (
-        (folder / RESOLVED_NAME).is_file() or (folder / MANIFEST_NAME).is_file()
-    ):
-        return []
-    if not (folder / RESOLVED_NAME).is_file():
-        read_manifest(folder)
-    return os.listdir(folder)
 
 
 def claim_output_dir(recipe: BaseModel) -> Path:

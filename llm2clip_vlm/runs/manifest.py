@@ -172,23 +172,11 @@ def changed_outputs(
         below: Part of the directory to look at; empty = all.
 
     Returns:
-        Paths below the directory; of a manifest of an older version, those of its models.
+        Paths below the directory.
     """
-    folder = Path(directory)
-    if "files" in manifest:
-        states: dict[str, FileState] = manifest["files"]
-        inside = {
-            name: s for name, s in states.items() if not below or name.startswith(f"{below}/")
-        }
-        return list(changed_files(inside, folder))
-    outputs = {n: h for n, h in manifest["outputs"].items() if not below or n == below}
-    return [
-        name
-        for name, recorded in outputs.items()
-        if not (folder / name).is_dir()
-        or not any(model_files(folder / name))
-        or fingerprint_dir(folder / name) != recorded
-    ]
+    states: dict[str, FileState] = manifest["files"]
+    inside = {name: s for name, s in states.items() if not below or name.startswith(f"{below}/")}
+    return list(changed_files(inside, Path(directory)))
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -241,13 +229,6 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
         now = {str(file) for file in data_files(path)}
         differing = [*sorted(now ^ state["files"].keys()), *changed_files(state["files"])]
         return differing[0] if differing else None
-    if "fingerprint" in state and not Path(path).is_dir():  # of a version before `files`
-        if Path(path).is_file():
-            found = fingerprint_file(path)
-        else:
-            sizes = [(str(file), file.stat().st_size) for file in data_files(path)]
-            found = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-        return None if found == state["fingerprint"] else path
     if parent_state(path) != state:
         return path
     manifest = _find_manifest(Path(path))

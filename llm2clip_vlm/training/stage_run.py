@@ -8,7 +8,7 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -26,7 +26,6 @@ from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.claims import (
     claim_output_dir,
     claim_parents,
-    left_before_markers,
     refuse_changed_outputs,
 )
 from llm2clip_vlm.runs.inputs import require_inputs
@@ -176,12 +175,12 @@ class StageRun(Generic[R]):
         set_seed(self.recipe.seed)
         return self.args
 
-    def hold(self, *, shared: bool = False, older: Sequence[str] = ()) -> None:
+    def hold(self, *, shared: bool = False, known: Collection[str] = ()) -> None:
         """Take the output directory for this run alone. Call it on the main process.
 
         Args:
             shared: Other processes that say so too may write there at the same time.
-            older: Files there that are known by their contents to come from a run.
+            known: Names there whose content says that a run has written them.
 
         Raises:
             OwnershipError: Another run writes there, or files lie there that no run has written.
@@ -189,14 +188,7 @@ class StageRun(Generic[R]):
         """
         if not self.out.exists():
             atexit.register(_leave_nothing, self.out)
-        self._hold = Hold(
-            self.out,
-            self.stage,
-            _DURING,
-            alone=True,
-            shared=shared,
-            older=[*left_before_markers(self.out), *older],
-        )
+        self._hold = Hold(self.out, self.stage, _DURING, alone=True, shared=shared, known=known)
         there = {path.name for path in self.out.iterdir()} & _AT_THE_END
         foreign(self.out, sorted(there - self._hold.names))
         refuse_changed_outputs(self.out)

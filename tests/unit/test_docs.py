@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm import cli, embed
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.interop import command, push
 from llm2clip_vlm.play import command as play
 from llm2clip_vlm.preflight import machines
-from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
