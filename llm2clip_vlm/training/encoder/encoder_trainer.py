@@ -260,23 +260,11 @@ class EncoderTrainer(ContrastiveTrainer):
         value = cached_loss(self.accelerator, model, chunks, embed, loss)
         return (value, {}) if return_outputs else value
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer of the arguments, over groups with their own learning rates.
-
-        Args:
-            model: The model to optimise. None: the trainer's model.
-
-        Returns:
-            The optimizer.
-        """
-        if self.optimizer is None:
-            target = self.model if model is None else model
-            groups = build_param_groups(
-                target, self.learning_rates, self.args.weight_decay, layer_decay=self.layer_decay
-            )
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = optimizer_class(groups, **kwargs)
-        return self.optimizer
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups with their own learning rates."""
+        return build_param_groups(
+            model, self.learning_rates, self.args.weight_decay, layer_decay=self.layer_decay
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with `logit_scale` (stored logarithm) beside every loss.
