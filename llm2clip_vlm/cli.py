@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import importlib
 import logging
 import os
 import sys
@@ -30,6 +31,7 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -322,30 +324,16 @@ def _eval(command: str, *words: str) -> int | None:
     return _program("run_lmms", *words)
 
 
-def _embed(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.embed import main as embed
-
-    return embed(words)
-
-
-def _interop(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.interop.command import main as interop
-
-    return interop(command, words)
+def _module(name: str, command: str, *words: str) -> int | None:
+    """Run a module's `main`, with what it imports only then."""
+    result: int | None = importlib.import_module(f"llm2clip_vlm.{name}").main(command, words)
+    return result
 
 
-def _push(command: str, *words: str) -> int:
-    from llm2clip_vlm.interop.push import main as push
-
-    return push(words)
-
-
-def _play(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.play.command import main as play
-
-    return play(command, words)
-
-
+_embed = partial(_module, "embed")
+_push = partial(_module, "interop.push")
+_interop = partial(_module, "interop.command")
+_play = partial(_module, "play.command")
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "plan": (_plan, "say what a recipe needs and costs: memory, hours, disk, what is missing"),
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),

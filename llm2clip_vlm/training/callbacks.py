@@ -69,8 +69,9 @@ class Throughput(TrainerCallback):
 
     `<unit>_per_s` over all processes, `tflops` of each (what is computed a second time counts
     once), `mfu`, their share of what the GPU can do in bf16 where its kind is known, `fill`, the
-    share of the room that was not padding, and `data_wait`, the share of the time in which training waited for its batches. Time spent on
-    evaluation and on checkpoints is left out. Comes before :class:`MetricsJsonl`.
+    share of the room that was not padding, and `data_wait`, the share of the time in which training
+    waited for its batches. Time spent on evaluation and on checkpoints is left out. Comes before
+    :class:`MetricsJsonl`.
     """
 
     def __init__(self, unit: str) -> None:

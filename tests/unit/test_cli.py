@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import llm2clip_vlm
-from llm2clip_vlm import cli, files, programs
+from llm2clip_vlm import cli, files
 from llm2clip_vlm.pipeline import Pipeline, PipelineError
 from llm2clip_vlm.preflight import doctor, starting
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
@@ -43,7 +43,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     monkeypatch.setattr(cli, "_require_inputs", lambda stage, words: None)
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "llm2clip_vlm")
-    monkeypatch.setattr(programs, "_PACKAGE", tmp_path / "llm2clip_vlm")
     return tmp_path
 
 

@@ -16,9 +16,8 @@ from llm2clip_vlm.models.text.caption_tokens import pad_tokens
 from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.trainable import set_precision
 from llm2clip_vlm.recipe.encoder import TextInLoopSection
-from llm2clip_vlm.training.adapters import merge_adapter
+from llm2clip_vlm.training.adapters import add_lora, merge_adapter
 from llm2clip_vlm.training.encoder.caption_cache import load_caption_encoder
-from llm2clip_vlm.training.export import add_lora
 
 logger = logging.getLogger(__name__)
 

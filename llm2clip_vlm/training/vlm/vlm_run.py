@@ -27,8 +27,7 @@ from llm2clip_vlm.models.vlm.document_attention import install_packing
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.recipe.vlm import PartTraining, VlmRecipe
 from llm2clip_vlm.runs.ownership import remove, sign
-from llm2clip_vlm.training.adapters import check_adapter, is_adapted
-from llm2clip_vlm.training.export import add_lora
+from llm2clip_vlm.training.adapters import add_lora, check_adapter, is_adapted
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 
