@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,12 @@ FileState = list[Any]
 
 class HandoffError(ValueError):
     """A stage's output does not fit the stage that wants to read it."""
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a value as sorted JSON; what JSON does not have goes in as text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_file(path: str | Path) -> str:

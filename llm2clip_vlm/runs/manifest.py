@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -33,6 +32,7 @@ from llm2clip_vlm.runs.hashes import (
     file_states,
     fingerprint_dir,
     fingerprint_file,
+    hash_json,
     model_files,
 )
 
@@ -72,8 +72,7 @@ def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
     Args:
         recipe: A recipe, or its plain form as a manifest keeps it.
     """
-    text = json.dumps(meaning(recipe), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hash_json(meaning(recipe))
 
 
 def meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
@@ -142,8 +141,7 @@ def write_manifest(
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
+    return hash_json({key: value for key, value in manifest.items() if key != "sha256"})
 
 
 def _output_states(folder: Path) -> dict[str, FileState]:
@@ -174,7 +172,7 @@ def changed_outputs(
     Returns:
         Paths below the directory.
     """
-    states: dict[str, FileState] = manifest["files"]
+    states: dict[str, FileState] = manifest.get("files", {})
     inside = {name: s for name, s in states.items() if not below or name.startswith(f"{below}/")}
     return list(changed_files(inside, Path(directory)))
 

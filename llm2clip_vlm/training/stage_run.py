@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import shlex
 import shutil
@@ -28,6 +27,7 @@ from llm2clip_vlm.runs.claims import (
     claim_parents,
     refuse_changed_outputs,
 )
+from llm2clip_vlm.runs.hashes import hash_json
 from llm2clip_vlm.runs.inputs import require_inputs
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
@@ -251,8 +251,7 @@ class StageRun(Generic[R]):
         """
         path = self.out / "measured.json"
         known: dict[str, Any] = read_json(path) if is_main() and path.is_file() else {}
-        plain = json.dumps([meaning(self.recipe), self._data, of], sort_keys=True)
-        key = hashlib.sha256(plain.encode()).hexdigest()
+        key = hash_json([meaning(self.recipe), self._data, of])
         row = known.get(name, {})
         kept = row["found"] if row.get("of") == key else None
         (kept,) = shared_out([kept], lambda mine: mine)  # that of the main process

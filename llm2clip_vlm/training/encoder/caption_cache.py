@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -24,7 +22,8 @@ from llm2clip_vlm.distributed import barrier, is_main, rank, shared_out
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
-from llm2clip_vlm.runs.manifest import HandoffError, verify_parent
+from llm2clip_vlm.runs.hashes import HandoffError, hash_json
+from llm2clip_vlm.runs.manifest import verify_parent
 from llm2clip_vlm.training.callbacks import EachEpoch
 
 logger = logging.getLogger(__name__)
@@ -146,8 +145,8 @@ class CaptionFeatures:
             return
 
         def lacking(data: ImageTextDataset) -> str:
-            facts = json.dumps([data.records.made_of, data.kinds, self._prompts], default=str)
-            note = cache.index.with_suffix(f".{hashlib.sha256(facts.encode()).hexdigest()[:32]}")
+            facts = [data.records.made_of, data.kinds, self._prompts]
+            note = cache.index.with_suffix(f".{hash_json(facts)[:32]}")
             # The table's digests stand for texts without a prompt; they are of all records, so what
             # they lack may belong to one that is not drawn: then the texts themselves are read.
             complete = note.exists() or (
