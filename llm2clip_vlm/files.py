@@ -20,8 +20,12 @@ from typing import IO, Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
-_PACKED = {"recipes": "recipes", "eval": "eval_assets"}
+_PACKED = {"recipes": "recipes", "eval": "eval_assets", "stages": "stages", "demo": "demo"}
 """Folders of a checkout, and what they are called in the installed package."""
+
+
+def _places(folder: str) -> tuple[Path, Path]:
+    return _PACKAGE.parent / folder, _PACKAGE / _PACKED[folder]
 
 
 def find_shipped(name: str, *, here: bool = True) -> str:
@@ -36,12 +40,12 @@ def find_shipped(name: str, *, here: bool = True) -> str:
         The path, unchanged where nothing of that name is shipped.
     """
     folder, _, rest = name.partition("/")
-    packed = _PACKED.get(folder)
-    if not (packed and rest) or len(name) > _LONGEST_NAME or not name.isprintable():
+    known = folder in ("recipes", "eval") and rest
+    if not known or len(name) > _LONGEST_NAME or not name.isprintable():
         return name
     if (here and Path(name).exists()) or ".." in Path(name).parts:
         return name
-    places = (_PACKAGE.parent / name, _PACKAGE / packed / rest)
+    places = (place / rest for place in _places(folder))
     return next((str(place) for place in places if place.exists()), name)
 
 
@@ -63,8 +67,8 @@ def find_recipe(given: str) -> str:
 def recipe_names(beside: Path) -> list[str]:
     """The YAML files of a folder, and the shipped ones by the names that `find_shipped` takes."""
     names = [str(path) for path in beside.glob("*.yaml")]
-    for folder, packed in _PACKED.items():
-        for root in (_PACKAGE.parent / folder, _PACKAGE / packed):
+    for folder in ("recipes", "eval"):
+        for root in _places(folder):
             names += [f"{folder}/{path.relative_to(root)}" for path in root.rglob("*.yaml")]
     return names
 
@@ -79,9 +83,9 @@ def find_program(name: str, root: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: There is none of this name; the message lists those there are.
     """
-    roots = [_PACKAGE.parent] if root is None else [root, _PACKAGE.parent]
-    folders = [place / kind for place in roots for kind in ("stages", "eval", "demo")]
-    folders += [_PACKAGE / kind for kind in ("stages", "eval_assets", "demo")]
+    kinds = ("stages", "eval", "demo")
+    folders = [root / kind for kind in kinds] if root else []
+    folders += [place for kind in kinds for place in _places(kind)]
     programs = {file.stem: file for f in reversed(folders) for file in f.glob("[a-z]*.py")}
     if name not in programs:
         raise FileNotFoundError(f"no program `{name}`; there are: {', '.join(sorted(programs))}")

@@ -299,7 +299,7 @@ def main(given: argparse.Namespace, source: str, machine: Machine) -> int:
     """Run `llm2clip-vlm plan` (or `train --dry-run`).
 
     Args:
-        given: What :func:`~llm2clip_vlm.preflight.machines.parser` made of the command line.
+        given: The command line.
         source: File of the recipe.
         machine: Where the run would go.
 

@@ -102,9 +102,10 @@ def check_cli(words: list[str]) -> None:
         assert len(compare.parser().parse_args(words[1:]).runs) > 1
         return
     if words[0] == "plan":
-        given = machines.parser().parse_intermixed_args(words[1:])
+        given, more = cli._parser().parse_known_args(words)
         assert given.gpu in machines.GPUS
-        check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *given.overrides])
+        overrides = [*given.overrides, *more]
+        check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *overrides])
         return
     if words[0] == "push":
         push.parser().parse_args(words[1:])
