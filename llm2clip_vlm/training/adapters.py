@@ -176,7 +176,7 @@ def add_adapter(backbone: nn.Module, lora: LoraSection) -> Any:
     from peft import TaskType, get_peft_model
 
     config = lora_config(lora, task_type=TaskType.FEATURE_EXTRACTION)
-    model: Any = get_peft_model(backbone, config)  # type: ignore[arg-type]
+    model: Any = get_peft_model(backbone, config)
     check_adapter(model, lora.target_modules, "lora")
     return model
 

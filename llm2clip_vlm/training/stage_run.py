@@ -22,19 +22,16 @@ from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.runs.card import write_card
-from llm2clip_vlm.runs.claims import (
-    claim_output_dir,
-    claim_parents,
-    refuse_changed_outputs,
-)
-from llm2clip_vlm.runs.hashes import hash_json
+from llm2clip_vlm.runs.hashes import hash_json, meaning
 from llm2clip_vlm.runs.inputs import require_inputs
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,
+    claim_output_dir,
+    claim_parents,
     is_complete,
-    meaning,
+    refuse_changed_outputs,
     verify_parent,
     versions,
     write_manifest,

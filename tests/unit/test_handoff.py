@@ -15,12 +15,13 @@ from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
 from llm2clip_vlm.recipe.base import RunRecipe, TextEncoderSection
 from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.runs import hashes as fingerprint
-from llm2clip_vlm.runs.claims import claim_output_dir, claim_parents, refuse_changed_outputs
 from llm2clip_vlm.runs.hashes import changed_files, file_states
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,
+    claim_output_dir,
+    claim_parents,
     fingerprint_dir,
     fingerprint_file,
     is_complete,
@@ -28,6 +29,7 @@ from llm2clip_vlm.runs.manifest import (
     read_manifest,
     recipe_hash,
     refuse_bidirectional,
+    refuse_changed_outputs,
     verify_parent,
     write_manifest,
 )
