@@ -40,7 +40,6 @@ from llm2clip_vlm.runs.hashes import (
     recipe_hash,
 )
 
-# What later stages need of a parent, under one address.
 __all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file", "recipe_hash"]
 
 RESOLVED_NAME = "recipe.resolved.yaml"
