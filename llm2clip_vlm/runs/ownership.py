@@ -258,8 +258,10 @@ def _this_process() -> dict[str, Any]:
 
 
 def _lives(holder: Any) -> bool:
-    if not isinstance(holder, dict) or holder.get("host") != os.uname().nodename:
-        return holder is not None
+    if not isinstance(holder, dict):
+        return False
+    if holder.get("host") != os.uname().nodename:
+        return True
     with suppress(psutil.Error, KeyError, TypeError, ValueError):
         began = psutil.Process(holder["process"]).create_time()
         return abs(began - holder["began"]) < _SAME_START_S  # else its number was given anew

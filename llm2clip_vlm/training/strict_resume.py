@@ -76,7 +76,7 @@ class StrictResumeMixin:
         target = self.model if model is None else model
         if self.optimizer is None and (groups := self.parameter_groups(target)) is not None:
             kind, arguments = Trainer.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = kind(groups, **arguments)
+            self.optimizer = kind(groups, **{**arguments, "lr": groups[0]["lr"]})
         made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         return made
 
