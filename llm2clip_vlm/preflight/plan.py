@@ -224,13 +224,17 @@ def _changes(recipe: Any, machine: Machine) -> Iterator[list[tuple[str, Any, Mac
     """Changes that save memory: of each kind those that cost least first."""
     batch = recipe.trainer.get("per_device_train_batch_size", 8)
     size, saving = "trainer.per_device_train_batch_size", "trainer.gradient_checkpointing=true"
+    saves = recipe.trainer.get("gradient_checkpointing", False)
+    whole = ["trainer.gradient_checkpointing=false"] * saves  # refused beside micro-batches
     lora = "lora" if recipe.contrastive else "language_model_lora"
-    kinds: list[list[tuple[str, ...]]] = [
-        [(saving,)],
-        [(f"micro_batch_size={n}",) for n in (256, 64, 16)],
-        [(f"micro_batch_tokens={n}",) for n in (16384, 4096)],
-        [(f"{size}={batch >> n}",) for n in (1, 2, 4) if batch >> n and not recipe.contrastive],
-        [("load_in_4bit=true", f"{lora}={{r: 16}}", saving, f"{size}=1")],
+    four = ["load_in_4bit=true", saving] + [f"{size}=1"] * (not recipe.contrastive)
+    four += [f"{lora}={{r: 16}}"] * (getattr(recipe, lora, None) is None)
+    kinds = [
+        [[saving]],
+        [[f"micro_batch_size={n}", *whole] for n in (256, 64, 16)],
+        [[f"micro_batch_tokens={n}", *whole] for n in (16384, 4096)],
+        [[f"{size}={batch >> n}"] for n in (1, 2, 4) if batch >> n and not recipe.contrastive],
+        [four] * (getattr(recipe, "load_in_4bit", True) is False),
     ]
     for kind in kinds:
         found = []
