@@ -27,7 +27,7 @@ from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.runs.manifest import HandoffError, fingerprint_dir
 from llm2clip_vlm.training.adapters import add_lora
-from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, encoder_path
+from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, TextInLoop, encoder_path
 from llm2clip_vlm.training.encoder.distillation import (
     prepare_keeping,
     require_as_exported,
@@ -36,7 +36,6 @@ from llm2clip_vlm.training.encoder.distillation import (
 from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
 from llm2clip_vlm.training.encoder.encoder_trainer import EncoderTrainer, prepare_model
 from llm2clip_vlm.training.encoder.frozen_tower import frozen_tower
-from llm2clip_vlm.training.encoder.text_in_loop import TextInLoop
 from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.stage_run import StageRun
 
