@@ -98,8 +98,8 @@ def run_stage(stage: str, words: list[str]) -> None:
     import peft  # noqa: F401
     import transformers
 
+    from llm2clip_vlm.files import find_program, load_program
     from llm2clip_vlm.preflight.footprint import flop_counter
-    from llm2clip_vlm.programs import find_program, load_program
 
     program = load_program(find_program(stage))
     step = transformers.Trainer.training_step

@@ -41,8 +41,9 @@ from llm2clip_vlm.losses.contrastive import caption_contrastive_loss
 from llm2clip_vlm.models.text.caption_tokens import pad_tokens
 from llm2clip_vlm.models.text.text_encoder import pool
 from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.training.adapters import add_adapter
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
-from llm2clip_vlm.training.text.text_trainer import PairCollator, add_adapter
+from llm2clip_vlm.training.text.text_trainer import PairCollator
 
 MAX_TOKENS, PAIRS, MANY_PAIRS, BUDGET_TOKENS = 512, 64, 256, 8192
 LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}

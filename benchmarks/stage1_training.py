@@ -52,13 +52,9 @@ from transformers.utils import logging as transformers_logging
 from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import CaptionPairSource, LoraSection
-from llm2clip_vlm.training.export import lora_config
+from llm2clip_vlm.training.adapters import add_adapter, lora_config
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
-from llm2clip_vlm.training.text.text_trainer import (
-    CaptionContrastiveTrainer,
-    add_adapter,
-    token_table,
-)
+from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer, token_table
 
 SCALE, LEARNING_RATE = 50.0, 1e-4
 BUDGET_TOKENS = 4096

@@ -34,7 +34,7 @@ from llm2clip_vlm.losses.contrastive import contrastive_loss
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel
 from llm2clip_vlm.models.text.text_encoder import pool
 from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.training.text.text_trainer import add_adapter
+from llm2clip_vlm.training.adapters import add_adapter
 
 WIDTH = 384
 VISION = {"hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 6}

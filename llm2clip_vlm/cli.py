@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import ast
 import errno
+import importlib
 import logging
 import os
 import sys
@@ -30,12 +31,13 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm import __version__
-from llm2clip_vlm.files import find_recipe
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, find_recipe, load_program
+from llm2clip_vlm.preflight.machines import add_options, find_machine
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, stage_of
 from llm2clip_vlm.remote.addresses import RemoteError
 
@@ -198,9 +200,13 @@ def _parser() -> argparse.ArgumentParser:
 
     train = add(_train, "train", "run a stage with a recipe", f"stages:\n{listing}")
     train.add_argument("stage", metavar="STAGE", help="one of the stages below, or how it begins")
-    train.add_argument("recipe", metavar="RECIPE", help="YAML; also a shipped one: llava15/stage3")
+    costs = "say what a recipe needs and costs: memory, hours, disk, what is missing"
+    planned = add(_plan, "plan", costs)
     overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "dotted key, value as YAML"}
-    train.add_argument("overrides", **overrides)
+    for made in (train, planned):
+        made.add_argument("recipe", metavar="RECIPE", help="YAML; or a shipped one: llava15/stage3")
+        made.add_argument("overrides", **overrides)
+    add_options(planned)
     train.add_argument(
         "--gpus", type=int, metavar="N", help="start accelerate on N GPUs of this machine"
     )
@@ -230,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
     stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
     if arguments.dry_run:
-        return _plan("plan", *words)
+        return main(["plan", *words])
     _require_inputs(stage, words)
     program = find_program(stage)
     if arguments.gpus is not None:
@@ -294,10 +300,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return 1 if broken else 0
 
 
-def _plan(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.preflight.machines import find_machine, parser
-
-    given = parser().parse_intermixed_args(words)
+def _plan(given: argparse.Namespace) -> int | None:
     source = find_recipe(given.recipe)
     machine = find_machine(given.gpu, given.gpus, given.zero, given.offload, source)
     from llm2clip_vlm.preflight.plan import main as plan  # torch: after what needs none
@@ -323,32 +326,17 @@ def _eval(command: str, *words: str) -> int | None:
     return _program("run_lmms", *words)
 
 
-def _embed(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.embed import main as embed
-
-    return embed(words)
-
-
-def _interop(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.interop.command import main as interop
-
-    return interop(command, words)
+def _module(name: str, command: str, *words: str) -> int | None:
+    """Run a module's `main`, with what it imports only then."""
+    result: int | None = importlib.import_module(f"llm2clip_vlm.{name}").main(command, words)
+    return result
 
 
-def _push(command: str, *words: str) -> int:
-    from llm2clip_vlm.interop.push import main as push
-
-    return push(words)
-
-
-def _play(command: str, *words: str) -> int | None:
-    from llm2clip_vlm.play.command import main as play
-
-    return play(command, words)
-
-
+_embed = partial(_module, "embed")
+_push = partial(_module, "interop.push")
+_interop = partial(_module, "interop.command")
+_play = partial(_module, "play.command")
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
-    "plan": (_plan, "say what a recipe needs and costs: memory, hours, disk, what is missing"),
     "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),

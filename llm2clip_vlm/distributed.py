@@ -124,25 +124,6 @@ def teardown() -> None:
         dist.destroy_process_group()
 
 
-class _GatherWithGrad(torch.autograd.Function):
-    """All-gather whose backward adds up what every rank's loss wants of a shard."""
-
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        ctx.rows = tensor.shape[0]
-        shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-        dist.all_gather(shards, tensor.contiguous())
-        return torch.cat(shards)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        # all_reduce works in place, and autograd may still hold the gradient
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        start = dist.get_rank() * ctx.rows
-        return total[start : start + ctx.rows]
-
-
 def gather_with_grad(tensor: Tensor) -> Tensor:
     """Concatenate a tensor over all ranks along dimension 0, keeping the gradient.
 
@@ -168,12 +149,9 @@ def gather_with_grad(tensor: Tensor) -> Tensor:
             f"WORLD_SIZE is {world_size()} but no process group exists; build the training "
             "arguments (which start it) before the first forward pass"
         )
-    if tensor.requires_grad and torch.is_grad_enabled():
-        gathered: Tensor = _GatherWithGrad.apply(tensor)
-        return gathered
-    shards = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
-    dist.all_gather(shards, tensor.contiguous())
-    return torch.cat(shards)
+    from torch.distributed.nn.functional import all_gather
+
+    return torch.cat(all_gather(tensor))
 
 
 def prepare_cpu_deepspeed() -> None:

@@ -8,17 +8,18 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, load_program
 
 COST_NAME = "encode_cost.jsonl"
 """File beside a cache: texts and seconds of each part that stage 2a has encoded."""
 
 
-def main(words: Sequence[str]) -> int | None:
+def main(command: str, words: Sequence[str]) -> int | None:
     """Run a command on caches.
 
     Args:
-        words: The command and its arguments.
+        command: `embed`.
+        words: The command on caches, and its arguments.
 
     Returns:
         The exit code; none = 0.

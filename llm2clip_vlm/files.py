@@ -1,24 +1,31 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all; recipes and programs that are shipped."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
 import hashlib
+import importlib.util
 import json
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 from typing import IO, Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
-_PACKED = {"recipes": "recipes", "eval": "eval_assets"}
+_PACKED = {"recipes": "recipes", "eval": "eval_assets", "stages": "stages", "demo": "demo"}
 """Folders of a checkout, and what they are called in the installed package."""
+
+
+def _places(folder: str) -> tuple[Path, Path]:
+    return _PACKAGE.parent / folder, _PACKAGE / _PACKED[folder]
 
 
 def find_shipped(name: str, *, here: bool = True) -> str:
@@ -33,12 +40,12 @@ def find_shipped(name: str, *, here: bool = True) -> str:
         The path, unchanged where nothing of that name is shipped.
     """
     folder, _, rest = name.partition("/")
-    packed = _PACKED.get(folder)
-    if not (packed and rest) or len(name) > _LONGEST_NAME or not name.isprintable():
+    known = folder in ("recipes", "eval") and rest
+    if not known or len(name) > _LONGEST_NAME or not name.isprintable():
         return name
     if (here and Path(name).exists()) or ".." in Path(name).parts:
         return name
-    places = (_PACKAGE.parent / name, _PACKAGE / packed / rest)
+    places = (place / rest for place in _places(folder))
     return next((str(place) for place in places if place.exists()), name)
 
 
@@ -60,10 +67,40 @@ def find_recipe(given: str) -> str:
 def recipe_names(beside: Path) -> list[str]:
     """The YAML files of a folder, and the shipped ones by the names that `find_shipped` takes."""
     names = [str(path) for path in beside.glob("*.yaml")]
-    for folder, packed in _PACKED.items():
-        for root in (_PACKAGE.parent / folder, _PACKAGE / packed):
+    for folder in ("recipes", "eval"):
+        for root in _places(folder):
             names += [f"{folder}/{path.relative_to(root)}" for path in root.rglob("*.yaml")]
     return names
+
+
+def find_program(name: str, root: Path | None = None) -> Path:
+    """File of a program of `stages/`, `eval/` or `demo/`, in a checkout or a wheel.
+
+    Args:
+        name: Without its ending, such as `stage1_text_encoder` or `run_lmms`.
+        root: A folder with `stages/`, `eval/` and `demo/` that is asked first.
+
+    Raises:
+        FileNotFoundError: There is none of this name; the message lists those there are.
+    """
+    kinds = ("stages", "eval", "demo")
+    folders = [root / kind for kind in kinds] if root else []
+    folders += [place for kind in kinds for place in _places(kind)]
+    programs = {file.stem: file for f in reversed(folders) for file in f.glob("[a-z]*.py")}
+    if name not in programs:
+        raise FileNotFoundError(f"no program `{name}`; there are: {', '.join(sorted(programs))}")
+    return programs[name]
+
+
+def load_program(path: Path) -> ModuleType:
+    """Import a program from its file (these folders are no packages in a checkout)."""
+    name = f"llm2clip_vlm_program_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
 
 
 @contextmanager

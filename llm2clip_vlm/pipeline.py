@@ -20,13 +20,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
+from operator import itemgetter
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from llm2clip_vlm.constants import STOPPED
-from llm2clip_vlm.files import find_shipped, read_json, write_atomically
-from llm2clip_vlm.programs import find_program
+from llm2clip_vlm.files import find_program, find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
@@ -69,7 +69,7 @@ class Job:
     log: Path = field(default=Path())
     log_start: int = 0
 
-    def command(self, root: Path) -> list[str]:
+    def command(self) -> list[str]:
         """The command line.
 
         Raises:
@@ -78,7 +78,7 @@ class Job:
         if self.step.program == COMMAND:
             program = ["-m", "llm2clip_vlm.cli"]
         else:
-            program = [str(find_program(self.step.program, root))]
+            program = [str(find_program(self.step.program, Path.cwd()))]
         return [*(self.step.launch or [sys.executable]), *program, *self.recipe, *self.arguments]
 
 
@@ -169,35 +169,29 @@ def _end(log: Path, start: int, size: int) -> str:
         return handle.read().decode("utf-8", errors="replace")
 
 
-def _last_lines(log: Path, count: int) -> list[str]:
-    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in _end(log, 0, 20_000).split("\n")]
-    return [line for line in lines if line][-count:]
+def _lines(log: Path, start: int = 0) -> list[str]:
+    """The last lines of a log, of overwritten ones what is seen."""
+    lines = [line.rsplit("\r", 1)[-1].rstrip() for line in _end(log, start, 20_000).split("\n")]
+    return [line for line in lines if line]
 
 
 def _why(job: Job) -> list[str]:
     """The end of a job's log: from its own last error on, where a launcher's report follows it."""
-    lines = [line.rstrip() for line in _end(job.log, job.log_start, 20_000).split("\n")]
+    lines = _lines(job.log, job.log_start)
     errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
-    if not errors:
-        return _last_lines(job.log, 15)
-    return [line for line in lines[errors[-1] :] if line][:15]
-
-
-def _cpu_seconds(cost: dict[str, float]) -> float:
-    return cost["cpu_seconds"]
+    return lines[errors[-1] :][:15] if errors else lines[-15:]
 
 
 class Pipeline:
     """Runs jobs, at most `recipe.jobs` at a time.
 
     Args:
-        recipe: The pipeline.
-        root: Where `stages/` and `eval/` are looked for; default the working directory.
+        recipe: The pipeline; programs of the working directory come before ours.
     """
 
-    def __init__(self, recipe: PipelineRecipe, root: Path | None = None) -> None:
+    def __init__(self, recipe: PipelineRecipe) -> None:
         """Args: see the class."""
-        self.recipe, self.root = recipe, root or Path.cwd()
+        self.recipe = recipe
         self.jobs = expand(recipe)
         self.logs = Path(recipe.output_dir) / "logs"
         self.done: set[str] = set()
@@ -219,10 +213,8 @@ class Pipeline:
         """
         self._refuse_thawed()
         times = self._read("seconds.json")
-        logs = [f"{job.name}.log" for job in self.jobs]
-        # A version without markers left the times beside the logs.
-        own = [*logs, OUTPUTS_NAME, *(self._cost_file(job).name for job in self.jobs)]
-        hold = Hold(self.logs, "a pipeline", own, older=logs if times else ())
+        own = [f"{job.name}{end}" for job in self.jobs for end in (".log", ".cost.json")]
+        hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME])
         self._left = self._read(f"logs/{OUTPUTS_NAME}")
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in previous.items():
@@ -283,7 +275,7 @@ class Pipeline:
 
     def last_words(self) -> str:
         """The last line of the last job's log: what the whole pipeline has to say."""
-        return "".join(_last_lines(self.logs / f"{self.jobs[-1].name}.log", 1)).strip()
+        return "".join(_lines(self.logs / f"{self.jobs[-1].name}.log")[-1:]).strip()
 
     def _ready(self) -> Iterator[Job]:
         for job in sorted(self.jobs, key=lambda job: job.order):
@@ -298,26 +290,27 @@ class Pipeline:
     def _start(self, job: Job) -> None:
         cores = usable_cores()
         share = cores if job.step.all_cores else max(1, cores // self.recipe.jobs)
+        grace_s = str(self.recipe.grace_s)
         environment = {
+            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace_s,  # of torch's launcher
             **os.environ,
             "OMP_NUM_THREADS": str(share),
             "PYTHONUNBUFFERED": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "LLM2CLIP_VLM_COST": str(self._cost_file(job).absolute()),
         }
-        for name, first in (("PYTHONPATH", self.root), ("PATH", Path(sys.executable).parent)):
+        for name, first in (("PYTHONPATH", Path.cwd()), ("PATH", Path(sys.executable).parent)):
             environment[name] = os.pathsep.join(filter(None, (str(first), os.environ.get(name))))
         job.log = self.logs / f"{job.name}.log"
         job.log_start = job.log.stat().st_size if job.log.exists() else 0
         job.started = time.monotonic()
         with job.log.open("ab") as log:
             job.process = subprocess.Popen(
-                [sys.executable, "-I", supervise.__file__, *job.command(self.root)],
+                [sys.executable, "-I", supervise.__file__, grace_s, *job.command()],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment,
-                cwd=self.root,
                 start_new_session=True,
             )
         self.running.append(job)
@@ -343,9 +336,10 @@ class Pipeline:
             used = dict(read_json(self._cost_file(job)))
             cost = {"seconds": self.seconds[job.name], **used}
             before = self._read(COSTS_NAME).get(job.name, cost)
-            # A program that is asked each time may have found within seconds that all is done.
-            asked = not job.outputs and job.step.program not in RECIPES
-            self.costs[job.name] = max(before, cost, key=_cpu_seconds) if asked else cost
+            if not job.outputs and job.step.program not in RECIPES:
+                # it is asked each time, and may have found within seconds that all is done
+                cost = max(before, cost, key=itemgetter("cpu_seconds"))
+            self.costs[job.name] = cost
             self._note(COSTS_NAME, self.costs)
             self._left[job.name] = file_states(output_files(job))
             write_atomically(self.logs / OUTPUTS_NAME, json.dumps(self._left) + "\n")

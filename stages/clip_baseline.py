@@ -35,11 +35,7 @@ from llm2clip_vlm.training.encoder.distillation import (
     require_as_trained,
 )
 from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
-from llm2clip_vlm.training.encoder.encoder_trainer import (
-    EncoderTrainer,
-    check_contrastive_arguments,
-    prepare_model,
-)
+from llm2clip_vlm.training.encoder.encoder_trainer import EncoderTrainer, prepare_model
 from llm2clip_vlm.training.encoder.frozen_tower import frozen_tower
 from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.stage_run import StageRun
@@ -59,17 +55,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         clip = recipe.clip if isinstance(recipe.clip, str) else str(recipe.tokenizer)
         run.parent("clip", clip, run.stage)
     args = run.arguments(dataloader_drop_last=True)
-    check_contrastive_arguments(args)
 
     # model
     say(f"model: starts from {next(iter(run.parents.values()))}, with its own text tower")
     model, tokenizer, image_processor = load_start(recipe)
 
     # trainable
-    lrs: dict[str, float] = {str(part): lr for part, lr in recipe.learning_rates.items() if lr}
-    projections = lrs.pop("projections", None)
-    if projections is not None:
-        lrs |= dict.fromkeys(("visual_projection", "text_projection", "logit_scale"), projections)
+    lrs = recipe.rates()
     apply_trainable(model, lrs)
     train_last_blocks(model, "vision_model", recipe.tower_last_blocks)
 

@@ -30,10 +30,9 @@ from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
 from llm2clip_vlm.recipe.text import MntpRecipe
 from llm2clip_vlm.runs.manifest import fingerprint_dir
-from llm2clip_vlm.training.adapters import merge_adapter
+from llm2clip_vlm.training.adapters import add_adapter, merge_adapter
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.strict_resume import StrictTrainer
-from llm2clip_vlm.training.text.text_trainer import add_adapter
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -35,11 +35,10 @@ from llm2clip_vlm.models.text.open_layers import turned
 from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
 from llm2clip_vlm.recipe.text import Stage1Recipe
-from llm2clip_vlm.training.adapters import Rounding, merge_adapter
-from llm2clip_vlm.training.encoder.encoder_trainer import check_contrastive_arguments
+from llm2clip_vlm.training.adapters import Rounding, add_adapter, merge_adapter
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
-from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer, add_adapter
+from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +51,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     llm = recipe.text_encoder.language_model
     run.parent("language_model", llm, "base_language_model", "stage0_mntp")
     args = run.arguments(dataloader_drop_last=True, ddp_find_unused_parameters=False)
-    check_contrastive_arguments(args, grad_cache=recipe.micro_batch_tokens is not None)
 
     # model
     say(f"model: {llm} as a text encoder")

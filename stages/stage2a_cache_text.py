@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if world_size() > 1:  # one rank may have far more to do than another
         torch.distributed.init_process_group("gloo", timeout=timedelta(days=7))
     if is_main():
-        run.hold(shared=recipe.slice is not None, older=[*cache_names(out), COST_NAME])
+        run.hold(shared=recipe.slice is not None, known=[*cache_names(out), COST_NAME])
         run.note_data()
         save_resolved(recipe, out / "recipe.resolved.yaml")
     barrier()

@@ -26,21 +26,17 @@ from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, tr
 from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.runs.manifest import HandoffError, fingerprint_dir
-from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, encoder_path
+from llm2clip_vlm.training.adapters import add_lora
+from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, TextInLoop, encoder_path
 from llm2clip_vlm.training.encoder.distillation import (
     prepare_keeping,
     require_as_exported,
     require_as_trained,
 )
 from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
-from llm2clip_vlm.training.encoder.encoder_trainer import (
-    EncoderTrainer,
-    check_contrastive_arguments,
-    prepare_model,
-)
+from llm2clip_vlm.training.encoder.encoder_trainer import EncoderTrainer, prepare_model
 from llm2clip_vlm.training.encoder.frozen_tower import frozen_tower
-from llm2clip_vlm.training.encoder.text_in_loop import TextInLoop
-from llm2clip_vlm.training.export import add_lora, export_vision_tower
+from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.stage_run import StageRun
 
 
@@ -60,7 +56,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         run.parents["cache"] = str(recipe.embedding_cache)
     args = run.arguments(dataloader_drop_last=True)
-    check_contrastive_arguments(args, grad_cache=recipe.micro_batch_size is not None)
 
     # model
     loop = TextInLoop(in_loop, args.device) if in_loop else None
@@ -75,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
 
     # trainable
-    lrs = rates_of(recipe)
+    lrs = recipe.rates()
     if loop and in_loop:
         loop.attach(model, args)
         lrs["text_encoder"] = in_loop.learning_rate
@@ -141,16 +136,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     teardown()
 
 
-def rates_of(recipe: Stage2bRecipe) -> dict[str, float]:
-    """Learning rate of each part that trains, by its name in the model."""
-    frozen = {"vision_tower"} if recipe.tower_training == "frozen" else None
-    lrs: dict[str, float] = recipe.learning_rates.model_dump(exclude=frozen)
-    lrs["logit_scale"] = recipe.learning_rates.text_adaptor
-    if recipe.loss == "sigmoid":
-        lrs["logit_bias"] = recipe.learning_rates.text_adaptor
-    return lrs
-
-
 def around(recipe: Stage2bRecipe, tower: VisionTower, captions: Any, before: Any) -> LLM2CLIPModel:
     """Build the model around a tower, with new heads or those of `heads_from`.
 
@@ -164,15 +149,7 @@ def around(recipe: Stage2bRecipe, tower: VisionTower, captions: Any, before: Any
         HandoffError: `heads_from` was trained against another text encoder.
         ValueError: Its heads have other shapes.
     """
-    model = LLM2CLIPModel.from_vision_tower(
-        tower.model,
-        text_embed_dim=captions.dim,
-        projection_dim=recipe.projection_dim,
-        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
-        adaptor_expansion=recipe.text_adaptor.expansion,
-        logit_scale_init_value=recipe.logit_scale_init,
-        logit_bias_init_value=recipe.logit_bias_init if recipe.loss == "sigmoid" else None,
-    )
+    model = LLM2CLIPModel.from_vision_tower(tower.model, **recipe.heads(captions.dim))
     if recipe.heads_from is None:
         return model
     texts = before["fingerprints"] if before else {}

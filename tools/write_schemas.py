@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.recipe.explain import MODELS
 from llm2clip_vlm.recipe.suite import ExpectedScores
 

@@ -120,7 +120,7 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def main(words: Sequence[str]) -> int:
+def main(command: str, words: Sequence[str]) -> int:
     """Run `push`, and print where the model is."""
     given = parser().parse_args(words)
     address = push(given.directory, given.repository, public=given.public, revision=given.revision)

@@ -10,7 +10,7 @@ import gc
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,50 +93,76 @@ def _key(tensor: Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+@dataclass
+class Work:
+    """One pass of a process."""
+
+    model: Any
+    """On the meta device until :meth:`fake`."""
+    run: Callable[[], Tensor]
+    """One forward pass, on fake tensors; gives a loss."""
+    samples: float
+    """Of the pass: pairs, images or conversations."""
+    tokens: float
+    """Text and visual tokens of the pass."""
+    tower: Any = None
+    """What is held while it runs is the pictures'."""
+    vocabulary: int = -1
+    """Width of logits."""
+    passes: float = 1
+    """For each process in an optimizer step."""
+    cached: bool = False
+    """GradCache: each pass goes forward once more, without a graph."""
+    beside_bytes: int = 0
+    """Weights beside the model: a teacher's, averages."""
+    trains: bool = True
+    """False = no backward pass."""
+
+    def fake(self) -> None:
+        """Give the model fake weights. Call it in fake mode."""
+        made: dict[int, Any] = {}
+        for module in self.model.modules():
+            for table in (module._parameters, module._buffers):
+                for name, old in table.items():
+                    if old is not None and id(old) not in made:
+                        empty = torch.empty(old.shape, dtype=old.dtype)
+                        own = isinstance(old, nn.Parameter)
+                        made[id(old)] = nn.Parameter(empty, old.requires_grad) if own else empty
+                    table[name] = made.get(id(old))
+
+
 def footprint(
-    model: nn.Module,
-    run: Callable[[], Tensor],
-    *,
-    tower: nn.Module | None = None,
-    vocabulary: int = -1,
-    autocast: Callable[[], AbstractContextManager[Any]] = ExitStack,
-    passes: int = 1,
-    kept: float = 1.0,
-    trains: bool = True,
+    work: Work, autocast: Callable[[], AbstractContextManager[Any]], kept: float
 ) -> Footprint:
     """Run a pass of fake tensors and see what it takes.
 
     Args:
-        model: With `requires_grad` set, of fake tensors, on the CPU.
-        run: One forward pass under the model's fake mode; gives a loss.
-        tower: What is held while it runs is the pictures'.
-        vocabulary: Width of logits.
+        work: With `requires_grad` set, of fake tensors, on the CPU, in its fake mode.
         autocast: Around the forward pass.
-        passes: Two where gradients of an earlier pass are held meanwhile (accumulation).
         kept: Share of a gradient that stays here once it is there (ZeRO-2 and 3: 1/processes).
-        trains: False = no backward pass.
     """
-    seen = _Storages(model, vocabulary, kept)
+    model = work.model
+    seen = _Storages(model, work.vocabulary, kept)
     handles: list[Any] = []
 
     def within(part: str) -> Callable[..., None]:
         return lambda *_: setattr(seen, "part", part)
 
-    if tower is not None:
-        handles.append(tower.register_forward_pre_hook(within("pictures")))
-        handles.append(tower.register_forward_hook(within("activations")))
+    if work.tower is not None:
+        handles.append(work.tower.register_forward_pre_hook(within("pictures")))
+        handles.append(work.tower.register_forward_hook(within("activations")))
     for parameter in model.parameters():
         if parameter.requires_grad:
             hook = parameter.register_post_accumulate_grad_hook
             handles.append(hook(seen.is_gradient))
     forward = 0
-    with seen, torch.set_grad_enabled(trains):
-        for _ in range(passes):
+    with seen, torch.set_grad_enabled(work.trains):
+        for _ in range(2 if work.passes > 1 else 1):  # the gradients of an earlier one are held
             seen.flops = 0
             with autocast():
-                loss = run()
+                loss = work.run()
             forward = seen.flops
-            if trains:
+            if work.trains:
                 loss.backward()
             del loss
             gc.collect()  # fake tensors in cycles live longer than real ones

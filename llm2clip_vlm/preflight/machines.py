@@ -51,12 +51,9 @@ def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: s
     return Machine(gpu, gpus, chosen, offload)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of `llm2clip-vlm plan`."""
-    made = argparse.ArgumentParser(prog="llm2clip-vlm plan", description=__doc__)
+def add_options(made: argparse.ArgumentParser) -> None:
+    """Give a parser the words of `llm2clip-vlm plan` beside its recipe."""
     add = made.add_argument
-    add("recipe", metavar="RECIPE", help="YAML; recipes/... also as shipped")
-    add("overrides", metavar="KEY=VALUE", nargs="*", help="dotted key, value as YAML")
     add("--gpu", default="h100-80gb", help=f"{', '.join(GPUS)} (default: h100-80gb)")
     add("--gpus", type=int, default=1, help="how many (default: 1)")
     add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
@@ -66,4 +63,3 @@ def parser() -> argparse.ArgumentParser:
     add("--samples", type=int, help="instead of the data's, such as where they are not here yet")
     add("--tokens", type=int, help="of a text, instead of the data's")
     add("--json", action="store_true", help="numbers for a program")
-    return made

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from llm2clip_vlm.chat.template import find_chat_template
 from llm2clip_vlm.models.loading import read_tokenizer
 from llm2clip_vlm.models.trainable import trainable_table
-from llm2clip_vlm.preflight.footprint import Footprint, footprint
+from llm2clip_vlm.preflight.footprint import Footprint, Work, footprint
 from llm2clip_vlm.preflight.lengths import Lengths, guessed, measured
 from llm2clip_vlm.preflight.machines import GPUS, Machine
-from llm2clip_vlm.preflight.works import Work, build, text_model
-from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.preflight.works import build, text_model
+from llm2clip_vlm.recipe.reading import load_recipe, overridden
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, stage_and_output
 
@@ -78,6 +78,10 @@ def _is_nf4(name: str, parameter: Any) -> bool:
     return parameter.ndim == 2 and ".layers." in name and not other
 
 
+def _total(held: Counter[str]) -> float:
+    return held.total() + CONTEXT_BYTES
+
+
 @dataclass
 class Plan:
     """What a run needs and costs."""
@@ -102,7 +106,7 @@ class Plan:
     @property
     def total(self) -> float:
         """Bytes on each GPU."""
-        return sum(self.held.values()) + CONTEXT_BYTES
+        return _total(self.held)
 
     @property
     def fits(self) -> bool:
@@ -170,16 +174,11 @@ def make_plan(
         missing,
     )
     if not plan.fits:
-        fits = lambda held: sum(held.values()) + CONTEXT_BYTES <= plan.room  # noqa: E731
-        for tried in _changes(recipe, machine):
-            best = None
-            for told, other, where in tried:  # from the smallest on
-                if not fits(measure(other, where)[2]):
-                    break
-                best = told
-            plan.changes += [best] if best else []
-            if len(plan.changes) == 2:
-                break
+        fits = (
+            next((told for told, *other in kind if _total(measure(*other)[2]) <= plan.room), None)
+            for kind in _changes(recipe, machine)
+        )
+        plan.changes = list(islice(filter(None, fits), 2))
     return plan
 
 
@@ -191,16 +190,8 @@ def _measure(
     work = build(recipe, source, lengths, machine.gpus, machine.zero)
     with FakeTensorMode():
         work.fake()
-        seen = footprint(
-            work.model,
-            work.run,
-            tower=work.tower,
-            vocabulary=work.vocabulary,
-            autocast=partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext,
-            passes=2 if work.passes > 1 else 1,
-            kept=1 / machine.gpus if machine.zero >= 2 else 1.0,
-            trains=work.trains,
-        )
+        autocast = partial(torch.autocast, "cpu", torch.bfloat16) if half else nullcontext
+        seen = footprint(work, autocast, kept=1 / machine.gpus if machine.zero >= 2 else 1.0)
     return work, seen, memory(work, seen, machine, recipe)
 
 
@@ -230,32 +221,27 @@ def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
 
 
 def _changes(recipe: Any, machine: Machine) -> Iterator[list[tuple[str, Any, Machine]]]:
-    """Changes that save memory: of each kind those that save most first."""
+    """Changes that save memory: of each kind those that cost least first."""
     batch = recipe.trainer.get("per_device_train_batch_size", 8)
-    sizes = sorted({max(1, batch >> n) for n in (1, 2, 4)} - {batch})
-    tried: dict[str, Any] = {"trainer.gradient_checkpointing": [True]}
-    if recipe.contrastive:
-        tried |= {"micro_batch_size": [16, 64, 256], "micro_batch_tokens": [4096, 16384]}
-    else:
-        tried["trainer.per_device_train_batch_size"] = sizes
-    if getattr(recipe, "load_in_4bit", True) is False:
-        tried["load_in_4bit"] = [True]
-    for key, values in tried.items():
+    size, saving = "trainer.per_device_train_batch_size", "trainer.gradient_checkpointing=true"
+    saves = recipe.trainer.get("gradient_checkpointing", False)
+    whole = ["trainer.gradient_checkpointing=false"] * saves  # refused beside micro-batches
+    lora = "lora" if recipe.contrastive else "language_model_lora"
+    four = ["load_in_4bit=true", saving] + [f"{size}=1"] * (not recipe.contrastive)
+    four += [f"{lora}={{r: 16}}"] * (getattr(recipe, lora, None) is None)
+    kinds = [
+        [[saving]],
+        [[f"micro_batch_size={n}", *whole] for n in (256, 64, 16)],
+        [[f"micro_batch_tokens={n}", *whole] for n in (16384, 4096)],
+        [[f"{size}={batch >> n}"] for n in (1, 2, 4) if batch >> n and not recipe.contrastive],
+        [four] * (getattr(recipe, "load_in_4bit", True) is False),
+    ]
+    for kind in kinds:
         found = []
-        for value in values:
-            changed = recipe.model_copy(deep=True)
-            told = f"{key}={str(value).lower()}"
-            if key.startswith("trainer."):
-                changed.trainer[key.partition(".")[2]] = value
-            elif hasattr(recipe, key):
-                setattr(changed, key, value)
-            if key == "load_in_4bit":
-                lora = "lora" if recipe.contrastive else "language_model_lora"
-                setattr(changed, lora, getattr(recipe, lora) or LoraSection())
-                less = {"gradient_checkpointing": True, "per_device_train_batch_size": 1}
-                changed.trainer |= less
-                told += f" {lora}={{r: 16}}, checkpointing, per_device_train_batch_size=1"
-            found += [(told, changed, machine)] if changed != recipe else []
+        for words in kind:
+            with suppress(ValueError):  # it has no such key
+                changed = overridden(recipe, words)
+                found += [(" ".join(words), changed, machine)] if changed != recipe else []
         yield found
     if machine.gpus > 1 and not recipe.contrastive:
         for zero in range(max(2, machine.zero + 1), 4):
@@ -317,7 +303,7 @@ def main(given: argparse.Namespace, source: str, machine: Machine) -> int:
     """Run `llm2clip-vlm plan` (or `train --dry-run`).
 
     Args:
-        given: What :func:`~llm2clip_vlm.preflight.machines.parser` made of the command line.
+        given: The command line.
         source: File of the recipe.
         machine: Where the run would go.
 

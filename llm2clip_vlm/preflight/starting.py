@@ -116,15 +116,18 @@ def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str
     import shtab
 
     recipes = " ".join(sorted({name for name in recipe_names(Path()) if "/" in name}))
-    bash = f"_l2c_recipe() {{ compgen -W '{recipes}' -- $1; compgen -f -- $1; }}"
+    known = {
+        "bash": f"_l2c_recipe() {{ compgen -W '{recipes}' -- $1; compgen -f -- $1; }}",
+        "zsh": f"_l2c_recipe() {{ compadd -- {recipes}; _files; }}",
+    }
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     for command in commands.choices.values():
         for action in command._actions:
             if action.dest == "stage":
                 action.choices = list(stages)
             elif action.dest in {"recipe", "overrides"}:
-                vars(action)["complete"] = {"bash": "_l2c_recipe", "zsh": "_files"}
+                vars(action)["complete"] = dict.fromkeys(known, "_l2c_recipe")
         if not command._actions:  # it has a parser of its own
             vars(command.add_argument("words", nargs="*"))["complete"] = shtab.FILE
-    script: str = shtab.complete(parser, shell, preamble=bash if shell == "bash" else "")
+    script: str = shtab.complete(parser, shell, preamble=known[shell])
     return script

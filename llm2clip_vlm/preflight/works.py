@@ -7,15 +7,13 @@ a stage that has not run yet would leave is read off the recipe that writes it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -46,6 +44,7 @@ from llm2clip_vlm.models.trainable import (
 from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
 from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
 from llm2clip_vlm.models.vlm.vlm_loss import SMALL_VOCABULARY, install_supervised_loss
+from llm2clip_vlm.preflight.footprint import Work
 from llm2clip_vlm.preflight.lengths import Lengths
 from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.recipe.encoder import ClipBaselineRecipe, Stage2bRecipe
@@ -53,48 +52,12 @@ from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.vlm import Stage3Recipe, VlmRecipe
 from llm2clip_vlm.runs.inputs import missing_model, writer_of
+from llm2clip_vlm.training.adapters import add_adapter, add_lora
 from llm2clip_vlm.training.encoder.caption_cache import encoder_path
-from llm2clip_vlm.training.export import add_lora
-from llm2clip_vlm.training.text.text_trainer import add_adapter
 from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 
 _PLAIN = "sdpa_without_mask"
 """Attention of packed and of unpadded rows: causal or not, without a mask that is computed."""
-
-
-@dataclass
-class Work:
-    """One pass of a process."""
-
-    model: Any
-    """On the meta device until :meth:`fake`."""
-    run: Callable[[], Tensor]
-    """Forward, on fake tensors."""
-    samples: float
-    """Of the pass: pairs, images or conversations."""
-    tokens: float
-    """Text and visual tokens of the pass."""
-    tower: Any = None
-    vocabulary: int = -1
-    passes: float = 1
-    """For each process in an optimizer step."""
-    cached: bool = False
-    """GradCache: each pass goes forward once more, without a graph."""
-    beside_bytes: int = 0
-    """Weights beside the model: a teacher's, averages."""
-    trains: bool = True
-
-    def fake(self) -> None:
-        """Give the model fake weights. Call it in fake mode."""
-        made: dict[int, Any] = {}
-        for module in self.model.modules():
-            for table in (module._parameters, module._buffers):
-                for name, old in table.items():
-                    if old is not None and id(old) not in made:
-                        empty = torch.empty(old.shape, dtype=old.dtype)
-                        own = isinstance(old, nn.Parameter)
-                        made[id(old)] = nn.Parameter(empty, old.requires_grad) if own else empty
-                    table[name] = made.get(id(old))
 
 
 def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: int) -> Work:
@@ -275,6 +238,7 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
     own = isinstance(recipe, Stage2bRecipe)
     size = min(batch, getattr(recipe, "micro_batch_size", None) or batch)
     model: Any = (_llm2clip if own else _clip)(recipe, source)
+    apply_trainable(model, recipe.rates())
     eyes = model.vision_tower if own else model.vision_model
     train_last_blocks(model, "vision_tower" if own else "vision_model", recipe.tower_last_blocks)
     side, width = eyes.config.image_size, eyes.config.hidden_size
@@ -314,22 +278,10 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
 def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
     header = read_header(Path(recipe.embedding_cache or ""))
     width = header.dim if header else read_config(text_model(recipe, source)).hidden_size
-    bias = recipe.logit_bias_init if recipe.loss == "sigmoid" else None
-    config = LLM2CLIPConfig(
-        vision_config=_tower_config(recipe.vision_tower, source, recipe.image_size_px),
-        text_embed_dim=width,
-        projection_dim=recipe.projection_dim,
-        adaptor_num_blocks=recipe.text_adaptor.num_blocks,
-        adaptor_expansion=recipe.text_adaptor.expansion,
-        logit_bias_init_value=bias,
-    )
-    model = LLM2CLIPModel(config)
+    tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
+    model = LLM2CLIPModel(LLM2CLIPConfig(vision_config=tower, **recipe.heads(width)))
     if recipe.tower_lora:
         add_lora(model.vision_tower, recipe.tower_lora, "tower_lora")
-    parts = ["visual_projection", "text_adaptor", "logit_scale"]
-    parts += ["logit_bias"] * (bias is not None)
-    parts += ["vision_tower"] * (recipe.tower_training != "frozen")
-    apply_trainable(model, parts)
     return model
 
 
@@ -347,12 +299,7 @@ def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
     else:
         config = CLIPConfig(**(recipe.clip or {}))
     dual = config.model_type == "vision-text-dual-encoder"
-    model = (VisionTextDualEncoderModel if dual else CLIPModel)(config)
-    parts = {str(name) for name, lr in recipe.learning_rates.items() if lr}
-    if "projections" in parts:
-        parts |= {"visual_projection", "text_projection", "logit_scale"}
-    apply_trainable(model, parts - {"projections"})
-    return model
+    return (VisionTextDualEncoderModel if dual else CLIPModel)(config)
 
 
 def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:

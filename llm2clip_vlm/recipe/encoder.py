@@ -169,6 +169,26 @@ class Stage2bRecipe(EncoderRecipe):
     """Captions of an image in a batch, all of them its positives (DreamLIP's multi-positive loss);
     with cached text each costs one pass of the adaptor. Paper v6: 1."""
 
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each part that trains, by its name in the model."""
+        frozen = {"vision_tower"} if self.tower_training == "frozen" else None
+        found: dict[str, float] = self.learning_rates.model_dump(exclude=frozen)
+        found["logit_scale"] = found["text_adaptor"]
+        if self.loss == "sigmoid":
+            found["logit_bias"] = found["text_adaptor"]
+        return found
+
+    def heads(self, text_embed_dim: int) -> dict[str, Any]:
+        """Fields of the model's config beside its tower; takes the width of the text embeddings."""
+        return {
+            "text_embed_dim": text_embed_dim,
+            "projection_dim": self.projection_dim,
+            "adaptor_num_blocks": self.text_adaptor.num_blocks,
+            "adaptor_expansion": self.text_adaptor.expansion,
+            "logit_scale_init_value": self.logit_scale_init,
+            "logit_bias_init_value": self.logit_bias_init if self.loss == "sigmoid" else None,
+        }
+
     @model_validator(mode="after")
     def _text_has_one_source(self) -> Self:
         if (self.embedding_cache is None) == (self.text_in_loop is None):
@@ -255,6 +275,15 @@ class ClipBaselineRecipe(EncoderRecipe):
     with 0, is frozen."""
     evaluate_only: bool = False
     """Measure `clip` as it is: nothing is trained."""
+
+    def rates(self) -> dict[str, float]:
+        """Learning rate of each part that trains, by its name in the model."""
+        found = {str(part): lr for part, lr in self.learning_rates.items() if lr}
+        projections = found.pop("projections", None)
+        if projections is not None:
+            names = ("visual_projection", "text_projection", "logit_scale")
+            found |= dict.fromkeys(names, projections)
+        return found
 
     @model_validator(mode="after")
     def _one_start(self) -> Self:

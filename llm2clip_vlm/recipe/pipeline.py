@@ -43,6 +43,9 @@ class PipelineRecipe(RecipeFile):
     """Folder of logs and state."""
     jobs: int = Field(default=2, ge=1)
     """Steps at a time; each gets its share of the cores."""
+    grace_s: int = Field(default=580, ge=1)
+    """Seconds that steps have from SIGTERM to SIGKILL when the pipeline is stopped or dies: a stage
+    saves its checkpoint in them. 580 fits the SLURM lines of `docs/multi-gpu.md`."""
     steps: list[PipelineStep]
     """The programs."""
     common: dict[str, str | int | float | bool] = Field(default_factory=dict)

@@ -69,15 +69,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
             can be seen at once are listed.
     """
-    data: Any = _read(Path(find_recipe(str(path))), ())
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        last = key.rpartition(".")[2]
-        secret = _SECRET_KEY.fullmatch(last) or _SECRET_VALUE.search(override)
-        source = f"override `{key[:200] if secret or len(override) > 200 else override}`"
-        if not equals or not all(key.split(".")) or key.count(".") > DEEPEST:
-            raise RecipeError(source, f"{key:.200}: expected `dotted.key=value`")
-        data = _with(data, key.split("."), parse_value(text, source), source)
+    data = _overridden(_read(Path(find_recipe(str(path))), ()), overrides)
     if strange := _of_another_stage(data.get("stage"), model):
         raise RecipeError(path, strange)
     data = _interpolated(data, model, path)
@@ -87,6 +79,27 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         return model.model_validate(data)
     except ValidationError as error:
         raise RecipeError(path, *_explained(error, data, model)) from None
+
+
+def overridden(recipe: T, overrides: Sequence[str]) -> T:
+    """A copy of a recipe with other values, as :func:`load_recipe` takes them.
+
+    Raises:
+        ValueError: There are no such keys, or they take no such values.
+    """
+    return type(recipe).model_validate(_overridden(to_plain(recipe), overrides))
+
+
+def _overridden(data: Any, overrides: Sequence[str]) -> Any:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        last = key.rpartition(".")[2]
+        secret = _SECRET_KEY.fullmatch(last) or _SECRET_VALUE.search(override)
+        source = f"override `{key[:200] if secret or len(override) > 200 else override}`"
+        if not equals or not all(key.split(".")) or key.count(".") > DEEPEST:
+            raise RecipeError(source, f"{key:.200}: expected `dotted.key=value`")
+        data = _with(data, key.split("."), parse_value(text, source), source)
+    return data
 
 
 def _of_another_stage(given: Any, model: type[BaseModel]) -> str | None:

@@ -120,11 +120,6 @@ def write_card(
         base_model=sorted({*hub, *chain.from_iterable(map(_bases, known))}) or None,
         eval_results=found or None,
     )
-    lines = [f"{title}: `{_shown(path)}`" for title, path in parents.items()]
-    if len(licences) > 1:
-        lines.append(f"licences of these: {', '.join(licences)}; choose one that honours them all")
-    elif not licences:
-        lines.append("no licence of these is recorded here: look them up before you share this")
     text = ModelCard.from_template(
         data,
         template_path=str(_TEMPLATE),
@@ -133,10 +128,11 @@ def write_card(
         made=made,
         kind=kind,
         opened=foreign,
-        parents=lines,
+        parents={title: _shown(path) for title, path in parents.items()},
+        licences=licences,
         recipe=yaml.safe_dump(_masked(recipe), sort_keys=False).strip() if recipe else "",
         scores=scores,
-        parity=list(_parity_lines(parity)) if parity else [],
+        parity=parity,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
     )
@@ -182,11 +178,3 @@ def _masked(value: Any) -> Any:
     if isinstance(value, list):
         return [_masked(part) for part in value]
     return _shown(value) if isinstance(value, str) else value
-
-
-def _parity_lines(certificate: Mapping[str, Any]) -> Iterator[str]:
-    for name, check in certificate["checks"].items():
-        yield (
-            f"{name}: opened with {certificate['opened_with']}, largest difference "
-            f"{check['max_difference']:.3g} of values up to {check['largest_value']:.3g}"
-        )

@@ -1,13 +1,19 @@
-"""Content hashes of files and directories."""
+"""Content hashes of files, directories and recipes."""
 
 from __future__ import annotations
 
+import glob
 import hashlib
+import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
+
+from llm2clip_vlm.recipe.reading import to_plain
 
 _MODEL_FILES = frozenset(
     "config.json adapter_config.json generation_config.json preprocessor_config.json "
@@ -20,12 +26,29 @@ _digests: dict[tuple[str, int, int], str] = {}
 _WHOLE_BYTES = 64 * 2**20
 _PIECES, _PIECE_BYTES = 8, 2**16
 
+# Keys that change where a run writes or what it says, never what it computes.
+_NEUTRAL_KEYS = frozenset(
+    "base output_dir notes deviations hang_timeout_s max_bad_records max_bad_fraction "
+    "feature_cache variables".split()
+)
+_NEUTRAL_TRAINER_KEYS = frozenset(
+    "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
+    "logging_nan_inf_filter logging_steps logging_strategy per_device_train_batch_size report_to "
+    "run_name save_on_each_node save_steps save_strategy save_total_limit".split()
+)
+
 FileState = list[Any]
 """Size, modification time in ns, and hash of a file."""
 
 
 class HandoffError(ValueError):
     """A stage's output does not fit the stage that wants to read it."""
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of a value as sorted JSON; what JSON does not have goes in as text."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def fingerprint_file(path: str | Path) -> str:
@@ -119,3 +142,54 @@ def changed_files(states: Mapping[str, FileState], folder: Path | None = None) -
             whole = not str(digest).startswith("pieces:")
             if file_state(file, whole=whole)[2] != digest:
                 yield name
+
+
+def changed_outputs(
+    directory: str | Path, manifest: Mapping[str, Any], below: str = ""
+) -> list[str]:
+    """Find outputs of a stage that are gone or have changed.
+
+    Args:
+        directory: The stage's directory.
+        manifest: Its manifest.
+        below: Part of the directory to look at; empty = all.
+
+    Returns:
+        Paths below the directory.
+    """
+    states: dict[str, FileState] = manifest.get("files", {})
+    inside = {name: s for name, s in states.items() if not below or name.startswith(f"{below}/")}
+    return list(changed_files(inside, Path(directory)))
+
+
+def data_files(path: str | Path) -> list[Path]:
+    """The files that a parent's path or pattern names."""
+    files = [path] if Path(path).is_file() else sorted(glob.glob(str(path)))
+    return [Path(file) for file in files]
+
+
+def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
+    """sha256 of what a recipe computes: sorted JSON without paths of output, notes and logging.
+
+    Args:
+        recipe: A recipe, or its plain form as a manifest keeps it.
+    """
+    return hash_json(meaning(recipe))
+
+
+def meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe that decide the result."""
+    plain = to_plain(recipe) if isinstance(recipe, BaseModel) else recipe
+    kept = {key: plain[key] for key in plain.keys() - _NEUTRAL_KEYS}
+    if trainer := kept.get("trainer"):
+        kept["trainer"] = {key: trainer[key] for key in trainer.keys() - _NEUTRAL_TRAINER_KEYS}
+    return kept
+
+
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:
+    """The first dotted key at which two plain values differ, and both values."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *new]:
+            if old.get(name) != new.get(name):
+                return first_difference(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    return key, old, new

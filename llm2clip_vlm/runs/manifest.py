@@ -1,4 +1,4 @@
-"""The manifest that one stage leaves for the next: it says how the output was made.
+"""Manifests: what one stage leaves for the next, and what a run may write over or go on from.
 
 `manifest.json` is written last, so its presence means that the stage finished. It holds the
 resolved recipe and its hash, the state of every parent (data files too), hashes of the models
@@ -10,8 +10,6 @@ checkpoint that has no manifest (made elsewhere) is taken as it is.
 from __future__ import annotations
 
 import contextlib
-import glob
-import hashlib
 import json
 import platform
 from collections.abc import Mapping
@@ -21,23 +19,28 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from llm2clip_vlm.constants import MANIFEST_NAME
+from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
 from llm2clip_vlm.files import let_read, read_json, write_atomically
-from llm2clip_vlm.recipe.reading import to_plain
+from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved, to_plain
 from llm2clip_vlm.remote.addresses import is_remote, look_up
 from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.hashes import (
     FileState,
     HandoffError,
     changed_files,
+    changed_outputs,
+    data_files,
     file_states,
     fingerprint_dir,
     fingerprint_file,
+    first_difference,
+    hash_json,
+    meaning,
     model_files,
+    recipe_hash,
 )
 
-# What later stages need of a parent, under one address.
-__all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file"]
+__all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file", "recipe_hash"]
 
 RESOLVED_NAME = "recipe.resolved.yaml"
 """File with the recipe that an output directory was made with."""
@@ -49,40 +52,11 @@ _PACKAGES = (
     "torch transformers accelerate deepspeed peft datasets tokenizers safetensors numpy pillow "
     "lmms_eval llm2clip-vlm"
 )
-# Beside a manifest, but no output: what a run may write anew without computing anything anew.
+# No outputs: what a run may write anew without computing anything anew.
 _NO_OUTPUTS = frozenset(
     {MANIFEST_NAME, PARENTS_NAME, RESOLVED_NAME}
     | set("checkpoints composed failures features dropped.jsonl encode_cost.jsonl".split())
 )
-# Keys that change where a run writes or what it says, never what it computes.
-_NEUTRAL_KEYS = frozenset(
-    "base output_dir notes deviations hang_timeout_s max_bad_records max_bad_fraction "
-    "feature_cache variables".split()
-)
-_NEUTRAL_TRAINER_KEYS = frozenset(
-    "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
-    "logging_nan_inf_filter logging_steps logging_strategy per_device_train_batch_size report_to "
-    "run_name save_on_each_node save_steps save_strategy save_total_limit".split()
-)
-
-
-def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
-    """sha256 of what a recipe computes: sorted JSON without paths of output, notes and logging.
-
-    Args:
-        recipe: A recipe, or its plain form as a manifest keeps it.
-    """
-    text = json.dumps(meaning(recipe), sort_keys=True, ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe that decide the result."""
-    plain = to_plain(recipe) if isinstance(recipe, BaseModel) else recipe
-    kept = {key: plain[key] for key in plain.keys() - _NEUTRAL_KEYS}
-    if trainer := kept.get("trainer"):
-        kept["trainer"] = {key: trainer[key] for key in trainer.keys() - _NEUTRAL_TRAINER_KEYS}
-    return kept
 
 
 def write_manifest(
@@ -135,15 +109,10 @@ def write_manifest(
         "seconds": round(seconds, 3),
         "extra": dict(extra or {}),
     }
-    manifest["sha256"] = _own_hash(manifest)
+    manifest["sha256"] = hash_json(manifest)
     path = folder / MANIFEST_NAME
     write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return path
-
-
-def _own_hash(manifest: Mapping[str, Any]) -> str:
-    kept = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def _output_states(folder: Path) -> dict[str, FileState]:
@@ -159,36 +128,6 @@ def _output_states(folder: Path) -> dict[str, FileState]:
     states = file_states([file for file in left if file not in weights])
     states |= file_states([file for file in left if file in weights], whole=True)
     return {Path(name).relative_to(folder).as_posix(): state for name, state in states.items()}
-
-
-def changed_outputs(
-    directory: str | Path, manifest: Mapping[str, Any], below: str = ""
-) -> list[str]:
-    """Find outputs of a stage that are gone or have changed.
-
-    Args:
-        directory: The stage's directory.
-        manifest: Its manifest.
-        below: Part of the directory to look at; empty = all.
-
-    Returns:
-        Paths below the directory; of a manifest of an older version, those of its models.
-    """
-    folder = Path(directory)
-    if "files" in manifest:
-        states: dict[str, FileState] = manifest["files"]
-        inside = {
-            name: s for name, s in states.items() if not below or name.startswith(f"{below}/")
-        }
-        return list(changed_files(inside, folder))
-    outputs = {n: h for n, h in manifest["outputs"].items() if not below or n == below}
-    return [
-        name
-        for name, recorded in outputs.items()
-        if not (folder / name).is_dir()
-        or not any(model_files(folder / name))
-        or fingerprint_dir(folder / name) != recorded
-    ]
 
 
 def versions(*more: str) -> dict[str, str]:
@@ -221,12 +160,6 @@ def parent_state(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def data_files(path: str | Path) -> list[Path]:
-    """The files that a parent's path or pattern names."""
-    files = [path] if Path(path).is_file() else sorted(glob.glob(str(path)))
-    return [Path(file) for file in files]
-
-
 def changed_parent(state: Mapping[str, Any]) -> str | None:
     """Find what has changed in a parent.
 
@@ -241,13 +174,6 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
         now = {str(file) for file in data_files(path)}
         differing = [*sorted(now ^ state["files"].keys()), *changed_files(state["files"])]
         return differing[0] if differing else None
-    if "fingerprint" in state and not Path(path).is_dir():  # of a version before `files`
-        if Path(path).is_file():
-            found = fingerprint_file(path)
-        else:
-            sizes = [(str(file), file.stat().st_size) for file in data_files(path)]
-            found = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-        return None if found == state["fingerprint"] else path
     if parent_state(path) != state:
         return path
     manifest = _find_manifest(Path(path))
@@ -277,7 +203,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
             f"{path}: schema: expected {_SCHEMA}, got {schema!r}; run that stage again with this "
             "version"
         )
-    own = _own_hash(manifest)
+    own = hash_json({key: value for key, value in manifest.items() if key != "sha256"})
     if manifest.get("sha256", own) != own:
         raise HandoffError(f"{path} is damaged or was changed by hand; run that stage again")
     return manifest
@@ -306,9 +232,9 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
     """
     folder = Path(directory)
     path = _find_manifest(folder)
-    manifest = read_manifest(path.parent) if path else None
-    if path is None or manifest is None:
+    if path is None:
         return None
+    manifest = read_manifest(path.parent) or {}
     if stages and manifest["stage"] not in stages:
         raise HandoffError(
             f"{folder}: stage: expected {' or '.join(stages)}, got {manifest['stage']} (from "
@@ -355,6 +281,120 @@ def is_complete(directory: str | Path, recipe: BaseModel) -> bool:
     manifest = read_manifest(directory)
     if manifest is None or recipe_hash(manifest["recipe"]) != recipe_hash(recipe):
         return False
-    if changed_outputs(directory, manifest):
-        return False
-    return all(changed_parent(state) is None for state in manifest.get("parents", {}).values())
+    parents = manifest.get("parents", {}).values()
+    return not changed_outputs(directory, manifest) and not any(map(changed_parent, parents))
+
+
+def refuse_changed_outputs(directory: str | Path) -> None:
+    """Refuse to write over files that have been changed since a stage wrote them.
+
+    Args:
+        directory: The stage's output directory. Missing files may be made again.
+
+    Raises:
+        HandoffError: Names the file.
+    """
+    folder, manifest = Path(directory), read_manifest(directory) or {}
+    for name in changed_outputs(folder, manifest):
+        if (folder / name).exists():
+            raise HandoffError(
+                f"{folder / name} was changed after {manifest['stage']} wrote it, and would be "
+                "written over: put it back, or delete it to have it made again"
+            )
+
+
+def claim_output_dir(recipe: BaseModel) -> Path:
+    """Write the resolved recipe beside the results to come, or refuse a directory in use.
+
+    A run that left neither a checkpoint nor a manifest, such as one that was refused for its data,
+    has nothing to lose and makes room.
+
+    Args:
+        recipe: A recipe with `output_dir`.
+
+    Returns:
+        The output directory, which exists.
+
+    Raises:
+        HandoffError: The directory holds a run made with another recipe; the message names the
+            first key that differs.
+    """
+    folder = Path(to_plain(recipe)["output_dir"])
+    path = folder / RESOLVED_NAME
+    progress = (folder / MANIFEST_NAME, *folder.glob(f"checkpoints/checkpoint-*/{SEAL_NAME}"))
+    if path.is_file() and any(file.is_file() for file in progress):
+        try:
+            earlier = load_recipe(path, type(recipe))
+        except RecipeError as error:
+            raise HandoffError(
+                f"{folder} holds a run whose recipe this version does not read; choose another "
+                f"output_dir, or delete the folder ({error})"
+            ) from None
+        if recipe_hash(earlier) != recipe_hash(recipe):
+            key, old, new = first_difference(meaning(earlier), meaning(recipe))
+            raise HandoffError(
+                f"{folder} holds a run with another recipe: {key}: was {old!r}, is now {new!r}; "
+                "choose another output_dir, or delete the folder"
+            )
+    save_resolved(recipe, path)
+    return folder
+
+
+def claim_parents(
+    directory: str | Path, parents: Mapping[str, str | Path], *, resumes: bool
+) -> dict[str, dict[str, Any]]:
+    """Note what a run begins with, or refuse to go on with a run that began with something else.
+
+    A checkpoint of other weights or data would be taken for a result of these. Call it in one
+    process.
+
+    Args:
+        directory: The run's output directory.
+        parents: Name to path. Models are compared by their files, a stage's other output (a cache
+            may grow) by the fingerprints in its manifest, data files by size and hash.
+        resumes: Whether the run goes on from a checkpoint.
+
+    Returns:
+        The states of the parents that are data files, by name.
+
+    Raises:
+        HandoffError: Names the parent, and the file.
+    """
+    path = Path(directory) / PARENTS_NAME
+    earlier = _noted(path) if path.is_file() else {}
+    finished = (Path(directory) / MANIFEST_NAME).is_file()
+    other = "choose another output_dir, or delete the folder"
+    content: dict[str, Any] = {}
+    data: dict[str, dict[str, Any]] = {}
+    for name, parent in parents.items():
+        before = earlier.get(name)
+        if manifest := read_manifest(parent):
+            content[name] = manifest["fingerprints"]
+        elif any(Path(parent).glob("*config.json")):
+            content[name] = fingerprint_dir(parent)
+        elif isinstance(before, dict) and "files" in before and (resumes or finished):
+            changed = changed_parent(before) if before["path"] == str(parent) else parent
+            if changed is not None:
+                raise HandoffError(
+                    f"{directory} holds a run that began with other data ({name}): {changed} has "
+                    f"been changed, added or removed since; put it back, {other}"
+                )
+            content[name] = data[name] = before
+        elif not Path(parent).is_dir() and data_files(parent):
+            content[name] = data[name] = parent_state(parent)
+        if resumes and name in content and name in earlier and content[name] != before:
+            raise HandoffError(
+                f"{directory} holds a run that began with another {name}: {parent} has "
+                f"been made anew since; {other}"
+            )
+    write_atomically(path, json.dumps(content, indent=1))
+    return data
+
+
+def _noted(path: Path) -> dict[str, Any]:
+    with contextlib.suppress(ValueError):
+        return dict(read_json(path))
+    raise HandoffError(
+        f"{path} is damaged, so what the run began with is unknown; put it back, choose "
+        "another output_dir, or delete the folder"
+    )

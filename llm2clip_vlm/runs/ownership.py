@@ -19,10 +19,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from llm2clip_vlm.files import read_text, write_atomically
 
 MARKER_NAME = ".llm2clip-vlm.json"
 """File that says which process writes into a folder, and which names runs have written."""
+_SAME_START_S = 5.0  # the clock by which the kernel counts may be set
 
 
 class OwnershipError(ValueError):
@@ -40,7 +43,7 @@ class Hold:
         names: What it will write, below the folder.
         alone: Whether nothing else may lie there; else files of other names do not matter.
         shared: Whether other shared holds may write at the same time.
-        older: Names that a version without markers has written there.
+        known: Names there whose content says that a run has written them.
 
     Raises:
         OwnershipError: Another run holds the folder, or it holds something that no run has written;
@@ -55,19 +58,18 @@ class Hold:
         *,
         alone: bool = False,
         shared: bool = False,
-        older: Collection[str] = (),
+        known: Collection[str] = (),
     ) -> None:
         self.folder = Path(folder)
         """The folder."""
         self.names: set[str] = set()
         """Names that runs have written or will write."""
-        self._older = set(older)
         self._handle = -1
         wanted = set(names)
         path = self.folder / MARKER_NAME
         if earlier := _HELD.get(path.resolve()):
             earlier.release()
-        self.names = set(_content(path).get("names", ())) | self._older
+        self.names = {*_content(path).get("names", ()), *known}
         self._refuse_foreign(wanted, alone)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -76,7 +78,7 @@ class Hold:
             self.names |= set(_content(path).get("names", ()))
             self._refuse_foreign(wanted, alone)
             self.names |= wanted
-            self._write(holder := {**_this_process(), "doing": doing, "since": _now()})
+            self._write(holder := {**_this_process(), "doing": doing})
             if self._unlocked:  # of two that came at once, one stays
                 time.sleep(0.3)
                 if _content(path).get("holder") != holder:
@@ -246,19 +248,13 @@ def _content(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def _now() -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S")
-
-
 def _this_process() -> dict[str, Any]:
-    return {"host": os.uname().nodename, "process": os.getpid(), "started": _started(os.getpid())}
-
-
-def _started(process: int) -> str:
-    """When a process began, as the kernel counts; empty where it is not known."""
-    with suppress(OSError, IndexError):
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
-    return ""
+    return {
+        "host": os.uname().nodename,
+        "process": os.getpid(),
+        "began": psutil.Process().create_time(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+    }
 
 
 def _lives(holder: Any) -> bool:
@@ -266,10 +262,7 @@ def _lives(holder: Any) -> bool:
         return False
     if holder.get("host") != os.uname().nodename:
         return True
-    try:
-        os.kill(int(holder["process"]), 0)
-    except (ProcessLookupError, KeyError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return _started(int(holder["process"])) == holder.get("started")
+    with suppress(psutil.Error, KeyError, TypeError, ValueError):
+        began = psutil.Process(holder["process"]).create_time()
+        return abs(began - holder["began"]) < _SAME_START_S  # else its number was given anew
+    return False

@@ -1,9 +1,9 @@
 """Runs a command that ends when the process that asked for it ends, whatever ends that.
 
-`python supervise.py COMMAND ...` with a pipe as standard input, whose other end the asking process
-holds and never writes to. When that is closed (by intent, or by the kernel after any signal), the
-command and all that it has started, in whichever session, get SIGTERM, and SIGKILL 10 seconds
-later. It imports nothing of the package, so it costs a few milliseconds.
+`python supervise.py GRACE_S COMMAND ...` with a pipe as standard input, whose other end the asking
+process holds and never writes to. When that is closed (by intent, or by the kernel after any
+signal), the command and all that it has started, in whichever session, get SIGTERM, and SIGKILL
+GRACE_S seconds later. It imports nothing of the package, so it costs a few milliseconds.
 
 What the command has cost is written, as JSON, to the file that LLM2CLIP_VLM_COST names.
 """
@@ -22,13 +22,10 @@ import sys
 import time
 from pathlib import Path
 
-PATIENCE_S = 10.0
-"""Seconds between SIGTERM and SIGKILL."""
-
 _PR_SET_CHILD_SUBREAPER = 36
 
 
-def main(command: list[str]) -> int:
+def main(grace_s: float, command: list[str]) -> int:
     """Run a command; its exit code is returned, its signal repeated."""
     with contextlib.suppress(OSError, AttributeError):  # Linux: this process inherits orphans below
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
@@ -38,9 +35,8 @@ def main(command: list[str]) -> int:
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
     while process.poll() is None:
         if select.select([sys.stdin], [], [], 0.1)[0]:
-            _end(process)
-            break
-    code = process.wait()
+            _end(process, time.monotonic() + grace_s)
+    code = process.returncode
     if cost := os.environ.get("LLM2CLIP_VLM_COST"):
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         unit = 1 if sys.platform == "darwin" else 1024
@@ -59,42 +55,26 @@ def _pass(number: int, frame: object) -> None:
     """Ignore the signal: closing the pipe ends the command."""
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    _signal_all(signal.SIGTERM)
-    while _descendants() and time.monotonic() < deadline:
-        process.poll()
+def _end(process: subprocess.Popen[bytes], deadline: float) -> None:
+    alive = _signal_all(signal.SIGTERM)
+    while alive:
         time.sleep(0.05)
-    while _descendants():
-        _signal_all(signal.SIGKILL)
         process.poll()
-        time.sleep(0.05)
-    if not Path("/proc/self/stat").exists():
-        os.killpg(0, signal.SIGKILL)
+        alive = _signal_all(0 if time.monotonic() < deadline else signal.SIGKILL)
 
 
-def _signal_all(number: int) -> None:
-    if not Path("/proc/self/stat").exists():
-        os.killpg(0, number)
-    for process in _descendants():
-        with contextlib.suppress(OSError):
-            os.kill(process, number)
+def _signal_all(number: int) -> bool:
+    """Signal all processes below this one (0: none); return whether there are any."""
+    import psutil
 
-
-def _descendants() -> list[int]:
-    """List the processes below this one that still run."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            state, parent = entry.read_text().rpartition(")")[2].split()[:2]
-            if state != "Z":
-                parents[int(entry.parent.name)] = int(parent)
-    found, below = [], {os.getpid()}
-    while more := {child for child, parent in parents.items() if parent in below} - below:
-        below |= more
-        found += sorted(more)
-    return found
+    alive = False
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if process.status() != psutil.STATUS_ZOMBIE:
+                alive = True
+                process.send_signal(number)
+    return alive
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(float(sys.argv[1]), sys.argv[2:]))

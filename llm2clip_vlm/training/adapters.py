@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers.pytorch_utils import Conv1D
 
-from llm2clip_vlm.runs.manifest import HandoffError
+from llm2clip_vlm.recipe.base import LoraSection
+from llm2clip_vlm.runs.hashes import HandoffError
 
 ADAPTER_NAME = "adapter.safetensors"
 
@@ -119,6 +120,65 @@ def check_adapter(model: nn.Module, targets: str | list[str], key: str) -> None:
             problem = "its weight is another layer's, too (tied embeddings), and merging parts them"
         if problem:
             raise ValueError(f"{key}.target_modules: {name}: {problem}; leave this layer out")
+
+
+def lora_config(lora: LoraSection, **more: Any) -> Any:
+    """Turn a recipe's adapter into PEFT's config.
+
+    Args:
+        lora: Rank, scale, dropout, modules, LoRA or DoRA.
+        **more: Other fields of `peft.LoraConfig`.
+    """
+    from peft import LoraConfig
+
+    same = lora.model_dump(exclude={"alpha", "dropout"})
+    return LoraConfig(lora_alpha=lora.alpha, lora_dropout=lora.dropout, **same, **more)
+
+
+def add_lora(module: nn.Module, lora: LoraSection, key: str = "lora") -> Any:
+    """Put a LoRA adapter into a module, in place; the other weights are frozen.
+
+    The module keeps its class, so that it is saved and resumed like any other.
+
+    Args:
+        module: The module, such as a vision tower.
+        lora: Rank, scale, dropout, modules.
+        key: The adapter's section in the recipe, for messages.
+
+    Returns:
+        PEFT's tuner, whose `merge_and_unload` makes the module a plain one again, in place.
+
+    Raises:
+        ValueError: PEFT does not know a target; or see :func:`check_adapter`.
+    """
+    from peft import LoraModel
+
+    tuner = LoraModel(module, lora_config(lora), "default")
+    check_adapter(module, lora.target_modules, key)
+    return tuner
+
+
+def add_adapter(backbone: nn.Module, lora: LoraSection) -> Any:
+    """Make a PEFT model of an LLM that trains a LoRA adapter and freezes the rest.
+
+    Args:
+        backbone: The decoder.
+        lora: Rank, scaling, dropout and the layers to adapt.
+
+    Returns:
+        A `peft.PeftModel`; its Trainer checkpoints hold the adapter alone.
+
+    Raises:
+        ValueError: See :func:`add_lora`.
+
+    Paper: LLM2CLIP v6 appendix C.1 (r = 16, alpha = 32).
+    """
+    from peft import TaskType, get_peft_model
+
+    config = lora_config(lora, task_type=TaskType.FEATURE_EXTRACTION)
+    model: Any = get_peft_model(backbone, config)
+    check_adapter(model, lora.target_modules, "lora")
+    return model
 
 
 def is_adapted(model: nn.Module) -> bool:

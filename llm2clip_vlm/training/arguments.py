@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter, ValidationError
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.recipe.base import RunRecipe
@@ -115,6 +116,8 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     Raises:
         RecipeError: A bad key or value under `trainer`, one that the stage fixes to another value,
             or a global batch size that the processes cannot share evenly.
+        ValueError: A contrastive stage with gradient accumulation, micro-batches together with
+            gradient checkpointing, or ZeRO-3.
     """
     check_trainer_keys(recipe.trainer)
     forced = _FIXED | forced
@@ -146,8 +149,37 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "gradient_accumulation_steps": accumulation,
     }
     arguments = TrainingArguments(**values)
+    if recipe.contrastive:
+        _check_contrastive(recipe, arguments)
     if arguments.n_gpu > 1:
         # One process on several GPUs would be torch's DataParallel: another global batch.
         logger.warning("using 1 of %d GPUs; start with `accelerate launch`", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
+
+
+def _check_contrastive(recipe: RunRecipe, args: TrainingArguments) -> None:
+    """Refuse arguments under which the batch would not be the contrastive problem it is said to be.
+
+    Raises:
+        ValueError: Names the argument and what to do.
+    """
+    steps, batch = args.gradient_accumulation_steps, args.per_device_train_batch_size
+    if steps > 1:
+        raise ValueError(
+            f"gradient accumulation over {steps} steps adds no negatives: every pair would have "
+            f"those of its own small batch. Raise trainer.per_device_train_batch_size to "
+            f"{batch * steps} and bound the memory by micro_batch_size (stage 1: "
+            f"micro_batch_tokens), or lower global_batch_size to {batch * args.world_size}"
+        )
+    micro = [getattr(recipe, key, None) for key in ("micro_batch_size", "micro_batch_tokens")]
+    if any(micro) and args.gradient_checkpointing:
+        raise ValueError(
+            "trainer.gradient_checkpointing is true beside micro-batches, which already compute "
+            "every activation twice; set it to false and lower micro_batch_size (stage 1: "
+            "micro_batch_tokens) until a micro-batch fits"
+        )
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(
+            "contrastive training takes plain data parallelism or ZeRO-1/2, not ZeRO-3"
+        )

@@ -68,25 +68,31 @@ class Throughput(TrainerCallback):
     """Adds to each line of the log what training has achieved since the line before.
 
     `<unit>_per_s` over all processes, `tflops` of each (what is computed a second time counts
-    once), `mfu`, their share of what the GPU can do in bf16 where its kind is known,
-    and `data_wait`, the share of the time in which training waited for its batches. Time spent on
-    evaluation and on checkpoints is left out. Comes before :class:`MetricsJsonl`.
+    once), `mfu`, their share of what the GPU can do in bf16 where its kind is known, `fill`, the
+    share of the room that was not padding, and `data_wait`, the share of the time in which training
+    waited for its batches. Time spent on evaluation and on checkpoints is left out. Comes before
+    :class:`MetricsJsonl`.
     """
 
     def __init__(self, unit: str) -> None:
         """Args: unit: What is counted, such as `images`."""
         self.unit = unit
-        self._units = self._flops = self._waited = self._since = self._idle = 0.0
+        self._units: Tensor | float = 0
+        self._flops: Tensor | float = 0
+        self._room = 0
+        self._waited = self._since = self._idle = 0.0
 
-    def add(self, units: float, flops: float = 0.0) -> None:
-        """Count what this process trains on.
+    def add(self, units: Tensor | float, flops: Tensor | float = 0, room: int = 0) -> None:
+        """Count what this process trains on; tensors stay on their device until a line is written.
 
         Args:
             units: Number of units, such as the images of a batch.
             flops: FLOPs forward and backward.
+            room: Number of units that there was room for; 0 = as many.
         """
-        self._units += units
-        self._flops += flops
+        self._units = self._units + units
+        self._flops = self._flops + flops
+        self._room += room
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the clock."""
@@ -110,15 +116,19 @@ class Throughput(TrainerCallback):
         if "loss" not in (logs or {}):
             self.on_save(args, state, control)
             return
+        units, flops = float(self._units), float(self._flops)
         now = time.perf_counter()
         seconds = max(now - self._since, 1e-9)
-        logs[f"{self.unit}_per_s"] = round(self._units * args.world_size / seconds, 1)
-        if self._flops:
-            logs["tflops"] = float(f"{self._flops / seconds / 1e12:.4g}")
+        logs[f"{self.unit}_per_s"] = round(units * args.world_size / seconds, 1)
+        if flops:
+            logs["tflops"] = float(f"{flops / seconds / 1e12:.4g}")
             if peak := peak_flops():
-                logs["mfu"] = round(self._flops / seconds / peak, 4)
+                logs["mfu"] = round(flops / seconds / peak, 4)
+        if self._room:
+            logs["fill"] = units / self._room
         logs["data_wait"] = round(self._waited / seconds, 4)
-        self._units = self._flops = self._waited = 0.0
+        self._units = self._flops = self._room = 0
+        self._waited = 0.0
         self._since = self._idle = now
 
 

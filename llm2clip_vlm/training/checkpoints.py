@@ -73,21 +73,9 @@ def _hashes(root: Path) -> dict[str, str]:
 def make_room(directory: str | Path, step: int) -> None:
     """Make room for the checkpoint of a step, and mark its folder as one that is being written.
 
-    Args:
-        directory: Where the checkpoints are.
-        step: The step that is written next.
-    """
-    remove_unfinished(directory, step)
-    folder = Path(directory) / f"checkpoint-{step}"
-    folder.mkdir(parents=True, exist_ok=True)
-    sign(folder)
-
-
-def remove_unfinished(directory: str | Path, step: int) -> None:
-    """Delete what a killed run left unfinished, and nothing else.
-
-    A whole or damaged checkpoint in the way, and later ones (they were passed over when the run
-    resumed), are kept under another name, and so is what no run has put there.
+    What a killed run left unfinished is deleted, and nothing else: a whole or damaged checkpoint in
+    the way, and later ones (they were passed over when the run resumed), are kept under another
+    name, and so is what no run has put there.
 
     Args:
         directory: Where the checkpoints are.
@@ -103,6 +91,9 @@ def remove_unfinished(directory: str | Path, step: int) -> None:
             aside = next(name for name in names if not name.exists())
             folder.rename(aside)
             logger.warning("%s is in the way of this run and was kept as %s", folder, aside)
+    new = root / f"checkpoint-{step}"
+    new.mkdir(parents=True, exist_ok=True)
+    sign(new)
 
 
 def rotate(directory: str | Path, limit: int | None, best: str | None) -> None:

@@ -10,9 +10,6 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.training.adapters import check_adapter
-
 logger = logging.getLogger(__name__)
 
 LEGACY_PREFIX = {"clip_vision_model": "vision_model.", "siglip_vision_model": "vision_model."}
@@ -85,46 +82,3 @@ def export_vision_tower(model: nn.Module, image_processor: Any, directory: str |
     image_processor.save_pretrained(str(target))
     logger.info("vision tower (%s) written to %s", tower.config.model_type, target)
     return target
-
-
-def lora_config(lora: LoraSection, **more: Any) -> Any:
-    """Turn a recipe's adapter into PEFT's config.
-
-    Args:
-        lora: Rank, scale, dropout, modules, LoRA or DoRA.
-        **more: Other fields of `peft.LoraConfig`.
-    """
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_dora=lora.use_dora,
-        bias="none",
-        **more,
-    )
-
-
-def add_lora(module: nn.Module, lora: LoraSection, key: str = "lora") -> Any:
-    """Put a LoRA adapter into a module, in place; the other weights are frozen.
-
-    The module keeps its class, so that it is saved and resumed like any other.
-
-    Args:
-        module: The module, such as a vision tower.
-        lora: Rank, scale, dropout, modules.
-        key: The adapter's section in the recipe, for messages.
-
-    Returns:
-        PEFT's tuner, whose `merge_and_unload` makes the module a plain one again, in place.
-
-    Raises:
-        ValueError: PEFT does not know a target; or see :func:`check_adapter`.
-    """
-    from peft import LoraModel
-
-    tuner = LoraModel(module, lora_config(lora), "default")
-    check_adapter(module, lora.target_modules, key)
-    return tuner

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import hashlib
 import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -27,19 +26,16 @@ from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.runs.card import write_card
-from llm2clip_vlm.runs.claims import (
-    claim_output_dir,
-    claim_parents,
-    left_before_markers,
-    refuse_changed_outputs,
-)
+from llm2clip_vlm.runs.hashes import hash_json, meaning
 from llm2clip_vlm.runs.inputs import require_inputs
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
     HandoffError,
+    claim_output_dir,
+    claim_parents,
     is_complete,
-    meaning,
+    refuse_changed_outputs,
     verify_parent,
     versions,
     write_manifest,
@@ -180,12 +176,12 @@ class StageRun(Generic[R]):
         set_seed(self.recipe.seed)
         return self.args
 
-    def hold(self, *, shared: bool = False, older: Sequence[str] = ()) -> None:
+    def hold(self, *, shared: bool = False, known: Collection[str] = ()) -> None:
         """Take the output directory for this run alone. Call it on the main process.
 
         Args:
             shared: Other processes that say so too may write there at the same time.
-            older: Files there that are known by their contents to come from a run.
+            known: Names there whose content says that a run has written them.
 
         Raises:
             OwnershipError: Another run writes there, or files lie there that no run has written.
@@ -193,14 +189,7 @@ class StageRun(Generic[R]):
         """
         if not self.out.exists():
             atexit.register(_leave_nothing, self.out)
-        self._hold = Hold(
-            self.out,
-            self.stage,
-            _DURING,
-            alone=True,
-            shared=shared,
-            older=[*left_before_markers(self.out), *older],
-        )
+        self._hold = Hold(self.out, self.stage, _DURING, alone=True, shared=shared, known=known)
         there = {path.name for path in self.out.iterdir()} & _AT_THE_END
         foreign(self.out, sorted(there - self._hold.names))
         refuse_changed_outputs(self.out)
@@ -268,8 +257,7 @@ class StageRun(Generic[R]):
         """
         path = self.out / "measured.json"
         known: dict[str, Any] = read_json(path) if is_main() and path.is_file() else {}
-        plain = json.dumps([meaning(self.recipe), self._data, of], sort_keys=True)
-        key = hashlib.sha256(plain.encode()).hexdigest()
+        key = hash_json([meaning(self.recipe), self._data, of])
         row = known.get(name, {})
         kept = row["found"] if row.get("of") == key else None
         (kept,) = shared_out([kept], lambda mine: mine)  # that of the main process

@@ -12,6 +12,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
@@ -35,6 +36,7 @@ class StrictResumeMixin:
     model: Any
     args: Any
     state: Any
+    optimizer: torch.optim.Optimizer | None
 
     @functools.cached_property
     def _frozen(self) -> list[nn.Module]:
@@ -64,6 +66,19 @@ class StrictResumeMixin:
         finally:
             self.watchdog.stop()
         return result
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]] | None:
+        """Groups of parameters for the optimizer. None: those of transformers."""
+        return None
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """AdamW (or `trainer.optim`) over :meth:`parameter_groups`."""
+        target = self.model if model is None else model
+        if self.optimizer is None and (groups := self.parameter_groups(target)) is not None:
+            kind, arguments = Trainer.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = kind(groups, **{**arguments, "lr": groups[0]["lr"]})
+        made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
+        return made
 
     def compute_loss_context_manager(self) -> Any:
         """Put what is frozen into evaluation mode; transformers calls it after `model.train()`."""

@@ -15,9 +15,8 @@ import yaml
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.reading.bad_records import RecordError
-from llm2clip_vlm.runs.claims import PARENTS_NAME
 from llm2clip_vlm.runs.inputs import InputsError
-from llm2clip_vlm.runs.manifest import RESOLVED_NAME, HandoffError
+from llm2clip_vlm.runs.manifest import PARENTS_NAME, RESOLVED_NAME, HandoffError
 from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
 from tests.tiny import CHAT_TEMPLATE
 from tests.vlm_fixtures import run_here, write_llava, write_recipe

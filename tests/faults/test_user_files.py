@@ -14,8 +14,7 @@ import pytest
 
 from llm2clip_vlm.data.reading.records import RecordError, iter_rows
 from llm2clip_vlm.evaluation.vlm.jobs import Job
-from llm2clip_vlm.runs.claims import _noted
-from llm2clip_vlm.runs.manifest import read_manifest
+from llm2clip_vlm.runs.manifest import _noted, read_manifest
 from llm2clip_vlm.runs.ownership import Hold
 from llm2clip_vlm.training.callbacks import read_metrics
 from llm2clip_vlm.training.checkpoints import SEAL_NAME, _seal

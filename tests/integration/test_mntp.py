@@ -12,8 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.text.masking import MaskedRows
+from llm2clip_vlm.files import load_program
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
-from llm2clip_vlm.programs import load_program
 from llm2clip_vlm.runs.manifest import HandoffError, refuse_bidirectional
 from tests.tiny import llm_tokenizer
 

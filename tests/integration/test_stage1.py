@@ -29,12 +29,8 @@ from llm2clip_vlm.metrics.separability import PROTOCOL
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
-from llm2clip_vlm.training.text.text_trainer import (
-    PairCollator,
-    add_adapter,
-    alike_ids,
-    token_table,
-)
+from llm2clip_vlm.training.adapters import add_adapter
+from llm2clip_vlm.training.text.text_trainer import PairCollator, alike_ids, token_table
 from tests.tiny import WORDS, write_image
 from tests.vlm_fixtures import files_with_paths
 

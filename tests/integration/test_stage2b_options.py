@@ -17,10 +17,10 @@ from transformers import AutoModel
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.image_text import dataset as image_text
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.towers import load_vision_tower
-from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest

@@ -10,7 +10,7 @@ import pytest
 
 from llm2clip_vlm import load_vision_tower
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-from llm2clip_vlm.programs import load_program
+from llm2clip_vlm.files import load_program
 from llm2clip_vlm.runs.manifest import read_manifest
 from tests.image_text_files import add
 from tests.tiny import WORDS, write_image

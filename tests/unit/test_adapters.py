@@ -16,13 +16,13 @@ from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.recipe.vlm import Stage4Recipe
 from llm2clip_vlm.training.adapters import (
     Rounding,
+    add_adapter,
+    add_lora,
     load_adapter,
     merge_adapter,
     merged_state,
     save_adapter,
 )
-from llm2clip_vlm.training.export import add_lora
-from llm2clip_vlm.training.text.text_trainer import add_adapter
 from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 from tests.tiny import llama_config, llm_tokenizer
 from tests.tiny_towers import build_tower

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
+import select
+import shutil
 import subprocess
 import sys
 import textwrap
+import time
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -14,7 +18,7 @@ from pathlib import Path
 import pytest
 
 import llm2clip_vlm
-from llm2clip_vlm import cli, files, programs
+from llm2clip_vlm import cli, files
 from llm2clip_vlm.pipeline import Pipeline, PipelineError
 from llm2clip_vlm.preflight import doctor, starting
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
@@ -43,7 +47,6 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         )
     monkeypatch.setattr(cli, "_require_inputs", lambda stage, words: None)
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "llm2clip_vlm")
-    monkeypatch.setattr(programs, "_PACKAGE", tmp_path / "llm2clip_vlm")
     return tmp_path
 
 
@@ -186,6 +189,32 @@ def test_the_shell_completes_words(shell: str, capsys: pytest.CaptureFixture[str
         first, *files = done.stdout.splitlines()
         assert first.split() == [name for name in cli.STAGES if name.startswith("st")], done
         assert files[0] == "recipes/llava15/stage3_eva02.yaml"
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh here")
+def test_zsh_itself_completes_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["completion", "zsh"]) == 0
+    (tmp_path / "_llm2clip-vlm").write_text(capsys.readouterr().out)
+    terminal, side = os.openpty()
+    streams = {"stdin": side, "stdout": side, "stderr": side}
+    zsh = subprocess.Popen(["zsh", "-f", "-i"], **streams, cwd=tmp_path, start_new_session=True)  # type: ignore[call-overload]
+    start = f"fpath=({tmp_path} $fpath); autoload -Uz compinit; compinit -u -D; echo rea''dy\n"
+    for typed, shown in (
+        (start, "ready"),
+        ("llm2clip-vlm tra\t", "train"),
+        ("stage3\t", "stage3_projector"),
+        ("recipes/llava15/stage3_e\t", "stage3_eva02.yaml"),
+    ):
+        os.write(terminal, typed.encode())
+        seen, deadline = "", time.monotonic() + 60
+        while shown not in seen and time.monotonic() < deadline:
+            if select.select([terminal], [], [], 0.1)[0]:
+                seen += os.read(terminal, 65536).decode(errors="replace")
+        assert shown in seen
+    zsh.kill()
+    zsh.wait()
+    os.close(terminal)
+    os.close(side)
 
 
 def test_the_commands_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm import cli, embed
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.interop import command, push
 from llm2clip_vlm.play import command as play
 from llm2clip_vlm.preflight import machines
-from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
@@ -102,9 +102,10 @@ def check_cli(words: list[str]) -> None:
         assert len(compare.parser().parse_args(words[1:]).runs) > 1
         return
     if words[0] == "plan":
-        given = machines.parser().parse_intermixed_args(words[1:])
+        given, more = cli._parser().parse_known_args(words)
         assert given.gpu in machines.GPUS
-        check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *given.overrides])
+        overrides = [*given.overrides, *more]
+        check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *overrides])
         return
     if words[0] == "push":
         push.parser().parse_args(words[1:])

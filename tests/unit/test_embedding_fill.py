@@ -251,11 +251,11 @@ def test_the_command_counts_files(tmp_path: Path, capsys: pytest.CaptureFixture[
         cache.lookup([text])
     cache.close()
     size = parts(tmp_path)[0].stat().st_size
-    assert embed.main(["report", str(tmp_path)]) is None
-    assert embed.main(["verify", str(tmp_path)]) is None
+    assert embed.main("embed", ["report", str(tmp_path)]) is None
+    assert embed.main("embed", ["verify", str(tmp_path)]) is None
     said = capsys.readouterr().out
     assert "0 shards, 1 parts of unfinished runs" in said and f"bytes          {size} " in said
     assert "4 rows in 1 files" in said
-    assert embed.main(["merge", str(tmp_path), str(tmp_path)]) is None
+    assert embed.main("embed", ["merge", str(tmp_path), str(tmp_path)]) is None
     assert not parts(tmp_path)
     assert len(EmbeddingCache.open(tmp_path)) == 4

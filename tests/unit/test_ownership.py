@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from llm2clip_vlm.runs.ownership import (
@@ -150,10 +151,10 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
     content = json.loads(path.read_text())
     hold.release()
     parent = os.getppid()
-    started = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    began = psutil.Process(parent).create_time()
     for changes, refused in (
-        ({"process": parent, "started": started}, True),  # alive
-        ({"process": parent, "started": "1"}, False),  # its number was given anew
+        ({"process": parent, "began": began}, True),  # alive
+        ({"process": parent, "began": began - 60}, False),  # its number was given anew
         ({"process": 2**22 + 7}, False),
         ({"host": "another", "process": 2**22 + 7}, True),  # nobody knows
     ):

@@ -19,7 +19,8 @@ from llm2clip_vlm.models.trainable import (
 )
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.training.export import add_lora, export_vision_tower
+from llm2clip_vlm.training.adapters import add_lora
+from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, build_tower
 

@@ -166,19 +166,19 @@ def test_the_command_line_is_launcher_program_recipe_overrides_arguments(root: P
         )
     )
     program = str(root / "stages" / "work.py")
-    assert job.command(root) == ["accelerate", "launch", program, "r.yaml", "k=1", "--flag"]
+    assert job.command() == ["accelerate", "launch", program, "r.yaml", "k=1", "--flag"]
 
 
 def test_a_step_may_be_a_command_of_the_package(root: Path) -> None:
     say = {"name": "a", "program": "llm2clip-vlm", "arguments": ["--version"]}
-    Pipeline(pipeline(say), root).run()
+    Pipeline(pipeline(say)).run()
     assert (root / "runs" / "logs" / "a.log").read_text().strip() == llm2clip_vlm.__version__
 
 
 def test_a_program_that_is_not_there_is_named(root: Path) -> None:
     (job,) = expand(pipeline({"name": "a", "program": "stage9", "outputs": []}))
     with pytest.raises((ValueError, FileNotFoundError), match=r"stage9.*work"):
-        job.command(root)
+        job.command()
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_a_program_that_is_not_there_is_named(root: Path) -> None:
 
 def test_steps_run_after_what_they_need(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = pipeline(step("c", needs=["b"]), step("b", needs=["a"]), step("a"))
-    seconds = Pipeline(recipe, root).run()
+    seconds = Pipeline(recipe).run()
     assert order(root) == ["a", "b", "c"]
     assert set(seconds) == {"a", "b", "c"}
     assert set(json.loads((root / "runs" / "seconds.json").read_text())) == {"a", "b", "c"}
@@ -201,9 +201,9 @@ def test_steps_run_after_what_they_need(root: Path, capsys: pytest.CaptureFixtur
 
 def test_what_is_finished_is_skipped(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = pipeline(step("a"), step("b", needs=["a"]))
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
     before = json.loads((root / "runs" / "seconds.json").read_text())
-    assert Pipeline(recipe, root).run() == {}
+    assert Pipeline(recipe).run() == {}
     assert order(root) == ["a", "b"]
     assert "b: finished before, skipped" in capsys.readouterr().out
     assert json.loads((root / "runs" / "seconds.json").read_text()) == before
@@ -211,42 +211,42 @@ def test_what_is_finished_is_skipped(root: Path, capsys: pytest.CaptureFixture[s
 
 def test_what_needs_a_fresh_step_is_run_again(root: Path) -> None:
     recipe = pipeline(step("a"), step("b", needs=["a"]), step("c"))
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
     (root / "a.out").unlink()
-    assert set(Pipeline(recipe, root).run()) == {"a", "b"}
+    assert set(Pipeline(recipe).run()) == {"a", "b"}
 
 
 def test_a_step_without_outputs_runs_each_time(root: Path) -> None:
     recipe = pipeline(step("a", outputs=[]))
-    Pipeline(recipe, root).run()
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
+    Pipeline(recipe).run()
     assert order(root) == ["a", "a"]
 
 
 def test_a_failing_step_stops_the_pipeline_and_shows_its_log(root: Path) -> None:
     recipe = pipeline(step("a"), step("b", "fail", needs=["a"]), step("c", needs=["b"]), jobs=1)
     with pytest.raises(PipelineError, match=r"step 'b' ended with exit code 3") as error:
-        Pipeline(recipe, root).run()
+        Pipeline(recipe).run()
     assert "the end of runs/logs/b.log" in str(error.value)
     assert order(root) == ["a", "b"]
     recipe.steps[1].arguments.remove("fail")
-    assert set(Pipeline(recipe, root).run()) == {"b", "c"}, "a is not run again"
+    assert set(Pipeline(recipe).run()) == {"b", "c"}, "a is not run again"
 
 
 def test_a_launchers_report_does_not_hide_the_error_of_the_program(root: Path) -> None:
     with pytest.raises(PipelineError, match=r"error: the batch\n +does not divide\n +Traceback"):
-        Pipeline(pipeline(step("a", "launcher")), root).run()
+        Pipeline(pipeline(step("a", "launcher"))).run()
 
 
 def test_a_later_look_does_not_replace_what_a_step_cost(root: Path) -> None:
     recipe = pipeline(step("a", outputs=[]), step("b"))
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
     costs = json.loads((root / "runs" / "costs.json").read_text())
     costs["a"] = {"seconds": 900.0, "cpu_seconds": 800.0, "peak_memory_gb": 3.0}
     costs["b"] = dict(costs["a"])
     (root / "runs" / "costs.json").write_text(json.dumps(costs))
     (root / "b.out").unlink()
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
     after = json.loads((root / "runs" / "costs.json").read_text())
     assert after["a"] == costs["a"], "asked again, and nothing was to do"
     assert after["b"]["cpu_seconds"] < 60, "made again"
@@ -257,14 +257,14 @@ def test_a_later_look_does_not_replace_what_a_step_cost(root: Path) -> None:
 )
 def test_jobs_at_a_time(root: Path, jobs: int, all_cores: bool, expected: int) -> None:
     steps = [step(name, "count", all_cores=all_cores) for name in ("a", "b")]
-    Pipeline(pipeline(*steps, jobs=jobs), root).run()
+    Pipeline(pipeline(*steps, jobs=jobs)).run()
     assert max(int(path.read_text()) for path in root.glob("*.saw")) == expected
 
 
 def test_threads_are_shared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llm2clip_vlm.pipeline.usable_cores", lambda: 8)
     recipe = pipeline(step("a", all_cores=True), step("b", needs=["a"]), jobs=4)
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
     threads = {
         name: (root / "runs" / "logs" / f"{name}.log").read_text().split()[1] for name in "ab"
     }
@@ -424,10 +424,10 @@ def test_a_changed_frozen_file_is_refused_before_anything_runs(tmp_path: Path) -
     recipe = PipelineRecipe(
         output_dir=str(tmp_path / "out"), steps=[], frozen={str(frozen): digest}
     )
-    assert Pipeline(recipe, tmp_path).run() == {}
+    assert Pipeline(recipe).run() == {}
     frozen.write_bytes(b"changed")
     with pytest.raises(PipelineError, match=r"frozen file .*weights\.bin"):
-        Pipeline(recipe, tmp_path).run()
+        Pipeline(recipe).run()
 
 
 def test_steps_that_need_each_other_are_refused() -> None:
@@ -488,7 +488,7 @@ def test_a_step_that_was_stopped_is_not_finished(root: Path) -> None:
     """A stage that SIGTERM ends has saved its step, and ends with exit code 0."""
     recipe = pipeline(step("a", "stopped"), step("b", needs=["a"]))
     with pytest.raises(PipelineError, match="step 'a' was stopped by SIGTERM; the same command"):
-        Pipeline(recipe, root).run()
+        Pipeline(recipe).run()
     assert (root / "order.txt").read_text() == "a\n"
 
 
@@ -504,7 +504,7 @@ def test_a_second_pipeline_is_refused(root: Path) -> None:
     assert holder.stdout is not None and holder.stdout.readline() == "held\n"
     path.write_text(json.dumps({**content, "holder": {**content["holder"], "process": holder.pid}}))
     with pytest.raises(OwnershipError, match=f"a pipeline, process {holder.pid} on"):
-        Pipeline(recipe, root).run()
+        Pipeline(recipe).run()
     holder.kill()
     holder.wait()
     holder.stdout.close()
@@ -522,17 +522,17 @@ time.sleep(60)
 
 def test_outputs_must_be_what_they_were(root: Path) -> None:
     recipe = pipeline(step("a"), step("b"))
-    Pipeline(recipe, root).run()
+    Pipeline(recipe).run()
     os.utime("a.out", ns=(5, 5))
-    assert Pipeline(recipe, root).run() == {}
+    assert Pipeline(recipe).run() == {}
     Path("a.out").unlink()
-    assert set(Pipeline(recipe, root).run()) == {"a"}
+    assert set(Pipeline(recipe).run()) == {"a"}
     Path("b.out").write_text("edited")
     with pytest.raises(PipelineError, match=r"b\.out was changed after step 'b' wrote it"):
-        Pipeline(recipe, root).run()
+        Pipeline(recipe).run()
     assert Path("b.out").read_text() == "edited"
-    (root / "runs" / "logs" / OUTPUTS_NAME).unlink()  # of a version before: existing is enough
-    assert Pipeline(recipe, root).run() == {}
+    (root / "runs" / "logs" / OUTPUTS_NAME).unlink()  # not known: existing is enough
+    assert Pipeline(recipe).run() == {}
 
 
 def test_foreign_files_are_no_pipelines(root: Path) -> None:
@@ -540,13 +540,13 @@ def test_foreign_files_are_no_pipelines(root: Path) -> None:
     (root / "runs" / "logs").mkdir(parents=True)
     (root / "runs" / "logs" / "a.log").write_text("mine")
     with pytest.raises(OwnershipError, match=r"a\.log"):
-        Pipeline(recipe, root).run()
+        Pipeline(recipe).run()
     assert (root / "runs" / "logs" / "a.log").read_text() == "mine"
     (root / "runs" / "logs" / "a.log").unlink()
     for text in ("[1]", "{"):
         (root / "runs" / "seconds.json").write_text(text)
         with pytest.raises(OwnershipError, match=r"seconds\.json is no file of a pipeline"):
-            Pipeline(recipe, root).run()
+            Pipeline(recipe).run()
     assert not (root / "order.txt").exists()
 
 
@@ -559,3 +559,30 @@ def test_a_step_gets_the_cores_that_the_pipeline_may_use() -> None:
     finally:
         os.sched_setaffinity(0, before)
     assert usable_cores() == len(before)
+
+
+SAVES = """
+import signal, time
+from pathlib import Path
+stopped = []
+signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+Path("waits").touch()
+while not stopped:
+    time.sleep(0.05)
+time.sleep(1.5)
+Path("saved").touch()
+"""
+
+
+@pytest.mark.parametrize("grace_s", [1, 60])
+def test_a_step_has_its_grace_to_save(root: Path, grace_s: int) -> None:
+    (root / "stages" / "saves.py").write_text(SAVES)
+    made = Pipeline(pipeline({"name": "a", "program": "saves"}, grace_s=grace_s))
+    made.logs.mkdir(parents=True)
+    made._start(made.jobs[0])
+    while not (root / "waits").exists():
+        time.sleep(0.05)
+    began = time.monotonic()
+    made._stop_all()
+    assert (root / "saved").exists() is (grace_s > 1)
+    assert time.monotonic() - began < 10

@@ -137,6 +137,22 @@ def test_what_does_not_fit_gets_a_change(work: Path, monkeypatch: pytest.MonkeyP
     assert any(c.startswith("trainer.per_device_train_batch_size=") for c in found.changes)
 
 
+def test_changes_are_overrides_that_the_stage_takes(work: Path) -> None:
+    def changes(stage: str, *overrides: str) -> list[str]:
+        recipe = load_recipe(str(work / f"{stage}.yaml"), RECIPES[stage], overrides)
+        return [told for kind in plans._changes(recipe, Machine(gpus=2)) for told, *_ in kind]
+
+    saving = "trainer.gradient_checkpointing=true"
+    four = changes("stage4_instruction")[-3]
+    assert (
+        four.split()[:2] == ["load_in_4bit=true", saving] and "language_model_lora={r: 16}" in four
+    )
+    assert changes("stage4_instruction")[:2] == [saving, "trainer.per_device_train_batch_size=4"]
+    found = changes("stage1_text_encoder", saving)
+    assert f"micro_batch_tokens=4096 {saving.replace('true', 'false')}" in found
+    assert not any("per_device" in told or "zero" in told for told in found)
+
+
 def test_work_follows_the_data_and_the_machine(work: Path) -> None:
     epochs = ["trainer.max_steps=-1", "trainer.num_train_epochs=2"]
     found = planned(work, "stage3_projector", *epochs)

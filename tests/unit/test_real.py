@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, load_program
 from tests.tiny import build_clip
 
 SENTENCES = (

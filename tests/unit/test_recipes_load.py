@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel
 from world.recipe import LanguageModelRecipe
 
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.pipeline import COMMAND, expand
-from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.recipe.base import RunRecipe, Section
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe

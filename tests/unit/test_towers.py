@@ -32,7 +32,8 @@ from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused
 from llm2clip_vlm.models.vision.resolution import resize_positions
 from llm2clip_vlm.models.vision.towers import TowerError, load_vision_tower
 from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.training.export import add_lora, export_vision_tower
+from llm2clip_vlm.training.adapters import add_lora
+from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 

@@ -1,9 +1,7 @@
-"""Captions in stage 2b that are embedded before it starts, or once as it goes."""
+"""Captions in stage 2b: embedded before it starts, once as it goes, or in every step."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -21,10 +19,15 @@ from llm2clip_vlm.data.cache.filling import FillingCache
 from llm2clip_vlm.data.cache.shards import HEADER_NAME, digests_of, seal
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
 from llm2clip_vlm.distributed import barrier, is_main, rank, shared_out
-from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.text.caption_tokens import pad_tokens
+from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
+from llm2clip_vlm.models.trainable import set_precision
 from llm2clip_vlm.recipe.base import TextEncoderSection
-from llm2clip_vlm.recipe.encoder import Stage2bRecipe
-from llm2clip_vlm.runs.manifest import HandoffError, verify_parent
+from llm2clip_vlm.recipe.encoder import Stage2bRecipe, TextInLoopSection
+from llm2clip_vlm.runs.hashes import HandoffError, hash_json
+from llm2clip_vlm.runs.manifest import verify_parent
+from llm2clip_vlm.training.adapters import add_lora, merge_adapter
 from llm2clip_vlm.training.callbacks import EachEpoch
 
 logger = logging.getLogger(__name__)
@@ -146,8 +149,8 @@ class CaptionFeatures:
             return
 
         def lacking(data: ImageTextDataset) -> str:
-            facts = json.dumps([data.records.made_of, data.kinds, self._prompts], default=str)
-            note = cache.index.with_suffix(f".{hashlib.sha256(facts.encode()).hexdigest()[:32]}")
+            facts = [data.records.made_of, data.kinds, self._prompts]
+            note = cache.index.with_suffix(f".{hash_json(facts)[:32]}")
             # The table's digests stand for texts without a prompt; they are of all records, so what
             # they lack may belong to one that is not drawn: then the texts themselves are read.
             complete = note.exists() or (
@@ -199,6 +202,82 @@ class CaptionFeatures:
                     "%s is filled; this process encoded %d captions in %.1f s",
                     *(self._cache.directory, self._cache.encoded, self._cache.seconds),
                 )
+
+
+class TextInLoop:
+    """Captions to tokens, for a text encoder with a LoRA that trains inside the model.
+
+    Takes the place of :class:`CaptionFeatures`: the paper's comparison, not its method.
+
+    Args:
+        section: Encoder and adapter.
+        device: Where the encoder goes.
+
+    Paper: LLM2CLIP v6 table A4 (LoRA training of the LLM against cached text).
+    """
+
+    in_workers = False
+
+    def __init__(self, section: TextInLoopSection, device: Any) -> None:
+        self.encoder = load_caption_encoder(section.text_encoder, device)
+        self.dim = self.encoder.hidden_size
+        self._lora = section.lora
+        spec = section.text_encoder
+        self._named_fp16 = not isinstance(spec, str) and spec.dtype == "float16"
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the trained encoder; ask for them after :meth:`merge`."""
+        return self.encoder.fingerprint
+
+    def lookup(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings `[n, dim]`, float32, by the encoder as it stands."""
+        return self.encoder.encode(texts)
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The model's text arguments: tokens."""
+        tokens = self.encoder.tokens
+        return pad_tokens(tokens(texts), tokens.pad_token_id, tokens.num_front_tokens)
+
+    def require(self, dataset: Any, texts: Sequence[str]) -> None:
+        """Accept all texts: the encoder embeds any."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """No callbacks."""
+        return []
+
+    def attach(self, model: LLM2CLIPModel, args: TrainingArguments) -> None:
+        """Put the encoder into a model as `text_encoder`, with a new adapter.
+
+        Args:
+            model: Made before the encoder, so that it starts as it would without one.
+            args: Training arguments of this run.
+        """
+        self._tuner: Any = add_lora(self.encoder.backbone, self._lora, "text_in_loop.lora")
+        set_precision(self.encoder.backbone, args, named_fp16=self._named_fp16)
+        model.text_encoder = self.encoder
+
+    def merge(self, model: LLM2CLIPModel, directory: str | Path) -> None:
+        """Take the encoder out of the model, without its adapter, and write it on the main rank.
+
+        Args:
+            model: After training.
+            directory: Such as `<output_dir>/text_encoder`.
+        """
+        del model.text_encoder
+        live = self.encoder.encode(PROBE_TEXTS)
+        frozen = (p for n, p in self._tuner.named_parameters() if "lora_" not in n)
+        dtype = next(frozen).dtype
+        self.encoder.backbone, rounding = merge_adapter(self._tuner, dtype)
+        if is_main():
+            logger.warning("text encoder: %s", rounding)
+            self.encoder.save_pretrained(directory)
+            again = TextEncoder.from_pretrained(directory).encode(PROBE_TEXTS)
+            remedy = "it was not written as it was trained; go on from the last checkpoint"
+            require_equal(str(directory), live, again, remedy, self.encoder.backbone.dtype)
+
+    def finish(self) -> None:
+        """Do nothing: there is no cache to close."""
 
 
 class _Filling(EachEpoch):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from llm2clip_vlm.losses.contrastive import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import Clip, ClipTokens, clip_encoders, load_clip
@@ -275,9 +274,7 @@ def inherit_text_tower(
     _, encode_texts = clip_encoders(clip.to(device).eval(), tokens)
     adaptor = model.to(device).text_adaptor.train()
     optimizer = torch.optim.AdamW(adaptor.parameters(), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: (1 + math.cos(math.pi * step / settings.steps)) / 2
-    )
+    schedule = get_cosine_schedule_with_warmup(optimizer, 0, settings.steps)
     generator = torch.Generator().manual_seed(seed)
     cosines = []
     for step in range(settings.steps):

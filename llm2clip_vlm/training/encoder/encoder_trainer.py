@@ -12,11 +12,10 @@ from einops import repeat
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, TextInputs, collate
-from llm2clip_vlm.distributed import await_files, is_initialized, is_main, world_size
+from llm2clip_vlm.distributed import await_files, is_initialized, is_main
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.trainable import freeze_unused
 from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, WeightAverage
@@ -56,14 +55,12 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
             logged as `eval_<name>` on the schedule of their `eval_strategy`.
         train_dataset: Pairs.
         unit: What throughput counts.
-        grad_cache: The batch goes through the model in micro-batches.
         measure: Called on all ranks; leaves the random numbers of training alone.
         callbacks: More callbacks.
         **more: More arguments of `transformers.Trainer`.
 
     Raises:
-        ValueError: Gradient accumulation, fewer pairs than one batch, GradCache together with
-            gradient checkpointing, or ZeRO-3.
+        ValueError: Fewer pairs than one batch.
     """
 
     def __init__(
@@ -73,12 +70,10 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
         train_dataset: Any,
         *,
         unit: str,
-        grad_cache: bool,
         measure: Measure | None,
         callbacks: Sequence[TrainerCallback] | None,
         **more: Any,
     ) -> None:
-        check_contrastive_arguments(args, grad_cache=grad_cache)
         batch = args.per_device_train_batch_size * args.world_size
         if len(train_dataset) < batch:
             raise ValueError(
@@ -172,7 +167,6 @@ class EncoderTrainer(ContrastiveTrainer):
             args,
             train_dataset,
             unit="images",
-            grad_cache=micro_batch_size is not None,
             measure=measure,
             callbacks=[*own, *callbacks],
             data_collator=collate,
@@ -260,23 +254,11 @@ class EncoderTrainer(ContrastiveTrainer):
         value = cached_loss(self.accelerator, model, chunks, embed, loss)
         return (value, {}) if return_outputs else value
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Build the optimizer of the arguments, over groups with their own learning rates.
-
-        Args:
-            model: The model to optimise. None: the trainer's model.
-
-        Returns:
-            The optimizer.
-        """
-        if self.optimizer is None:
-            target = self.model if model is None else model
-            groups = build_param_groups(
-                target, self.learning_rates, self.args.weight_decay, layer_decay=self.layer_decay
-            )
-            optimizer_class, kwargs = self.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = optimizer_class(groups, **kwargs)
-        return self.optimizer
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups with their own learning rates."""
+        return build_param_groups(
+            model, self.learning_rates, self.args.weight_decay, layer_decay=self.layer_decay
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with `logit_scale` (stored logarithm) beside every loss.
@@ -305,38 +287,6 @@ def split_batch(features: Mapping[str, Tensor], size: int) -> list[dict[str, Ten
         }
         for start in range(0, images, size)
     ]
-
-
-def check_contrastive_arguments(args: TrainingArguments, *, grad_cache: bool = False) -> None:
-    """Refuse arguments under which the batch would not be the contrastive problem it is said to be.
-
-    Call it before a model is loaded.
-
-    Args:
-        args: Training arguments.
-        grad_cache: Whether the batch goes through the model in micro-batches.
-
-    Raises:
-        ValueError: Names the argument and what to do.
-    """
-    steps, batch = args.gradient_accumulation_steps, args.per_device_train_batch_size
-    if steps > 1:
-        raise ValueError(
-            f"gradient accumulation over {steps} steps adds no negatives: every pair would have "
-            f"those of its own small batch. Raise trainer.per_device_train_batch_size to "
-            f"{batch * steps} and bound the memory by micro_batch_size (stage 1: "
-            f"micro_batch_tokens), or lower global_batch_size to {batch * world_size()}"
-        )
-    if grad_cache and args.gradient_checkpointing:
-        raise ValueError(
-            "trainer.gradient_checkpointing is true beside micro-batches, which already compute "
-            "every activation twice; set it to false and lower micro_batch_size (stage 1: "
-            "micro_batch_tokens) until a micro-batch fits"
-        )
-    if is_deepspeed_zero3_enabled():
-        raise ValueError(
-            "contrastive training takes plain data parallelism or ZeRO-1/2, not ZeRO-3"
-        )
 
 
 def prepare_model(

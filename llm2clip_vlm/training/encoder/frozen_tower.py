@@ -7,7 +7,6 @@ that runs (seeds, text encoders, the control) can share them.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -29,7 +28,7 @@ from llm2clip_vlm.distributed import is_main, shared_out
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.text.text_encoder import hash_state
 from llm2clip_vlm.recipe.encoder import EncoderRecipe
-from llm2clip_vlm.runs.hashes import HandoffError
+from llm2clip_vlm.runs.hashes import HandoffError, hash_json
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +59,7 @@ class FrozenTower:
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
         made_by = [hash_state(tower.state_dict()), config, image_processor.to_dict()]
-        key = hashlib.sha256(json.dumps(made_by, sort_keys=True, default=str).encode())
-        self.folder = Path(folder) / key.hexdigest()[:32]
+        self.folder = Path(folder) / hash_json(made_by)[:32]
         """Folder of the features of this tower."""
         self._compared: list[tuple[Any, Tensor]] = []
         self._tower = tower.eval()

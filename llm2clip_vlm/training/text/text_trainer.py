@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.data.reading.table import Table, arrow_table
@@ -23,10 +23,7 @@ from llm2clip_vlm.losses.contrastive import NO_CANDIDATE, caption_contrastive_lo
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, length_groups, pad_tokens
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, pool
 from llm2clip_vlm.models.text.text_encoder_settings import Pooling
-from llm2clip_vlm.recipe.base import LoraSection
-from llm2clip_vlm.training.adapters import check_adapter
 from llm2clip_vlm.training.encoder.encoder_trainer import ContrastiveTrainer, Measure
-from llm2clip_vlm.training.export import lora_config
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 
 logger = logging.getLogger(__name__)
@@ -159,29 +156,6 @@ def alike_ids(texts: Int[Tensor, "n 2"], records: Int[Tensor, " n"]) -> Int[Tens
         ids = smallest
 
 
-def add_adapter(backbone: PreTrainedModel, lora: LoraSection) -> Any:
-    """Make a PEFT model that trains a LoRA adapter and freezes the rest.
-
-    Args:
-        backbone: The decoder.
-        lora: Rank, scaling, dropout and the layers to adapt.
-
-    Returns:
-        A `peft.PeftModel`; its Trainer checkpoints hold the adapter alone.
-
-    Raises:
-        ValueError: See :func:`~llm2clip_vlm.training.export.add_lora`.
-
-    Paper: LLM2CLIP v6 appendix C.1 (r = 16, alpha = 32).
-    """
-    from peft import TaskType, get_peft_model
-
-    kind = TaskType.FEATURE_EXTRACTION
-    model: Any = get_peft_model(backbone, lora_config(lora, task_type=kind))
-    check_adapter(model, lora.target_modules, "lora")
-    return model
-
-
 class CaptionContrastiveTrainer(ContrastiveTrainer):
     """`transformers.Trainer` for pairs of captions, contrasted over the global batch.
 
@@ -191,7 +165,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
     `args.label_smoothing_factor` applies.
 
     Args:
-        model: The encoder's backbone, or an adapter on it (:func:`add_adapter`).
+        model: The encoder's backbone, or an adapter on it (`add_adapter`).
         args: Training arguments; incomplete batches must be dropped.
         train_dataset: Caption pairs.
         encoder: Gives tokenizer and pooling.
@@ -246,7 +220,6 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
             args,
             train_dataset,
             unit="tokens",
-            grad_cache=micro_batch_tokens is not None,
             measure=measure,
             callbacks=callbacks,
             data_collator=PairCollator(table, tokens, train_dataset.prompts, micro_batch_tokens),

@@ -11,7 +11,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 
 
 class VlmFlops:
-    """Sums over micro-batches, kept on the device until they are asked for.
+    """Counts them without waiting for the device.
 
     Model FLOPs are those of the mathematics: two a weight and token forward, two more for each of
     the gradients (of activations, of weights) that the frozen parts leave; attention by the length
@@ -38,19 +38,14 @@ class VlmFlops:
         self._token, self._trained = costs[2], head
         # causal: half of the pairs
         self._square = 2 * text.num_hidden_layers * (width or text.hidden_size) * (1 + 2 * flows)
-        self._tokens: Tensor | int = 0
-        self._flops: Tensor | int = 0
-        self._room = 0
 
-    def add(self, inputs: Mapping[str, Any], room: int | None = None) -> None:
-        """Count a micro-batch without waiting for the device.
+    def __call__(self, inputs: Mapping[str, Any]) -> tuple[Tensor | int, Tensor]:
+        """Tokens and FLOPs, forward and backward.
 
         Args:
             inputs: What the model gets: padded with a mask, or packed with positions.
-            room: Tokens that there was room for. None: those of the padded batch.
         """
-        ids = inputs["input_ids"]
-        tokens: Tensor | int = ids.numel()
+        tokens: Tensor | int = inputs["input_ids"].numel()
         if (mask := inputs.get("attention_mask")) is not None:
             tokens, squares = mask.sum(), (mask.sum(-1) ** 2).sum()
         else:  # the sum of 2 p + 1 over the positions p of a sample is its length squared
@@ -58,15 +53,7 @@ class VlmFlops:
         trained = (inputs["labels"][..., 1:] != IGNORE_INDEX).sum()
         flops = tokens * self._token + squares * self._square + trained * self._trained
         images = len(inputs.get("pixel_values", ()))
-        self._tokens = self._tokens + tokens
-        self._flops = self._flops + flops.double() + images * self._image
-        self._room += room or ids.numel()
-
-    def take(self) -> tuple[float, float, float]:
-        """Tokens, FLOPs, and the share of the room that held tokens, since the last call."""
-        sums = float(self._tokens), float(self._flops), float(self._tokens) / max(self._room, 1)
-        self._tokens = self._flops = self._room = 0
-        return sums
+        return tokens, flops.double() + images * self._image
 
 
 def _size(module: nn.Module, *, trained: bool = False) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,7 @@ from llm2clip_vlm.models.vlm.document_attention import install_packing
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.recipe.vlm import PartTraining, VlmRecipe
 from llm2clip_vlm.runs.ownership import remove, sign
-from llm2clip_vlm.training.adapters import check_adapter, is_adapted
-from llm2clip_vlm.training.export import add_lora
+from llm2clip_vlm.training.adapters import add_lora, check_adapter, is_adapted
 from llm2clip_vlm.training.stage_run import StageRun
 from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 
@@ -256,20 +254,12 @@ def compose_once(
     folder = Path(directory)
     with args.main_process_first(local=False, desc="composing the VLM"):
         if distributed.is_main() and not folder.is_dir():
-            with written_whole(folder) as partial, _weights_unsplit(args):
+            plugin = args.deepspeed_plugin
+            unset_hf_deepspeed_config()  # all processes would have to join where ZeRO-3 splits
+            with written_whole(folder) as partial:
                 save_vlm(*build(), partial)
                 sign(partial)
+            if plugin is not None:
+                set_hf_deepspeed_config(getattr(plugin, "dschf", None) or plugin.hf_ds_config)
     distributed.await_files(folder)
     return load_vlm(folder, load_in_4bit=load_in_4bit, device=args.device)
-
-
-@contextlib.contextmanager
-def _weights_unsplit(args: TrainingArguments) -> Iterator[None]:
-    """Load below this without ZeRO-3's split, which all processes would have to join."""
-    plugin = args.deepspeed_plugin
-    unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if plugin is not None:
-            set_hf_deepspeed_config(getattr(plugin, "dschf", None) or plugin.hf_ds_config)

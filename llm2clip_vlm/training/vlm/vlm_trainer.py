@@ -112,23 +112,15 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             callbacks=[self.throughput, *(callbacks or [])],
         )
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or `trainer.optim`) over groups with the recipe's learning rates."""
-        if self.optimizer is None:
-            target: Any = self.model if model is None else model
-            decay = self.args.weight_decay
-            groups = build_param_groups(
-                target,
-                {name: part.lr for name, part in self.parts.items()},
-                {
-                    name: decay if part.weight_decay is None else part.weight_decay
-                    for name, part in self.parts.items()
-                },
-            )
-            optimizer_class, arguments = self.get_optimizer_cls_and_kwargs(self.args, target)
-            arguments.pop("lr", None)
-            self.optimizer = optimizer_class(groups, lr=groups[0]["lr"], **arguments)
-        return self.optimizer
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Groups with the recipe's learning rates and weight decays."""
+        decays = {name: part.weight_decay for name, part in self.parts.items()}
+        usual = self.args.weight_decay
+        return build_param_groups(
+            model,
+            {name: part.lr for name, part in self.parts.items()},
+            {name: usual if decay is None else decay for name, decay in decays.items()},
+        )
 
     def training_step(
         self,
@@ -145,7 +137,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         ids = inputs.pop("sample_ids", [])
         step = self.state.global_step + 1
         self.watchdog.beat(f"step {step}, samples {ids}")
-        self.flops.add(inputs, None if self.batches is None else self.batches.max_tokens)
+        packed = None if self.batches is None else self.batches.max_tokens
+        self.throughput.add(*self.flops(inputs), room=packed or inputs["input_ids"].numel())
         if self.audit is not None:
             self.audit.see(inputs)
         try:
@@ -181,13 +174,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             num_items_in_batch=None if items is None else int(items),
             weights=f"the newest of {checkpoints}, else {self.base}",
         )
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add what was achieved in the steps of this line; `fill` is the share without padding."""
-        if "loss" in logs:
-            tokens, flops, logs["fill"] = self.flops.take()
-            self.throughput.add(tokens, flops)
-        super().log(logs, start_time)
 
     def compute_loss(
         self,
