@@ -2,7 +2,7 @@
 
 Purpose: one self-contained page for people and one JSON file for programs, from results that lie
     on disk. Nothing is measured here but the examples (pictures with what the towers retrieve).
-Needs: results of stages 1 and 2, of `eval/run_lmms.py` and `eval/ab.py`; what is not there is shown
+Needs: results of stages 1 and 2, of `eval/run_lmms.py` and `demo/ab.py`; what is not there is shown
     as not run.
 Writes: `<output_dir>/report.html`, `<output_dir>/report.json`; prints one line.
 Launch: python eval/report.py recipes/demo/report.yaml [key=value ...]

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 _PACKAGE = Path(__file__).resolve().parent
 _LONGEST_NAME = 255
-_PACKED = {"recipes": "recipes", "eval": "eval_assets"}
+_PACKED = {"recipes": "recipes", "eval": "eval_assets", "demo": "demo"}
 """Folders of a checkout, and what they are called in the installed package."""
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -71,6 +71,28 @@ def percentile_interval(draws: np.ndarray, found: float, images: int) -> np.ndar
         wider = t.ppf(0.975, images - 1) / norm.ppf(0.975) * np.sqrt(images / (images - 1))
         ends = found + wider * (ends - found)
     return ends
+
+
+def bootstrap_of_sums(
+    counts: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> tuple[float, float]:
+    """95 % interval of a figure of counts that are summed over images, such as a mean IoU.
+
+    Args:
+        counts: `[images, ...]`.
+        figure: Makes figures `[draws]` of sums `[draws, ...]`.
+        resamples: Number of draws of the images with replacement.
+        seed: Seed of the draws.
+
+    Returns:
+        `(low, high)` in the figure's unit, as of :func:`percentile_interval`.
+    """
+    images, counted = len(counts), counts.astype(np.float64)
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(images, np.full(images, 1 / images), resamples).astype(np.float64)
+    drawn, whole = figure(np.tensordot(draws, counted, axes=1)), figure(counted.sum(0)[None])
+    low, high = percentile_interval(drawn, float(whole[0]), images)
+    return float(low), float(high)
 
 
 EXACT_FLIPS = 20

@@ -18,7 +18,7 @@ import numpy as np
 
 from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
 from llm2clip_vlm.evaluation.vlm.samples import pair_samples
-from llm2clip_vlm.evaluation.vlm.task_helpers import MME_SUFFIX
+from llm2clip_vlm.metrics.segmentation import paired_iou
 from llm2clip_vlm.metrics.statistics import (
     cluster_sums,
     holm,
@@ -130,7 +130,7 @@ def _same_answers(tasks: Sequence[str], a: Run, b: Run) -> list[list[str]]:
     """Benchmarks in groups: all of one judge the same answers to the same questions, or a part."""
     said = {
         task: {
-            (run.name, seed, s["image_id"], s["question"].removesuffix(MME_SUFFIX), s["answer"])
+            (run.name, seed, s["image_id"], s["question"], s["answer"])
             for run in (a, b)
             for seed, measured in run.scores[task].items()
             for s in measured.samples
@@ -181,24 +181,30 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     if ":" in task and len(seeds) > 1:
         return row
     for seed, one, two in measured:
-        if not (one.scored and two.scored):
-            continue
         try:
-            answers = pair_samples(one.scored, two.scored)
+            if len(one.counts) and len(two.counts):
+                within, p = paired_iou(one.counts, two.counts, resamples), None
+                test = f"none; paired bootstrap over {within['images']} images"
+            elif one.scored and two.scored:
+                answers = pair_samples(one.scored, two.scored)
+                if not answers.pictures_known and "generation_kwargs" in one.result:
+                    row["pictures_unknown"] = True
+                if not paired:
+                    continue
+                scores = answers.correct_a, answers.correct_b
+                within = paired_bootstrap(*scores, answers.image_ids, resamples)
+                within["mcnemar_p"] = mcnemar_exact(*scores) if is_binary(*scores) else None
+                flips = cluster_sums(scores[0] - scores[1], answers.image_ids)
+                p = sign_flip_test(flips) if len(deltas) == 1 else None
+                test = f"paired sign-flip test over {within['images']} images"
+            else:
+                continue
         except ValueError as error:
             raise ReportError(f"{task}: {one.folder} and {two.folder}: {error}") from None
-        if not answers.pictures_known and "generation_kwargs" in one.result:
-            row["pictures_unknown"] = True
-        if not paired:
-            continue
-        scores = answers.correct_a, answers.correct_b
-        within = paired_bootstrap(*scores, answers.image_ids, resamples)
-        p = mcnemar_exact(*scores) if is_binary(*scores) else None
-        row.setdefault("within_seed", []).append({"seed": seed, **within, "mcnemar_p": p})
+        if paired:
+            row.setdefault("within_seed", []).append({"seed": seed, **within})
         if len(deltas) == 1:
-            flips = sign_flip_test(cluster_sums(scores[0] - scores[1], answers.image_ids))
-            test = f"paired sign-flip test over {within['images']} images"
-            row |= {"ci": within["ci"], "p": flips, "test": test}
+            row |= {"ci": within["ci"], "p": p, "test": test}
     return row
 
 

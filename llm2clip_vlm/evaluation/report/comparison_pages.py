@@ -104,7 +104,7 @@ def difference_chart(found: Mapping[str, Any], pair: Sequence[str]) -> Chart:
     """Forest plot of one pair, without groups where it was not compared.
 
     Args:
-        found: What :func:`compare` returned, or the file that `eval/ab.py` wrote.
+        found: What :func:`compare` returned, or the file that `demo/ab.py` wrote.
         pair: Two names.
     """
     panels: dict[str, list[Mark]] = {"Benchmarks, points": [], "Retrieval R@1, points": []}

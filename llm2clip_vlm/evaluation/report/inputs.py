@@ -224,6 +224,15 @@ class Measured:
         """The samples, where each has a score of its own."""
         return [sample for sample in self.samples if sample["correct"] is not None]
 
+    @property
+    def counts(self) -> np.ndarray:
+        """What a mean IoU is made of, as :func:`~llm2clip_vlm.metrics.segmentation.overlaps` counts.
+
+        Returns:
+            `int[images, 3, classes]`; empty for other scores.
+        """
+        return np.array([sample["counts"] for sample in self.samples if "counts" in sample])
+
     def interval(self) -> Sequence[float] | None:
         """The 95 % interval over pictures; None where neither it nor single answers were kept."""
         if not self.scored:
@@ -316,6 +325,8 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         files = [folder / f"{name}.json" for name in names]
         result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
         samples = load_samples(file)
+        if "counts" in samples[0]:
+            continue  # a score of `results.json`
         parts = [DIRECTIONS.get(part, part.replace("_", " ")) for part in task.split(".")]
         title = result.get("title", ", ".join(parts))
         title += f" (first {result['limit']} only)" if result.get("limit") else ""
@@ -341,12 +352,12 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
             rest = {"chance": found.get("chance_r1"), "ci": found.get("ci")}
             yield f"retrieval_{kind}_{way}", Measured(title, found["r1"], folder, **rest)
         for name, found in (whole.get("results") or {}).items():
-            for metric in _NO_MEANS.keys() & {
-                key for key, value in found.items() if value is not None
-            }:
-                title = f"{name.replace('_', ' ')}, {_NO_MEANS[metric]}"
-                rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
-                yield name, Measured(title, found[metric], folder, (), found, **rest)
+            for metric, words in _NO_MEANS.items():
+                if found.get(metric) is not None:
+                    title, file = f"{name.replace('_', ' ')}, {words}", folder / f"{name}{SAMPLES}"
+                    samples = load_samples(file) if file.is_file() else ()
+                    rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
+                    yield name, Measured(title, found[metric], folder, samples, found, **rest)
 
 
 def _chance(result: Mapping[str, Any], samples: str) -> float | None:
