@@ -206,7 +206,6 @@ def report_recipe(root: Path, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
         "evaluation": str(root / "eval"),
         "headline_task": "l2c_world_vqa",
         "ab": str(root / "ab.json"),
-        "seconds": str(root / "seconds.json"),
     }
 
 

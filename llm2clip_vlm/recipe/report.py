@@ -43,10 +43,9 @@ class ReportRecipe(RecipeFile):
     """lmms-eval task of the answer, needed where VLMs were evaluated; its questions are shown."""
     ab: str | None = None
     """Result of `demo/ab.py` that was committed last."""
-    seconds: str | None = None
-    """JSON of the pipeline: step to seconds; without it the stages' manifests are read."""
     costs: str | None = None
-    """JSON of the pipeline: step to seconds, CPU seconds and peak memory."""
+    """JSON of the pipeline: step to seconds, CPU seconds and peak memory; without it the stages'
+    manifests are read for their seconds."""
     captions: str = "long"
     """Kind of caption of the answer (a column of the towers' `evaluation`). A kind of the same name
     and `_seen`, in wording that was trained on, stands in the answer, too."""

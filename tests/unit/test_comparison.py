@@ -378,7 +378,7 @@ def test_two_encoders_are_compared_item_by_item(
         found["accuracies"][name]["zero_shot_segmentation"][0] for name in models
     ]  # fmt: skip
     assert masked["p"] is None and "differs" not in rows["objects"]
-    assert masked["test"] == "none; paired bootstrap over 6 images"
+    assert masked["test"] == "paired bootstrap over 6 images"
     assert masked["delta"] == pytest.approx(mious[0] - mious[1])
     assert masked["ci"][0] <= masked["delta"] <= masked["ci"][1]
     interval = "[{:+.1f}, {:+.1f}]".format(*masked["ci"])

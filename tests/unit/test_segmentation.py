@@ -70,7 +70,9 @@ def run(function: Any, encoder: Encoder, voc: Path, task: str, **more: Any) -> A
         {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [values | more]}
         | {"seed": seed, "bootstrap": bootstrap}
     )
-    return function(recipe.tasks[0], encoder, recipe)
+    found = function(recipe.tasks[0], encoder, recipe)
+    names, counts = found["samples"][""]
+    return found | {"samples": (names, np.array(counts).tolist())}
 
 
 def masks(encoder: Encoder, root: Path, **more: Any) -> Masks:
@@ -143,8 +145,8 @@ def test_the_difference_of_two_mean_ious_by_hand() -> None:
     found = paired_iou(a, b, 1000)
     assert found["delta"] == pytest.approx(both) and found["images"] == 2
     assert mean_iou(a.sum(0)) - mean_iou(b.sum(0)) == pytest.approx(both), "of sums, not of means"
-    # A quarter of the draws has each picture twice, so that the percentiles are these ends; with
-    # two pictures they are widened: t of one degree of freedom over the normal's 1.96, times root 2.
+    # A quarter of the draws has each picture twice, so that these are the percentiles; with two
+    # pictures they are widened: t of one degree of freedom over the normal's 1.96, times root 2.
     wider = 12.7062 / 1.95996 * 2**0.5
     ends = [both + wider * (second - both), both + wider * (first - both)]
     assert found["ci"] == pytest.approx(ends, rel=1e-4)

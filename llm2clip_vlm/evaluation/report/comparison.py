@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
-from llm2clip_vlm.evaluation.vlm.samples import pair_samples
+from llm2clip_vlm.evaluation.vlm.samples import PairedSamples, pair_samples
 from llm2clip_vlm.metrics.segmentation import paired_iou
 from llm2clip_vlm.metrics.statistics import (
     cluster_sums,
@@ -182,30 +182,46 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
         return row
     for seed, one, two in measured:
         try:
-            if len(one.counts) and len(two.counts):
-                within, p = paired_iou(one.counts, two.counts, resamples), None
-                test = f"none; paired bootstrap over {within['images']} images"
-            elif one.scored and two.scored:
-                answers = pair_samples(one.scored, two.scored)
-                if not answers.pictures_known and "generation_kwargs" in one.result:
-                    row["pictures_unknown"] = True
-                if not paired:
-                    continue
-                scores = answers.correct_a, answers.correct_b
-                within = paired_bootstrap(*scores, answers.image_ids, resamples)
-                within["mcnemar_p"] = mcnemar_exact(*scores) if is_binary(*scores) else None
-                flips = cluster_sums(scores[0] - scores[1], answers.image_ids)
-                p = sign_flip_test(flips) if len(deltas) == 1 else None
-                test = f"paired sign-flip test over {within['images']} images"
-            else:
-                continue
+            # Of seeds that are no pairs one draw is enough: it sees whether the data are the same.
+            found = _over_images(one, two, resamples if paired else 1)
         except ValueError as error:
             raise ReportError(f"{task}: {one.folder} and {two.folder}: {error}") from None
+        if found is None:
+            continue
+        within, answers = found
+        if answers and not answers.pictures_known and "generation_kwargs" in one.result:
+            row["pictures_unknown"] = True
         if paired:
             row.setdefault("within_seed", []).append({"seed": seed, **within})
         if len(deltas) == 1:
-            row |= {"ci": within["ci"], "p": p, "test": test}
+            row |= {"ci": within["ci"], "test": f"paired bootstrap over {within['images']} images"}
+            if answers:
+                differences = answers.correct_a - answers.correct_b
+                row["p"] = sign_flip_test(cluster_sums(differences, answers.image_ids))
+                row["test"] = f"paired sign-flip test over {within['images']} images"
     return row
+
+
+def _over_images(
+    one: Measured, two: Measured, resamples: int
+) -> tuple[dict[str, Any], PairedSamples | None] | None:
+    """Two single results with the image as the unit.
+
+    Returns:
+        `{delta, ci, n, images, mcnemar_p}`, and the answers, which a mean IoU does not have. None:
+        neither answers nor counts of pixels were kept.
+
+    Raises:
+        ValueError: They are of different data.
+    """
+    if len(one.counts) and len(two.counts):
+        return paired_iou(one.counts, two.counts, resamples) | {"mcnemar_p": None}, None
+    if not (one.scored and two.scored):
+        return None
+    answers = pair_samples(one.scored, two.scored)
+    scores = answers.correct_a, answers.correct_b
+    within = paired_bootstrap(*scores, answers.image_ids, resamples)
+    return within | {"mcnemar_p": mcnemar_exact(*scores) if is_binary(*scores) else None}, answers
 
 
 def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:
