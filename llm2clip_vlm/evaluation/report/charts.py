@@ -98,15 +98,16 @@ class Chart:
         values = [0.0, *(v for m in rows for v in (m.value, *m.points, *(m.interval or ())))]
         values += [v for rules in self.guesses.values() for v in rules.values()]
         low, high = min(values), max(self.limit or 0.0, *values)
-        high += low == high  # nothing but zeros
         if self.sides:
+            high += low == high  # nothing but zeros
             low, high = min(low, -high / 3), max(high, -low / 3)
         return round_numbers(low, high)
 
 
 def round_numbers(low: float, high: float) -> list[float]:
     """About five round numbers at equal distances, from `low` or less to `high` or more."""
-    span = (high - low or 1.0) / 4
+    high += low == high
+    span = (high - low) / 4
     power = 10.0 ** math.floor(math.log10(span))
     step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= span * (1 - 1e-9))
     return [step * n for n in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]

@@ -156,17 +156,7 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
         "count": FLIPS_SHOWN,
         "pairs": pairs,
         "sentences": sentences,
-        "states": {
-            pair: "above" if w["won"] > w["lost"] else "below" if w["lost"] > w["won"] else ""
-            for pair, w in found["wins"].items()
-        },
-        "wins": [
-            [
-                " minus ".join(pairs[pair]),
-                *(w[key] for key in ("benchmarks", "higher", "lower", "won", "lost")),
-            ]
-            for pair, w in found["wins"].items()
-        ],
+        "wins": {" minus ".join(pairs[pair]): w for pair, w in found["wins"].items()},
         "scores": score_chart("Scores", runs, {r.name: n % 6 for n, r in enumerate(runs)}),
         "charts": {pair: difference_chart(found, names) for pair, names in pairs.items()},
         "flips": flips,
