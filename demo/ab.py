@@ -12,13 +12,13 @@ Launch: python demo/ab.py recipes/demo/ab_result.yaml [key=value ...]
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, model_validator
+from world.results import git_state, rounded
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.report.comparison import compare
@@ -26,7 +26,6 @@ from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages, di
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
 from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.metrics.statistics import rounded
 from llm2clip_vlm.recipe.base import RecipeFile
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.runs.manifest import read_manifest, recipe_hash
@@ -156,28 +155,6 @@ def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:
             if run.name not in recipe.retrieval_only
         },
     }
-
-
-def git_state(output: Path) -> dict[str, Any]:
-    """Commit of the checkout, and whether tracked files other than the output differ from it.
-
-    Returns:
-        `{"commit", "dirty"}`, both None outside a checkout or before the first commit.
-    """
-    root = Path(__file__).resolve().parents[1]
-    state = ["status", "--porcelain", "--untracked-files=no", "--", "."]
-    if not output.is_absolute():
-        state += [f":(exclude){output.with_suffix(end).as_posix()}" for end in (".json", ".svg")]
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], state)
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _origin(run: Run, seed: int) -> dict[str, Any]:

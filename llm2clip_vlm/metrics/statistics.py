@@ -352,15 +352,6 @@ def jackknife_error(
     return float(math.sqrt((len(used) - 1) * means.var())), len(used)
 
 
-def rounded(value: Any, places: int = 6) -> Any:
-    """A JSON value with its numbers cut to this many places."""
-    if isinstance(value, float):
-        return round(value, places)
-    if isinstance(value, Mapping):
-        return {key: rounded(item, places) for key, item in value.items()}
-    return [rounded(item, places) for item in value] if isinstance(value, list) else value
-
-
 def _same_length(
     correct_a: Sequence[float] | np.ndarray, correct_b: Sequence[float] | np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:

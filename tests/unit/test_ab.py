@@ -11,6 +11,7 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from world.results import git_state, rounded
 
 from llm2clip_vlm.programs import find_program, load_program
 from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
@@ -120,9 +121,13 @@ def test_origin_is_recorded_and_files_are_whole(
     assert "llm2clip minus control_long" in out and "no p is below 0.25" in out
 
 
-def test_without_git_the_commit_is_unknown(program: ModuleType, monkeypatch: Any) -> None:
+def test_numbers_are_cut() -> None:
+    assert rounded({"a": [0.12345678, "b"], "c": 3}, 3) == {"a": [0.123, "b"], "c": 3}
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", "")
-    assert program.git_state(Path("docs/results/ab.json")) == {"commit": None, "dirty": None}
+    assert git_state(Path("docs/results/ab.json")) == {"commit": None, "dirty": None}
 
 
 def test_each_choice_changes_the_comparison(program: ModuleType, run: Path, tmp_path: Path) -> None:

@@ -105,7 +105,6 @@ def test_report_has_both_directions_and_ragged_captions() -> None:
         ({"query_embeds": torch.full((2, 2), torch.nan)}, "finite"),
         ({"query_embeds": torch.eye(3)[:2]}, "one width"),
         ({"ks": (0,)}, "at least 1"),
-        ({"groups": ["a"]}, "groups"),
     ],
 )
 def test_bad_input_is_named(change: dict, message: str) -> None:

@@ -313,7 +313,9 @@ def run_suite(
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
     for name, lacking in left_out(suite).items():
         logger.warning("%s: not run, for want of %s", name, lacking)
-    holds = [_hold(out, name, jobs) for name in checkpoints]
+    written = [path for job in jobs for path in (job.result_path(out), job.samples_path(out))]
+    own = {GATE_NAME, *(path.name for path in written)}
+    holds = [Hold(out / name, "evaluation", own) for name in checkpoints]
     failed: list[tuple[Job, int]] = []
     while pending:
         code = _spawn(suite, pending, out, tasks)
@@ -337,13 +339,6 @@ def run_suite(
         assert result is not None, "a finished job lost its file meanwhile"
         found.setdefault(job.checkpoint, {})[job.task] = result
     return found
-
-
-def _hold(output: Path, checkpoint: str, jobs: list[Job]) -> Hold:
-    """A checkpoint's folder, in which nothing is overwritten that no evaluation has written."""
-    own = [job for job in jobs if job.checkpoint == checkpoint]
-    paths = [path for job in own for path in (job.result_path(output), job.samples_path(output))]
-    return Hold(output / checkpoint, "evaluation", {GATE_NAME, *(path.name for path in paths)})
 
 
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
