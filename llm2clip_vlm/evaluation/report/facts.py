@@ -245,8 +245,8 @@ def charts(facts: Facts) -> dict[str, Any]:
             rule, found = max(facts.guesses[task].items(), key=lambda g: g[1][""], default=("", {}))
             groups = {
                 kind.replace("_", " "): [
-                    Mark(run.name, fmean(run.values(f"{task}:{kind}")), colour=colours[run.name])
-                    for run in facts.vlms
+                    Mark(r.name, fmean(r.values(f"{task}:{kind}")), colour=recipe.colour(r.name))
+                    for r in facts.vlms
                 ]
                 for kind in kinds
             }
