@@ -48,15 +48,12 @@ def bootstrap_interval(
         `(low, high)` in per cent.
     """
     codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
-    sums, counts = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
-    clusters, mean = len(sums), 100.0 * sums.sum() / counts.sum()
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 500):
-        size = min(500, resamples - start)
-        weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
-        means.append(weights @ sums / (weights @ counts))
-    ends = percentile_interval(100.0 * np.concatenate(means), mean, clusters)
+    counted = np.stack([np.bincount(codes, weights=values), np.bincount(codes)], axis=1)
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        return 100.0 * sums[:, 0] / sums[:, 1]
+
+    ends = bootstrap_of_sums(counted, mean, resamples, seed)
     # A mean of shares is one, too.
     low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
     return float(low), float(high)
@@ -87,11 +84,14 @@ def bootstrap_of_sums(
     Returns:
         `(low, high)` in the figure's unit, as of :func:`percentile_interval`.
     """
-    images, counted = len(counts), counts.astype(np.float64)
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(images, np.full(images, 1 / images), resamples).astype(np.float64)
-    drawn, whole = figure(np.tensordot(draws, counted, axes=1)), figure(counted.sum(0)[None])
-    low, high = percentile_interval(drawn, float(whole[0]), images)
+    images, counted, rng = len(counts), counts.astype(np.float64), np.random.default_rng(seed)
+    drawn = []
+    for start in range(0, resamples, 500):  # all at once may not fit into memory
+        size = min(500, resamples - start)
+        weights = rng.multinomial(images, np.full(images, 1.0 / images), size=size)
+        drawn.append(figure(np.tensordot(weights.astype(np.float64), counted, axes=1)))
+    whole = float(figure(counted.sum(axis=0)[None])[0])
+    low, high = percentile_interval(np.concatenate(drawn), whole, images)
     return float(low), float(high)
 
 
