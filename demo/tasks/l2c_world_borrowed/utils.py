@@ -14,8 +14,7 @@ def pope_docs(dataset: Any) -> Any:
 
 
 def mme_docs(dataset: Any) -> Any:
-    """Make MME's pairs: the question with yes and the one with no of a picture and category."""
-    pairs = zip(dataset["image_id"], dataset["category"], strict=True)
-    paired = dataset.add_column("question_id", [f"{image}/{kind}" for image, kind in pairs])
+    """Make MME's pairs of the questions with yes and with no, which follow each other."""
+    paired = dataset.add_column("question_id", [str(row // 2) for row in range(len(dataset))])
     kinds = ["existence"] * len(dataset)
     return paired.remove_columns("category").add_column("category", kinds)
