@@ -30,11 +30,12 @@ def gate(
 
     Returns:
         `{column, ours, published, noise, noise_of, verdict, differs}` of each column of the row
-        (`ours`, `noise` and `noise_of` are None where it was not run): numbers on the published scale, `noise` the 95 % half-width of the difference of two
-        independent runs as uncertain as this one, `noise_of` its source (`pictures`: the
-        metric's own jackknife over pictures; `binomial`: as if questions were independent and the
-        metric a share of them, for results that do not have it), `verdict` one of `within noise`,
-        `above`, `below`, `not run`, and what differs from the published protocol.
+        (`ours`, `noise` and `noise_of` are None where it was not run): numbers on the published
+        scale, `noise` the 95 % half-width of the difference of two independent runs as uncertain
+        as this one, `noise_of` its source (`pictures`: the metric's own jackknife over pictures;
+        `binomial`: as if questions were independent and the metric a share of them, for results
+        that do not have it), `verdict` one of `within noise`, `above`, `below`, `not run`, and
+        what differs from the published protocol.
 
     Raises:
         ValueError: A result without the column's metric.
