@@ -50,7 +50,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from llm2clip_vlm.data.reading.images import open_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.vlm.generation import Generator
-from llm2clip_vlm.evaluation.vlm.jobs import own_tasks, run_suite, task_yaml
+from llm2clip_vlm.evaluation.vlm.jobs import run_suite
 from llm2clip_vlm.evaluation.vlm.worker import build_task, quiet
 from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint, save_vlm
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
@@ -59,6 +59,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from world.files import SIZES, WorldConfig, ensure_world
 
 TASK, BATCH, TOKENS, WIDTH = "l2c_world_exist", 24, 4, 256
+TASKS = Path(__file__).resolve().parents[1] / "demo/tasks"
 TOKENIZER = Path(__file__).resolve().parents[1] / "recipes/demo/base/models/language_model"
 GOALS = {"ratio_chat": 1.3, "ratio_llava_hf": 4.0, "limit_ratio": 1.1}
 OPTIONS = {"generation_kwargs": {"max_new_tokens": TOKENS}}
@@ -153,7 +154,7 @@ def evaluation(model: Any, data: Path) -> Callable[[], list[str]]:
     """One evaluation on a file, from lmms-eval's call on; returns the answers in order."""
     from lmms_eval.evaluator import simple_evaluate
 
-    task = build_task(LmmsTask(task=TASK, overrides=OPTIONS), task_yaml(TASK, own_tasks()), data)
+    task = build_task(LmmsTask(task=TASK, overrides=OPTIONS, data_files=str(data)), TASKS)
 
     def run() -> list[str]:
         found = simple_evaluate(
@@ -181,7 +182,7 @@ def process_cpu_s(checkpoint: Path, data: Path, output: Path) -> float:
     task = LmmsTask(task=TASK, data_files=str(data), overrides=OPTIONS, max_empty=1.0)
     suite = SuiteRecipe(tasks=[task], batch_size=BATCH, dtype="float32", device="cpu")
     before = os.times()
-    run_suite(suite, {"m": checkpoint}, output)
+    run_suite(suite, {"m": checkpoint}, output, TASKS)
     return sum(os.times()[:4]) - sum(before[:4])
 
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from world.results import git_state, rounded
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
@@ -24,7 +24,7 @@ from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
-from llm2clip_vlm.metrics.statistics import rounded, seed_summary
+from llm2clip_vlm.metrics.statistics import seed_summary
 from llm2clip_vlm.recipe.base import CaptionSource
 
 TEXTS = ("raw_causal", "raw_bidirectional", "stage1_causal", "stage1_bidirectional")
@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     missing: list[str] = []
     found: dict[str, Any] = {
-        "commit": commit(),
+        "commit": git_state(given.output)["commit"],
         "seconds": sum(cost["seconds"] for cost in optional(given.run / "costs.json").values()),
         "llm2clip": given.main,
         "seeds": given.seeds,
@@ -75,15 +75,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 def optional(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none yet."""
     return dict(read_json(file)) if file.is_file() else {}
-
-
-def commit() -> str | None:
-    """Commit of the checkout."""
-    with suppress(OSError, subprocess.CalledProcessError):
-        root = str(Path(__file__).resolve().parents[1])
-        words = ["git", "-C", root, "rev-parse", "HEAD"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    return None
 
 
 def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Purpose: one self-contained page for people and one JSON file for programs, from results that lie
     on disk. Nothing is measured here but the examples (pictures with what the towers retrieve).
-Needs: results of stages 1 and 2, of `eval/run_lmms.py` and `eval/ab.py`; what is not there is shown
+Needs: results of stages 1 and 2, of `eval/run_lmms.py` and `demo/ab.py`; what is not there is shown
     as not run.
 Writes: `<output_dir>/report.html`, `<output_dir>/report.json`; prints one line.
 Launch: python eval/report.py recipes/demo/report.yaml [key=value ...]
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,8 @@ from llm2clip_vlm.evaluation.report.inputs import (
     read_optional,
     read_retrieval,
     read_run,
-    read_scores,
     read_seconds,
+    read_vlms,
 )
 from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.recipe.base import ImageTextSource
@@ -77,17 +78,20 @@ def collect(recipe: ReportRecipe) -> Facts:
     retrieval = read_retrieval(recipe.towers)
     if recipe.captions not in (kinds := retrieval[recipe.headline[0]]):
         raise ReportError(f"captions: {recipe.captions}: expected one of {list(kinds)}")
-    vlms = {
-        f"{t}-s{seed}": path for t, found in recipe.vlms.items() for seed, path in found.items()
-    }
-    scores = read_scores(recipe.evaluation, list(vlms)) if recipe.evaluation and vlms else {}
-    if scores:
-        if (task := recipe.headline_task) not in scores:
-            raise ReportError(f"headline_task: {task}: expected one of {list(scores)}")
-        scores = {task: scores[task], **scores}
+    vlms = []
+    if recipe.evaluation and recipe.vlms:
+        vlms = read_vlms(
+            recipe.evaluation, {t: [*map(int, found)] for t, found in recipe.vlms.items()}
+        )
+        if (task := recipe.headline_task) not in vlms[0].scores:
+            raise ReportError(f"headline_task: {task}: expected one of {list(vlms[0].scores)}")
+        for run in vlms:
+            run.scores = {task: run.scores[task], **run.scores}
     stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
-    for stage, folders in ("stage2", recipe.towers), ("stage3", recipe.stage3), ("stage4", vlms):
-        stages |= {f"{stage}-{name}": folder for name, folder in folders.items()}
+    stages |= {f"stage2-{name}": folder for name, folder in recipe.towers.items()}
+    stages |= {f"stage3-{name}": folder for name, folder in recipe.stage3.items()}
+    stages |= {f"stage4-{t}-s{s}": f for t, seeds in recipe.vlms.items() for s, f in seeds.items()}
+    costs = read_optional(recipe.costs) or {}
     manifests = {name: read_manifest(folder) for name, folder in recipe.towers.items()}
     encoders = {n: f for n, f in recipe.encoders.items() if Path(f, "results.json").is_file()}
     return Facts(
@@ -95,10 +99,10 @@ def collect(recipe: ReportRecipe) -> Facts:
         retrieval=retrieval,
         verdict=retrieval_verdict(retrieval, recipe.headline, recipe.captions),
         cra=read_cra(recipe.stage1) if recipe.stage1 else None,
-        scores=scores,
+        vlms=vlms,
         encoders={name: read_run(name, {folder: None}) for name, folder in encoders.items()},
-        seconds=read_seconds(recipe.seconds, stages),
-        costs=read_optional(recipe.costs) or {},
+        seconds={n: float(c["seconds"]) for n, c in costs.items()} or read_seconds(stages),
+        costs=costs,
         manifests={name: manifest for name, manifest in manifests.items() if manifest},
         ab=read_optional(recipe.ab),
         curves=curves(recipe),
@@ -116,13 +120,11 @@ def add_examples(facts: Facts, pictures: str) -> None:
         recipe.examples,
         EmbeddingCache.open(recipe.cache) if recipe.cache else None,
     )
-    first = {name: next(iter(recipe.vlms[name])) for name in shown if name in recipe.vlms}
-    if facts.scores and first:
-        samples = {
-            task: {name: found[f"{name}-s{seed}"].samples for name, seed in first.items()}
-            for task, found in facts.scores.items()
-        }
-        data = next(iter(facts.scores[task].values())).result["data"]["path"]
+    runs = [run for name in shown for run in facts.vlms if run.name == name]
+    if runs:
+        first = {task: {run.name: run.first(task) for run in runs} for task in facts.tasks}
+        samples = {task: {name: m.samples for name, m in of.items()} for task, of in first.items()}
+        data = next(iter(first[task].values())).result["data"]["path"]
         facts.answers = answered_questions(samples[task], Path(data), recipe.examples)
         facts.one_photograph = one_photograph(facts.retrieved, samples.values())
 
@@ -141,7 +143,7 @@ def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:
     for panel, runs in panels.items():
         for tower, folder in runs:
             rows = read_metrics(Path(folder) / "metrics.jsonl")
-            points = [(r["step"], r["loss"]) for r in rows if r.get("loss") is not None]
+            points = [(r["step"], r["loss"]) for r in rows if isfinite(r.get("loss", nan))]
             if points:
                 steps, losses = zip(*points, strict=True)
                 line = Line(tower, steps, losses, recipe.colour(tower))
@@ -152,11 +154,16 @@ def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:
 def as_json(facts: Facts) -> dict[str, Any]:
     """What programs read: absent results are null or empty."""
     recipe = facts.recipe
-
-    def by_type(tower: str, task: str) -> list[dict[str, float]]:
-        found = [result["by_type"] for result in facts.results(task, tower)]
-        return [{kind: entry["score"] for kind, entry in kinds.items()} for kinds in found]
-
+    by_type = {
+        run.name: {
+            task: [
+                {kind: entry["score"] for kind, entry in measured.result["by_type"].items()}
+                for measured in run.scores[task].values()
+            ]
+            for task in facts.tasks
+        }
+        for run in facts.vlms
+    }
     return {
         "schema": 1,
         "finding": facts.verdict.sentence,
@@ -171,10 +178,8 @@ def as_json(facts: Facts) -> dict[str, Any]:
             for name, run in facts.encoders.items()
         },
         "without_the_picture": facts.guesses,
-        "vlm": {t: {task: facts.accuracies(task)[t] for task in facts.scores} for t in recipe.vlms},
-        "vlm_by_type": {
-            tower: {task: by_type(tower, task) for task in facts.scores} for tower in recipe.vlms
-        },
+        "vlm": {run.name: {task: run.values(task) for task in facts.tasks} for run in facts.vlms},
+        "vlm_by_type": by_type,
         "seeds": {tower: list(seeds) for tower, seeds in recipe.vlms.items()},
         "seconds": facts.seconds,
         "ab": facts.ab,

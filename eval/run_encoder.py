@@ -5,8 +5,8 @@ Purpose: every task of a recipe on one checkpoint; each result names its protoco
     is not run again.
 Needs: an `LLM2CLIPModel` with its text encoder, a CLIP or SigLIP, or (without texts) any vision
     tower; benchmarks in their published formats.
-Writes: `<output_dir>/<name>.json` for each task, `<name>*.samples.jsonl` where a score is a mean
-    over items (for `llm2clip-vlm compare`), `results.json`, and `encoder.html` for people.
+Writes: `<output_dir>/<name>.json` for each task, `<name>*.samples.jsonl` where a score is of items
+    or images (for `llm2clip-vlm compare`), `results.json`, and `encoder.html` for people.
 Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model [key=value ...]
 """
 
@@ -23,6 +23,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from llm2clip_vlm.cli import guard
@@ -54,8 +55,9 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "detection": detection,
 }
 
-VERSION = 2
-"""Version of the results; raised when a score or a hash is computed in another way."""
+VERSION = 3
+"""Version of the results; raised when a score or a hash is computed in another way, or more of an
+item is kept."""
 
 PAGE = "encoder.html"
 """What people read."""
@@ -130,14 +132,20 @@ def read_optional(file: Path) -> dict[str, Any]:
     return {}
 
 
-def sample_lines(images: Sequence[Any], right: Sequence[Any]) -> str:
-    """One JSON line an item, as `llm2clip-vlm compare` reads them: image, right or wrong."""
+def sample_lines(images: Sequence[Any], found: Sequence[Any]) -> str:
+    """One JSON line an item, as `llm2clip-vlm compare` reads them.
+
+    Args:
+        images: Image of each item.
+        found: Whether it is right; or counts, where the score is one of all images together.
+    """
     rest = {"id": None, "question": "", "type": "", "target": "", "answer": ""}
-    rows = (
-        {"doc_id": number, "image_id": str(image), "correct": float(hit), **rest}
-        for number, (image, hit) in enumerate(zip(images, right, strict=True))
-    )
-    return "".join(json.dumps(row) + "\n" for row in rows)
+    lines = []
+    for number, (image, one) in enumerate(zip(images, found, strict=True)):
+        counted = isinstance(one, np.ndarray)
+        kept = {"correct": None, "counts": one.tolist()} if counted else {"correct": float(one)}
+        lines.append(json.dumps({"doc_id": number, "image_id": str(image)} | kept | rest) + "\n")
+    return "".join(lines)
 
 
 def states_of(value: Any) -> list[str]:

@@ -1,13 +1,12 @@
 """Score checkpoints with lmms-eval.
 
 Purpose: every task of a suite on every checkpoint, in one subprocess; a second run does only what
-    changed (weights, task, data or code). `pope` and `mme` on world data run those benchmarks'
-    prompts and scorers and are never their scores.
+    changed (weights, task, data or code).
 Needs: vision-language checkpoints (stage 4's `model/`), a suite (`eval/suites/*.yaml`).
 Writes: `<output>/<name>/<task>.json` and `<task>.samples.jsonl`.
     With `--expected FILE:ROW` also `<output>/<name>/score_gate.json`.
-Launch: python eval/run_lmms.py --suite eval/suites/world.yaml \
-        --checkpoint base=runs/demo/base/stage4/model --output runs/demo/eval [key=value ...]
+Launch: python eval/run_lmms.py --suite eval/suites/llava15.yaml \
+        --checkpoint clip=runs/llava15/clip/stage4/model --output runs/eval [key=value ...]
     `--prefetch` prints which data sets the suite reads, for a machine that goes offline.
 """
 
@@ -22,7 +21,7 @@ from typing import Any
 
 from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, left_out, own_tasks, run_suite
 from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
-from llm2clip_vlm.files import find_recipe
+from llm2clip_vlm.files import find_recipe, find_shipped
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import ExpectedScores, SuiteRecipe
 from llm2clip_vlm.runs.ownership import write_pages
@@ -56,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
         "--prefetch", action="store_true", help="print what must be downloaded, and stop"
     )
     parser.add_argument(
-        "--tasks", type=Path, metavar="DIR", help="lmms-eval tasks of your own; their code is run"
+        "--tasks", metavar="DIR", help="lmms-eval tasks of your own; their code is run"
     )
     parser.add_argument("--limit", type=int, help="first documents of each task only")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's values")
@@ -70,21 +69,21 @@ def main(argv: list[str] | None = None) -> int:
         if not equals or not path or name in checkpoints:
             parser.error(f"--checkpoint {given}: expected NAME=PATH, each name once")
         checkpoints[name] = path
+    overrides = arguments.overrides + [f"limit={arguments.limit}"] * (arguments.limit is not None)
     try:
-        suite = load_recipe(find_recipe(arguments.suite), SuiteRecipe, arguments.overrides)
+        suite = load_recipe(find_recipe(arguments.suite), SuiteRecipe, overrides)
+        tasks = Path(find_shipped(arguments.tasks)) if arguments.tasks else None
         if arguments.prefetch:
-            print_prefetch(suite, arguments.tasks or own_tasks())
+            print_prefetch(suite, tasks or own_tasks())
             return 0
         file, _, row = (arguments.expected or "").rpartition(":")
         expected = load_recipe(find_recipe(file), ExpectedScores) if file else None
         if arguments.expected and (expected is None or row not in expected.rows):
             rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
             raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")
-        output, limit = arguments.output, arguments.limit
-        results = run_suite(suite, checkpoints, output, limit, tasks_dir=arguments.tasks)
+        output = arguments.output
+        results = run_suite(suite, checkpoints, output, tasks)
         print_table(results)
-        for name, lacking in left_out(suite).items():
-            print(f"{name}: not run, for want of {lacking}")
         if expected is not None:
             for name, found in results.items():
                 columns = gate(expected, row, found)

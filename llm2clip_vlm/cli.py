@@ -273,7 +273,7 @@ def _explain(arguments: argparse.Namespace) -> None:
         print(f"\nOne of them in full: llm2clip-vlm help {name} KEY; all: --all")
 
 
-_OTHERS = {"eval": "run_encoder", "suite": "run_lmms", "report": "report", "ab": "ab"}
+_OTHERS = {"eval": "run_encoder", "suite": "run_lmms", "report": "report"}
 """What `help` knows beside the stages, and the programs."""
 
 

@@ -1,4 +1,4 @@
-"""A finished run made of invented results: what `eval/report.py` and `eval/ab.py` read."""
+"""A finished run made of invented results: what `eval/report.py` and `demo/ab.py` read."""
 
 from __future__ import annotations
 
@@ -206,12 +206,11 @@ def report_recipe(root: Path, seeds: Sequence[int] = (0,)) -> dict[str, Any]:
         "evaluation": str(root / "eval"),
         "headline_task": "l2c_world_vqa",
         "ab": str(root / "ab.json"),
-        "seconds": str(root / "seconds.json"),
     }
 
 
 def ab_recipe(root: Path, seeds: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
-    """A recipe of `eval/ab.py` for :func:`write_run`."""
+    """A recipe of `demo/ab.py` for :func:`write_run`."""
     return {
         "towers": list(RATES),
         "seeds": list(seeds),

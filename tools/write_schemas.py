@@ -38,6 +38,7 @@ def models() -> dict[str, type[BaseModel]]:
     return {
         **MODELS,
         "base_language_model": LanguageModelRecipe,
+        "ab": load_program(find_program("ab")).AbRecipe,
         "prepare_real": load_program(find_program("prepare_real")).PrepareRecipe,
         "expected": ExpectedScores,
     }
@@ -87,8 +88,12 @@ def shipped() -> Iterator[tuple[Path, str]]:
         if file.parent.name != "accelerate":
             comment = "\n".join(re.findall(r"(?m)^#.*", file.read_text(encoding="utf-8")))
             yield file, next(n for n in _PROGRAM.findall(comment) if n != "draw_world")
-    for folder, program in (("suites", "run_lmms"), ("expected", "expected")):
-        for file in sorted((ROOT / "eval" / folder).glob("*.yaml")):
+    for folder, program in (
+        ("eval/suites", "run_lmms"),
+        ("demo/suites", "run_lmms"),
+        ("eval/expected", "expected"),
+    ):
+        for file in sorted((ROOT / folder).glob("*.yaml")):
             yield file, program
 
 

@@ -1,1 +1,1 @@
-"""One protocol for each metric: retrieval, zero-shot, separability, and their statistics."""
+"""One protocol for each metric: retrieval, zero-shot, separability, IoU, and their statistics."""

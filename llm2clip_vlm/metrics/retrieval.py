@@ -55,7 +55,6 @@ def recall_at_k(
     *,
     bootstrap: int = 1000,
     seed: int = 0,
-    groups: Sequence[Hashable] | None = None,
 ) -> RecallResult:
     """Share of queries that find one of their positives among the k best.
 
@@ -70,9 +69,7 @@ def recall_at_k(
             is right for query i.
         ks: Cut-offs.
         bootstrap: Resamples for the interval; 0 = no interval.
-        seed: Seed of the resampling.
-        groups: Image of each query. Resampling draws whole images, since captions of one
-            image fail together. None: each query alone.
+        seed: Seed of the resampling of queries.
 
     Returns:
         Recall, intervals and hits for each k.
@@ -96,13 +93,9 @@ def recall_at_k(
     if not cutoffs or min(cutoffs) < 1:
         raise ValueError(f"ks: expected cut-offs of at least 1, got {ks!r}")
     pairs = _as_pairs(positives, len(queries), len(gallery))
-    units = range(len(queries)) if groups is None else groups
-    if len(units) != len(queries):
-        raise ValueError(
-            f"groups: expected one entry for each of {len(queries)} queries, got {len(units)}"
-        )
     rivals, _ = _count_rivals(queries, gallery, pairs, both=False)
-    return _result(rivals, pairs[0], len(gallery), cutoffs, units, bootstrap, seed)
+    groups = range(len(queries))
+    return _result(rivals, pairs[0], len(gallery), cutoffs, groups, bootstrap, seed)
 
 
 def chance_recall(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,15 +48,12 @@ def bootstrap_interval(
         `(low, high)` in per cent.
     """
     codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
-    sums, counts = np.bincount(codes, weights=values), np.bincount(codes).astype(np.float64)
-    clusters, mean = len(sums), 100.0 * sums.sum() / counts.sum()
-    rng = np.random.default_rng(seed)
-    means = []
-    for start in range(0, resamples, 500):
-        size = min(500, resamples - start)
-        weights = rng.multinomial(clusters, np.full(clusters, 1.0 / clusters), size=size)
-        means.append(weights @ sums / (weights @ counts))
-    ends = percentile_interval(100.0 * np.concatenate(means), mean, clusters)
+    counted = np.stack([np.bincount(codes, weights=values), np.bincount(codes)], axis=1)
+
+    def mean(sums: np.ndarray) -> np.ndarray:
+        return 100.0 * sums[:, 0] / sums[:, 1]
+
+    ends = bootstrap_of_sums(counted, mean, resamples, seed)
     # A mean of shares is one, too.
     low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
     return float(low), float(high)
@@ -71,6 +68,31 @@ def percentile_interval(draws: np.ndarray, found: float, images: int) -> np.ndar
         wider = t.ppf(0.975, images - 1) / norm.ppf(0.975) * np.sqrt(images / (images - 1))
         ends = found + wider * (ends - found)
     return ends
+
+
+def bootstrap_of_sums(
+    counts: np.ndarray, figure: Callable[[np.ndarray], np.ndarray], resamples: int, seed: int
+) -> tuple[float, float]:
+    """95 % interval of a figure of counts that are summed over images, such as a mean IoU.
+
+    Args:
+        counts: `[images, ...]`.
+        figure: Makes figures `[draws]` of sums `[draws, ...]`.
+        resamples: Number of draws of the images with replacement.
+        seed: Seed of the draws.
+
+    Returns:
+        `(low, high)` in the figure's unit, as of :func:`percentile_interval`.
+    """
+    images, counted, rng = len(counts), counts.astype(np.float64), np.random.default_rng(seed)
+    drawn = []
+    for start in range(0, resamples, 500):  # all at once may not fit into memory
+        size = min(500, resamples - start)
+        weights = rng.multinomial(images, np.full(images, 1.0 / images), size=size)
+        drawn.append(figure(np.tensordot(weights.astype(np.float64), counted, axes=1)))
+    whole = float(figure(counted.sum(axis=0)[None])[0])
+    low, high = percentile_interval(np.concatenate(drawn), whole, images)
+    return float(low), float(high)
 
 
 EXACT_FLIPS = 20
@@ -328,15 +350,6 @@ def jackknife_error(
     ]
     means = np.mean([[all_of if v is None else v for v, all_of in row] for row in values], axis=0)
     return float(math.sqrt((len(used) - 1) * means.var())), len(used)
-
-
-def rounded(value: Any, places: int = 6) -> Any:
-    """A JSON value with its numbers cut to this many places."""
-    if isinstance(value, float):
-        return round(value, places)
-    if isinstance(value, Mapping):
-        return {key: rounded(item, places) for key, item in value.items()}
-    return [rounded(item, places) for item in value] if isinstance(value, list) else value
 
 
 def _same_length(

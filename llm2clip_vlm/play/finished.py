@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.files import read_text
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
+from llm2clip_vlm.training.callbacks import read_metrics
 
 VLM_STAGES = ("stage4_instruction",)
 """Whose models one can talk with."""
@@ -50,10 +49,10 @@ def finished_runs(root: str | Path) -> list[FinishedRun]:
             photos = str(Path(source["path"]).parent)
         photos = photos and from_run(folder, manifest, photos)
         name = folder.relative_to(root).as_posix()
+        rows = read_metrics(folder / "metrics.jsonl")
+        losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
         found.append(
-            FinishedRun(
-                name, folder, manifest["stage"], manifest["seconds"], _losses(folder), photos
-            )
+            FinishedRun(name, folder, manifest["stage"], manifest["seconds"], losses, photos)
         )
     return found
 
@@ -75,9 +74,3 @@ def from_run(folder: Path, manifest: dict[str, Any], path: str) -> str:
         return path
     there = Path(*whole[: -len(output)], path)
     return str(there) if there.exists() else path
-
-
-def _losses(folder: Path) -> list[tuple[int, float]]:
-    file = folder / "metrics.jsonl"
-    rows = map(json.loads, read_text(file).splitlines() if file.is_file() else ())
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row]

@@ -159,7 +159,7 @@ def find_photos(folder: Path) -> Iterator[str]:
                 yield Path(place, name).relative_to(folder).as_posix()
 
 
-def index_photos(folder: str | Path, encoder: Encoder, *, quiet: bool = False) -> PhotoIndex:
+def index_photos(folder: str | Path, encoder: Encoder) -> PhotoIndex:
     """Index a folder of photographs; only what is new or changed is embedded.
 
     One photograph of an earlier call is embedded again: if its vector is another one now, nothing
@@ -168,7 +168,6 @@ def index_photos(folder: str | Path, encoder: Encoder, *, quiet: bool = False) -
     Args:
         folder: With all folders below it.
         encoder: Of :func:`load_searcher`.
-        quiet: No progress bar.
 
     Raises:
         ValueError: No picture in it that can be used.
@@ -188,7 +187,7 @@ def index_photos(folder: str | Path, encoder: Encoder, *, quiet: bool = False) -
 
     try:
         with ThreadPoolExecutor() as threads, tqdm(
-            total=len(todo), disable=quiet or not todo, unit="photo", desc="indexing"
+            total=len(todo), disable=not todo, unit="photo", desc="indexing"
         ) as bar:  # fmt: skip
             for start in range(0, len(todo), encoder.batch_size):
                 part = todo[start : start + encoder.batch_size]

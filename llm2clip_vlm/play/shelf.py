@@ -9,11 +9,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.statistics import binomial_interval
 from llm2clip_vlm.play.finished import ENCODER_STAGES, VLM_STAGES, FinishedRun, finished_runs
-from llm2clip_vlm.play.photo_index import PhotoIndex, index_photos, load_searcher
+from llm2clip_vlm.play.photo_index import index_photos, load_searcher
 from llm2clip_vlm.play.vlm_chat import Chat
 
 DEFAULT_RUN = "runs/demo"
@@ -43,7 +42,7 @@ class Shelf:
         votes: str | None = None,
         device: str | None = None,
     ) -> None:
-        self.run, self.device = Path(run), device
+        self.run = Path(run)
         self.runs: list[FinishedRun] = finished_runs(run)
         self.vlms = {**{path: path for path in vlms}, **self._of(VLM_STAGES)}
         self.encoders = {**{path: path for path in encoders}, **self._of(ENCODER_STAGES)}
@@ -55,21 +54,16 @@ class Shelf:
             raise ValueError(
                 f"{run}: no finished stage with a model{made}; or name some by --vlm and --encoder"
             )
-        self.chat = lru_cache(maxsize=4)(self._chat)
-        self.encoder = lru_cache(maxsize=4)(self._encoder)
-        self.index = lru_cache(maxsize=4)(self._index)
+        self.chat = lru_cache(maxsize=4)(lambda name: Chat.load(self.vlms[name], device=device))
+        self.encoder = lru_cache(maxsize=4)(
+            lambda name: load_searcher(self.encoders[name], device=device)
+        )
+        self.index = lru_cache(maxsize=4)(
+            lambda name, folder: index_photos(folder, self.encoder(name))
+        )
 
     def _of(self, stages: Sequence[str]) -> dict[str, str]:
         return {run.name: str(run.folder) for run in self.runs if run.stage in stages}
-
-    def _chat(self, name: str) -> Chat:
-        return Chat.load(self.vlms[name], device=self.device)
-
-    def _encoder(self, name: str) -> Encoder:
-        return load_searcher(self.encoders[name], device=self.device)
-
-    def _index(self, name: str, folder: str) -> PhotoIndex:
-        return index_photos(folder, self.encoder(name))
 
     def vote(self, names: Sequence[str], vote: str, **more: Any) -> None:
         """Keep a vote: `left`, `right` or `tie` of two models."""

@@ -13,7 +13,7 @@ from llm2clip_vlm.recipe.base import RecipeFile
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import did_you_mean, fields_below, models_in, shown
-from llm2clip_vlm.recipe.report import AbRecipe, ReportRecipe
+from llm2clip_vlm.recipe.report import ReportRecipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
 
@@ -23,7 +23,6 @@ MODELS: dict[str, type[RecipeFile]] = {
     "run_encoder": EncoderEvalRecipe,
     "run_lmms": SuiteRecipe,
     "report": ReportRecipe,
-    "ab": AbRecipe,
 }
 """Every program of the library that reads a recipe."""
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from llm2clip_vlm.recipe.base import OutputDir, RecipeFile
 
@@ -44,11 +42,10 @@ class ReportRecipe(RecipeFile):
     headline_task: str = ""
     """lmms-eval task of the answer, needed where VLMs were evaluated; its questions are shown."""
     ab: str | None = None
-    """Result of `eval/ab.py` that was committed last."""
-    seconds: str | None = None
-    """JSON of the pipeline: step to seconds; without it the stages' manifests are read."""
+    """Result of `demo/ab.py` that was committed last."""
     costs: str | None = None
-    """JSON of the pipeline: step to seconds, CPU seconds and peak memory."""
+    """JSON of the pipeline: step to seconds, CPU seconds and peak memory; without it the stages'
+    manifests are read for their seconds."""
     captions: str = "long"
     """Kind of caption of the answer (a column of the towers' `evaluation`). A kind of the same name
     and `_seen`, in wording that was trained on, stands in the answer, too."""
@@ -67,52 +64,3 @@ class ReportRecipe(RecipeFile):
         """A tower's series in charts."""
         order = self.order()
         return order.index(tower) % 6 if tower in order else 0
-
-
-class AbRecipe(RecipeFile):
-    """Recipe of `eval/ab.py`: towers compared over training seeds, the seed as the unit."""
-
-    towers: list[str] = Field(min_length=2)
-    """Names, in the order in which they are shown."""
-    seeds: list[int] = Field(min_length=2)
-    """Training seeds; each reseeds stage 2 and the VLM."""
-    pairs: list[list[str]] = Field(min_length=1)
-    """Comparisons `[a, b]` (a minus b); the first is the headline."""
-    evaluation: str
-    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each VLM."""
-    tasks: list[str] = Field(min_length=1)
-    """lmms-eval tasks; those with question types are also compared type by type."""
-    retrieval: dict[str, str] = Field(default_factory=dict)
-    """Output directory of stage 2 by tower, with `{seed}` in it where it was trained again."""
-    retrieval_only: list[str] = Field(default_factory=list)
-    """Towers for which no VLM was trained: they are compared in retrieval alone."""
-    retrieval_kinds: list[str] = Field(default_factory=lambda: ["short", "long"])
-    """Kinds of caption of `results.json`; R@1 in both directions is compared."""
-    resamples: int = Field(default=10_000, ge=100)
-    """Bootstrap draws of the comparison within a seed."""
-    data: str = ""
-    """Training and evaluation data, for readers."""
-    output: str = "docs/results/ab.json"
-    """File of the result; the chart lies beside it, as `.svg`."""
-    block: str | None = None
-    """Key of an earlier `output` below which this result goes; all else there stays as it is, and
-    no chart or page is written. None: the result is the whole file."""
-    pages: str
-    """Folder of the comparison for people and papers (`compare.html`, `compare.md`)."""
-
-    @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
-        for pair in self.pairs:
-            if len(pair) != 2 or pair[0] == pair[1] or set(pair) - set(self.towers):
-                raise ValueError(f"pairs: expected two names of {self.towers}, got {pair}")
-        if set(self.retrieval) - set(self.towers):
-            raise ValueError(
-                f"retrieval: expected names of {self.towers}, got {sorted(self.retrieval)}"
-            )
-        if set(self.retrieval_only) - set(self.retrieval):
-            raise ValueError(
-                f"retrieval_only: expected names of retrieval, got {self.retrieval_only}"
-            )
-        if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds: expected each seed once, got {self.seeds}")
-        return self

@@ -13,7 +13,7 @@ class LmmsTask(Section):
     """One lmms-eval task of a suite."""
 
     task: str
-    """Name of a built-in task, or of one under `eval/tasks/`."""
+    """Name of a built-in task, of one under `eval/tasks/`, or below `--tasks DIR`."""
     name: str | None = None
     """Name of its result. None: that of the task. One task twice in a suite needs two names."""
     judge: bool = False
@@ -29,9 +29,6 @@ class LmmsTask(Section):
     """First documents only; never written as the task's score without saying so."""
     title: str | None = None
     """Name in reports: a built-in task on other data never carries the benchmark's name alone."""
-    convert: Literal["pope", "mme"] | None = None
-    """`data_files` is the world's `exist_test.jsonl`, to be rewritten in the schema that this
-    built-in task reads. Such a task needs a `title`."""
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Merged over the task's own YAML (`{lmms_eval_specific_kwargs: {default: {ocr: true}}}`);
     `null` removes a key (`{process_docs: null}`), `"!function llm2clip_vlm.MODULE.NAME"` is a
@@ -55,6 +52,8 @@ class SuiteRecipe(RecipeFile):
     """Dtype of the model; `auto` keeps that of the checkpoint."""
     device: str | None = None
     """Device to run on. None: `cuda` if there is one, else `cpu`."""
+    limit: int | None = Field(default=None, ge=1)
+    """First documents of every task only, in place of the tasks' own `limit`."""
     max_empty: float = Field(default=0.2, ge=0, le=1)
     """A task with a larger share of empty answers is refused: something is broken."""
     judge: Literal["none", "environment"] = "none"

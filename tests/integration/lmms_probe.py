@@ -29,7 +29,7 @@ from llm2clip_vlm.evaluation.vlm.worker import (
 from llm2clip_vlm.models.vlm.building import load_checkpoint
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 
-TASKS = Path(__file__).resolve().parents[2] / "eval" / "tasks"
+TASKS = Path(__file__).resolve().parents[2] / "demo" / "tasks"
 
 Texts = list[str]
 
@@ -58,8 +58,7 @@ def answers(adapter: Any, task: Any) -> Texts:
 
 
 def build(name: str, data: Path, **overrides: Any) -> Any:
-    spec = LmmsTask(task=name, overrides=overrides)
-    return build_task(spec, task_yaml(name, TASKS), data)
+    return build_task(LmmsTask(task=name, overrides=overrides, data_files=str(data)), TASKS)
 
 
 def refusal(function: Any, *arguments: Any) -> str:
@@ -95,17 +94,15 @@ def main() -> None:
 
     before = random_state()
     job = Job("a", checkpoint, "sha", 0, "l2c_world_vqa", "spec")
-    suite = SuiteRecipe(tasks=[LmmsTask(task="l2c_world_vqa", data_files=str(vqa))])
-    scored = score(job, suite, task, chat, output=Path(sys.argv[3]), limit=2)
+    suite = SuiteRecipe(tasks=[LmmsTask(task="l2c_world_vqa", data_files=str(vqa))], limit=2)
+    scored = score(job, suite, task, chat, output=Path(sys.argv[3]))
     found["random_state_kept"] = random_state() == before
     found["limit"] = [scored["n"], scored["limit"], scored["documents"]]
     nothing = Llm2ClipVlmChat(**live)
     nothing.generator._answer = lambda *_: __import__(  # type: ignore[union-attr]
         "llm2clip_vlm.evaluation.vlm.generation", fromlist=["Answer"]
     ).Answer("", 1)
-    found["empty"] = refusal(
-        lambda: score(job, suite, task, nothing, output=Path(sys.argv[3]), limit=2)
-    )
+    found["empty"] = refusal(lambda: score(job, suite, task, nothing, output=Path(sys.argv[3])))
     found["stale_result_left"] = job.result_path(Path(sys.argv[3])).exists()
 
     found["multiple_choice_chat"] = refusal(

@@ -59,9 +59,8 @@ def main() -> None:
         found["configs"][name] = [entry.judge, config["dataset_path"], config.get("dataset_name")]
         if entry.task in JUDGED_ROWS:
             data = write_rows(folder, entry.task)
-            task = build_task(
-                entry, task_yaml(entry.task, TASKS), data, folder / "cache", judge=True
-            )
+            spec = entry.model_copy(update={"data_files": str(data)})
+            task = build_task(spec, TASKS, str(folder / "cache"), judge=True)
             chat = Llm2ClipVlmChat(model=model, processor=processor).generator
             assert chat is not None
             asked = [chat.render(task.doc_to_messages(doc)).text for doc in task.eval_docs]
@@ -70,7 +69,7 @@ def main() -> None:
             continue
         data = write_rows(folder, entry.task)
         spec = entry.model_copy(update={"max_empty": 1.0, "data_files": str(data)})
-        task = build_task(spec, task_yaml(spec.task, TASKS), data, folder / "cache")
+        task = build_task(spec, TASKS, str(folder / "cache"))
         suite = SuiteRecipe(tasks=[spec], max_new_tokens=4)
         adapter = Llm2ClipVlmChat(model=model, processor=processor, max_new_tokens=4)
         answers = {
@@ -84,7 +83,7 @@ def main() -> None:
             else:
                 adapter.generator = Scripted(adapter.generator, answers[kind])
             job = Job(kind, checkpoint, "sha", 0, name, "spec")
-            results[kind] = score(job, suite, task, adapter, output=folder, limit=None)
+            results[kind] = score(job, suite, task, adapter, output=folder)
             if kind == "perfect":
                 found["prompts"][name] = adapter.generator.prompts  # type: ignore[union-attr]
                 lines = job.samples_path(folder).read_text().splitlines()

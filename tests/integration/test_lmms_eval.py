@@ -26,7 +26,7 @@ SIZES = {"vqa_test": 4, "exist_test": 4, "caption_test": 3}
 SMALL = dict.fromkeys(
     ("text", "text_val", "short", "pairs_train", "pairs_val", "pairs_test", "instruct"), 2
 )
-WORLD_TASKS = ["l2c_world_vqa", "l2c_world_exist", "l2c_world_caption", "pope", "mme"]
+WORLD_TASKS = [f"l2c_world_{name}" for name in ("vqa", "exist", "caption", "pope", "mme")]
 
 
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
@@ -42,7 +42,7 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def run_lmms(output: Path, world: Path, *more: str | Path) -> subprocess.CompletedProcess[str]:
-    base = ["eval/run_lmms.py", "--output", output]
+    base = ["eval/run_lmms.py", "--tasks", "demo/tasks", "--output", output]
     return run(*base, *more, f"data_dir={world}", "max_empty=1.0")
 
 
@@ -72,7 +72,7 @@ def first_run(
 ) -> tuple[Path, subprocess.CompletedProcess[str]]:
     given = [f"--checkpoint={name}={path}" for name, path in checkpoints.items()]
     output = place / "out"
-    return output, run_lmms(output, world, "--suite=eval/suites/world.yaml", *given)
+    return output, run_lmms(output, world, "--suite=demo/suites/world.yaml", *given)
 
 
 def result(output: Path, checkpoint: str, task: str) -> dict[str, Any]:
@@ -109,7 +109,7 @@ def test_own_metrics_and_types(first_run: Any) -> None:
     assert set(exist["by_type"]) <= {"random", "popular", "adversarial"}
     caption = result(output, "a", "l2c_world_caption")
     assert "attribute_f1" in caption["metrics"] and "object_f1" in caption["metrics"]
-    images = {sample["image_id"] for sample in samples(output, "a", "mme")}
+    images = {sample["image_id"] for sample in samples(output, "a", "l2c_world_mme")}
     assert len(images) == 4  # intervals go by picture
     assert all(image.startswith("pixels:") for image in images)
 
@@ -118,11 +118,11 @@ def test_builtin_scorers_ran_with_their_own_prompts_and_useless_metrics_are_left
     first_run: Any,
 ) -> None:
     output, _ = first_run
-    pope = result(output, "a", "pope")
+    pope = result(output, "a", "l2c_world_pope")
     assert "Answer the question using a single word or phrase." in pope["prompt_example"]
     assert "pope_f1_score" in pope["metrics"] and "pope_yes_ratio" not in pope["metrics"]
     assert "POPE" not in pope["title"]
-    mme = result(output, "a", "mme")
+    mme = result(output, "a", "l2c_world_mme")
     assert "Please answer yes or no" not in mme["prompt_example"]
     assert "mme_perception_score" in mme["metrics"]
 
@@ -137,15 +137,15 @@ def test_overwritten_weights_are_evaluated_again_and_nothing_else(
     before = {file: file.stat().st_mtime_ns for file in copy.rglob("[!.]*.json")}
     moved = shutil.copytree(checkpoints["b"], place / "moved")
     given = [f"--checkpoint=a={checkpoints['a']}", f"--checkpoint=b={moved}"]
-    idle = run_lmms(copy, world, "--suite=eval/suites/world.yaml", *given)
+    idle = run_lmms(copy, world, "--suite=demo/suites/world.yaml", *given)
     assert idle.returncode == 0 and "0 of 10 evaluations to do" in idle.stderr
     shutil.copy(checkpoints["a"] / "model.safetensors", moved / "model.safetensors")
-    finished = run_lmms(copy, world, "--suite=eval/suites/world.yaml", *given)
+    finished = run_lmms(copy, world, "--suite=demo/suites/world.yaml", *given)
     assert finished.returncode == 0 and "5 of 10 evaluations to do" in finished.stderr
     for file, time in before.items():
         assert (file.stat().st_mtime_ns == time) == (file.parent.name == "a")
-    assert samples(copy, "b", "pope") == samples(copy, "a", "pope")
-    assert samples(output, "b", "pope") != samples(output, "a", "pope")
+    assert samples(copy, "b", "l2c_world_pope") == samples(copy, "a", "l2c_world_pope")
+    assert samples(output, "b", "l2c_world_pope") != samples(output, "a", "l2c_world_pope")
 
 
 @pytest.mark.slow
@@ -162,6 +162,7 @@ def test_a_failing_task_is_named_the_others_finish_and_the_exit_code_is_1(
     )
     given = (f"--suite={suite}", f"--checkpoint=a={checkpoints['a']}")
     output = place / "broken"
+    given = ("--tasks=demo/tasks", *given)
     finished = run("eval/run_lmms.py", "--output", output, *given, "max_empty=1.0")
     assert finished.returncode == 1
     assert "a / l2c_photo_vqa (exit 1)" in finished.stderr and "question" in finished.stderr
@@ -240,7 +241,7 @@ def test_the_score_gate_of_a_finished_run(
     table = tmp_path / "table.yaml"
     column = "{results: [l2c_world_exist], metric: accuracy, n: 16, prompt_has: [zebra]}"
     table.write_text(f"source: a paper\ncolumns: {{X: {column}}}\nrows: {{m: {{X: 50.0}}}}\n")
-    given = ["--suite=eval/suites/world.yaml", f"--checkpoint=a={checkpoints['a']}"]
+    given = ["--suite=demo/suites/world.yaml", f"--checkpoint=a={checkpoints['a']}"]
     done = run_lmms(output, world, *given, f"--expected={table}:m")
     assert done.returncode == 0 and "score gate against m, a paper" in done.stdout, done.stderr
     (row,) = json.loads((output / "a" / "score_gate.json").read_text())

@@ -141,7 +141,9 @@ trainer: {{per_device_train_batch_size: 2, max_steps: 100}}
 
 def test_shipped_suites_and_pipelines_are_found_elsewhere(installed: Path, tmp_path: Path) -> None:
     told = command(
-        installed, "eval", "--suite", "eval/suites/world.yaml", "--prefetch", cwd=tmp_path
+        *(installed, "eval", "--suite", "demo/suites/world.yaml", "--tasks", "demo/tasks"),
+        *("--prefetch",),
+        cwd=tmp_path,
     )
     assert "l2c_world" in told
     code = (
@@ -156,7 +158,7 @@ def test_shipped_suites_and_pipelines_are_found_elsewhere(installed: Path, tmp_p
         sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)
     ).stdout.split()
     assert f"{installed}/llm2clip_vlm/recipes/accelerate/zero2_cpu.yaml" in words
-    assert not [word for word in words if word.startswith(("recipes/", "eval/suites/"))]
+    assert not [word for word in words if word.startswith(("recipes/", "eval/", "demo/"))]
 
 
 def test_what_is_shipped_is_found_by_its_name(installed: Path, tmp_path: Path) -> None:

@@ -11,16 +11,18 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from world.results import git_state, rounded
 
-from llm2clip_vlm.recipe.report import AbRecipe
-from tests.report_fixtures import ab_recipe, load_program, write_json, write_lines, write_run
+from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
+from tests.report_fixtures import ab_recipe, write_json, write_lines, write_run
 
 HEADLINE = "llm2clip-control_long"
 
 
 @pytest.fixture(scope="module")
-def program(repo_root: Path) -> ModuleType:
-    return load_program(repo_root, "ab")
+def program() -> ModuleType:
+    return load_program(find_program("ab"))
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +114,20 @@ def test_origin_is_recorded_and_files_are_whole(
     origin = found["checkpoints"]["llm2clip-s2"]
     assert origin["sha256"] == "c" * 64 and origin["spec_hash"]["l2c_world_vqa"] == "s"
     ElementTree.fromstring((tmp_path / "ab.svg").read_text())
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["ab.json", "ab.svg", "recipe.yaml"]
+    files = [MARKER_NAME, "ab.json", "ab.svg", "recipe.yaml"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == files
     assert str(run) not in (tmp_path / "ab.json").read_text()
     out = capsys.readouterr().out
     assert "llm2clip minus control_long" in out and "no p is below 0.25" in out
 
 
-def test_without_git_the_commit_is_unknown(program: ModuleType, monkeypatch: Any) -> None:
+def test_numbers_are_cut() -> None:
+    assert rounded({"a": [0.12345678, "b"], "c": 3}, 3) == {"a": [0.123, "b"], "c": 3}
+
+
+def test_without_git_the_commit_is_unknown(monkeypatch: Any) -> None:
     monkeypatch.setenv("PATH", "")
-    assert program.git_state(Path("docs/results/ab.json")) == {"commit": None, "dirty": None}
+    assert git_state(Path("docs/results/ab.json")) == {"commit": None, "dirty": None}
 
 
 def test_each_choice_changes_the_comparison(program: ModuleType, run: Path, tmp_path: Path) -> None:
@@ -200,5 +207,20 @@ def test_checkpoints_that_answered_other_questions_are_refused(
         program.main([str(recipe)])
 
 
-def test_every_field_is_explained() -> None:
-    assert all(field.description for field in AbRecipe.model_fields.values())
+def test_what_no_run_has_written_is_not_replaced(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    mine = write_json(tmp_path / "ab.json", {"mine": 1})
+    with pytest.raises(OwnershipError, match=r"ab\.json"):
+        make(program, run, tmp_path)
+    assert json.loads(mine.read_text()) == {"mine": 1}
+
+
+def test_the_committed_result_may_be_made_again(program: ModuleType, repo_root: Path) -> None:
+    """`docs/results` is signed, so that `make ab` replaces what a clone brought."""
+    signed = json.loads((repo_root / "docs/results" / MARKER_NAME).read_text())
+    assert signed == {"holder": None, "names": ["ab.json", "ab.svg"]}
+
+
+def test_every_field_is_explained(program: ModuleType) -> None:
+    assert all(field.description for field in program.AbRecipe.model_fields.values())

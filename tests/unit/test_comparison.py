@@ -257,7 +257,7 @@ def test_flips_are_the_documents_that_differ_and_have_their_pictures(run: Path) 
 def test_scorers_of_the_same_answers_count_once(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name, rate in (("a", 0.75), ("b", 0.55)):
-        for task, suffix in (("one", ""), ("two", " Please answer yes or no."), ("other", "?")):
+        for task, suffix in (("one", ""), ("two", ""), ("other", "?")):
             made(tmp_path / name, rng.random(60) < rate)
             for end in (".json", ".samples.jsonl"):
                 (tmp_path / name / f"t{end}").rename(tmp_path / name / f"{task}{end}")
@@ -344,7 +344,7 @@ def test_what_was_not_evaluated_alike_is_said(run: Path, tmp_path: Path) -> None
 
 
 def test_two_encoders_are_compared_item_by_item(
-    tmp_path: Path, tiny_clip: Path, repo_root: Path
+    tmp_path: Path, tiny_clip: Path, repo_root: Path, capsys: Any
 ) -> None:
     config = WorldConfig(seed=0, dir=str(tmp_path), part="dense")
     world = ensure_world(config, sizes={"dense_train": 12, "dense_test": 6})
@@ -374,7 +374,21 @@ def test_two_encoders_are_compared_item_by_item(
         spent = sum(result["seconds"] for result in results.values())
         assert found["runs"][name]["seconds"] == pytest.approx({"evaluation": spent})
     assert rows["objects"]["test"] == "paired sign-flip test over 6 images"
-    assert rows["zero_shot_segmentation"]["p"] is None and "differs" not in rows["objects"]
+    masked, mious = rows["zero_shot_segmentation"], [
+        found["accuracies"][name]["zero_shot_segmentation"][0] for name in models
+    ]  # fmt: skip
+    assert masked["p"] is None and "differs" not in rows["objects"]
+    assert masked["test"] == "paired bootstrap over 6 images"
+    assert masked["delta"] == pytest.approx(mious[0] - mious[1])
+    assert masked["ci"][0] <= masked["delta"] <= masked["ci"][1]
+    interval = "[{:+.1f}, {:+.1f}]".format(*masked["ci"])
+    assert interval in (tmp_path / "out/compare.html").read_text()
+    file = tmp_path / "b/zero_shot_segmentation.samples.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    lines[0]["counts"][2][0] += 1
+    write_lines(file, lines)
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert "made on different data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

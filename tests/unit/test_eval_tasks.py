@@ -1,4 +1,4 @@
-"""Scorers of our own lmms-eval tasks, and the comparison program."""
+"""Scorers of our own lmms-eval tasks."""
 
 from __future__ import annotations
 
@@ -11,17 +11,22 @@ from typing import Any
 import pytest
 
 from llm2clip_vlm.data.reading.images import ImageError
-from llm2clip_vlm.evaluation.vlm.task_helpers import doc_to_text, doc_to_visual, exact_match
+from llm2clip_vlm.evaluation.vlm.task_helpers import (
+    doc_to_text,
+    doc_to_visual,
+    exact_match,
+    exact_match_result,
+)
 from tests.tiny import write_image
 
-EVAL = Path(__file__).resolve().parents[2] / "eval"
+TASKS = Path(__file__).resolve().parents[2] / "demo/tasks"
 
 KINDS = [["red", "blue", "green"], ["star", "circle", "ring"], ["plain", "striped", "checked"]]
 RED_STAR = ("red", "star", "striped")
 
 
 def load(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, EVAL / path)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, TASKS / path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -30,7 +35,7 @@ def load(path: str) -> ModuleType:
 
 @pytest.fixture(scope="module")
 def caption() -> ModuleType:
-    return load("tasks/l2c_world_caption/utils.py")
+    return load("l2c_world_caption/utils.py")
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_the_vocabulary_comes_from_all_documents(caption: ModuleType) -> None:
 
 
 def test_existence_scores() -> None:
-    exist = load("tasks/l2c_world_exist/utils.py")
+    exist = load("l2c_world_exist/utils.py")
     answers = [("yes", "yes"), ("no", "Yes "), ("yes", "no"), ("no", "no"), ("no", "yes.")]
     found = [
         exist.process_results({"answer": true, "category": "popular"}, [said])
@@ -106,6 +111,19 @@ def test_existence_scores() -> None:
     assert exist.f1(items[3:]) == 0.0 and found[0]["type"] == "popular"
 
 
+def test_questions_with_yes_and_with_no_are_a_pair_of_mme() -> None:
+    datasets = pytest.importorskip("datasets")
+    borrowed = load("l2c_world_borrowed/utils.py")
+    kinds = ("random", "popular", "popular", "random")  # a category may have no other question
+    rows = [{"category": kind, "answer": ("yes", "no")[n % 2]} for n, kind in enumerate(kinds)]
+    found = borrowed.mme_docs(datasets.Dataset.from_list(rows))
+    assert {*found["category"]} == {"existence"}
+    pairs = [*zip(found["question_id"], found["answer"], strict=True)]
+    assert pairs == [("0", "yes"), ("0", "no"), ("1", "yes"), ("1", "no")]
+    numbered = borrowed.pope_docs(datasets.Dataset.from_list(rows))
+    assert numbered["question_id"][:2] == ["0", "1"] and numbered["category"][0] == "random"
+
+
 def test_prompt_picture_and_exact_match(tmp_path: Path) -> None:
     write_image(tmp_path / "images" / "x.png")
     record = {"question": " what ? ", "image": "images/x.png", "answer": "Red"}
@@ -115,4 +133,5 @@ def test_prompt_picture_and_exact_match(tmp_path: Path) -> None:
     with pytest.raises(ImageError):
         doc_to_visual({**record, "image": "../x.png"}, kwargs)
     assert exact_match(record, ["  red\n"]) == 1.0
+    assert exact_match_result(record, ["red"]) == {"accuracy": 1.0}
     assert exact_match(record, ["red ."]) == 0.0

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
@@ -37,7 +38,7 @@ from llm2clip_vlm.evaluation.vlm.jobs import (
     worker_environment,
 )
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
-from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash, to_mme_rows, to_pope_rows
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.evaluation.vlm.worker import STATIC_DESPITE_MARKS, merge, redirect
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
@@ -45,7 +46,8 @@ from llm2clip_vlm.runs.hashes import file_state
 from tests.tiny import write_image
 
 ROOT = Path(__file__).resolve().parents[2]
-TASKS = ROOT / "eval" / "tasks"
+TASKS = ROOT / "demo" / "tasks"
+OWN = ROOT / "eval" / "tasks"
 
 
 @pytest.fixture
@@ -82,9 +84,9 @@ def model_dir(tmp_path: Path) -> Path:
 def test_a_task_twice_needs_two_names(data: Path, model_dir: Path) -> None:
     task = {"task": "l2c_world_exist", "data_files": str(data)}
     with pytest.raises(EvaluationError, match="give each a `name`"):
-        plan(suite(data, tasks=[task, task]), {"a": model_dir}, TASKS, None)
+        plan(suite(data, tasks=[task, task]), {"a": model_dir}, TASKS)
     other = {**task, "name": "again"}
-    jobs = plan(suite(data, tasks=[task, other]), {"a": model_dir}, TASKS, None)
+    jobs = plan(suite(data, tasks=[task, other]), {"a": model_dir}, TASKS)
     assert [job.task for job in jobs] == ["l2c_world_exist", "again"]
     assert jobs[1].result_path(Path("out")) == Path("out/a/again.json")
     assert jobs[0].spec_hash == jobs[1].spec_hash  # the name says nothing about the score
@@ -98,13 +100,13 @@ def test_without_a_judge_its_tasks_are_left_out_by_name(
     tasks = [task, {"task": "mmvet", "judge": True}]
     quiet = suite(data, tasks=tasks)
     assert left_out(quiet) == {"mmvet": "a judge"}
-    assert [job.task for job in plan(quiet, {"a": model_dir}, TASKS, None)] == ["l2c_world_exist"]
+    assert [job.task for job in plan(quiet, {"a": model_dir}, TASKS)] == ["l2c_world_exist"]
     asked = suite(data, tasks=tasks, judge="environment")
     with pytest.raises(EvaluationError, match="OPENAI_API_KEY"):
-        plan(asked, {"a": model_dir}, TASKS, None)
+        plan(asked, {"a": model_dir}, TASKS)
     monkeypatch.setenv("OPENAI_API_KEY", "key")
     assert left_out(asked) == {}
-    assert len(plan(asked, {"a": model_dir}, TASKS, None)) == 2
+    assert len(plan(asked, {"a": model_dir}, TASKS)) == 2
 
 
 def suite(data: Path, **values: Any) -> SuiteRecipe:
@@ -112,25 +114,22 @@ def suite(data: Path, **values: Any) -> SuiteRecipe:
     return SuiteRecipe.model_validate({"tasks": [task], **values})
 
 
-def records(data: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in data.read_text().splitlines()]
-
-
-@pytest.mark.parametrize("file", sorted((ROOT / "eval" / "suites").glob("*.yaml")))
+@pytest.mark.parametrize("file", sorted(ROOT.glob("*/suites/*.yaml")))
 def test_every_suite_loads_and_names_tasks_that_exist(file: Path) -> None:
     loaded = load_recipe(file, SuiteRecipe)
     for task in loaded.tasks:
         found = task_yaml(task.task, TASKS)
-        assert found.is_relative_to(TASKS) == task.task.startswith("l2c_")
+        assert found.is_relative_to(ROOT / file.parts[-3] / "tasks") == task.task.startswith("l2c_")
         if task.data_files and not task.task.startswith("l2c_"):
             assert task.title and task.title.lower() != task.task
 
 
 def test_own_tasks_have_our_prefix_and_no_namesake_in_lmms_eval(tmp_path: Path) -> None:
     built_in = {name for _, name in lmms_jobs._builtin_tasks()}
-    for file in TASKS.rglob("*.yaml"):
+    for file in ROOT.glob("*/tasks/**/*.yaml"):
         assert file.stem.startswith("l2c_") and f"task: {file.stem}\n" in file.read_text()
         assert file.stem not in built_in
+    for file in OWN.rglob("*.yaml"):
         assert task_yaml(file.stem, tmp_path) == file, "ours are found beside the caller's"
     mine = tmp_path / "mine" / "gqa.yaml"
     mine.parent.mkdir()
@@ -149,19 +148,25 @@ def test_unknown_task_and_group_get_a_suggestion() -> None:
 def test_spec_hash_changes_with_all_that_decides_a_score(data: Path, tmp_path: Path) -> None:
     base = suite(data)
 
-    def digest(recipe: SuiteRecipe, limit: int | None = None) -> str:
-        return spec_hash(recipe, recipe.tasks[0], TASKS, limit)
+    def digest(recipe: SuiteRecipe) -> str:
+        return spec_hash(recipe, recipe.tasks[0], TASKS)
 
     first = digest(base)
     assert first == digest(suite(data))
     titled = suite(data)
     titled.tasks[0].title = "another name"
     assert digest(titled) == first
-    changed = [digest(base, limit=2)]
-    others = {"batch_size": 8, "max_new_tokens": 9, "dtype": "bfloat16", "max_empty": 1.0}
+    changed = []
+    others = {
+        "limit": 2,
+        "batch_size": 8,
+        "max_new_tokens": 9,
+        "dtype": "bfloat16",
+        "max_empty": 1.0,
+    }
     changed += [digest(suite(data, **{name: value})) for name, value in others.items()]
     task = LmmsTask(task="l2c_world_exist", data_files=str(data), overrides={"repeats": 1})
-    changed.append(spec_hash(base, task, TASKS, None))
+    changed.append(spec_hash(base, task, TASKS))
     write_image(data.parent / "images" / "1.png", seed=99)
     changed.append(digest(base))
     data.write_text(data.read_text().replace("is there", "can you see"))
@@ -175,7 +180,7 @@ def test_another_judge_is_another_score(data: Path, monkeypatch: pytest.MonkeyPa
     for name in ("model-a", "model-b"):
         monkeypatch.setenv("MODEL_VERSION", name)
         for task in (judged, plain):
-            hashes[task.task].add(spec_hash(suite(data), task, TASKS, None))
+            hashes[task.task].add(spec_hash(suite(data), task, TASKS))
     assert len(hashes["mmvet"]) == 2 and len(hashes["pope"]) == 1
 
 
@@ -191,7 +196,7 @@ def test_images_that_a_csv_names_are_part_of_the_data(tmp_path: Path) -> None:
 
 def test_a_result_counts_only_for_its_content(data: Path, model_dir: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    (job,) = plan(suite(data), {"a": model_dir}, TASKS, None)
+    (job,) = plan(suite(data), {"a": model_dir}, TASKS)
     assert job.result(out) is None
     job.result_path(out).parent.mkdir(parents=True)
     content = {
@@ -204,7 +209,7 @@ def test_a_result_counts_only_for_its_content(data: Path, model_dir: Path, tmp_p
     job.samples_path(out).write_text("")
     assert job.result(out) == content
     (model_dir / "model.safetensors").write_bytes(b"other weights")
-    (again,) = plan(suite(data), {"a": model_dir}, TASKS, None)
+    (again,) = plan(suite(data), {"a": model_dir}, TASKS)
     assert again.result(out) is None
     stale = Job(**{**job.__dict__, "spec_hash": "x"})
     assert stale.result(out) is None
@@ -213,26 +218,24 @@ def test_a_result_counts_only_for_its_content(data: Path, model_dir: Path, tmp_p
 def test_what_is_missing_is_named_before_the_start(
     data: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    def run(recipe: SuiteRecipe, **values: Any) -> None:
-        run_suite(recipe, {"a": model_dir}, tmp_path / "out", **values)
+    def run(recipe: SuiteRecipe) -> None:
+        run_suite(recipe, {"a": model_dir}, tmp_path / "out", TASKS)
 
     with pytest.raises(EvaluationError, match=r"no\s+config.json"):
-        run_suite(suite(data), {"a": tmp_path / "absent"}, tmp_path / "out")
+        run_suite(suite(data), {"a": tmp_path / "absent"}, tmp_path / "out", TASKS)
     drawn = suite(data)
     drawn.tasks[0].data_files = str(tmp_path / "not_drawn_yet.jsonl")
     with pytest.raises(EvaluationError, match=r"found no config\.json"):
-        run_suite(drawn, {"a": tmp_path / "absent"}, tmp_path / "out")
+        run_suite(drawn, {"a": tmp_path / "absent"}, tmp_path / "out", TASKS)
     with pytest.raises(EvaluationError, match="checkpoint name"):
-        run_suite(suite(data), {"a/b": model_dir}, tmp_path / "out")
+        run_suite(suite(data), {"a/b": model_dir}, tmp_path / "out", TASKS)
     with pytest.raises(EvaluationError, match=r"absent\.jsonl"):
         run(suite(tmp_path / "absent.jsonl"))
     with pytest.raises(EvaluationError, match="twice"):
         run(SuiteRecipe(tasks=[LmmsTask(task="pope"), LmmsTask(task="pope")]))
-    with pytest.raises(EvaluationError, match="title"):
-        run(SuiteRecipe(tasks=[LmmsTask(task="pope", data_files=str(data), convert="pope")]))
-    for limit in (0, 0.5, True):
-        with pytest.raises(EvaluationError, match="whole number"):
-            run(suite(data), limit=limit)
+    for limit in (0, 0.5):
+        with pytest.raises(ValidationError, match="limit"):
+            suite(data, limit=limit)
     (data.parent / "images" / "2.png").unlink()
     with pytest.raises(ImageError, match=r"2\.png"):
         run(suite(data))
@@ -272,30 +275,14 @@ def test_the_worker_holds_one_model_at_a_time(
         return adapter
 
     monkeypatch.setattr(lmms_worker, "load_adapter", load)
-    for name in ("quiet", "prepare", "score"):
-        monkeypatch.setattr(lmms_worker, name, lambda *_: None)
-    jobs = plan(suite(data), {"a": model_dir, "b": model_dir}, TASKS, None)
-    order = {"suite": suite(data).model_dump(mode="json"), "limit": None}
+    for name in ("quiet", "build_task", "score"):
+        monkeypatch.setattr(lmms_worker, name, lambda *_, **__: None)
+    jobs = plan(suite(data), {"a": model_dir, "b": model_dir}, TASKS)
+    order: dict[str, Any] = {"suite": suite(data).model_dump(mode="json")}
     order |= {"jobs": [asdict(job) for job in jobs], "output": "out", "tasks_dir": str(TASKS)}
     file = tmp_path / "order.json"
     file.write_text(json.dumps(order))
     assert lmms_worker.main([str(file)]) == 0 and len(loaded) == 2
-
-
-def test_pope_and_mme_rows(data: Path) -> None:
-    rows = to_pope_rows(records(data), data.parent)
-    assert [row["answer"] for row in rows] == ["yes", "no"] * 3
-    assert rows[2]["image_source"] == "i1" and rows[2]["image"]["bytes"].startswith(b"\x89PNG")
-    lonely = [*records(data), {**records(data)[0], "id": "x"}]
-    pairs = to_mme_rows(lonely, data.parent)
-    assert len(pairs) == 6  # the seventh has no partner
-    for question_id in {row["question_id"] for row in pairs}:
-        both = [row["answer"] for row in pairs if row["question_id"] == question_id]
-        assert sorted(both) == ["No", "Yes"]
-    with pytest.raises(ValueError, match="yes or no"):
-        to_pope_rows([{**records(data)[0], "answer": "maybe"}], data.parent)
-    with pytest.raises(ValueError, match="got none"):
-        to_mme_rows(records(data)[:1], data.parent)
 
 
 def logged(doc_id: int, answer: str, score: Any, **extra: Any) -> dict[str, Any]:
@@ -418,7 +405,7 @@ def test_a_change_of_versions_code_or_task_file_makes_results_stale(
     recipe = suite(data)
 
     def digest() -> str:
-        return spec_hash(recipe, recipe.tasks[0], folder, None)
+        return spec_hash(recipe, recipe.tasks[0], folder)
 
     found = [digest()]
     for name in ("lmms_eval", "transformers"):
@@ -452,7 +439,7 @@ def test_the_code_that_scores_is_what_prompts_and_scorers_import() -> None:
 def test_a_result_of_another_version_or_with_changed_samples_is_made_again(
     data: Path, model_dir: Path, tmp_path: Path
 ) -> None:
-    (job,) = plan(suite(data), {"a": model_dir}, TASKS, None)
+    (job,) = plan(suite(data), {"a": model_dir}, TASKS)
     samples = job.samples_path(tmp_path)
     samples.parent.mkdir(parents=True)
     samples.write_text("{}\n")
@@ -466,31 +453,14 @@ def test_a_result_of_another_version_or_with_changed_samples_is_made_again(
     assert job.result(tmp_path) is None
 
 
-def test_the_suites_own_limit_gives_way_to_the_command_lines(
-    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    limits: list[Any] = []
-    monkeypatch.setattr(lmms_worker, "score", lambda *given: limits.append(given[-1]))
-    for name in ("quiet", "prepare", "load_adapter"):
-        monkeypatch.setattr(lmms_worker, name, lambda *_: None)
-    entry = {"task": "l2c_world_exist", "data_files": str(data)}
-    recipe = suite(data, tasks=[entry, entry | {"limit": 5, "name": "few"}])
-    jobs = [asdict(job) for job in plan(recipe, {"a": model_dir}, TASKS, None)]
-    order = {"suite": recipe.model_dump(mode="json"), "jobs": jobs, "output": "o", "tasks_dir": "t"}
-    for limit in (None, 2):
-        (tmp_path / "order").write_text(json.dumps(order | {"limit": limit}))
-        assert lmms_worker.main([str(tmp_path / "order")]) == 0
-    assert limits == [None, 5, 2, 2]
-
-
 def scored(
     data: Path, model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch,
-    answers: list[str], *, limit: int | None = None, documents: int = 4, **values: Any,
+    answers: list[str], *, first: int | None = None, documents: int = 4, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the worker makes of these answers, without lmms-eval's evaluator."""
     entry = {"task": "l2c_world_exist", "data_files": str(data)}
-    recipe = suite(data, tasks=[entry | values], max_empty=0.25)
-    (job,) = plan(recipe, {"a": model_dir}, TASKS, limit)
+    recipe = suite(data, tasks=[entry | values], max_empty=0.25, limit=first)
+    (job,) = plan(recipe, {"a": model_dir}, TASKS)
     items = [logged(n, answer, float(n % 2)) for n, answer in enumerate(answers)]
     given: dict[str, Any] = {}
 
@@ -513,8 +483,9 @@ def scored(
     processor = SimpleNamespace(image_processor=object())
     generator = SimpleNamespace(model=model, processor=processor, batch_size=3, max_new_tokens=9)
     adapter = SimpleNamespace(generator=generator, prompt_example="p", pictures={0: "x"})
-    result = lmms_worker.score(job, recipe, task, adapter, out, limit)
-    assert given["limit"] == limit and given["batch_size"] == recipe.batch_size
+    result = lmms_worker.score(job, recipe, task, adapter, out)
+    assert given["limit"] == (first or values.get("limit"))
+    assert given["batch_size"] == recipe.batch_size
     assert given["bootstrap_iters"] == 0 and given["tasks"] == [task]
     assert json.loads(job.result_path(out).read_text()) == result == job.result(out)
     return result
@@ -539,6 +510,7 @@ def test_a_score_says_of_what_it_is(
     with pytest.raises(EvaluationError, match="1 documents have no answer"):
         make(["yes"] * 3)
     assert make(["yes"] * 3, limit=3)["limit"] == 3
+    assert make(["yes"] * 3, limit=9, first=3)["limit"] == 3, "the suite's comes first"
     assert make(["yes"] * 4, limit=9)["n_errors"] == 0
     with pytest.raises(EvaluationError, match="no document was answered"):
         make([])
@@ -565,10 +537,10 @@ def test_after_a_failure_the_rest_is_done(
 
     monkeypatch.setattr(lmms_jobs, "_spawn", spawn)
     with pytest.raises(EvaluationError, match=r"1 of 3 evaluations failed: m / b \(exit 3\)"):
-        run_suite(recipe, {"m": model_dir}, tmp_path / "out")
+        run_suite(recipe, {"m": model_dir}, tmp_path / "out", TASKS)
     assert spawned == [["a", "b", "c"], ["c"]]
     with pytest.raises(EvaluationError, match="m / b"):
-        run_suite(recipe, {"m": model_dir}, tmp_path / "out")
+        run_suite(recipe, {"m": model_dir}, tmp_path / "out", TASKS)
     assert spawned[2:] == [["b"]]
 
 
@@ -670,7 +642,7 @@ def test_a_task_reads_a_local_file_under_the_name_of_its_split(tmp_path: Path) -
         roots = {"default": {"image_root": "x", "pre_prompt": "p"}, "other": {"image_root": "y"}}
         config: dict[str, Any] = {"validation_split": " val ", "dataset_name": "n"}
         config["lmms_eval_specific_kwargs"] = roots
-        redirect(config, tmp_path / name, tmp_path / "cache")
+        redirect(config, tmp_path / name, str(tmp_path / "cache"))
         assert (config["dataset_path"], config["dataset_name"]) == (loader, None)
         assert config["dataset_kwargs"] == {
             "data_files": {"val": str(tmp_path / name)},
@@ -694,22 +666,6 @@ def test_overrides_go_into_mappings_and_null_removes() -> None:
     assert config == {"generation_kwargs": {"a": 1, "c": 4}, "task": "u"}
     with pytest.raises(EvaluationError, match="no keys of an lmms-eval task"):
         merge(config, {"generation_kwarg": {}})
-
-
-def test_rows_in_the_schemas_of_pope_and_mme_by_hand(data: Path) -> None:
-    rows = to_pope_rows(records(data)[:2], data.parent)
-    png = (data.parent / "images" / "0.png").read_bytes()
-    shared = {"image_source": "i0", "image": {"bytes": png, "path": "images/0.png"}}
-    shared |= {"category": "random"}
-    assert rows == [
-        {"id": f"0{answer}", "question_id": str(n), "answer": answer} | shared
-        | {"question": f"is there a {answer} ?"}
-        for n, answer in enumerate(("yes", "no"))
-    ]  # fmt: skip
-    first, second = to_mme_rows(records(data)[:2], data.parent)
-    assert first["question"] == "is there a yes ? Please answer yes or no."
-    assert (first["answer"], second["answer"], first["image_id"]) == ("Yes", "No", "i0")
-    assert first["question_id"] == second["question_id"] == "existence/i0-0.png"
 
 
 def test_a_task_whose_scorer_needs_an_absent_program_is_left_out_by_name(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def encoder(tiny_clip: Path) -> Encoder:
 
 
 def index(photos: Path, encoder: Encoder) -> Any:
-    return index_photos(photos, encoder, quiet=True)
+    return index_photos(photos, encoder)
 
 
 def test_vectors_are_those_of_the_evaluation_and_bad_pictures_are_named(

@@ -8,7 +8,7 @@ from html import escape, unescape
 
 import pytest
 
-from llm2clip_vlm.evaluation.report.charts import Chart, Line, Mark, drawable, line_chart
+from llm2clip_vlm.evaluation.report.charts import Chart, Curves, Line, Mark, drawable
 from llm2clip_vlm.evaluation.report.pages import render
 from tests.report_fixtures import drawn_piece
 
@@ -24,8 +24,8 @@ def test_a_name_is_drawn_literally(name: str) -> None:
     bars = replace(chart, sides=None, guesses={name: {name: 1.0}})
     curves = [Line(name, [1, 2], [1.0, 2.0]), Line("b", [1, 2], [2.0, 1.0], 1)]
     drawn = [
-        line_chart(curves, name),
         render("differences.svg", chart=chart),
+        drawable(drawn_piece(Curves(name, curves), "curves")),
         *(drawable(drawn_piece(which)) for which in (chart, bars)),
     ]
     for number, text in enumerate(drawn):

@@ -19,13 +19,12 @@ from llm2clip_vlm.evaluation.encoder.segmentation import (
     Masks,
     _judge,
     _pool_each,
-    class_iou,
     linear_segmentation,
-    overlaps,
     patch_grid,
     slide,
     zero_shot_segmentation,
 )
+from llm2clip_vlm.metrics.segmentation import class_iou, mean_iou, overlaps, paired_iou
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from tests.tiny_towers import build_tower
 
@@ -71,7 +70,9 @@ def run(function: Any, encoder: Encoder, voc: Path, task: str, **more: Any) -> A
         {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [values | more]}
         | {"seed": seed, "bootstrap": bootstrap}
     )
-    return function(recipe.tasks[0], encoder, recipe)
+    found = function(recipe.tasks[0], encoder, recipe)
+    names, counts = found["samples"][""]
+    return found | {"samples": (names, np.array(counts).tolist())}
 
 
 def masks(encoder: Encoder, root: Path, **more: Any) -> Masks:
@@ -132,6 +133,26 @@ def test_iou_counts_judged_pixels_alone() -> None:
     assert ious[0] == pytest.approx(100 / 3) and ious[1] == pytest.approx(60) and np.isnan(ious[2])
     with pytest.raises(ValueError, match="class 1, but there are 1 names"):
         overlaps(found, labels, 1)
+
+
+def test_the_difference_of_two_mean_ious_by_hand() -> None:
+    # Right, found and there of two classes, in two pictures of ten pixels.
+    a = np.array([[[6, 2], [8, 2], [6, 4]], [[1, 8], [1, 9], [2, 8]]])
+    b = np.array([[[3, 1], [6, 4], [6, 4]], [[2, 8], [2, 8], [2, 8]]])
+    first = 100 * ((6 / 8 + 2 / 4) / 2 - (3 / 9 + 1 / 7) / 2)  # of the first picture alone
+    second = 100 * ((1 / 2 + 8 / 9) / 2 - 1)
+    both = 100 * ((7 / 10 + 10 / 13) / 2 - (5 / 11 + 9 / 15) / 2)
+    found = paired_iou(a, b, 1000)
+    assert found["delta"] == pytest.approx(both) and found["images"] == 2
+    assert mean_iou(a.sum(0)) - mean_iou(b.sum(0)) == pytest.approx(both), "of sums, not of means"
+    # A quarter of the draws has each picture twice, so that these are the percentiles; with two
+    # pictures they are widened: t of one degree of freedom over the normal's 1.96, times root 2.
+    wider = 12.7062 / 1.95996 * 2**0.5
+    ends = [both + wider * (second - both), both + wider * (first - both)]
+    assert found["ci"] == pytest.approx(ends, rel=1e-4)
+    assert paired_iou(a, a, 50)["ci"] == [0.0, 0.0]
+    with pytest.raises(ValueError, match="different data"):
+        paired_iou(a, b[:, :, ::-1])
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip", "eva02"])

@@ -21,7 +21,6 @@ from llm2clip_vlm.metrics.statistics import (
     mean_interval,
     paired_bootstrap,
     percentile_interval,
-    rounded,
     seed_summary,
     sign_flip_test,
     unpaired_summary,
@@ -100,7 +99,6 @@ def test_holm_by_hand() -> None:
 
 def test_units_are_images() -> None:
     assert cluster_sums(np.array([1.0, -1.0, 0.5]), ["x", "y", "x"]).tolist() == [1.5, -1.0]
-    assert rounded({"a": [0.12345678, "b"], "c": 3}, 3) == {"a": [0.123, "b"], "c": 3}
 
 
 def test_mean_interval_against_scipy() -> None:

@@ -20,16 +20,14 @@ from llm2clip_vlm.data.reading.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash, tower_pixels
 from llm2clip_vlm.files import read_text
-from llm2clip_vlm.metrics.statistics import percentile_interval
+from llm2clip_vlm.metrics.segmentation import UNJUDGED, class_iou, mean_iou, overlaps
+from llm2clip_vlm.metrics.statistics import bootstrap_of_sums
 from llm2clip_vlm.metrics.zero_shot import class_embeds
 from llm2clip_vlm.recipe.evaluation import (
     EncoderEvalRecipe,
     SegmentationTask,
     ZeroShotSegmentationTask,
 )
-
-UNJUDGED = 255
-"""Mask value of pixels without a class."""
 
 Scores = Callable[[Float[Tensor, "b 3 s s"]], Float[Tensor, "b c g g"]]
 """Turns windows into scores of each patch."""
@@ -243,33 +241,11 @@ def slide(
     return total / counts
 
 
-def overlaps(found: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Count the pixels of each class that are right, found and there: `int[3, classes]`.
-
-    Raises:
-        ValueError: A mask value that is no class.
-    """
-    judged = labels != UNJUDGED
-    there, found = labels[judged], found[judged]
-    if len(there) and there.max() >= num_classes:
-        raise ValueError(f"a mask has class {there.max()}, but there are {num_classes} names")
-    parts = (there[found == there], found, there)
-    return np.stack([np.bincount(part, minlength=num_classes) for part in parts])
-
-
-def class_iou(counts: np.ndarray) -> np.ndarray:
-    """Intersection over union in per cent of `[..., 3, classes]`; NaN where a class is nowhere."""
-    right, found, there = np.moveaxis(counts.astype(np.float64), -2, 0)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share: np.ndarray = 100.0 * right / (found + there - right)
-    return share
-
-
 def _judge(
     masks: Masks, scores: Scores, names: list[str], recipe: EncoderEvalRecipe
 ) -> dict[str, Any]:
-    counts, images = [], len(masks.items)
-    for row in range(images):
+    counts = []
+    for row in range(len(masks.items)):
         pixels, labels = masks[row]
         scored = slide(pixels, scores, masks.side, masks.step, masks.encoder.batch_size)
         best = F.interpolate(scored[None], size=labels.shape, mode="bilinear")[0].argmax(0)
@@ -277,20 +253,18 @@ def _judge(
     total, ci = np.sum(counts, axis=0), None
     ious, there = class_iou(total).tolist(), total[2]
     if recipe.bootstrap:
-        rng = np.random.default_rng(recipe.seed)
-        draws = rng.multinomial(images, np.full(images, 1 / images), recipe.bootstrap)
-        drawn = class_iou(np.tensordot(draws, np.stack(counts), axes=1))
-        ends = percentile_interval(np.nanmean(drawn, axis=1), float(np.nanmean(ious)), images)
+        ends = bootstrap_of_sums(np.stack(counts), mean_iou, recipe.bootstrap, recipe.seed)
         ci = np.clip(ends, 0.0, 100.0).tolist()
     return {
         "protocol": f"short side {masks.short_side} px, windows of {masks.side} px every "
         f"{masks.step} px, judged in the mask's own size",
         "data_hash": masks.fingerprint(),
-        "miou": float(np.nanmean(ious)),
+        "miou": float(mean_iou(total)),
         "ci": ci,
         # What the most frequent class gets if every pixel is called so.
         "chance_miou": 100.0 * float(there.max() / max(1, there.sum()) / max(1, (there > 0).sum())),
         "pixel_accuracy": 100.0 * float(total[0].sum() / max(1, total[2].sum())),
         "iou": {n: None if np.isnan(iou) else iou for n, iou in zip(names, ious, strict=True)},
-        "images": images,
+        "samples": {"": ([picture for picture, _ in masks.items], counts)},
+        "images": len(counts),
     }

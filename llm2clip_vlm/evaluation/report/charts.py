@@ -1,28 +1,18 @@
-"""Charts: rows of marks that a template draws, and curves that matplotlib does.
+"""Charts: rows of marks and curves, which templates draw.
 
-A page draws a :class:`Chart` as HTML (`templates/pieces.html`), so that its texts wrap and its bars
-follow the width of the window; `templates/differences.svg` is the same as a file. Every colour is
-one of `templates/colours.css` and is written as its CSS variable, so that the same drawing follows
-a light or dark surrounding; texts stay texts. Marks carry their numbers as tooltips, and colour
-never stands alone: bars are labelled, lines differ in dash.
+A page draws them as HTML (`templates/pieces.html`), so that texts wrap and bars follow the width of
+the window; `templates/differences.svg` is a file of its own. Every colour is one of
+`templates/colours.css` and is written as its CSS variable, so that the same drawing follows a light
+or dark surrounding; texts stay texts. Marks carry their numbers as tooltips, and colour never
+stands alone: bars are labelled, lines differ in dash.
 """
 
 from __future__ import annotations
 
-import io
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from html import escape
-from pathlib import Path
-from typing import Any
-
-_DASHES = ("-", "--", ":", "-.", (0, (4, 2, 1, 2, 1, 2)), (0, (1, 3)))
-_TEMPLATES = Path(__file__).parent / "templates"
-_FONT = 'system-ui, -apple-system, "Segoe UI", Roboto, sans-serif'.replace('"', "'")
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,22 @@ class Line:
     y: Sequence[float]
     """As long as `x`."""
     colour: int = 0
-    """Number of the series."""
+    """Number of the series, below 6."""
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Lines over steps, at least one."""
+
+    title: str
+    """For readers who do not see the chart."""
+    lines: Sequence[Line]
+    """At least one point each."""
+
+    def ticks(self, side: str) -> list[float]:
+        """Round numbers along the axis of `x` or `y`, its ends among them."""
+        values = [value for line in self.lines for value in getattr(line, side)]
+        return round_numbers(min(values), max(values))
 
 
 @dataclass(frozen=True)
@@ -93,72 +98,19 @@ class Chart:
         values = [0.0, *(v for m in rows for v in (m.value, *m.points, *(m.interval or ())))]
         values += [v for rules in self.guesses.values() for v in rules.values()]
         low, high = min(values), max(self.limit or 0.0, *values)
-        if low == high:  # nothing but zeros
-            high = 1.0
         if self.sides:
+            high += low == high  # nothing but zeros
             low, high = min(low, -high / 3), max(high, -low / 3)
-        span = (high - low) / 4
-        power = 10.0 ** math.floor(math.log10(span))
-        step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= span * (1 - 1e-9))
-        return [step * n for n in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
+        return round_numbers(low, high)
 
 
-def line_chart(lines: Sequence[Line], title: str) -> str:
-    """Curves over steps, with a legend where they have names.
-
-    Args:
-        lines: At least one point each.
-        title: For readers who do not see the chart.
-
-    Returns:
-        An `<svg>` element, about half as wide as the others.
-    """
-    from matplotlib.figure import Figure
-
-    with _style():
-        figure = Figure(figsize=(380 / 72, 230 / 72))
-        axes = figure.add_axes((0.12, 0.17, 0.85, 0.79))
-        axes.grid(axis="x", visible=False)
-        axes.set_xlabel("step", loc="right", color=_colour("muted"), size=12)
-        named: dict[str, Any] = {}
-        for line in lines:
-            look: Any = {"color": _colour(f"c{line.colour}"), "ls": _DASHES[line.colour], "lw": 2}
-            [curve] = axes.plot(line.x, line.y, **look)
-            _tip(f"{line.label}: {line.y[0]:.3f} → {line.y[-1]:.3f}", curve)
-            named.setdefault(short(drawable(line.label)), curve)
-        if any(named):
-            axes.legend(named.values(), named, loc="upper right", handlelength=2.6)
-        return _svg(figure, title)
-
-
-def chart_css() -> str:
-    """The colours: what a page or file with charts must include once."""
-    return (_TEMPLATES / "colours.css").read_text(encoding="utf-8")
-
-
-@cache
-def _light() -> dict[str, str]:
-    """CSS variable to its colour on light, the one that is drawn with."""
-    return dict(reversed(re.findall(r"--(\w+): (#\w+)", chart_css())))
-
-
-def _colour(name: str) -> str:
-    return _light()[name]
-
-
-@contextmanager
-def _style() -> Iterator[None]:
-    import matplotlib as mpl
-
-    colours: Any = {"text.color": _colour("ink"), "grid.color": _colour("line")}
-    colours |= dict.fromkeys(("xtick.labelcolor", "ytick.labelcolor"), _colour("muted"))
-    with mpl.rc_context(colours, fname=_TEMPLATES / "charts.mplstyle"):
-        yield
-
-
-def _tip(text: str, artist: Any) -> None:
-    """Give an artist a tooltip: matplotlib writes the id, :func:`_svg` makes it a title."""
-    artist.set_gid(f"tip {drawable(text)}")
+def round_numbers(low: float, high: float) -> list[float]:
+    """About five round numbers at equal distances, from `low` or less to `high` or more."""
+    high += low == high
+    span = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(span))
+    step = next(n * power for n in (1, 2, 2.5, 5, 10) if n * power >= span * (1 - 1e-9))
+    return [step * n for n in range(math.floor(low / step), math.ceil(high / step - 1e-9) + 1)]
 
 
 def short(text: str, most: int = 26) -> str:
@@ -170,22 +122,4 @@ def drawable(text: str) -> str:
     """A name without what neither a font nor XML has: control characters, half characters."""
     return re.sub(
         r"[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text
-    )
-
-
-def _svg(figure: Any, title: str) -> str:
-    """The drawing as an element whose ids are its own."""
-    buffer = io.StringIO()
-    absent = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-    figure.savefig(buffer, format="svg", metadata=absent)
-    _, size, body = re.split(r'<svg .*?(viewBox="[^"]*").*?>', buffer.getvalue(), flags=re.DOTALL)
-    body = re.sub(r'id="tip ([^"]*)">', r"><title>\1</title>", body)
-    own = re.sub(r"\W+", "-", title)
-    body = re.sub(r'(id="|url\(#|href="#)', rf"\1{own}-", body)
-    body = re.sub(r'(<[^<>]*)font-family: [^;"<>]*', rf"\1font-family: {_FONT}", body)
-    for name, light in _light().items():
-        body = body.replace(light, f"var(--{name})")
-    return (
-        '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
-        f'class="chart" role="img" aria-label="{escape(drawable(title))}" {size}>{body.strip()}'
     )

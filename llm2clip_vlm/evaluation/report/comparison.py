@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
-from llm2clip_vlm.evaluation.vlm.samples import pair_samples
-from llm2clip_vlm.evaluation.vlm.task_helpers import MME_SUFFIX
+from llm2clip_vlm.evaluation.vlm.samples import PairedSamples, pair_samples
+from llm2clip_vlm.metrics.segmentation import paired_iou
 from llm2clip_vlm.metrics.statistics import (
     cluster_sums,
     holm,
@@ -130,7 +130,7 @@ def _same_answers(tasks: Sequence[str], a: Run, b: Run) -> list[list[str]]:
     """Benchmarks in groups: all of one judge the same answers to the same questions, or a part."""
     said = {
         task: {
-            (run.name, seed, s["image_id"], s["question"].removesuffix(MME_SUFFIX), s["answer"])
+            (run.name, seed, s["image_id"], s["question"], s["answer"])
             for run in (a, b)
             for seed, measured in run.scores[task].items()
             for s in measured.samples
@@ -181,25 +181,47 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     if ":" in task and len(seeds) > 1:
         return row
     for seed, one, two in measured:
-        if not (one.scored and two.scored):
-            continue
         try:
-            answers = pair_samples(one.scored, two.scored)
+            # Of seeds that are no pairs one draw is enough: it sees whether the data are the same.
+            found = _over_images(one, two, resamples if paired else 1)
         except ValueError as error:
             raise ReportError(f"{task}: {one.folder} and {two.folder}: {error}") from None
-        if not answers.pictures_known and "generation_kwargs" in one.result:
-            row["pictures_unknown"] = True
-        if not paired:
+        if found is None:
             continue
-        scores = answers.correct_a, answers.correct_b
-        within = paired_bootstrap(*scores, answers.image_ids, resamples)
-        p = mcnemar_exact(*scores) if is_binary(*scores) else None
-        row.setdefault("within_seed", []).append({"seed": seed, **within, "mcnemar_p": p})
+        within, answers = found
+        if answers and not answers.pictures_known and "generation_kwargs" in one.result:
+            row["pictures_unknown"] = True
+        if paired:
+            row.setdefault("within_seed", []).append({"seed": seed, **within})
         if len(deltas) == 1:
-            flips = sign_flip_test(cluster_sums(scores[0] - scores[1], answers.image_ids))
-            test = f"paired sign-flip test over {within['images']} images"
-            row |= {"ci": within["ci"], "p": flips, "test": test}
+            row |= {"ci": within["ci"], "test": f"paired bootstrap over {within['images']} images"}
+            if answers:
+                differences = answers.correct_a - answers.correct_b
+                row["p"] = sign_flip_test(cluster_sums(differences, answers.image_ids))
+                row["test"] = f"paired sign-flip test over {within['images']} images"
     return row
+
+
+def _over_images(
+    one: Measured, two: Measured, resamples: int
+) -> tuple[dict[str, Any], PairedSamples | None] | None:
+    """Two single results with the image as the unit.
+
+    Returns:
+        `{delta, ci, n, images, mcnemar_p}`, and the answers, which a mean IoU does not have. None:
+        neither answers nor counts of pixels were kept.
+
+    Raises:
+        ValueError: They are of different data.
+    """
+    if len(one.counts) and len(two.counts):
+        return paired_iou(one.counts, two.counts, resamples) | {"mcnemar_p": None}, None
+    if not (one.scored and two.scored):
+        return None
+    answers = pair_samples(one.scored, two.scored)
+    scores = answers.correct_a, answers.correct_b
+    within = paired_bootstrap(*scores, answers.image_ids, resamples)
+    return within | {"mcnemar_p": mcnemar_exact(*scores) if is_binary(*scores) else None}, answers
 
 
 def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:

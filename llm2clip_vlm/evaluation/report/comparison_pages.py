@@ -104,7 +104,7 @@ def difference_chart(found: Mapping[str, Any], pair: Sequence[str]) -> Chart:
     """Forest plot of one pair, without groups where it was not compared.
 
     Args:
-        found: What :func:`compare` returned, or the file that `eval/ab.py` wrote.
+        found: What :func:`compare` returned, or the file that `demo/ab.py` wrote.
         pair: Two names.
     """
     panels: dict[str, list[Mark]] = {"Benchmarks, points": [], "Retrieval R@1, points": []}
@@ -156,17 +156,7 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
         "count": FLIPS_SHOWN,
         "pairs": pairs,
         "sentences": sentences,
-        "states": {
-            pair: "above" if w["won"] > w["lost"] else "below" if w["lost"] > w["won"] else ""
-            for pair, w in found["wins"].items()
-        },
-        "wins": [
-            [
-                " minus ".join(pairs[pair]),
-                *(w[key] for key in ("benchmarks", "higher", "lower", "won", "lost")),
-            ]
-            for pair, w in found["wins"].items()
-        ],
+        "wins": {" minus ".join(pairs[pair]): w for pair, w in found["wins"].items()},
         "scores": score_chart("Scores", runs, {r.name: n % 6 for n, r in enumerate(runs)}),
         "charts": {pair: difference_chart(found, names) for pair, names in pairs.items()},
         "flips": flips,

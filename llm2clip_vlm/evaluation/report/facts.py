@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
+from statistics import fmean
 from typing import Any
 
-import numpy as np
-
-from llm2clip_vlm.evaluation.report.charts import Chart, Line, Mark, line_chart
+from llm2clip_vlm.evaluation.report.charts import Chart, Curves, Line, Mark
 from llm2clip_vlm.evaluation.report.comparison_pages import difference_chart, score_chart
 from llm2clip_vlm.evaluation.report.examples import Example
-from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Measured, Run, guesses
+from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, Run, guesses
 from llm2clip_vlm.recipe.report import ReportRecipe
 
 Retrieval = Mapping[str, Mapping[str, Mapping[str, Mapping[str, Any]]]]
@@ -105,8 +104,9 @@ class Facts:
     """What retrieval says of the headline."""
     cra: dict[str, Any] | None = None
     """Caption separability; None = no stage 1."""
-    scores: dict[str, dict[str, Measured]] = field(default_factory=dict)
-    """Task to checkpoint to what was measured, the headline's task first; empty = no VLM."""
+    vlms: list[Run] = field(default_factory=list)
+    """Towers with the scores of their VLMs, seed by seed, the headline's task first; empty = no
+    VLM."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Step to wall time."""
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -133,11 +133,14 @@ class Facts:
         return [example for example in found if example.found.keys() & {*self.recipe.headline}]
 
     @property
+    def tasks(self) -> list[str]:
+        """Tasks of the VLMs, the headline's first."""
+        return [task for task in (self.vlms[0].scores if self.vlms else ()) if ":" not in task]
+
+    @property
     def guesses(self) -> dict[str, dict[str, dict[str, float]]]:
         """Task to what needs no picture to what it gets, by type of question (`""` = all)."""
-        return {
-            task: guesses(next(iter(found.values())).samples) for task, found in self.scores.items()
-        }
+        return {task: guesses(self.vlms[0].first(task).samples) for task in self.tasks}
 
     @property
     def untrained(self) -> dict[str, str]:
@@ -152,37 +155,18 @@ class Facts:
         figures = self.cra or {}
         return ", ".join(f"{w} {figures[key]:.1f} %" for w, key in self.untrained.items())
 
-    def vlms(self) -> list[Run]:
-        """Towers with the scores of their VLMs, seed by seed."""
-        return [
-            Run(
-                tower,
-                list(seeds.values()),
-                scores={
-                    task: {int(seed): found[f"{tower}-s{seed}"] for seed in seeds}
-                    for task, found in self.scores.items()
-                },
-            )
-            for tower, seeds in self.recipe.vlms.items()
-        ]
-
-    def results(self, task: str, tower: str) -> list[dict[str, Any]]:
-        """Results of a task, seed by seed."""
-        found = self.scores[task]
-        return [dict(found[f"{tower}-s{seed}"].result) for seed in self.recipe.vlms[tower]]
-
     def accuracies(self, task: str) -> dict[str, list[float]]:
         """Tower to its scores by seed, in per cent."""
-        return {
-            tower: [float(result["score"]) for result in self.results(task, tower)]
-            for tower in self.recipe.vlms
-            if task in self.scores
-        }
+        return {run.name: run.values(task) for run in self.vlms}
 
     def counted(self, task: str) -> list[list[Any]]:
         """Checkpoint, questions, empty and unparsable answers."""
         keys = ("n", "n_empty", "n_unparsable")
-        return [[name, *(m.result[key] for key in keys)] for name, m in self.scores[task].items()]
+        return [
+            [f"{run.name}-s{seed}", *(measured.result[key] for key in keys)]
+            for run in self.vlms
+            for seed, measured in run.scores[task].items()
+        ]
 
     def vlm_verdict(self) -> Verdict | None:
         """What this run and the A/B say of the headline's VLMs; None = none was scored."""
@@ -191,7 +175,7 @@ class Facts:
         if a not in found or b not in found:
             return None
         count = min(len(found[a]), len(found[b]))
-        means = ", ".join(f"{name} {np.mean(found[name]):.1f} %" for name in (a, b))
+        means = ", ".join(f"{name} {fmean(found[name]):.1f} %" for name in (a, b))
         state = f"{self.title(task)} {means} ({count} trainings each)"
         if count == 1:
             state = "not decided by this run"
@@ -211,8 +195,7 @@ class Facts:
 
     def title(self, task: str) -> str:
         """A task's name for people, with the cut where one was made."""
-        found = next(iter(self.scores.get(task, {}).values()), None)
-        return found.title if found else task
+        return self.vlms[0].first(task).title if self.vlms else task
 
     def not_shown(self) -> list[str]:
         """What a reader might take from this page, and must not."""
@@ -222,7 +205,7 @@ class Facts:
             "here.": True,
             "One VLM was trained for each tower: a difference between them may be the luck of one "
             "training seed, whatever its interval over questions.": 1 in seeds,
-            "No VLM was evaluated.": not self.scores,
+            "No VLM was evaluated.": not self.vlms,
             "Another processor gives other figures, by some points where a VLM is short of "
             "convergence: it rounds sums otherwise, and training carries that on.": True,
             "The A/B over training seeds was not run, so nothing is claimed of the VLMs.": self.ab
@@ -255,15 +238,15 @@ def charts(facts: Facts) -> dict[str, Any]:
     if facts.encoders:
         runs = list(facts.encoders.values())
         drawn["encoders"] = score_chart("Tasks of the encoders", runs, colours)
-    if facts.scores:
-        drawn["scores"] = score_chart("Score of each VLM", facts.vlms(), colours)
-        kinds = list(next(iter(facts.scores[task].values())).result["by_type"])
+    if facts.vlms:
+        drawn["scores"] = score_chart("Score of each VLM", facts.vlms, colours)
+        kinds = list(facts.vlms[0].first(task).result["by_type"])
         if len(kinds) > 1:
             rule, found = max(facts.guesses[task].items(), key=lambda g: g[1][""], default=("", {}))
             groups = {
                 kind.replace("_", " "): [
-                    Mark(tower, _by_type(facts, tower, kind), colour=recipe.colour(tower))
-                    for tower in recipe.vlms
+                    Mark(r.name, fmean(r.values(f"{task}:{kind}")), colour=recipe.colour(r.name))
+                    for r in facts.vlms
                 ]
                 for kind in kinds
             }
@@ -272,7 +255,7 @@ def charts(facts: Facts) -> dict[str, Any]:
     if facts.ab is not None:
         drawn["ab"] = difference_chart(facts.ab, recipe.headline)
     drawn["curves"] = {
-        name: line_chart(lines, f"{name}, training loss") for name, lines in facts.curves.items()
+        name: Curves(f"{name}, training loss", lines) for name, lines in facts.curves.items()
     }
     return drawn
 
@@ -280,8 +263,3 @@ def charts(facts: Facts) -> dict[str, Any]:
 def _recall(facts: Facts, tower: str, kind: str, way: str) -> Mark:
     found = facts.retrieval[tower][kind][way]
     return Mark(tower, found["r1"], found.get("ci"), facts.recipe.colour(tower))
-
-
-def _by_type(facts: Facts, tower: str, kind: str) -> float:
-    results = facts.results(facts.recipe.headline_task, tower)
-    return float(np.mean([result["by_type"][kind]["score"] for result in results]))

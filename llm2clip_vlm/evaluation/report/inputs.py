@@ -47,13 +47,7 @@ def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         raise ReportError(f"{file}: no such file; it is written by {made_by}")
-    try:
-        found = files.read_json(file, object)
-    except ValueError as error:
-        raise ReportError(f"{file}: not JSON ({error}); run {made_by} again") from None
-    if not isinstance(found, dict):
-        raise ReportError(f"{file}: expected a JSON object, got {type(found).__name__}")
-    return found
+    return dict(files.read_json(file, error=ReportError))
 
 
 def read_optional(path: str | None) -> dict[str, Any] | None:
@@ -108,37 +102,6 @@ def read_retrieval(towers: Mapping[str, str]) -> dict[str, dict[str, dict[str, d
     return found
 
 
-def read_scores(folder: str | Path, checkpoints: Sequence[str]) -> dict[str, dict[str, Measured]]:
-    """Results of `eval/run_lmms.py`.
-
-    Args:
-        folder: Its `--output`.
-        checkpoints: Names in it.
-
-    Returns:
-        `{task: {checkpoint: what was measured}}`, all tasks that any of the checkpoints has.
-
-    Raises:
-        ReportError: A result is missing, or was made from other data or with other settings than
-            those of the other checkpoints.
-    """
-    root = Path(folder)
-    found = {name: dict(measured_in(root / name)) for name in checkpoints}
-    tasks = sorted({task for scores in found.values() for task in scores if ":" not in task})
-    for name, scores in found.items():
-        if lost := [task for task in tasks if task not in scores] or [""] * (not tasks):
-            file = root / name / f"{lost[0] or '*'}.json"
-            raise ReportError(f"{file}: no such result; it is written by eval/run_lmms.py")
-    for task, key in product(tasks, ("spec_hash", "limit")):
-        values = {name: scores[task].result.get(key) for name, scores in found.items()}
-        if len(set(values.values())) > 1:
-            raise ReportError(
-                f"{root}: {task}: {key} differs between checkpoints ({values}): they were "
-                "not asked the same; run eval/run_lmms.py for all of them with one suite"
-            )
-    return {task: {name: scores[task] for name, scores in found.items()} for task in tasks}
-
-
 def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
     """What answers get that were given without a look at the picture.
 
@@ -175,25 +138,17 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     return shares
 
 
-def read_seconds(pipeline: str | None, stages: Mapping[str, str | None]) -> dict[str, float]:
-    """What each step cost.
+def read_seconds(stages: Mapping[str, str | None]) -> dict[str, float]:
+    """What each stage cost, by its manifest.
 
     Args:
-        pipeline: The pipeline's `seconds.json`.
-        stages: Name to output directory, asked for their manifests where the pipeline left nothing.
+        stages: Name to output directory.
 
     Returns:
-        Step to seconds of wall time, in the order in which they are known.
+        Stage to seconds of wall time; without those that left no manifest.
     """
-    timed = read_optional(pipeline)
-    if timed:
-        return {name: float(value) for name, value in timed.items()}
     manifests = {name: read_manifest(folder) for name, folder in stages.items() if folder}
-    return {
-        name: float(manifest["seconds"])
-        for name, manifest in manifests.items()
-        if manifest is not None
-    }
+    return {name: float(found["seconds"]) for name, found in manifests.items() if found}
 
 
 _NO_MEANS = {"miou": "mean IoU", "ap": "box AP"}
@@ -223,6 +178,15 @@ class Measured:
     def scored(self) -> Sequence[Mapping[str, Any]]:
         """The samples, where each has a score of its own."""
         return [sample for sample in self.samples if sample["correct"] is not None]
+
+    @property
+    def counts(self) -> np.ndarray:
+        """What a mean IoU is made of (:func:`~llm2clip_vlm.metrics.segmentation.overlaps`).
+
+        Returns:
+            `int[images, 3, classes]`; empty for other scores.
+        """
+        return np.array([sample["counts"] for sample in self.samples if "counts" in sample])
 
     def interval(self) -> Sequence[float] | None:
         """The 95 % interval over pictures; None where neither it nor single answers were kept."""
@@ -254,6 +218,10 @@ class Run:
     def values(self, task: str) -> list[float]:
         """Per cent, seed by seed."""
         return [measured.value for measured in self.scores[task].values()]
+
+    def first(self, task: str) -> Measured:
+        """What the first seed measured."""
+        return next(iter(self.scores[task].values()))
 
 
 def read_run(
@@ -290,8 +258,46 @@ def read_run(
                     raise ReportError(f"{name}: {task} is in {folder} and in another place")
                 run.scores[task][seed] = measured
     if not run.scores:
-        raise ReportError(f"{name}: no results in {run.places} (*{SAMPLES}, results.json)")
+        looked = [str(folder) for place in places for _, folder in _folders(place, seeds)]
+        raise ReportError(
+            f"{name}: no results (*{SAMPLES}, results.json) in {looked or run.places}; they are "
+            "written by eval/run_lmms.py, eval/run_encoder.py and stage 2"
+        )
     return run
+
+
+_NO_RESULT = "no such result; it is written by eval/run_lmms.py"
+
+
+def read_vlms(folder: str | Path, vlms: Mapping[str, Sequence[int]]) -> list[Run]:
+    """Results of `eval/run_lmms.py` for the VLMs of several towers.
+
+    Args:
+        folder: Its `--output`, with a checkpoint `<tower>-s<seed>` for each VLM.
+        vlms: Tower to training seeds.
+
+    Raises:
+        ReportError: A result that another VLM has is missing, or two were made from other data or
+            with other settings.
+    """
+    places = {tower: {f"{folder}/{tower}-s{{seed}}": None} for tower in vlms}
+    runs = [read_run(tower, places[tower], seeds) for tower, seeds in vlms.items()]
+    for task in sorted({task for run in runs for task in run.scores if ":" not in task}):
+        asked = {}
+        for run in runs:
+            for seed in vlms[run.name]:
+                place = f"{run.name}-s{seed}"
+                if seed not in run.scores.get(task, {}):
+                    raise ReportError(f"{folder}/{place}/{task}.json: {_NO_RESULT}")
+                asked[place] = run.scores[task][seed].result
+        for key in ("spec_hash", "limit"):
+            values = {name: result.get(key) for name, result in asked.items()}
+            if len(set(values.values())) > 1:
+                raise ReportError(
+                    f"{folder}: {task}: {key} differs between checkpoints ({values}): they were "
+                    "not asked the same; run eval/run_lmms.py for all of them with one suite"
+                )
+    return runs
 
 
 def _folders(place: str, seeds: Sequence[int] | None) -> Iterator[tuple[int | None, Path]]:
@@ -316,6 +322,8 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         files = [folder / f"{name}.json" for name in names]
         result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
         samples = load_samples(file)
+        if "counts" in samples[0]:
+            continue  # a score of `results.json`
         parts = [DIRECTIONS.get(part, part.replace("_", " ")) for part in task.split(".")]
         title = result.get("title", ", ".join(parts))
         title += f" (first {result['limit']} only)" if result.get("limit") else ""
@@ -341,12 +349,12 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
             rest = {"chance": found.get("chance_r1"), "ci": found.get("ci")}
             yield f"retrieval_{kind}_{way}", Measured(title, found["r1"], folder, **rest)
         for name, found in (whole.get("results") or {}).items():
-            for metric in _NO_MEANS.keys() & {
-                key for key, value in found.items() if value is not None
-            }:
-                title = f"{name.replace('_', ' ')}, {_NO_MEANS[metric]}"
-                rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
-                yield name, Measured(title, found[metric], folder, (), found, **rest)
+            for metric, words in _NO_MEANS.items():
+                if found.get(metric) is not None:
+                    title, file = f"{name.replace('_', ' ')}, {words}", folder / f"{name}{SAMPLES}"
+                    kept = load_samples(file) if file.is_file() else ()
+                    rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
+                    yield name, Measured(title, found[metric], folder, kept, found, **rest)
 
 
 def _chance(result: Mapping[str, Any], samples: str) -> float | None:

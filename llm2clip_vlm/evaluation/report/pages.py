@@ -8,13 +8,14 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 from PIL import Image
 
-from llm2clip_vlm.evaluation.report.charts import chart_css, drawable, short
+from llm2clip_vlm.evaluation.report.charts import drawable, short
 
 THUMBNAIL_PX = 192
 """Longest side of a picture in a list of examples."""
@@ -95,5 +96,6 @@ def _environment() -> Environment:
         "short": short,
         "share": share,
     }
-    environment.globals["colours"] = chart_css()
+    colours = Path(__file__).parent / "templates/colours.css"
+    environment.globals["colours"] = colours.read_text(encoding="utf-8")
     return environment

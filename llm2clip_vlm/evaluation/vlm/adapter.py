@@ -12,10 +12,8 @@ Where lmms-eval 0.7 and its documents disagree, the code below follows what runs
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +23,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator, Prompt
+from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator
 from llm2clip_vlm.models.vlm.building import load_checkpoint
 
 _BATCHES_AT_ONCE = 8
@@ -105,27 +103,27 @@ class Llm2ClipVlmChat(lmms):
             )
         return self.generator
 
-    def _answer(
-        self, prompts: Iterable[Prompt], asked: Sequence[tuple[dict[str, Any], int]]
-    ) -> list[GenerationResult]:
-        """Answer prompts with their generation arguments and document numbers."""
-        started, answers = time.perf_counter(), list[Answer]()
+    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
+        """Answer chat requests, in their order."""
+        started, answers, generator = time.perf_counter(), list[Answer](), self._generator()
         self.pictures = {}
-        waiting, generator = iter(prompts), self._generator()
         # A few batches at a time: the pictures of a large task do not fit into memory together.
         step = _BATCHES_AT_ONCE * generator.batch_size
         with tqdm(
-            total=len(asked), disable=self.rank != 0, desc="answering", unit="question"
+            total=len(requests), disable=self.rank != 0, desc="answering", unit="question"
         ) as bar:
-            while rendered := list(itertools.islice(waiting, step)):
+            for start in range(0, len(requests), step):
+                asked = [request.args for request in requests[start : start + step]]
+                prompts = [
+                    generator.render(doc_to_messages(self.task_dict[task][split][doc]))
+                    for _, doc_to_messages, _, doc, task, split in asked
+                ]
                 if not answers:
-                    self.prompt_example = rendered[0].text
-                given = asked[len(answers) : len(answers) + len(rendered)]
-                for (_, doc), prompt in zip(given, rendered, strict=True):
+                    self.prompt_example = prompts[0].text
+                for (*_, doc, _, _), prompt in zip(asked, prompts, strict=True):
                     if prompt.images:
                         self.pictures[doc] = prompt.pictures
-                options = [arguments for arguments, _ in given]
-                answers += generator.generate(rendered, options, bar.update)
+                answers += generator.generate(prompts, [given[2] for given in asked], bar.update)
         tokens = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
         log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)
@@ -133,16 +131,6 @@ class Llm2ClipVlmChat(lmms):
             GenerationResult(answer.text, TokenCounts(output_tokens=answer.num_tokens))
             for answer in answers
         ]
-
-    def generate_until(self, requests: list[Instance]) -> list[GenerationResult]:
-        """Answer chat requests, in their order."""
-        arguments = [request.args for request in requests]
-        generator = self._generator()
-        prompts = (
-            generator.render(doc_to_messages(self.task_dict[task][split][doc_id]))
-            for _, doc_to_messages, _, doc_id, task, split in arguments
-        )
-        return self._answer(prompts, [(args[2], args[3]) for args in arguments])
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         """Refuse: no task of the suites here asks for it."""

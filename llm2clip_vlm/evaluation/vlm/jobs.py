@@ -146,16 +146,13 @@ def _builtin_tasks() -> Iterator[tuple[Path, str]]:
             yield path, match.group(1).decode()
 
 
-def plan(
-    suite: SuiteRecipe, checkpoints: Mapping[str, str | Path], tasks_dir: Path, limit: int | None
-) -> list[Job]:
+def plan(suite: SuiteRecipe, checkpoints: Mapping[str, str | Path], tasks_dir: Path) -> list[Job]:
     """All jobs of a suite, checkpoint by checkpoint.
 
     Args:
         suite: Tasks and data.
         checkpoints: Name -> directory.
         tasks_dir: Folder of further tasks, which come before our own.
-        limit: First documents of each task only; overrides the tasks' own.
 
     Returns:
         A job for each checkpoint and task; without the tasks that :func:`left_out` names.
@@ -164,6 +161,7 @@ def plan(
         EvaluationError: A checkpoint, task, data file or image that is not there, a name that is no
             file name, two tasks of one name, or a judge asked for that has no key.
     """
+    check_checkpoints(checkpoints)
     names = [task.name or task.task for task in suite.tasks]
     twice = {name for name in names if names.count(name) > 1}
     if twice:
@@ -175,12 +173,11 @@ def plan(
         )
     skipped = left_out(suite)
     specs = {
-        index: spec_hash(suite, task, tasks_dir, limit)
+        index: spec_hash(suite, task, tasks_dir)
         for index, task in enumerate(suite.tasks)
         if names[index] not in skipped
     }
     jobs = []
-    check_checkpoints(checkpoints)
     for name, folder in checkpoints.items():
         digest = fingerprint_dir(folder)
         for index, spec in specs.items():
@@ -218,21 +215,16 @@ def left_out(suite: SuiteRecipe) -> dict[str, str]:
     return found
 
 
-def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path, limit: int | None) -> str:
+def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path) -> str:
     """Hash of what decides a score besides the checkpoint: task files, data, settings, code.
 
     Raises:
         EvaluationError: The task, its data file or one of its images is missing.
     """
-    if task.convert and not (task.data_files and task.title):
-        raise EvaluationError(
-            f"task {task.task}: `convert` needs `data_files` and a `title` (the score is not that "
-            "of the benchmark)"
-        )
     folder = task_yaml(task.task, tasks_dir).parent
     parts = {
         "task": task.model_dump(mode="json", exclude=_SAME_SCORE),
-        "limit": limit,
+        "limit": suite.limit,
         "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),
         "data": data_hash(Path(task.data_files), task.made_by) if task.data_files else None,
@@ -287,17 +279,14 @@ _DISTRIBUTED = tuple(
 
 
 def own_tasks() -> Path:
-    """Our own tasks: of a checkout, or of an installed package."""
-    package = Path(llm2clip_vlm.__file__).parent
-    installed = package / "eval_assets"
-    return (installed if installed.is_dir() else package.parent / "eval") / "tasks"
+    """The folder of our own tasks."""
+    return Path(find_shipped("eval/tasks", here=False))
 
 
 def run_suite(
     suite: SuiteRecipe,
     checkpoints: Mapping[str, str | Path],
     output: str | Path,
-    limit: int | None = None,
     tasks_dir: Path | None = None,
 ) -> dict[str, dict[str, dict[str, Any]]]:
     """Evaluate checkpoints; results that are there for the same content are kept.
@@ -306,7 +295,6 @@ def run_suite(
         suite: Suite from `load_recipe(path, SuiteRecipe)`.
         checkpoints: Name -> directory of a vision-language model.
         output: Gets `<name>/<task>.json` and `<name>/<task>.samples.jsonl`, each written at once.
-        limit: First documents of each task only, recorded in the result.
         tasks_dir: Folder of the caller's own tasks, whose Python files are run; none = ours alone.
 
     Returns:
@@ -317,21 +305,20 @@ def run_suite(
         EvaluationError: Something is missing before the start, or tasks failed; the message names
             them, the others are finished and kept.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise EvaluationError(f"limit: expected a whole number of documents, got {limit!r}")
-    check_checkpoints(checkpoints)
     tasks, out = own_tasks() if tasks_dir is None else tasks_dir.resolve(), Path(output)
     if not tasks.is_dir():
         raise EvaluationError(f"{tasks}: expected a folder of lmms-eval tasks, found none")
-    jobs = plan(suite, checkpoints, tasks, limit)
+    jobs = plan(suite, checkpoints, tasks)
     pending = [job for job in jobs if job.result(out) is None]
     logger.info("%d of %d evaluations to do", len(pending), len(jobs))
     for name, lacking in left_out(suite).items():
         logger.warning("%s: not run, for want of %s", name, lacking)
-    holds = [_hold(out, name, jobs) for name in checkpoints]
+    written = [path for job in jobs for path in (job.result_path(out), job.samples_path(out))]
+    own = {GATE_NAME, *(path.name for path in written)}
+    holds = [Hold(out / name, "evaluation", own) for name in checkpoints]
     failed: list[tuple[Job, int]] = []
     while pending:
-        code = _spawn(suite, pending, out, tasks, limit)
+        code = _spawn(suite, pending, out, tasks)
         left = [job for job in pending if job.result(out) is None]
         if left:
             # The worker does jobs in order and stops at the first that fails (or kills it).
@@ -354,13 +341,6 @@ def run_suite(
     return found
 
 
-def _hold(output: Path, checkpoint: str, jobs: list[Job]) -> Hold:
-    """A checkpoint's folder, in which nothing is overwritten that no evaluation has written."""
-    own = [job for job in jobs if job.checkpoint == checkpoint]
-    paths = [path for job in own for path in (job.result_path(output), job.samples_path(output))]
-    return Hold(output / checkpoint, "evaluation", {GATE_NAME, *(path.name for path in paths)})
-
-
 def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Environment of the subprocess.
 
@@ -375,16 +355,13 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def _spawn(
-    suite: SuiteRecipe, jobs: list[Job], output: Path, tasks: Path, limit: int | None
-) -> int:
+def _spawn(suite: SuiteRecipe, jobs: list[Job], output: Path, tasks: Path) -> int:
     order = output / f".jobs-{os.getpid()}.json"
     given = {
         "suite": suite.model_dump(mode="json"),
         "jobs": [asdict(job) for job in jobs],
         "output": str(output),
         "tasks_dir": str(tasks),
-        "limit": limit,
     }
     write_atomically(order, json.dumps(given))
     # -P: a folder `eval/` or `tasks/` beside the script must not become an importable package.

@@ -10,6 +10,7 @@ import logging
 import math
 import tempfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,10 +89,8 @@ def samples_of(
             twice.
     """
     samples = []
-    ids = [entry["doc_id"] for entry in logged]
-    if twice := sorted(
-        {doc for doc in ids if ids.count(doc) > 1} if len({*ids}) < len(ids) else ()
-    ):
+    counts = Counter(entry["doc_id"] for entry in logged)
+    if twice := sorted(doc for doc, count in counts.items() if count > 1):
         raise EvaluationError(f"documents {twice[:5]} were answered twice")
     turns = {entry["doc_id"]: _turn(entry, metrics) for entry in logged}
     in_turns = any(turn for _, turn in turns.values())

@@ -25,44 +25,39 @@ def gate(
 
     Args:
         expected: The published table.
-        row: One of its models.
+        row: One of its models, a key of `expected.rows`.
         results: Name -> result, from :func:`~llm2clip_vlm.evaluation.vlm.jobs.run_suite`.
 
     Returns:
-        `{column, ours, published, noise, noise_of, verdict, differs}` of each column of the row:
-        numbers on the published scale, `noise` the 95 % half-width of the difference of two
-        independent runs as uncertain as this one, `noise_of` its source (`pictures`: the
-        metric's own jackknife over pictures; `binomial`: as if questions were independent and the
-        metric a share of them, for results that do not have it), `verdict` one of `within noise`,
-        `above`, `below`, `not run`, and what differs from the published protocol.
+        `{column, ours, published, noise, noise_of, verdict, differs}` of each column of the row
+        (`ours`, `noise` and `noise_of` are None where it was not run): numbers on the published
+        scale, `noise` the 95 % half-width of the difference of two independent runs as uncertain
+        as this one, `noise_of` its source (`pictures`: the metric's own jackknife over pictures;
+        `binomial`: as if questions were independent and the metric a share of them, for results
+        that do not have it), `verdict` one of `within noise`, `above`, `below`, `not run`, and
+        what differs from the published protocol.
 
     Raises:
-        ValueError: No such row, or a result without the column's metric.
+        ValueError: A result without the column's metric.
     """
-    if row not in expected.rows:
-        raise ValueError(f"row {row!r}: expected one of {', '.join(expected.rows)}")
     entries = []
     for name, published in expected.rows[row].items():
         column = expected.columns[name]
         entry: dict[str, Any] = {"column": name, "published": published, "ours": None}
+        entry |= {"noise": None, "noise_of": None, "verdict": "not run"}
+        entries.append(entry)
         if missing := [result for result in column.results if result not in results]:
-            entry |= {"noise": None, "verdict": "not run", "differs": [f"no {', '.join(missing)}"]}
-            entries.append(entry)
+            entry["differs"] = [f"no {', '.join(missing)}"]
             continue
         ours = [results[result] for result in column.results]
         share = sum(_share(result, column) for result in ours) / len(ours)
-        noise, noise_of = _noise(ours, column, share)
-        delta = share * column.value_full - published
-        sides = {True: "within noise", False: "above" if delta > 0 else "below"}
+        entry["noise"], entry["noise_of"] = _noise(ours, column, share)
+        entry["ours"] = share * column.value_full
+        delta = entry["ours"] - published
+        side = "above" if delta > 0 else "below"
+        entry["verdict"] = "within noise" if abs(delta) <= entry["noise"] else side
         differs = [text for result in ours for text in _differs(result, column, expected)]
-        entry |= {
-            "ours": share * column.value_full,
-            "noise": noise,
-            "noise_of": noise_of,
-            "verdict": sides[abs(delta) <= noise],
-            "differs": list(dict.fromkeys(differs)),
-        }
-        entries.append(entry)
+        entry["differs"] = list(dict.fromkeys(differs))
     return entries
 
 
@@ -115,7 +110,7 @@ def gate_table(rows: list[dict[str, Any]], source: str) -> str:
     lines = [f"score gate against {source}"]
     for row in rows:
         ours = "" if row["ours"] is None else f"{row['ours']:8.1f} +- {row['noise']:.1f}"
-        ours += " (binomial)" if row.get("noise_of") == "binomial" else ""
+        ours += " (binomial)" if row["noise_of"] == "binomial" else ""
         differs = f"  ({'; '.join(row['differs'])})" if row["differs"] else ""
         lines.append(
             f"{row['column']:<16} {row['published']:8.1f} {ours:>16}  {row['verdict']}{differs}"

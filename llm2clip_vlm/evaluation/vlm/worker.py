@@ -51,18 +51,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("jobs", type=Path)
     order = json.loads(parser.parse_args(argv).jobs.read_text(encoding="utf-8"))
     quiet()
-    suite = SuiteRecipe.model_validate(order["suite"])
+    suite, tasks_dir = SuiteRecipe.model_validate(order["suite"]), Path(order["tasks_dir"])
     tasks: dict[int, Any] = {}
     adapter, loaded = None, None
     with tempfile.TemporaryDirectory(prefix="l2c-lmms-") as scratch:
         for job in (Job(**entry) for entry in order["jobs"]):
-            if job.task_index not in tasks:
-                tasks[job.task_index] = prepare(suite, job, Path(order["tasks_dir"]), Path(scratch))
+            if (index := job.task_index) not in tasks:
+                judge = suite.judge == "environment"
+                tasks[index] = build_task(suite.tasks[index], tasks_dir, scratch, judge=judge)
             if loaded != job.checkpoint:
                 adapter = None  # its model goes before the next one comes
                 loaded, adapter = job.checkpoint, load_adapter(job.path, suite)
-            task, limit = tasks[job.task_index], suite.tasks[job.task_index].limit
-            score(job, suite, task, adapter, Path(order["output"]), order["limit"] or limit)
+            score(job, suite, tasks[index], adapter, Path(order["output"]))
     return 0
 
 
@@ -96,31 +96,15 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def prepare(suite: SuiteRecipe, job: Job, tasks_dir: Path, scratch: Path) -> Any:
-    """Build a task, its data converted first where the suite asks for it."""
-    spec = suite.tasks[job.task_index]
-    data = Path(spec.data_files) if spec.data_files else None
-    if data is not None and spec.convert:
-        from llm2clip_vlm.evaluation.vlm.task_helpers import write_parquet
-
-        source, data = data, scratch / f"{job.task}.parquet"
-        write_parquet(source, spec.convert, data)
-    yaml = task_yaml(spec.task, tasks_dir)
-    return build_task(spec, yaml, data, scratch / "datasets", judge=suite.judge == "environment")
-
-
-def score(
-    job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path, limit: int | None
-) -> dict[str, Any]:
+def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -> dict[str, Any]:
     """Evaluate one task on one checkpoint and write its samples, then its result.
 
     Args:
         job: The job.
         suite: Settings to record.
-        task: Result of :func:`prepare`.
+        task: Result of :func:`build_task`.
         adapter: A live chat adapter.
         output: Folder of all results.
-        limit: First documents only.
 
     Returns:
         The result as written.
@@ -132,6 +116,7 @@ def score(
     from tenacity import RetryError
 
     spec, folder = suite.tasks[job.task_index], output / job.checkpoint
+    limit = suite.limit or spec.limit
     job.result_path(output).unlink(missing_ok=True)
     print(f"{job.checkpoint}: {spec.title or job.task}", file=sys.stderr, flush=True)
     started = time.perf_counter()
@@ -273,8 +258,12 @@ def refuse_judge(name: str, config: Mapping[str, Any]) -> None:
         return
     functions = [config.get("process_results")]
     functions += [metric.get("aggregation") for metric in config.get("metric_list") or []]
-    # The whole folder: a scorer may reach its judge through a module beside it.
-    folders = {Path(inspect.getfile(given)).parent for given in functions if callable(given)}
+    # The whole folder: a scorer may reach its judge through a module beside it. Ours ask none.
+    folders = {
+        Path(inspect.getfile(given)).parent
+        for given in functions
+        if callable(given) and not given.__module__.startswith("llm2clip_vlm.")
+    }
     for file in sorted(file for folder in folders for file in folder.glob("*.py")):
         marks = [mark for mark in JUDGE_MARKS if mark in file.read_text(encoding="utf-8")]
         if marks:
@@ -284,7 +273,7 @@ def refuse_judge(name: str, config: Mapping[str, Any]) -> None:
             )
 
 
-def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None:
+def redirect(config: dict[str, Any], data: Path, cache_dir: str | None) -> None:
     """Make a task read a local file instead of its data set.
 
     Args:
@@ -305,7 +294,7 @@ def redirect(config: dict[str, Any], data: Path, cache_dir: Path | None) -> None
     config["dataset_kwargs"] = {"data_files": {str(split).strip(): str(data.resolve())}}
     config["test_split"] = str(split).strip()
     if cache_dir is not None:
-        config["dataset_kwargs"]["cache_dir"] = str(cache_dir)
+        config["dataset_kwargs"]["cache_dir"] = cache_dir
     kwargs = config.get("lmms_eval_specific_kwargs") or {}
     if "image_root" in kwargs.get("default", {}):
         kwargs["default"]["image_root"] = str(data.resolve().parent)
@@ -351,19 +340,13 @@ def _with_functions(value: Any) -> Any:
 
 
 def build_task(
-    spec: LmmsTask,
-    yaml: Path,
-    data: Path | None,
-    cache_dir: Path | None = None,
-    *,
-    judge: bool = False,
+    spec: LmmsTask, tasks_dir: Path, cache_dir: str | None = None, *, judge: bool = False
 ) -> Any:
     """Build the lmms-eval task object of a suite's entry, for the chat adapter.
 
     Args:
         spec: The suite's entry.
-        yaml: The task's file, from :func:`~llm2clip_vlm.evaluation.vlm.jobs.task_yaml`.
-        data: Local file to read instead (already converted). None: the task's data set.
+        tasks_dir: Folder of further tasks, as of :func:`~llm2clip_vlm.evaluation.vlm.jobs.plan`.
         cache_dir: See :func:`redirect`.
         judge: Whether there is a judge; tasks marked as needing one may then be built.
 
@@ -377,12 +360,12 @@ def build_task(
     from lmms_eval.api.task import ConfigurableMessagesTask
     from tenacity import RetryError
 
-    config = load_config(yaml)
+    config = load_config(task_yaml(spec.task, tasks_dir))
     if not (judge and spec.judge):
         refuse_judge(spec.task, config)
     merge(config, spec.overrides)
-    if data is not None:
-        redirect(config, data, cache_dir)
+    if spec.data_files:
+        redirect(config, Path(spec.data_files), cache_dir)
     if config.get("output_type", "generate_until") != "generate_until":
         raise EvaluationError(
             f"task {spec.task}: output_type {config['output_type']}; only generate_until is scored "

@@ -6,28 +6,79 @@ Purpose: for each task and pair of towers the difference of accuracy seed by see
 Needs: `eval/run_lmms.py` results of every tower and seed, the towers' `results.json`.
 Writes: `<output>` (JSON), the headline's chart beside it (`.svg`), and what `llm2clip-vlm compare`
     writes below `pages`.
-Launch: python eval/ab.py recipes/demo/ab_result.yaml [key=value ...]
+Launch: python demo/ab.py recipes/demo/ab_result.yaml [key=value ...]
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from pydantic import Field, model_validator
+from world.results import git_state, rounded
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.report.comparison import compare
 from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages, difference_chart
 from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, ReportError, Run, read_run
 from llm2clip_vlm.evaluation.report.pages import render
-from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.metrics.statistics import rounded
+from llm2clip_vlm.files import read_json
+from llm2clip_vlm.recipe.base import RecipeFile
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
-from llm2clip_vlm.recipe.report import AbRecipe
 from llm2clip_vlm.runs.manifest import read_manifest, recipe_hash
+from llm2clip_vlm.runs.ownership import write_pages
+
+
+class AbRecipe(RecipeFile):
+    """Recipe of this program: towers compared over training seeds, the seed as the unit."""
+
+    towers: list[str] = Field(min_length=2)
+    """Names, in the order in which they are shown."""
+    seeds: list[int] = Field(min_length=2)
+    """Training seeds; each reseeds stage 2 and the VLM."""
+    pairs: list[list[str]] = Field(min_length=1)
+    """Comparisons `[a, b]` (a minus b); the first is the headline."""
+    evaluation: str
+    """Folder of `eval/run_lmms.py`, with a checkpoint `<tower>-s<seed>` for each VLM."""
+    tasks: list[str] = Field(min_length=1)
+    """lmms-eval tasks; those with question types are also compared type by type."""
+    retrieval: dict[str, str] = Field(default_factory=dict)
+    """Output directory of stage 2 by tower, with `{seed}` in it where it was trained again."""
+    retrieval_only: list[str] = Field(default_factory=list)
+    """Towers for which no VLM was trained: they are compared in retrieval alone."""
+    retrieval_kinds: list[str] = Field(default_factory=lambda: ["short", "long"])
+    """Kinds of caption of `results.json`; R@1 in both directions is compared."""
+    resamples: int = Field(default=10_000, ge=100)
+    """Bootstrap draws of the comparison within a seed."""
+    data: str = ""
+    """Training and evaluation data, for readers."""
+    output: str = "docs/results/ab.json"
+    """File of the result; the chart lies beside it, as `.svg`."""
+    block: str | None = None
+    """Key of an earlier `output` below which this result goes; all else there stays as it is, and
+    no chart or page is written. None: the result is the whole file."""
+    pages: str
+    """Folder of the comparison for people and papers (`compare.html`, `compare.md`)."""
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        for pair in self.pairs:
+            if len(pair) != 2 or pair[0] == pair[1] or set(pair) - set(self.towers):
+                raise ValueError(f"pairs: expected two names of {self.towers}, got {pair}")
+        if set(self.retrieval) - set(self.towers):
+            raise ValueError(
+                f"retrieval: expected names of {self.towers}, got {sorted(self.retrieval)}"
+            )
+        if set(self.retrieval_only) - set(self.retrieval):
+            raise ValueError(
+                f"retrieval_only: expected names of retrieval, got {self.retrieval_only}"
+            )
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected each seed once, got {self.seeds}")
+        return self
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,20 +88,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     runs = [read_tower(recipe, tower) for tower in recipe.towers]
     found = whole(recipe, runs)
     output = Path(recipe.output)
-    kept = {key: value for key, value in found.items() if key not in ("runs", "wins")}
+    kept = rounded({key: value for key, value in found.items() if key not in ("runs", "wins")})
     if recipe.block is not None:
-        kept = read_json(output) | {recipe.block: rounded(kept)}
-        write_atomically(output, json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-        print(f"{output}: {recipe.block}")
-        return 0
-    chart = render("differences.svg", chart=difference_chart(found, recipe.pairs[0]))
-    write_atomically(output.with_suffix(".svg"), chart)
-    write_atomically(output, json.dumps(rounded(kept), indent=1, ensure_ascii=False) + "\n")
-    pages = comparison_pages(runs, found)
-    for name, text in pages.items():
-        write_atomically(Path(recipe.pages, name), text)
-    print(pages["compare.md"])
-    print(f"{output} and {output.with_suffix('.svg')}")
+        kept = read_json(output) | {recipe.block: kept}
+    files = {output.name: json.dumps(kept, indent=1, ensure_ascii=False) + "\n"}
+    if recipe.block is None:
+        chart = difference_chart(found, recipe.pairs[0])
+        files[output.with_suffix(".svg").name] = render("differences.svg", chart=chart)
+    write_pages(output.parent, "A/B", files)
+    if recipe.block is None:
+        pages = comparison_pages(runs, found)
+        write_pages(recipe.pages, "A/B", pages)
+        print(pages["compare.md"])
+    print(f"{output.parent}: {', '.join(files)}")
     return 0
 
 
@@ -105,28 +155,6 @@ def whole(recipe: AbRecipe, runs: Sequence[Run]) -> dict[str, Any]:
             if run.name not in recipe.retrieval_only
         },
     }
-
-
-def git_state(output: Path) -> dict[str, Any]:
-    """Commit of the checkout, and whether tracked files other than the output differ from it.
-
-    Returns:
-        `{"commit", "dirty"}`, both None outside a checkout or before the first commit.
-    """
-    root = Path(__file__).resolve().parents[1]
-    state = ["status", "--porcelain", "--untracked-files=no", "--", "."]
-    if not output.is_absolute():
-        state += [f":(exclude){output.with_suffix(end).as_posix()}" for end in (".json", ".svg")]
-    try:
-        commit, changes = (
-            subprocess.run(
-                ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True
-            ).stdout.strip()
-            for arguments in (["rev-parse", "HEAD"], state)
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changes)}
 
 
 def _origin(run: Run, seed: int) -> dict[str, Any]:
