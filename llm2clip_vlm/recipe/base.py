@@ -39,6 +39,9 @@ class DataSource(Section):
     `llm2clip_vlm` in `XDG_CACHE_HOME`, or in `~/.cache`."""
     cache_gib: float = Field(default=64.0, gt=0)
     """Most that pictures take in `cache_dir`; those not asked for longest go first."""
+    index_dir: str | None = None
+    """Folder of the table that large sources are read into once. None: `.llm2clip-index` beside
+    them."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -63,9 +66,6 @@ class ImageSource(DataSource):
     """Folder that image paths are relative to. None: the file's own folder. No path leaves it."""
     follow_links: bool = False
     """Follow symbolic links below `image_root` that lead out of it, as in the hub's cache."""
-    index_dir: str | None = None
-    """Folder of the table that large sources are read into once. None: `.llm2clip-index` beside
-    them."""
 
     @property
     def folder(self) -> Path:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ time that they are opened."""
 
 _INDEX = ".index-1-"  # with the version of its layout
 _AT_ONCE = 64  # rows that are made float32 while they are in the processor's cache
+_FOUND = 2**16  # texts that are looked for together
 _BLOCK = 32  # parts of keys that are sorted to be looked up together
 
 Encode = Callable[[list[str]], Tensor]
@@ -96,7 +97,10 @@ class EmbeddingCache:
         if keep:
             with suppress(OSError, ValueError):  # absent or damaged: it is made again
                 return np.frombuffer(map_hashed(self.index), np.uint64).reshape(3, rows)
-        words = [np.empty((0, 2), np.uint64), *(_words(shard.keys) for shard in self.shards)]
+        words = [
+            np.empty((0, 2), np.uint64),
+            *(shards.key_words(shard.keys) for shard in self.shards),
+        ]
         flat = np.concatenate(words)
         order = np.argsort(flat[:, 0], kind="stable")
         index = np.stack([*flat[order].T, order.astype(np.uint64)])
@@ -143,11 +147,12 @@ class EmbeddingCache:
     def build(
         cls,
         directory: str | Path,
-        texts: Iterable[str],
+        texts: Sequence[str],
         encode: Encode | Mapping[str, Encode],
         fingerprint: Mapping[str, str],
         *,
         shard_rows: int | None = None,
+        words: npt.NDArray[np.uint64] | None = None,
         writer: tuple[int, int] = (0, 1),
         planned: Callable[[int], object] = lambda texts: None,
     ) -> EmbeddingCache:
@@ -159,12 +164,14 @@ class EmbeddingCache:
 
         Args:
             directory: Where the cache lies or will lie.
-            texts: Texts in any order, with repetitions.
+            texts: Texts in any order, with repetitions; with `words` different ones, which are read
+                by number when they are needed.
             encode: The encoder, or one for each prompt (`""` is the encoder's own instruction);
                 rows are normalised here.
             fingerprint: Identity of `encode`: each field must equal that of what is already there.
             shard_rows: Rows of a new shard; the same for all writers. None: at most 16,384, and so
                 few that there are about 16 shards for writers to share.
+            words: :func:`~llm2clip_vlm.data.cache.shards.key_words` of the texts. None: made here.
             writer: `(i, n)`: write each nth shard from the ith.
             planned: Called with the number of texts that this writer will encode.
 
@@ -176,10 +183,11 @@ class EmbeddingCache:
         encoders = encode if isinstance(encode, Mapping) else {"": encode}
         header = shards.read_header(directory)
         known = None if header is None else cls.open(directory, fingerprint)
-        unique = list(dict.fromkeys(texts))
-        if not unique and known is None:
+        if words is None:
+            texts = list(dict.fromkeys(texts))
+            words = shards.key_words(shards.digests_of(texts))
+        if not (size := len(words)) and known is None:
             raise shards.CacheError(f"{directory}: no text to embed")
-        size = len(unique)
         # Entry n of prompt p is number p * size + n. Finished shards have taken whole shards out of
         # the list, so what is left is cut as before and begins at the same numbers, whichever of
         # them a killed writer or a faster one has finished: of 10 texts in shards of 3, which begin
@@ -187,8 +195,14 @@ class EmbeddingCache:
         todo = np.arange(size * len(encoders))
         shard_rows = shard_rows or min(max(len(todo) // 16, 256), DEFAULT_SHARD_ROWS)
         if known is not None:
-            found = np.concatenate([known.find(unique, prompt) for prompt in encoders])
-            todo = np.flatnonzero(found < 0)
+            lacking = [todo[:0] < 0]
+            for prompt, at in product(encoders, range(0, size, _FOUND)):
+                keys = words[at : at + _FOUND]
+                if prompt:
+                    asked = [texts[n] for n in range(at, at + len(keys))]
+                    keys = shards.key_words(shards.digests_of(asked, prompt))
+                lacking.append(known._find(keys) < 0)
+            todo = np.flatnonzero(np.concatenate(lacking))
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
         mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]
         if not mine and writer[1] > 1:
@@ -199,7 +213,7 @@ class EmbeddingCache:
         for part in mine or ([] if header else [todo[:1]]):
             keys, rows = [], []
             for number, (prompt, encoder) in enumerate(encoders.items()):
-                asked = [unique[n] for n in (part[part // size == number] % size).tolist()]
+                asked = [texts[n] for n in (part[part // size == number] % size).tolist()]
                 if asked:
                     dim = header.dim if header else None
                     rows.append(shards.unit_rows(encoder(asked), asked, dim))
@@ -295,7 +309,7 @@ class EmbeddingCache:
         left = iter(digests)
         while block := list(islice(left, _BLOCK)):
             keys = np.concatenate(block)
-            if (self.find_digests(keys[np.argsort(_words(keys)[:, 0])]) < 0).any():
+            if (self.find_digests(keys[np.argsort(shards.key_words(keys)[:, 0])]) < 0).any():
                 return False
         return True
 
@@ -347,10 +361,13 @@ class EmbeddingCache:
 
     def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
         """Row number of each key by its first 16 bytes, -1 where there is none."""
-        found = np.full(len(digests), -1, dtype=np.int64)
-        first, second = _words(digests).T
+        return self._find(shards.key_words(digests))
+
+    def _find(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        found = np.full(len(words), -1, dtype=np.int64)
+        first, second = words.T
         place = np.searchsorted(self._first, first)
-        todo = np.arange(len(digests))
+        todo = np.arange(len(words))
         while len(todo):  # once, and again for keys whose first 8 bytes are equal
             todo = todo[place[todo] < len(self)]
             todo = todo[self._first[place[todo]] == first[todo]]
@@ -359,8 +376,3 @@ class EmbeddingCache:
             todo = todo[~equal]
             place[todo] += 1
         return found
-
-
-def _words(digests: shards.Digests) -> npt.NDArray[np.uint64]:
-    """The first and the second 8 bytes of each key as numbers, `[n, 2]`."""
-    return np.ascontiguousarray(digests[:, :16]).view(">u8").astype(np.uint64)

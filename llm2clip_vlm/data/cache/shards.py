@@ -164,6 +164,11 @@ def digests_of(texts: Sequence[str], prompt: str = "") -> Digests:
     return np.frombuffer(text_digests(texts, prompt), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
+def key_words(digests: Digests) -> npt.NDArray[np.uint64]:
+    """The first and the second 8 bytes of each key as numbers, `[n, 2]`."""
+    return np.ascontiguousarray(digests[:, :16]).view(">u8").astype(np.uint64)
+
+
 def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
     """Embeddings as they are stored.
 

@@ -1,22 +1,40 @@
-"""Captions that describe the same image, and pairs of them for stage 1."""
+"""Captions that describe the same image, and pairs of them for stage 1.
+
+What stages 1 and 2a train on or embed lies in a table (:mod:`llm2clip_vlm.data.reading.table`):
+captions, the digests by which an embedding cache knows them, and for stage 1 their token ids. The
+captions of an evaluation are read into memory.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler
 
+from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, digests_of, key_words, text_digests
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
-from llm2clip_vlm.data.reading.records import collect_captions, iter_records
+from llm2clip_vlm.data.reading.records import collect_captions, iter_records, source_files
+from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
 logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Version of the table's layout and of the rules by which records are taken or refused."""
+
+Tokens = Callable[[], Any]
+"""Makes a text encoder's `CaptionTokenizer`, which has met no text."""
+
+_BLOCK = 4096  # records that are tokenised together
+_NOT_DATA = {"weight", "prompts", "index_dir", "cache_dir", "cache_gib"}
 
 
 @dataclass(frozen=True)
@@ -27,33 +45,166 @@ class CaptionRecord:
     """The `id`, the `group_by` value, or the row's place in the file."""
     captions: dict[str, list[str]]
     """Kind (column name, or key of a mapping-valued column) to captions, never empty."""
+    ids: Sequence[npt.NDArray[np.int32]] = ()
+    """Token ids of each of :attr:`texts`, from a table that has them."""
+
+    @property
+    def kind_of(self) -> dict[str, str]:
+        """Each different caption, in file order, and the first kind that it is of."""
+        found: dict[str, str] = {}
+        for kind, texts in self.captions.items():
+            for text in texts:
+                found.setdefault(text, kind)
+        return found
 
     @property
     def texts(self) -> list[str]:
         """All captions, in file order, equal ones once."""
-        return list(dict.fromkeys(chain.from_iterable(self.captions.values())))
+        return list(self.kind_of)
+
+
+class CaptionTable(Sequence[CaptionRecord]):
+    """The captions of one source, each record read when it is asked for.
+
+    Args:
+        table: Result of :func:`caption_rows`.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        """Its columns: `texts`, the different captions of each record; their `digests`; `ids`."""
+        self.kinds: list[str] = table.facts["kinds"]
+        """All kinds of captions."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        key, captions, ends = self.table.record(row)
+        ids = np.split(self.table.items("ids", row), ends)[:-1] if ends else ()
+        return CaptionRecord(key, captions, ids)
+
+
+class DifferentTexts(Sequence[str]):
+    """The different captions of tables, and other texts, in the order of their first appearance.
+
+    Each is read when it is asked for: held are 24 bytes a text and 8 a record.
+
+    Args:
+        tables: Captions.
+        more: What comes after them.
+    """
+
+    def __init__(self, tables: Sequence[CaptionTable], more: Sequence[str] = ()) -> None:
+        last = CaptionRecord("", {"": [*more]})
+        self._records: Any = ConcatDataset[CaptionRecord]([*tables, [last]])  # type: ignore[list-item]
+        counts = [table.table.column("texts") for table in tables]
+        self._ends = np.cumsum(np.concatenate([*counts, [len(last.texts)]]))
+        self.total = int(self._ends[-1])
+        """Texts in all, those of a record once."""
+        words, filled = np.empty((self.total, 2), np.uint64), 0
+        stored = chain.from_iterable(table.table.cells("digests") for table in tables)
+        for cells in chain(stored, [digests_of(last.texts)]):
+            part = key_words(cells.reshape(-1, DIGEST_BYTES))
+            words[filled : (filled := filled + len(part))] = part
+        order = np.lexsort(words.T)  # equal ones as they appear
+        words = words[order]
+        new = np.append(True, (words[1:] != words[:-1]).any(1))[: self.total]
+        places, words = order[new], words[new]
+        order = np.argsort(places)
+        self._places = places[order]
+        self.words = words[order]
+        """Words of each text's key, uint64 `[n, 2]`."""
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        place = self._places[number]
+        record = int(np.searchsorted(self._ends, place, side="right"))
+        return self._records[record].texts[place - self._ends[record]]  # counted from its last
 
 
 def read_captions(
-    source: CaptionSource, bad: BadRecords, *, min_captions: int = 1
-) -> list[CaptionRecord]:
-    """Reads all records of a source.
+    source: CaptionSource,
+    bad: BadRecords,
+    *,
+    min_captions: int = 1,
+    tokens: Tokens | None = None,
+    keep: bool = True,
+) -> CaptionTable:
+    """Reads the records of a source.
 
     Args:
         source: The file with its filters. Every record of a directed pair source has an anchor
             and a positive that differs from it.
         bad: Takes records with an empty caption or too few of them.
         min_captions: Different captions that a record needs (stage 1: 2).
+        tokens: Makes a text encoder's `CaptionTokenizer`, for records with token ids. None:
+            without.
+        keep: Keep the table of a large source in a file, to be mapped at the next start.
 
     Returns:
         The usable records, in file order.
 
     Raises:
-        RecordError: The file cannot be used, more records are bad than allowed, or all are.
+        RecordError: The file cannot be used, more records are bad than allowed, or all are; or the
+            table cannot be written.
     """
+    columns: dict[str, Any] = {"texts": "int64", "digests": "binary"}
+    made_of = [VERSION, source.model_dump(exclude=_NOT_DATA), min_captions]
+    table = arrow_table(
+        source_files(source),
+        source.index_dir,
+        lambda: [*made_of, tokens and tokens().identity()],
+        columns | ({"ids": ["int32"]} if tokens else {}),
+        partial(caption_rows, partial(_usable, source, min_captions), tokens),
+        keep=keep,
+    )
+    bad.take(len(table) + len(table.refused), table.refused)
+    if not len(table):
+        raise RecordError(f"{source.title}: all of its {len(table.refused)} records are bad")
+    logger.info("read %d records from %s", len(table), source.title)
+    return CaptionTable(table)
+
+
+def caption_rows(
+    read: Callable[[Refused], Iterator[CaptionRecord]],
+    tokens: Tokens | None,
+    refused: Refused,
+    facts: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Makes the rows of a :class:`CaptionTable`.
+
+    Args:
+        read: Gives the records.
+        tokens: See :func:`read_captions`.
+        refused: Takes what cannot be used.
+        facts: Gets `kinds`, and `counts` of what the tokenizer has met.
+    """
+    records, kinds = read(refused), dict[str, None]()
+    own = tokens and tokens()
+    while part := list(islice(records, _BLOCK)):
+        ids = iter(own([text for record in part for text in record.texts]) if own else ())
+        for record in part:
+            kind_of = record.kind_of
+            kinds |= dict.fromkeys(kind_of.values())
+            its = list(islice(ids, len(kind_of)))
+            yield {
+                "record": [record.key, record.captions, np.cumsum([*map(len, its)]).tolist()],
+                "texts": len(kind_of),
+                "digests": text_digests(list(kind_of)),
+                "ids": [*chain.from_iterable(its)],
+            }
+    facts["kinds"] = list(kinds)
+    facts["counts"] = own and [own.num_truncated, own.longest, own.control]
+
+
+def _usable(source: CaptionSource, min_captions: int, refused: Refused) -> Iterator[CaptionRecord]:
+    """The records that can be used, in file order."""
     directed = isinstance(source, CaptionPairSource) and source.directed
-    records: list[CaptionRecord] = []
-    refused = Refused()
     for group in iter_records(source, refused):
         try:
             key = group.name("id") or f"{group.file.name}:{group.place}"
@@ -65,12 +216,7 @@ def read_captions(
         except RecordError as error:
             refused.add(group.where, str(error))
             continue
-        records.append(record)
-    bad.take(len(records) + len(refused.rows), refused.rows)
-    if not records:
-        raise RecordError(f"{source.title}: all of its {len(refused.rows)} records are bad")
-    logger.info("read %d records from %s", len(records), source.title)
-    return records
+        yield record
 
 
 def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
@@ -83,18 +229,20 @@ def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
 
 
 class CaptionPair(NamedTuple):
-    """Two different captions of one record, as positions in :attr:`CaptionPairs.texts`."""
+    """Two different captions of one record."""
 
     record: int
     """Position of the record over all sources."""
-    query: int
-    """Position of one caption's text."""
-    positive: int
-    """Position of the other caption's text."""
-    prompt: int = 0
-    """Position in :attr:`CaptionPairs.prompts` of what stands before the query."""
-    negative: int = -1
-    """Position of a hard negative's text, or -1."""
+    query: str
+    """One caption."""
+    positive: str
+    """The other."""
+    negative: str = ""
+    """A hard negative, or nothing."""
+    prompt: str = ""
+    """Text before the query."""
+    ids: Sequence[npt.NDArray[np.int32]] = ()
+    """Token ids of query, positive and negative, from a table that has them."""
 
 
 class CaptionPairs(Dataset[CaptionPair]):
@@ -120,63 +268,36 @@ class CaptionPairs(Dataset[CaptionPair]):
     """
 
     def __init__(
-        self,
-        sources: Sequence[Sequence[CaptionRecord]],
-        rules: Sequence[CaptionPairSource],
-        seed: int,
+        self, sources: Sequence[CaptionTable], rules: Sequence[CaptionPairSource], seed: int
     ) -> None:
-        position: dict[str, int] = {}
-        kind_number: dict[str, int] = {}
-        members: list[list[int]] = []
-        kinds: list[list[int]] = []
-        for record in chain.from_iterable(sources):
-            kind_of = {
-                text: kind for kind in reversed(record.captions) for text in record.captions[kind]
-            }
-            texts = record.texts
-            assert len(texts) > 1, record.key  # read with min_captions=2
-            members.append([position.setdefault(text, len(position)) for text in texts])
-            kinds.append([kind_number.setdefault(kind_of[t], len(kind_number)) for t in texts])
-        self.texts: list[str] = list(position)
-        """All different captions."""
-        self.prompts: list[str] = [""]
-        """All different prompts, the empty one first."""
         self.seed = seed
         """Seed of order and captions."""
         self.epoch = 0
         """Epoch whose order :class:`EpochSampler` takes next."""
-        self._members = np.asarray(list(chain.from_iterable(members)), dtype=np.int64)
-        self._kinds = np.asarray(list(chain.from_iterable(kinds)), dtype=np.int32)
-        self._starts = np.cumsum([0, *map(len, members)])
-        self._sizes = [len(source) for source in sources]
-        self._source_ends = np.cumsum(self._sizes)
+        self._records = ConcatDataset[CaptionRecord](sources)  # type: ignore[arg-type]
+        self._rules = rules
         largest = max(rule.weight for rule in rules)
         self._counts = [
-            max(1, round(size * rule.weight / largest))
-            for size, rule in zip(self._sizes, rules, strict=True)
+            max(1, round(len(source) * rule.weight / largest))
+            for source, rule in zip(sources, rules, strict=True)
         ]
-        self._roles = [
-            [kind_number.get(name, -1) for name in rule.fields] if rule.directed else None
-            for rule in rules
-        ]
-        self._prompt_of = [self._prompt_table(rule.prompts, kind_number) for rule in rules]
+        kinds = dict.fromkeys(chain.from_iterable(source.kinds for source in sources))
+        self._prompts = [self._by_direction(rule.prompts, kinds) for rule in rules]
 
-    def _prompt_table(
-        self, prompts: Mapping[str, str], kind_number: Mapping[str, int]
-    ) -> dict[tuple[int, int], int]:
-        """Prompt of each direction of two kinds; (-1, -1) is any other."""
-        table: dict[tuple[int, int], int] = {}
+    @staticmethod
+    def _by_direction(
+        prompts: Mapping[str, str], kinds: Collection[str]
+    ) -> dict[tuple[str, ...], str]:
+        """Prompt of each direction of two kinds; () is any other."""
+        table: dict[tuple[str, ...], str] = {}
         for name, text in prompts.items():
             direction = [] if name == "*" else [kind.strip() for kind in name.split("->", 1)]
-            if unknown := [kind for kind in direction if kind not in kind_number]:
+            if unknown := [kind for kind in direction if kind not in kinds]:
                 raise ValueError(
                     f"prompts: {name!r}: no caption is of kind {unknown[0]!r}; the kinds are "
-                    f"{list(kind_number)}"
+                    f"{list(kinds)}"
                 )
-            if text not in self.prompts:
-                self.prompts.append(text)
-            query, positive = (kind_number[kind] for kind in direction) if direction else (-1, -1)
-            table[query, positive] = self.prompts.index(text)
+            table[tuple(direction)] = text
         return table
 
     def __len__(self) -> int:
@@ -190,7 +311,8 @@ class CaptionPairs(Dataset[CaptionPair]):
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Positions of the records that an epoch takes, shuffled over all sources."""
         rng = np.random.default_rng([self.seed, epoch])
-        sources = zip(self._source_ends, self._sizes, self._counts, strict=True)
+        sizes = map(len, self._records.datasets)
+        sources = zip(self._records.cumulative_sizes, sizes, self._counts, strict=True)
         chosen = [end - size + rng.permutation(size)[:count] for end, size, count in sources]
         return rng.permutation(np.concatenate(chosen))
 
@@ -200,22 +322,25 @@ class CaptionPairs(Dataset[CaptionPair]):
         Args:
             item: `(epoch, record)`.
         """
-        epoch, record = item
-        span = slice(self._starts[record], self._starts[record + 1])
-        texts, kinds = self._members[span], self._kinds[span]
-        source = int(np.searchsorted(self._source_ends, record, side="right"))
-        roles, prompts = self._roles[source], self._prompt_of[source]
-        rng = np.random.default_rng([self.seed, epoch, record])
-        negative = -1
-        if roles is None:
-            query = rng.integers(len(texts))
-            positive = (query + rng.integers(1, len(texts))) % len(texts)
+        epoch, number = item
+        record, source = self._records[number], bisect_right(self._records.cumulative_sizes, number)
+        rule, prompts = self._rules[source], self._prompts[source]
+        texts, kinds = list(record.kind_of), list(record.kind_of.values())
+        rng = np.random.default_rng([self.seed, epoch, number])
+        if not rule.directed:
+            query = int(rng.integers(len(texts)))
+            drawn = [query, int(query + rng.integers(1, len(texts))) % len(texts)]
         else:
-            query, positive = (rng.choice(np.flatnonzero(kinds == role)) for role in roles[:2])
-            if len(hard := np.flatnonzero(kinds == roles[-1])) and len(roles) == 3:
-                negative = int(texts[rng.choice(hard)])
-        prompt = prompts.get((int(kinds[query]), int(kinds[positive])), prompts.get((-1, -1), 0))
-        return CaptionPair(record, int(texts[query]), int(texts[positive]), prompt, negative)
+            places = [[i for i, kind in enumerate(kinds) if kind == name] for name in rule.fields]
+            drawn = [int(rng.choice(own)) for own in places if own]  # a negative may be absent
+        direction = kinds[drawn[0]], kinds[drawn[1]]
+        return CaptionPair(
+            number,
+            *(texts[n] for n in drawn),
+            *[""] * (3 - len(drawn)),
+            prompts.get(direction, prompts.get((), "")),
+            [record.ids[n] for n in drawn] if record.ids else (),
+        )
 
 
 class EpochSampler(Sampler[tuple[int, int]]):

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,15 +133,22 @@ class CaptionTokenizer:
                 tokens.append([*self.front, *ids[: self._room], *self.behind])
         return tokens
 
-    def lengths(self, cut_before: int = 0) -> str:
-        """A line about the texts so far.
+    def count(self, cut: int, longest: int, control: Mapping[str, int]) -> None:
+        """Adds what another tokenizer of the same identity has met."""
+        self.num_truncated += cut
+        self.longest = max(self.longest, longest)
+        self.control.update(control)
 
-        Args:
-            cut_before: :attr:`num_truncated` before those that the line is about.
-        """
+    def identity(self) -> list[Any]:
+        """What the ids of a text depend on."""
+        names = self.tokenizer.special_tokens_map
+        return [self.fingerprint(), names, self._prefix, self.front, self.behind, self._room]
+
+    def lengths(self) -> str:
+        """A line about the texts so far."""
         return (
             f"text encoder: max_length_tokens {self.max_length_tokens}; the longest text has "
-            f"{self.longest} tokens, {self.num_truncated - cut_before} texts were cut"
+            f"{self.longest} tokens, {self.num_truncated} texts were cut"
         )
 
     def ids(self, text: str) -> list[int]:
