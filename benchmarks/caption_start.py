@@ -43,8 +43,8 @@ def stage1(folder: Path) -> Any:
     from llm2clip_vlm.data.reading.bad_records import BadRecords
     from llm2clip_vlm.data.text.captions import (
         CaptionPairs,
-        DifferentTexts,
         EpochSampler,
+        UniqueTexts,
         read_captions,
     )
     from llm2clip_vlm.models.loading import read_tokenizer
@@ -57,7 +57,7 @@ def stage1(folder: Path) -> Any:
 
     def start() -> Any:
         table = read_captions(rule, BadRecords(), min_captions=2, tokens=tokens)
-        texts = len(DifferentTexts([table]))
+        texts = len(UniqueTexts([table]))
         pairs = CaptionPairs([table], [rule], seed=0)
         loader = DataLoader(
             pairs, BATCH, sampler=EpochSampler(pairs), collate_fn=PairCollator(tokens())
@@ -73,7 +73,7 @@ def stage2a(folder: Path) -> Any:
     """From the recipe's source to the end, where the cache holds all captions."""
     from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
     from llm2clip_vlm.data.reading.bad_records import BadRecords
-    from llm2clip_vlm.data.text.captions import DifferentTexts, read_captions
+    from llm2clip_vlm.data.text.captions import UniqueTexts, read_captions
     from llm2clip_vlm.recipe.base import ImageTextSource
 
     source = ImageTextSource(path=str(folder / "pairs.jsonl"))
@@ -82,7 +82,7 @@ def stage2a(folder: Path) -> Any:
         raise AssertionError(f"{len(texts)} captions are not in the cache")
 
     def start() -> Any:
-        texts = DifferentTexts([read_captions(source, BadRecords())])
+        texts = UniqueTexts([read_captions(source, BadRecords())])
         cache = EmbeddingCache.build(
             folder / "cache", texts, encode, {"model": "none"}, words=texts.words
         )
@@ -142,7 +142,7 @@ def main() -> None:
                 starts = []
                 for _ in range(3):  # the second of stage 2a sorts the cache's keys no more
                     command = [sys.executable, __file__, "--start", stage, str(folder)]
-                    done = subprocess.run(command, check=True, capture_output=True, text=True)
+                    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                     starts.append(json.loads(done.stdout.splitlines()[-1]))
                 first, warm = starts[0], starts[-1]
                 assert warm["captions"] == size

@@ -27,14 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.data.text.captions import (
-    CaptionPairs,
-    CaptionRecord,
-    DifferentTexts,
-    read_captions,
-)
+from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, UniqueTexts, read_captions
 from llm2clip_vlm.distributed import await_files, is_main, say, shared_out, teardown, world_size
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
@@ -82,13 +76,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     held_out = list(
         chain.from_iterable(read_captions(s, run.bad, min_captions=2) for s in recipe.evaluation)
     )
-    captions = len(DifferentTexts(sources))
+    captions = len(UniqueTexts(sources))
     say(f"data: {sum(map(len, sources))} records, {captions} captions")
     for source in sources:
-        encoder.tokens.count(*source.table.facts["counts"])
-    say(encoder.tokens.lengths())
-    if notice := control_notice(encoder.tokens.control):
-        say(notice)
+        say(source.table.facts["told"])
     results = before_training(run, encoder, held_out)
 
     # trainer, train

@@ -34,7 +34,7 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import cache_names, read_header
 from llm2clip_vlm.data.image_text.index import read_image_text
-from llm2clip_vlm.data.text.captions import DifferentTexts, read_captions
+from llm2clip_vlm.data.text.captions import UniqueTexts, read_captions
 from llm2clip_vlm.distributed import barrier, is_main, rank, say, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, require_equal
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # data
     tables = [read_captions(source, run.bad) for source in recipe.sources]
     prompts = (prompts_of(read_image_text(each, run.bad), each) for each in recipe.zero_shot)
-    texts = DifferentTexts(tables, [*chain.from_iterable(prompts)])
+    texts = UniqueTexts(tables, [*chain.from_iterable(prompts)])
     say(f"data: {texts.total} texts, {len(texts)} different ones")
     if not texts:
         raise ValueError(f"{out}: no text to embed; expected a caption in `sources` or `zero_shot`")

@@ -14,6 +14,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+_NO_SELECTION = {"weight", "prompts", "sampling_strategy", "shuffle_images"}
+_NO_SELECTION |= {"index_dir", "cache_dir", "cache_gib"}
+
+
 class DataSource(Section):
     """Source of rows: files, or a data set of the Hugging Face hub."""
 
@@ -57,6 +61,11 @@ class DataSource(Section):
     def title(self) -> str:
         """Name of the source in messages: its path, or its data set."""
         return self.path or self.dataset
+
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What decides on its records, and none of what is done with them."""
+        return self.model_dump(exclude=_NO_SELECTION)
 
 
 class ImageSource(DataSource):

@@ -197,11 +197,11 @@ class EmbeddingCache:
         if known is not None:
             lacking = [todo[:0] < 0]
             for prompt, at in product(encoders, range(0, size, _FOUND)):
-                keys = words[at : at + _FOUND]
+                wanted = words[at : at + _FOUND]
                 if prompt:
-                    asked = [texts[n] for n in range(at, at + len(keys))]
-                    keys = shards.key_words(shards.digests_of(asked, prompt))
-                lacking.append(known._find(keys) < 0)
+                    asked = [texts[n] for n in range(at, at + len(wanted))]
+                    wanted = shards.key_words(shards.digests_of(asked, prompt))
+                lacking.append(known._find(wanted) < 0)
             todo = np.flatnonzero(np.concatenate(lacking))
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
         mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]

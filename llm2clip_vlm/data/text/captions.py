@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
+from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, digests_of, key_words, text_digests
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import collect_captions, iter_records, source_files
@@ -34,7 +35,6 @@ Tokens = Callable[[], Any]
 """Makes a text encoder's `CaptionTokenizer`, which has met no text."""
 
 _BLOCK = 4096  # records that are tokenised together
-_NOT_DATA = {"weight", "prompts", "index_dir", "cache_dir", "cache_gib"}
 
 
 @dataclass(frozen=True)
@@ -49,18 +49,14 @@ class CaptionRecord:
     """Token ids of each of :attr:`texts`, from a table that has them."""
 
     @property
-    def kind_of(self) -> dict[str, str]:
-        """Each different caption, in file order, and the first kind that it is of."""
-        found: dict[str, str] = {}
-        for kind, texts in self.captions.items():
-            for text in texts:
-                found.setdefault(text, kind)
-        return found
-
-    @property
     def texts(self) -> list[str]:
         """All captions, in file order, equal ones once."""
-        return list(self.kind_of)
+        return list(dict.fromkeys(chain.from_iterable(self.captions.values())))
+
+    @property
+    def kind_of(self) -> dict[str, str]:
+        """The first kind of each caption."""
+        return {text: kind for kind in reversed(self.captions) for text in self.captions[kind]}
 
 
 class CaptionTable(Sequence[CaptionRecord]):
@@ -87,7 +83,7 @@ class CaptionTable(Sequence[CaptionRecord]):
         return CaptionRecord(key, captions, ids)
 
 
-class DifferentTexts(Sequence[str]):
+class UniqueTexts(Sequence[str]):
     """The different captions of tables, and other texts, in the order of their first appearance.
 
     Each is read when it is asked for: held are 24 bytes a text and 8 a record.
@@ -154,7 +150,7 @@ def read_captions(
             table cannot be written.
     """
     columns: dict[str, Any] = {"texts": "int64", "digests": "binary"}
-    made_of = [VERSION, source.model_dump(exclude=_NOT_DATA), min_captions]
+    made_of = [VERSION, source.selection, min_captions]
     table = arrow_table(
         source_files(source),
         source.index_dir,
@@ -182,24 +178,23 @@ def caption_rows(
         read: Gives the records.
         tokens: See :func:`read_captions`.
         refused: Takes what cannot be used.
-        facts: Gets `kinds`, and `counts` of what the tokenizer has met.
+        facts: Gets `kinds`, and in `told` what there is to say of the tokens.
     """
-    records, kinds = read(refused), dict[str, None]()
+    records, kinds = read(refused), dict[str | None, None]()
     own = tokens and tokens()
     while part := list(islice(records, _BLOCK)):
         ids = iter(own([text for record in part for text in record.texts]) if own else ())
         for record in part:
-            kind_of = record.kind_of
-            kinds |= dict.fromkeys(kind_of.values())
-            its = list(islice(ids, len(kind_of)))
+            kinds |= dict.fromkeys(map(record.kind_of.get, texts := record.texts))
+            its = list(islice(ids, len(texts)))
             yield {
                 "record": [record.key, record.captions, np.cumsum([*map(len, its)]).tolist()],
-                "texts": len(kind_of),
-                "digests": text_digests(list(kind_of)),
+                "texts": len(texts),
+                "digests": text_digests(texts),
                 "ids": [*chain.from_iterable(its)],
             }
     facts["kinds"] = list(kinds)
-    facts["counts"] = own and [own.num_truncated, own.longest, own.control]
+    facts["told"] = own and f"{own.lengths()}\n{control_notice(own.control)}".rstrip()
 
 
 def _usable(source: CaptionSource, min_captions: int, refused: Refused) -> Iterator[CaptionRecord]:
@@ -325,7 +320,8 @@ class CaptionPairs(Dataset[CaptionPair]):
         epoch, number = item
         record, source = self._records[number], bisect_right(self._records.cumulative_sizes, number)
         rule, prompts = self._rules[source], self._prompts[source]
-        texts, kinds = list(record.kind_of), list(record.kind_of.values())
+        texts = record.texts
+        kinds = [*map(record.kind_of.get, texts)]
         rng = np.random.default_rng([self.seed, epoch, number])
         if not rule.directed:
             query = int(rng.integers(len(texts)))

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,12 +132,6 @@ class CaptionTokenizer:
                 self.longest = max(self.longest, len(self.front) + len(ids) + len(self.behind))
                 tokens.append([*self.front, *ids[: self._room], *self.behind])
         return tokens
-
-    def count(self, cut: int, longest: int, control: Mapping[str, int]) -> None:
-        """Adds what another tokenizer of the same identity has met."""
-        self.num_truncated += cut
-        self.longest = max(self.longest, longest)
-        self.control.update(control)
 
     def identity(self) -> list[Any]:
         """What the ids of a text depend on."""
