@@ -167,7 +167,7 @@ class Arms:
 
     def ours(self) -> None:
         """A round, tokens made anew."""
-        self.own.train_dataset = self.own.pairs = self.read()
+        self.own.train_dataset = self.read()
         self.own.train()
 
     def theirs(self) -> None:

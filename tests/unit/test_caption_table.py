@@ -115,7 +115,8 @@ def test_token_ids_are_made_once_for_each_way_to_make_them(
         changed = partial(tokens, **other)
         row = read(source, tokens=changed)[3]
         assert [ids.tolist() for ids in row.ids] == changed()(row.texts)
-    assert len(list((tmp_path / ".llm2clip-index").iterdir())) == 4
+    # this tokenizer puts an eos after each text anyway
+    assert len(list((tmp_path / ".llm2clip-index").iterdir())) == 3
     assert [*read(source)][3].ids == ()
 
 

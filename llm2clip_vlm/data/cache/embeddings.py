@@ -18,6 +18,8 @@ float16 changes the cosine by less than 4e-6.
 from __future__ import annotations
 
 import logging
+import os
+import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -338,7 +340,10 @@ class EmbeddingCache:
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
         size = 2 * self.dim
         starts = (numbers - self._first_rows[owner]) * size
-        held = {number: self._embeds(number) for number in np.unique(owner).tolist()}
+        numbers = np.unique(owner).tolist()
+        if self._embeds.cache_info().currsize < len(self.shards):
+            random.Random(os.getpid()).shuffle(numbers)  # each worker begins with other shards
+        held = {number: self._embeds(number) for number in numbers}
         places = zip(owner.tolist(), starts.tolist(), strict=True)
         return [held[number][at : at + size] for number, at in places]
 

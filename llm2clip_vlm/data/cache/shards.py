@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, float32, from_numpy, isfinite
 
+from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
 from llm2clip_vlm.runs.ownership import Hold
@@ -44,7 +46,9 @@ _METADATA = "embedding_cache"  # one key only: safetensors writes several in any
 _TWO = "embeddings of two encoders never share a cache: choose another directory or delete this one"
 _AGAIN = "delete the file and build again (its texts alone are encoded anew)"
 
-_READ: set[tuple[str, str, int, int]] = set()  # as written when this process read it
+# A mark for each shard that was as written when this process read it, or one that it shares memory
+# with: a loader's workers, which are forked, each read the shards that no other one has read yet.
+_READ = np.frombuffer(mmap.mmap(-1, 2**20), np.uint64)
 
 Digests = npt.NDArray[np.uint8]
 """Keys of rows, `[rows, 32]`."""
@@ -118,11 +122,9 @@ class Shard:
     """Embeddings `[rows, dim]`, memory-mapped; see :meth:`touch`."""
     sha256: str
     """Checksum of `embeds` that the file states."""
-    stamp: tuple[int, int]
-    """Inode and time of change of the file that was opened."""
 
     def touch(self) -> memoryview:
-        """Reads all rows, and looks at each, where this process has not done so.
+        """Reads all rows, and looks at each, where no process of this run's has done so.
 
         Returns:
             Their bytes, on disk.
@@ -130,26 +132,30 @@ class Shard:
         Raises:
             CacheError: They have changed since they were written, or one is no unit vector.
         """
-        read = (str(self.path), self.sha256, *self.stamp)
-        if read not in _READ and (got := _checksum(self.embeds)) != self.sha256:
+        stat = self.path.stat() if self.path.exists() else None  # a part may have become a shard
+        state = stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+        mark = caption_id(f"{self.path} {self.sha256} {state}")
+        place = mark % len(_READ)
+        unread = _READ[place] != mark
+        if unread and (got := _checksum(self.embeds)) != self.sha256:
             raise CacheError(
                 f"{self.path}: sha256 is {got}, expected {self.sha256}; the file is damaged: "
                 f"{_AGAIN}"
             )
-        if read not in _READ:  # the same bytes give the same norms each time
+        if unread:  # the same bytes give the same norms each time
             for start in range(0, len(self.embeds), 4096):
                 rows = from_numpy(self.embeds[start : start + 4096]).float()
                 require_unit(rows, f"{self.path}: row", range(start, start + len(rows)))
-        _READ.add(read)
+        _READ[place] = mark
         return self.embeds.reshape(-1).view(np.uint8).data
 
     def verify(self) -> None:
-        """Does :meth:`touch` even where this process has done so.
+        """Does :meth:`touch` even where that was done.
 
         Raises:
             CacheError: See :meth:`touch`.
         """
-        _READ.clear()
+        _READ[:] = 0
         self.touch()
 
 
@@ -280,7 +286,6 @@ def read_shard(path: Path, header: Header) -> Shard:
         CacheError: It is damaged, or belongs to another cache.
     """
     try:
-        stat = path.stat()
         # torch's mapping, unlike numpy's, keeps no file open: a cache may have thousands of shards
         with safe_open(path, "pt") as file:
             stated = (file.metadata() or {}).get(_METADATA, "")
@@ -300,7 +305,7 @@ def read_shard(path: Path, header: Header) -> Shard:
         raise CacheError(
             f"{path}: its keys have the sha256 {got}, expected that of its name; {_AGAIN}"
         )
-    return Shard(path, keys, embeds, own.sha256, (stat.st_ino, stat.st_mtime_ns))
+    return Shard(path, keys, embeds, own.sha256)
 
 
 def shard_files(directory: Path, epoch: int | None = None, rank: int = 0) -> list[Path]:

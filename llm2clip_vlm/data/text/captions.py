@@ -311,6 +311,10 @@ class CaptionPairs(Dataset[CaptionPair]):
         chosen = [end - size + rng.permutation(size)[:count] for end, size, count in sources]
         return rng.permutation(np.concatenate(chosen))
 
+    def items(self, epoch: int) -> Iterator[tuple[int, int]]:
+        """An epoch's items, in its order."""
+        return ((epoch, int(record)) for record in self.order(epoch))
+
     def __getitem__(self, item: tuple[int, int]) -> CaptionPair:
         """The pair of a record in an epoch.
 
@@ -339,17 +343,17 @@ class CaptionPairs(Dataset[CaptionPair]):
         )
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields `(epoch, record)` in the order of the data set's current epoch.
+class EpochSampler(Sampler[Any]):
+    """Yields a data set's items in the order of its current epoch, kept as an array.
 
     The epoch lives in the data set: on resume with several processes accelerate's nested samplers
     hide this sampler from the data loader's `set_epoch`, which then reaches only the data set.
 
     Args:
-        pairs: The data set.
+        pairs: The data set, with `epoch`, `set_epoch`, and `items` of an epoch.
     """
 
-    def __init__(self, pairs: CaptionPairs) -> None:
+    def __init__(self, pairs: Any) -> None:
         self._pairs = pairs
 
     def __len__(self) -> int:
@@ -360,8 +364,6 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Starts another epoch."""
         self._pairs.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Any]:
         """Yields the current epoch's items."""
-        epoch = self._pairs.epoch
-        for record in self._pairs.order(epoch):
-            yield epoch, int(record)
+        yield from self._pairs.items(self._pairs.epoch)

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.data.text.caption_draw import caption_id
-from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, EpochSampler
+from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs
 from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
 from llm2clip_vlm.losses.contrastive import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, length_groups, pad_tokens
@@ -195,7 +194,6 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         measure: Measure | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.pairs = train_dataset
         self.pooling: Pooling = encoder.settings.pooling
         self.scale = scale
         self.symmetric = symmetric
@@ -217,9 +215,6 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
             callbacks=callbacks,
             data_collator=PairCollator(encoder.tokens, micro_batch_tokens),
         )
-
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
-        return EpochSampler(self.pairs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of the linear layers on a batch's tokens, forward and backward."""
