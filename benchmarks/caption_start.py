@@ -6,7 +6,10 @@ start of stage 2a reads the captions, sees that the cache holds them all, and re
 its last comparison. *First* is where there is no table yet, *warm* each later start. Memory is what
 the process holds for itself alone (`RssAnon`) beyond the imports: at its end, and at its most.
 
-    python benchmarks/caption_start.py [--captions 100000 1000000]
+With `--shards`, instead: CPU and wall time of four loader workers, which read rows of a cache of so
+many shards (33 MB each) at random, until each worker has had rows of all of them.
+
+    python benchmarks/caption_start.py [--captions 100000 1000000] [--shards 32]
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 from arms import finish
 from start_up import REPOSITORY, write_data
 
@@ -119,13 +123,59 @@ def measure(stage: str, folder: Path) -> None:
     print(json.dumps(cost | {"most_mib": max(most) - most[0]}), flush=True)
 
 
+class Rows:
+    """A data set of a cache's rows."""
+
+    def __init__(self, folder: Path) -> None:
+        from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+
+        self.cache = EmbeddingCache.open(folder)
+
+    def __len__(self) -> int:
+        return len(self.cache)
+
+    def __getitems__(self, numbers: list[int]) -> int:
+        return len(self.cache.read(np.array(numbers)))
+
+
+def first_reads(folder: Path, count: int) -> dict[str, float]:
+    """Seconds until four workers have read rows of all shards, and again."""
+    from torch.utils.data import DataLoader
+
+    from llm2clip_vlm.data.cache import shards
+
+    header = shards.Header(dim=1024, fingerprint={"model": "none"})
+    shards.write_header(folder, header)
+    rows = np.full((16384, 1024), 1024**-0.5, np.float16)
+    for number in range(count):
+        keys = shards.digests_of([f"{number} {row}" for row in range(len(rows))])
+        shards.write_shard(folder, header, keys, rows)
+    data: Any = Rows(folder)
+    found: dict[str, float] = {}
+    for name in ("first", "again"):
+        loader = DataLoader(data, 512, shuffle=True, num_workers=4, collate_fn=int)
+        wall, cpu = time.monotonic(), sum(os.times()[2:4])
+        batches = iter(loader)
+        assert [next(batches) for _ in range(16)] == [512] * 16
+        del batches, loader
+        found[f"wall_s_{name}"] = round(time.monotonic() - wall, 2)
+        found[f"cpu_s_{name}"] = round(sum(os.times()[2:4]) - cpu, 2)
+    return found
+
+
 def main() -> None:
     """Print the table, and one JSON object as the last line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--captions", type=int, nargs="*", default=[100_000, 1_000_000])
     parser.add_argument("--quick", action="store_true", help="20,000 and 60,000 captions")
     parser.add_argument("--start", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--shards", type=int)
     options = parser.parse_args()
+    if options.shards:
+        with tempfile.TemporaryDirectory() as name:
+            found = first_reads(Path(name), options.shards)
+        finish("caption_start", **found, settings={"shards": options.shards, "workers": 4})
+        return
     if options.start:
         measure(options.start[0], Path(options.start[1]))
         return
@@ -148,7 +198,7 @@ def main() -> None:
                 assert warm["captions"] == size
                 found.append([size, first["seconds"], warm["seconds"]])
                 found[-1] += [warm["mib"], warm["most_mib"]]
-                print("{:8} {:10d} {:8.2f} {:8.2f} {:9.1f} {:8.1f}".format(stage, *found[-1]))
+                print("{:8} {:10} {:8.2f} {:8.2f} {:9.1f} {:8.1f}".format(stage, *found[-1]))
     grown = {
         stage: [round((b - a) / (n - m) * 1e6, 2) for a, b in zip(least, most, strict=True)]
         for stage, ((m, *least), *_, (n, *most)) in rows.items()

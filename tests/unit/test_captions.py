@@ -16,6 +16,7 @@ import pytest
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.table import arrow_table
 from llm2clip_vlm.data.text.captions import (
+    COLUMNS,
     CaptionPairs,
     CaptionRecord,
     CaptionTable,
@@ -38,7 +39,7 @@ def source_of(path: Path, rows: list[dict[str, Any]], **keys: Any) -> CaptionSou
 def table_of(found: list[CaptionRecord], tokens: Any = None) -> CaptionTable:
     columns = {"texts": "int64", "digests": "binary", "ids": ["int32"]}
     rows = partial(caption_rows, lambda _: iter(found), tokens)
-    return CaptionTable(arrow_table([], None, list, columns, rows))
+    return CaptionTable(arrow_table([], None, list, COLUMNS, rows))
 
 
 def records(count: int, captions: int = 3, name: str = "r") -> CaptionTable:

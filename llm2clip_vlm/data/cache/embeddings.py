@@ -203,7 +203,7 @@ class EmbeddingCache:
                 if prompt:
                     asked = [texts[n] for n in range(at, at + len(wanted))]
                     wanted = shards.key_words(shards.digests_of(asked, prompt))
-                lacking.append(known._find(wanted) < 0)
+                lacking.append(known.find_digests(wanted) < 0)
             todo = np.flatnonzero(np.concatenate(lacking))
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
         mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]
@@ -340,10 +340,10 @@ class EmbeddingCache:
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
         size = 2 * self.dim
         starts = (numbers - self._first_rows[owner]) * size
-        numbers = np.unique(owner).tolist()
+        asked = np.unique(owner).tolist()
         if self._embeds.cache_info().currsize < len(self.shards):
-            random.Random(os.getpid()).shuffle(numbers)  # each worker begins with other shards
-        held = {number: self._embeds(number) for number in numbers}
+            random.Random(os.getpid()).shuffle(asked)  # each worker begins with other shards
+        held = {number: self._embeds(number) for number in asked}
         places = zip(owner.tolist(), starts.tolist(), strict=True)
         return [held[number][at : at + size] for number, at in places]
 
@@ -364,11 +364,9 @@ class EmbeddingCache:
         for shard in self.shards:
             shard.verify()
 
-    def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
-        """Row number of each key by its first 16 bytes, -1 where there is none."""
-        return self._find(shards.key_words(digests))
-
-    def _find(self, words: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+    def find_digests(self, digests: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+        """Row number of each key by its first 16 bytes, which may stand as words; -1: none."""
+        words = digests if digests.dtype == np.uint64 else shards.key_words(digests)
         found = np.full(len(words), -1, dtype=np.int64)
         first, second = words.T
         place = np.searchsorted(self._first, first)

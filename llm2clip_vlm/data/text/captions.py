@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_right
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, islice
@@ -31,9 +31,14 @@ logger = logging.getLogger(__name__)
 VERSION = 1
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
+COLUMNS: dict[str, Any] = {"texts": "int64", "digests": "binary", "ids": ["int32"]}
+"""Columns of the table, beside key and captions: how many different captions a record has, the keys
+of these in an embedding cache, and their token ids, if it was made with a tokenizer."""
+
 Tokens = Callable[[], Any]
 """Makes a text encoder's `CaptionTokenizer`, which has met no text."""
 
+_ANY = ("*",)  # direction of a pair that has no prompt of its own
 _BLOCK = 4096  # records that are tokenised together
 
 
@@ -68,7 +73,7 @@ class CaptionTable(Sequence[CaptionRecord]):
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        """Its columns: `texts`, the different captions of each record; their `digests`; `ids`."""
+        """The table itself, with :data:`COLUMNS`."""
         self.kinds: list[str] = table.facts["kinds"]
         """All kinds of captions."""
 
@@ -100,11 +105,9 @@ class UniqueTexts(Sequence[str]):
         self._ends = np.cumsum(np.concatenate([*counts, [len(last.texts)]]))
         self.total = int(self._ends[-1])
         """Texts in all, those of a record once."""
-        words, filled = np.empty((self.total, 2), np.uint64), 0
         stored = chain.from_iterable(table.table.cells("digests") for table in tables)
-        for cells in chain(stored, [digests_of(last.texts)]):
-            part = key_words(cells.reshape(-1, DIGEST_BYTES))
-            words[filled : (filled := filled + len(part))] = part
+        cells = chain(stored, [digests_of(last.texts)])
+        words = np.concatenate([key_words(each.reshape(-1, DIGEST_BYTES)) for each in cells])
         order = np.lexsort(words.T)  # equal ones as they appear
         words = words[order]
         new = np.append(True, (words[1:] != words[:-1]).any(1))[: self.total]
@@ -149,13 +152,12 @@ def read_captions(
         RecordError: The file cannot be used, more records are bad than allowed, or all are; or the
             table cannot be written.
     """
-    columns: dict[str, Any] = {"texts": "int64", "digests": "binary"}
     made_of = [VERSION, source.selection, min_captions]
     table = arrow_table(
         source_files(source),
         source.index_dir,
         lambda: [*made_of, tokens and tokens().identity()],
-        columns | ({"ids": ["int32"]} if tokens else {}),
+        COLUMNS,
         partial(caption_rows, partial(_usable, source, min_captions), tokens),
         keep=keep,
     )
@@ -276,24 +278,21 @@ class CaptionPairs(Dataset[CaptionPair]):
             max(1, round(len(source) * rule.weight / largest))
             for source, rule in zip(sources, rules, strict=True)
         ]
+        self._prompts = [
+            {
+                tuple(map(str.strip, name.split("->", 1))): text
+                for name, text in rule.prompts.items()
+            }
+            for rule in rules
+        ]
         kinds = dict.fromkeys(chain.from_iterable(source.kinds for source in sources))
-        self._prompts = [self._by_direction(rule.prompts, kinds) for rule in rules]
-
-    @staticmethod
-    def _by_direction(
-        prompts: Mapping[str, str], kinds: Collection[str]
-    ) -> dict[tuple[str, ...], str]:
-        """Prompt of each direction of two kinds; () is any other."""
-        table: dict[tuple[str, ...], str] = {}
-        for name, text in prompts.items():
-            direction = [] if name == "*" else [kind.strip() for kind in name.split("->", 1)]
-            if unknown := [kind for kind in direction if kind not in kinds]:
+        for direction in chain.from_iterable(self._prompts):
+            unknown = [kind for kind in direction if kind not in kinds]
+            if unknown and direction != _ANY:
                 raise ValueError(
-                    f"prompts: {name!r}: no caption is of kind {unknown[0]!r}; the kinds are "
-                    f"{list(kinds)}"
+                    f"prompts: {'->'.join(direction)!r}: no caption is of kind {unknown[0]!r}; the "
+                    f"kinds are {list(kinds)}"
                 )
-            table[tuple(direction)] = text
-        return table
 
     def __len__(self) -> int:
         """Pairs per epoch."""
@@ -306,8 +305,8 @@ class CaptionPairs(Dataset[CaptionPair]):
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Positions of the records that an epoch takes, shuffled over all sources."""
         rng = np.random.default_rng([self.seed, epoch])
-        sizes = map(len, self._records.datasets)
-        sources = zip(self._records.cumulative_sizes, sizes, self._counts, strict=True)
+        ends = self._records.cumulative_sizes
+        sources = zip(ends, np.diff([0, *ends]), self._counts, strict=True)
         chosen = [end - size + rng.permutation(size)[:count] for end, size, count in sources]
         return rng.permutation(np.concatenate(chosen))
 
@@ -334,13 +333,10 @@ class CaptionPairs(Dataset[CaptionPair]):
             places = [[i for i, kind in enumerate(kinds) if kind == name] for name in rule.fields]
             drawn = [int(rng.choice(own)) for own in places if own]  # a negative may be absent
         direction = kinds[drawn[0]], kinds[drawn[1]]
-        return CaptionPair(
-            number,
-            *(texts[n] for n in drawn),
-            *[""] * (3 - len(drawn)),
-            prompts.get(direction, prompts.get((), "")),
-            [record.ids[n] for n in drawn] if record.ids else (),
-        )
+        query, positive, negative = [*(texts[n] for n in drawn), ""][:3]
+        prompt = prompts.get(direction, prompts.get(_ANY, ""))
+        ids = [record.ids[n] for n in drawn] if record.ids else ()
+        return CaptionPair(number, query, positive, negative, prompt, ids)
 
 
 class EpochSampler(Sampler[Any]):
