@@ -37,7 +37,6 @@ def source_of(path: Path, rows: list[dict[str, Any]], **keys: Any) -> CaptionSou
 
 
 def table_of(found: list[CaptionRecord], tokens: Any = None) -> CaptionTable:
-    columns = {"texts": "int64", "digests": "binary", "ids": ["int32"]}
     rows = partial(caption_rows, lambda _: iter(found), tokens)
     return CaptionTable(arrow_table([], None, list, COLUMNS, rows))
 

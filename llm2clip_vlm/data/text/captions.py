@@ -1,8 +1,7 @@
 """Captions that describe the same image, and pairs of them for stage 1.
 
-What stages 1 and 2a train on or embed lies in a table (:mod:`llm2clip_vlm.data.reading.table`):
-captions, the digests by which an embedding cache knows them, and for stage 1 their token ids. The
-captions of an evaluation are read into memory.
+A source's files are read once. Its records lie in a table (:mod:`llm2clip_vlm.data.reading.table`):
+the captions, the digests by which an embedding cache knows them, and for stage 1 their token ids.
 """
 
 from __future__ import annotations
