@@ -87,9 +87,7 @@ def stage2a(folder: Path) -> Any:
 
     def start() -> Any:
         texts = UniqueTexts([read_captions(source, BadRecords())])
-        cache = EmbeddingCache.build(
-            folder / "cache", texts, encode, {"model": "none"}, words=texts.words
-        )
+        cache = EmbeddingCache.build(folder / "cache", texts, encode, {"model": "none"})
         some = [*islice(texts, 1024)]
         assert min(cache.find(some)) >= 0
         return len(texts), texts, cache

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import cache_names, read_header
@@ -90,18 +89,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     writer = (part * world_size() + rank(), parts * world_size())
     with tqdm(unit="text", disable=not is_main()) as bar:
         cache = EmbeddingCache.build(
-            *(out, texts, encoders, encoder.fingerprint),
-            words=texts.words,
-            writer=writer,
-            planned=bar.reset,
+            out, texts, encoders, encoder.fingerprint, writer=writer, planned=bar.reset
         )
     barrier()
 
     # evaluate (a few rows again), hand off
-    if notice := control_notice(encoder.tokens.control):
-        print(notice)
-    if encoder.tokens.longest:
-        say(encoder.tokens.lengths())
+    if encoder.tokens.longest:  # of what this process has encoded
+        print(encoder.tokens.told())
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
         truncated = encoder.tokens.num_truncated

@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llm2clip_vlm.data.cache import embeddings
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import digests_of, key_words
 from llm2clip_vlm.data.reading import table
@@ -130,7 +129,9 @@ def test_texts_of_several_tables_are_counted_once_in_order() -> None:
     texts = [text for part in parts for record in part for text in record.texts] + more
     found = UniqueTexts(parts, more)
     assert [*found] == list(dict.fromkeys(texts))
-    assert np.array_equal(found.words, key_words(digests_of([*found])))
+    digests = digests_of([*found])
+    assert np.array_equal(np.concatenate([*found.keys()]), key_words(digests))
+    assert np.array_equal(np.concatenate([*found.keys("p")]), digests_of([*found], "p"))
     assert (found.total, len(found)) == (len(texts) - 1, len(set(texts)))
     assert [*UniqueTexts([], more)] == list(dict.fromkeys(more))
     assert [*UniqueTexts([])] == []
@@ -138,39 +139,29 @@ def test_texts_of_several_tables_are_counted_once_in_order() -> None:
         found[len(found)]
 
 
-class _Read(Sequence[str]):
-    """Texts, of which it is known which were asked for."""
-
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.texts = texts
-        self.asked: set[int] = set()
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, number: Any) -> Any:
-        self.asked.add(number)
-        return self.texts[number]
-
-
 def test_a_build_reads_only_the_texts_that_the_cache_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embeddings, "_FOUND", 7)
+    monkeypatch.setattr(captions, "_BLOCK", 7)
+    read: set[int] = set()
+    plain = UniqueTexts.__getitem__
+    monkeypatch.setattr(
+        UniqueTexts, "__getitem__", lambda self, n: (read.add(n), plain(self, n))[1]
+    )
     texts = UniqueTexts([records(20), records(9, name="s")])
     prompts = {"": Encoder(), "p": Encoder()}
 
-    def build(folder: str, given: Sequence[str], encoders: Any, **more: Any) -> EmbeddingCache:
+    def build(folder: str, given: Sequence[str], encoders: Any) -> EmbeddingCache:
         where = tmp_path / folder
-        return EmbeddingCache.build(where, given, encoders, FINGERPRINT, shard_rows=16, **more)
+        return EmbeddingCache.build(where, given, encoders, FINGERPRINT, shard_rows=16)
 
     build("cache", [*texts][:30], Encoder())
-    for asked, encoders in (({*range(30, len(texts))}, Encoder()), (set(), Encoder())):
-        spy = _Read(texts)
-        cache = build("cache", spy, encoders, words=texts.words)
-        assert spy.asked == asked
+    for lacking in ({*range(30, len(texts))}, set()):
+        read.clear()
+        cache = build("cache", texts, Encoder())
+        assert read == lacking
     assert cache.find([*texts]).min() >= 0
-    build("cache", texts, prompts, words=texts.words)
+    build("cache", texts, prompts)
     build("whole", [*texts][:30], Encoder())
     build("whole", [*texts], Encoder())
     build("whole", [*texts, *texts], prompts)

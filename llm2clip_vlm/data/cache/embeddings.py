@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from hashlib import sha256
-from itertools import chain, islice, product
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 
 from llm2clip_vlm.data.cache import shards
+from llm2clip_vlm.data.text.captions import UniqueTexts
 from llm2clip_vlm.files import map_hashed, written_hashed, written_whole
 
 logger = logging.getLogger(__name__)
@@ -49,7 +50,6 @@ time that they are opened."""
 
 _INDEX = ".index-1-"  # with the version of its layout
 _AT_ONCE = 64  # rows that are made float32 while they are in the processor's cache
-_FOUND = 2**16  # texts that are looked for together
 _BLOCK = 32  # parts of keys that are sorted to be looked up together
 
 Encode = Callable[[list[str]], Tensor]
@@ -149,12 +149,11 @@ class EmbeddingCache:
     def build(
         cls,
         directory: str | Path,
-        texts: Sequence[str],
+        texts: Iterable[str],
         encode: Encode | Mapping[str, Encode],
         fingerprint: Mapping[str, str],
         *,
         shard_rows: int | None = None,
-        words: npt.NDArray[np.uint64] | None = None,
         writer: tuple[int, int] = (0, 1),
         planned: Callable[[int], object] = lambda texts: None,
     ) -> EmbeddingCache:
@@ -166,14 +165,13 @@ class EmbeddingCache:
 
         Args:
             directory: Where the cache lies or will lie.
-            texts: Texts in any order, with repetitions; with `words` different ones, which are read
-                by number when they are needed.
+            texts: Texts in any order, with repetitions; those of :class:`UniqueTexts` are read when
+                they are needed.
             encode: The encoder, or one for each prompt (`""` is the encoder's own instruction);
                 rows are normalised here.
             fingerprint: Identity of `encode`: each field must equal that of what is already there.
             shard_rows: Rows of a new shard; the same for all writers. None: at most 16,384, and so
                 few that there are about 16 shards for writers to share.
-            words: :func:`~llm2clip_vlm.data.cache.shards.key_words` of the texts. None: made here.
             writer: `(i, n)`: write each nth shard from the ith.
             planned: Called with the number of texts that this writer will encode.
 
@@ -185,10 +183,8 @@ class EmbeddingCache:
         encoders = encode if isinstance(encode, Mapping) else {"": encode}
         header = shards.read_header(directory)
         known = None if header is None else cls.open(directory, fingerprint)
-        if words is None:
-            texts = list(dict.fromkeys(texts))
-            words = shards.key_words(shards.digests_of(texts))
-        if not (size := len(words)) and known is None:
+        unique = texts if isinstance(texts, UniqueTexts) else UniqueTexts([], [*texts])
+        if not (size := len(unique)) and known is None:
             raise shards.CacheError(f"{directory}: no text to embed")
         # Entry n of prompt p is number p * size + n. Finished shards have taken whole shards out of
         # the list, so what is left is cut as before and begins at the same numbers, whichever of
@@ -197,14 +193,8 @@ class EmbeddingCache:
         todo = np.arange(size * len(encoders))
         shard_rows = shard_rows or min(max(len(todo) // 16, 256), DEFAULT_SHARD_ROWS)
         if known is not None:
-            lacking = [todo[:0] < 0]
-            for prompt, at in product(encoders, range(0, size, _FOUND)):
-                wanted = words[at : at + _FOUND]
-                if prompt:
-                    asked = [texts[n] for n in range(at, at + len(wanted))]
-                    wanted = shards.key_words(shards.digests_of(asked, prompt))
-                lacking.append(known.find_digests(wanted) < 0)
-            todo = np.flatnonzero(np.concatenate(lacking))
+            keys = chain.from_iterable(map(unique.keys, encoders))
+            todo = np.flatnonzero(np.concatenate([known.find_digests(part) < 0 for part in keys]))
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
         mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]
         if not mine and writer[1] > 1:
@@ -215,7 +205,7 @@ class EmbeddingCache:
         for part in mine or ([] if header else [todo[:1]]):
             keys, rows = [], []
             for number, (prompt, encoder) in enumerate(encoders.items()):
-                asked = [texts[n] for n in (part[part // size == number] % size).tolist()]
+                asked = [unique[n] for n in (part[part // size == number] % size).tolist()]
                 if asked:
                     dim = header.dim if header else None
                     rows.append(shards.unit_rows(encoder(asked), asked, dim))

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
-from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, digests_of, key_words, text_digests
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import collect_captions, iter_records, source_files
@@ -38,7 +37,7 @@ Tokens = Callable[[], Any]
 """Makes a text encoder's `CaptionTokenizer`, which has met no text."""
 
 _ANY = ("*",)  # direction of a pair that has no prompt of its own
-_BLOCK = 4096  # records that are tokenised together
+_BLOCK = 4096  # records that are tokenised, or texts that are looked for, together
 
 
 @dataclass(frozen=True)
@@ -113,8 +112,14 @@ class UniqueTexts(Sequence[str]):
         places, words = order[new], words[new]
         order = np.argsort(places)
         self._places = places[order]
-        self.words = words[order]
-        """Words of each text's key, uint64 `[n, 2]`."""
+        self._words = words[order]
+
+    def keys(self, prompt: str = "") -> Iterator[npt.NDArray[Any]]:
+        """The texts' keys in an embedding cache, in parts; as words where there is no prompt."""
+        for at in range(0, len(self) or 1, _BLOCK):
+            words = self._words[at : at + _BLOCK]
+            part = range(at, at + len(words))
+            yield digests_of([self[n] for n in part], prompt) if prompt else words
 
     def __len__(self) -> int:
         return len(self._places)
@@ -195,7 +200,7 @@ def caption_rows(
                 "ids": [*chain.from_iterable(its)],
             }
     facts["kinds"] = list(kinds)
-    facts["told"] = own and f"{own.lengths()}\n{control_notice(own.control)}".rstrip()
+    facts["told"] = own and own.told()
 
 
 def _usable(source: CaptionSource, min_captions: int, refused: Refused) -> Iterator[CaptionRecord]:
