@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-from llm2clip_vlm.data.cache.shards import digests_of, key_words
+from llm2clip_vlm.data.cache.shards import digests_of
 from llm2clip_vlm.data.reading import table
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text import captions
@@ -130,7 +130,7 @@ def test_texts_of_several_tables_are_counted_once_in_order() -> None:
     found = UniqueTexts(parts, more)
     assert [*found] == list(dict.fromkeys(texts))
     digests = digests_of([*found])
-    assert np.array_equal(np.concatenate([*found.keys()]), key_words(digests))
+    assert np.array_equal(np.concatenate([*found.keys()]), digests)
     assert np.array_equal(np.concatenate([*found.keys("p")]), digests_of([*found], "p"))
     assert (found.total, len(found)) == (len(texts) - 1, len(set(texts)))
     assert [*UniqueTexts([], more)] == list(dict.fromkeys(more))
@@ -142,7 +142,7 @@ def test_texts_of_several_tables_are_counted_once_in_order() -> None:
 def test_a_build_reads_only_the_texts_that_the_cache_lacks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(captions, "_BLOCK", 7)
+    monkeypatch.setattr(table, "_BATCH", 7)
     read: set[int] = set()
     plain = UniqueTexts.__getitem__
     monkeypatch.setattr(

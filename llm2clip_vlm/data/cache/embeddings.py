@@ -354,13 +354,12 @@ class EmbeddingCache:
         for shard in self.shards:
             shard.verify()
 
-    def find_digests(self, digests: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
-        """Row number of each key by its first 16 bytes, which may stand as words; -1: none."""
-        words = digests if digests.dtype == np.uint64 else shards.key_words(digests)
-        found = np.full(len(words), -1, dtype=np.int64)
-        first, second = words.T
+    def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
+        """Row number of each key by its first 16 bytes, -1 where there is none."""
+        found = np.full(len(digests), -1, dtype=np.int64)
+        first, second = shards.key_words(digests).T
         place = np.searchsorted(self._first, first)
-        todo = np.arange(len(words))
+        todo = np.arange(len(digests))
         while len(todo):  # once, and again for keys whose first 8 bytes are equal
             todo = todo[place[todo] < len(self)]
             todo = todo[self._first[place[todo]] == first[todo]]

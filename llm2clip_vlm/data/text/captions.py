@@ -37,7 +37,7 @@ Tokens = Callable[[], Any]
 """Makes a text encoder's `CaptionTokenizer`, which has met no text."""
 
 _ANY = ("*",)  # direction of a pair that has no prompt of its own
-_BLOCK = 4096  # records that are tokenised, or texts that are looked for, together
+_BLOCK = 4096  # records that are tokenised together
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class CaptionTable(Sequence[CaptionRecord]):
 class UniqueTexts(Sequence[str]):
     """The different captions of tables, and other texts, in the order of their first appearance.
 
-    Each is read when it is asked for: held are 24 bytes a text and 8 a record.
+    Each is read when it is asked for: held are 8 bytes a text and 8 a record.
 
     Args:
         tables: Captions.
@@ -105,21 +105,24 @@ class UniqueTexts(Sequence[str]):
         """Texts in all, those of a record once."""
         stored = chain.from_iterable(table.table.cells("digests") for table in tables)
         cells = chain(stored, [digests_of(last.texts)])
-        words = np.concatenate([key_words(each.reshape(-1, DIGEST_BYTES)) for each in cells])
-        order = np.lexsort(words.T)  # equal ones as they appear
-        words = words[order]
-        new = np.append(True, (words[1:] != words[:-1]).any(1))[: self.total]
-        places, words = order[new], words[new]
-        order = np.argsort(places)
-        self._places = places[order]
-        self._words = words[order]
+        self._digests = [each.reshape(-1, DIGEST_BYTES) for each in cells]
+        words, filled = np.empty((2, self.total), np.uint64), 0
+        for part in self._digests:
+            words[:, filled : (filled := filled + len(part))] = key_words(part).T
+        order = np.lexsort(words)  # equal ones as they appear
+        ordered = (word[order] for word in words)
+        new = np.ones(self.total, bool)
+        new[1:] = np.any([word[1:] != word[:-1] for word in ordered], axis=0)
+        self._places = np.sort(order[new])
 
-    def keys(self, prompt: str = "") -> Iterator[npt.NDArray[Any]]:
-        """The texts' keys in an embedding cache, in parts; as words where there is no prompt."""
-        for at in range(0, len(self) or 1, _BLOCK):
-            words = self._words[at : at + _BLOCK]
-            part = range(at, at + len(words))
-            yield digests_of([self[n] for n in part], prompt) if prompt else words
+    def keys(self, prompt: str = "") -> Iterator[npt.NDArray[np.uint8]]:
+        """The texts' keys in an embedding cache, `[n, 32]`, some thousand at a time."""
+        start = 0
+        for digests in self._digests:
+            part = range(*np.searchsorted(self._places, [start, start + len(digests)]).tolist())
+            chosen = digests[self._places[part.start : part.stop] - start]
+            yield digests_of([self[n] for n in part], prompt) if prompt else chosen
+            start += len(digests)
 
     def __len__(self) -> int:
         return len(self._places)
