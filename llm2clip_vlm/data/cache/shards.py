@@ -124,7 +124,7 @@ class Shard:
     """Checksum of `embeds` that the file states."""
 
     def touch(self) -> memoryview:
-        """Reads all rows, and looks at each, where no process of this run's has done so.
+        """Reads all rows, and looks at each, where no process that shares the marks has done so.
 
         Returns:
             Their bytes, on disk.
