@@ -343,7 +343,7 @@ def test_opening_reads_no_rows(tmp_path: Path) -> None:
     assert cache.find_digests(keys[[7, rows - 1]]).tolist() == [7, rows - 1]
     assert resident_mib() - before < 100
     with pytest.raises(CacheError, match="sha256 is"):
-        shards.Shard(tmp_path, keys[:1], cache.shards[0].embeds[:1], "").touch()
+        shards.Shard(tmp_path, keys[:1], cache.shards[0].embeds[:1], "", "").touch()
 
 
 def _read_shards(cache: EmbeddingCache, log: Path) -> str:

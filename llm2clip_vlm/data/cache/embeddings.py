@@ -99,11 +99,8 @@ class EmbeddingCache:
         if keep:
             with suppress(OSError, ValueError):  # absent or damaged: it is made again
                 return np.frombuffer(map_hashed(self.index), np.uint64).reshape(3, rows)
-        words = [
-            np.empty((0, 2), np.uint64),
-            *(shards.key_words(shard.keys) for shard in self.shards),
-        ]
-        flat = np.concatenate(words)
+        keys = [np.empty((0, 32), np.uint8), *(shard.keys for shard in self.shards)]
+        flat = np.concatenate([*map(shards.key_words, keys)])
         order = np.argsort(flat[:, 0], kind="stable")
         index = np.stack([*flat[order].T, order.astype(np.uint64)])
         if keep:

@@ -122,6 +122,8 @@ class Shard:
     """Embeddings `[rows, dim]`, memory-mapped; see :meth:`touch`."""
     sha256: str
     """Checksum of `embeds` that the file states."""
+    state: str
+    """Inode, size and time of change of the file that was opened."""
 
     def touch(self) -> memoryview:
         """Reads all rows, and looks at each, where no process that shares the marks has done so.
@@ -132,9 +134,7 @@ class Shard:
         Raises:
             CacheError: They have changed since they were written, or one is no unit vector.
         """
-        stat = self.path.stat() if self.path.exists() else None  # a part may have become a shard
-        state = stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)
-        mark = caption_id(f"{self.path} {self.sha256} {state}")
+        mark = caption_id(f"{self.path} {self.sha256} {self.state} {_state(self.path)}")
         place = mark % len(_READ)
         unread = _READ[place] != mark
         if unread and (got := _checksum(self.embeds)) != self.sha256:
@@ -286,6 +286,7 @@ def read_shard(path: Path, header: Header) -> Shard:
         CacheError: It is damaged, or belongs to another cache.
     """
     try:
+        state = _state(path)
         # torch's mapping, unlike numpy's, keeps no file open: a cache may have thousands of shards
         with safe_open(path, "pt") as file:
             stated = (file.metadata() or {}).get(_METADATA, "")
@@ -305,7 +306,7 @@ def read_shard(path: Path, header: Header) -> Shard:
         raise CacheError(
             f"{path}: its keys have the sha256 {got}, expected that of its name; {_AGAIN}"
         )
-    return Shard(path, keys, embeds, own.sha256)
+    return Shard(path, keys, embeds, own.sha256, state)
 
 
 def shard_files(directory: Path, epoch: int | None = None, rank: int = 0) -> list[Path]:
@@ -360,6 +361,11 @@ def seal(directory: Path) -> None:
         elif path != shard:  # two ranks met the same captions: the lower rank's rows count
             path.unlink()
     hold.release()
+
+
+def _state(path: Path) -> str:
+    stat = path.stat() if path.exists() else None  # a part that has become a shard
+    return f"{stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)}"
 
 
 def _part(epoch: int, rank: int) -> str:
