@@ -145,9 +145,12 @@ def test_a_build_reads_only_the_texts_that_the_cache_lacks(
     monkeypatch.setattr(table, "_BATCH", 7)
     read: set[int] = set()
     plain = UniqueTexts.__getitem__
-    monkeypatch.setattr(
-        UniqueTexts, "__getitem__", lambda self, n: (read.add(n), plain(self, n))[1]
-    )
+
+    def noted(self: UniqueTexts, number: int) -> Any:
+        read.add(number)
+        return plain(self, number)
+
+    monkeypatch.setattr(UniqueTexts, "__getitem__", noted)
     texts = UniqueTexts([records(20), records(9, name="s")])
     prompts = {"": Encoder(), "p": Encoder()}
 

@@ -190,8 +190,9 @@ class EmbeddingCache:
         todo = np.arange(size * len(encoders))
         shard_rows = shard_rows or min(max(len(todo) // 16, 256), DEFAULT_SHARD_ROWS)
         if known is not None:
-            keys = chain.from_iterable(map(unique.keys, encoders))
-            todo = np.flatnonzero(np.concatenate([known.find_digests(part) < 0 for part in keys]))
+            asked_for = chain.from_iterable(map(unique.keys, encoders))
+            lacking = [known.find_digests(part) < 0 for part in asked_for]
+            todo = np.flatnonzero(np.concatenate(lacking))
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
         mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]
         if not mine and writer[1] > 1:
