@@ -23,10 +23,12 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import logging
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,12 +51,13 @@ from torch.utils.data import SequentialSampler
 from transformers import TrainingArguments
 from transformers.utils import logging as transformers_logging
 
-from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord
+from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.captions import CaptionPairs, read_captions
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import CaptionPairSource, LoraSection
 from llm2clip_vlm.training.adapters import add_adapter, lora_config
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
-from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer, token_table
+from llm2clip_vlm.training.text.text_trainer import CaptionContrastiveTrainer
 
 SCALE, LEARNING_RATE = 50.0, 1e-4
 BUDGET_TOKENS = 4096
@@ -65,16 +68,15 @@ MINI_BATCH = 4
 GOALS = {"ratio_mixed": 2.2, "ratio_directed": 1.5, "ratio_short": 1.2, "ratio_cached": 2.2}
 
 
-def records(mix: str, count: int) -> list[CaptionRecord]:
+def write_records(path: Path, mix: str, count: int) -> None:
     """Pairs of different texts, of lengths as the mix says."""
     short, long = short_texts(2 * count), long_texts(count)
-    found = []
-    for row in range(count):
-        captions = {"short": [short[row]], "long": [long[row]]}
-        if mix == "short":
-            captions = {"short": short[2 * row : 2 * row + 2]}
-        found.append(CaptionRecord(str(row), captions))
-    return found
+    with path.open("w") as file:
+        for row in range(count):
+            captions = {"short": [short[row]], "long": [long[row]]}
+            if mix == "short":
+                captions = {"short": short[2 * row : 2 * row + 2], "long": []}
+            file.write(json.dumps(captions) + "\n")
 
 
 class _InOrder(DefaultBatchSampler):
@@ -96,8 +98,12 @@ class Arms:
 
     def __init__(self, mix: str, folder: Path, batch: int, steps: int) -> None:
         cached = mix == "cached"
-        rules = [CaptionPairSource(path="x", directed=mix == "directed", fields=["short", "long"])]
-        self.pairs = CaptionPairs([records(mix, batch * steps)], rules, seed=0)
+        write_records(path := folder / f"{mix}.jsonl", mix, batch * steps)
+        self.rule = CaptionPairSource(
+            path=str(path), directed=mix == "directed", fields=["short", "long"]
+        )
+        self.encoder = TextEncoder.from_pretrained(folder / "encoder")
+        self.pairs = self.read()
         drawn = [self.pairs[0, int(record)] for record in self.pairs.order(0)]
         lora = LoraSection(r=16, alpha=32, dropout=0.0)
         options: dict[str, Any] = {
@@ -113,7 +119,6 @@ class Arms:
             "dataloader_drop_last": True,
         }
 
-        self.encoder = TextEncoder.from_pretrained(folder / "encoder")
         torch.manual_seed(0)
         model = add_adapter(self.encoder.backbone, lora)
         self.own = CaptionContrastiveTrainer(
@@ -138,8 +143,8 @@ class Arms:
             SentenceTransformerTrainingArguments(**options, batch_sampler=_InOrder),
             Dataset.from_dict(
                 {
-                    "anchor": [self.pairs.texts[pair.query] for pair in drawn],
-                    "positive": [self.pairs.texts[pair.positive] for pair in drawn],
+                    "anchor": [pair.query for pair in drawn],
+                    "positive": [pair.positive for pair in drawn],
                 }
             ),
             loss=loss(
@@ -151,9 +156,15 @@ class Arms:
             ),
         )
 
+    def read(self) -> CaptionPairs:
+        """The pairs, with tokens made anew."""
+        tokens = partial(self.encoder.settings.tokens, self.encoder.tokenizer)
+        table = read_captions(self.rule, BadRecords(), min_captions=2, tokens=tokens, keep=False)
+        return CaptionPairs([table], [self.rule], seed=0)
+
     def ours(self) -> None:
         """A round, tokens made anew."""
-        self.collator.table = token_table(self.pairs.texts, self.encoder.tokens)
+        self.own.train_dataset = self.read()
         self.own.train()
 
     def theirs(self) -> None:

@@ -80,8 +80,14 @@ class OneBatch(Dataset[dict[str, Any]]):
     def __getitems__(self, indices: list[int]) -> dict[str, Any]:
         return {"pixel_values": self.pixels, "caption_ids": self.ids, "captions": self.captions}
 
+    epoch = 0
+
     def set_epoch(self, epoch: int) -> None:
         """Does nothing: there is one batch."""
+
+    def items(self, epoch: int) -> range:
+        """Any order will do."""
+        return range(len(self))
 
 
 class Turns(TrainerCallback):

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, read_captions
+from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, UniqueTexts, read_captions
 from llm2clip_vlm.distributed import await_files, is_main, say, shared_out, teardown, world_size
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
@@ -65,12 +66,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     say(trainable_table(model))
 
     # data
-    sources = [read_captions(source, run.bad, min_captions=2) for source in recipe.train]
+    tokens = partial(encoder.settings.tokens, encoder.tokenizer)
+    sources = [
+        read_captions(source, run.bad, min_captions=2, tokens=tokens) for source in recipe.train
+    ]
     pairs = CaptionPairs(sources, recipe.train, recipe.seed)
     held_out = list(
         chain.from_iterable(read_captions(s, run.bad, min_captions=2) for s in recipe.evaluation)
     )
-    say(f"data: {sum(map(len, sources))} records, {len(pairs.texts)} captions")
+    captions = len(UniqueTexts(sources))
+    say(f"data: {sum(map(len, sources))} records, {captions} captions")
+    for source in sources:
+        say(source.table.facts["told"])
     results = before_training(run, encoder, held_out)
 
     # trainer, train
@@ -85,7 +92,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         measure=lambda: {"cra": caption_accuracy(encoder, held_out, "cra")["cra"]},
         callbacks=run.callbacks,
     )
-    say(trainer.lengths)
     trainer.train(resume_from_checkpoint=run.checkpoint)
 
     # evaluate (what was saved, not what is in memory), hand off
@@ -105,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     results |= separability(run, encoder, held_out, "after", of=encoder.fingerprint)
     if is_main():
         extra["cra"] = results
-        run.finish(encoder.fingerprint, extra, captions=len(pairs.texts))
+        run.finish(encoder.fingerprint, extra, captions=captions)
     teardown()
 
 

@@ -29,12 +29,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import cache_names, read_header
 from llm2clip_vlm.data.image_text.index import read_image_text
-from llm2clip_vlm.data.text.captions import read_captions
+from llm2clip_vlm.data.text.captions import UniqueTexts, read_captions
 from llm2clip_vlm.distributed import barrier, is_main, rank, say, teardown, world_size
 from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, require_equal
@@ -61,13 +60,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     barrier()
 
     # data
-    read = chain.from_iterable(read_captions(source, run.bad) for source in recipe.sources)
-    texts = [text for record in read for text in record.texts]
-    for source in recipe.zero_shot:
-        texts += prompts_of(read_image_text(source, run.bad), source)
-    unique = list(dict.fromkeys(texts))
-    say(f"data: {len(texts)} texts, {len(unique)} different ones")
-    if not unique:
+    tables = [read_captions(source, run.bad) for source in recipe.sources]
+    prompts = (prompts_of(read_image_text(each, run.bad), each) for each in recipe.zero_shot)
+    texts = UniqueTexts(tables, [*chain.from_iterable(prompts)])
+    say(f"data: {texts.total} texts, {len(texts)} different ones")
+    if not texts:
         raise ValueError(f"{out}: no text to embed; expected a caption in `sources` or `zero_shot`")
 
     # model
@@ -92,26 +89,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     writer = (part * world_size() + rank(), parts * world_size())
     with tqdm(unit="text", disable=not is_main()) as bar:
         cache = EmbeddingCache.build(
-            out, unique, encoders, encoder.fingerprint, writer=writer, planned=bar.reset
+            out, texts, encoders, encoder.fingerprint, writer=writer, planned=bar.reset
         )
     barrier()
 
     # evaluate (a few rows again), hand off
-    if notice := control_notice(encoder.tokens.control):
-        print(notice)
-    if encoder.tokens.longest:
-        say(encoder.tokens.lengths())
+    if encoder.tokens.longest:  # of what this process has encoded
+        print(encoder.tokens.told())
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
         truncated = encoder.tokens.num_truncated
-        check_rows(cache, prompted, unique)
-        say(f"cache: {len(cache)} rows of {cache.dim}, {len(texts) / len(unique):.2f} texts a row")
+        check_rows(cache, prompted, texts)
+        say(f"cache: {len(cache)} rows of {cache.dim}, {texts.total / len(texts):.2f} texts a row")
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
         run.finish(
             encoder.fingerprint,
             rows=len(cache),
-            texts=len(texts),
-            different_texts=len(unique),
+            texts=texts.total,
+            different_texts=len(texts),
             truncated=truncated,
         )
     teardown()
@@ -121,8 +116,9 @@ def check_rows(
     cache: EmbeddingCache, encoders: Mapping[str, TextEncoder], texts: Sequence[str]
 ) -> None:
     """Encode a short, a medium and a long text alone: the cache must hold the same vectors."""
-    by_length = sorted(texts, key=len)
-    texts = [*by_length[:1], *by_length[len(texts) // 2 :][:1], *by_length[-1:]]
+    some = range(0, len(texts), -(-len(texts) // 1024) or 1)  # of a thousand from all over the list
+    by_length = sorted((texts[n] for n in some), key=len)
+    texts = [*by_length[:1], *by_length[len(some) // 2 :][:1], *by_length[-1:]]
     for prompt, encoder in encoders.items() if texts else ():
         require_equal(
             f"{cache.directory}, prompt {prompt!r}, such as {texts[:1]!s:.60}",

@@ -16,6 +16,10 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
+_NO_SELECTION = {"weight", "prompts", "sampling_strategy", "shuffle_images"}
+_NO_SELECTION |= {"index_dir", "cache_dir", "cache_gib"}
+
+
 class DataSource(Section):
     """Source of rows: files, or a data set of the Hugging Face hub."""
 
@@ -41,6 +45,9 @@ class DataSource(Section):
     `llm2clip_vlm` in `XDG_CACHE_HOME`, or in `~/.cache`."""
     cache_gib: float = Field(default=64.0, gt=0)
     """Most that pictures take in `cache_dir`; those not asked for longest go first."""
+    index_dir: str | None = None
+    """Folder of the table that large sources are read into once. None: `.llm2clip-index` beside
+    them."""
 
     @model_validator(mode="after")
     def _one_place(self) -> Self:
@@ -57,6 +64,11 @@ class DataSource(Section):
         """Name of the source in messages: its path, or its data set."""
         return self.path or self.dataset
 
+    @property
+    def selection(self) -> dict[str, Any]:
+        """What decides on its records, and none of what is done with them."""
+        return self.model_dump(exclude=_NO_SELECTION)
+
 
 class ImageSource(DataSource):
     """Base of sources of rows with images."""
@@ -65,9 +77,6 @@ class ImageSource(DataSource):
     """Folder that image paths are relative to. None: the file's own folder. No path leaves it."""
     follow_links: bool = False
     """Follow symbolic links below `image_root` that lead out of it, as in the hub's cache."""
-    index_dir: str | None = None
-    """Folder of the table that large sources are read into once. None: `.llm2clip-index` beside
-    them."""
 
     @property
     def folder(self) -> Path:

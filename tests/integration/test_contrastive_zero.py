@@ -22,7 +22,7 @@ from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage1Recipe
 from llm2clip_vlm.training.callbacks import read_metrics
-from llm2clip_vlm.training.text.text_trainer import PairCollator, token_table
+from llm2clip_vlm.training.text.text_trainer import PairCollator
 from tests.conftest import REPO_ROOT
 from tests.tiny import WORDS, write_image
 from tests.vlm_fixtures import run_here, run_stage
@@ -118,10 +118,12 @@ def stage1(tmp_path_factory: pytest.TempPathFactory, tiny_llm: Path) -> Path:
 def test_processes_would_have_other_numbers_of_chunks(stage1: Path) -> None:
     recipe = load_recipe(stage1, Stage1Recipe)
     encoder = TextEncoder.from_section(recipe.text_encoder)
-    records = [read_captions(source, BadRecords(), min_captions=2) for source in recipe.train]
+    records = [
+        read_captions(source, BadRecords(), min_captions=2, tokens=lambda: encoder.tokens)
+        for source in recipe.train
+    ]
     pairs = CaptionPairs(records, recipe.train, recipe.seed)
-    table = token_table(pairs.texts, encoder.tokens)
-    collator = PairCollator(table, encoder.tokens, pairs.prompts, 128)
+    collator = PairCollator(encoder.tokens, 128)
     order = pairs.order(0)
     counts, negatives = [], []
     for start in range(0, 32, 8):

@@ -22,7 +22,7 @@ from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import CacheError
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, CaptionRecord, read_captions
+from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, read_captions
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.metrics.retrieval import retrieval_report
 from llm2clip_vlm.metrics.separability import PROTOCOL
@@ -30,8 +30,9 @@ from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource, ImageTextSource, LoraSection
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training.adapters import add_adapter
-from llm2clip_vlm.training.text.text_trainer import PairCollator, alike_ids, token_table
+from llm2clip_vlm.training.text.text_trainer import PairCollator, alike_ids
 from tests.tiny import WORDS, write_image
+from tests.unit.test_captions import table_of
 from tests.vlm_fixtures import files_with_paths
 
 COLOURS = ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]
@@ -467,9 +468,9 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     encoder = TextEncoder.from_pretrained(tiny_llm)
     texts = [" ".join((WORDS * 2)[i : i + (40, 3)[i % 2] + i % 7]) for i in range(64)]
     records = [CaptionRecord(str(i), {"c": texts[2 * i : 2 * i + 2]}) for i in range(32)]
-    pairs = CaptionPairs([records], [CaptionPairSource(path="x")], seed=0)
-    table = token_table(pairs.texts, encoder.tokens)
-    batch = PairCollator(table, encoder.tokens)([pairs[0, i] for i in range(32)])
+    table = table_of(records, lambda: encoder.tokens)
+    drawn = [CaptionPairs([table], [CaptionPairSource(path="x")], seed=0)[0, i] for i in range(32)]
+    batch = PairCollator(encoder.tokens)(drawn)
     assert len(batch["groups"]) == 2
     widths = [group["input_ids"].shape[1] for group in batch["groups"]]
     assert widths == sorted(widths, reverse=True)
@@ -477,8 +478,10 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     with torch.no_grad():
         embeds = torch.cat([encoder(**group) for group in batch["groups"]])[batch["order"]]
     query, positive = embeds.chunk(2)
-    for found, column in ((query, 0), (positive, 1)):
-        wanted = [pairs.texts[i] for i in batch["texts"][:, column].tolist()]
+    for found, wanted in (
+        (query, [pair.query for pair in drawn]),
+        (positive, [pair.positive for pair in drawn]),
+    ):
         expected = encoder.encode(wanted, normalize=False)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
@@ -512,16 +515,15 @@ def test_micro_batches_keep_their_budget(
 
 
 def test_alike_pairs_are_linked() -> None:
-    pairs = [
-        CaptionPair(0, 0, 1),
-        CaptionPair(1, 2, 3),
-        CaptionPair(2, 3, 4),  # its query is the positive of the second
-        CaptionPair(0, 5, 6),  # the first record again
-        CaptionPair(4, 4, 7),  # linked to the second through the third
-        CaptionPair(5, 8, 9),
+    texts = [
+        (0, 1),
+        (2, 3),
+        (3, 4),  # its query is the positive of the second
+        (5, 6),  # the first record again
+        (4, 7),  # linked to the second through the third
+        (8, 9),
     ]
-    texts = torch.tensor([[pair.query, pair.positive] for pair in pairs])
-    ids = alike_ids(texts, torch.tensor([pair.record for pair in pairs]))
+    ids = alike_ids(torch.tensor(texts), torch.tensor([0, 1, 2, 0, 4, 5]))
     assert ids.tolist() == [0, 1, 1, 0, 1, 5]
 
 

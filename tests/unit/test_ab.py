@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from world.results import git_state, rounded
 
-from llm2clip_vlm.programs import find_program, load_program
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
 from tests.report_fixtures import ab_recipe, write_json, write_lines, write_run
 

@@ -7,13 +7,23 @@ import io
 import json
 import tarfile
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, EpochSampler, read_captions
+from llm2clip_vlm.data.reading.table import arrow_table
+from llm2clip_vlm.data.text.captions import (
+    COLUMNS,
+    CaptionPairs,
+    CaptionRecord,
+    CaptionTable,
+    EpochSampler,
+    caption_rows,
+    read_captions,
+)
 from llm2clip_vlm.metrics.separability import caption_task
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
@@ -26,11 +36,18 @@ def source_of(path: Path, rows: list[dict[str, Any]], **keys: Any) -> CaptionSou
     return CaptionSource(path=str(path), **keys)
 
 
-def records(count: int, captions: int = 3, name: str = "r") -> list[CaptionRecord]:
-    return [
-        CaptionRecord(f"{name}{i}", {"captions": [f"{name} {i} {j}" for j in range(captions)]})
-        for i in range(count)
-    ]
+def table_of(found: list[CaptionRecord], tokens: Any = None) -> CaptionTable:
+    rows = partial(caption_rows, lambda _: iter(found), tokens)
+    return CaptionTable(arrow_table([], None, list, COLUMNS, rows))
+
+
+def records(count: int, captions: int = 3, name: str = "r") -> CaptionTable:
+    return table_of(
+        [
+            CaptionRecord(f"{name}{i}", {"captions": [f"{name} {i} {j}" for j in range(captions)]})
+            for i in range(count)
+        ]
+    )
 
 
 def test_reads_all_shapes(tmp_path: Path) -> None:
@@ -85,9 +102,8 @@ def test_pairs_are_two_captions_of_one_record() -> None:
     assert len(pairs) == 5
     for item in EpochSampler(pairs):
         pair = pairs[item]
-        query, positive = pairs.texts[pair.query], pairs.texts[pair.positive]
-        assert query != positive
-        assert query.split()[:2] == positive.split()[:2] == ["r", str(pair.record)]
+        assert pair.query != pair.positive
+        assert pair.query.split()[:2] == pair.positive.split()[:2] == ["r", str(pair.record)]
 
 
 def test_every_ordered_pair_is_equally_likely() -> None:
@@ -147,28 +163,22 @@ def test_directed_pairs_keep_anchor_positive_and_negative(tmp_path: Path) -> Non
     found = read_captions(rule, BadRecords(), min_captions=2)
     pairs = CaptionPairs([found], [rule], seed=0)
     drawn = [pairs[epoch, record] for epoch in range(20) for record in range(2)]
-    texts = {
-        tuple(pairs.texts[row] if row >= 0 else "" for row in (p.query, p.positive, p.negative))
-        for p in drawn
-    }
+    texts = {(p.query, p.positive, p.negative) for p in drawn}
     assert texts == {("q0", "p0", "n0"), ("q1", "p1", ""), ("q1", "o1", "")}
-    assert {pairs.prompts[p.prompt] for p in drawn} == {"find "}
+    assert {p.prompt for p in drawn} == {"find "}
     loose = CaptionPairs([found], [ANY], seed=0)
-    assert {loose.texts[loose[epoch, 0].query] for epoch in range(40)} == {"q0", "p0", "n0"}
+    assert {loose[epoch, 0].query for epoch in range(40)} == {"q0", "p0", "n0"}
 
 
 def test_prompts_follow_the_direction() -> None:
-    found = [CaptionRecord("r", {"short": ["a"], "long": ["b"], "raw": ["c"]})]
+    found = table_of([CaptionRecord("r", {"short": ["a"], "long": ["b"], "raw": ["c"]})])
     prompts = {"short->long": "longer: ", "long -> short": "shorter: ", "*": "any: "}
     rule = CaptionPairSource(path="x", fields=["short", "long", "raw"], prompts=prompts)
     pairs = CaptionPairs([found, records(1)], [rule, ANY], 0)
-    seen = {
-        (pairs.texts[p.query], pairs.texts[p.positive], pairs.prompts[p.prompt])
-        for p in (pairs[epoch, 0] for epoch in range(80))
-    }
+    seen = {(p.query, p.positive, p.prompt) for p in (pairs[epoch, 0] for epoch in range(80))}
     assert seen >= {("a", "b", "longer: "), ("b", "a", "shorter: "), ("a", "c", "any: ")}
     assert len(seen) == 6
-    assert pairs[0, 1].prompt == 0  # the other source has none
+    assert pairs[0, 1].prompt == ""  # the other source has none
     wrong = rule.model_copy(update={"prompts": {"long->raww": "x"}})
     with pytest.raises(ValueError, match="'long->raww': no caption is of kind 'raww'"):
         CaptionPairs([found], [wrong], 0)
@@ -177,7 +187,7 @@ def test_prompts_follow_the_direction() -> None:
 def test_rules_do_not_change_what_is_drawn() -> None:
     rule = CaptionPairSource(path="x", prompts={"*": "p"})
     plain, ruled = (CaptionPairs([records(9)], [own], 0) for own in (ANY, rule))
-    assert [plain[1, i][:3] for i in range(9)] == [ruled[1, i][:3] for i in range(9)]
+    assert [plain[1, i][:4] for i in range(9)] == [ruled[1, i][:4] for i in range(9)]
 
 
 def test_a_pair_of_equal_texts_is_bad(tmp_path: Path) -> None:
@@ -229,14 +239,15 @@ def test_order_and_captions_each_depend_on_seed_and_epoch() -> None:
     for seed, epoch in ((0, 2), (1, 1)):
         other = of(seed, epoch)
         assert other[0] != order and other[1] != drawn
-    assert len({(a % 3, b % 3) for a, b in drawn}) == 6  # records do not all take the same places
+    assert (
+        len({(a.split()[2], b.split()[2]) for a, b in drawn}) == 6
+    )  # records do not all take the same places
 
 
 def test_two_directed_columns_have_no_negative_and_the_first_kind_names_a_text() -> None:
-    found = [CaptionRecord("r", {"anchor": ["q"], "positive": ["q", "p"]})]
+    found = table_of([CaptionRecord("r", {"anchor": ["q"], "positive": ["q", "p"]})])
     rule = CaptionPairSource(path="x", fields=["anchor", "positive"], directed=True)
     pairs = CaptionPairs([found], [rule], seed=0)
     for epoch in range(8):
         pair = pairs[epoch, 0]
-        assert (pairs.texts[pair.query], pairs.texts[pair.positive]) == ("q", "p")
-        assert pair.negative == -1
+        assert (pair.query, pair.positive, pair.negative) == ("q", "p", "")

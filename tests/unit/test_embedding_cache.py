@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -27,6 +28,7 @@ from torch import Tensor
 from llm2clip_vlm.data.cache import shards
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache, MissingTextError
 from llm2clip_vlm.data.cache.shards import (
+    DIGEST_BYTES,
     HEADER_NAME,
     CacheError,
     Header,
@@ -341,7 +343,52 @@ def test_opening_reads_no_rows(tmp_path: Path) -> None:
     assert cache.find_digests(keys[[7, rows - 1]]).tolist() == [7, rows - 1]
     assert resident_mib() - before < 100
     with pytest.raises(CacheError, match="sha256 is"):
-        shards.Shard(tmp_path, keys[:1], cache.shards[0].embeds[:1], "", (0, 0)).touch()
+        shards.Shard(tmp_path, keys[:1], cache.shards[0].embeds[:1], "", "").touch()
+
+
+def _read_shards(cache: EmbeddingCache, log: Path) -> str:
+    """Look all texts up, and note the shards that are read whole for it."""
+    checksum = shards._checksum
+
+    def noted(array: Any) -> str:
+        with log.open("a") as file:
+            file.write(f"{len(array)}\n")
+        return checksum(array)
+
+    shards._checksum = noted
+    try:
+        cache.lookup(TEXTS)
+    except CacheError as error:
+        return str(error)
+    finally:
+        shards._checksum = checksum
+    return ""
+
+
+def test_the_workers_of_a_process_read_a_shard_whole_once(tmp_path: Path) -> None:
+    cache, log = build(tmp_path / "cache"), tmp_path / "read"
+    first = EmbeddingCache.open(cache.directory)
+
+    def in_a_worker() -> tuple[str, int]:
+        log.write_text("")
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            error = pool.apply(_in_worker, (first, log))
+        return error, len(log.read_text().splitlines())
+
+    assert in_a_worker() == ("", len(cache.shards))
+    assert in_a_worker() == ("", 0)  # another one
+    assert _read_shards(first, log) == "" and not log.read_text()  # nor the process itself
+    last = cache.shards[-1].path
+    content = bytearray(last.read_bytes())
+    content[-DIGEST_BYTES * len(cache.shards[-1].keys) - 3] ^= 1  # of a row: the keys come last
+    last.write_bytes(content)
+    os.utime(last, ns=(1, 1))
+    error, read = in_a_worker()
+    assert f"{last.name}: sha256 is" in error and read >= 1
+
+
+def _in_worker(cache: EmbeddingCache, log: Path) -> str:
+    return _read_shards(cache, log)
 
 
 def test_more_shards_than_files_may_be_open(tmp_path: Path) -> None:

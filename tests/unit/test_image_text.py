@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.data_loader import SeedableRandomSampler
 from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -30,6 +31,7 @@ from llm2clip_vlm.data.text.caption_draw import (
     draw_several,
     weighted_captions,
 )
+from llm2clip_vlm.data.text.captions import EpochSampler
 from llm2clip_vlm.recipe.base import AugmentationSection, ImageTextSource, ZeroShotSource
 from llm2clip_vlm.training.encoder.encoder_eval import HeldOut, logged, training_images
 from tests.image_corpus import encode, photo
@@ -266,6 +268,22 @@ def test_an_image_outside_its_root_is_refused(tmp_path: Path) -> None:
         record = ImageTextRecord("a", name, {"c": ["x"]}, root)
         with pytest.raises(ImageError):
             record.open()
+
+
+def test_the_order_of_an_epoch_is_that_of_a_random_sampler_under_accelerate(
+    records: ImageTextRecords,
+) -> None:
+    dataset = ImageTextDataset(records, processor(), seed=3)
+    sampler = SeedableRandomSampler(dataset, data_seed=3)  # type: ignore[no-untyped-call]
+    orders = []
+    for epoch in (0, 5):
+        sampler.set_epoch(epoch)
+        dataset.set_epoch(epoch)
+        orders.append([*EpochSampler(dataset)])
+        assert orders[-1] == [*sampler] and type(orders[-1][0]) is int
+    assert orders[0] != orders[1]
+    dataset.order_seed = 4
+    assert [*EpochSampler(dataset)] != orders[1]
 
 
 def test_loader_workers_see_the_epoch(records: ImageTextRecords) -> None:

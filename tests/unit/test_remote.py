@@ -122,11 +122,11 @@ def test_captions_of_two_stages_read_a_shard_through_once(store: Path, tmp_path:
     with served(store) as (url, faults):
         remote = CaptionSource(path=series(url), fields=["txt"], cache_dir=str(cache))
         local = remote.model_copy(update={"path": str(store / "*.tar")})
-        found = read_captions(remote, BadRecords())
-        assert found == read_captions(local, BadRecords())
+        found = list(read_captions(remote, BadRecords()))
+        assert found == list(read_captions(local, BadRecords()))
         assert faults.seen["RANGE"] == SHARDS
         where = remote.model_copy(update={"where": {"status": "ok"}})
-        assert read_captions(where, BadRecords()) == found
+        assert list(read_captions(where, BadRecords())) == found
         read(series(url), cache)
         assert faults.seen["RANGE"] == SHARDS
 

@@ -18,6 +18,8 @@ float16 changes the cosine by less than 4e-6.
 from __future__ import annotations
 
 import logging
+import os
+import random
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -34,6 +36,7 @@ from jaxtyping import Float, Float16
 from torch import Tensor
 
 from llm2clip_vlm.data.cache import shards
+from llm2clip_vlm.data.text.captions import UniqueTexts
 from llm2clip_vlm.files import map_hashed, written_hashed, written_whole
 
 logger = logging.getLogger(__name__)
@@ -96,8 +99,8 @@ class EmbeddingCache:
         if keep:
             with suppress(OSError, ValueError):  # absent or damaged: it is made again
                 return np.frombuffer(map_hashed(self.index), np.uint64).reshape(3, rows)
-        words = [np.empty((0, 2), np.uint64), *(_words(shard.keys) for shard in self.shards)]
-        flat = np.concatenate(words)
+        keys = [np.empty((0, 32), np.uint8), *(shard.keys for shard in self.shards)]
+        flat = np.concatenate([*map(shards.key_words, keys)])
         order = np.argsort(flat[:, 0], kind="stable")
         index = np.stack([*flat[order].T, order.astype(np.uint64)])
         if keep:
@@ -159,7 +162,8 @@ class EmbeddingCache:
 
         Args:
             directory: Where the cache lies or will lie.
-            texts: Texts in any order, with repetitions.
+            texts: Texts in any order, with repetitions; those of :class:`UniqueTexts` are read when
+                they are needed.
             encode: The encoder, or one for each prompt (`""` is the encoder's own instruction);
                 rows are normalised here.
             fingerprint: Identity of `encode`: each field must equal that of what is already there.
@@ -176,10 +180,9 @@ class EmbeddingCache:
         encoders = encode if isinstance(encode, Mapping) else {"": encode}
         header = shards.read_header(directory)
         known = None if header is None else cls.open(directory, fingerprint)
-        unique = list(dict.fromkeys(texts))
-        if not unique and known is None:
+        unique = texts if isinstance(texts, UniqueTexts) else UniqueTexts([], [*texts])
+        if not (size := len(unique)) and known is None:
             raise shards.CacheError(f"{directory}: no text to embed")
-        size = len(unique)
         # Entry n of prompt p is number p * size + n. Finished shards have taken whole shards out of
         # the list, so what is left is cut as before and begins at the same numbers, whichever of
         # them a killed writer or a faster one has finished: of 10 texts in shards of 3, which begin
@@ -187,8 +190,9 @@ class EmbeddingCache:
         todo = np.arange(size * len(encoders))
         shard_rows = shard_rows or min(max(len(todo) // 16, 256), DEFAULT_SHARD_ROWS)
         if known is not None:
-            found = np.concatenate([known.find(unique, prompt) for prompt in encoders])
-            todo = np.flatnonzero(found < 0)
+            asked_for = chain.from_iterable(map(unique.keys, encoders))
+            lacking = [known.find_digests(part) < 0 for part in asked_for]
+            todo = np.flatnonzero(np.concatenate(lacking))
         parts = [todo[at : at + shard_rows] for at in range(0, len(todo), shard_rows)]
         mine = [part for part in parts if part[0] // shard_rows % writer[1] == writer[0]]
         if not mine and writer[1] > 1:
@@ -295,7 +299,7 @@ class EmbeddingCache:
         left = iter(digests)
         while block := list(islice(left, _BLOCK)):
             keys = np.concatenate(block)
-            if (self.find_digests(keys[np.argsort(_words(keys)[:, 0])]) < 0).any():
+            if (self.find_digests(keys[np.argsort(shards.key_words(keys)[:, 0])]) < 0).any():
                 return False
         return True
 
@@ -324,7 +328,10 @@ class EmbeddingCache:
         owner = np.searchsorted(self._first_rows, numbers, side="right") - 1
         size = 2 * self.dim
         starts = (numbers - self._first_rows[owner]) * size
-        held = {number: self._embeds(number) for number in np.unique(owner).tolist()}
+        asked = np.unique(owner).tolist()
+        if self._embeds.cache_info().currsize < len(self.shards):
+            random.Random(os.getpid()).shuffle(asked)  # each worker begins with other shards
+        held = {number: self._embeds(number) for number in asked}
         places = zip(owner.tolist(), starts.tolist(), strict=True)
         return [held[number][at : at + size] for number, at in places]
 
@@ -348,7 +355,7 @@ class EmbeddingCache:
     def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
         """Row number of each key by its first 16 bytes, -1 where there is none."""
         found = np.full(len(digests), -1, dtype=np.int64)
-        first, second = _words(digests).T
+        first, second = shards.key_words(digests).T
         place = np.searchsorted(self._first, first)
         todo = np.arange(len(digests))
         while len(todo):  # once, and again for keys whose first 8 bytes are equal
@@ -359,8 +366,3 @@ class EmbeddingCache:
             todo = todo[~equal]
             place[todo] += 1
         return found
-
-
-def _words(digests: shards.Digests) -> npt.NDArray[np.uint64]:
-    """The first and the second 8 bytes of each key as numbers, `[n, 2]`."""
-    return np.ascontiguousarray(digests[:, :16]).view(">u8").astype(np.uint64)

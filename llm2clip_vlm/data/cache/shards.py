@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, float32, from_numpy, isfinite
 
+from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
 from llm2clip_vlm.runs.ownership import Hold
@@ -44,7 +46,9 @@ _METADATA = "embedding_cache"  # one key only: safetensors writes several in any
 _TWO = "embeddings of two encoders never share a cache: choose another directory or delete this one"
 _AGAIN = "delete the file and build again (its texts alone are encoded anew)"
 
-_READ: set[tuple[str, str, int, int]] = set()  # as written when this process read it
+# A mark for each shard that was as written when this process read it, or one that it shares memory
+# with: a loader's workers, which are forked, each read the shards that no other one has read yet.
+_READ = np.frombuffer(mmap.mmap(-1, 2**20), np.uint64)
 
 Digests = npt.NDArray[np.uint8]
 """Keys of rows, `[rows, 32]`."""
@@ -118,11 +122,11 @@ class Shard:
     """Embeddings `[rows, dim]`, memory-mapped; see :meth:`touch`."""
     sha256: str
     """Checksum of `embeds` that the file states."""
-    stamp: tuple[int, int]
-    """Inode and time of change of the file that was opened."""
+    state: str
+    """Inode, size and time of change of the file that was opened."""
 
     def touch(self) -> memoryview:
-        """Reads all rows, and looks at each, where this process has not done so.
+        """Reads all rows, and looks at each, where no process that shares the marks has done so.
 
         Returns:
             Their bytes, on disk.
@@ -130,26 +134,28 @@ class Shard:
         Raises:
             CacheError: They have changed since they were written, or one is no unit vector.
         """
-        read = (str(self.path), self.sha256, *self.stamp)
-        if read not in _READ and (got := _checksum(self.embeds)) != self.sha256:
+        mark = caption_id(f"{self.path} {self.sha256} {self.state} {_state(self.path)}")
+        place = mark % len(_READ)
+        unread = _READ[place] != mark
+        if unread and (got := _checksum(self.embeds)) != self.sha256:
             raise CacheError(
                 f"{self.path}: sha256 is {got}, expected {self.sha256}; the file is damaged: "
                 f"{_AGAIN}"
             )
-        if read not in _READ:  # the same bytes give the same norms each time
+        if unread:  # the same bytes give the same norms each time
             for start in range(0, len(self.embeds), 4096):
                 rows = from_numpy(self.embeds[start : start + 4096]).float()
                 require_unit(rows, f"{self.path}: row", range(start, start + len(rows)))
-        _READ.add(read)
+        _READ[place] = mark
         return self.embeds.reshape(-1).view(np.uint8).data
 
     def verify(self) -> None:
-        """Does :meth:`touch` even where this process has done so.
+        """Does :meth:`touch` even where that was done.
 
         Raises:
             CacheError: See :meth:`touch`.
         """
-        _READ.clear()
+        _READ[:] = 0
         self.touch()
 
 
@@ -162,6 +168,11 @@ def text_digests(texts: Sequence[str], prompt: str = "") -> bytes:
 def digests_of(texts: Sequence[str], prompt: str = "") -> Digests:
     """Keys of several texts, `[n, 32]`."""
     return np.frombuffer(text_digests(texts, prompt), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def key_words(digests: Digests) -> npt.NDArray[np.uint64]:
+    """The first and the second 8 bytes of each key as numbers, `[n, 2]`."""
+    return np.ascontiguousarray(digests[:, :16]).view(">u8").astype(np.uint64)
 
 
 def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
@@ -275,7 +286,7 @@ def read_shard(path: Path, header: Header) -> Shard:
         CacheError: It is damaged, or belongs to another cache.
     """
     try:
-        stat = path.stat()
+        state = _state(path)
         # torch's mapping, unlike numpy's, keeps no file open: a cache may have thousands of shards
         with safe_open(path, "pt") as file:
             stated = (file.metadata() or {}).get(_METADATA, "")
@@ -295,7 +306,7 @@ def read_shard(path: Path, header: Header) -> Shard:
         raise CacheError(
             f"{path}: its keys have the sha256 {got}, expected that of its name; {_AGAIN}"
         )
-    return Shard(path, keys, embeds, own.sha256, (stat.st_ino, stat.st_mtime_ns))
+    return Shard(path, keys, embeds, own.sha256, state)
 
 
 def shard_files(directory: Path, epoch: int | None = None, rank: int = 0) -> list[Path]:
@@ -350,6 +361,11 @@ def seal(directory: Path) -> None:
         elif path != shard:  # two ranks met the same captions: the lower rank's rows count
             path.unlink()
     hold.release()
+
+
+def _state(path: Path) -> str:
+    stat = path.stat() if path.exists() else None  # a part that has become a shard
+    return f"{stat and (stat.st_ino, stat.st_size, stat.st_mtime_ns)}"
 
 
 def _part(epoch: int, rank: int) -> str:

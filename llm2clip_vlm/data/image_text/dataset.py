@@ -99,6 +99,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         self.records = _with_weight(records, self.caption_weights, self.bad)
         self.image_processor = image_processor
         self.seed = seed
+        self.order_seed = seed
+        """Seed of the order of an epoch."""
         self.text_inputs = text_inputs
         self.captions_per_image = captions_per_image
         # shared memory, so that workers which outlive an epoch see the next one's number
@@ -143,6 +145,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             epoch: Counted from 0.
         """
         self._epoch.fill_(epoch)
+
+    def items(self, epoch: int) -> Iterator[int]:
+        """An epoch's images, in its order (that of torch's `RandomSampler` under accelerate)."""
+        seeded = torch.Generator().manual_seed(self.order_seed + epoch)
+        return map(int, torch.randperm(len(self), generator=seeded).numpy())
 
     def caption(self, index: int) -> str:
         """The (first) caption that image `index` has in the current epoch."""

@@ -42,7 +42,6 @@ VERSION = 6
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
-_NOT_DATA = {"weight", "index_dir", "cache_dir", "cache_gib"}
 
 
 @dataclass(frozen=True)
@@ -290,7 +289,7 @@ def _table(source: ImageTextSource, bad: BadRecords) -> ImageTextTable:
 
 
 def _settings(source: ImageTextSource) -> list[Any]:
-    return [VERSION, source.model_dump(exclude=_NOT_DATA)]
+    return [VERSION, source.selection]
 
 
 def _rows(

@@ -111,6 +111,8 @@ def arrow_table(
     settings: Callable[[], Any],
     features: Mapping[str, Any],
     rows: Rows,
+    *,
+    keep: bool = True,
 ) -> Table:
     """Reads the records of a source, or opens the file where they were read before.
 
@@ -123,11 +125,12 @@ def arrow_table(
         features: Columns beside `record`: name to the type of a number or `binary`, or a list of
             one type for a column of lists (`{"length": "int64", "ids": ["int32"]}`).
         rows: Yields the usable records: `record`, what JSON can hold, and these columns.
+        keep: Large sources have a file.
 
     Raises:
         RecordError: See `rows`; or the table cannot be written.
     """
-    if not is_large(files):
+    if not (keep and is_large(files)):
         import pyarrow
 
         sink = pyarrow.BufferOutputStream()

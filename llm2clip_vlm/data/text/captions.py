@@ -1,22 +1,43 @@
-"""Captions that describe the same image, and pairs of them for stage 1."""
+"""Captions that describe the same image, and pairs of them for stage 1.
+
+A source's files are read once. Its records lie in a table (:mod:`llm2clip_vlm.data.reading.table`):
+the captions, the digests by which an embedding cache knows them, and for stage 1 their token ids.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from typing import NamedTuple
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import ConcatDataset, Dataset, Sampler
 
+from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, digests_of, key_words, text_digests
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
-from llm2clip_vlm.data.reading.records import collect_captions, iter_records
+from llm2clip_vlm.data.reading.records import collect_captions, iter_records, source_files
+from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
 logger = logging.getLogger(__name__)
+
+VERSION = 1
+"""Version of the table's layout and of the rules by which records are taken or refused."""
+
+COLUMNS: dict[str, Any] = {"texts": "int64", "digests": "binary", "ids": ["int32"]}
+"""Columns of the table, beside key and captions: how many different captions a record has, the keys
+of these in an embedding cache, and their token ids, if it was made with a tokenizer."""
+
+Tokens = Callable[[], Any]
+"""Makes a text encoder's `CaptionTokenizer`, which has met no text."""
+
+_ANY = ("*",)  # direction of a pair that has no prompt of its own
+_BLOCK = 4096  # records that are tokenised together
 
 
 @dataclass(frozen=True)
@@ -27,33 +48,167 @@ class CaptionRecord:
     """The `id`, the `group_by` value, or the row's place in the file."""
     captions: dict[str, list[str]]
     """Kind (column name, or key of a mapping-valued column) to captions, never empty."""
+    ids: Sequence[npt.NDArray[np.int32]] = ()
+    """Token ids of each of :attr:`texts`, from a table that has them."""
 
     @property
     def texts(self) -> list[str]:
         """All captions, in file order, equal ones once."""
         return list(dict.fromkeys(chain.from_iterable(self.captions.values())))
 
+    @property
+    def kind_of(self) -> dict[str, str]:
+        """The first kind of each caption."""
+        return {text: kind for kind in reversed(self.captions) for text in self.captions[kind]}
+
+
+class CaptionTable(Sequence[CaptionRecord]):
+    """The captions of one source, each record read when it is asked for.
+
+    Args:
+        table: Result of :func:`caption_rows`.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        """The table itself, with :data:`COLUMNS`."""
+        self.kinds: list[str] = table.facts["kinds"]
+        """All kinds of captions."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, row: Any) -> Any:
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        key, captions, ends = self.table.record(row)
+        ids = np.split(self.table.items("ids", row), ends)[:-1] if ends else ()
+        return CaptionRecord(key, captions, ids)
+
+
+class UniqueTexts(Sequence[str]):
+    """The different captions of tables, and other texts, in the order of their first appearance.
+
+    Each is read when it is asked for: held are 8 bytes a text and 8 a record.
+
+    Args:
+        tables: Captions.
+        more: What comes after them.
+    """
+
+    def __init__(self, tables: Sequence[CaptionTable], more: Sequence[str] = ()) -> None:
+        last = CaptionRecord("", {"": [*more]})
+        self._records: Any = ConcatDataset[CaptionRecord]([*tables, [last]])  # type: ignore[list-item]
+        counts = [table.table.column("texts") for table in tables]
+        self._ends = np.cumsum(np.concatenate([*counts, [len(last.texts)]]))
+        self.total = int(self._ends[-1])
+        """Texts in all, those of a record once."""
+        stored = chain.from_iterable(table.table.cells("digests") for table in tables)
+        cells = chain(stored, [digests_of(last.texts)])
+        self._digests = [each.reshape(-1, DIGEST_BYTES) for each in cells]
+        words, filled = np.empty((2, self.total), np.uint64), 0
+        for part in self._digests:
+            words[:, filled : (filled := filled + len(part))] = key_words(part).T
+        order = np.lexsort(words)  # equal ones as they appear
+        ordered = (word[order] for word in words)
+        new = np.ones(self.total, bool)
+        new[1:] = np.any([word[1:] != word[:-1] for word in ordered], axis=0)
+        self._places = np.sort(order[new])
+
+    def keys(self, prompt: str = "") -> Iterator[npt.NDArray[np.uint8]]:
+        """The texts' keys in an embedding cache, `[n, 32]`, some thousand at a time."""
+        start = 0
+        for digests in self._digests:
+            part = range(*np.searchsorted(self._places, [start, start + len(digests)]).tolist())
+            chosen = digests[self._places[part.start : part.stop] - start]
+            yield digests_of([self[n] for n in part], prompt) if prompt else chosen
+            start += len(digests)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, number: Any) -> Any:
+        place = self._places[number]
+        record = int(np.searchsorted(self._ends, place, side="right"))
+        return self._records[record].texts[place - self._ends[record]]  # counted from its last
+
 
 def read_captions(
-    source: CaptionSource, bad: BadRecords, *, min_captions: int = 1
-) -> list[CaptionRecord]:
-    """Reads all records of a source.
+    source: CaptionSource,
+    bad: BadRecords,
+    *,
+    min_captions: int = 1,
+    tokens: Tokens | None = None,
+    keep: bool = True,
+) -> CaptionTable:
+    """Reads the records of a source.
 
     Args:
         source: The file with its filters. Every record of a directed pair source has an anchor
             and a positive that differs from it.
         bad: Takes records with an empty caption or too few of them.
         min_captions: Different captions that a record needs (stage 1: 2).
+        tokens: Makes a text encoder's `CaptionTokenizer`, for records with token ids. None:
+            without.
+        keep: Keep the table of a large source in a file, to be mapped at the next start.
 
     Returns:
         The usable records, in file order.
 
     Raises:
-        RecordError: The file cannot be used, more records are bad than allowed, or all are.
+        RecordError: The file cannot be used, more records are bad than allowed, or all are; or the
+            table cannot be written.
     """
+    made_of = [VERSION, source.selection, min_captions]
+    table = arrow_table(
+        source_files(source),
+        source.index_dir,
+        lambda: [*made_of, tokens and tokens().identity()],
+        COLUMNS,
+        partial(caption_rows, partial(_usable, source, min_captions), tokens),
+        keep=keep,
+    )
+    bad.take(len(table) + len(table.refused), table.refused)
+    if not len(table):
+        raise RecordError(f"{source.title}: all of its {len(table.refused)} records are bad")
+    logger.info("read %d records from %s", len(table), source.title)
+    return CaptionTable(table)
+
+
+def caption_rows(
+    read: Callable[[Refused], Iterator[CaptionRecord]],
+    tokens: Tokens | None,
+    refused: Refused,
+    facts: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
+    """Makes the rows of a :class:`CaptionTable`.
+
+    Args:
+        read: Gives the records.
+        tokens: See :func:`read_captions`.
+        refused: Takes what cannot be used.
+        facts: Gets `kinds`, and in `told` what there is to say of the tokens.
+    """
+    records, kinds = read(refused), dict[str | None, None]()
+    own = tokens and tokens()
+    while part := list(islice(records, _BLOCK)):
+        ids = iter(own([text for record in part for text in record.texts]) if own else ())
+        for record in part:
+            kinds |= dict.fromkeys(map(record.kind_of.get, texts := record.texts))
+            its = list(islice(ids, len(texts)))
+            yield {
+                "record": [record.key, record.captions, np.cumsum([*map(len, its)]).tolist()],
+                "texts": len(texts),
+                "digests": text_digests(texts),
+                "ids": [*chain.from_iterable(its)],
+            }
+    facts["kinds"] = list(kinds)
+    facts["told"] = own and own.told()
+
+
+def _usable(source: CaptionSource, min_captions: int, refused: Refused) -> Iterator[CaptionRecord]:
+    """The records that can be used, in file order."""
     directed = isinstance(source, CaptionPairSource) and source.directed
-    records: list[CaptionRecord] = []
-    refused = Refused()
     for group in iter_records(source, refused):
         try:
             key = group.name("id") or f"{group.file.name}:{group.place}"
@@ -65,12 +220,7 @@ def read_captions(
         except RecordError as error:
             refused.add(group.where, str(error))
             continue
-        records.append(record)
-    bad.take(len(records) + len(refused.rows), refused.rows)
-    if not records:
-        raise RecordError(f"{source.title}: all of its {len(refused.rows)} records are bad")
-    logger.info("read %d records from %s", len(records), source.title)
-    return records
+        yield record
 
 
 def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
@@ -83,18 +233,20 @@ def _require_pair(record: CaptionRecord, fields: Sequence[str]) -> None:
 
 
 class CaptionPair(NamedTuple):
-    """Two different captions of one record, as positions in :attr:`CaptionPairs.texts`."""
+    """Two different captions of one record."""
 
     record: int
     """Position of the record over all sources."""
-    query: int
-    """Position of one caption's text."""
-    positive: int
-    """Position of the other caption's text."""
-    prompt: int = 0
-    """Position in :attr:`CaptionPairs.prompts` of what stands before the query."""
-    negative: int = -1
-    """Position of a hard negative's text, or -1."""
+    query: str
+    """One caption."""
+    positive: str
+    """The other."""
+    negative: str = ""
+    """A hard negative, or nothing."""
+    prompt: str = ""
+    """Text before the query."""
+    ids: Sequence[npt.NDArray[np.int32]] = ()
+    """Token ids of query, positive and negative, from a table that has them."""
 
 
 class CaptionPairs(Dataset[CaptionPair]):
@@ -120,64 +272,34 @@ class CaptionPairs(Dataset[CaptionPair]):
     """
 
     def __init__(
-        self,
-        sources: Sequence[Sequence[CaptionRecord]],
-        rules: Sequence[CaptionPairSource],
-        seed: int,
+        self, sources: Sequence[CaptionTable], rules: Sequence[CaptionPairSource], seed: int
     ) -> None:
-        position: dict[str, int] = {}
-        kind_number: dict[str, int] = {}
-        members: list[list[int]] = []
-        kinds: list[list[int]] = []
-        for record in chain.from_iterable(sources):
-            kind_of = {
-                text: kind for kind in reversed(record.captions) for text in record.captions[kind]
-            }
-            texts = record.texts
-            assert len(texts) > 1, record.key  # read with min_captions=2
-            members.append([position.setdefault(text, len(position)) for text in texts])
-            kinds.append([kind_number.setdefault(kind_of[t], len(kind_number)) for t in texts])
-        self.texts: list[str] = list(position)
-        """All different captions."""
-        self.prompts: list[str] = [""]
-        """All different prompts, the empty one first."""
         self.seed = seed
         """Seed of order and captions."""
         self.epoch = 0
         """Epoch whose order :class:`EpochSampler` takes next."""
-        self._members = np.asarray(list(chain.from_iterable(members)), dtype=np.int64)
-        self._kinds = np.asarray(list(chain.from_iterable(kinds)), dtype=np.int32)
-        self._starts = np.cumsum([0, *map(len, members)])
-        self._sizes = [len(source) for source in sources]
-        self._source_ends = np.cumsum(self._sizes)
+        self._records = ConcatDataset[CaptionRecord](sources)  # type: ignore[arg-type]
+        self._rules = rules
         largest = max(rule.weight for rule in rules)
         self._counts = [
-            max(1, round(size * rule.weight / largest))
-            for size, rule in zip(self._sizes, rules, strict=True)
+            max(1, round(len(source) * rule.weight / largest))
+            for source, rule in zip(sources, rules, strict=True)
         ]
-        self._roles = [
-            [kind_number.get(name, -1) for name in rule.fields] if rule.directed else None
+        self._prompts = [
+            {
+                tuple(map(str.strip, name.split("->", 1))): text
+                for name, text in rule.prompts.items()
+            }
             for rule in rules
         ]
-        self._prompt_of = [self._prompt_table(rule.prompts, kind_number) for rule in rules]
-
-    def _prompt_table(
-        self, prompts: Mapping[str, str], kind_number: Mapping[str, int]
-    ) -> dict[tuple[int, int], int]:
-        """Prompt of each direction of two kinds; (-1, -1) is any other."""
-        table: dict[tuple[int, int], int] = {}
-        for name, text in prompts.items():
-            direction = [] if name == "*" else [kind.strip() for kind in name.split("->", 1)]
-            if unknown := [kind for kind in direction if kind not in kind_number]:
+        kinds = dict.fromkeys(chain.from_iterable(source.kinds for source in sources))
+        for direction in chain.from_iterable(self._prompts):
+            unknown = [kind for kind in direction if kind not in kinds]
+            if unknown and direction != _ANY:
                 raise ValueError(
-                    f"prompts: {name!r}: no caption is of kind {unknown[0]!r}; the kinds are "
-                    f"{list(kind_number)}"
+                    f"prompts: {'->'.join(direction)!r}: no caption is of kind {unknown[0]!r}; the "
+                    f"kinds are {list(kinds)}"
                 )
-            if text not in self.prompts:
-                self.prompts.append(text)
-            query, positive = (kind_number[kind] for kind in direction) if direction else (-1, -1)
-            table[query, positive] = self.prompts.index(text)
-        return table
 
     def __len__(self) -> int:
         """Pairs per epoch."""
@@ -190,9 +312,14 @@ class CaptionPairs(Dataset[CaptionPair]):
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Positions of the records that an epoch takes, shuffled over all sources."""
         rng = np.random.default_rng([self.seed, epoch])
-        sources = zip(self._source_ends, self._sizes, self._counts, strict=True)
+        ends = self._records.cumulative_sizes
+        sources = zip(ends, np.diff([0, *ends]), self._counts, strict=True)
         chosen = [end - size + rng.permutation(size)[:count] for end, size, count in sources]
         return rng.permutation(np.concatenate(chosen))
+
+    def items(self, epoch: int) -> Iterator[tuple[int, int]]:
+        """An epoch's items, in its order."""
+        return ((epoch, int(record)) for record in self.order(epoch))
 
     def __getitem__(self, item: tuple[int, int]) -> CaptionPair:
         """The pair of a record in an epoch.
@@ -200,35 +327,36 @@ class CaptionPairs(Dataset[CaptionPair]):
         Args:
             item: `(epoch, record)`.
         """
-        epoch, record = item
-        span = slice(self._starts[record], self._starts[record + 1])
-        texts, kinds = self._members[span], self._kinds[span]
-        source = int(np.searchsorted(self._source_ends, record, side="right"))
-        roles, prompts = self._roles[source], self._prompt_of[source]
-        rng = np.random.default_rng([self.seed, epoch, record])
-        negative = -1
-        if roles is None:
-            query = rng.integers(len(texts))
-            positive = (query + rng.integers(1, len(texts))) % len(texts)
+        epoch, number = item
+        record, source = self._records[number], bisect_right(self._records.cumulative_sizes, number)
+        rule, prompts = self._rules[source], self._prompts[source]
+        texts = record.texts
+        kinds = [*map(record.kind_of.get, texts)]
+        rng = np.random.default_rng([self.seed, epoch, number])
+        if not rule.directed:
+            query = int(rng.integers(len(texts)))
+            drawn = [query, int(query + rng.integers(1, len(texts))) % len(texts)]
         else:
-            query, positive = (rng.choice(np.flatnonzero(kinds == role)) for role in roles[:2])
-            if len(hard := np.flatnonzero(kinds == roles[-1])) and len(roles) == 3:
-                negative = int(texts[rng.choice(hard)])
-        prompt = prompts.get((int(kinds[query]), int(kinds[positive])), prompts.get((-1, -1), 0))
-        return CaptionPair(record, int(texts[query]), int(texts[positive]), prompt, negative)
+            places = [[i for i, kind in enumerate(kinds) if kind == name] for name in rule.fields]
+            drawn = [int(rng.choice(own)) for own in places if own]  # a negative may be absent
+        direction = kinds[drawn[0]], kinds[drawn[1]]
+        query, positive, negative = [*(texts[n] for n in drawn), ""][:3]
+        prompt = prompts.get(direction, prompts.get(_ANY, ""))
+        ids = [record.ids[n] for n in drawn] if record.ids else ()
+        return CaptionPair(number, query, positive, negative, prompt, ids)
 
 
-class EpochSampler(Sampler[tuple[int, int]]):
-    """Yields `(epoch, record)` in the order of the data set's current epoch.
+class EpochSampler(Sampler[Any]):
+    """Yields a data set's items in the order of its current epoch, kept as an array.
 
     The epoch lives in the data set: on resume with several processes accelerate's nested samplers
     hide this sampler from the data loader's `set_epoch`, which then reaches only the data set.
 
     Args:
-        pairs: The data set.
+        pairs: The data set, with `epoch`, `set_epoch`, and `items` of an epoch.
     """
 
-    def __init__(self, pairs: CaptionPairs) -> None:
+    def __init__(self, pairs: Any) -> None:
         self._pairs = pairs
 
     def __len__(self) -> int:
@@ -239,8 +367,6 @@ class EpochSampler(Sampler[tuple[int, int]]):
         """Starts another epoch."""
         self._pairs.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[Any]:
         """Yields the current epoch's items."""
-        epoch = self._pairs.epoch
-        for record in self._pairs.order(epoch):
-            yield epoch, int(record)
+        yield from self._pairs.items(self._pairs.epoch)

@@ -229,12 +229,10 @@ def read_table(
     """
 
     def settings() -> list[Any]:
-        chosen = {"weight", "sampling_strategy", "shuffle_images", "index_dir"}
-        chosen |= {"cache_dir", "cache_gib"}
         tokenizer = processor.tokenizer
         return [
             VERSION,
-            source.model_dump(exclude=chosen),
+            source.selection,
             [max_length_tokens, plain, VisualTokens(processor).settings, processor.chat_template],
             [tokenizer.backend_tokenizer.to_str(), tokenizer.special_tokens_map],
         ]

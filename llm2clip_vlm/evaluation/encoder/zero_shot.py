@@ -57,7 +57,7 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Caption retrieval accuracy of the text encoder alone; no image is opened."""
     if task.benchmark == "records":  # needs no images
         source = CaptionSource(path=task.data, fields=task.fields, where=task.where)
-        several = read_captions(source, BadRecords())
+        several = [*read_captions(source, BadRecords(), keep=False)]
         protocol, standard = Path(task.data).name, False
     else:
         records, protocol, standard = published.read_retrieval(task)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat.labels import user_turn
-from llm2clip_vlm.chat.text_tokens import text_ids, text_tokens
+from llm2clip_vlm.chat.text_tokens import control_notice, text_ids, text_tokens
 
 PASS_TOKENS = 128
 """Tokens that take as long as the fixed cost of one more forward pass, about."""
@@ -133,16 +133,18 @@ class CaptionTokenizer:
                 tokens.append([*self.front, *ids[: self._room], *self.behind])
         return tokens
 
-    def lengths(self, cut_before: int = 0) -> str:
-        """A line about the texts so far.
+    def identity(self) -> list[Any]:
+        """What the ids of a text depend on."""
+        names = self.tokenizer.special_tokens_map
+        return [self.fingerprint(), names, self._prefix, self.front, self.behind, self._room]
 
-        Args:
-            cut_before: :attr:`num_truncated` before those that the line is about.
-        """
+    def told(self) -> str:
+        """What there is to say of the texts so far: their lengths, and names of control tokens."""
         return (
             f"text encoder: max_length_tokens {self.max_length_tokens}; the longest text has "
-            f"{self.longest} tokens, {self.num_truncated - cut_before} texts were cut"
-        )
+            f"{self.longest} tokens, {self.num_truncated} texts were cut\n"
+            f"{control_notice(self.control)}"
+        ).rstrip()
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a piece of text alone, without special tokens."""

@@ -15,6 +15,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, TextInputs, collate
+from llm2clip_vlm.data.text.captions import EpochSampler
 from llm2clip_vlm.distributed import await_files, is_initialized, is_main
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.trainable import freeze_unused
@@ -91,6 +92,9 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
             **more,
         )
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
+        return EpochSampler(self.train_dataset)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure and log; the Trainer calls it on its schedule."""
         found = self.measure() if self.measure is not None else {}
@@ -161,6 +165,8 @@ class EncoderTrainer(ContrastiveTrainer):
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
         self.flops_per_image = flops_per_image
+        if args.data_seed is not None:
+            train_dataset.order_seed = args.data_seed
         own = [EachEpoch(train_dataset), _ClampLogitScale(model.logit_scale)]
         super().__init__(
             model,

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -12,12 +11,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Int
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Sampler
 from transformers import TrainerCallback, TrainingArguments
 
-from llm2clip_vlm.chat.text_tokens import control_notice
-from llm2clip_vlm.data.reading.table import Table, arrow_table
-from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, EpochSampler
+from llm2clip_vlm.data.text.caption_draw import caption_id
+from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs
 from llm2clip_vlm.distributed import gather_with_grad, is_initialized, max_over_ranks, rank
 from llm2clip_vlm.losses.contrastive import NO_CANDIDATE, caption_contrastive_loss
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, length_groups, pad_tokens
@@ -26,48 +23,18 @@ from llm2clip_vlm.models.text.text_encoder_settings import Pooling
 from llm2clip_vlm.training.encoder.encoder_trainer import ContrastiveTrainer, Measure
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
 
-logger = logging.getLogger(__name__)
-
-_BLOCK = 16384
-
-
-def token_table(texts: Sequence[str], tokenizer: CaptionTokenizer) -> Table:
-    """Token ids of many texts, made once: the column `ids`.
-
-    Args:
-        texts: Texts in the order by which rows are asked for.
-        tokenizer: Tokenizer of the text encoder.
-    """
-
-    def rows(*_: Any) -> Iterator[dict[str, Any]]:
-        for start in range(0, len(texts), _BLOCK):
-            for ids in tokenizer(texts[start : start + _BLOCK]):
-                yield {"record": None, "ids": ids}
-
-    return arrow_table([], None, list, {"ids": ["int32"]}, rows)
-
 
 class PairCollator:
-    """Caption pairs to padded batches.
+    """Caption pairs with token ids to padded batches.
 
     Args:
-        table: Token ids of the pairs' texts.
-        tokens: Tokenizer of the text encoder; puts prompts into texts.
-        prompts: Prompts that a pair's `prompt` numbers.
+        tokens: Tokenizer of the text encoder, which made the ids; puts prompts into texts.
         micro_batch_tokens: Tokens of a group at most, padding counted, but for a single longer
             text. None: no limit.
     """
 
-    def __init__(
-        self,
-        table: Table,
-        tokens: CaptionTokenizer,
-        prompts: Sequence[str] = ("",),
-        micro_batch_tokens: int | None = None,
-    ) -> None:
-        self.table = table
+    def __init__(self, tokens: CaptionTokenizer, micro_batch_tokens: int | None = None) -> None:
         self.tokens = tokens
-        self.prompts = [tokens.ids(prompt) for prompt in prompts]
         self.budget_tokens = math.inf if micro_batch_tokens is None else micro_batch_tokens
 
     def __call__(self, pairs: Sequence[CaptionPair]) -> dict[str, Any]:
@@ -76,14 +43,15 @@ class PairCollator:
         Returns:
             `groups`: arguments of the encoder for each group; `order`: int64 `[2b + m]`, where each
             row of `[queries; positives; hard negatives]` stands in the concatenated groups;
-            `texts`: int64 `[b, 2]`; `negatives`: int64 `[m]`, the hard negatives' texts; `records`:
-            int64 `[b]`.
+            `texts`: int64 `[b, 2]`, their `caption_id`; `negatives`: int64 `[m]`, that of the hard
+            negatives; `records`: int64 `[b]`.
         """
-        negatives = [pair.negative for pair in pairs if pair.negative >= 0]
-        prompts = [self.prompts[pair.prompt] for pair in pairs]
-        prompts += [[] for _ in range(len(pairs) + len(negatives))]
-        texts = [pair.query for pair in pairs] + [pair.positive for pair in pairs] + negatives
-        rows: list[Any] = [self.table.items("ids", text) for text in texts]
+        hard = [pair for pair in pairs if pair.negative]
+        known = {prompt: self.tokens.ids(prompt) for prompt in {pair.prompt for pair in pairs}}
+        prompts = [known[pair.prompt] for pair in pairs] + [[]] * (len(pairs) + len(hard))
+        rows: list[Any] = [
+            pair.ids[n] for n, part in enumerate((pairs, pairs, hard)) for pair in part
+        ]
         rows = [
             self.tokens.add_prompt(ids, prompt) if prompt else ids
             for ids, prompt in zip(rows, prompts, strict=True)
@@ -101,8 +69,12 @@ class PairCollator:
         return {
             "groups": groups,
             "order": torch.from_numpy(np.argsort(np.concatenate(parts))),
-            "texts": torch.tensor([[pair.query, pair.positive] for pair in pairs]),
-            "negatives": torch.tensor(negatives, dtype=torch.int64),
+            "texts": torch.tensor(
+                [[caption_id(pair.query), caption_id(pair.positive)] for pair in pairs]
+            ),
+            "negatives": torch.tensor(
+                [caption_id(pair.negative) for pair in hard], dtype=torch.int64
+            ),
             "records": torch.tensor([pair.record for pair in pairs]),
         }
 
@@ -167,7 +139,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
     Args:
         model: The encoder's backbone, or an adapter on it (`add_adapter`).
         args: Training arguments; incomplete batches must be dropped.
-        train_dataset: Caption pairs.
+        train_dataset: Caption pairs with token ids, made by the encoder's tokenizer.
         encoder: Gives tokenizer and pooling.
         scale: Multiplies cosine similarities.
         symmetric: Both directions.
@@ -196,18 +168,10 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         measure: Measure | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        self.pairs = train_dataset
         self.pooling: Pooling = encoder.settings.pooling
         self.scale = scale
         self.symmetric = symmetric
         self.micro_batch_tokens = micro_batch_tokens
-        tokens = encoder.tokens
-        cut = tokens.num_truncated
-        table = token_table(train_dataset.texts, tokens)
-        self.lengths = tokens.lengths(cut)
-        """A line about the lengths of the training captions."""
-        if notice := control_notice(tokens.control):
-            logger.warning("%s", notice)
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
         self._flops_per_token = sum(
@@ -222,11 +186,8 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
             unit="tokens",
             measure=measure,
             callbacks=callbacks,
-            data_collator=PairCollator(table, tokens, train_dataset.prompts, micro_batch_tokens),
+            data_collator=PairCollator(encoder.tokens, micro_batch_tokens),
         )
-
-    def _get_train_sampler(self, train_dataset: Dataset[Any] | None = None) -> Sampler[Any]:
-        return EpochSampler(self.pairs)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """FLOPs of the linear layers on a batch's tokens, forward and backward."""
