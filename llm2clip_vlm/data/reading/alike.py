@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,7 @@ _BETWEEN = '", "'
 # caption has a blank, but not at its ends; a name is a path without `..`, scheme or drive that
 # begins below its folder; a whole number is written as Python writes it.
 _CAPTION = r'[^ "]++ [^"]*+(?<! )'
-_NAME = r'"([^":./ ][^":.]*+(?:\.[^":.]++)*+)"'
+_NAME = r'"(?P<image>[^":./ ][^":.]*+(?:\.[^":.]++)*+)"'
 _WHOLE = r"(?:0|-?[1-9][0-9]{0,17}+)"
 _OTHER = rf'(?:"[^"]*+"|{_WHOLE}(?:\.[0-9]{{1,20}}+)?+(?:e-?[0-9]{{1,2}})?+|null|true|false)'
 
@@ -60,7 +60,7 @@ class AlikeRows(dict[str, Any]):
         self.texts = [[text.split(between) for text in column] for column in joined]
         """Captions of each kind, a list for each record."""
         if between != _BETWEEN:
-            joined = [[_BETWEEN.join(texts) for texts in column] for column in self.texts]
+            joined = [tuple(map(_BETWEEN.join, column)) for column in self.texts]
         self.captions = [form % texts for texts in zip(*joined, strict=True)]
         """Those of each record as JSON; like all other strings here they need no escape in it."""
 
@@ -119,39 +119,39 @@ class AlikeLines:
 
     def _like(self, row: dict[str, Any], line: str) -> _Expression | None:
         key, image, *fields = self._names
-        own = {name: row[name] if isinstance(row.get(name), dict) else [name] for name in fields}
-        kinds = [kind for field in own.values() for kind in field]
-        for names in (self._names, kinds):  # each is there, and once
-            if not names or len({*names}) < len(names) or not {*self._names} <= row.keys():
-                return None
+        own = [row[name] if isinstance(row.get(name), dict) else [name] for name in fields]
+        kinds = list(chain.from_iterable(own))
+        twice = any(len({*names}) < len(names) for names in (self._names, kinds))
+        if twice or not kinds or not {*self._names} <= row.keys():
+            return None
         comma, colon = ", " if '", ' in line else ",", ": " if '": ' in line else ":"
-        groups: list[Any] = []  # what each holds: a column, or (the captions of a kind,)
 
-        def part(name: str, value: Any) -> str:
-            if name in fields and isinstance(value, dict):
-                return joined(value, caption)
+        def column(name: str, value: Any) -> str:
             if name in fields:
-                return caption(name, value)
-            if name in (key, image):
-                groups.append(name)
+                return joined(value, caption) if isinstance(value, dict) else caption(name, value)
             if name == key:
-                return '"([^"]++)"' if isinstance(value, str) else f"({_WHOLE})"
+                return '"(?P<id>[^"]++)"' if isinstance(value, str) else f"(?P<id>{_WHOLE})"
             return _NAME if name == image else _OTHER
 
         def caption(kind: str, value: Any) -> str:
-            groups.append((kind,))
-            if isinstance(value, list):
-                return rf'\["({_CAPTION}(?:"{comma}"{_CAPTION})*+)"\]'
-            return f'"({_CAPTION})"'
+            one = f"(?P<of{kinds.index(kind)}>{_CAPTION}"
+            return (
+                rf'\["{one}(?:"{comma}"{_CAPTION})*+)"\]'
+                if isinstance(value, list)
+                else f'"{one})"'
+            )
 
         def joined(columns: dict[str, Any], of: Callable[[str, Any], str]) -> str:
-            quoted = {re.escape(_json(name)): of(name, value) for name, value in columns.items()}
-            return rf"\{{{comma.join(f'{name}{colon}{text}' for name, text in quoted.items())}\}}"
+            pairs = [
+                f"{re.escape(_json(name))}{colon}{of(name, columns[name])}" for name in columns
+            ]
+            return rf"\{{{comma.join(pairs)}\}}"
 
-        match = re.compile(rf"{joined(row, part)}\r?\n").fullmatch
-        places = [1 + groups.index(one) for one in (key, image, *((kind,) for kind in kinds))]
+        found = re.compile(rf"{joined(row, column)}\r?\n")
+        names = ("id", "image", *(f"of{number}" for number in range(len(kinds))))
+        groups = [found.groupindex[name] for name in names]
         form = _json({kind.replace("%", "%%"): ["%s"] for kind in kinds})
-        return _Expression(match, places, kinds, f'"{comma}"', form)
+        return _Expression(found.fullmatch, groups, kinds, f'"{comma}"', form)
 
 
 def _json(value: Any) -> str:

@@ -196,12 +196,11 @@ def _write(sink: Any, features: Mapping[str, Any], files: Sequence[File], rows: 
 
     with pa.ipc.new_stream(sink, schema) as writer:
         for row in whole():
-            if isinstance(row, Columns):
-                for name, values in row.items():
-                    left[name] += values
-            else:
-                for name, values in left.items():
-                    values.append(_json(row[name]) if name == "record" else row.get(name))
+            some: Mapping[str, list[Any]] = row
+            if not isinstance(row, Columns):
+                some = {name: [row.get(name)] for name in left} | {"record": [_json(row["record"])]}
+            for name in left:
+                left[name] += some[name]
             write(writer, _BATCH)
         write(writer, 1)
 
