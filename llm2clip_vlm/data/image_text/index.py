@@ -12,9 +12,10 @@ from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
-from itertools import chain
+from itertools import accumulate, chain, pairwise
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, text_digests
+from llm2clip_vlm.data.reading.alike import AlikeLines, AlikeRows
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, check_image_name, read_image
 from llm2clip_vlm.data.reading.records import (
@@ -33,9 +35,10 @@ from llm2clip_vlm.data.reading.records import (
     source_files,
 )
 from llm2clip_vlm.data.reading.shards import PackedImage
-from llm2clip_vlm.data.reading.table import Table, arrow_table
+from llm2clip_vlm.data.reading.table import Columns, Table, arrow_table
 from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
 VERSION = 6
@@ -299,29 +302,57 @@ def _rows(
     numbers = {name: number for number, (name, *_) in enumerate(facts["files"])}
     numbered: dict[str, int] = {}  # kinds of captions
     hashes = array("q")
-    for row, (group, image, captions) in enumerate(_records(source, refused)):
+
+    def number_of(kind: str) -> int:
+        number = numbered.setdefault(kind, len(numbered))
+        if number == _MAX_KINDS:
+            raise RecordError(
+                f"{source.title}: more than {_MAX_KINDS} kinds of captions ({', '.join(numbered)})"
+            )
+        return number
+
+    for group, image, captions in _records(source, refused):
+        file = numbers[str(group.file)]
+        if isinstance(rows := group.rows[0], AlikeRows):
+            hashes.extend(map(hash, rows.names))
+            yield _columns(rows, file, [number_of(kind) for kind in rows.kinds])
+            continue
         name = group.name(source.id_field)
         lies = image if isinstance(image, str) else [image.start, image.size, image.column]
         key = name or f"{group.file.name}:{group.place}"
         place = "" if group.place == key else group.place
         bits, kind_of = 0, b""
         for kind, texts in captions.items():
-            number = numbered.setdefault(kind, len(numbered))
-            if number == _MAX_KINDS:
-                raise RecordError(
-                    f"{source.title}: more than {_MAX_KINDS} kinds of captions "
-                    f"({', '.join(numbered)})"
-                )
+            number = number_of(kind)
             bits |= 1 << number
             kind_of += bytes([number]) * len(texts)
-        hashes.append(hash(name) if name else ~row)  # without an id none can occur twice
+        hashes.append(hash(name) if name else ~len(hashes))  # without an id none can occur twice
         yield {
-            "record": [key, numbers[str(group.file)], place, lies, captions],
+            "record": [key, file, place, lies, captions],
             "kinds": bits,
             "kind_of": kind_of,
             "digests": text_digests(list(chain.from_iterable(captions.values()))),
         }
     facts["kinds"], facts["alike"] = list(numbered), _alike(np.frombuffer(hashes, np.int64))
+
+
+def _columns(rows: AlikeRows, file: int, kinds: list[int]) -> Columns:
+    """What :func:`_rows` yields for each record, of many that are alike."""
+    kind_of = cache(lambda *counts: b"".join(map(mul, [bytes([kind]) for kind in kinds], counts)))
+    kinds_of = [kind_of(*map(len, own)) for own in zip(*rows.texts, strict=True)]
+    texts = chain.from_iterable(chain.from_iterable(zip(*rows.texts, strict=True)))
+    digests = text_digests([*texts])
+    ends = [*accumulate(map(len, kinds_of), initial=0)]
+    columns = zip(rows.names, rows.places, rows.images, rows.captions, strict=True)
+    return Columns(
+        record=[
+            f'["{key}", {file}, "{"" if place == key else place}", "{image}", {captions}]'
+            for key, place, image, captions in columns
+        ],
+        kinds=[sum(1 << kind for kind in kinds)] * len(kinds_of),
+        kind_of=kinds_of,
+        digests=[digests[DIGEST_BYTES * a : DIGEST_BYTES * b] for a, b in pairwise(ends)],
+    )
 
 
 def _alike(hashes: npt.NDArray[np.int64]) -> list[list[int]]:
@@ -336,7 +367,14 @@ def _records(
 ) -> Iterator[tuple[RowGroup, str | PackedImage, dict[str, list[str]]]]:
     """Rows, image and captions of each record that can be used."""
     root = source.folder
-    for group in iter_records(source, refused, columns=[source.image_field]):
+    filters = source.where or source.drop_where or source.group_by or source.limit or source.columns
+    alike = None
+    if not (filters or is_remote(source.path)):
+        alike = AlikeLines(source.id_field, source.image_field, source.fields)
+    for group in iter_records(source, refused, columns=[source.image_field], alike=alike):
+        if isinstance(group.rows[0], AlikeRows):
+            yield group, "", {}
+            continue
         image = get_column(group.rows[0], source.image_field)
         try:
             if isinstance(image, str) and image:

@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llm2clip_vlm.data.reading.alike import AlikeLines
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refusals, Refused
 from llm2clip_vlm.data.reading.hub import dataset_files
 from llm2clip_vlm.data.reading.remote_rows import each_file, remote_files
@@ -80,12 +81,15 @@ def iter_rows(path: str | Path, bad: Refusals | None = None) -> Iterator[Row]:
         yield row
 
 
-def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[File, int | str, Row]]:
+def source_rows(
+    source: DataSource, bad: Refusals, alike: AlikeLines | None = None
+) -> Iterator[tuple[File, int | str, Row]]:
     """Reads a source row by row, its columns called as the source says.
 
     Args:
         source: Files, or a data set of the hub.
         bad: See :func:`iter_rows`.
+        alike: See :func:`~llm2clip_vlm.data.text.text_rows.text_rows`.
 
     Yields:
         File, line (JSONL), key (tar) or position (others, counted from 1), and the row.
@@ -95,7 +99,7 @@ def source_rows(source: DataSource, bad: Refusals) -> Iterator[tuple[File, int |
     """
     named = source.columns
     names = named if isinstance(named, dict) else {name: name for name in named}
-    read = partial(_located, columns=list(names.values()))
+    read = partial(_located, columns=list(names.values()), alike=alike)
     for file, rows in each_file(source_files(source), read, bad):
         for place, row in rows:
             yield (
@@ -122,7 +126,11 @@ def get_column(row: Mapping[str, Any], name: str) -> Any:
 
 
 def iter_records(
-    source: CaptionSource, refused: Refused, *, columns: Sequence[str] = ()
+    source: CaptionSource,
+    refused: Refused,
+    *,
+    columns: Sequence[str] = (),
+    alike: AlikeLines | None = None,
 ) -> Iterator[RowGroup]:
     """Reads a source's rows through its filters.
 
@@ -134,6 +142,7 @@ def iter_records(
         source: The file with its filters.
         refused: Takes lines that cannot be read and rows without the `group_by` column.
         columns: Columns beside `source.fields` that must exist somewhere in the file.
+        alike: Gives a row for many lines where it can; of a source without filters alone.
 
     Yields:
         One group a record, in the order in which the file first names it.
@@ -149,7 +158,8 @@ def iter_records(
     filters = _Filters(source)
     known: dict[str, None] = {}
     found = 0
-    for group in _groups(_kept(source, refused, unseen, known, filters), source.group_by, refused):
+    rows = source_rows(source, refused, alike)
+    for group in _groups(_kept(rows, refused, unseen, known, filters), source.group_by, refused):
         if source.limit is None or found < source.limit:
             yield group
             found += 1
@@ -277,14 +287,14 @@ def _comparable(value: Any) -> str:
 
 
 def _kept(
-    source: CaptionSource,
+    rows: Iterator[tuple[File, int | str, Row]],
     bad: Refusals,
     unseen: set[str],
     known: dict[str, None],
     filters: _Filters,
 ) -> Iterator[RowGroup]:
     """Yield rows that pass the filters; strike what is met off `unseen`, collect the columns."""
-    for file, place, row in source_rows(source, bad):
+    for file, place, row in rows:
         if not row.keys() <= known.keys():
             known.update(dict.fromkeys(row))
         if unseen:
@@ -349,7 +359,7 @@ def source_files(source: DataSource) -> list[File]:
 
 
 def _located(
-    path: File, bad: Refusals, columns: Sequence[str] = ()
+    path: File, bad: Refusals, columns: Sequence[str] = (), alike: AlikeLines | None = None
 ) -> Iterator[tuple[int | str, Row]]:
     """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
     name = path.name
@@ -360,6 +370,6 @@ def _located(
         if name.endswith(".tar"):
             yield from tar_rows(path, bad)
             return
-        yield from text_rows(path, bad)
+        yield from text_rows(path, bad, alike)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, MemoryError) as error:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error

@@ -18,7 +18,6 @@ import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,8 @@ TABLE_FILE_FROM_BYTES = 16 * 2**20
 """Sources of this size or more keep their table in a file; smaller ones are read at each start."""
 
 Rows = Callable[[Refused, dict[str, Any]], Iterator[dict[str, Any]]]
-"""Yields the usable records, and collects what it refused and what else is worth keeping."""
+"""Yields the usable records, one by one or as :class:`Columns`, and collects what it refused and
+what else is worth keeping."""
 
 _BATCH = 4096
 _PLAIN = json.JSONEncoder(ensure_ascii=False)
@@ -44,6 +44,10 @@ _PLAIN = json.JSONEncoder(ensure_ascii=False)
 _encoder = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
     None, _PLAIN.default, json.encoder.encode_basestring, None, ": ", ", ", False, False, True
 )
+
+
+class Columns(dict[str, Any]):
+    """Several rows of a table: a list for each column, `record` as JSON."""
 
 
 class Table:
@@ -176,16 +180,32 @@ def _write(sink: Any, features: Mapping[str, Any], files: Sequence[File], rows: 
 
     def whole() -> Iterator[dict[str, Any]]:
         for row in rows(refused, facts):
-            facts["rows"] += 1
+            facts["rows"] += len(row["record"]) if isinstance(row, Columns) else 1
             yield row
         for pair in refused.rows:
             yield {"record": pair}
         yield {"record": facts}
 
-    left = whole()
+    # Columns of numbers and text from the start: lists of thousands of rows with lists in them
+    # would have Python's garbage collector look through all that the process holds.
+    left: dict[str, list[Any]] = {name: [] for name in schema.names}
+
+    def write(writer: Any, count: int) -> None:
+        while len(left["record"]) >= count:
+            arrays = [pa.array(left[each.name][:_BATCH], each.type) for each in schema]
+            writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))
+            for values in left.values():
+                del values[:_BATCH]
+
     with pa.ipc.new_stream(sink, schema) as writer:
-        while part := [row | {"record": _json(row["record"])} for row in islice(left, _BATCH)]:
-            writer.write_batch(pa.RecordBatch.from_pylist(part, schema))
+        for row in whole():
+            some: Mapping[str, list[Any]] = row
+            if not isinstance(row, Columns):
+                some = {name: [row.get(name)] for name in left} | {"record": [_json(row["record"])]}
+            for name in left:
+                left[name] += some[name]
+            write(writer, _BATCH)
+        write(writer, 1)
 
 
 def _json(value: Any) -> str:

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import PurePosixPath
 from typing import IO, Any
 
+from llm2clip_vlm.data.reading.alike import AlikeLines, AlikeRows
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refusals
 from llm2clip_vlm.remote.ranges import File
 
@@ -32,12 +33,15 @@ _decode = json.JSONDecoder().raw_decode
 _NO_BLANK = re.compile(r"[ \t\r\n]*")
 
 
-def text_rows(path: File, bad: Refusals) -> Iterator[tuple[int, Row]]:
+def text_rows(
+    path: File, bad: Refusals, alike: AlikeLines | None = None
+) -> Iterator[tuple[int, Row]]:
     """Rows of a text file with their line (JSONL) or position (others), counted from 1.
 
     Args:
         path: `.jsonl` (or `.jsonlines`), `.json` or `.csv`, each also `.gz`.
         bad: Takes lines and rows that cannot be used.
+        alike: Gives a row for many lines of JSONL where it can.
 
     Raises:
         RecordError: The file is damaged, holds something else, or unpacks beyond all measure.
@@ -52,7 +56,7 @@ def text_rows(path: File, bad: Refusals) -> Iterator[tuple[int, Row]]:
         if name.endswith(".csv"):
             yield from _csv_rows(path, handle, bad)
         elif name.endswith((".jsonl", ".jsonlines")):
-            yield from _jsonl_rows(path, handle, bad)
+            yield from _jsonl_rows(path, handle, bad, alike)
         else:
             yield from _json_rows(path, handle, bad)
 
@@ -109,8 +113,14 @@ def _csv_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int,
         raise RecordError(f"{path}: line {reader.reader.line_num}: no CSV ({error})") from error
 
 
-def _jsonl_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[int, Row]]:
-    for number, line in enumerate(_lines(path, handle), start=1):
+def _jsonl_rows(
+    path: File, handle: IO[str], bad: Refusals, alike: AlikeLines | None
+) -> Iterator[tuple[int, Row]]:
+    lines = enumerate(_lines(path, handle), start=1)
+    for number, line in alike.sift(lines) if alike else lines:
+        if isinstance(line, AlikeRows):
+            yield number, line
+            continue
         if line.isspace():
             continue
         if not line.isascii() and UNDECODED.search(line):
@@ -127,6 +137,8 @@ def _jsonl_rows(path: File, handle: IO[str], bad: Refusals) -> Iterator[tuple[in
         if halves or not isinstance(row, dict):
             yield from _objects(path, [row], bad, number, halves)
         else:
+            if alike:
+                alike.learn(row, line)
             yield number, row
 
 
