@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import verify_hashes
@@ -60,16 +58,11 @@ def push(
             commit_message="llm2clip-vlm push",
             revision=revision,
         )
-        there = {
-            entry.path: entry
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
-        }
+        found = api.verify_repo_checksums(repo_id, local_dir=folder, revision=revision)
     except HfHubHTTPError as error:
         raise InteropError(f"{repo_id}: the hub says: {error}") from error
-    for file in files:
-        name = file.relative_to(folder).as_posix()
-        if not _same(file, there.get(name)):
-            raise InteropError(f"{repo_id}: {name} arrived changed or not at all; push again")
+    if changed := [*found.extra_paths, *(file["path"] for file in found.mismatches)]:
+        raise InteropError(f"{repo_id}: {changed[0]} arrived changed or not at all; push again")
     return str(done.commit_url)
 
 
@@ -92,18 +85,6 @@ def _files(folder: Path) -> list[Path]:
         if file.suffix != ".safetensors" and (found := _SECRET.search(file.read_bytes())):
             raise InteropError(f"{file}: looks as if it held a token ({found[0][:6]!r}...)")
     return files
-
-
-def _same(file: Path, entry: Any) -> bool:
-    """Whether the hub's entry is this file: by sha256 of a large one, by git's hash of another."""
-    if entry is None or entry.size != file.stat().st_size:
-        return False
-    if entry.lfs is not None:
-        with file.open("rb") as handle:
-            return bool(entry.lfs.sha256 == hashlib.file_digest(handle, "sha256").hexdigest())
-    content = file.read_bytes()
-    head = f"blob {len(content)}\0".encode()
-    return bool(entry.blob_id == hashlib.sha1(head + content, usedforsecurity=False).hexdigest())
 
 
 def parser() -> argparse.ArgumentParser:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.modeling_utils import load_state_dict
 
 from llm2clip_vlm.files import read_json, require_regular
 
@@ -131,7 +131,7 @@ def weights_of_folder(
             "and its base would be loaded from elsewhere; merge it, or take the file away"
         )
     if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
-        files: Iterable[Path] = [folder / WEIGHTS]
+        files = [folder / WEIGHTS]
     elif (folder / INDEX).exists():
         files = shards_of(folder / INDEX, error)
     else:
@@ -147,10 +147,14 @@ def weights_of_folder(
         )
     weights: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _header(file, error):
-            if name in weights:
-                raise error(f"{file}: {name!r} is in two shards; fetch them again")
-            weights[name] = tensor
+        require_regular(file, error)
+        try:
+            part = load_state_dict(file, map_location="meta")
+        except (SafetensorError, OSError, RuntimeError, ValueError) as failure:
+            raise error(f"{file}: damaged or cut off ({failure}); fetch it again") from failure
+        if twice := sorted(weights.keys() & part.keys()):
+            raise error(f"{file}: {twice[0]!r} is in two shards; fetch them again")
+        weights |= part
     whole = [
         name
         for name, tensor in weights.items()
@@ -163,31 +167,3 @@ def weights_of_folder(
             "and config.json has no quantization_config that says how; save them in a float type"
         )
     return weights
-
-
-def _header(file: Path, error: type[ValueError]) -> Iterator[tuple[str, Tensor]]:
-    require_regular(file, error)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype(), torch.uint8)
-                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
-    except (SafetensorError, OSError, RuntimeError) as failure:
-        raise error(f"{file}: damaged or cut off ({failure}); fetch it again") from failure
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Names of dtypes in safetensors; others hold whole bytes."""
