@@ -48,10 +48,10 @@ def is_feature_map(tower: nn.Module) -> bool:
 
 
 def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
-    """Find a tower's transformer blocks: its longest list of modules of one class.
+    """Find a model's transformer blocks: the longest list of modules that lies in no other list.
 
     Args:
-        model: The tower, or a model that holds it.
+        model: A tower or a decoder, or a model that holds it.
         part: The tower's name in the model, as recipes know it; empty = the model is the tower.
 
     Returns:
@@ -60,16 +60,16 @@ def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
     Raises:
         ValueError: There is no such list.
     """
-    lists = {
-        name: len(module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential))
-        and len({type(child) for child in module}) == 1
-        and (not part or matching_prefix(name, [part]))
-    }
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        kinds = {type(child) for child in module.children()}
+        listed = isinstance(module, nn.Sequential) and len(kinds) == 1
+        listed |= isinstance(module, nn.ModuleList) and len(kinds) > 0
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if listed and not inside and (not part or matching_prefix(name, [part])):
+            lists[name] = len(list(module.children()))
     if not lists:
-        where = f"{part or 'the tower'} of {type(model).__name__}"
-        raise ValueError(f"{where} has no list of blocks, for layer_decay or last_blocks")
+        raise ValueError(f"{part} of {type(model).__name__} has no list of blocks".strip())
     name = max(lists, key=lambda name: lists[name])
     return name, lists[name]
 

@@ -119,14 +119,6 @@ class TimmVisionModel(PreTrainedModel):
         stages, number = _stages(self.timm_model)
         return {f"timm_model.{name}": stage for name, stage in stages.items()}, number
 
-    def unused_in_features(self) -> list[str]:
-        """Parameters that a CNN's tokens do not depend on: those of the pooled output alone."""
-        with torch.device("meta"):
-            copy = type(self)(self.config).eval()  # type: ignore[arg-type]
-        pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size, device="meta")
-        copy(pixels).last_hidden_state.sum().backward()
-        return [name for name, parameter in copy.named_parameters() if parameter.grad is None]
-
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,

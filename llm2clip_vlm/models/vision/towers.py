@@ -260,17 +260,32 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     )
 
 
-@torch.no_grad()
-def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
-    """Hidden states for one image, as shapes on the meta device (also of ZeRO-3's empty shells)."""
+def run_on_shapes(tower: Any, size_px: int) -> tuple[dict[str, Tensor], Any]:
+    """Run a tower on one image without content, also where ZeRO-3 has left empty shells of weights.
+
+    Args:
+        tower: The tower.
+        size_px: Side of the image.
+
+    Returns:
+        The stand-ins of its weights by name, on the meta device, which can take gradients; and what
+        it makes of the image, hidden states included.
+    """
     tensors = {
         name: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
-        for name, t in [*model.named_parameters(), *model.named_buffers()]
+        for name, t in [*tower.named_parameters(), *tower.named_buffers()]
     }
-    pixels = torch.empty(1, 3, size, size, dtype=model.dtype, device="meta")
+    for name, _ in tower.named_parameters():
+        tensors[name].requires_grad_()
+    pixels = torch.empty(1, 3, size_px, size_px, dtype=tower.dtype, device="meta")
     arguments = {"pixel_values": pixels, "output_hidden_states": True}
+    return tensors, torch.func.functional_call(tower, tensors, (), arguments)
+
+
+def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
+    """The shapes of the hidden states of one image."""
     try:
-        out = torch.func.functional_call(model, tensors, (), arguments)
+        _, out = run_on_shapes(model, size)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TowerError(
             f"{path}: {type(model).__name__} does not take (pixel_values=[1, 3, {size}, {size}], "
