@@ -23,7 +23,7 @@ from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, 
 from llm2clip_vlm.interop.layouts import official
 from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
-from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
+from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.saving import save_encoder, save_llava
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files

@@ -20,7 +20,7 @@ from llm2clip_vlm.files import read_json
 from llm2clip_vlm.interop import certificate, libraries, llava, saving
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
+from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import register
@@ -153,8 +153,9 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
         opened = "CLIPVisionModel of transformers, as LLaVA does"
         return Evidence(opened, features_of(tower, pixels), features_of(again.eval(), pixels))
     export_vision_tower(tower, processor.image_processor, folder / "vision_tower")
-    torch.save(llava.llava_projector(model), folder / llava.PROJECTOR)
     weights = llava.llava_weights(model)
+    projector = {name: tensor for name, tensor in weights.items() if "mm_projector" in name}
+    torch.save(projector, folder / llava.PROJECTOR)
     _write(folder, "config.json", llava.llava_config(model, processor, "vision_tower"), weights)
     save_tokenizer(processor.tokenizer, folder)
     if (folder / SENTENCEPIECE).is_file():  # LLaVA asks for the slow tokenizer, which reads this

@@ -139,15 +139,14 @@ def load_translated(
         InteropError: Weights are missing, unexpected or of another shape.
     """
     expected = model.state_dict()
-    shapes = {
-        name: (list(weights[name].shape), list(tensor.shape))
-        for name, tensor in expected.items()
-        if name in weights
-    }
-    fits = {name: weights[name] for name, (got, want) in shapes.items() if got == want}
-    missing = [name for name in expected if name not in weights]
-    for name, (got, want) in shapes.items():
-        missing += [f"{name} (got {got}, expected {want})"] if got != want else []
+    fits, missing = {}, []
+    for name, tensor in expected.items():
+        if name not in weights:
+            missing.append(name)
+        elif (got := weights[name]).shape != tensor.shape:
+            missing.append(f"{name} (got {list(got.shape)}, expected {list(tensor.shape)})")
+        else:
+            fits[name] = got
     foreign = sorted({*unexpected, *weights} - set(expected))
     left = [name for name in foreign if re.fullmatch(left_out, name)]
     foreign = [name for name in foreign if name not in left]

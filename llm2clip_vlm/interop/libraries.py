@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip_vlm.interop.keys import InteropError, Row, translate
-from llm2clip_vlm.interop.layouts.eva02 import EVA02_TIMM
-from llm2clip_vlm.interop.layouts.openai_clip import OPENAI_CLIP
-from llm2clip_vlm.interop.layouts.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.interop.layouts.vits import CLIP_TIMM, EVA02_TIMM, OPENAI_CLIP, SIGLIP_TIMM
 from llm2clip_vlm.models.vision.timm_library import import_timm, torchvision_stub
 
 _TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {

@@ -129,20 +129,6 @@ def _decoder(
     return place
 
 
-def llava_projector(model: Any) -> dict[str, Tensor]:
-    """A VLM's projector as LLaVA's `mm_projector.bin` holds it.
-
-    Args:
-        model: A `LlavaForConditionalGeneration`.
-    """
-    named = model.model.multi_modal_projector.state_dict().items()
-    ours = {f"model.multi_modal_projector.{name}": tensor.detach() for name, tensor in named}
-    found, unknown = translate(ours, LLAVA, back=True)
-    if unknown:
-        raise InteropError(f"LLaVA's mlp2x_gelu has no {unknown[0]}")
-    return found
-
-
 def llava_config(model: Any, processor: Any, tower: str) -> dict[str, Any]:
     """LLaVA's config.json for a VLM.
 

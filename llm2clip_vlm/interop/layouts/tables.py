@@ -13,16 +13,12 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from llm2clip_vlm.interop.keys import InteropError, Row, row
-from llm2clip_vlm.interop.layouts.eva02 import EVA02
-from llm2clip_vlm.interop.layouts.openai_clip import OPENAI_CLIP
-from llm2clip_vlm.interop.layouts.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.interop.keys import InteropError, Row
+from llm2clip_vlm.interop.layouts.vits import CLIP_TIMM, EVA02, OPENAI_CLIP, SAME, SIGLIP_TIMM
 from llm2clip_vlm.models.loading import read_image_processor
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig
 from llm2clip_vlm.models.vision.resolution import image_processor_class
 from llm2clip_vlm.models.vision.timm_vision import timm_image_processor
-
-_HF = (row("visual.head.{p}", "visual_projection.{p}"), row("visual.{any}", "vision_tower.{any}"))
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,10 @@ LAYOUTS = {
     ),
     # timm computes GELU exactly where Google's SigLIP approximates it, and LLM2CLIP trained so.
     "siglip_timm": Layout(("attn_pool.latent",), SIGLIP_TIMM, SiglipVisionConfig, "gelu"),
-    "clip_hf": Layout(("embeddings.class_embedding", "pre_layrnorm.weight"), _HF, CLIPVisionConfig),
-    "siglip_hf": Layout(("head.probe",), _HF, SiglipVisionConfig, "gelu_pytorch_tanh"),
+    "clip_hf": Layout(
+        ("embeddings.class_embedding", "pre_layrnorm.weight"), SAME, CLIPVisionConfig
+    ),
+    "siglip_hf": Layout(("head.probe",), SAME, SiglipVisionConfig, "gelu_pytorch_tanh"),
 }
 """By name; the first that has all its marks is taken."""
 
