@@ -25,13 +25,12 @@ from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, towe
 from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
-from llm2clip_vlm.interop.saving import save_encoder, save_llava
+from llm2clip_vlm.interop.saving import save_encoder, save_llava, save_llm
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
-from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import load_vlm
 from llm2clip_vlm.runs.hashes import fingerprint_file
 
@@ -123,13 +122,8 @@ def _language_model(source: Path, folder: Path) -> Evidence:
     config = read_config(source, InteropError)
     given = {"config": config, "dtype": "auto", "error": InteropError}
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = load_complete(kind, source, state_dict=read_weights(source), **given).eval()
-    model.save_pretrained(folder)
-    save_tokenizer(read_tokenizer(source, InteropError), folder)
-    again = load_complete(kind, folder, dtype="auto", error=InteropError).eval()
-    ids = torch.arange(min(16, config.vocab_size))[None]
-    with torch.no_grad():
-        expected, got = ({"logits": made(ids).logits.float()} for made in (model, again))
+    model = load_complete(kind, source, state_dict=read_weights(source), **given)
+    expected, got = save_llm(model, read_tokenizer(source, InteropError), folder)
     return Evidence("transformers", expected, got, {"format": "language model"})
 
 

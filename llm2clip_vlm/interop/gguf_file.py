@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from llm2clip_vlm.interop.certificate import Evidence
 from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.interop.saving import save_llm
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +27,6 @@ def is_gguf(path: Path) -> bool:
         return handle.read(len(MAGIC)) == MAGIC
 
 
-@torch.no_grad()
 def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evidence:
     """Write weights (dequantised), config, tokenizer, chat template and generation config.
 
@@ -75,20 +74,10 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    told = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    text = "Two dogs play in the snow.\nA photo"
-    if told(text)["input_ids"] != tokenizer(text)["input_ids"]:
-        raise InteropError(f"{source}: the saved tokenizer gives other ids than the file's")
-    ids = torch.arange(min(16, model.config.vocab_size))[None]
-    logits = [made.eval()(ids).logits.float() for made in (model, again)]
-    more: dict[str, Any] = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
+    expected, got = save_llm(model, tokenizer, folder)
+    more = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
     more["chat_template"] = bool(tokenizer.chat_template)
-    return Evidence(
-        "transformers, as it reads the GGUF", {"logits": logits[0]}, {"logits": logits[1]}, more
-    )
+    return Evidence("transformers, as it reads the GGUF", expected, got, more)
 
 
 def _read(source: Path) -> tuple[Counter[str], dict[str, int]]:

@@ -1,4 +1,4 @@
-"""Writing a tower, a stage 2b model or a VLM as transformers has it, and reading it back."""
+"""Writing a tower, an encoder, a language model or a VLM as transformers has it, and reading it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModel
+from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
 
 from llm2clip_vlm.interop.certificate import Evidence, logits_of
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.models.loading import load_complete, read_tokenizer
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import save_vlm
 from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
 
@@ -40,6 +43,33 @@ def needs(model: Any) -> str:
     config = getattr(model.config, "vision_config", model.config)
     own = {type(part).__module__.split(".")[0] for part in (config, model)} != {"transformers"}
     return "llm2clip_vlm.register() first" if own else "transformers alone"
+
+
+@torch.no_grad()
+def save_llm(
+    model: Any, tokenizer: Any, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write a language model with its tokenizer.
+
+    Args:
+        model: The language model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+
+    Returns:
+        Logits of the model, and of what opens there.
+
+    Raises:
+        InteropError: The tokenizer that opens there gives other ids.
+    """
+    model.eval().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    again = load_complete(AutoModelForCausalLM, folder, dtype="auto", error=InteropError).eval()
+    text = "Two dogs play in the snow.\nA photo"
+    if read_tokenizer(folder, InteropError)(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise InteropError(f"{folder}: the saved tokenizer gives other ids than the original")
+    ids = torch.arange(min(16, model.config.vocab_size))[None]
+    return {"logits": model(ids).logits.float()}, {"logits": again(ids).logits.float()}
 
 
 def save_llava(model: Any, processor: Any, folder: Path) -> Evidence:
