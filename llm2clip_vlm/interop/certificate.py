@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llm2clip_vlm.files import read_json, write_atomically, written_whole
-from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
 from llm2clip_vlm.models.vision.image_mode import one_picture
 from llm2clip_vlm.runs.card import write_card
@@ -51,7 +51,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         The folder to write into, which exists.
     """
     if Path(out).exists():
-        raise InteropError(f"{out} exists already; name a new folder, or delete it")
+        raise ModelError(f"{out} exists already; name a new folder, or delete it")
     with written_whole(out) as folder:
         folder.mkdir()
         yield folder
@@ -116,7 +116,7 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         The certificate.
 
     Raises:
-        InteropError: A difference is larger than the tolerance, or a value is not finite.
+        ModelError: A difference is larger than the tolerance, or a value is not finite.
     """
     checks = {}
     for name, want in evidence.expected.items():
@@ -124,7 +124,7 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         difference = float((evidence.got[name].double() - want.double()).abs().max())
         checks[name] = {"max_difference": difference, "largest_value": largest}
         if not (math.isfinite(difference) and difference <= TOLERANCE * max(largest, 1.0)):
-            raise InteropError(
+            raise ModelError(
                 f"{made}: {name} opened with {evidence.opened_with} differ by {difference:.3g} "
                 f"(largest value {largest:.3g}, tolerance {TOLERANCE:g} of it): nothing was left "
                 "behind"

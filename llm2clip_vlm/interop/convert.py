@@ -15,11 +15,11 @@ from transformers import AutoModel, SiglipVisionConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.hub import fetched
+from llm2clip_vlm.hub import ModelError, fetched
 from llm2clip_vlm.interop import certificate, libraries
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
-from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
+from llm2clip_vlm.interop.keys import KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import official
 from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
@@ -78,19 +78,19 @@ def convert(
     """
     source = Path(path)
     if not source.exists():
-        source = fetched(str(path), InteropError, code=trust_remote_code)
+        source = fetched(str(path), code=trust_remote_code)
     if source.is_file() and tarfile.is_tarfile(source):
-        raise InteropError(
+        raise ModelError(
             f"{source}: a tar holds no weights; if it holds embeddings of captions, encode those "
             "again (stage 2a: `llm2clip-vlm embed build`)"
         )
     if source.is_dir():
-        refuse_gguf(source, InteropError)
+        refuse_gguf(source)
     config = _config(source if source.is_dir() else source.parent)
     llm = "mm_vision_tower" not in config and _architecture(config).endswith(LLM)
     llm = llm and source.is_dir() and not list(source.glob("*.gguf"))
     if llm and weight_files(source)[0].suffix == ".safetensors":
-        raise InteropError(
+        raise ModelError(
             f"{source}: a language model of transformers already ({_architecture(config)}), which "
             "needs no conversion: name it as it is (`language_model`)"
         )
@@ -119,11 +119,11 @@ def convert(
 
 def _language_model(source: Path, folder: Path) -> Evidence:
     """A language model of transformers with pickled weights, of which tensors alone are read."""
-    config = read_config(source, InteropError)
-    given = {"config": config, "dtype": "auto", "error": InteropError}
+    config = read_config(source)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = load_complete(kind, source, state_dict=read_weights(source), **given)
-    expected, got = save_llm(model, read_tokenizer(source, InteropError), folder)
+    weights = read_weights(source)
+    model = load_complete(kind, source, config=config, state_dict=weights, dtype="auto")
+    expected, got = save_llm(model, read_tokenizer(source), folder)
     return Evidence("transformers", expected, got, {"format": "language model"})
 
 
@@ -132,7 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("config.json", "open_clip_config.json"):
         if (folder / name).is_file():
-            found |= read_json(folder / name, dict, InteropError)
+            found |= read_json(folder / name, dict, ModelError)
     return found
 
 
@@ -179,7 +179,7 @@ def _encoder(
     name, layout = recognise(set(weights), str(source))
     prefix = official.adaptor_prefix(weights)
     if trust_remote_code and prefix is None:
-        raise InteropError(f"{source}: --trust-remote-code compares an adaptor, which is not here")
+        raise ModelError(f"{source}: --trust-remote-code compares an adaptor, which is not here")
     table, sizes = layout.table, {}
     if prefix is not None:
         sizes = official.adaptor_sizes(weights, prefix, str(source))
@@ -251,7 +251,7 @@ def _remote_embeds(folder: Path, config: Mapping[str, Any], pixels: Tensor) -> t
     """What the Python files beside the weights compute, for `--trust-remote-code` alone."""
     named = map(str, config.get("auto_map", {}).values())
     if elsewhere := [name for name in named if "--" in name]:
-        raise InteropError(
+        raise ModelError(
             f"{folder}: auto_map names code of another repository, {elsewhere[0]!r}, which could "
             "not be shown before it runs; put its files into the folder and name them there"
         )

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from llm2clip_vlm.files import read_json
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop import certificate, libraries, llava, saving
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
@@ -60,22 +60,22 @@ def export(
             message says what would be lost), or what was written does not compute the same.
     """
     if to not in FORMATS:
-        raise InteropError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
+        raise ModelError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
     write, kinds = FORMATS[to]
     path = Path(checkpoint)
     places = [path, path / "model", path / "text_encoder"]
     source = next((place for place in places if (place / "config.json").is_file()), None)
     if source is None:
-        refuse_gguf(path, InteropError)
-        raise InteropError(f"{path}: no config.json there, in model/ or in text_encoder/")
+        refuse_gguf(path)
+        raise ModelError(f"{path}: no config.json there, in model/ or in text_encoder/")
     verify_hashes(source)
     kind, model, processor = _load(source)
     if kind not in kinds:
-        raise InteropError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
+        raise ModelError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
     more: dict[str, Any] = {}
     if dtype is not None:
         if not hasattr(model, "lm_head"):
-            raise InteropError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
+            raise ModelError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
         before = logits_of(model)["logits"]
         for tensor in model.state_dict(keep_vars=True).values():
             if (
@@ -100,7 +100,7 @@ def _load(path: Path) -> tuple[str, Any, Any]:
     register()
     if (path / SETTINGS_NAME).is_file():
         return "text encoder", TextEncoder.from_pretrained(path), None
-    kind = read_json(path / "config.json", dict, InteropError).get("model_type")
+    kind = read_json(path / "config.json", dict, ModelError).get("model_type")
     if kind in ("llava", "llava_next"):
         return "VLM" if kind == "llava" else "AnyRes VLM", *load_vlm(path)
     tower = load_vision_tower(path, dtype=torch.float32)
@@ -125,7 +125,7 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A LLaVA under the names that vLLM and SGLang map; refused where they have no such tower."""
     kind = model.config.vision_config.model_type
     if kind not in _SERVED:
-        raise InteropError(
+        raise ModelError(
             f"{source}: vLLM and SGLang build a LLaVA's tower from {', '.join(_SERVED)} alone; "
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
@@ -134,7 +134,7 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     files = [safe_open(file, "pt") for file in weight_files(folder)]
     names = [name for file in files for name in file.keys()]  # noqa: SIM118
     if foreign := [name for name in names if not name.startswith(_SERVED_NAMES)]:
-        raise InteropError(f"{foreign[0]} is no name that vLLM maps: expected {_SERVED_NAMES}")
+        raise ModelError(f"{foreign[0]} is no name that vLLM maps: expected {_SERVED_NAMES}")
     return evidence
 
 
@@ -142,7 +142,7 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """For unmodified LLaVA: a CLIP directory, and a VLM's decoder and projector beside it."""
     tower = vision_tower_of(model)
     if tower.config.model_type != "clip_vision_model":
-        raise InteropError(
+        raise ModelError(
             f"{source}: LLaVA makes every tower a CLIPVisionModel, so a "
             f"{tower.config.model_type} would be random there; `--to transformers` keeps it"
         )
@@ -259,11 +259,11 @@ def _sentence_transformers(source: Path, model: Any, processor: Any, folder: Pat
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise InteropError(
+        raise ModelError(
             "pip install sentence-transformers: the export is opened with it"
         ) from error
     if export_sentence_transformers(model, source, folder) is None:
-        raise InteropError(f"{source}: sentence-transformers cannot make its vectors (see above)")
+        raise ModelError(f"{source}: sentence-transformers cannot make its vectors (see above)")
     texts = ["A photo of two dogs.", "Rain on a window, seen from inside."]
     again = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
     expected, got = {"text_embeds": model.encode(texts)}, {"text_embeds": again.float()}

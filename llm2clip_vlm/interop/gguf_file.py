@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.certificate import Evidence
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.saving import save_llm
 
 MAGIC = b"GGUF"
@@ -39,13 +39,13 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         Logits of the model as read and as it lies in the folder.
 
     Raises:
-        InteropError: The package `gguf` is missing, the file is damaged or no decoder that
+        ModelError: The package `gguf` is missing, the file is damaged or no decoder that
             transformers reads, weights in the file have no place in the model or the reverse, or an
             unknown setting.
     """
     dtype = str(dict(settings).pop("dtype", _DTYPES[0]))
     if dtype not in _DTYPES or set(settings) - {"dtype"}:
-        raise InteropError(
+        raise ModelError(
             f"{source}: --set: expected dtype={'|'.join(_DTYPES)} alone for a GGUF file, got "
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}"
         )
@@ -58,11 +58,11 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise InteropError(f"{source}: transformers cannot read this GGUF ({error})") from error
+        raise ModelError(f"{source}: transformers cannot read this GGUF ({error})") from error
     own = sum(parameter.numel() for parameter in model.parameters())
     if own != sum(values.values()):
         named = ", ".join(name for name in values if name.startswith("rope")) or "unknown"
-        raise InteropError(
+        raise ModelError(
             f"{source}: the file has {sum(values.values()):,} weights, the model that transformers "
             f"makes of it {own:,}: some have no place there ({named}), and it "
             "would compute something else. Get the original checkpoint"
@@ -85,11 +85,11 @@ def _read(source: Path) -> tuple[Counter[str], dict[str, int]]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise InteropError(f"{source}: reading GGUF needs a package: pip install gguf") from None
+        raise ModelError(f"{source}: reading GGUF needs a package: pip install gguf") from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
     try:
         tensors = GGUFReader(source).tensors
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise InteropError(f"{source}: damaged or cut short ({error}); fetch it again") from error
+        raise ModelError(f"{source}: damaged or cut short ({error}); fetch it again") from error
     kinds = Counter(str(tensor.tensor_type.name) for tensor in tensors)
     return kinds, {tensor.name: int(tensor.n_elements) for tensor in tensors}

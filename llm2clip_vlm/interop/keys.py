@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm2clip_vlm.hub import ModelError
+
 Change = Literal["same", "transpose", "batch", "batch2"]
 
 _FIELDS = {"n": r"\d+", "n2": r"\d+", "p": "weight|bias", "any": ".+"}
@@ -26,10 +28,6 @@ _CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "batch2": (lambda tensor: tensor[0, 0], lambda tensor: tensor[None, None]),
 }
 """What makes ours of theirs, and theirs of ours."""
-
-
-class InteropError(ValueError):
-    """A checkpoint that cannot come in or go out as asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +134,7 @@ def load_translated(
         partial: Let missing and unexpected weights pass; they are in the report.
 
     Raises:
-        InteropError: Weights are missing, unexpected or of another shape.
+        ModelError: Weights are missing, unexpected or of another shape.
     """
     expected = model.state_dict()
     fits, missing = {}, []
@@ -152,7 +150,7 @@ def load_translated(
     foreign = [name for name in foreign if name not in left]
     report = KeyReport(len(fits), sorted(missing), foreign, left)
     if (missing or foreign) and not partial:
-        raise InteropError(
+        raise ModelError(
             f"{where}: {report.matched} weights fit {type(model).__name__}; missing "
             f"{_few(report.missing)}; unexpected {_few(report.unexpected)}. Is it complete, and of "
             "this architecture? `--partial` loads what fits and leaves the rest as initialised"

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.certificate import Evidence, logits_of
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import save_vlm
@@ -60,14 +60,14 @@ def save_llm(
         Logits of the model, and of what opens there.
 
     Raises:
-        InteropError: The tokenizer that opens there gives other ids.
+        ModelError: The tokenizer that opens there gives other ids.
     """
     model.eval().save_pretrained(folder)
     save_tokenizer(tokenizer, folder)
-    again = load_complete(AutoModelForCausalLM, folder, dtype="auto", error=InteropError).eval()
+    again = load_complete(AutoModelForCausalLM, folder, dtype="auto").eval()
     text = "Two dogs play in the snow.\nA photo"
-    if read_tokenizer(folder, InteropError)(text)["input_ids"] != tokenizer(text)["input_ids"]:
-        raise InteropError(f"{folder}: the saved tokenizer gives other ids than the original")
+    if read_tokenizer(folder)(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise ModelError(f"{folder}: the saved tokenizer gives other ids than the original")
     ids = torch.arange(min(16, model.config.vocab_size))[None]
     return {"logits": model(ids).logits.float()}, {"logits": again(ids).logits.float()}
 

@@ -23,10 +23,11 @@ from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator
 from llm2clip_vlm.data.conversation.packing import PackedCollator
 from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.trainable import apply_trainable, set_precision
 from llm2clip_vlm.models.vlm import vlm_loss
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.recipe.vlm import PartTraining
 from llm2clip_vlm.runs.manifest import HandoffError
@@ -429,7 +430,7 @@ def test_an_export_that_lost_something_stops(
         return {n: untrained[n] * 0.5 if part in n else t for n, t in merged.items()}
 
     monkeypatch.setattr(trainers, "merged_state", lost)
-    with pytest.raises(VlmError, match="loaded again it computes something else: they differ by"):
+    with pytest.raises(ModelError, match="loaded again it computes something else: they differ by"):
         run.export(tmp_path / "lost")
 
 

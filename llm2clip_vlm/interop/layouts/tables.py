@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from llm2clip_vlm.interop.keys import InteropError, Row
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.keys import Row
 from llm2clip_vlm.interop.layouts.vits import CLIP_TIMM, EVA02, OPENAI_CLIP, SAME, SIGLIP_TIMM
 from llm2clip_vlm.models.loading import read_image_processor
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig
@@ -76,12 +77,12 @@ def recognise(names: set[str], where: str) -> tuple[str, Layout]:
         where: For the message.
 
     Raises:
-        InteropError: None of the layouts.
+        ModelError: None of the layouts.
     """
     for name, layout in LAYOUTS.items():
         if all("visual." + mark in names for mark in layout.marks):
             return name, layout
-    raise InteropError(
+    raise ModelError(
         f"{where}: no layout of a vision tower or a VLM that is known here; expected the weights "
         f"of one of {', '.join(LAYOUTS)}, LLaVA or llava-hf, got {len(names)} names such as "
         f"{sorted(names)[:3]}"
@@ -100,7 +101,7 @@ def tower_config(
         where: For messages.
 
     Raises:
-        InteropError: A weight is missing, a given field does not exist, or the activation is known
+        ModelError: A weight is missing, a given field does not exist, or the activation is known
             to nobody.
     """
     kind = layout.config.model_type
@@ -108,7 +109,7 @@ def tower_config(
     start = "vision_tower."
     tower = {name[len(start) :]: t for name, t in weights.items() if name.startswith(start)}
     if lacking := [name for name in _SIZES[kind] if name not in tower]:
-        raise InteropError(f"{where}: {lacking[0]} is missing; is the file complete?")
+        raise ModelError(f"{where}: {lacking[0]} is missing; is the file complete?")
     width, channels, side, _ = tower[patch].shape
     numbers = (re.search(r"(?:layers|blocks)\.(\d+)\.", name) for name in tower)
     grid = math.isqrt(tower[positions].shape[-2])
@@ -125,10 +126,10 @@ def tower_config(
     if layout.activation is not None:
         values["hidden_act"] = layout.activation
     if unknown := [name for name in given if not hasattr(layout.config(), name)]:
-        raise InteropError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
+        raise ModelError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
     values |= given
     if layout.config is CLIPVisionConfig and "hidden_act" not in values:
-        raise InteropError(
+        raise ModelError(
             f"{where}: the file does not say which activation its tower was trained with; add "
             "`--set hidden_act=quick_gelu` (OpenAI, LLM2CLIP, DFN, MetaCLIP) or `hidden_act=gelu` "
             "(LAION, DataComp)"

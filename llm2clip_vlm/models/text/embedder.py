@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
+from llm2clip_vlm.hub import ModelError
 
 MODULES_NAME = "modules.json"
 """File whose presence makes a directory an embedder."""
@@ -47,7 +47,7 @@ def read_embedder(directory: str | Path) -> Embedder | None:
         What the files say. None: there is no `modules.json`.
 
     Raises:
-        TextEncoderError: It has a module, a pooling or a prompt that is not known here.
+        ModelError: It has a module, a pooling or a prompt that is not known here.
     """
     root = Path(directory)
     if not (root / MODULES_NAME).is_file():
@@ -55,18 +55,18 @@ def read_embedder(directory: str | Path) -> Embedder | None:
     found = [(entry["type"].rsplit(".", 1)[-1], root / entry["path"]) for entry in _read(root)]
     kinds = [kind for kind, _ in found]
     if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-        raise TextEncoderError(
+        raise ModelError(
             f"{root / MODULES_NAME}: modules are {kinds}, expected Transformer, Pooling and at "
             "most Normalize; what this package trained is read from its `text_encoder` directory"
         )
     if escaped := [path for _, path in found if not path.resolve().is_relative_to(root.resolve())]:
-        raise TextEncoderError(f"{root / MODULES_NAME}: {escaped[0]} is outside of the directory")
+        raise ModelError(f"{root / MODULES_NAME}: {escaped[0]} is outside of the directory")
     transformer = _read(found[0][1], "sentence_bert_config.json")
     general = _read(root, "config_sentence_transformers.json")
     pooling = _read(found[1][1], "config.json")
     prompt = general.get("prompts", {}).get(general.get("default_prompt_name"), "")
     if prompt and not pooling.get("include_prompt", True):
-        raise TextEncoderError(
+        raise ModelError(
             f"{root}: a default prompt that is not pooled (include_prompt: false) is not known here"
         )
     return Embedder(
@@ -97,7 +97,5 @@ def _pooling_mode(config: dict[str, Any], where: Path) -> str:
         short = [name.removeprefix("pooling_mode_").removesuffix("_token") for name in flags]
         modes = ["mean" if name == "mean_tokens" else name for name in short]
     if len(modes) != 1 or modes[0] not in _POOLING:
-        raise TextEncoderError(
-            f"{where}: pooling is {modes}, expected one of {', '.join(_POOLING)}"
-        )
+        raise ModelError(f"{where}: pooling is {modes}, expected one of {', '.join(_POOLING)}")
     return _POOLING[modes[0]]

@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer, TextEncoderError
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.models.text.embedder import Embedder
 
 SETTINGS_NAME = "text_encoder.json"
@@ -82,11 +83,11 @@ def resolve_settings(
         embedder: What the directory says. None: it is no embedder.
 
     Raises:
-        TextEncoderError: What is saved differs from what was asked for; or the model has no
+        ModelError: What is saved differs from what was asked for; or the model has no
             `hidden_size` or too few positions.
     """
     if not isinstance(getattr(config, "hidden_size", None), int) or config.is_encoder_decoder:
-        raise TextEncoderError(
+        raise ModelError(
             f"{path}: model_type {config.model_type!r} is no plain decoder (it has no hidden_size, "
             "or an encoder); give a Llama, Qwen2/3, Mistral or Gemma text model"
         )
@@ -98,7 +99,7 @@ def resolve_settings(
     if saved.is_file():
         fixed = read_json(saved)
         if fixed.pop("schema", None) != _SCHEMA:
-            raise TextEncoderError(f"{saved}: unknown schema, expected {_SCHEMA}; save it anew")
+            raise ModelError(f"{saved}: unknown schema, expected {_SCHEMA}; save it anew")
         tokenizer_hash = fixed.pop("text_tokenizer")
         fixed = {"chat": False, **fixed}
     elif embedder is not None:
@@ -107,18 +108,18 @@ def resolve_settings(
         own = {"max_length_tokens": min(window, positions), "instruction": embedder.prompt}
     for name, value in chosen.items():
         if fixed.get(name, value) != value:
-            raise TextEncoderError(
+            raise ModelError(
                 f"{path}: {name} is {fixed[name]!r} in {SETTINGS_NAME if tokenizer_hash else 'it'},"
                 f" but {value!r} was asked for; a trained encoder keeps it: leave {name} out"
             )
     settings = TextEncoderSettings(**{**own, **chosen, **fixed})
     if settings.max_length_tokens > positions:
-        raise TextEncoderError(
+        raise ModelError(
             f"max_length_tokens is {settings.max_length_tokens}, but {path} has {positions} "
             "positions (max_position_embeddings); lower it"
         )
     if settings.pooling not in get_args(Pooling):
-        raise TextEncoderError(
+        raise ModelError(
             f"pooling is {settings.pooling!r}, expected one of {', '.join(get_args(Pooling))}"
         )
     return settings, tokenizer_hash

@@ -293,7 +293,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             directory: Where to; made if absent. Adapters also go to `adapter/` beside it.
 
         Raises:
-            VlmError: Loaded again it computes something else than the model that was trained.
+            ModelError: Loaded again it computes something else than the model that was trained.
         """
         state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         if distributed.is_main():
