@@ -25,7 +25,6 @@ from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, towe
 from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
-from llm2clip_vlm.interop.saving import save_encoder, save_llava, save_llm
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
@@ -123,7 +122,7 @@ def _language_model(source: Path, folder: Path) -> Evidence:
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     weights = read_weights(source)
     model = load_complete(kind, source, config=config, state_dict=weights, dtype="auto")
-    expected, got = save_llm(model, read_tokenizer(source), folder)
+    expected, got = certificate.save_llm(model, read_tokenizer(source), folder)
     return Evidence("transformers", expected, got, {"format": "language model"})
 
 
@@ -160,7 +159,7 @@ def _text_encoder(source: Path, folder: Path) -> Evidence:
 
 def _vlm(folder: Path, model: Any, processor: Any, report: KeyReport) -> Evidence:
     more = {"format": "llava", "keys": report.to_dict()}
-    return replace(save_llava(model, processor, folder), more=more)
+    return replace(certificate.save_llava(model, processor, folder), more=more)
 
 
 def _encoder(
@@ -220,7 +219,7 @@ def _encoder(
     dtypes = {found[name].dtype for name in holder.state_dict().keys() & found.keys()}
     to_dtype(model, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     processor = image_processor(vision_config, beside, config)
-    again = save_encoder(model, processor, folder)
+    again = certificate.save_encoder(model, processor, folder)
     more = {"format": name, "keys": report.to_dict()}
     return Evidence(opened, expected, features_of(again, pixels), more)
 

@@ -18,7 +18,7 @@ from transformers import AutoModel
 
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.interop import certificate, libraries, llava, saving
+from llm2clip_vlm.interop import certificate, libraries, llava
 from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
@@ -113,12 +113,12 @@ def _load(path: Path) -> tuple[str, Any, Any]:
 def _transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory for `from_pretrained`."""
     if hasattr(model, "lm_head"):
-        return saving.save_llava(model, processor, folder)
+        return certificate.save_llava(model, processor, folder)
     pixels = fixed_pixels(vision_tower_of(model).config.image_size)
-    again = saving.save_encoder(model, processor, folder)
+    again = certificate.save_encoder(model, processor, folder)
     opened = f"AutoModel ({type(again).__name__}) of transformers"
     expected, got = features_of(model, pixels), features_of(again, pixels)
-    return Evidence(opened, expected, got, {"needs": saving.needs(model)})
+    return Evidence(opened, expected, got, {"needs": certificate.needs(model)})
 
 
 def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
@@ -130,7 +130,7 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
         )
-    evidence = saving.save_llava(model, processor, folder)
+    evidence = certificate.save_llava(model, processor, folder)
     files = [safe_open(file, "pt") for file in weight_files(folder)]
     names = [name for file in files for name in file.keys()]  # noqa: SIM118
     if foreign := [name for name in names if not name.startswith(_SERVED_NAMES)]:

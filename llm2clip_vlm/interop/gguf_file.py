@@ -12,8 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.interop.certificate import Evidence
-from llm2clip_vlm.interop.saving import save_llm
+from llm2clip_vlm.interop.certificate import Evidence, save_llm
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")

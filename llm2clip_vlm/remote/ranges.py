@@ -136,7 +136,7 @@ File = Path | RemoteFile
 """A data file, here or elsewhere."""
 
 
-class _Stream(AbstractBufferedFile):  # type: ignore[misc]
+class _Stream(AbstractBufferedFile):
     def __init__(self, file: RemoteFile, keep: bool) -> None:
         self._read = file.read if keep else file.fetch
         super().__init__(None, str(file), block_size=_STREAM_BYTES, size=file.state.st_size)

@@ -19,8 +19,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.models.text.embedder import read_embedder
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder_settings import read_embedder
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
 from tests.tiny import llm_tokenizer, word_tokenizer
 from tests.unit.test_text_encoder import build

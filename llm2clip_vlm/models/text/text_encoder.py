@@ -31,7 +31,6 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.loading import four_bits, load_complete, read_config, read_tokenizer
 from llm2clip_vlm.models.text.caption_tokens import length_groups, pad_tokens
-from llm2clip_vlm.models.text.embedder import read_embedder
 from llm2clip_vlm.models.text.open_layers import (
     attention_kind,
     layers_see_behind,
@@ -42,6 +41,7 @@ from llm2clip_vlm.models.text.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
     TextEncoderSettings,
+    read_embedder,
     resolve_settings,
     save_settings,
 )
