@@ -21,9 +21,9 @@ from transformers import AutoModel, AutoModelForCausalLM
 from llm2clip_vlm.files import read_json, write_atomically, written_whole
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
+from llm2clip_vlm.models.equal import vlm_outputs
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
-from llm2clip_vlm.models.vision.image_mode import one_picture
 from llm2clip_vlm.models.vlm.building import save_vlm
 from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.hashes import fingerprint_file
@@ -65,12 +65,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         yield folder
 
 
-def fixed_pixels(image_size_px: int, count: int = 2) -> Tensor:
-    """The images that features are compared on: `[count, 3, s, s]` of normal noise, seed 0."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, image_size_px, image_size_px, generator=generator)
-
-
 @torch.no_grad()
 def features_of(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     """What an encoder is compared on.
@@ -94,21 +88,13 @@ def features_of(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def logits_of(model: Any) -> dict[str, Tensor]:
-    """What a VLM is compared on: logits of one fixed image and the first tokens of its vocabulary.
+    """What a VLM is compared on: logits of a fixed picture and fixed words.
 
     Args:
         model: A LLaVA, in its own dtype.
     """
-    config = model.config
-    words = [token for token in range(8) if token != config.image_token_id]
-    crops, given = one_picture(config)
-    given["pixel_values"] = fixed_pixels(config.vision_config.image_size, crops).to(model.dtype)
-    visual = len(model.model.get_image_features(**given).pooler_output[0])
-    ids = torch.tensor([[config.image_token_id] * visual + words])
-    out = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
-    return {"logits": out.logits.float()}
+    return {"logits": vlm_outputs(model).float()}
 
 
 def save_encoder(model: Any, processor: Any, folder: Path) -> Any:

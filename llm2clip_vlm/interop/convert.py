@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.hub import ModelError, fetched
 from llm2clip_vlm.interop import certificate, libraries
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
+from llm2clip_vlm.interop.certificate import Evidence, features_of
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
 from llm2clip_vlm.interop.keys import KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import official
@@ -27,6 +27,7 @@ from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
 from llm2clip_vlm.models.text.text_encoder import TextEncoder

@@ -19,10 +19,11 @@ from transformers import AutoModel
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop import certificate, libraries, llava
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
+from llm2clip_vlm.interop.certificate import Evidence, features_of, logits_of
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text.text_encoder import TextEncoder

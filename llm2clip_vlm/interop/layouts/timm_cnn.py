@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
+from llm2clip_vlm.interop.certificate import Evidence, features_of
 from llm2clip_vlm.interop.keys import KeyReport
 from llm2clip_vlm.interop.layouts import official
 from llm2clip_vlm.interop.layouts.tables import image_processor
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.vision.timm_library import import_timm
 from llm2clip_vlm.models.vision.timm_vision import create_timm, timm_config, tower_of_weights
 from llm2clip_vlm.models.vision.towers import load_vision_tower

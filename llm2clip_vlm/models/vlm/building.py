@@ -244,7 +244,7 @@ def save_vlm(
     directory: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
-    outputs: Sequence[Tensor] | None = None,
+    outputs: Tensor | None = None,
 ) -> None:
     """Writes weights, configs, processor and chat template as one loadable checkpoint.
 

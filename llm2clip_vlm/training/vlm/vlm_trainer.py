@@ -302,7 +302,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
                 save_adapter(self.model, state, Path(directory).parent / "adapter", self.base)
         distributed.barrier()
 
-    def _outputs(self) -> list[Tensor] | None:
+    def _outputs(self) -> Tensor | None:
         """Outputs that the export must give. None: the trained model cannot compute them."""
         unlike = "ZeRO-3 has split its weights" if is_deepspeed_zero3_enabled() else ""
         if getattr(self.model, "is_quantized", False):
