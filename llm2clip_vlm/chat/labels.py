@@ -186,11 +186,7 @@ def _to_hide(
 
 @lru_cache(maxsize=4096)
 def _written(
-    form: str,
-    template: str,
-    tokenizer: PreTrainedTokenizerBase,
-    size: int,
-    prompt: bool,
+    form: str, template: str, tokenizer: PreTrainedTokenizerBase, size: int, prompt: bool
 ) -> list[int] | None:
     """The control tokens that the template writes around the texts of messages, given as JSON."""
     try:

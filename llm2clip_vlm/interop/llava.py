@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -117,11 +118,14 @@ def _decoder(
     if "rope_theta" in config:  # no attribute of its own since transformers 5
         plain["rope_theta"] = config["rope_theta"]
     text_config = AutoConfig.for_model(**plain | {"model_type": kind})
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    with torch.device("meta"):
+        own = model_class(text_config).state_dict().keys()
     llm = load_complete(
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)],
+        model_class,
         folder,
         config=text_config,
-        state_dict={name: t for name, t in weights.items() if "mm_projector" not in name},
+        state_dict={name: tensor for name, tensor in weights.items() if name in own},
         dtype=weights["model.embed_tokens.weight"].dtype,
     )
     llm.save_pretrained(place)

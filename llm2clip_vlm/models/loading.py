@@ -46,11 +46,7 @@ _LARGEST_PICTURE_PX = 4096
 
 
 def load_complete(
-    model_class: Any,
-    path: str | Path,
-    *,
-    optional: str | None = None,
-    **arguments: Any,
+    model_class: Any, path: str | Path, *, optional: str | None = None, **arguments: Any
 ) -> Any:
     """Load a model; refuse what transformers only warns of: missing and unknown weights.
 
@@ -83,7 +79,9 @@ def load_complete(
         model, found = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
-    _refuse(path, type(model).__name__, found, optional)
+    _refuse_missing(path, model, found, optional)
+    if source is None:
+        _refuse_unknown(path, model, _unknown(model, found))
     forget_paths(model.config)
     model.name_or_path = model.config._name_or_path  # which PEFT writes into an adapter
     if source is not None and not local:
@@ -108,10 +106,7 @@ def forget_paths(config: Any) -> None:
 
 
 def _check_names(
-    model_class: Any,
-    folder: Path,
-    optional: str | None,
-    arguments: Mapping[str, Any],
+    model_class: Any, folder: Path, optional: str | None, arguments: Mapping[str, Any]
 ) -> None:
     """Compare names and shapes of the weights with what the config describes, on no device."""
     written = read_config_file(folder)
@@ -144,23 +139,19 @@ def _check_names(
         return made
 
     model, found = compared(model_class)
-    _refuse(folder, type(model).__name__, found, optional)
-    buffers = {name for name, _ in model.named_buffers()}
-    extra = {
-        name
-        for name in found["unexpected_keys"]
-        if name not in buffers and not _OLD_BUFFERS.search(name)
-    }
+    _refuse_missing(folder, model, found, optional)
+    extra = _unknown(model, found)
     for other in _whole_classes(config, written):
         if extra and other is not type(model):
             unknown = compared(other)[1]["unexpected_keys"]
             extra = {name for name in extra if any(_same(name, key) for key in unknown)}
-    if extra:
-        raise ModelError(
-            f"{folder}: {len(extra)} weights are unknown to {type(model).__name__} as config.json "
-            f"describes it (first: {sorted(extra)[:3]}); they would have been left out. Is it the "
-            "config of these weights, and is no adapter or layer left over in them?"
-        )
+    _refuse_unknown(folder, model, extra)
+
+
+def _unknown(model: Any, found: Mapping[str, Any]) -> set[str]:
+    """Weights that a model has no use for, without tables that older versions saved."""
+    names = set(found["unexpected_keys"]) - {name for name, _ in model.named_buffers()}
+    return {name for name in names if not _OLD_BUFFERS.search(name)}
 
 
 def _same(name: str, other: str) -> bool:
@@ -179,19 +170,25 @@ def _whole_classes(config: Any, written: Mapping[str, Any]) -> Iterator[Any]:
             yield auto
 
 
-def _refuse(
-    path: str | Path,
-    name: str,
-    found: Mapping[str, Any],
-    optional: str | None,
+def _refuse_missing(
+    path: str | Path, model: Any, found: Mapping[str, Any], optional: str | None
 ) -> None:
     wrong = [*map(str, found["missing_keys"]), *map(str, found.get("mismatched_keys", ()))]
     wrong = sorted(name for name in wrong if not (optional and name.startswith(optional)))
     if wrong:
         raise ModelError(
-            f"{path}: {len(wrong)} weights of {name} are missing or of another shape (first: "
-            f"{wrong[:3]}); they would have stayed random. Is the checkpoint complete, and of this "
-            "architecture?"
+            f"{path}: {len(wrong)} weights of {type(model).__name__} are missing or of another "
+            f"shape (first: {wrong[:3]}); they would have stayed random. Is the checkpoint "
+            "complete, and of this architecture?"
+        )
+
+
+def _refuse_unknown(path: str | Path, model: Any, unknown: set[str]) -> None:
+    if unknown:
+        raise ModelError(
+            f"{path}: {len(unknown)} weights are unknown to {type(model).__name__} as config.json "
+            f"describes it (first: {sorted(unknown)[:3]}); they would have been left out. Is it "
+            "the config of these weights, and is no adapter or layer left over in them?"
         )
 
 

@@ -27,10 +27,7 @@ from llm2clip_vlm.training.export import export_vision_tower
 
 _LITE = tuple(f"tf_efficientnet_lite{size}" for size in range(5))
 _CONVNEXT = tuple(f"convnext_{size}" for size in "tiny small base large xlarge xxlarge".split())
-_MARKS = {
-    "visual._conv_stem.weight": _LITE,
-    "visual.stages.0.blocks.0.conv_dw.weight": _CONVNEXT,
-}
+_MARKS = {"visual._conv_stem.weight": _LITE, "visual.stages.0.blocks.0.conv_dw.weight": _CONVNEXT}
 """A weight's name to the architectures that have it; the first with all shapes is taken."""
 
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}

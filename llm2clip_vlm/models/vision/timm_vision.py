@@ -298,10 +298,7 @@ def from_timm_layout(written: Mapping[str, Any], path: str, dtype: Any) -> TimmV
 
 
 def tower_of_weights(
-    config: TimmVisionConfig,
-    weights: Mapping[str, Tensor],
-    path: str | Path,
-    dtype: Any = "auto",
+    config: TimmVisionConfig, weights: Mapping[str, Tensor], path: str | Path, dtype: Any = "auto"
 ) -> TimmVisionModel:
     """Make a tower of the weights at hand, all of them and no others.
 
@@ -316,13 +313,6 @@ def tower_of_weights(
     """
     if dtype == "auto":
         dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    with torch.device("meta"):
-        known = TimmVisionModel(config).state_dict().keys()
-    if unknown := sorted(weights.keys() - known):
-        raise ModelError(
-            f"{path}: {len(unknown)} weights are unknown to timm's {config.architecture} (first: "
-            f"{unknown[:3]}); is it the config of these weights?"
-        )
     made: TimmVisionModel = load_complete(
         TimmVisionModel, path, config=config, state_dict=dict(weights), dtype=dtype
     )
