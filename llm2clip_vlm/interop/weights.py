@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llm2clip_vlm.files import read_json, require_regular
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.models.checkpoint_files import shards_of
+from llm2clip_vlm.models import checkpoint_files
 from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
 from llm2clip_vlm.runs.manifest import verify_parent
 
@@ -49,11 +49,8 @@ def weight_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     for name in _NAMES:
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            return shards_of(index)
-        if (path / name).is_file():
-            return [path / name]
+        if files := checkpoint_files.weight_files(path, name):
+            return files
     others = sorted(
         file for kind in ("safetensors", "pt", "bin") for file in path.glob(f"*.{kind}")
     )

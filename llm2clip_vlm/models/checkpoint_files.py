@@ -16,7 +16,6 @@ from llm2clip_vlm.files import read_json, require_regular
 from llm2clip_vlm.hub import ModelError
 
 WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 
 _SIZES = re.compile(
     r"n_(embd|head|heads|layer|layers|inner|ctx|positions)|d_model|d_ff|depth|head_dim"
@@ -83,7 +82,7 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
         yield key, value
 
 
-def shards_of(index: Path) -> list[Path]:
+def _shards_of(index: Path) -> list[Path]:
     """The files that an index names; all must be there, inside of its folder."""
     weight_map = read_json(index, dict, ModelError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
@@ -93,6 +92,14 @@ def shards_of(index: Path) -> list[Path]:
         if Path(shard).name != shard or not (index.parent / shard).exists():
             raise ModelError(f"{index}: there is no file {shard!r} beside it; fetch it again")
     return sorted(index.parent / shard for shard in shards)
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files of weights under a name, whole or in shards; empty if there are none."""
+    if (folder / name).exists() or (folder / name).is_symlink():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
+    return _shards_of(index) if index.exists() else []
 
 
 def refuse_gguf(path: Path) -> None:
@@ -126,11 +133,8 @@ def weights_of_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Tens
             f"{folder}: adapter_config.json: this is an adapter (or has one beside its weights), "
             "and its base would be loaded from elsewhere; merge it, or take the file away"
         )
-    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
-        files = [folder / WEIGHTS]
-    elif (folder / INDEX).exists():
-        files = shards_of(folder / INDEX)
-    else:
+    files = weight_files(folder, WEIGHTS)
+    if not files:
         pickled = next((file.name for file in sorted(folder.glob("pytorch_model*.bin"))), None)
         raise ModelError(
             f"{folder}: there is no {WEIGHTS}"

@@ -30,11 +30,11 @@ from transformers.utils import logging as transformers_logging
 
 from llm2clip_vlm.hub import ModelError, require_place
 from llm2clip_vlm.models.checkpoint_files import (
-    INDEX,
     WEIGHTS,
     check_sizes,
     read_config_file,
     refuse_gguf,
+    weight_files,
     weights_of_folder,
 )
 
@@ -86,7 +86,7 @@ def load_complete(
     model.name_or_path = model.config._name_or_path  # which PEFT writes into an adapter
     if source is not None and not local:
         folder = Path(cached_file(path, "config.json") or "").parent
-        if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        if not weight_files(folder, WEIGHTS):
             return model  # the hub's own conversion of pickled weights lies in another revision
         _check_names(model_class, folder, optional, arguments)
     return model
@@ -253,15 +253,7 @@ def read_tokenizer(path: str | Path) -> Any:
     """
     require_place(path)
     with boundary(f"{path}: no tokenizer beside the weights"):
-        try:
-            return AutoTokenizer.from_pretrained(path, **SAFE)
-        except (ImportError, ValueError) as failure:
-            if isinstance(failure, ImportError) or "tiktoken" in str(failure):  # tried last
-                raise ImportError(
-                    "its tokenizer is a SentencePiece file, which transformers opens with two "
-                    "packages: pip install protobuf sentencepiece"
-                ) from failure
-            raise
+        return AutoTokenizer.from_pretrained(path, **SAFE)
 
 
 def read_processor(path: str | Path) -> Any:
