@@ -234,15 +234,13 @@ def read_config(path: str | Path) -> Any:
             model can have its numbers.
     """
     refuse_gguf(Path(path))
-    require_place(path)
     if Path(path).is_dir() and (Path(path) / "config.json").exists():
         read_config_file(Path(path))
     remedy = (
         "; expected a model directory or a hub id. A directory that a stage writes is there once "
         "that stage has run"
     )
-    with boundary(f"{path}: no readable config.json", remedy):
-        return AutoConfig.from_pretrained(path, **SAFE)
+    return _read(AutoConfig, path, "no readable config.json", remedy)
 
 
 def read_tokenizer(path: str | Path) -> Any:
@@ -251,9 +249,7 @@ def read_tokenizer(path: str | Path) -> Any:
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    require_place(path)
-    with boundary(f"{path}: no tokenizer beside the weights"):
-        return AutoTokenizer.from_pretrained(path, **SAFE)
+    return _read(AutoTokenizer, path, "no tokenizer beside the weights")
 
 
 def read_processor(path: str | Path) -> Any:
@@ -262,9 +258,7 @@ def read_processor(path: str | Path) -> Any:
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    require_place(path)
-    with boundary(f"{path}: no processor beside the weights"):
-        processor = AutoProcessor.from_pretrained(path, **SAFE)
+    processor = _read(AutoProcessor, path, "no processor beside the weights")
     if hasattr(processor, "image_processor"):
         check_image_processor(processor.image_processor, path)
     return processor
@@ -276,14 +270,18 @@ def read_image_processor(path: str | Path) -> Any:
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    remedy = (
-        ". Copy the preprocessor_config.json of the checkpoint that the tower comes from into it."
+    origin = (
+        "Copy the preprocessor_config.json of the checkpoint that the tower comes from into it."
     )
-    require_place(path)
-    with boundary(f"{path}: no image processor", remedy):
-        processor = AutoImageProcessor.from_pretrained(path, **SAFE)
+    processor = _read(AutoImageProcessor, path, "no image processor", f". {origin}")
     check_image_processor(processor, path)
     return processor
+
+
+def _read(kind: Any, path: str | Path, lacking: str, remedy: str = "") -> Any:
+    require_place(path)
+    with boundary(f"{path}: {lacking}", remedy):
+        return kind.from_pretrained(path, **SAFE)
 
 
 def check_image_processor(processor: Any, path: str | Path) -> None:
