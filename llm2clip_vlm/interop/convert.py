@@ -76,7 +76,7 @@ def convert(
         ValueError: The checkpoint is unsafe, damaged, not known or incomplete, or what was made of
             it does not compute the same.
     """
-    source = Path(path)
+    source, given = Path(path), dict(settings or {})
     if not source.exists():
         source = fetched(str(path), code=trust_remote_code)
     if source.is_file() and tarfile.is_tarfile(source):
@@ -97,7 +97,7 @@ def convert(
     verify_hashes(source, sha256)
     with certificate.new_folder(out) as folder:
         if is_gguf(source):
-            evidence = convert_gguf(source, folder, settings or {})
+            evidence = convert_gguf(source, folder, given)
         elif llm:
             evidence = _language_model(source, folder)
         elif source.is_dir() and _is_text_encoder(config):
@@ -109,11 +109,11 @@ def convert(
             elif any("mm_projector." in name for name in weights):
                 made = convert_llava(source, weights, vision_tower, language_model, partial)
                 evidence = _vlm(folder, *made)
-            elif is_cnn(weights, settings or {}):
-                evidence = convert_cnn(source, folder, weights, config, settings or {})
+            elif is_cnn(weights, given):
+                evidence = convert_cnn(source, folder, weights, config, given)
             else:
-                given, remote = dict(settings or {}), trust_remote_code
-                evidence = _encoder(source, folder, weights, config, given, partial, remote)
+                options = (given, partial, trust_remote_code)
+                evidence = _encoder(source, folder, weights, config, *options)
         return certificate.certify(folder, "convert", source, evidence)
 
 

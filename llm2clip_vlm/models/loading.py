@@ -270,10 +270,8 @@ def read_image_processor(path: str | Path) -> Any:
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    origin = (
-        "Copy the preprocessor_config.json of the checkpoint that the tower comes from into it."
-    )
-    processor = _read(AutoImageProcessor, path, "no image processor", f". {origin}")
+    remedy = ". Copy the preprocessor_config.json of the checkpoint that the tower is from into it."
+    processor = _read(AutoImageProcessor, path, "no image processor", remedy)
     check_image_processor(processor, path)
     return processor
 
