@@ -25,7 +25,7 @@ from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import register
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, to_dtype
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.text.text_encoder_settings import SETTINGS_NAME
 from llm2clip_vlm.models.text.tokenizer_files import SENTENCEPIECE, save_tokenizer
@@ -78,11 +78,7 @@ def export(
         if not hasattr(model, "lm_head"):
             raise ModelError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
         before = logits_of(model)["logits"]
-        for tensor in model.state_dict(keep_vars=True).values():
-            if (
-                tensor.is_floating_point()
-            ):  # what is saved; `model.to` would round RoPE's table, too
-                tensor.data = tensor.data.to(getattr(torch, dtype))
+        to_dtype(model, getattr(torch, dtype))
         after = logits_of(model)["logits"]
         more["rounding"] = {
             "to": dtype,

@@ -202,12 +202,9 @@ def to_dtype(model: Any, dtype: torch.dtype) -> Any:
         model: Any module.
         dtype: Dtype of its parameters and of the buffers that are saved.
     """
-    saved = model.state_dict(keep_vars=True).keys()
-    computed = {name: value for name, value in model.named_buffers() if name not in saved}
-    model.to(dtype)
-    for name, value in computed.items():
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, value)
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     return model
 
 
