@@ -74,7 +74,7 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         pad_token_id=tokenizer.pad_token_id,
     )
     expected, got = save_llm(model, tokenizer, folder)
-    more = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
+    more: dict[str, Any] = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
     more["chat_template"] = bool(tokenizer.chat_template)
     return Evidence("transformers, as it reads the GGUF", expected, got, more)
 
