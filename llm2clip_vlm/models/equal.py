@@ -72,6 +72,8 @@ def fixed_pixels(image_size_px: int, count: int = 2) -> Float[Tensor, "n 3 s s"]
 def vlm_outputs(model: Any) -> Float[Tensor, "1 t v"]:
     """Logits of a fixed picture and fixed words, by which a VLM is compared before and after.
 
+    Those of some visual tokens and of every word, each of which depends on all tokens before it.
+
     Args:
         model: A LLaVA; not under ZeRO-3.
     """
@@ -84,6 +86,8 @@ def vlm_outputs(model: Any) -> Float[Tensor, "1 t v"]:
         words = fixed_ids(config.get_text_config().vocab_size, 11)[0]
         words = words[words != config.image_token_id]
         ids = torch.cat([torch.full((visual,), config.image_token_id), words])[None]
+        some = torch.linspace(0, visual - 1, 16).long()  # all would take gigabytes with AnyRes
+        given["logits_to_keep"] = torch.cat([some, torch.arange(visual, ids.shape[1])])
         logits = logits_of(model, ids, **given)
     model.train(training)
     return logits
