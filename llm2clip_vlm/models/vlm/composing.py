@@ -9,12 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
@@ -29,8 +24,6 @@ VLM_CLASSES: dict[str, Any] = {
 
 _FACTORS = {"logits_scaling", "logit_scale", "lm_head_multiplier", "dim_model_base"}
 """Keys of factors on the logits: 1 changes nothing; MiniCPM3's is the width over its key."""
-
-_CONFIGS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
 
 
 def compose(
@@ -59,9 +52,8 @@ def compose(
         ModelError: LLaVA cannot run the language model, or would lose something of its logits.
     """
     try:
-        config = _CONFIGS[model_type](
-            vision_config=tower.config, text_config=llm.config, **settings
-        )
+        config_class = VLM_CLASSES[model_type].config_class
+        config = config_class(vision_config=tower.config, text_config=llm.config, **settings)
         model = _assemble(config, tower, llm, seed)
         _keep_logits(model, llm, path)
     except ModelError:
