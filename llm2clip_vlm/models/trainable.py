@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -295,26 +296,23 @@ def trainable_table(model: nn.Module, lrs: Mapping[str, float] | None = None) ->
     Returns:
         Lines of equal width, to print at the start of a run.
     """
-    totals: dict[str, list[int]] = {}
-    rates: dict[str, set[float]] = {}
+    total: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    rates: dict[str, set[float]] = defaultdict(set)
     for name, parameter in model.named_parameters():
         part = part_name(name).split(".")[0]
         # ZeRO-3 leaves an empty shell and keeps the size beside it
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
-        row = totals.setdefault(part, [0, 0])
-        row[0] += size
-        if not parameter.requires_grad:
-            continue
-        row[1] += size
-        prefix = matching_prefix(name, lrs or {})
-        if lrs and prefix:
-            rates.setdefault(part, set()).add(lrs[prefix])
+        total[part] += size
+        if parameter.requires_grad:
+            trained[part] += size
+            if lrs and (prefix := matching_prefix(name, lrs)):
+                rates[part].add(lrs[prefix])
     rows = [("part", "parameters", "trainable", "lr")]
-    for part, (total, trained) in totals.items():
-        shown = ", ".join(f"{lr:g}" for lr in sorted(rates.get(part, ()))) or "-"
-        rows.append((part, f"{total:,}", f"{trained:,}", shown))
-    sums = [sum(values[i] for values in totals.values()) for i in (0, 1)]
-    rows.append(("total", f"{sums[0]:,}", f"{sums[1]:,}", ""))
+    for part, count in total.items():
+        shown = ", ".join(f"{lr:g}" for lr in sorted(rates[part])) or "-"
+        rows.append((part, f"{count:,}", f"{trained[part]:,}", shown))
+    rows.append(("total", f"{total.total():,}", f"{trained.total():,}", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()
