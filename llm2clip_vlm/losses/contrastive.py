@@ -23,8 +23,8 @@ from llm2clip_vlm.distributed import gather_with_grad, rank
 Excluded = Callable[[int, int], Tensor | None]
 """Mask of the logits of rows `start:end` that are no negatives, `[end - start, keys]`."""
 
-CHUNK_LOGITS = 2**20
-"""Logits of a chunk, about (4 MiB in fp32)."""
+CHUNK_LOGITS = 2**22
+"""Logits of a chunk, about (16 MiB in fp32)."""
 
 NO_CANDIDATE = -(2**63)
 """Id of a hard negative that fills up: a candidate for no query."""
