@@ -9,7 +9,6 @@ instead of its square.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +18,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from llm2clip_vlm.distributed import gather_with_grad, rank
-
-Excluded = Callable[[int, int], Tensor | None]
-"""Mask of the logits of rows `start:end` that are no negatives, `[end - start, keys]`."""
+from llm2clip_vlm.losses.chunked import Excluded, LogSumExp
 
 CHUNK_LOGITS = 2**22
 """Logits of a chunk, about (16 MiB in fp32)."""
 
 NO_CANDIDATE = -(2**63)
 """Id of a hard negative that fills up: a candidate for no query."""
-
-_LOWEST = torch.finfo(torch.float32).min  # minus infinity has no gradient where all are excluded
 
 
 def contrastive_loss(
@@ -171,17 +166,22 @@ def sigmoid_loss(
     row_ids = None if caption_ids is None else rearrange(caption_ids, "(n k) -> n k", n=len(rows))
     excluded = _exclusion(row_ids, key_ids, own)
 
-    def chunk_loss(start: int, part: Tensor) -> Tensor:
-        logits = part @ keys.T + logit_bias
-        signs = torch.full_like(logits, -1.0).scatter_(1, own[start : start + len(part)], 1.0)
+    def chunk_loss(start: int, end: int) -> Tensor:
+        logits = (rows[start:end].float() @ keys.float().T) * logit_scale + logit_bias
+        signs = torch.full_like(logits, -1.0).scatter_(1, own[start:end], 1.0)
         terms = F.softplus(-signs * logits)
-        mask = excluded(start, start + len(part))
+        mask = excluded(start, end)
         return (terms if mask is None else terms.masked_fill(mask, 0.0)).sum()
 
+    step = max(1, CHUNK_LOGITS // len(keys))
+    total = rows.new_zeros((), dtype=torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
-        keys = keys.float()
-        totals = _in_chunks(chunk_loss, rows.float() * logit_scale, len(keys))
-        return torch.stack(totals).sum() / len(rows)
+        for start in range(0, len(rows), step):
+            part = (start, min(start + step, len(rows)))
+            total = total + checkpoint(
+                chunk_loss, *part, use_reentrant=False, preserve_rng_state=False
+            )
+    return total / len(rows)
 
 
 def cosine_loss(embeds: Float[Tensor, "b d"], target: Float[Tensor, "b d"]) -> Float[Tensor, ""]:
@@ -278,17 +278,6 @@ def _exclusion(row_ids: Tensor | None, key_ids: Tensor | None, own: Tensor) -> E
     return excluded
 
 
-def _in_chunks(of_chunk: Callable[[int, Tensor], Any], rows: Tensor, width: int) -> list[Any]:
-    """Call a function with the number of the first row and the rows of each chunk.
-
-    It is called again in the backward pass, so that one chunk's logits exist at a time.
-    """
-    step = max(1, CHUNK_LOGITS // width)
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    pieces = enumerate(rows.split(step))
-    return [checkpoint(of_chunk, number * step, piece, **options) for number, piece in pieces]
-
-
 def _info_nce(
     rows: Tensor,
     keys: Tensor,
@@ -324,36 +313,29 @@ def _info_nce(
             if negative_ids is None:
                 negative_ids = candidate_ids.new_full((len(negatives),), -1)
             candidate_ids = torch.cat([candidate_ids, together(negative_ids)])
-    excluded = _exclusion(row_ids, candidate_ids, _own_columns(rows, k, gather))
-
-    def of_chunk(start: int, part: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-sum-exp and mean of each row; log-sum-exp, sum and number of each column's logits."""
-        logits = part @ candidates.T
-        mask = excluded(start, start + len(part))
-        mean, sums = part.new_zeros(len(part)), part.new_zeros(2, columns)
-        if label_smoothing:
-            counted = torch.ones_like(logits) if mask is None else 1.0 - mask.float()
-            kept = logits * counted
-            mean = kept.sum(1) / counted.sum(1)
-            sums = torch.stack([kept.sum(0), counted.sum(0)])[:, :columns]
-        if mask is not None:
-            logits = logits.masked_fill(mask, _LOWEST)
-        lse = logits[:, :columns].logsumexp(0, keepdim=True)
-        return logits.logsumexp(1), mean, torch.cat([lse, sums])
-
-    # A row's cross entropy is its log-sum-exp less its own scores. A chunk, and a rank, has only
-    # its rows of a column, whose value is the log-sum-exp of what all of them found.
+    # A row's cross entropy is its log-sum-exp less its own scores, and one pass over chunks of rows
+    # finds the log-sum-exp of both axes. A rank has only its rows of a column, so a column's value
+    # is the log-sum-exp of what all ranks found.
     with torch.autocast(rows.device.type, enabled=False):
-        candidates, scaled = candidates.float(), rows.float() * scale
-        row_lse, means, found = zip(*_in_chunks(of_chunk, scaled, len(candidates)), strict=True)
-        scores = (scaled[:, None] * rearrange(keys, "(n k) d -> n k d", k=k).float()).sum(-1)
+        scale = torch.as_tensor(scale, dtype=torch.float32, device=rows.device)
+        row_lse, row_sum, row_count, *of_columns = LogSumExp.apply(
+            rows.float(),
+            candidates.float(),
+            scale,
+            _exclusion(row_ids, candidate_ids, _own_columns(rows, k, gather)),
+            columns,
+            max(1, CHUNK_LOGITS // len(candidates)),
+            label_smoothing > 0,
+        )
+        own_keys = rearrange(keys, "(n k) d -> n k d", k=k)
+        scores = (rows[:, None].float() * own_keys.float()).sum(-1) * scale
         own, other = 1 - label_smoothing, label_smoothing
-        loss = (torch.cat(row_lse) - own * scores.mean(1) - other * torch.cat(means)).mean()
+        loss = (row_lse - own * scores.mean(1) - other * row_sum / row_count).mean()
         if not symmetric:
             return loss
-        chunks = torch.stack(found)
-        whole = torch.cat([chunks[:, :1].logsumexp(0), chunks[:, 1:].sum(0)])
-        ranks = together(whole[None])[..., first : first + len(keys)]
-        total, count = ranks[:, 1:].sum(0)
-        backward = ranks[:, 0].logsumexp(0) - own * rearrange(scores, "n k -> (n k)")
-        return (loss + (backward - other * total / count.clamp(min=1)).mean()) / 2
+        lse, total, count = (
+            together(part[None])[:, first : first + len(keys)] for part in of_columns
+        )
+        spread = total.sum(0) / count.sum(0)
+        backward = lse.logsumexp(0) - own * rearrange(scores, "n k -> (n k)") - other * spread
+        return (loss + backward.mean()) / 2
