@@ -12,15 +12,18 @@ from urllib.request import getproxies
 _PATIENCE_S = 5.0
 
 
-def require_place(path: str | Path, error: type[ValueError] = ValueError) -> None:
+class ModelError(ValueError):
+    """A model that cannot be loaded, joined, converted or used as asked; the message says why."""
+
+
+def require_place(path: str | Path) -> None:
     """Refuse at once a model that neither lies here nor can be fetched.
 
     Args:
         path: A file, a folder, or a hub id.
-        error: What is raised.
 
     Raises:
-        ValueError: (or `error`) There is no such file or folder, and no hub id looks like it; or
+        ModelError: There is no such file or folder, and no hub id looks like it; or
             the hub cannot be reached, and the model is not in its cache.
     """
     if Path(path).exists():
@@ -34,12 +37,12 @@ def require_place(path: str | Path, error: type[ValueError] = ValueError) -> Non
     try:
         validate_repo_id(name)
     except HFValidationError:
-        raise error(
+        raise ModelError(
             f"{name}: no such file or folder. What a stage writes is there once that stage has run"
         ) from None
     folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
     if not (folder / "snapshots").is_dir() and is_offline():
-        raise error(
+        raise ModelError(
             f"{name}: no such folder here, and the hub cannot be reached; a directory that a stage "
             "writes is there once that stage has run, and a hub model once it was fetched where "
             f"there is a network: `hf download {name} --local-dir DIR`, then name DIR"
@@ -67,25 +70,24 @@ def is_offline() -> bool:
     return constants.HF_HUB_OFFLINE
 
 
-def fetched(name: str, error: type[ValueError] = ValueError, *, code: bool = False) -> Path:
+def fetched(name: str, *, code: bool = False) -> Path:
     """Fetch a checkpoint of the hub into its cache; what is there already is not fetched again.
 
     Args:
         name: `ORG/NAME`, or `ORG/NAME/FILE` for one file of weights and the configs beside it.
-        error: What is raised.
         code: Fetch Python files, too. None of them is run here.
 
     Returns:
         The folder, or the file in it. Pickled weights are fetched where there are no others.
 
     Raises:
-        ValueError: (or `error`) There is no such file, folder or model, or it cannot be fetched.
+        ModelError: There is no such file, folder or model, or it cannot be fetched.
     """
     org, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
     if not rest or name.startswith((".", "/", "~")):
-        raise error(f"{name}: no such file or folder, and no hub id (ORG/NAME)")
-    require_place(f"{org}/{repo}", error)
+        raise ModelError(f"{name}: no such file or folder, and no hub id (ORG/NAME)")
+    require_place(f"{org}/{repo}")
     from huggingface_hub import HfApi, snapshot_download
 
     beside = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
@@ -98,10 +100,10 @@ def fetched(name: str, error: type[ValueError] = ValueError, *, code: bool = Fal
         patterns = None if is_offline() else [*wanted, *beside]
         folder = Path(snapshot_download(f"{org}/{repo}", allow_patterns=patterns))
     except Exception as failure:  # the boundary around a library that raises many kinds
-        raise error(
+        raise ModelError(
             f"{name}: cannot be fetched ({type(failure).__name__}: {failure}). Where it can be: "
             f"`hf download {org}/{repo} --local-dir DIR`, then name DIR"
         ) from failure
     if not (folder / file).exists():
-        raise error(f"{name}: {org}/{repo} has no file {file}")
+        raise ModelError(f"{name}: {org}/{repo} has no file {file}")
     return folder / file if file else folder

@@ -30,8 +30,8 @@ from torch import Tensor
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, UniqueTexts, read_captions
 from llm2clip_vlm.distributed import await_files, is_main, say, shared_out, teardown, world_size
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
-from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
 from llm2clip_vlm.models.text.open_layers import turned
 from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.trainable import set_precision, trainable_table
@@ -155,7 +155,7 @@ def before_training(
         try:
             with turned(encoder.backbone, way):
                 measured |= separability(run, encoder, records, names[way])
-        except TextEncoderError as error:
+        except ModelError as error:
             say(f"no {names[way]}: {error}")
     return before | measured
 

@@ -9,9 +9,10 @@ contents hold their names, they are rendered with other signs in their place and
 
 from __future__ import annotations
 
+import json
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from os.path import commonprefix
@@ -120,9 +121,10 @@ def prompt_text(
     """
     text = render(messages, template, tokenizer, prompt=True)
     hide, show = _to_hide(messages, template, tokenizer, tokenize(tokenizer, text)[0], prompt=True)
-    return (
-        render(_hidden(messages, hide), template, tokenizer, prompt=True) if hide else text
-    ), show
+    if hide:
+        messages = _with_texts(messages, lambda content: content.translate(hide))
+        text = render(messages, template, tokenizer, prompt=True)
+    return text, show
 
 
 def _encoded(
@@ -142,7 +144,8 @@ def _encoded(
     hide, show = _to_hide(messages, template, tokenizer, ids)
     if not hide:
         return text, spans, ids, offsets
-    text, spans = _answers(_hidden(messages, hide), template, tokenizer)
+    messages = _with_texts(messages, lambda content: content.translate(hide))
+    text, spans = _answers(messages, template, tokenizer)
     borders = sorted({0, len(text), *(place for span in spans for place in span)})
     pieces = [known.named(text[begin:end]).translate(show) for begin, end in pairwise(borders)]
     moved, length = {0: 0}, 0
@@ -161,8 +164,15 @@ def texts_of(messages: Sequence[Message]) -> Iterator[str]:
         yield from (part["text"] for part in parts if "text" in part)
 
 
-def _kinds(content: Any) -> tuple[str, ...] | None:
-    return None if isinstance(content, str) else tuple(part["type"] for part in content)
+def _with_texts(messages: Sequence[Message], change: Callable[[str], str]) -> list[Message]:
+    """The messages with each of their texts changed."""
+
+    def changed(content: Any) -> Any:
+        if isinstance(content, str):
+            return change(content)
+        return [p | {"text": change(p["text"])} if "text" in p else p for p in content]
+
+    return [message | {"content": changed(message["content"])} for message in messages]
 
 
 def _to_hide(
@@ -175,45 +185,23 @@ def _to_hide(
 ) -> tuple[dict[int, str], dict[int, str]]:
     """Tables of `TextTokens.hidden`; empty where the contents of these ids are text."""
     known, contents = text_tokens(tokenizer, template), list(texts_of(messages))
-    form = tuple((m["role"], _kinds(m["content"])) for m in messages)
+    form = json.dumps(_with_texts(messages, lambda _: "a"))
     written = _written(form, template, tokenizer, len(tokenizer), prompt)
     if known.control(ids) == written and not known.holds_unknown(contents):
         return {}, {}
     return known.hidden(contents)
 
 
-def _hidden(messages: list[Message], table: dict[int, str]) -> list[Message]:
-    return [m | {"content": _hidden_content(m["content"], table)} for m in messages]
-
-
-def _hidden_content(content: Any, table: dict[int, str]) -> Any:
-    if isinstance(content, str):
-        return content.translate(table)
-    return [p | {"text": p["text"].translate(table)} if "text" in p else p for p in content]
-
-
 @lru_cache(maxsize=4096)
 def _written(
-    form: tuple[tuple[str, tuple[str, ...] | None], ...],
-    template: str,
-    tokenizer: PreTrainedTokenizerBase,
-    size: int,
-    prompt: bool,
+    form: str, template: str, tokenizer: PreTrainedTokenizerBase, size: int, prompt: bool
 ) -> list[int] | None:
-    """The control tokens that the template writes around contents of this form."""
-    plain = [
-        {"role": role, "content": "a" if kinds is None else [_plain_part(kind) for kind in kinds]}
-        for role, kinds in form
-    ]
+    """The control tokens that the template writes around the texts of messages, given as JSON."""
     try:
-        text = render(plain, template, tokenizer, prompt=prompt)
+        text = render(json.loads(form), template, tokenizer, prompt=prompt)
     except ConversationError:
         return None
     return text_tokens(tokenizer, template).control(tokenize(tokenizer, text)[0])
-
-
-def _plain_part(kind: str) -> Message:
-    return {"type": "text", "text": "a"} if kind == "text" else {"type": kind}
 
 
 def _answers(

@@ -1,4 +1,7 @@
-"""The parity certificate: what was compared, how far it was apart, and with which versions."""
+"""Writing models as transformers has them, reading them back, and the parity certificate.
+
+The certificate says what was compared, how far it was apart, and with which versions.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoModel, AutoModelForCausalLM
 
 from llm2clip_vlm.files import read_json, write_atomically, written_whole
-from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.weights import CERTIFICATE_NAME
-from llm2clip_vlm.models.vision.image_mode import one_picture
+from llm2clip_vlm.models.equal import vlm_outputs
+from llm2clip_vlm.models.loading import load_complete, read_tokenizer
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.models.vlm.building import save_vlm
 from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.hashes import fingerprint_file
 from llm2clip_vlm.runs.manifest import versions
+from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
 
 TOLERANCE = 1e-5
 """Largest difference that is let through, as a share of the largest value (at least of 1)."""
@@ -51,16 +59,10 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         The folder to write into, which exists.
     """
     if Path(out).exists():
-        raise InteropError(f"{out} exists already; name a new folder, or delete it")
+        raise ModelError(f"{out} exists already; name a new folder, or delete it")
     with written_whole(out) as folder:
         folder.mkdir()
         yield folder
-
-
-def fixed_pixels(image_size_px: int, count: int = 2) -> Tensor:
-    """The images that features are compared on: `[count, 3, s, s]` of normal noise, seed 0."""
-    generator = torch.Generator().manual_seed(0)
-    return torch.randn(count, 3, image_size_px, image_size_px, generator=generator)
 
 
 @torch.no_grad()
@@ -86,21 +88,82 @@ def features_of(model: Any, pixels: Tensor) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
 def logits_of(model: Any) -> dict[str, Tensor]:
-    """What a VLM is compared on: logits of one fixed image and the first tokens of its vocabulary.
+    """What a VLM is compared on: logits of a fixed picture and fixed words.
 
     Args:
         model: A LLaVA, in its own dtype.
     """
-    config = model.config
-    words = [token for token in range(8) if token != config.image_token_id]
-    crops, given = one_picture(config)
-    given["pixel_values"] = fixed_pixels(config.vision_config.image_size, crops).to(model.dtype)
-    visual = len(model.model.get_image_features(**given).pooler_output[0])
-    ids = torch.tensor([[config.image_token_id] * visual + words])
-    out = model.eval()(input_ids=ids, attention_mask=torch.ones_like(ids), **given)
-    return {"logits": out.logits.float()}
+    return {"logits": vlm_outputs(model).float()}
+
+
+def save_encoder(model: Any, processor: Any, folder: Path) -> Any:
+    """Write a tower, or an `LLM2CLIPModel` with the plain tower in `vision_tower/`.
+
+    Args:
+        model: Either.
+        processor: Its image processor.
+        folder: Where to.
+
+    Returns:
+        The same, read back in fp32.
+    """
+    if vision_tower_of(model) is model:
+        export_vision_tower(model, processor, folder)
+    else:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        export_vision_tower(model, processor, folder / "vision_tower")
+    again: Any = load_complete(AutoModel, folder, dtype=torch.float32)
+    return again.eval()
+
+
+def needs(model: Any) -> str:
+    """Say what has to run before `AutoModel` opens a model."""
+    config = getattr(model.config, "vision_config", model.config)
+    own = {type(part).__module__.split(".")[0] for part in (config, model)} != {"transformers"}
+    return "llm2clip_vlm.register() first" if own else "transformers alone"
+
+
+@torch.no_grad()
+def save_llm(
+    model: Any, tokenizer: Any, folder: Path
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Write a language model with its tokenizer.
+
+    Args:
+        model: The language model.
+        tokenizer: Its tokenizer.
+        folder: Where to.
+
+    Returns:
+        Logits of the model, and of what opens there.
+
+    Raises:
+        ModelError: The tokenizer that opens there gives other ids.
+    """
+    model.eval().save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
+    again = load_complete(AutoModelForCausalLM, folder, dtype="auto").eval()
+    text = "Two dogs play in the snow.\nA photo"
+    if read_tokenizer(folder)(text)["input_ids"] != tokenizer(text)["input_ids"]:
+        raise ModelError(f"{folder}: the saved tokenizer gives other ids than the original")
+    ids = torch.arange(min(16, model.config.vocab_size))[None]
+    return {"logits": model(ids).logits.float()}, {"logits": again(ids).logits.float()}
+
+
+def save_llava(model: Any, processor: Any, folder: Path) -> Evidence:
+    """Write a VLM as transformers has it, and compare it with what opens there.
+
+    Args:
+        model: The VLM.
+        processor: Its processor.
+        folder: Where to.
+    """
+    save_vlm(model, processor, folder)
+    again = load_complete(type(model), folder, dtype=model.dtype)
+    opened = f"{type(model).__name__} of transformers"
+    return Evidence(opened, logits_of(model), logits_of(again), {"needs": needs(model)})
 
 
 def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[str, Any]:
@@ -116,7 +179,7 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         The certificate.
 
     Raises:
-        InteropError: A difference is larger than the tolerance, or a value is not finite.
+        ModelError: A difference is larger than the tolerance, or a value is not finite.
     """
     checks = {}
     for name, want in evidence.expected.items():
@@ -124,7 +187,7 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         difference = float((evidence.got[name].double() - want.double()).abs().max())
         checks[name] = {"max_difference": difference, "largest_value": largest}
         if not (math.isfinite(difference) and difference <= TOLERANCE * max(largest, 1.0)):
-            raise InteropError(
+            raise ModelError(
                 f"{made}: {name} opened with {evidence.opened_with} differ by {difference:.3g} "
                 f"(largest value {largest:.3g}, tolerance {TOLERANCE:g} of it): nothing was left "
                 "behind"

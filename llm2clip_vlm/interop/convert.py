@@ -15,23 +15,22 @@ from transformers import AutoModel, SiglipVisionConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.hub import fetched
+from llm2clip_vlm.hub import ModelError, fetched
 from llm2clip_vlm.interop import certificate, libraries
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
+from llm2clip_vlm.interop.certificate import Evidence, features_of
 from llm2clip_vlm.interop.gguf_file import convert_gguf, is_gguf
-from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, translate
+from llm2clip_vlm.interop.keys import KeyReport, load_translated, translate
 from llm2clip_vlm.interop.layouts import official
 from llm2clip_vlm.interop.layouts.tables import image_processor, recognise, tower_config
 from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
-from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
+from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
-from llm2clip_vlm.interop.saving import save_encoder, save_llava
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
-from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import load_vlm
 from llm2clip_vlm.runs.hashes import fingerprint_file
 
@@ -77,28 +76,28 @@ def convert(
         ValueError: The checkpoint is unsafe, damaged, not known or incomplete, or what was made of
             it does not compute the same.
     """
-    source = Path(path)
+    source, given = Path(path), dict(settings or {})
     if not source.exists():
-        source = fetched(str(path), InteropError, code=trust_remote_code)
+        source = fetched(str(path), code=trust_remote_code)
     if source.is_file() and tarfile.is_tarfile(source):
-        raise InteropError(
+        raise ModelError(
             f"{source}: a tar holds no weights; if it holds embeddings of captions, encode those "
             "again (stage 2a: `llm2clip-vlm embed build`)"
         )
     if source.is_dir():
-        refuse_gguf(source, InteropError)
+        refuse_gguf(source)
     config = _config(source if source.is_dir() else source.parent)
     llm = "mm_vision_tower" not in config and _architecture(config).endswith(LLM)
     llm = llm and source.is_dir() and not list(source.glob("*.gguf"))
     if llm and weight_files(source)[0].suffix == ".safetensors":
-        raise InteropError(
+        raise ModelError(
             f"{source}: a language model of transformers already ({_architecture(config)}), which "
             "needs no conversion: name it as it is (`language_model`)"
         )
     verify_hashes(source, sha256)
     with certificate.new_folder(out) as folder:
         if is_gguf(source):
-            evidence = convert_gguf(source, folder, settings or {})
+            evidence = convert_gguf(source, folder, given)
         elif llm:
             evidence = _language_model(source, folder)
         elif source.is_dir() and _is_text_encoder(config):
@@ -110,26 +109,21 @@ def convert(
             elif any("mm_projector." in name for name in weights):
                 made = convert_llava(source, weights, vision_tower, language_model, partial)
                 evidence = _vlm(folder, *made)
-            elif is_cnn(weights, settings or {}):
-                evidence = convert_cnn(source, folder, weights, config, settings or {})
+            elif is_cnn(weights, given):
+                evidence = convert_cnn(source, folder, weights, config, given)
             else:
-                given, remote = dict(settings or {}), trust_remote_code
-                evidence = _encoder(source, folder, weights, config, given, partial, remote)
+                options = (given, partial, trust_remote_code)
+                evidence = _encoder(source, folder, weights, config, *options)
         return certificate.certify(folder, "convert", source, evidence)
 
 
 def _language_model(source: Path, folder: Path) -> Evidence:
     """A language model of transformers with pickled weights, of which tensors alone are read."""
-    config = read_config(source, InteropError)
-    given = {"config": config, "dtype": "auto", "error": InteropError}
+    config = read_config(source)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = load_complete(kind, source, state_dict=read_weights(source), **given).eval()
-    model.save_pretrained(folder)
-    save_tokenizer(read_tokenizer(source, InteropError), folder)
-    again = load_complete(kind, folder, dtype="auto", error=InteropError).eval()
-    ids = torch.arange(min(16, config.vocab_size))[None]
-    with torch.no_grad():
-        expected, got = ({"logits": made(ids).logits.float()} for made in (model, again))
+    weights = read_weights(source)
+    model = load_complete(kind, source, config=config, state_dict=weights, dtype="auto")
+    expected, got = certificate.save_llm(model, read_tokenizer(source), folder)
     return Evidence("transformers", expected, got, {"format": "language model"})
 
 
@@ -138,7 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in ("config.json", "open_clip_config.json"):
         if (folder / name).is_file():
-            found |= read_json(folder / name, dict, InteropError)
+            found |= read_json(folder / name, dict, ModelError)
     return found
 
 
@@ -166,7 +160,7 @@ def _text_encoder(source: Path, folder: Path) -> Evidence:
 
 def _vlm(folder: Path, model: Any, processor: Any, report: KeyReport) -> Evidence:
     more = {"format": "llava", "keys": report.to_dict()}
-    return replace(save_llava(model, processor, folder), more=more)
+    return replace(certificate.save_llava(model, processor, folder), more=more)
 
 
 def _encoder(
@@ -185,7 +179,7 @@ def _encoder(
     name, layout = recognise(set(weights), str(source))
     prefix = official.adaptor_prefix(weights)
     if trust_remote_code and prefix is None:
-        raise InteropError(f"{source}: --trust-remote-code compares an adaptor, which is not here")
+        raise ModelError(f"{source}: --trust-remote-code compares an adaptor, which is not here")
     table, sizes = layout.table, {}
     if prefix is not None:
         sizes = official.adaptor_sizes(weights, prefix, str(source))
@@ -226,7 +220,7 @@ def _encoder(
     dtypes = {found[name].dtype for name in holder.state_dict().keys() & found.keys()}
     to_dtype(model, dtypes.pop() if len(dtypes) == 1 else torch.float32)
     processor = image_processor(vision_config, beside, config)
-    again = save_encoder(model, processor, folder)
+    again = certificate.save_encoder(model, processor, folder)
     more = {"format": name, "keys": report.to_dict()}
     return Evidence(opened, expected, features_of(again, pixels), more)
 
@@ -257,7 +251,7 @@ def _remote_embeds(folder: Path, config: Mapping[str, Any], pixels: Tensor) -> t
     """What the Python files beside the weights compute, for `--trust-remote-code` alone."""
     named = map(str, config.get("auto_map", {}).values())
     if elsewhere := [name for name in named if "--" in name]:
-        raise InteropError(
+        raise ModelError(
             f"{folder}: auto_map names code of another repository, {elsewhere[0]!r}, which could "
             "not be shown before it runs; put its files into the folder and name them there"
         )

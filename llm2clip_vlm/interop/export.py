@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.interop import certificate, libraries, llava, saving
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels, logits_of
-from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.interop.layouts.timm_vit import TANH_GELU
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop import certificate, libraries, llava
+from llm2clip_vlm.interop.certificate import Evidence, features_of, logits_of
+from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
 from llm2clip_vlm.models.checkpoint_files import refuse_gguf
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import register
-from llm2clip_vlm.models.loading import load_complete
+from llm2clip_vlm.models.loading import load_complete, to_dtype
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.text.text_encoder_settings import SETTINGS_NAME
 from llm2clip_vlm.models.text.tokenizer_files import SENTENCEPIECE, save_tokenizer
@@ -60,28 +61,24 @@ def export(
             message says what would be lost), or what was written does not compute the same.
     """
     if to not in FORMATS:
-        raise InteropError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
+        raise ModelError(f"--to {to!r}: expected one of {', '.join(FORMATS)}")
     write, kinds = FORMATS[to]
     path = Path(checkpoint)
     places = [path, path / "model", path / "text_encoder"]
     source = next((place for place in places if (place / "config.json").is_file()), None)
     if source is None:
-        refuse_gguf(path, InteropError)
-        raise InteropError(f"{path}: no config.json there, in model/ or in text_encoder/")
+        refuse_gguf(path)
+        raise ModelError(f"{path}: no config.json there, in model/ or in text_encoder/")
     verify_hashes(source)
     kind, model, processor = _load(source)
     if kind not in kinds:
-        raise InteropError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
+        raise ModelError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
     more: dict[str, Any] = {}
     if dtype is not None:
         if not hasattr(model, "lm_head"):
-            raise InteropError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
+            raise ModelError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
         before = logits_of(model)["logits"]
-        for tensor in model.state_dict(keep_vars=True).values():
-            if (
-                tensor.is_floating_point()
-            ):  # what is saved; `model.to` would round RoPE's table, too
-                tensor.data = tensor.data.to(getattr(torch, dtype))
+        to_dtype(model, getattr(torch, dtype))
         after = logits_of(model)["logits"]
         more["rounding"] = {
             "to": dtype,
@@ -100,7 +97,7 @@ def _load(path: Path) -> tuple[str, Any, Any]:
     register()
     if (path / SETTINGS_NAME).is_file():
         return "text encoder", TextEncoder.from_pretrained(path), None
-    kind = read_json(path / "config.json", dict, InteropError).get("model_type")
+    kind = read_json(path / "config.json", dict, ModelError).get("model_type")
     if kind in ("llava", "llava_next"):
         return "VLM" if kind == "llava" else "AnyRes VLM", *load_vlm(path)
     tower = load_vision_tower(path, dtype=torch.float32)
@@ -113,28 +110,28 @@ def _load(path: Path) -> tuple[str, Any, Any]:
 def _transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A directory for `from_pretrained`."""
     if hasattr(model, "lm_head"):
-        return saving.save_llava(model, processor, folder)
+        return certificate.save_llava(model, processor, folder)
     pixels = fixed_pixels(vision_tower_of(model).config.image_size)
-    again = saving.save_encoder(model, processor, folder)
+    again = certificate.save_encoder(model, processor, folder)
     opened = f"AutoModel ({type(again).__name__}) of transformers"
     expected, got = features_of(model, pixels), features_of(again, pixels)
-    return Evidence(opened, expected, got, {"needs": saving.needs(model)})
+    return Evidence(opened, expected, got, {"needs": certificate.needs(model)})
 
 
 def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A LLaVA under the names that vLLM and SGLang map; refused where they have no such tower."""
     kind = model.config.vision_config.model_type
     if kind not in _SERVED:
-        raise InteropError(
+        raise ModelError(
             f"{source}: vLLM and SGLang build a LLaVA's tower from {', '.join(_SERVED)} alone; "
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
             "opens this VLM. Train on a CLIP or SigLIP tower to be served"
         )
-    evidence = saving.save_llava(model, processor, folder)
+    evidence = certificate.save_llava(model, processor, folder)
     files = [safe_open(file, "pt") for file in weight_files(folder)]
     names = [name for file in files for name in file.keys()]  # noqa: SIM118
     if foreign := [name for name in names if not name.startswith(_SERVED_NAMES)]:
-        raise InteropError(f"{foreign[0]} is no name that vLLM maps: expected {_SERVED_NAMES}")
+        raise ModelError(f"{foreign[0]} is no name that vLLM maps: expected {_SERVED_NAMES}")
     return evidence
 
 
@@ -142,7 +139,7 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """For unmodified LLaVA: a CLIP directory, and a VLM's decoder and projector beside it."""
     tower = vision_tower_of(model)
     if tower.config.model_type != "clip_vision_model":
-        raise InteropError(
+        raise ModelError(
             f"{source}: LLaVA makes every tower a CLIPVisionModel, so a "
             f"{tower.config.model_type} would be random there; `--to transformers` keeps it"
         )
@@ -153,8 +150,9 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
         opened = "CLIPVisionModel of transformers, as LLaVA does"
         return Evidence(opened, features_of(tower, pixels), features_of(again.eval(), pixels))
     export_vision_tower(tower, processor.image_processor, folder / "vision_tower")
-    torch.save(llava.llava_projector(model), folder / llava.PROJECTOR)
     weights = llava.llava_weights(model)
+    projector = {name: tensor for name, tensor in weights.items() if "mm_projector" in name}
+    torch.save(projector, folder / llava.PROJECTOR)
     _write(folder, "config.json", llava.llava_config(model, processor, "vision_tower"), weights)
     save_tokenizer(processor.tokenizer, folder)
     if (folder / SENTENCEPIECE).is_file():  # LLaVA asks for the slow tokenizer, which reads this
@@ -258,11 +256,11 @@ def _sentence_transformers(source: Path, model: Any, processor: Any, folder: Pat
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise InteropError(
+        raise ModelError(
             "pip install sentence-transformers: the export is opened with it"
         ) from error
     if export_sentence_transformers(model, source, folder) is None:
-        raise InteropError(f"{source}: sentence-transformers cannot make its vectors (see above)")
+        raise ModelError(f"{source}: sentence-transformers cannot make its vectors (see above)")
     texts = ["A photo of two dogs.", "Rain on a window, seen from inside."]
     again = SentenceTransformer(str(folder), device="cpu").encode(texts, convert_to_tensor=True)
     expected, got = {"text_embeds": model.encode(texts)}, {"text_embeds": again.float()}

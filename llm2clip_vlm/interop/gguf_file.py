@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
-from llm2clip_vlm.interop.certificate import Evidence
-from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.certificate import Evidence, save_llm
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -27,7 +26,6 @@ def is_gguf(path: Path) -> bool:
         return handle.read(len(MAGIC)) == MAGIC
 
 
-@torch.no_grad()
 def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evidence:
     """Write weights (dequantised), config, tokenizer, chat template and generation config.
 
@@ -40,13 +38,13 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         Logits of the model as read and as it lies in the folder.
 
     Raises:
-        InteropError: The package `gguf` is missing, the file is damaged or no decoder that
+        ModelError: The package `gguf` is missing, the file is damaged or no decoder that
             transformers reads, weights in the file have no place in the model or the reverse, or an
             unknown setting.
     """
     dtype = str(dict(settings).pop("dtype", _DTYPES[0]))
     if dtype not in _DTYPES or set(settings) - {"dtype"}:
-        raise InteropError(
+        raise ModelError(
             f"{source}: --set: expected dtype={'|'.join(_DTYPES)} alone for a GGUF file, got "
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}"
         )
@@ -59,11 +57,11 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
     except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise InteropError(f"{source}: transformers cannot read this GGUF ({error})") from error
+        raise ModelError(f"{source}: transformers cannot read this GGUF ({error})") from error
     own = sum(parameter.numel() for parameter in model.parameters())
     if own != sum(values.values()):
         named = ", ".join(name for name in values if name.startswith("rope")) or "unknown"
-        raise InteropError(
+        raise ModelError(
             f"{source}: the file has {sum(values.values()):,} weights, the model that transformers "
             f"makes of it {own:,}: some have no place there ({named}), and it "
             "would compute something else. Get the original checkpoint"
@@ -75,20 +73,10 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
-    again = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", trust_remote_code=False)
-    told = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    text = "Two dogs play in the snow.\nA photo"
-    if told(text)["input_ids"] != tokenizer(text)["input_ids"]:
-        raise InteropError(f"{source}: the saved tokenizer gives other ids than the file's")
-    ids = torch.arange(min(16, model.config.vocab_size))[None]
-    logits = [made.eval()(ids).logits.float() for made in (model, again)]
+    expected, got = save_llm(model, tokenizer, folder)
     more: dict[str, Any] = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
     more["chat_template"] = bool(tokenizer.chat_template)
-    return Evidence(
-        "transformers, as it reads the GGUF", {"logits": logits[0]}, {"logits": logits[1]}, more
-    )
+    return Evidence("transformers, as it reads the GGUF", expected, got, more)
 
 
 def _read(source: Path) -> tuple[Counter[str], dict[str, int]]:
@@ -96,11 +84,11 @@ def _read(source: Path) -> tuple[Counter[str], dict[str, int]]:
     try:
         from gguf import GGUFReader
     except ImportError:
-        raise InteropError(f"{source}: reading GGUF needs a package: pip install gguf") from None
+        raise ModelError(f"{source}: reading GGUF needs a package: pip install gguf") from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
     try:
         tensors = GGUFReader(source).tensors
     except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise InteropError(f"{source}: damaged or cut short ({error}); fetch it again") from error
+        raise ModelError(f"{source}: damaged or cut short ({error}); fetch it again") from error
     kinds = Counter(str(tensor.tensor_type.name) for tensor in tensors)
     return kinds, {tensor.name: int(tensor.n_elements) for tensor in tensors}

@@ -16,6 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm2clip_vlm.hub import ModelError
+
 Change = Literal["same", "transpose", "batch", "batch2"]
 
 _FIELDS = {"n": r"\d+", "n2": r"\d+", "p": "weight|bias", "any": ".+"}
@@ -26,10 +28,6 @@ _CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "batch2": (lambda tensor: tensor[0, 0], lambda tensor: tensor[None, None]),
 }
 """What makes ours of theirs, and theirs of ours."""
-
-
-class InteropError(ValueError):
-    """A checkpoint that cannot come in or go out as asked; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -136,24 +134,23 @@ def load_translated(
         partial: Let missing and unexpected weights pass; they are in the report.
 
     Raises:
-        InteropError: Weights are missing, unexpected or of another shape.
+        ModelError: Weights are missing, unexpected or of another shape.
     """
     expected = model.state_dict()
-    shapes = {
-        name: (list(weights[name].shape), list(tensor.shape))
-        for name, tensor in expected.items()
-        if name in weights
-    }
-    fits = {name: weights[name] for name, (got, want) in shapes.items() if got == want}
-    missing = [name for name in expected if name not in weights]
-    for name, (got, want) in shapes.items():
-        missing += [f"{name} (got {got}, expected {want})"] if got != want else []
+    fits, missing = {}, []
+    for name, tensor in expected.items():
+        if name not in weights:
+            missing.append(name)
+        elif (got := weights[name]).shape != tensor.shape:
+            missing.append(f"{name} (got {list(got.shape)}, expected {list(tensor.shape)})")
+        else:
+            fits[name] = got
     foreign = sorted({*unexpected, *weights} - set(expected))
     left = [name for name in foreign if re.fullmatch(left_out, name)]
     foreign = [name for name in foreign if name not in left]
     report = KeyReport(len(fits), sorted(missing), foreign, left)
     if (missing or foreign) and not partial:
-        raise InteropError(
+        raise ModelError(
             f"{where}: {report.matched} weights fit {type(model).__name__}; missing "
             f"{_few(report.missing)}; unexpected {_few(report.unexpected)}. Is it complete, and of "
             "this architecture? `--partial` loads what fits and leaves the rest as initialised"

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llm2clip_vlm.interop.keys import InteropError, Row, translate
-from llm2clip_vlm.interop.layouts.eva02 import EVA02_TIMM
-from llm2clip_vlm.interop.layouts.openai_clip import OPENAI_CLIP
-from llm2clip_vlm.interop.layouts.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.keys import Row, translate
+from llm2clip_vlm.interop.layouts.vits import CLIP_TIMM, EVA02_TIMM, OPENAI_CLIP, SIGLIP_TIMM
 from llm2clip_vlm.models.vision.timm_library import import_timm, torchvision_stub
 
 _TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {
@@ -46,10 +45,10 @@ def timm_table(config: Any) -> tuple[Row, ...]:
         config: Of the tower.
 
     Raises:
-        InteropError: timm has no such tower, or it is not known here under which names.
+        ModelError: timm has no such tower, or it is not known here under which names.
     """
     if config.model_type not in _TIMM:
-        raise InteropError(
+        raise ModelError(
             f"model_type {config.model_type!r} has no names in open_clip and timm here; expected "
             f"one of {', '.join(_TIMM)}. `--to transformers` takes any tower"
         )

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.interop.keys import InteropError, KeyReport, load_translated, row, translate
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.keys import KeyReport, load_translated, row, translate
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import build_vlm
@@ -54,11 +56,11 @@ def convert_llava(
         Model, processor and key report.
 
     Raises:
-        InteropError: The tower or the LLM is not given, or weights do not fit.
+        ModelError: The tower or the LLM is not given, or weights do not fit.
     """
     folder = path if path.is_dir() else path.parent
     file = folder / "config.json"
-    config = read_json(file, dict, InteropError) if file.is_file() else {}
+    config = read_json(file, dict, ModelError) if file.is_file() else {}
     named = config.get("mm_vision_tower") or "not in a config.json"
     inside = (folder / named).resolve()
     if vision_tower is None and inside.is_dir() and inside.is_relative_to(folder.resolve()):
@@ -66,7 +68,7 @@ def convert_llava(
     whole = "model.embed_tokens.weight" in weights
     if vision_tower is None or not (whole or language_model):
         lacking = "--vision-tower" if vision_tower is None else "--language-model"
-        raise InteropError(
+        raise ModelError(
             f"{path}: give {lacking}: it is no part of this checkpoint (mm_vision_tower {named!r})"
         )
     with tempfile.TemporaryDirectory() as place:
@@ -107,7 +109,7 @@ def _decoder(
     kind = "llama" if named == "llava" else named.removeprefix("llava_")
     aspect = str(config.get("image_aspect_ratio"))
     if kind not in _DECODERS or aspect.startswith("anyres"):
-        raise InteropError(
+        raise ModelError(
             f"{folder}: model_type {named!r}, image_aspect_ratio {aspect!r} in config.json; "
             "expected LLaVA-1.5: llava_llama or llava_mistral, and no anyres"
         )
@@ -116,31 +118,19 @@ def _decoder(
     if "rope_theta" in config:  # no attribute of its own since transformers 5
         plain["rope_theta"] = config["rope_theta"]
     text_config = AutoConfig.for_model(**plain | {"model_type": kind})
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
+    with torch.device("meta"):
+        own = model_class(text_config).state_dict().keys()
     llm = load_complete(
-        MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)],
+        model_class,
         folder,
         config=text_config,
-        state_dict={name: t for name, t in weights.items() if "mm_projector" not in name},
+        state_dict={name: tensor for name, tensor in weights.items() if name in own},
         dtype=weights["model.embed_tokens.weight"].dtype,
-        error=InteropError,
     )
     llm.save_pretrained(place)
-    save_tokenizer(read_tokenizer(folder, InteropError), place)
+    save_tokenizer(read_tokenizer(folder), place)
     return place
-
-
-def llava_projector(model: Any) -> dict[str, Tensor]:
-    """A VLM's projector as LLaVA's `mm_projector.bin` holds it.
-
-    Args:
-        model: A `LlavaForConditionalGeneration`.
-    """
-    named = model.model.multi_modal_projector.state_dict().items()
-    ours = {f"model.multi_modal_projector.{name}": tensor.detach() for name, tensor in named}
-    found, unknown = translate(ours, LLAVA, back=True)
-    if unknown:
-        raise InteropError(f"LLaVA's mlp2x_gelu has no {unknown[0]}")
-    return found
 
 
 def llava_config(model: Any, processor: Any, tower: str) -> dict[str, Any]:
@@ -152,14 +142,14 @@ def llava_config(model: Any, processor: Any, tower: str) -> dict[str, Any]:
         tower: Where LLaVA shall look for the vision tower.
 
     Raises:
-        InteropError: LLaVA has no class for this decoder or this choice of features.
+        ModelError: LLaVA has no class for this decoder or this choice of features.
     """
     config = model.config
     text = config.text_config.to_dict()
     kind = text["model_type"]
     layer = config.vision_feature_layer
     if kind not in _DECODERS or not isinstance(layer, int):
-        raise InteropError(
+        raise ModelError(
             f"LLaVA has no class for a {kind} decoder with vision_feature_layer "
             f"{layer}; expected one of {', '.join(_DECODERS)}, and one layer"
         )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.weights import verify_hashes
 from llm2clip_vlm.runs.card import CARD_NAME, kind_of
 
@@ -38,7 +36,7 @@ def push(
         The address of the commit.
 
     Raises:
-        InteropError: The directory is no model, was changed after it was written, has no card or
+        ModelError: The directory is no model, was changed after it was written, has no card or
             holds files that no model needs; there is no token; or the hub has something else.
     """
     from huggingface_hub import HfApi, get_token
@@ -47,9 +45,9 @@ def push(
     folder = Path(directory)
     files = _files(folder)
     if os.environ.get("HF_HUB_OFFLINE", "0").lower() in {"1", "true", "yes", "on"}:
-        raise InteropError("HF_HUB_OFFLINE is set, and nothing can be uploaded offline; unset it")
+        raise ModelError("HF_HUB_OFFLINE is set, and nothing can be uploaded offline; unset it")
     if get_token() is None:
-        raise InteropError("the hub's own store has no token: run `hf auth login` first")
+        raise ModelError("the hub's own store has no token: run `hf auth login` first")
     api = HfApi(library_name="llm2clip-vlm")
     try:
         api.create_repo(repo_id, private=not public, exist_ok=True)
@@ -60,50 +58,33 @@ def push(
             commit_message="llm2clip-vlm push",
             revision=revision,
         )
-        there = {
-            entry.path: entry
-            for entry in api.list_repo_tree(repo_id, recursive=True, revision=revision)
-        }
+        found = api.verify_repo_checksums(repo_id, local_dir=folder, revision=revision)
     except HfHubHTTPError as error:
-        raise InteropError(f"{repo_id}: the hub says: {error}") from error
-    for file in files:
-        name = file.relative_to(folder).as_posix()
-        if not _same(file, there.get(name)):
-            raise InteropError(f"{repo_id}: {name} arrived changed or not at all; push again")
+        raise ModelError(f"{repo_id}: the hub says: {error}") from error
+    if changed := [*found.extra_paths, *(file["path"] for file in found.mismatches)]:
+        raise ModelError(f"{repo_id}: {changed[0]} arrived changed or not at all; push again")
     return str(done.commit_url)
 
 
 def _files(folder: Path) -> list[Path]:
     """What is uploaded; raises where the directory is not fit for it."""
     if not folder.is_dir():
-        raise InteropError(f"{folder}: no such folder")
+        raise ModelError(f"{folder}: no such folder")
     models = [part.name for part in sorted(folder.iterdir()) if part.is_dir() and kind_of(part)]
     if not (folder / CARD_NAME).is_file():
         hint = f"name one of its models: {', '.join(models)}" if models else "export it first"
-        raise InteropError(f"{folder}: no model card ({CARD_NAME}) there; {hint}")
+        raise ModelError(f"{folder}: no model card ({CARD_NAME}) there; {hint}")
     verify_hashes(folder)
     files = [file for file in sorted(folder.rglob("*")) if not file.is_dir()]
     for file in files:
         if file.is_symlink() or not any(file.match(pattern) for pattern in _PATTERNS):
-            raise InteropError(
+            raise ModelError(
                 f"{file}: a model holds {', '.join(_PATTERNS)} and no links; move it away (weights "
                 "that are no safetensors are never uploaded)"
             )
         if file.suffix != ".safetensors" and (found := _SECRET.search(file.read_bytes())):
-            raise InteropError(f"{file}: looks as if it held a token ({found[0][:6]!r}...)")
+            raise ModelError(f"{file}: looks as if it held a token ({found[0][:6]!r}...)")
     return files
-
-
-def _same(file: Path, entry: Any) -> bool:
-    """Whether the hub's entry is this file: by sha256 of a large one, by git's hash of another."""
-    if entry is None or entry.size != file.stat().st_size:
-        return False
-    if entry.lfs is not None:
-        with file.open("rb") as handle:
-            return bool(entry.lfs.sha256 == hashlib.file_digest(handle, "sha256").hexdigest())
-    content = file.read_bytes()
-    head = f"blob {len(content)}\0".encode()
-    return bool(entry.blob_id == hashlib.sha1(head + content, usedforsecurity=False).hexdigest())
 
 
 def parser() -> argparse.ArgumentParser:

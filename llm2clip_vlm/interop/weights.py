@@ -13,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llm2clip_vlm.files import read_json, require_regular
-from llm2clip_vlm.interop.keys import InteropError
-from llm2clip_vlm.models.checkpoint_files import shards_of
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models import checkpoint_files
 from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
 from llm2clip_vlm.runs.manifest import verify_parent
 
@@ -43,22 +43,19 @@ def weight_files(path: Path) -> list[Path]:
         path: A file, or a folder with one under its usual name, whole or in shards.
 
     Raises:
-        InteropError: There is none, an index names something outside of the folder, or a shard is
+        ModelError: There is none, an index names something outside of the folder, or a shard is
             not there.
     """
     if path.is_file():
         return [path]
     for name in _NAMES:
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            return shards_of(index, InteropError)
-        if (path / name).is_file():
-            return [path / name]
+        if files := checkpoint_files.weight_files(path, name):
+            return files
     others = sorted(
         file for kind in ("safetensors", "pt", "bin") for file in path.glob(f"*.{kind}")
     )
     if len(others) != 1:
-        raise InteropError(
+        raise ModelError(
             f"{path}: expected a file of weights, or a folder with one of {', '.join(_NAMES)}, "
             f"got {[file.name for file in others] or 'none'}; name the file itself"
         )
@@ -78,7 +75,7 @@ def verify_hashes(path: Path, sha256: str | None = None) -> None:
     if sha256 is not None:
         file, *more = weight_files(path)
         if more:
-            raise InteropError(f"--sha256 is of one file; {path} has {1 + len(more)}")
+            raise ModelError(f"--sha256 is of one file; {path} has {1 + len(more)}")
         if (found := fingerprint_file(file)) != sha256.lower():
             raise HandoffError(f"{file}: sha256: expected {sha256}, got {found}; fetch it again")
     folder = path if path.is_dir() else path.parent
@@ -110,7 +107,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         path: See :func:`weight_files`.
 
     Raises:
-        InteropError: A file is damaged, or holds anything but tensors.
+        ModelError: A file is damaged, or holds anything but tensors.
     """
     weights: dict[str, Tensor] = {}
     parts = [_open(file) for file in weight_files(path)]
@@ -121,22 +118,22 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             else {key: part.get_tensor(key) for key in part.keys()}  # noqa: SIM118
         )
         if twice := weights.keys() & tensors.keys():
-            raise InteropError(f"{file}: {sorted(twice)[0]!r} is in two shards")
+            raise ModelError(f"{file}: {sorted(twice)[0]!r} is in two shards")
         weights |= tensors
     return weights
 
 
 def _open(file: Path) -> tuple[Path, Any]:
-    with require_regular(file, InteropError).open("rb") as handle:
+    with require_regular(file, ModelError).open("rb") as handle:
         start = handle.read(9)
     try:
         if start[8:] == b"{":
             return file, safe_open(file, framework="pt")
         found = torch.load(file, map_location="cpu", weights_only=True)
     except SafetensorError as error:
-        raise InteropError(f"{file}: damaged or cut off ({error}); fetch it again") from error
+        raise ModelError(f"{file}: damaged or cut off ({error}); fetch it again") from error
     except _DAMAGED as error:
-        raise InteropError(
+        raise ModelError(
             f"{file}: damaged, or more than tensors ({' '.join(str(error).split())[:80]}); nothing "
             "of it was run. Save its state dict as safetensors where you trust it"
         ) from error
@@ -150,5 +147,5 @@ def _open(file: Path) -> tuple[Path, Any]:
         if isinstance(tensor, Tensor)
     }
     if not tensors:
-        raise InteropError(f"{file}: expected names and tensors, got {type(found).__name__}")
+        raise ModelError(f"{file}: expected names and tensors, got {type(found).__name__}")
     return file, tensors

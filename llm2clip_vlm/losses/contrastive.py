@@ -2,8 +2,7 @@
 
 All of them work on fp32 logits whatever the model's dtype (bf16 logits at scale 100 put 1 % of
 noise on the gradient), and count an equal text that is not the pair's own as *no* negative.
-A batch whose logits are small is computed at once; a large one in chunks of rows that are computed
-again in the backward pass, with the same value and gradient and memory that grows with the batch
+Logits are computed in chunks of rows, and again in the backward pass: memory grows with the batch
 instead of its square.
 """
 
@@ -13,7 +12,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -21,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from llm2clip_vlm.distributed import gather_with_grad, rank
 from llm2clip_vlm.losses.chunked import Excluded, LogSumExp
 
-DENSE_LOGITS = 2**22
-"""Logits per process up to which they are held at once (16 MiB); a chunk is about this large."""
+CHUNK_LOGITS = 2**22
+"""Logits of a chunk, about (16 MiB in fp32)."""
 
 NO_CANDIDATE = -(2**63)
 """Id of a hard negative that fills up: a candidate for no query."""
@@ -174,11 +173,9 @@ def sigmoid_loss(
         mask = excluded(start, end)
         return (terms if mask is None else terms.masked_fill(mask, 0.0)).sum()
 
-    step = _chunk_rows(rows, keys)
+    step = max(1, CHUNK_LOGITS // len(keys))
+    total = rows.new_zeros((), dtype=torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
-        if step == len(rows):
-            return chunk_loss(0, step) / step
-        total = rows.new_zeros((), dtype=torch.float32)
         for start in range(0, len(rows), step):
             part = (start, min(start + step, len(rows)))
             total = total + checkpoint(
@@ -281,11 +278,6 @@ def _exclusion(row_ids: Tensor | None, key_ids: Tensor | None, own: Tensor) -> E
     return excluded
 
 
-def _chunk_rows(rows: Tensor, keys: Tensor) -> int:
-    """Rows whose logits are held at once: all of them up to `DENSE_LOGITS`."""
-    return len(rows) if len(rows) * len(keys) <= DENSE_LOGITS else max(1, DENSE_LOGITS // len(keys))
-
-
 def _info_nce(
     rows: Tensor,
     keys: Tensor,
@@ -310,77 +302,40 @@ def _info_nce(
     if negative_ids is not None and ids is None:
         raise ValueError("negative_ids are given and ids are not; expected both, or none")
     together: Callable[[Tensor], Tensor] = gather_with_grad if gather else lambda tensor: tensor
-    k = len(keys) // len(rows)
-    own = _own_columns(rows, k, gather)
+    k, first = len(keys) // len(rows), rank() * len(keys) if gather else 0
     candidates = together(keys)
-    columns = len(candidates)
+    columns = len(candidates) if symmetric else 0
     row_ids = None if ids is None else rearrange(ids, "(n k) -> n k", k=k)
-    all_ids = None if ids is None else together(ids)
-    candidate_ids = all_ids
+    candidate_ids = None if ids is None else together(ids)
     if negatives is not None:
         candidates = torch.cat([candidates, together(negatives)])
-        if all_ids is not None:
+        if candidate_ids is not None:
             if negative_ids is None:
-                negative_ids = all_ids.new_full((len(negatives),), -1)
-            candidate_ids = torch.cat([all_ids, together(negative_ids)])
-    excluded = _exclusion(row_ids, candidate_ids, own)
-    step = _chunk_rows(rows, candidates)
+                negative_ids = candidate_ids.new_full((len(negatives),), -1)
+            candidate_ids = torch.cat([candidate_ids, together(negative_ids)])
+    # A row's cross entropy is its log-sum-exp less its own scores, and one pass over chunks of rows
+    # finds the log-sum-exp of both axes. A rank has only its rows of a column, so a column's value
+    # is the log-sum-exp of what all ranks found.
     with torch.autocast(rows.device.type, enabled=False):
-        if step == len(rows):
-            forward = _dense(rows, candidates, scale, own, excluded, label_smoothing)
-            if not symmetric:
-                return forward
-            own = repeat(_own_columns(rows, 1, gather), "n own -> (n k) own", k=k)
-            excluded = _exclusion(
-                ids, None if all_ids is None else rearrange(all_ids, "(n k) -> n k", k=k), own
-            )
-            backward = _dense(keys, together(rows), scale, own, excluded, label_smoothing)
-            return (forward + backward) / 2
-        # The same without the matrix: a row's cross entropy is its log-sum-exp less its own score,
-        # and one pass over chunks of rows finds the log-sum-exp of both axes. A rank has only its
-        # rows of a column, so a column's value is the log-sum-exp of what all ranks found.
         scale = torch.as_tensor(scale, dtype=torch.float32, device=rows.device)
         row_lse, row_sum, row_count, *of_columns = LogSumExp.apply(
             rows.float(),
             candidates.float(),
             scale,
-            excluded,
-            columns if symmetric else 0,
-            step,
+            _exclusion(row_ids, candidate_ids, _own_columns(rows, k, gather)),
+            columns,
+            max(1, CHUNK_LOGITS // len(candidates)),
             label_smoothing > 0,
         )
         own_keys = rearrange(keys, "(n k) d -> n k d", k=k)
         scores = (rows[:, None].float() * own_keys.float()).sum(-1) * scale
-        smooth = label_smoothing
-        loss = row_lse - (1 - smooth) * scores.mean(1) - smooth * row_sum / row_count
+        own, other = 1 - label_smoothing, label_smoothing
+        loss = (row_lse - own * scores.mean(1) - other * row_sum / row_count).mean()
         if not symmetric:
-            return loss.mean()
-        first = rank() * len(keys) if gather else 0
+            return loss
         lse, total, count = (
             together(part[None])[:, first : first + len(keys)] for part in of_columns
         )
-        target = (1 - smooth) * rearrange(scores, "n k -> (n k)") + smooth * total.sum(
-            0
-        ) / count.sum(0)
-        return (loss.mean() + (lse.logsumexp(0) - target).mean()) / 2
-
-
-def _dense(
-    queries: Tensor,
-    keys: Tensor,
-    scale: Tensor | float,
-    own: Tensor,
-    excluded: Excluded,
-    label_smoothing: float,
-) -> Tensor:
-    """Mean cross entropy of this rank's queries over the keys of all ranks, logits held at once."""
-    logits = (queries.float() @ keys.float().T) * scale
-    if (mask := excluded(0, len(queries))) is not None:
-        logits = logits.masked_fill(mask, float("-inf"))
-    log_probs = F.log_softmax(logits, dim=-1)
-    loss = -log_probs.gather(1, own).mean(1)
-    if label_smoothing:
-        candidates = torch.isfinite(logits)
-        spread = -log_probs.masked_fill(~candidates, 0.0).sum(-1) / candidates.sum(-1)
-        loss = (1 - label_smoothing) * loss + label_smoothing * spread
-    return loss.mean()
+        spread = total.sum(0) / count.sum(0)
+        backward = lse.logsumexp(0) - own * rearrange(scores, "n k -> (n k)") - other * spread
+        return (loss + backward.mean()) / 2

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
+from transformers.modeling_utils import load_state_dict
 
 from llm2clip_vlm.files import read_json, require_regular
+from llm2clip_vlm.hub import ModelError
 
 WEIGHTS = "model.safetensors"
-INDEX = f"{WEIGHTS}.index.json"
 
 _SIZES = re.compile(
     r"n_(embd|head|heads|layer|layers|inner|ctx|positions)|d_model|d_ff|depth|head_dim"
@@ -35,38 +35,36 @@ _LIMITS = (
 _MAY_BE_ZERO = {"head_dim", "projection_dim"}
 
 
-def read_config_file(folder: Path, error: type[ValueError]) -> dict[str, Any]:
+def read_config_file(folder: Path) -> dict[str, Any]:
     """The `config.json` of a local checkpoint, its numbers checked.
 
     Raises:
-        ValueError: (as `error`) No JSON object; NaN; a size below 1 or beyond reason; a list of
+        ModelError: No JSON object; NaN; a size below 1 or beyond reason; a list of
             labels or modules that would fill the memory.
     """
     path = folder / "config.json"
-    config: dict[str, Any] = read_json(path, dict, error)
+    config: dict[str, Any] = read_json(path, dict, ModelError)
     if "transformers_weights" in config:
-        raise error(f"{path}: transformers_weights: expected weights under their usual names")
+        raise ModelError(f"{path}: transformers_weights: expected weights under their usual names")
     for key, value in _numbers(config):
         name = key.rpartition(".")[2]
         if isinstance(value, float) and not math.isfinite(value):
             if math.isnan(value) or not name.endswith("limit"):
-                raise error(f"{path}: {key}: expected a number, got {value}")
+                raise ModelError(f"{path}: {key}: expected a number, got {value}")
             continue
         if _SIZES.fullmatch(name) and value < (name not in _MAY_BE_ZERO):
-            raise error(f"{path}: {key}: expected a size of 1 or more, got {value}")
+            raise ModelError(f"{path}: {key}: expected a size of 1 or more, got {value}")
         limit = next((limit for rule, limit in _LIMITS if rule.fullmatch(name)), math.inf)
         if value > limit:
-            raise error(f"{path}: {key}: expected a size of at most {limit:,}, got {value}")
+            raise ModelError(f"{path}: {key}: expected a size of at most {limit:,}, got {value}")
     return config
 
 
-def check_sizes(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path, error: type[ValueError]
-) -> None:
+def check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: Path) -> None:
     """Refuse a config of more modules than the weights have tensors, before it is built."""
     for key, value in _numbers(config):
         if _COUNTS.fullmatch(key.rpartition(".")[2]) and value > max(len(weights), 1):
-            raise error(
+            raise ModelError(
                 f"{path / 'config.json'}: {key}: {value:,} of them cannot be filled from the "
                 f"{len(weights):,} tensors of the weights; is it the config of these weights?"
             )
@@ -84,59 +82,61 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
         yield key, value
 
 
-def shards_of(index: Path, error: type[ValueError]) -> list[Path]:
+def _shards_of(index: Path) -> list[Path]:
     """The files that an index names; all must be there, inside of its folder."""
-    weight_map = read_json(index, dict, error).get("weight_map")
+    weight_map = read_json(index, dict, ModelError).get("weight_map")
     if not (isinstance(weight_map, dict) and weight_map):
-        raise error(f"{index}: weight_map: expected names of weights and files, got none")
+        raise ModelError(f"{index}: weight_map: expected names of weights and files, got none")
     shards = set(map(str, weight_map.values()))
     for shard in sorted(shards):
         if Path(shard).name != shard or not (index.parent / shard).exists():
-            raise error(f"{index}: there is no file {shard!r} beside it; fetch it again")
+            raise ModelError(f"{index}: there is no file {shard!r} beside it; fetch it again")
     return sorted(index.parent / shard for shard in shards)
 
 
-def refuse_gguf(path: Path, error: type[ValueError]) -> None:
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files of weights under a name, whole or in shards; empty if there are none."""
+    if (folder / name).exists() or (folder / name).is_symlink():
+        return [folder / name]
+    index = folder / f"{name}.index.json"
+    return _shards_of(index) if index.exists() else []
+
+
+def refuse_gguf(path: Path) -> None:
     """Refuse a GGUF file, or a folder with nothing else, where a model directory is needed.
 
     Raises:
-        ValueError: (as `error`) Names the command that makes a directory of it.
+        ModelError: Names the command that makes a directory of it.
     """
     inside = sorted(path.glob("*.gguf")) if path.is_dir() else []
     file = path if path.suffix == ".gguf" else next(iter(inside), None)
     if file is not None and not (path / "config.json").exists():
-        raise error(
+        raise ModelError(
             f"{file}: a GGUF file; make an ordinary directory of it first: "
             f"llm2clip-vlm convert {file} NEW"
         )
 
 
-def weights_of_folder(
-    folder: Path, config: Mapping[str, Any], error: type[ValueError]
-) -> dict[str, Tensor]:
+def weights_of_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a local checkpoint's weights, as tensors without content.
 
     Args:
         folder: Folder with `model.safetensors`, whole or in shards.
         config: Config of the checkpoint.
-        error: What is raised.
 
     Raises:
-        ValueError: (as `error`) There are no weights, they are pickled or of an adapter, a file is
+        ModelError: There are no weights, they are pickled or of an adapter, a file is
             damaged, or integers stand for weights and nothing says how.
     """
     if (folder / "adapter_config.json").exists():
-        raise error(
+        raise ModelError(
             f"{folder}: adapter_config.json: this is an adapter (or has one beside its weights), "
             "and its base would be loaded from elsewhere; merge it, or take the file away"
         )
-    if (folder / WEIGHTS).exists() or (folder / WEIGHTS).is_symlink():
-        files: Iterable[Path] = [folder / WEIGHTS]
-    elif (folder / INDEX).exists():
-        files = shards_of(folder / INDEX, error)
-    else:
+    files = weight_files(folder, WEIGHTS)
+    if not files:
         pickled = next((file.name for file in sorted(folder.glob("pytorch_model*.bin"))), None)
-        raise error(
+        raise ModelError(
             f"{folder}: there is no {WEIGHTS}"
             + (
                 f"; {pickled} is a pickle and not opened. `llm2clip-vlm convert {folder} NEW` "
@@ -147,10 +147,14 @@ def weights_of_folder(
         )
     weights: dict[str, Tensor] = {}
     for file in files:
-        for name, tensor in _header(file, error):
-            if name in weights:
-                raise error(f"{file}: {name!r} is in two shards; fetch them again")
-            weights[name] = tensor
+        require_regular(file, ModelError)
+        try:
+            part = load_state_dict(file, map_location="meta")
+        except (SafetensorError, OSError, RuntimeError, ValueError) as failure:
+            raise ModelError(f"{file}: damaged or cut off ({failure}); fetch it again") from failure
+        if twice := sorted(weights.keys() & part.keys()):
+            raise ModelError(f"{file}: {twice[0]!r} is in two shards; fetch them again")
+        weights |= part
     whole = [
         name
         for name, tensor in weights.items()
@@ -158,36 +162,8 @@ def weights_of_folder(
         and not (tensor.is_floating_point() and tensor.element_size() > 1)
     ]
     if whole and not config.get("quantization_config"):
-        raise error(
+        raise ModelError(
             f"{folder}: {len(whole)} weights are {weights[whole[0]].dtype} (first: {whole[:3]}), "
             "and config.json has no quantization_config that says how; save them in a float type"
         )
     return weights
-
-
-def _header(file: Path, error: type[ValueError]) -> Iterator[tuple[str, Tensor]]:
-    require_regular(file, error)
-    try:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                part = opened.get_slice(name)
-                dtype = _DTYPES.get(part.get_dtype(), torch.uint8)
-                yield name, torch.empty(part.get_shape(), dtype=dtype, device="meta")
-    except (SafetensorError, OSError, RuntimeError) as failure:
-        raise error(f"{file}: damaged or cut off ({failure}); fetch it again") from failure
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "BOOL": torch.bool,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}
-"""Names of dtypes in safetensors; others hold whole bytes."""

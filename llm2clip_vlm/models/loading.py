@@ -28,13 +28,13 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
-from llm2clip_vlm.hub import require_place
+from llm2clip_vlm.hub import ModelError, require_place
 from llm2clip_vlm.models.checkpoint_files import (
-    INDEX,
     WEIGHTS,
     check_sizes,
     read_config_file,
     refuse_gguf,
+    weight_files,
     weights_of_folder,
 )
 
@@ -46,12 +46,7 @@ _LARGEST_PICTURE_PX = 4096
 
 
 def load_complete(
-    model_class: Any,
-    path: str | Path,
-    *,
-    optional: str | None = None,
-    error: type[ValueError] = ValueError,
-    **arguments: Any,
+    model_class: Any, path: str | Path, *, optional: str | None = None, **arguments: Any
 ) -> Any:
     """Load a model; refuse what transformers only warns of: missing and unknown weights.
 
@@ -64,35 +59,36 @@ def load_complete(
         path: Directory or hub id. With `state_dict` among the arguments nothing is read from it:
             it is for messages only.
         optional: Weights below this prefix may be missing.
-        error: What is raised.
         **arguments: More arguments of `from_pretrained`.
 
     Returns:
         The model.
 
     Raises:
-        ValueError: (or `error`) The weights cannot be read, are missing, unknown or have another
+        ModelError: The weights cannot be read, are missing, unknown or have another
             shape; or they are pickled, or of an adapter.
     """
     if "state_dict" not in arguments:
-        require_place(path, error)
+        require_place(path)
         local = Path(path).is_dir()
         if local:
-            _check_names(model_class, Path(path), optional, error, arguments)
+            _check_names(model_class, Path(path), optional, arguments)
         arguments |= {**SAFE, "use_safetensors": True}
     source = None if "state_dict" in arguments else path
-    with boundary(f"{path}: cannot be loaded as {model_class.__name__}", error), _quiet():
+    with boundary(f"{path}: cannot be loaded as {model_class.__name__}"), _quiet():
         model, found = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
-    _refuse(path, type(model).__name__, found, optional, error)
+    _refuse_missing(path, model, found, optional)
+    if source is None:
+        _refuse_unknown(path, model, _unknown(model, found))
     forget_paths(model.config)
     model.name_or_path = model.config._name_or_path  # which PEFT writes into an adapter
     if source is not None and not local:
         folder = Path(cached_file(path, "config.json") or "").parent
-        if not any((folder / name).exists() for name in (WEIGHTS, INDEX)):
+        if not weight_files(folder, WEIGHTS):
             return model  # the hub's own conversion of pickled weights lies in another revision
-        _check_names(model_class, folder, optional, error, arguments)
+        _check_names(model_class, folder, optional, arguments)
     return model
 
 
@@ -110,28 +106,26 @@ def forget_paths(config: Any) -> None:
 
 
 def _check_names(
-    model_class: Any,
-    folder: Path,
-    optional: str | None,
-    error: type[ValueError],
-    arguments: Mapping[str, Any],
+    model_class: Any, folder: Path, optional: str | None, arguments: Mapping[str, Any]
 ) -> None:
     """Compare names and shapes of the weights with what the config describes, on no device."""
-    written = read_config_file(folder, error)
-    weights = weights_of_folder(folder, written, error)
-    check_sizes(written, weights, folder, error)
+    written = read_config_file(folder)
+    weights = weights_of_folder(folder, written)
+    check_sizes(written, weights, folder)
     if written.get("quantization_config") or is_deepspeed_zero3_enabled():
         return  # names are those of the quantised modules; shapes are shards
-    config = arguments.get("config") or read_config(folder, error)
+    config = arguments.get("config") or read_config(folder)
 
     def compared(kind: Any) -> tuple[Any, dict[str, Any]]:
         if mapping := getattr(kind, "_model_mapping", None):
             if type(config) not in mapping:
-                raise error(f"{folder}: {kind.__name__} has no class for {config.model_type!r}")
+                raise ModelError(
+                    f"{folder}: {kind.__name__} has no class for {config.model_type!r}"
+                )
             kind = _get_model_class(config, mapping)
         own: Any = kind.config_class
         part = not isinstance(config, own)
-        with boundary(f"{folder}: cannot be loaded as {kind.__name__}", error), _quiet(bars=False):
+        with boundary(f"{folder}: cannot be loaded as {kind.__name__}"), _quiet(bars=False):
             made: tuple[Any, dict[str, Any]] = kind.from_pretrained(
                 None,
                 config=own.from_pretrained(folder) if part else config,
@@ -145,23 +139,19 @@ def _check_names(
         return made
 
     model, found = compared(model_class)
-    _refuse(folder, type(model).__name__, found, optional, error)
-    buffers = {name for name, _ in model.named_buffers()}
-    extra = {
-        name
-        for name in found["unexpected_keys"]
-        if name not in buffers and not _OLD_BUFFERS.search(name)
-    }
+    _refuse_missing(folder, model, found, optional)
+    extra = _unknown(model, found)
     for other in _whole_classes(config, written):
         if extra and other is not type(model):
             unknown = compared(other)[1]["unexpected_keys"]
             extra = {name for name in extra if any(_same(name, key) for key in unknown)}
-    if extra:
-        raise error(
-            f"{folder}: {len(extra)} weights are unknown to {type(model).__name__} as config.json "
-            f"describes it (first: {sorted(extra)[:3]}); they would have been left out. Is it the "
-            "config of these weights, and is no adapter or layer left over in them?"
-        )
+    _refuse_unknown(folder, model, extra)
+
+
+def _unknown(model: Any, found: Mapping[str, Any]) -> set[str]:
+    """Weights that a model has no use for, without tables that older versions saved."""
+    names = set(found["unexpected_keys"]) - {name for name, _ in model.named_buffers()}
+    return {name for name in names if not _OLD_BUFFERS.search(name)}
 
 
 def _same(name: str, other: str) -> bool:
@@ -180,20 +170,25 @@ def _whole_classes(config: Any, written: Mapping[str, Any]) -> Iterator[Any]:
             yield auto
 
 
-def _refuse(
-    path: str | Path,
-    name: str,
-    found: Mapping[str, Any],
-    optional: str | None,
-    error: type[ValueError],
+def _refuse_missing(
+    path: str | Path, model: Any, found: Mapping[str, Any], optional: str | None
 ) -> None:
     wrong = [*map(str, found["missing_keys"]), *map(str, found.get("mismatched_keys", ()))]
     wrong = sorted(name for name in wrong if not (optional and name.startswith(optional)))
     if wrong:
-        raise error(
-            f"{path}: {len(wrong)} weights of {name} are missing or of another shape (first: "
-            f"{wrong[:3]}); they would have stayed random. Is the checkpoint complete, and of this "
-            "architecture?"
+        raise ModelError(
+            f"{path}: {len(wrong)} weights of {type(model).__name__} are missing or of another "
+            f"shape (first: {wrong[:3]}); they would have stayed random. Is the checkpoint "
+            "complete, and of this architecture?"
+        )
+
+
+def _refuse_unknown(path: str | Path, model: Any, unknown: set[str]) -> None:
+    if unknown:
+        raise ModelError(
+            f"{path}: {len(unknown)} weights are unknown to {type(model).__name__} as config.json "
+            f"describes it (first: {sorted(unknown)[:3]}); they would have been left out. Is it "
+            "the config of these weights, and is no adapter or layer left over in them?"
         )
 
 
@@ -207,111 +202,92 @@ def to_dtype(model: Any, dtype: torch.dtype) -> Any:
         model: Any module.
         dtype: Dtype of its parameters and of the buffers that are saved.
     """
-    saved = model.state_dict(keep_vars=True).keys()
-    computed = {name: value for name, value in model.named_buffers() if name not in saved}
-    model.to(dtype)
-    for name, value in computed.items():
-        owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, value)
+    for tensor in model.state_dict(keep_vars=True).values():
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(dtype)
     return model
 
 
 @contextmanager
-def boundary(what: str, error: type[ValueError] = ValueError, remedy: str = "") -> Iterator[None]:
+def boundary(what: str, remedy: str = "") -> Iterator[None]:
     """Name the checkpoint in whatever a library raises about its files.
 
     Args:
         what: The file, and what is wrong with it.
-        error: What is raised.
         remedy: The end of the message.
     """
     try:
         yield
     except Exception as failure:  # around one checkpoint, whose every field may be wrong
         why = " ".join(str(failure).split())[:2000]
-        raise error(f"{what} ({type(failure).__name__}: {why}){remedy}") from failure
+        raise ModelError(f"{what} ({type(failure).__name__}: {why}){remedy}") from failure
 
 
-def read_config(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+def read_config(path: str | Path) -> Any:
     """The config of a model directory or a hub id.
 
     Raises:
-        ValueError: (or `error`) It is missing, or unknown to transformers and this package, or no
+        ModelError: It is missing, or unknown to transformers and this package, or no
             model can have its numbers.
     """
-    refuse_gguf(Path(path), error)
-    require_place(path, error)
+    refuse_gguf(Path(path))
     if Path(path).is_dir() and (Path(path) / "config.json").exists():
-        read_config_file(Path(path), error)
+        read_config_file(Path(path))
     remedy = (
         "; expected a model directory or a hub id. A directory that a stage writes is there once "
         "that stage has run"
     )
-    with boundary(f"{path}: no readable config.json", error, remedy):
-        return AutoConfig.from_pretrained(path, **SAFE)
+    return _read(AutoConfig, path, "no readable config.json", remedy)
 
 
-def read_tokenizer(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+def read_tokenizer(path: str | Path) -> Any:
     """The tokenizer of a model directory or a hub id.
 
     Raises:
-        ValueError: (or `error`) There is none, or it is damaged.
+        ModelError: There is none, or it is damaged.
     """
-    require_place(path, error)
-    with boundary(f"{path}: no tokenizer beside the weights", error):
-        try:
-            return AutoTokenizer.from_pretrained(path, **SAFE)
-        except (ImportError, ValueError) as failure:
-            if isinstance(failure, ImportError) or "tiktoken" in str(failure):  # tried last
-                raise ImportError(
-                    "its tokenizer is a SentencePiece file, which transformers opens with two "
-                    "packages: pip install protobuf sentencepiece"
-                ) from failure
-            raise
+    return _read(AutoTokenizer, path, "no tokenizer beside the weights")
 
 
-def read_processor(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+def read_processor(path: str | Path) -> Any:
     """The processor of a VLM's directory or hub id, its image processor tried.
 
     Raises:
-        ValueError: (or `error`) There is none, or it is damaged.
+        ModelError: There is none, or it is damaged.
     """
-    require_place(path, error)
-    with boundary(f"{path}: no processor beside the weights", error):
-        processor = AutoProcessor.from_pretrained(path, **SAFE)
+    processor = _read(AutoProcessor, path, "no processor beside the weights")
     if hasattr(processor, "image_processor"):
-        check_image_processor(processor.image_processor, path, error)
+        check_image_processor(processor.image_processor, path)
     return processor
 
 
-def read_image_processor(path: str | Path, error: type[ValueError] = ValueError) -> Any:
+def read_image_processor(path: str | Path) -> Any:
     """The image processor of a model directory or a hub id, tried on two pictures.
 
     Raises:
-        ValueError: (or `error`) There is none, or it is damaged.
+        ModelError: There is none, or it is damaged.
     """
-    remedy = (
-        ". Copy the preprocessor_config.json of the checkpoint that the tower comes from into it."
-    )
-    require_place(path, error)
-    with boundary(f"{path}: no image processor", error, remedy):
-        processor = AutoImageProcessor.from_pretrained(path, **SAFE)
-    check_image_processor(processor, path, error)
+    remedy = ". Copy the preprocessor_config.json of the checkpoint that the tower is from into it."
+    processor = _read(AutoImageProcessor, path, "no image processor", remedy)
+    check_image_processor(processor, path)
     return processor
 
 
-def check_image_processor(
-    processor: Any, path: str | Path, error: type[ValueError] = ValueError
-) -> None:
+def _read(kind: Any, path: str | Path, lacking: str, remedy: str = "") -> Any:
+    require_place(path)
+    with boundary(f"{path}: {lacking}", remedy):
+        return kind.from_pretrained(path, **SAFE)
+
+
+def check_image_processor(processor: Any, path: str | Path) -> None:
     """Refuse an image processor that does not keep black apart from white.
 
     Args:
         processor: A transformers image processor.
         path: Where it is from, for the message.
-        error: What is raised.
 
     Raises:
-        ValueError: (or `error`) It raises, its pictures are not finite or beyond reason in size,
+        ModelError: It raises, its pictures are not finite or beyond reason in size,
             or white is not brighter than black (`image_std` or `rescale_factor` of 0 or below).
     """
     where = f"{path}: its image processor (preprocessor_config.json)"
@@ -320,11 +296,11 @@ def check_image_processor(
         sides = [size.get(key) for key in ("height", "width", "shortest_edge", "longest_edge")]
         for side in (side for side in sides if side is not None):
             if not (isinstance(side, int) and 1 <= side <= _LARGEST_PICTURE_PX):
-                raise error(
+                raise ModelError(
                     f"{where}: {name}: expected sides of 1 to {_LARGEST_PICTURE_PX} px, got {side}"
                 )
     made = []
-    with boundary(f"{where}: cannot be used", error):
+    with boundary(f"{where}: cannot be used"):
         for grey in (0, 255):
             picture = Image.new("RGB", (64, 64), (grey, grey, grey))
             with np.errstate(all="ignore"):
@@ -336,27 +312,24 @@ def check_image_processor(
         changed = step if step.ndim == 4 else step[step != 0]
         good = bool(np.isfinite(made).all() and changed.min() > 1e-3 and changed.max() < 1e4)
     if not good:
-        raise error(
+        raise ModelError(
             f"{where}: white pictures do not come out brighter than black ones ({black.min():.3g} "
             f"to {white.max():.3g}); correct image_mean, image_std and rescale_factor"
         )
 
 
-def four_bits(
-    device: Any = None, error: type[ValueError] = ValueError, *, skip: list[str] | None = None
-) -> dict[str, Any]:
+def four_bits(device: Any = None, *, skip: list[str] | None = None) -> dict[str, Any]:
     """Arguments of `from_pretrained` for NF4 weights, as QLoRA has them (arXiv 2305.14314).
 
     Args:
         device: Where the weights go. None: the CPU.
-        error: What is raised.
         skip: Modules that keep their precision, by name. None: the head.
 
     Raises:
-        ValueError: (or `error`) bitsandbytes is not installed.
+        ModelError: bitsandbytes is not installed.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise error(
+        raise ModelError(
             "load_in_4bit is true, but bitsandbytes is not installed; pip install bitsandbytes, or "
             "leave load_in_4bit out"
         )

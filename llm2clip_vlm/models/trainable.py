@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
@@ -48,10 +49,10 @@ def is_feature_map(tower: nn.Module) -> bool:
 
 
 def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
-    """Find a tower's transformer blocks: its longest list of modules of one class.
+    """Find a model's transformer blocks: the longest list of modules that lies in no other list.
 
     Args:
-        model: The tower, or a model that holds it.
+        model: A tower or a decoder, or a model that holds it.
         part: The tower's name in the model, as recipes know it; empty = the model is the tower.
 
     Returns:
@@ -60,16 +61,16 @@ def block_list(model: nn.Module, part: str = "") -> tuple[str, int]:
     Raises:
         ValueError: There is no such list.
     """
-    lists = {
-        name: len(module)
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.ModuleList, nn.Sequential))
-        and len({type(child) for child in module}) == 1
-        and (not part or matching_prefix(name, [part]))
-    }
+    lists: dict[str, int] = {}
+    for name, module in model.named_modules():
+        kinds = {type(child) for child in module.children()}
+        listed = isinstance(module, nn.Sequential) and len(kinds) == 1
+        listed |= isinstance(module, nn.ModuleList) and len(kinds) > 0
+        inside = any(name.startswith(f"{outer}.") for outer in lists)
+        if listed and not inside and (not part or matching_prefix(name, [part])):
+            lists[name] = len(list(module.children()))
     if not lists:
-        where = f"{part or 'the tower'} of {type(model).__name__}"
-        raise ValueError(f"{where} has no list of blocks, for layer_decay or last_blocks")
+        raise ValueError(f"{part} of {type(model).__name__} has no list of blocks".strip())
     name = max(lists, key=lambda name: lists[name])
     return name, lists[name]
 
@@ -295,26 +296,23 @@ def trainable_table(model: nn.Module, lrs: Mapping[str, float] | None = None) ->
     Returns:
         Lines of equal width, to print at the start of a run.
     """
-    totals: dict[str, list[int]] = {}
-    rates: dict[str, set[float]] = {}
+    total: Counter[str] = Counter()
+    trained: Counter[str] = Counter()
+    rates: dict[str, set[float]] = defaultdict(set)
     for name, parameter in model.named_parameters():
         part = part_name(name).split(".")[0]
         # ZeRO-3 leaves an empty shell and keeps the size beside it
         size = int(getattr(parameter, "ds_numel", parameter.numel()))
-        row = totals.setdefault(part, [0, 0])
-        row[0] += size
-        if not parameter.requires_grad:
-            continue
-        row[1] += size
-        prefix = matching_prefix(name, lrs or {})
-        if lrs and prefix:
-            rates.setdefault(part, set()).add(lrs[prefix])
+        total[part] += size
+        if parameter.requires_grad:
+            trained[part] += size
+            if lrs and (prefix := matching_prefix(name, lrs)):
+                rates[part].add(lrs[prefix])
     rows = [("part", "parameters", "trainable", "lr")]
-    for part, (total, trained) in totals.items():
-        shown = ", ".join(f"{lr:g}" for lr in sorted(rates.get(part, ()))) or "-"
-        rows.append((part, f"{total:,}", f"{trained:,}", shown))
-    sums = [sum(values[i] for values in totals.values()) for i in (0, 1)]
-    rows.append(("total", f"{sums[0]:,}", f"{sums[1]:,}", ""))
+    for part, count in total.items():
+        shown = ", ".join(f"{lr:g}" for lr in sorted(rates[part])) or "-"
+        rows.append((part, f"{count:,}", f"{trained[part]:,}", shown))
+    rows.append(("total", f"{total.total():,}", f"{trained.total():,}", ""))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     return "\n".join(
         f"{a:<{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d:>{widths[3]}}".rstrip()

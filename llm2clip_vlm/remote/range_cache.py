@@ -8,7 +8,6 @@ import os
 import random
 import tempfile
 import zlib
-from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ class RangeCache:
 
     Each is a file that appears whole and ends with a checksum. Room is reserved before anything is
     written, by a lock that all processes share, so that the bound holds at every moment; bytes that
-    a killed process has reserved in vain are found at the next counting.
+    a killed process has reserved in vain are found at the next counting, when the folder is full.
     """
 
     folder: Path
@@ -61,56 +60,49 @@ class RangeCache:
             key: See :meth:`read`.
             data: The bytes.
         """
-        path = self.place(key)
+        path, size = self.place(key), len(data) + _CHECK_BYTES
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            size = len(data) + _CHECK_BYTES
-            if size > self.limit_bytes * _FILLED or not self._reserve(int(key[:2], 16), size):
-                return
-            handle, partial = tempfile.mkstemp(prefix=".", dir=path.parent)
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-                file.write(_checksum(data))
-            os.replace(partial, path)
+            if size <= self.limit_bytes * _FILLED and self._reserve(size):
+                handle, partial = tempfile.mkstemp(prefix=".", dir=path.parent)
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.write(_checksum(data))
+                os.replace(partial, path)
         except OSError as error:
             logger.warning("%s: nothing can be kept there (%s)", self.folder, error)
 
-    def _reserve(self, number: int, size: int) -> bool:
+    def _reserve(self, size: int) -> bool:
         """Count a file in before it is there; older ones make room."""
         handle = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             with suppress(OSError):  # some network file systems lock nothing
                 fcntl.flock(handle, fcntl.LOCK_EX)
-            used = array("q", os.pread(handle, 8 * _FOLDERS, 0))
-            if len(used) < _FOLDERS:
-                counts = (sum(size for _, size, _ in self._files(n)) for n in range(_FOLDERS))
-                used = array("q", counts)
-            if sum(used) + size > self.limit_bytes:
-                self._evict(used, size)
-            fits = sum(used) + size <= self.limit_bytes
-            used[number] += size * fits
-            os.pwrite(handle, used.tobytes(), 0)
+            known = os.pread(handle, 8, 0)
+            used = int.from_bytes(known)
+            if not known or used + size > self.limit_bytes:
+                used = sum(count for n in range(_FOLDERS) for _, count, _ in self._files(n))
+            if used + size > self.limit_bytes:
+                used -= self._evict(used + size - self.limit_bytes * _FILLED)
+            fits = used + size <= self.limit_bytes
+            os.pwrite(handle, (used + size * fits).to_bytes(8), 0)
         finally:
             os.close(handle)
         return fits
 
-    def _evict(self, used: array[int], size: int) -> None:
-        """Remove the oldest quarter of some thousand files, or as many as needed of fewer."""
-        left = random.sample(range(_FOLDERS), _FOLDERS)
-        wanted = self.limit_bytes * _FILLED - size
-        while left and sum(used) + size > self.limit_bytes:
-            seen: list[tuple[int, int, str, int]] = []
+    def _evict(self, wanted: float) -> int:
+        """Free some bytes, the oldest quarter of some thousand files at a time; say how many."""
+        freed, left = 0, random.sample(range(_FOLDERS), _FOLDERS)
+        while left and freed < wanted:
+            seen: list[tuple[int, int, str]] = []
             while left and len(seen) < _LOOKED_AT:
-                number = left.pop()
-                files = [*self._files(number)]
-                used[number] = sum(count for _, count, _ in files)
-                seen += [(*file, number) for file in files]
-            for _, count, path, number in sorted(seen)[: len(seen) // 4 + 1 if left else None]:
-                if sum(used) <= wanted:
-                    return
-                with suppress(OSError):
-                    os.unlink(path)
-                    used[number] -= count
+                seen += self._files(left.pop())
+            for _, count, path in sorted(seen)[: len(seen) // 4 + 1 if left else None]:
+                if freed < wanted:
+                    with suppress(OSError):
+                        os.unlink(path)
+                        freed += count
+        return freed
 
     def _files(self, number: int) -> Iterator[tuple[int, int, str]]:
         """Date of last use, size and path of each file in one of the folders."""

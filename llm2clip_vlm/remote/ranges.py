@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+
+from fsspec.spec import AbstractBufferedFile
 
 from llm2clip_vlm.remote.addresses import (
     AT_ONCE,
@@ -84,7 +84,8 @@ class RemoteFile:
             keep: Look for what is read in the cache, and leave it there.
         """
         assert mode == "rb", mode
-        return io.BufferedReader(_Stream(self, keep), _STREAM_BYTES)
+        stream: IO[bytes] = _Stream(self, keep)
+        return stream
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes from the cache, or fetched and left there.
@@ -135,26 +136,13 @@ File = Path | RemoteFile
 """A data file, here or elsewhere."""
 
 
-class _Stream(io.RawIOBase):
+class _Stream(AbstractBufferedFile):
     def __init__(self, file: RemoteFile, keep: bool) -> None:
-        self._file, self._at = file, 0
         self._read = file.read if keep else file.fetch
+        super().__init__(None, str(file), block_size=_STREAM_BYTES, size=file.state.st_size)
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + (0, self._at, self._file.state.st_size)[whence]
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        count = max(0, min(len(buffer), self._file.state.st_size - self._at))
-        buffer[:count] = self._read(self._at, count)
-        self._at += count
-        return count
+    def _fetch_range(self, start: int, end: int) -> bytes:
+        return self._read(start, end - start)
 
 
 def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
@@ -162,17 +150,21 @@ def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
 
     Args:
         ranges: File, first byte and number of bytes of each; files of this machine have no part.
-            What cannot be fetched is left to its reader, who says so.
+
+    Raises:
+        RemoteError: See :meth:`RemoteFile.fetch`; what waits is not asked for any more.
     """
-
-    def fetch(file: RemoteFile, start: int, size: int) -> None:
-        with suppress(RemoteError):
-            file.read(start, size)
-
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        for file, start, size in ranges:
-            if isinstance(file, RemoteFile) and not file.is_kept(start, size):
-                pool.submit(fetch, file, start, size)
+        fetched = [
+            pool.submit(file.read, start, size)
+            for file, start, size in ranges
+            if isinstance(file, RemoteFile) and not file.is_kept(start, size)
+        ]
+        try:
+            for one in fetched:
+                one.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @lru_cache(maxsize=2048)

@@ -20,6 +20,7 @@ from llm2clip_vlm.data.conversation.instruction import InstructionDataset
 from llm2clip_vlm.data.conversation.messages import build_labels, build_plain_labels, to_messages
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.vlm.generation import Generator
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.clip import ClipTokens
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.models.vlm.building import build_vlm
@@ -288,7 +289,7 @@ def test_named_templates_are_read(tmp_path: Path) -> None:
 def test_tokens_that_a_recipe_lists_stay_whole(
     tiny_clip: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
-    from llm2clip_vlm.models.vlm.building import VlmError, load_vlm, save_vlm
+    from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
 
     listed = ["<box>", "<|system|>"]  # one new, one special in the tokenizer so far
     model, processor = build_vlm(tiny_clip, tiny_llm, extra_tokens=listed)
@@ -301,7 +302,7 @@ def test_tokens_that_a_recipe_lists_stay_whole(
         assert labels.count(tokenizer.eos_token_id) == 1 and labels[-1] == ids[-1]
         assert tokenizer.decode(ids, skip_special_tokens=True).count("<box>") == 1
     for refused in ("</s>", "<image>", " "):
-        with pytest.raises(VlmError, match="extra_tokens"):
+        with pytest.raises(ModelError, match="extra_tokens"):
             build_vlm(tiny_clip, tiny_llm, extra_tokens=[refused])
 
 

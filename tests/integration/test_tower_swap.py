@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from llm2clip_vlm import cli, load_vision_tower
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm
 from tests.integration.test_stage2b import Recipe, data, recipe, run
 from tests.peers import PEERS
 from tests.tiny_towers import CNNS, build_tower
@@ -188,5 +189,5 @@ def test_a_cnn_has_one_layer_and_the_error_says_which(
 ) -> None:
     """Before the language model is read, which here is not even there."""
     tower = build_tower("timm_cnn", tmp_path / "tower")
-    with pytest.raises(VlmError, match=r"put `vlm.vision_feature_layer: -1`"):
+    with pytest.raises(ModelError, match=r"put `vlm.vision_feature_layer: -1`"):
         build_vlm(tower, tmp_path / "absent", vision_feature_layer=layers)

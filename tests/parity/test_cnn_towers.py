@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.convert import convert
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks
 from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
-from llm2clip_vlm.models.vision.towers import TowerError, load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
 from tests.tiny_towers import build_tower
 
@@ -122,19 +122,19 @@ def test_open_clips_convnext_comes_in(tmp_path: Path, open_clip: Any) -> None:
 def test_an_unknown_or_incomplete_cnn_is_refused_or_named(tmp_path: Path, timm: Any) -> None:
     weights = timm.create_model("test_convnext").state_dict()
     torch.save(weights, tmp_path / "convnext.pth")
-    with pytest.raises(InteropError, match=r"timm's convnext_tiny or .* --set architecture=NAME"):
+    with pytest.raises(ModelError, match=r"timm's convnext_tiny or .* --set architecture=NAME"):
         convert(tmp_path / "convnext.pth", tmp_path / "no")
     named = {"architecture": "test_convnext"}
     found = convert(tmp_path / "convnext.pth", tmp_path / "named", settings=named)
     assert found["keys"]["left_out"] == {"visual.head": 2}
     del weights["stages.3.blocks.0.gamma"]
     torch.save(weights, tmp_path / "cut.pth")
-    with pytest.raises(InteropError, match=r"of the last: \['stages.3.blocks.0.gamma'\]"):
+    with pytest.raises(ModelError, match=r"of the last: \['stages.3.blocks.0.gamma'\]"):
         convert(tmp_path / "cut.pth", tmp_path / "no", settings=named)
     torch.save({"_conv_stem.weight": torch.ones(1)}, tmp_path / "lite.pth")
-    with pytest.raises(InteropError, match="do not fit timm's tf_efficientnet_lite0 or"):
+    with pytest.raises(ModelError, match="do not fit timm's tf_efficientnet_lite0 or"):
         convert(tmp_path / "lite.pth", tmp_path / "no")
-    with pytest.raises(InteropError, match="expected image_size or architecture of a CNN, got hid"):
+    with pytest.raises(ModelError, match="expected image_size or architecture of a CNN, got hid"):
         convert(tmp_path / "lite.pth", tmp_path / "no", settings={"hidden_act": "gelu"})
 
 
@@ -179,13 +179,13 @@ def test_any_multiple_of_the_stride_is_a_size(tmp_path: Path) -> None:
     tower = load_vision_tower(folder, image_size_px=48)
     found = tower.model(torch.randn(1, 3, 48, 48)).last_hidden_state
     assert found.shape[1] == tower.num_patches == 36
-    with pytest.raises(TowerError, match="no multiple of"):
+    with pytest.raises(ModelError, match="no multiple of"):
         load_vision_tower(folder, image_size_px=50)
     file = folder / "config.json"
     written = json.loads(file.read_text())
     written["pretrained_cfg"]["input_size"] = [3, 30, 30]
     file.write_text(json.dumps(written))
-    with pytest.raises(TowerError, match="size is a multiple of the stride"):
+    with pytest.raises(ModelError, match="size is a multiple of the stride"):
         load_vision_tower(folder)
     with pytest.raises(ValueError, match="no patches to drop"):
         PatchDropout(tower.model, 0.5, 0)
@@ -216,5 +216,5 @@ def test_a_config_cannot_fetch_or_open_anything(change: dict[str, Any], tmp_path
     folder = build_tower("timm_cnn", tmp_path / "tower")
     file = folder / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    with pytest.raises(TowerError, match=r"has no|is no part of an architecture"):
+    with pytest.raises(ModelError, match=r"has no|is no part of an architecture"):
         load_vision_tower(folder)

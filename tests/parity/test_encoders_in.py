@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModel
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.convert import convert
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.layouts.tables import LAYOUTS, tower_config
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.parity import reference
@@ -233,13 +233,13 @@ def test_clip_tower_hidden_states_are_the_definitions(tmp_path: Path) -> None:
 
 def test_an_activation_without_a_name_is_asked_for(tmp_path: Path) -> None:
     save_file(reference.openai(), tmp_path / "tower.safetensors")
-    with pytest.raises(InteropError, match="--set hidden_act=quick_gelu"):
+    with pytest.raises(ModelError, match="--set hidden_act=quick_gelu"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out")
-    with pytest.raises(InteropError, match="has no field 'hidden_atc'"):
+    with pytest.raises(ModelError, match="has no field 'hidden_atc'"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out", settings={"hidden_atc": "gelu"})
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").touch()
-    with pytest.raises((InteropError, OSError)):
+    with pytest.raises((ModelError, OSError)):
         convert(tmp_path / "tower.safetensors", tmp_path / "here", settings={"hidden_act": "gelu"})
 
 
@@ -249,7 +249,7 @@ def test_a_partial_load_is_an_error_unless_asked_for(tmp_path: Path) -> None:
     weights["visual.blocks.0.gamma_1"] = torch.ones(2)
     weights["visual.norm.weight"] = torch.ones(3)
     torch.save(weights, tmp_path / "w.pt")
-    with pytest.raises(InteropError, match=r"missing 2 \(first: vision_tower.blocks.1.mlp.w1"):
+    with pytest.raises(ModelError, match=r"missing 2 \(first: vision_tower.blocks.1.mlp.w1"):
         convert(tmp_path / "w.pt", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     keys = convert(tmp_path / "w.pt", tmp_path / "out", partial=True)["keys"]
@@ -260,13 +260,13 @@ def test_a_partial_load_is_an_error_unless_asked_for(tmp_path: Path) -> None:
 
 def test_what_is_nothing_known_is_refused(tmp_path: Path) -> None:
     torch.save({"layer.weight": torch.ones(2)}, tmp_path / "openai_clip.pt")
-    with pytest.raises(InteropError, match="no layout of a vision tower"):
+    with pytest.raises(ModelError, match="no layout of a vision tower"):
         convert(tmp_path / "openai_clip.pt", tmp_path / "out")
-    with pytest.raises(InteropError, match="no such file"):
+    with pytest.raises(ModelError, match="no such file"):
         convert(tmp_path / "openai/clip", tmp_path / "out")
     with tarfile.open(tmp_path / "embeddings", "w") as tar:
         tar.addfile(tarfile.TarInfo("0.longSV_captions"))
-    with pytest.raises(InteropError, match="embed build"):
+    with pytest.raises(ModelError, match="embed build"):
         convert(tmp_path / "embeddings", tmp_path / "out")
 
 
@@ -394,7 +394,7 @@ def test_an_incomplete_file_is_named(name: str, tmp_path: Path) -> None:
     weights |= {"logit_scale": torch.tensor(4.2)}
     del weights[name]
     save_file(weights, tmp_path / "w.safetensors")
-    with pytest.raises(InteropError, match=r"w\.safetensors.* missing"):
+    with pytest.raises(ModelError, match=r"w\.safetensors.* missing"):
         convert(tmp_path / "w.safetensors", tmp_path / "out")
 
 
@@ -404,9 +404,9 @@ def test_remote_code_that_cannot_be_shown_or_compared_is_refused(tmp_path: Path)
     config = json.loads(file.read_text())
     config["auto_map"]["AutoModel"] = "somebody/else--modeling_clip.LLM2CLIPModel"
     file.write_text(json.dumps(config))
-    with pytest.raises(InteropError, match=r"another repository, 'somebody/else--modeling"):
+    with pytest.raises(ModelError, match=r"another repository, 'somebody/else--modeling"):
         convert(tmp_path / "release", tmp_path / "out", trust_remote_code=True)
     assert not (tmp_path / "release" / "ran").exists()
     save_file(reference.siglip(), tmp_path / "tower.safetensors")
-    with pytest.raises(InteropError, match="compares an adaptor"):
+    with pytest.raises(ModelError, match="compares an adaptor"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out", trust_remote_code=True)

@@ -15,11 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import AutoModel, CLIPVisionModel
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.certificate import Evidence, certify
 from llm2clip_vlm.interop.command import main
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import FORMATS, export
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.libraries import (
     open_clip_config,
     open_clip_weights,
@@ -236,19 +236,19 @@ def test_llava_takes_a_clip_tower_as_a_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["siglip", "eva02"])
 def test_llava_would_make_another_tower_random(kind: str, tmp_path: Path) -> None:
-    with pytest.raises(InteropError, match="makes every tower a CLIPVisionModel"):
+    with pytest.raises(ModelError, match="makes every tower a CLIPVisionModel"):
         export(stage_2b(kind, tmp_path), "llava", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_tower_without_names_there_and_an_unknown_format_are_refused(tmp_path: Path) -> None:
     folder = build_tower("dinov2", tmp_path / "dino")
-    with pytest.raises(InteropError, match="'dinov2' has no names in open_clip and timm"):
+    with pytest.raises(ModelError, match="'dinov2' has no names in open_clip and timm"):
         export(folder, "timm", tmp_path / "out")
     export(folder, "transformers", tmp_path / "hf")
-    with pytest.raises(InteropError, match="expected one of transformers, llava"):
+    with pytest.raises(ModelError, match="expected one of transformers, llava"):
         export(folder, "gguf", tmp_path / "out")
-    with pytest.raises(InteropError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         export(tmp_path, "timm", tmp_path / "out")
 
 
@@ -270,7 +270,7 @@ def test_a_value_that_is_not_finite_is_no_parity(
     expected: float, got: float, tmp_path: Path
 ) -> None:
     values = [{"logits": torch.tensor([1.0, value])} for value in (expected, got)]
-    with pytest.raises(InteropError, match="logits opened with a test differ by"):
+    with pytest.raises(ModelError, match="logits opened with a test differ by"):
         certify(tmp_path, "export", tmp_path, Evidence("a test", *values))
 
 
@@ -315,7 +315,7 @@ def test_sentence_transformers_in_a_fresh_process(tmp_path: Path, tiny_llm: Path
     want = encoder.encode(["a red dog .", "two blue circles on the left"])
     got = torch.load(tmp_path / "e.pt", weights_only=True)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)  # measured: 0
-    with pytest.raises(InteropError, match="this is a text encoder"):
+    with pytest.raises(ModelError, match="this is a text encoder"):
         export(tmp_path / "run", "timm", tmp_path / "no")
 
 
@@ -336,7 +336,7 @@ def test_a_vlm_is_rounded_and_the_certificate_says_by_how_much(
     }
     assert kinds == {torch.bfloat16}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
-    with pytest.raises(InteropError, match="only a VLM is rounded, this is a tower"):
+    with pytest.raises(ModelError, match="only a VLM is rounded, this is a tower"):
         export(tiny_clip, "transformers", tmp_path / "other", "bfloat16")
 
 

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from llm2clip_vlm.cli import main
 from llm2clip_vlm.evaluation.vlm.jobs import check_checkpoints
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.loading import load_complete, read_config
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.towers import load_vision_tower
@@ -152,9 +152,9 @@ def test_what_would_be_lost_or_is_damaged_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = write(tmp_path / "scaled.gguf", llama(True), extra=True)
-    with pytest.raises(InteropError, match=r"no place there \(rope_freqs\.weight\)"):
+    with pytest.raises(ModelError, match=r"no place there \(rope_freqs\.weight\)"):
         convert(path, tmp_path / "out")
-    with pytest.raises(InteropError, match="expected dtype="):
+    with pytest.raises(ModelError, match="expected dtype="):
         convert(path, tmp_path / "out", settings={"hidden_act": "gelu"})
     (tmp_path / "cut.gguf").write_bytes(path.read_bytes()[:5000])
     assert main(["convert", str(tmp_path / "cut.gguf"), str(tmp_path / "out")]) != 0
@@ -204,5 +204,5 @@ def test_pickled_weights_of_a_language_model_are_written_anew(
 
 
 def test_a_language_model_needs_no_conversion(tiny_llm: Path, tmp_path: Path) -> None:
-    with pytest.raises(InteropError, match="needs no conversion: name it as it is"):
+    with pytest.raises(ModelError, match="needs no conversion: name it as it is"):
         convert(tiny_llm, tmp_path / "out")

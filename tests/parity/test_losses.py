@@ -33,6 +33,8 @@ for loss in (lambda *a: contrastive_loss(*a, gather=world > 1), clip):
     leaves.append(torch.tensor(20.0, requires_grad=True))
     value = loss(*leaves)
     value.backward()
+    if world > 1:  # as DDP does; a rank's own share of it is not defined
+        dist.all_reduce(leaves[2].grad)
     found.append([value.detach(), *(leaf.grad for leaf in leaves)])
 differences = [float((a - b).abs().max()) for a, b in zip(*found)]
 print(json.dumps({"differences": differences, "largest": float(found[1][1].abs().max())}))
@@ -60,5 +62,5 @@ def test_value_and_gradients_are_open_clips(processes: int, tmp_path: Path) -> N
     assert len(lines) == processes
     for line in lines:
         assert line["largest"] > 0.01
-        # Measured, 1 and 2 processes: 0 in the value, at most 4.8e-7 in gradients of up to 4.4.
-        assert max(line["differences"]) < 1e-6
+        # Measured, 1 and 2 processes: 0 in the value, at most 1.2e-6 in gradients of up to 4.4.
+        assert max(line["differences"]) < 5e-6

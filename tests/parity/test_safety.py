@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from llm2clip_vlm import cli
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import read_captions
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.interop.weights import InteropError, read_weights
+from llm2clip_vlm.interop.weights import read_weights
 from llm2clip_vlm.recipe.base import CaptionSource
 from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
 from tests.parity import reference
@@ -41,10 +42,10 @@ class Evil:
 def test_a_pickle_is_never_run(legacy: bool, tmp_path: Path) -> None:
     content = {"visual.conv1.weight": torch.ones(2), "args": Evil(tmp_path)}
     torch.save(content, tmp_path / "w.pt", _use_new_zipfile_serialization=not legacy)
-    with pytest.raises(InteropError, match="nothing of it was run"):
+    with pytest.raises(ModelError, match="nothing of it was run"):
         convert(tmp_path / "w.pt", tmp_path / "out")
     (tmp_path / "bare.pt").write_bytes(pickle.dumps(Evil(tmp_path)))
-    with pytest.raises(InteropError, match="nothing of it was run"):
+    with pytest.raises(ModelError, match="nothing of it was run"):
         convert(tmp_path / "bare.pt", tmp_path / "out")
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "out").exists()
@@ -54,7 +55,7 @@ def test_a_file_that_holds_itself_is_refused(tmp_path: Path) -> None:
     content: dict[str, object] = {"step": 1}
     content["model"] = content
     torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(InteropError, match="expected names and tensors"):
+    with pytest.raises(ModelError, match="expected names and tensors"):
         read_weights(tmp_path / "w.pt")
 
 
@@ -97,7 +98,7 @@ def test_a_truncated_shard_is_refused_before_a_tensor_is_read(
             opened.append(name)
 
     monkeypatch.setattr(weights, "safe_open", Watched)
-    with pytest.raises(InteropError, match=r"b\.safetensors: damaged or cut off"):
+    with pytest.raises(ModelError, match=r"b\.safetensors: damaged or cut off"):
         read_weights(folder)
     assert not opened
 
@@ -109,11 +110,11 @@ def test_a_damaged_pytorch_file_is_refused(legacy: bool, tmp_path: Path) -> None
     whole = file.read_bytes()
     for length in range(0, len(whole), 5):
         file.write_bytes(whole[:length])
-        with pytest.raises(InteropError, match="damaged"):
+        with pytest.raises(ModelError, match="damaged"):
             read_weights(file)
     for place in range(0, len(whole), 5):
         file.write_bytes(whole[:place] + b"\x99" + whole[place + 1 :])
-        with contextlib.suppress(InteropError):  # a changed number is no damage that is seen
+        with contextlib.suppress(ModelError):  # a changed number is no damage that is seen
             read_weights(file)
 
 
@@ -124,7 +125,7 @@ def test_an_index_names_files_of_its_own_folder(name: str, tmp_path: Path) -> No
     text = (folder / "model.safetensors.index.json").read_text()
     text = text.replace('"b.safetensors"', json.dumps(name))
     (folder / "model.safetensors.index.json").write_text(text)
-    with pytest.raises(InteropError, match="no file"):
+    with pytest.raises(ModelError, match="no file"):
         read_weights(folder)
 
 
@@ -174,7 +175,7 @@ def test_an_archive_writes_nothing_outside(kind: str, tmp_path: Path) -> None:
         before = set(tmp_path.rglob("*"))
         try:
             convert(place / "w.pt", place / "out")
-        except InteropError:
+        except ModelError:
             assert not (place / "out").exists()
     else:
         caption = json.dumps({"captions": ["a cat", "a pet"]}).encode()
@@ -183,7 +184,7 @@ def test_an_archive_writes_nothing_outside(kind: str, tmp_path: Path) -> None:
             info.size = len(caption)
             tar.addfile(info, io.BytesIO(caption))
         before = set(tmp_path.rglob("*"))
-        with pytest.raises(InteropError, match="a tar holds no weights"):
+        with pytest.raises(ModelError, match="a tar holds no weights"):
             convert(place / "0.tar", place / "out")
         found = list(read_captions(CaptionSource(path=str(place / "0.tar")), BadRecords(9)))
         assert [record.texts for record in found] in ([], [["a cat", "a pet"]])

@@ -18,9 +18,9 @@ from transformers import (
     pipeline,
 )
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.interop.weights import read_weights
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from tests.tiny import llama_config, llm_tokenizer, write_image
@@ -134,7 +134,7 @@ def test_a_projector_alone_beside_its_tower_and_llm(
         ({}, "--vision-tower"),
         ({"vision_tower": str(tiny_clip)}, "--language"),
     ):
-        with pytest.raises(InteropError, match=f"give {lacking}"):
+        with pytest.raises(ModelError, match=f"give {lacking}"):
             convert(folder / "mm_projector.bin", tmp_path / "out", **given)
     parts = {"vision_tower": str(tiny_clip), "language_model": str(tiny_llm)}
     certificate = convert(folder / "mm_projector.bin", tmp_path / "out", **parts)
@@ -143,7 +143,7 @@ def test_a_projector_alone_beside_its_tower_and_llm(
     assert all(torch.equal(got[name], tensor) for name, tensor in model.state_dict().items())
     del weights["model.mm_projector.2.bias"]
     torch.save(weights, folder / "mm_projector.bin")
-    with pytest.raises(InteropError, match="missing 1"):
+    with pytest.raises(ModelError, match="missing 1"):
         convert(folder / "mm_projector.bin", tmp_path / "bad", **parts)
 
 
@@ -166,7 +166,7 @@ def test_a_tuned_tower_inside_a_llava_checkpoint_is_used(
     config |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "model_type": "llava"}
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "parity.json").unlink()
-    with pytest.raises(InteropError, match=r"give --vision-tower.*openai/clip-vit-large"):
+    with pytest.raises(ModelError, match=r"give --vision-tower.*openai/clip-vit-large"):
         convert(folder, tmp_path / "back")
     certificate = convert(folder, tmp_path / "back", vision_tower=str(tiny_clip))
     assert certificate["keys"]["left_out"] == {"model.language_model": 1, "model.vision_tower": 1}
@@ -195,9 +195,9 @@ def test_llava_hf_comes_in_as_it_lies(vlm: Path, tmp_path: Path) -> None:
 def test_serving_an_eva02_is_refused_and_says_what_is_lost(tiny_llm: Path, tmp_path: Path) -> None:
     tower = build_tower("eva02", tmp_path / "tower")
     folder = make(tower, tiny_llm, tmp_path / "vlm")
-    with pytest.raises(InteropError, match=r"with eva02_clip_vision_model serving is lost"):
+    with pytest.raises(ModelError, match=r"with eva02_clip_vision_model serving is lost"):
         export(folder, "vllm", tmp_path / "out")
-    with pytest.raises(InteropError, match="makes every tower a CLIPVisionModel"):
+    with pytest.raises(ModelError, match="makes every tower a CLIPVisionModel"):
         export(folder, "llava", tmp_path / "out")
     certificate = export(folder, "transformers", tmp_path / "out")
     assert certificate["needs"] == "llm2clip_vlm.register() first"
@@ -215,7 +215,7 @@ def test_llava_takes_one_layer_and_its_own_decoders(
     tiny_clip: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
     folder = make(tiny_clip, tiny_llm, tmp_path / "vlm", vision_feature_layer=[-2, -1])
-    with pytest.raises(InteropError, match="and one layer"):
+    with pytest.raises(ModelError, match="and one layer"):
         export(folder, "llava", tmp_path / "out")
 
 

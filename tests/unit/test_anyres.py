@@ -25,11 +25,10 @@ from llm2clip_vlm.data.conversation.packing import PackedCollator
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.vlm.generation import Generator
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.export import export
-from llm2clip_vlm.interop.keys import InteropError
 from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
-from llm2clip_vlm.models.vision.towers import TowerError
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.lineage import weights_of
 from llm2clip_vlm.recipe.vlm import InstructionSource, VlmSection
 from llm2clip_vlm.runs.manifest import HandoffError
@@ -204,7 +203,7 @@ def test_an_export_has_its_certificate(tmp_path: Path, anyres: tuple[Any, Any]) 
     save_vlm(*anyres, tmp_path / "model")
     certificate = export(tmp_path / "model", "transformers", tmp_path / "out")
     assert certificate["checks"]["logits"]["max_difference"] == 0
-    with pytest.raises(InteropError, match="AnyRes VLM"):
+    with pytest.raises(ModelError, match="AnyRes VLM"):
         export(tmp_path / "model", "vllm", tmp_path / "served")
 
 
@@ -356,17 +355,17 @@ def test_what_anyres_cannot_do_is_refused(
     tmp_path: Path, tiny_clip: Path, tiny_llm: Path, anyres: tuple[Any, Any]
 ) -> None:
     keep: dict[str, Any] = {"image_aspect_ratio": "anyres"}
-    with pytest.raises(VlmError, match="cannot keep their CLS"):
+    with pytest.raises(ModelError, match="cannot keep their CLS"):
         build_vlm(tiny_clip, tiny_llm, vision_feature_select_strategy="full", **keep)
-    with pytest.raises(TowerError, match="multiples of the tower's 32 px"):
+    with pytest.raises(ModelError, match="multiples of the tower's 32 px"):
         build_vlm(tiny_clip, tiny_llm, image_grid_pinpoints=[[32, 50]], **keep)
-    with pytest.raises(TowerError, match="register tokens"):
+    with pytest.raises(ModelError, match="register tokens"):
         build_vlm(build_tower("dinov3", tmp_path / "dino"), tiny_llm, **keep)
     dino = build_tower("dinov2", tmp_path / "dinov2")
     values = json.loads((dino / "preprocessor_config.json").read_text())
     values["crop_size"] = {"height": 24, "width": 24}
     (dino / "preprocessor_config.json").write_text(json.dumps(values))
-    with pytest.raises(TowerError, match="set image_size_px to 32"):
+    with pytest.raises(ModelError, match="set image_size_px to 32"):
         build_vlm(dino, tiny_llm, **keep)
     build_vlm(dino, tiny_llm, image_size_px=32, **keep)
     with pytest.raises(ValueError, match="image_grid_pinpoints: expected image_aspect_ratio"):

@@ -13,10 +13,11 @@ from transformers import (
     LlavaNextForConditionalGeneration,
 )
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
 from llm2clip_vlm.models.vlm import building as vlm
 from llm2clip_vlm.models.vlm import composing
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from tests.tiny_llms import NAMES, build_family, is_tiny
 
@@ -107,7 +108,7 @@ def test_what_llava_cannot_hold_is_refused_by_name(
 ) -> None:
     """A cap of 30 does not show in the logits of an untrained model, and is found all the same."""
     build_family(family, tmp_path, **config)
-    with pytest.raises(VlmError, match=f"{family} would lose .*differ by") as error:
+    with pytest.raises(ModelError, match=f"{family} would lose .*differ by") as error:
         build_vlm(tiny_clip, tmp_path)
     assert "final_logit_softcapping: " in str(error.value)
     build_family(family, tmp_path, final_logit_softcapping=None)
@@ -122,7 +123,7 @@ def test_what_llava_cannot_run_is_refused_by_name(
     family: str, tiny_clip: Path, tmp_path: Path
 ) -> None:
     build_family(family, tmp_path)
-    with pytest.raises(VlmError, match=f"LLaVA cannot run a {family} "):
+    with pytest.raises(ModelError, match=f"LLaVA cannot run a {family} "):
         build_vlm(tiny_clip, tmp_path)
 
 
@@ -132,7 +133,7 @@ def test_a_decoder_that_looks_words_up_by_their_embeddings_is_refused(
     """Gemma 4's small ones: text alone is right, and pictures would crash."""
     per_layer = {"hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 136}
     build_family("gemma4_text", tmp_path, **per_layer)
-    with pytest.raises(VlmError, match=r"LLaVA cannot run a gemma4_text \(.*inputs_embeds"):
+    with pytest.raises(ModelError, match=r"LLaVA cannot run a gemma4_text \(.*inputs_embeds"):
         build_vlm(tiny_clip, tmp_path)
 
 
@@ -158,7 +159,7 @@ def test_what_was_saved_must_compute_the_same(
         return again, other
 
     monkeypatch.setattr(vlm, "load_vlm", load_changed)
-    with pytest.raises(VlmError, match="loaded again it computes something else: they differ by"):
+    with pytest.raises(ModelError, match="loaded again it computes something else: they differ by"):
         save_vlm(model, processor, tmp_path)
 
 
@@ -192,7 +193,7 @@ def test_every_family_keeps_its_logits_or_is_refused(
     llm = build_family(family, tmp_path / "llm")
     try:
         model, processor = build_vlm(tiny_clip, llm)
-    except VlmError:
+    except ModelError:
         return
     save_vlm(model, processor, tmp_path / "vlm")
     plain: Any = LlavaForConditionalGeneration.from_pretrained(tmp_path / "vlm").eval()
@@ -261,7 +262,7 @@ def test_new_words_are_the_mean_of_the_old_and_layers_end_where_the_tower_does(
         built = build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layer)[0]
         assert built.config.vision_feature_layer == layer
     for layer in (-5, 4):
-        with pytest.raises(VlmError, match="has 4 hidden states"):
+        with pytest.raises(ModelError, match="has 4 hidden states"):
             build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layer)
 
 

@@ -63,7 +63,7 @@ kinds = ("contrastive", "several", "hard", "sigmoid")
 for name in ("caption", "full", *kinds, *(kind + "-chunked" for kind in kinds)):
     model.zero_grad()
     name, chunked = name.removesuffix("-chunked"), name.endswith("-chunked")
-    losses.DENSE_LOGITS = 24 // world_size() if chunked else 2**22
+    losses.CHUNK_LOGITS = 24 // world_size() if chunked else 2**22
     texts = {"several": y2[mine2], "sigmoid": y2[mine2], "hard": torch.cat([y[mine], z[mine]])}
     image, text, scale = model(x[mine], texts.get(name, y[mine]))
     if name == "contrastive":

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from llm2clip_vlm.data.conversation.packing import PackedCollator
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import difference, logits_of
 from llm2clip_vlm.models.vlm import document_attention
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm
 from llm2clip_vlm.models.vlm.document_attention import (
     NAME,
     install_document_attention,
@@ -154,7 +155,7 @@ def test_every_family_packs_exactly_or_says_that_it_does_not(
         pytest.skip("no tiny one is known")
     try:
         model: Any = build_vlm(tiny_clip, build_family(family, tmp_path))[0]
-    except VlmError:
+    except ModelError:
         return
     leak = install_packing(model)
     assert (leak is None) == (packed_difference(model) is None), leak

@@ -18,9 +18,9 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, BertConfig, BertModel, Qwen3Config, Qwen3Model
 
-from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
-from llm2clip_vlm.models.text.embedder import read_embedder
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.text_encoder_settings import read_embedder
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
 from tests.tiny import llm_tokenizer, word_tokenizer
 from tests.unit.test_text_encoder import build
@@ -170,7 +170,7 @@ def test_an_embedder_takes_stage_1s_place(
     again = TextEncoder.from_pretrained(tmp_path)
     torch.testing.assert_close(again.encode(TEXTS), expected, atol=1e-5, rtol=0)
     assert again.fingerprint == encoder.fingerprint
-    with pytest.raises(TextEncoderError, match=r"pooling is .*leave pooling out"):
+    with pytest.raises(ModelError, match=r"pooling is .*leave pooling out"):
         TextEncoder.from_pretrained(root / name, pooling="eos")
 
 
@@ -265,5 +265,5 @@ def test_embedder_files(tmp_path: Path) -> None:
     ],
 )
 def test_embedders_that_are_refused(tmp_path: Path, files: dict[str, Any], message: str) -> None:
-    with pytest.raises(TextEncoderError, match=message):
+    with pytest.raises(ModelError, match=message):
         read_embedder(write_embedder(tmp_path, **files))

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModel
 
 import llm2clip_vlm
 from llm2clip_vlm.interop.keys import translate
-from llm2clip_vlm.interop.layouts.eva02 import EVA02
+from llm2clip_vlm.interop.layouts.vits import EVA02
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 
 SIZES = pytest.mark.parametrize("size", [224, 336])

@@ -128,7 +128,7 @@ def test_a_tower_that_lacks_something_is_told_all_of_it(
         delattr(model.config, name)
     monkeypatch.setattr(towers, "register", lambda: {"patch_mlp": lambda path, dtype: model})
     monkeypatch.setattr(towers, "AutoModel", SimpleNamespace(_model_mapping={}))
-    with pytest.raises(towers.TowerError) as refused:
+    with pytest.raises(towers.ModelError) as refused:
         load_vision_tower(installed)
     for told in ("no image_size", "no patch_size", "AutoConfig and AutoModel", "tower_package"):
         assert told in str(refused.value)

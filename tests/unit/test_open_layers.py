@@ -12,8 +12,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.text import text_encoder
-from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
 from llm2clip_vlm.models.text.open_layers import attention_kind, layers_see_behind
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.training.text.embedder_export import export_sentence_transformers
@@ -67,7 +67,7 @@ def test_one_closed_layer_among_open_ones_is_found(tmp_path: Path) -> None:
         return whole(hidden_states, attention_mask=mask, **more)
 
     attention.forward = causal
-    with pytest.raises(TextEncoderError, match=r"1 of 5 layers.*layers\.3 \(LlamaDecoderLayer\)"):
+    with pytest.raises(ModelError, match=r"1 of 5 layers.*layers\.3 \(LlamaDecoderLayer\)"):
         encoder.check_attention()
 
 
@@ -75,7 +75,7 @@ def test_a_hybrid_is_refused_or_said_to_be_partial(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     llm = build_family("qwen3_5_text", tmp_path / "llm")
-    with pytest.raises(TextEncoderError, match=r"1 of 2 layers.*0 \(linear.*bidirectional: part"):
+    with pytest.raises(ModelError, match=r"1 of 2 layers.*0 \(linear.*bidirectional: part"):
         TextEncoder.from_pretrained(llm)
     with caplog.at_level(logging.WARNING):
         encoder = TextEncoder.from_pretrained(llm, bidirectional="partial")
@@ -85,7 +85,7 @@ def test_a_hybrid_is_refused_or_said_to_be_partial(
     assert saved["bidirectional"] == encoder.fingerprint["bidirectional"] == "partial"
     again = TextEncoder.from_pretrained(tmp_path / "saved")
     torch.testing.assert_close(again.encode(TEXTS), encoder.encode(TEXTS))
-    with pytest.raises(TextEncoderError, match=r"bidirectional is 'partial' in"):
+    with pytest.raises(ModelError, match=r"bidirectional is 'partial' in"):
         TextEncoder.from_pretrained(tmp_path / "saved", bidirectional=True)
     TextEncoder.from_pretrained(llm, bidirectional=False)
 
@@ -103,7 +103,7 @@ def test_a_hybrid_is_refused_or_said_to_be_partial(
 def test_what_cannot_be_is_refused_by_name(
     tmp_path: Path, name: str, asked: Any, message: str
 ) -> None:
-    with pytest.raises(TextEncoderError, match=message):
+    with pytest.raises(ModelError, match=message):
         TextEncoder.from_pretrained(build_family(name, tmp_path), bidirectional=asked)
 
 
@@ -117,7 +117,7 @@ def test_a_vector_that_depends_on_its_neighbours_is_refused(
         return whole(attention_mask=torch.ones_like(attention_mask), **inputs)
 
     monkeypatch.setattr(encoder.backbone, "forward", blind)
-    with pytest.raises(TextEncoderError, match="beside longer ones, in LlamaModel: expected equal"):
+    with pytest.raises(ModelError, match="beside longer ones, in LlamaModel: expected equal"):
         encoder.check_attention()
 
 
@@ -167,7 +167,7 @@ def test_every_family_has_equal_vectors_or_is_refused(name: str, tmp_path: Path)
     for asked in (True, "partial", False):
         try:
             encoder = TextEncoder.from_pretrained(llm, bidirectional=asked)
-        except TextEncoderError:
+        except ModelError:
             continue
         embeds = encoder.encode(TEXTS)
         alone = torch.cat([encoder.encode([text]) for text in TEXTS])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from llm2clip_vlm.interop.keys import InteropError
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.push import push
 from llm2clip_vlm.runs.card import CARD_NAME, write_card
 from llm2clip_vlm.runs.hashes import HandoffError
@@ -160,20 +160,20 @@ def test_a_model_arrives_whole(hub: Hub, tower: Path) -> None:
 def test_what_arrives_changed_is_noticed(hub: Hub, tower: Path) -> None:
     for name in ("model.safetensors", "config.json"):
         hub.garbles = name
-        with pytest.raises(InteropError, match=rf"{name} arrived changed"):
+        with pytest.raises(ModelError, match=rf"{name} arrived changed"):
             push(tower, "us/tower")
 
 
 def test_the_hubs_refusal_is_one_message(hub: Hub, tower: Path) -> None:
     hub.refuses = True
-    with pytest.raises(InteropError, match=r"us/tower: the hub says: .*403"):
+    with pytest.raises(ModelError, match=r"us/tower: the hub says: .*403"):
         push(tower, "us/tower")
 
 
 def test_what_is_not_fit_is_refused_before_anything_is_sent(
     hub: Hub, tower: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(match: str, error: type[ValueError] = InteropError) -> None:
+    def refused(match: str, error: type[ValueError] = ModelError) -> None:
         with pytest.raises(error, match=match):
             push(tower, "us/tower")
         assert not hub.made
@@ -191,7 +191,7 @@ def test_what_is_not_fit_is_refused_before_anything_is_sent(
     (tower / CARD_NAME).unlink()
     refused(r"no model card")
     (tower / CARD_NAME).write_text(card)
-    with pytest.raises(InteropError, match="name one of its models: tower"):
+    with pytest.raises(ModelError, match="name one of its models: tower"):
         push(tower.parent, "us/tower")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     refused("hf auth login")

@@ -219,7 +219,10 @@ def test_a_batch_is_fetched_beside_each_other(store: Path, tmp_path: Path) -> No
         )
         faults.always = "503"
         assert len(content(records[:ROWS])) == ROWS
-        records.fetch_ahead(range(ROWS, 2 * ROWS))  # its reader says what is wrong
+        asked = faults.seen["RANGE"]
+        with pytest.raises(RemoteError, match=r"01\.tar: bytes .*after 8 tries"):
+            records.fetch_ahead(range(ROWS, ROWS + 2))
+        assert faults.seen["RANGE"] == asked + 2 * addresses.ATTEMPTS  # no reader tries it again
 
 
 def test_what_is_missing_is_named_without_fetching(store: Path) -> None:
@@ -414,4 +417,4 @@ def test_a_file_skips_what_is_far(store: Path, tmp_path: Path) -> None:
             assert handle.read(9) == data[:9]
             handle.seek(len(data) - 8)
             assert handle.read() == data[-8:] and handle.read(1) == b""
-        assert faults.seen["RANGE"] == 2 and faults.bytes == ranges._STREAM_BYTES + 8
+        assert faults.seen["RANGE"] == 2 and faults.bytes == ranges._STREAM_BYTES + 9 + 8

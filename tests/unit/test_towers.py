@@ -26,11 +26,12 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models import llm2clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused
 from llm2clip_vlm.models.vision.resolution import resize_positions
-from llm2clip_vlm.models.vision.towers import TowerError, load_vision_tower
+from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.training.adapters import add_lora
 from llm2clip_vlm.training.export import export_vision_tower
@@ -193,7 +194,7 @@ def test_a_smaller_grid_averages() -> None:
 
 
 def test_a_size_between_patches_is_refused(tiny_clip: Path) -> None:
-    with pytest.raises(TowerError, match="36 is no multiple"):
+    with pytest.raises(ModelError, match="36 is no multiple"):
         load_vision_tower(tiny_clip, image_size_px=36)
 
 
@@ -237,7 +238,7 @@ def test_dino_takes_the_size_of_its_processor(tmp_path: Path) -> None:
     tower = load_vision_tower(tmp_path)
     assert (tower.image_size_px, tower.num_patches) == (24, 9)
     path.write_text(json.dumps(values | {"crop_size": {"height": 28, "width": 28}}))
-    with pytest.raises(TowerError, match="28 px images, the tower expects a multiple of its 8 px"):
+    with pytest.raises(ModelError, match="28 px images, the tower expects a multiple of its 8 px"):
         load_vision_tower(tmp_path)
 
 
@@ -281,13 +282,13 @@ def test_another_package_adds_a_tower(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "other_package", sys.modules[__name__])
     OtherTower(OtherConfig()).save_pretrained(tmp_path)
     SiglipImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(tmp_path)
-    with pytest.raises(TowerError, match="'other_tower' is not a known vision tower"):
+    with pytest.raises(ModelError, match="'other_tower' is not a known vision tower"):
         load_vision_tower(tmp_path)
     install("other_package:load_other")
     tower = load_vision_tower(tmp_path)
     assert (tower.num_patches, tower.hidden_size, tower.has_cls_token) == (4, 4, False)
     monkeypatch.setattr(OtherTower, "broken", True)
-    with pytest.raises(TowerError, match="OtherTower gives no hidden_states"):
+    with pytest.raises(ModelError, match="OtherTower gives no hidden_states"):
         load_vision_tower(tmp_path)
     install("other_package:missing")
     with pytest.raises(ValueError, match="'other_tower' of another package"):
@@ -295,7 +296,7 @@ def test_another_package_adds_a_tower(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_language_model_is_no_tower(tiny_llm: Path) -> None:
-    with pytest.raises(TowerError, match="'llama' is not a known vision tower"):
+    with pytest.raises(ModelError, match="'llama' is not a known vision tower"):
         load_vision_tower(tiny_llm)
 
 
@@ -304,7 +305,7 @@ def test_missing_weights_are_refused(tiny_clip: Path, tmp_path: Path) -> None:
     weights = load_file(tmp_path / "clip" / "model.safetensors")
     del weights["vision_model.encoder.layers.1.mlp.fc1.weight"]
     save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(TowerError, match=r"1 weights .*encoder\.layers\.1\.mlp\.fc1\.weight"):
+    with pytest.raises(ModelError, match=r"1 weights .*encoder\.layers\.1\.mlp\.fc1\.weight"):
         load_vision_tower(tmp_path / "clip")
 
 
@@ -313,7 +314,7 @@ def test_weights_of_another_size_are_refused(tiny_clip: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "clip" / "config.json").read_text())
     config["vision_config"]["intermediate_size"] = 48
     (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TowerError, match=r"do not fit|another shape"):
+    with pytest.raises(ModelError, match=r"do not fit|another shape"):
         load_vision_tower(tmp_path / "clip")
 
 
@@ -327,7 +328,7 @@ def test_weights_of_another_size_are_refused(tiny_clip: Path, tmp_path: Path) ->
 def test_missing_files_are_named(tiny_clip: Path, tmp_path: Path, name: str, message: str) -> None:
     shutil.copytree(tiny_clip, tmp_path / "clip")
     (tmp_path / "clip" / name).unlink()
-    with pytest.raises(TowerError, match=message):
+    with pytest.raises(ModelError, match=message):
         load_vision_tower(tmp_path / "clip")
 
 
@@ -337,5 +338,5 @@ def test_processor_of_another_size_is_refused(tiny_clip: Path, tmp_path: Path) -
     config = json.loads(path.read_text())
     config["crop_size"] = {"height": 24, "width": 24}
     path.write_text(json.dumps(config))
-    with pytest.raises(TowerError, match="makes 24 px images, the tower expects 32 px"):
+    with pytest.raises(ModelError, match="makes 24 px images, the tower expects 32 px"):
         load_vision_tower(tmp_path / "clip")

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
-from llm2clip_vlm.models.vlm.building import VlmError, build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
@@ -79,5 +80,5 @@ def test_another_resolution(tiny_clip: Path, tiny_llm: Path) -> None:
 def test_a_layer_that_does_not_exist_is_refused(
     layers: list[int], tiny_clip: Path, tiny_llm: Path
 ) -> None:
-    with pytest.raises(VlmError, match="has 4 hidden states"):
+    with pytest.raises(ModelError, match="has 4 hidden states"):
         build_vlm(tiny_clip, tiny_llm, vision_feature_layer=layers)

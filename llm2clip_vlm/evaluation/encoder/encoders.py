@@ -148,7 +148,7 @@ def load_encoder(
         batch_size: Images a forward pass.
 
     Raises:
-        TowerError: No vision tower.
+        ModelError: No vision tower.
         HandoffError: The model was trained against another text encoder.
         ValueError: Weights of the whole model are missing.
     """

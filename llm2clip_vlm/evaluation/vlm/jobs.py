@@ -190,6 +190,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
 
     Raises:
         EvaluationError: One is not there, or its name is no file name.
+        ModelError: It is a GGUF file.
     """
     for name, folder in checkpoints.items():
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
@@ -197,7 +198,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
         if not (Path(folder) / "config.json").is_file():
             from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 
-            refuse_gguf(Path(folder), EvaluationError)
+            refuse_gguf(Path(folder))
             raise EvaluationError(
                 f"checkpoint {name}: expected a model directory at {folder}, found no "
                 "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from llm2clip_vlm.interop.keys import InteropError, Row, row
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.keys import Row, row
 
 _FIRST_BLOCK = re.compile(r"((?:.+\.)?text_adapt[eo]r\.(?:.+\.)?)0\.fn\.0\.weight")
 
@@ -60,7 +61,7 @@ def adaptor_sizes(weights: Mapping[str, Tensor], prefix: str, where: str) -> dic
     num_blocks = sum(name.startswith(prefix) and name.endswith(".fn.0.weight") for name in weights)
     head = f"{prefix}{num_blocks + 1}.weight"
     if head not in weights:
-        raise InteropError(f"{where}: {head} is missing; is the file complete?")
+        raise ModelError(f"{where}: {head} is missing; is the file complete?")
     hidden, width = weights[prefix + "0.fn.0.weight"].shape
     return {
         "text_embed_dim": width,

@@ -13,16 +13,13 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, PreTrainedConfig, SiglipVisionConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from llm2clip_vlm.interop.keys import InteropError, Row, row
-from llm2clip_vlm.interop.layouts.eva02 import EVA02
-from llm2clip_vlm.interop.layouts.openai_clip import OPENAI_CLIP
-from llm2clip_vlm.interop.layouts.timm_vit import CLIP_TIMM, SIGLIP_TIMM
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.keys import Row
+from llm2clip_vlm.interop.layouts.vits import CLIP_TIMM, EVA02, OPENAI_CLIP, SAME, SIGLIP_TIMM
 from llm2clip_vlm.models.loading import read_image_processor
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig
 from llm2clip_vlm.models.vision.resolution import image_processor_class
 from llm2clip_vlm.models.vision.timm_vision import timm_image_processor
-
-_HF = (row("visual.head.{p}", "visual_projection.{p}"), row("visual.{any}", "vision_tower.{any}"))
 
 
 @dataclass(frozen=True)
@@ -52,8 +49,10 @@ LAYOUTS = {
     ),
     # timm computes GELU exactly where Google's SigLIP approximates it, and LLM2CLIP trained so.
     "siglip_timm": Layout(("attn_pool.latent",), SIGLIP_TIMM, SiglipVisionConfig, "gelu"),
-    "clip_hf": Layout(("embeddings.class_embedding", "pre_layrnorm.weight"), _HF, CLIPVisionConfig),
-    "siglip_hf": Layout(("head.probe",), _HF, SiglipVisionConfig, "gelu_pytorch_tanh"),
+    "clip_hf": Layout(
+        ("embeddings.class_embedding", "pre_layrnorm.weight"), SAME, CLIPVisionConfig
+    ),
+    "siglip_hf": Layout(("head.probe",), SAME, SiglipVisionConfig, "gelu_pytorch_tanh"),
 }
 """By name; the first that has all its marks is taken."""
 
@@ -78,12 +77,12 @@ def recognise(names: set[str], where: str) -> tuple[str, Layout]:
         where: For the message.
 
     Raises:
-        InteropError: None of the layouts.
+        ModelError: None of the layouts.
     """
     for name, layout in LAYOUTS.items():
         if all("visual." + mark in names for mark in layout.marks):
             return name, layout
-    raise InteropError(
+    raise ModelError(
         f"{where}: no layout of a vision tower or a VLM that is known here; expected the weights "
         f"of one of {', '.join(LAYOUTS)}, LLaVA or llava-hf, got {len(names)} names such as "
         f"{sorted(names)[:3]}"
@@ -102,7 +101,7 @@ def tower_config(
         where: For messages.
 
     Raises:
-        InteropError: A weight is missing, a given field does not exist, or the activation is known
+        ModelError: A weight is missing, a given field does not exist, or the activation is known
             to nobody.
     """
     kind = layout.config.model_type
@@ -110,7 +109,7 @@ def tower_config(
     start = "vision_tower."
     tower = {name[len(start) :]: t for name, t in weights.items() if name.startswith(start)}
     if lacking := [name for name in _SIZES[kind] if name not in tower]:
-        raise InteropError(f"{where}: {lacking[0]} is missing; is the file complete?")
+        raise ModelError(f"{where}: {lacking[0]} is missing; is the file complete?")
     width, channels, side, _ = tower[patch].shape
     numbers = (re.search(r"(?:layers|blocks)\.(\d+)\.", name) for name in tower)
     grid = math.isqrt(tower[positions].shape[-2])
@@ -127,10 +126,10 @@ def tower_config(
     if layout.activation is not None:
         values["hidden_act"] = layout.activation
     if unknown := [name for name in given if not hasattr(layout.config(), name)]:
-        raise InteropError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
+        raise ModelError(f"{where}: {layout.config.__name__} has no field {unknown[0]!r}")
     values |= given
     if layout.config is CLIPVisionConfig and "hidden_act" not in values:
-        raise InteropError(
+        raise ModelError(
             f"{where}: the file does not say which activation its tower was trained with; add "
             "`--set hidden_act=quick_gelu` (OpenAI, LLM2CLIP, DFN, MetaCLIP) or `hidden_act=gelu` "
             "(LAION, DataComp)"

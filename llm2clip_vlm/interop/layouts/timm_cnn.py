@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llm2clip_vlm.interop.certificate import Evidence, features_of, fixed_pixels
-from llm2clip_vlm.interop.keys import InteropError, KeyReport
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.certificate import Evidence, features_of
+from llm2clip_vlm.interop.keys import KeyReport
 from llm2clip_vlm.interop.layouts import official
 from llm2clip_vlm.interop.layouts.tables import image_processor
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.vision.timm_library import import_timm
 from llm2clip_vlm.models.vision.timm_vision import create_timm, timm_config, tower_of_weights
 from llm2clip_vlm.models.vision.towers import load_vision_tower
@@ -25,10 +27,7 @@ from llm2clip_vlm.training.export import export_vision_tower
 
 _LITE = tuple(f"tf_efficientnet_lite{size}" for size in range(5))
 _CONVNEXT = tuple(f"convnext_{size}" for size in "tiny small base large xlarge xxlarge".split())
-_MARKS = {
-    "visual._conv_stem.weight": _LITE,
-    "visual.stages.0.blocks.0.conv_dw.weight": _CONVNEXT,
-}
+_MARKS = {"visual._conv_stem.weight": _LITE, "visual.stages.0.blocks.0.conv_dw.weight": _CONVNEXT}
 """A weight's name to the architectures that have it; the first with all shapes is taken."""
 
 _OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2"}
@@ -73,11 +72,11 @@ def convert_cnn(
         Pooled features, beside those of the library that the weights are for.
 
     Raises:
-        InteropError: No architecture has these weights, an unknown setting, or a size that is no
+        ModelError: No architecture has these weights, an unknown setting, or a size that is no
             multiple of the stride.
     """
     if unknown := sorted(settings.keys() - {"image_size", "architecture"}):
-        raise InteropError(
+        raise ModelError(
             f"{source}: --set: expected image_size or architecture of a CNN, got {unknown[0]}"
         )
     vision = beside.get("model_cfg", {}).get("vision_cfg", {})
@@ -97,14 +96,14 @@ def convert_cnn(
             break
     else:
         odd = sorted(tensors.keys() ^ want.keys())[:3]
-        raise InteropError(
+        raise ModelError(
             f"{source}: {len(kept)} weights do not fit timm's {' or '.join(candidates)} (of the "
             f"last: {odd or 'shapes'}). Is the file complete? Another net: --set architecture=NAME"
         )
     cfg = dict(inner.pretrained_cfg)
     side = settings.get("image_size", vision.get("image_size", cfg["input_size"][-1]))
     written = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, side, side]}}
-    config = timm_config(written, source, InteropError)
+    config = timm_config(written, source)
     model = tower_of_weights(
         config, {f"timm_model.{name}": t for name, t in tensors.items()}, source
     )

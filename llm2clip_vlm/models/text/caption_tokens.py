@@ -20,14 +20,11 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat.labels import user_turn
 from llm2clip_vlm.chat.text_tokens import control_notice, text_ids, text_tokens
+from llm2clip_vlm.hub import ModelError
 
 PASS_TOKENS = 128
 """Tokens that take as long as the fixed cost of one more forward pass, about."""
 _BLOCK = 4096
-
-
-class TextEncoderError(ValueError):
-    """A language model cannot serve as the text encoder that was asked for."""
 
 
 class CaptionTokenizer:
@@ -49,7 +46,7 @@ class CaptionTokenizer:
             sentence-transformers.
 
     Raises:
-        TextEncoderError: `max_length_tokens` leaves no room for a text, what the tokenizer adds
+        ModelError: `max_length_tokens` leaves no room for a text, what the tokenizer adds
             cannot be separated from the text, or it has no eos to append.
 
     Paper: LLM2CLIP released code (instruction and header left out of the mean, eot kept in it).
@@ -86,7 +83,7 @@ class CaptionTokenizer:
         behind = self.ids(self.turn[1]) + behind
         if pooling == "eos":
             if tokenizer.eos_token_id is None:
-                raise TextEncoderError("pooling is 'eos', but the tokenizer has no eos token")
+                raise ModelError("pooling is 'eos', but the tokenizer has no eos token")
             behind = behind + [tokenizer.eos_token_id] * (behind[-1:] != [tokenizer.eos_token_id])
         self.front: list[int] = front
         """Tokens before every text."""
@@ -96,7 +93,7 @@ class CaptionTokenizer:
         """Tokens before a text are no part of its vector."""
         self._room = max_length_tokens - len(front) - len(behind)
         if self._room < 1:
-            raise TextEncoderError(
+            raise ModelError(
                 f"max_length_tokens is {max_length_tokens}, but instruction and special tokens "
                 f"alone take {len(front) + len(behind)}; raise it"
             )
@@ -118,7 +115,7 @@ class CaptionTokenizer:
         counted in :attr:`num_truncated`.
 
         Raises:
-            TextEncoderError: A text has no token.
+            ModelError: A text has no token.
         """
         tokens: list[list[int]] = []
         for start in range(0, len(texts), _BLOCK):
@@ -127,7 +124,7 @@ class CaptionTokenizer:
             self.control.update(text_tokens(self.tokenizer).count(block))
             for text, ids in zip(block, encoded, strict=True):
                 if not ids:
-                    raise TextEncoderError(f"the text {text!r} has no token; leave it out")
+                    raise ModelError(f"the text {text!r} has no token; leave it out")
                 self.num_truncated += len(ids) > self._room
                 self.longest = max(self.longest, len(self.front) + len(ids) + len(self.behind))
                 tokens.append([*self.front, *ids[: self._room], *self.behind])
@@ -160,12 +157,12 @@ class CaptionTokenizer:
                 its length. A text that no longer fits is cut.
 
         Raises:
-            TextEncoderError: The prompt leaves no room for a text, or all tokens are pooled.
+            ModelError: The prompt leaves no room for a text, or all tokens are pooled.
         """
         if self.joined:
-            raise TextEncoderError("an embedder pools all tokens: leave the source's prompts out")
+            raise ModelError("an embedder pools all tokens: leave the source's prompts out")
         if len(prompt) >= self._room:
-            raise TextEncoderError(
+            raise ModelError(
                 f"a prompt takes {len(prompt)} of the {self._room} tokens that max_length_tokens "
                 "leaves for prompt and text; raise it"
             )
@@ -193,10 +190,10 @@ class CaptionTokenizer:
             where: Directory of the tokenizer.
 
         Raises:
-            TextEncoderError: This tokenizer has another fingerprint.
+            ModelError: This tokenizer has another fingerprint.
         """
         if (got := self.fingerprint()) != fingerprint:
-            raise TextEncoderError(
+            raise ModelError(
                 f"{where}: text_tokenizer is {got} as transformers {transformers.__version__} "
                 f"loads it, expected {fingerprint}; use the version that saved it, or a model with "
                 "its own architecture's tokenizer"
@@ -267,7 +264,7 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list
     for start in range(len(full) - len(bare) + 1):
         if full[start : start + len(bare)] == bare:
             return full[:start], full[start + len(bare) :]
-    raise TextEncoderError(
+    raise ModelError(
         f"the tokenizer turns 'a' into {bare}, but into {full} with special tokens; expected the "
         "former inside the latter"
     )

@@ -16,7 +16,8 @@ from einops import repeat
 from torch import nn
 from transformers import __version__
 
-from llm2clip_vlm.models.text.caption_tokens import TextEncoderError
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models.trainable import block_list
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,8 @@ def layers_see_behind(model: Any) -> dict[str, set[bool]]:
         `{True}` is open, `{False}` causal, both means that it depends on the padding, none that
         its input cannot be recognised.
     """
-    stack, layers = _layers(model)
+    stack, _ = block_list(model)
+    layers = model.get_submodule(stack)
     kinds = getattr(model.config, "layer_types", None) or [type(layer).__name__ for layer in layers]
     named = [
         (f"{stack}.{number} ({kind})", layer)
@@ -108,7 +110,7 @@ def turned(model: Any, bidirectional: bool) -> Iterator[None]:
         bidirectional: Its attention meanwhile.
 
     Raises:
-        TextEncoderError: It cannot be that.
+        ModelError: It cannot be that.
     """
     before = model.config.is_causal
     try:
@@ -145,13 +147,13 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
         wanted: What it should be; `partial` has the layers that stay causal logged.
 
     Raises:
-        TextEncoderError: Names the layers.
+        ModelError: Names the layers.
     """
     text = f"bidirectional is {wanted}, but "
     try:
         answers = layers_see_behind(model)
-    except (AttributeError, TypeError, RuntimeError) as error:
-        raise TextEncoderError(
+    except (AttributeError, TypeError, ValueError, RuntimeError) as error:
+        raise ModelError(
             f"{text}{type(model).__name__} cannot be run so in transformers {__version__} "
             f"({error}); choose another language model"
         ) from error
@@ -164,18 +166,18 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
         return
     name = f"{type(model).__name__} ({model.config._attn_implementation})"
     if kind is None:
-        raise TextEncoderError(
-            f"{text}in {name} {_listed(odd) or 'no list of layers'} cannot be found to be "
+        raise ModelError(
+            f"{text}in {name} {_listed(odd)} cannot be found to be "
             "bidirectional or causal (another answer with padding than without); use another "
             "attn_implementation or language model"
         )
     if kind == "partial":
-        raise TextEncoderError(
+        raise ModelError(
             f"{text}{len(causal)} of {len(answers)} layers of {name} are causal "
             f"({_listed(causal)}) and the others are not; set bidirectional: partial to take it "
             "as it is, or choose a language model that has attention in every layer"
         )
-    raise TextEncoderError(
+    raise ModelError(
         f"{text}the attention of {name} in transformers {__version__} is "
         f"{'bidirectional' if kind else 'causal'} whatever config.is_causal says; try "
         "attn_implementation: sdpa or eager, or transformers >= 5.2"
@@ -185,19 +187,6 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
 def _listed(layers: Iterable[str]) -> str:
     names = list(layers)
     return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-
-
-def _layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The longest list of modules that lies in no other list."""
-    lists: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        inside = any(name.startswith(f"{outer}.") for outer in lists)
-        if isinstance(module, nn.ModuleList) and len(module) and not inside:
-            lists[name] = module
-    if not lists:
-        return "layers", nn.ModuleList()
-    name = max(lists, key=lambda name: len(lists[name]))
-    return name, lists[name]
 
 
 class _Probe:

@@ -170,19 +170,6 @@ class Eva02Blocks(nn.ModuleList):
         return states
 
 
-class Eva02PatchEmbed(nn.Module):
-    """Convolution over patches."""
-
-    def __init__(self, config: Eva02VisionConfig) -> None:
-        super().__init__()
-        size = config.patch_size
-        self.proj = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size)
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Args: pixel_values: `[b, 3, h, w]`. Returns: `[b, patches, d]`."""
-        return rearrange(self.proj(pixel_values), "b d y x -> b (y x) d")
-
-
 class Eva02VisionModel(PreTrainedModel):
     """EVA02-CLIP's vision tower without its projection.
 
@@ -207,7 +194,9 @@ class Eva02VisionModel(PreTrainedModel):
         patches = (config.image_size // config.patch_size) ** 2
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.pos_embed = nn.Parameter(torch.zeros(1, patches + 1, config.hidden_size))
-        self.patch_embed = Eva02PatchEmbed(config)
+        size = config.patch_size
+        convolution = nn.Conv2d(config.num_channels, config.hidden_size, size, stride=size)
+        self.patch_embed = nn.ModuleDict({"proj": convolution})
         self.blocks = Eva02Blocks(Eva02Block(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
@@ -245,7 +234,8 @@ class Eva02VisionModel(PreTrainedModel):
                 f"expected images of {size} x {size} px, got {tuple(pixel_values.shape[-2:])}; load"
                 " the tower for another resolution with load_vision_tower(..., image_size_px=...)"
             )
-        patches = self.patch_embed(pixel_values.to(self.patch_embed.proj.weight.dtype))
+        maps = self.patch_embed["proj"](pixel_values.to(self.dtype))
+        patches = rearrange(maps, "b d y x -> b (y x) d")
         cls_token = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(patches))
         x = torch.cat([cls_token, patches], dim=1)
         x = x + self.pos_embed

@@ -8,8 +8,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.vision.resolution import image_processor_class
-from llm2clip_vlm.models.vision.towers import TowerError, VisionTower
+from llm2clip_vlm.models.vision.towers import VisionTower
 
 AspectRatio = Literal["square", "pad"]
 
@@ -65,26 +66,26 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
             None: LLaVA-NeXT's five (1x2, 2x1, 2x2, 3x1 and 1x3 crops).
 
     Raises:
-        TowerError: The tower has register tokens or another image size in its config than in its
+        ModelError: The tower has register tokens or another image size in its config than in its
             image processor, or a grid is no multiple of it.
 
     Paper: LLaVA-NeXT (`image_aspect_ratio anyres`, `mm_patch_merge_type spatial_unpad`).
     """
     side = tower.image_size_px
     if tower.num_prefix_tokens != int(tower.has_cls_token):
-        raise TowerError(
+        raise ModelError(
             f"image_aspect_ratio: anyres puts crops side by side and needs patches alone, this "
             f"tower has {tower.num_prefix_tokens - tower.has_cls_token} register tokens; use pad"
         )
     if (size := tower.model.config.image_size) != side:
-        raise TowerError(
+        raise ModelError(
             f"image_aspect_ratio: anyres counts crops by the tower's config, expected {size} px as "
             f"there, got an image processor for {side} px; set image_size_px to {size}"
         )
     chosen = [list(grid) for grid in grids or [(side * h, side * w) for h, w in _GRIDS]]
     odd = [grid for grid in chosen if len(grid) != 2 or any(n < side or n % side for n in grid)]
     if odd:
-        raise TowerError(
+        raise ModelError(
             f"image_grid_pinpoints: expected [height, width] in multiples of the tower's {side} "
             f"px, got {odd[0]}"
         )

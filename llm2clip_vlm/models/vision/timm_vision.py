@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import cached_file, can_return_tuple
 
-from llm2clip_vlm.hub import require_place
+from llm2clip_vlm.hub import ModelError, require_place
 from llm2clip_vlm.models.checkpoint_files import WEIGHTS, read_config_file, weights_of_folder
 from llm2clip_vlm.models.loading import SAFE, boundary, load_complete
 from llm2clip_vlm.models.vision.resolution import image_processor_class
@@ -119,14 +119,6 @@ class TimmVisionModel(PreTrainedModel):
         stages, number = _stages(self.timm_model)
         return {f"timm_model.{name}": stage for name, stage in stages.items()}, number
 
-    def unused_in_features(self) -> list[str]:
-        """Parameters that a CNN's tokens do not depend on: those of the pooled output alone."""
-        with torch.device("meta"):
-            copy = type(self)(self.config).eval()  # type: ignore[arg-type]
-        pixels = torch.zeros(1, 3, self.config.image_size, self.config.image_size, device="meta")
-        copy(pixels).last_hidden_state.sum().backward()
-        return [name for name, parameter in copy.named_parameters() if parameter.grad is None]
-
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -210,20 +202,19 @@ def create_timm(architecture: str, given: Mapping[str, Any] | None = None, **mor
     return timm.create_model(architecture, **arguments)
 
 
-def read_timm_layout(path: str, error: type[ValueError] = ValueError) -> dict[str, Any] | None:
+def read_timm_layout(path: str) -> dict[str, Any] | None:
     """Read the `config.json` of a checkpoint in timm's layout. None: it has another layout.
 
     Args:
         path: Directory or hub id.
-        error: What is raised.
 
     Raises:
-        ValueError: (as `error`) There is no such place, or a local config.json is damaged.
+        ModelError: There is no such place, or a local config.json is damaged.
     """
     if (Path(path) / "config.json").exists():
-        written = read_config_file(Path(path), error)
+        written = read_config_file(Path(path))
     else:
-        require_place(path, error)
+        require_place(path)
         try:
             written = PreTrainedConfig.get_config_dict(path, **SAFE)[0]
         except (OSError, ValueError):
@@ -231,21 +222,18 @@ def read_timm_layout(path: str, error: type[ValueError] = ValueError) -> dict[st
     return written if {"architecture", "pretrained_cfg"} <= written.keys() else None
 
 
-def timm_config(
-    written: Mapping[str, Any], path: str | Path, error: type[ValueError] = ValueError
-) -> TimmVisionConfig:
+def timm_config(written: Mapping[str, Any], path: str | Path) -> TimmVisionConfig:
     """Read the config of a checkpoint in timm's layout off timm's model of it.
 
     Args:
         written: Content of config.json: `architecture`, `pretrained_cfg` and perhaps `model_args`.
         path: For messages.
-        error: What is raised.
 
     Raises:
-        ValueError: (as `error`) Neither a ViT nor a CNN whose last map can be the tokens.
+        ModelError: Neither a ViT nor a CNN whose last map can be the tokens.
     """
     values = {"architecture": written["architecture"], "model_args": written.get("model_args")}
-    with torch.device("meta"), boundary(f"{path}: timm cannot build it", error):
+    with torch.device("meta"), boundary(f"{path}: timm cannot build it"):
         inner = create_timm(values["architecture"], values["model_args"])
     if hasattr(inner, "blocks") and hasattr(inner, "patch_embed"):
         return TimmVisionConfig(
@@ -263,7 +251,7 @@ def timm_config(
     width, stride = inner.num_features, inner.feature_info[-1]["reduction"]
     rows = side // stride
     if side % stride or maps.shape != (1, width, rows, rows) or pooled.shape != (1, width):
-        raise error(
+        raise ModelError(
             f"{path}: {values['architecture']} makes {tuple(maps.shape)} of a {side} px image and "
             f"{tuple(pooled.shape)} pooled; expected blocks of tokens (a ViT), or a map "
             f"[1, {width}, {rows}, {rows}] that is pooled to the same width (a CNN), of an image "
@@ -280,27 +268,24 @@ def timm_config(
     )
 
 
-def from_timm_layout(
-    written: Mapping[str, Any], path: str, dtype: Any, error: type[ValueError] = ValueError
-) -> TimmVisionModel:
+def from_timm_layout(written: Mapping[str, Any], path: str, dtype: Any) -> TimmVisionModel:
     """Load a checkpoint in timm's layout as a tower.
 
     Args:
         written: The checkpoint's config.json, see :func:`read_timm_layout`.
         path: Directory or hub id.
         dtype: See transformers.
-        error: What is raised.
 
     Returns:
         The tower.
 
     Raises:
-        ValueError: (as `error`) See :func:`timm_config`; weights are missing or unknown.
+        ModelError: See :func:`timm_config`; weights are missing or unknown.
     """
-    config = timm_config(written, path, error)
+    config = timm_config(written, path)
     if Path(path).is_dir():
-        weights_of_folder(Path(path), written, error)  # whole, and floats
-    with boundary(f"{path}: no readable {WEIGHTS}", error):
+        weights_of_folder(Path(path), written)  # whole, and floats
+    with boundary(f"{path}: no readable {WEIGHTS}"):
         given = load_file(str(cached_file(path, WEIGHTS)))
     heads = written["pretrained_cfg"].get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
@@ -309,15 +294,11 @@ def from_timm_layout(
         for name, tensor in given.items()
         if not name.removeprefix("timm_model.").startswith(tuple(f"{head}." for head in heads))
     }
-    return tower_of_weights(config, weights, path, dtype, error)
+    return tower_of_weights(config, weights, path, dtype)
 
 
 def tower_of_weights(
-    config: TimmVisionConfig,
-    weights: Mapping[str, Tensor],
-    path: str | Path,
-    dtype: Any = "auto",
-    error: type[ValueError] = ValueError,
+    config: TimmVisionConfig, weights: Mapping[str, Tensor], path: str | Path, dtype: Any = "auto"
 ) -> TimmVisionModel:
     """Make a tower of the weights at hand, all of them and no others.
 
@@ -326,22 +307,14 @@ def tower_of_weights(
         weights: Weights by the tower's names.
         path: For messages.
         dtype: Dtype of the tower; `auto` = that of the weights.
-        error: What is raised.
 
     Raises:
-        ValueError: (as `error`) Weights are missing, unknown, or of another shape.
+        ModelError: Weights are missing, unknown, or of another shape.
     """
     if dtype == "auto":
         dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    with torch.device("meta"):
-        known = TimmVisionModel(config).state_dict().keys()
-    if unknown := sorted(weights.keys() - known):
-        raise error(
-            f"{path}: {len(unknown)} weights are unknown to timm's {config.architecture} (first: "
-            f"{unknown[:3]}); is it the config of these weights?"
-        )
     made: TimmVisionModel = load_complete(
-        TimmVisionModel, path, error=error, config=config, state_dict=dict(weights), dtype=dtype
+        TimmVisionModel, path, config=config, state_dict=dict(weights), dtype=dtype
     )
     return made
 

@@ -28,6 +28,7 @@ from transformers import (
     VisionTextDualEncoderModel,
 )
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import (
     check_image_processor,
@@ -53,10 +54,6 @@ from llm2clip_vlm.models.vision.timm_vision import (
 from llm2clip_vlm.recipe.reading import did_you_mean
 
 logger = logging.getLogger(__name__)
-
-
-class TowerError(ValueError):
-    """A checkpoint that cannot be used as a vision tower; the message says which and why."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +92,7 @@ class VisionTower:
 
 def _complete(model_class: Any, path: str, dtype: Any, **given: Any) -> Any:
     """Load the weights at `path`, or the `state_dict` of a `config` in `given`; all, or none."""
-    return load_complete(model_class, path, error=TowerError, dtype=dtype, **given)
+    return load_complete(model_class, path, dtype=dtype, **given)
 
 
 def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
@@ -166,20 +163,20 @@ def load_vision_tower(
         The tower in evaluation mode, with what is known of it.
 
     Raises:
-        TowerError: Unknown `model_type`, missing weights, no image processor, a processor whose
+        ModelError: Unknown `model_type`, missing weights, no image processor, a processor whose
             images do not have the tower's size, or outputs without what the contract asks for.
     """
     path = str(path_or_id)
     loaders = LOADERS | register()
     dtype = "auto" if dtype is None else dtype
-    if timm := read_timm_layout(path, TowerError):
-        model: PreTrainedModel = from_timm_layout(timm, path, dtype, TowerError)
+    if timm := read_timm_layout(path):
+        model: PreTrainedModel = from_timm_layout(timm, path, dtype)
         processor = timm_image_processor(timm["pretrained_cfg"])
-        check_image_processor(processor, path, TowerError)
+        check_image_processor(processor, path)
     else:
-        kind = read_config(path, TowerError).model_type
+        kind = read_config(path).model_type
         if kind not in loaders:
-            raise TowerError(
+            raise ModelError(
                 f"{path}: model_type {kind!r} is not a known vision tower"
                 f"{did_you_mean(kind, loaders)} (known are {sorted(loaders)})"
             )
@@ -200,8 +197,8 @@ def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
     """
     path = str(path_or_id)
     register()
-    timm = read_timm_layout(path, TowerError)
-    config = timm_config(timm, path, TowerError) if timm else read_config(path, TowerError)
+    timm = read_timm_layout(path)
+    config = timm_config(timm, path) if timm else read_config(path)
     return bool(getattr(config, "feature_map", False))
 
 
@@ -213,7 +210,7 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     if type(config) not in AutoModel._model_mapping:
         lacks.append("AutoConfig and AutoModel do not know its classes, as a VLM's checkpoint asks")
     if lacks:
-        raise TowerError(
+        raise ModelError(
             f"{path}: {type(model).__name__} lacks what a vision tower needs: {'; '.join(lacks)}. "
             "docs/extend.md has the contract, docs/examples/tower_package a tower"
         )
@@ -223,7 +220,7 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     flexible = config.model_type in _ANY_SIZE
     if made is not None and (made % patch if flexible else made != size):
         wanted = f"a multiple of its {patch} px patches" if flexible else f"{size} px"
-        raise TowerError(
+        raise ModelError(
             f"{path}: its image processor makes {made} px images, the tower expects {wanted}. "
             "Correct `size`/`crop_size` in preprocessor_config.json."
         )
@@ -232,7 +229,7 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     num_patches = (size // patch) ** 2
     prefix = tokens - num_patches
     if prefix < 0 or any(state.shape[1:] != (tokens, width) for state in states):
-        raise TowerError(
+        raise ModelError(
             f"{path}: expected hidden states of one shape with at least {num_patches} tokens (an "
             f"image of {size} px in patches of {patch} px), got {[tuple(s.shape) for s in states]}"
         )
@@ -241,7 +238,7 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
         if not hasattr(config, name):
             setattr(config, name, read)
     if config.hidden_size != width:
-        raise TowerError(
+        raise ModelError(
             f"{path}: its config has hidden_size {config.hidden_size}, its hidden states {width}; "
             "a LLaVA's projector is built from the config: correct it"
         )
@@ -260,25 +257,40 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     )
 
 
-@torch.no_grad()
-def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
-    """Hidden states for one image, as shapes on the meta device (also of ZeRO-3's empty shells)."""
+def run_on_shapes(tower: Any, size_px: int) -> tuple[dict[str, Tensor], Any]:
+    """Run a tower on one image without content, also where ZeRO-3 has left empty shells of weights.
+
+    Args:
+        tower: The tower.
+        size_px: Side of the image.
+
+    Returns:
+        The stand-ins of its weights by name, on the meta device, which can take gradients; and what
+        it makes of the image, hidden states included.
+    """
     tensors = {
         name: torch.empty(getattr(t, "ds_shape", t.shape), dtype=t.dtype, device="meta")
-        for name, t in [*model.named_parameters(), *model.named_buffers()]
+        for name, t in [*tower.named_parameters(), *tower.named_buffers()]
     }
-    pixels = torch.empty(1, 3, size, size, dtype=model.dtype, device="meta")
+    for name, _ in tower.named_parameters():
+        tensors[name].requires_grad_()
+    pixels = torch.empty(1, 3, size_px, size_px, dtype=tower.dtype, device="meta")
     arguments = {"pixel_values": pixels, "output_hidden_states": True}
+    return tensors, torch.func.functional_call(tower, tensors, (), arguments)
+
+
+def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
+    """The shapes of the hidden states of one image."""
     try:
-        out = torch.func.functional_call(model, tensors, (), arguments)
+        _, out = run_on_shapes(model, size)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise TowerError(
+        raise ModelError(
             f"{path}: {type(model).__name__} does not take (pixel_values=[1, 3, {size}, {size}], "
             f"output_hidden_states=True): {error}"
         ) from error
     states = getattr(out, "hidden_states", None)
     if not states or any(state.ndim != 3 for state in states):
-        raise TowerError(
+        raise ModelError(
             f"{path}: {type(model).__name__} gives no hidden_states [images, tokens, width]; a "
             "vision tower needs the embeddings and every block's output there"
         )
@@ -291,14 +303,14 @@ def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
     if config.model_type in _ANY_SIZE or size == _side(config.image_size):
         return cast("PreTrainedModel", model)
     if size % config.patch_size:
-        raise TowerError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
+        raise ModelError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
     if getattr(config, "feature_map", False):  # takes any multiple of its stride
         model.config.image_size = size
         return cast("PreTrainedModel", model)
     weights = model.state_dict()
     name = next((name for name in _POSITIONS if name in weights), None)
     if name is None or any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise TowerError(
+        raise ModelError(
             f"{path}: cannot be made to take {size} px: "
             + ("it has no table of positions" if name is None else "it is sharded by ZeRO-3")
         )
@@ -312,13 +324,13 @@ def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
 def _side(value: Any) -> int:
     sides = {value} if isinstance(value, int) else set(value)
     if len(sides) != 1:
-        raise TowerError(f"images and patches must be square, got {value}")
+        raise ModelError(f"images and patches must be square, got {value}")
     return int(sides.pop())
 
 
 def _load_processor(path: str, tower_config: Any) -> Any:
     """Load the image processor; where it makes no square pictures, take one that does."""
-    processor = read_image_processor(path, TowerError)
+    processor = read_image_processor(path)
     if hasattr(processor, "max_num_patches"):
         side = {"height": tower_config.image_size, "width": tower_config.image_size}
         kept = {k: getattr(processor, k) for k in ("resample", "image_mean", "image_std")}

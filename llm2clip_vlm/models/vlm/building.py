@@ -34,6 +34,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from llm2clip_vlm.chat.labels import end_of_turn_ids
 from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import (
@@ -51,7 +52,7 @@ from llm2clip_vlm.models.vision.image_mode import (
     set_image_aspect_ratio,
 )
 from llm2clip_vlm.models.vision.towers import is_feature_map_checkpoint, load_vision_tower
-from llm2clip_vlm.models.vlm.composing import VLM_CLASSES, VlmError, compose
+from llm2clip_vlm.models.vlm.composing import VLM_CLASSES, compose
 from llm2clip_vlm.models.vlm.lineage import (
     PROJECTOR,
     read_lineage,
@@ -112,9 +113,9 @@ def build_vlm(
         The model in evaluation mode, the text-only guard installed, and its processor.
 
     Raises:
-        VlmError: The language model is no causal LLM or incomplete, or its logits would change
+        ModelError: The language model is no causal LLM or incomplete, or its logits would change
             inside LLaVA; the layer does not exist, or AnyRes is asked to keep the CLS token.
-        TowerError: See `load_vision_tower` and `anyres_image_processor`.
+        ModelError: See `load_vision_tower` and `anyres_image_processor`.
         HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
             projector was trained beside another tower, LLM, template, layer or image mode.
         ConversationError: There is no chat template, or it takes no such system prompt.
@@ -143,7 +144,7 @@ def build_vlm(
     image_processor, grids = tower.image_processor, {}
     if image_aspect_ratio == "anyres":
         if tower.has_cls_token and not dropped:
-            raise VlmError(
+            raise ModelError(
                 f"vision_feature_select_strategy: anyres puts crops side by side and cannot keep "
                 f"their CLS tokens; expected default, got {vision_feature_select_strategy}"
             )
@@ -191,25 +192,25 @@ def load_vlm(
         The model in evaluation mode with the text-only guard, and its processor.
 
     Raises:
-        VlmError: It is no LLaVA, or weights are missing.
+        ModelError: It is no LLaVA, or weights are missing.
         HandoffError: Its decoder is bidirectional, or its projector was trained with another
             template, feature layer or image mode.
     """
     path = str(path_or_id)
     register()  # only this package may know the tower's `model_type`
-    config = read_config(path, VlmError)
+    config = read_config(path)
     if config.model_type not in VLM_CLASSES:
-        raise VlmError(
+        raise ModelError(
             f"{path}: model_type {config.model_type!r}, expected {' or '.join(VLM_CLASSES)}; a VLM "
             "checkpoint is stage 3's or stage 4's `model/`, or any LLaVA directory of transformers"
         )
     refuse_bidirectional(config.text_config, path)
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
-    bits = four_bits(device, VlmError, skip=kept) if load_in_4bit else {}
+    bits = four_bits(device, skip=kept) if load_in_4bit else {}
     model: Any = load_complete(
-        VLM_CLASSES[config.model_type], path, error=VlmError, config=config, dtype=dtype, **bits
+        VLM_CLASSES[config.model_type], path, config=config, dtype=dtype, **bits
     )
-    processor: Any = read_processor(path, VlmError)
+    processor: Any = read_processor(path)
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
     install_text_only_guard(model)
     return model.eval(), processor
@@ -243,7 +244,7 @@ def save_vlm(
     directory: str | Path,
     *,
     state_dict: Mapping[str, Tensor] | None = None,
-    outputs: Sequence[Tensor] | None = None,
+    outputs: Tensor | None = None,
 ) -> None:
     """Writes weights, configs, processor and chat template as one loadable checkpoint.
 
@@ -261,7 +262,7 @@ def save_vlm(
             compared if there is a `state_dict`.
 
     Raises:
-        VlmError: What was written computes something else.
+        ModelError: What was written computes something else.
     """
     _no_second_bos(processor.tokenizer, processor.chat_template)
     save_tokenizer(processor, directory)
@@ -276,21 +277,21 @@ def save_vlm(
     if outputs is None and state_dict is None:
         outputs = vlm_outputs(model)
     if outputs is not None and (wrong := vlm_difference(outputs, load_vlm(directory)[0])):
-        raise VlmError(f"{directory}: loaded again it computes something else: {wrong}")
+        raise ModelError(f"{directory}: loaded again it computes something else: {wrong}")
 
 
 def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
-    config = read_config(path, VlmError)
+    config = read_config(path)
     refuse_bidirectional(config, path)
     dtype = "auto" if dtype is None else dtype
-    llm = load_complete(AutoModelForCausalLM, path, error=VlmError, config=config, dtype=dtype)
+    llm = load_complete(AutoModelForCausalLM, path, config=config, dtype=dtype)
     if dtype == "auto" and llm.dtype == torch.float16:
         logger.warning("%s: float16, in which nothing trains safely, becomes float32", path)
         llm.float()
     head = llm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
-        raise VlmError(f"{path}: LLaVA needs a language model with an lm_head without bias")
-    tokenizer = read_tokenizer(path, VlmError)
+        raise ModelError(f"{path}: LLaVA needs a language model with an lm_head without bias")
+    tokenizer = read_tokenizer(path)
     if tokenizer.pad_token is None:
         # Padding is masked and never a label, so sharing a token with unk or eos does no harm.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
@@ -299,13 +300,13 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
 
 def _check_layers(total: int, layers: int | list[int], path: str | Path) -> None:
     if total == 1 and layers != -1:
-        raise VlmError(
+        raise ModelError(
             f"vision_feature_layer {layers}: {path} is a convolutional network, only its last "
             "map has the shape of the tokens; put `vlm.vision_feature_layer: -1` into the recipe"
         )
     chosen = [layers] if isinstance(layers, int) else layers
     if not chosen or any(not -total <= layer < total for layer in chosen):
-        raise VlmError(
+        raise ModelError(
             f"vision_feature_layer {layers}: {path} has {total} hidden states "
             f"({-total} to {total - 1})"
         )
@@ -315,7 +316,7 @@ def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
     """Take another VLM's projector, if it was trained beside the same parts."""
     recorded = read_lineage(path)
     if recorded is None:
-        raise VlmError(f"{path}: expected a VLM of stage 3 or 4 with lineage.json, found none")
+        raise ModelError(f"{path}: expected a VLM of stage 3 or 4 with lineage.json, found none")
     here = weights_of(model.state_dict()) | settings_of(model, processor)
     here.pop(PROJECTOR)
     refuse_other(path, recorded, here)
@@ -331,7 +332,7 @@ def _keep_whole(tokenizer: Any, words: Sequence[str]) -> None:
         return
     own = {IMAGE_TOKEN, "", *map(str, tokenizer.special_tokens_map.values())}
     if refused := own & {*words, *(word.strip() for word in words)}:
-        raise VlmError(f"extra_tokens: expected tokens of no use yet, got {sorted(refused)}")
+        raise ModelError(f"extra_tokens: expected tokens of no use yet, got {sorted(refused)}")
     extra = [str(token) for token in tokenizer.extra_special_tokens]
     tokenizer.extra_special_tokens = [token for token in extra if token not in words]
     whole = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -9,13 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-)
+from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalGeneration
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
 
 logger = logging.getLogger(__name__)
@@ -28,12 +24,6 @@ VLM_CLASSES: dict[str, Any] = {
 
 _FACTORS = {"logits_scaling", "logit_scale", "lm_head_multiplier", "dim_model_base"}
 """Keys of factors on the logits: 1 changes nothing; MiniCPM3's is the width over its key."""
-
-_CONFIGS: dict[str, Any] = {"llava": LlavaConfig, "llava_next": LlavaNextConfig}
-
-
-class VlmError(ValueError):
-    """A tower, a language model or a checkpoint from which no VLM can be made."""
 
 
 def compose(
@@ -59,18 +49,17 @@ def compose(
         The model; it shares the weights of both.
 
     Raises:
-        VlmError: LLaVA cannot run the language model, or would lose something of its logits.
+        ModelError: LLaVA cannot run the language model, or would lose something of its logits.
     """
     try:
-        config = _CONFIGS[model_type](
-            vision_config=tower.config, text_config=llm.config, **settings
-        )
+        config_class = VLM_CLASSES[model_type].config_class
+        config = config_class(vision_config=tower.config, text_config=llm.config, **settings)
         model = _assemble(config, tower, llm, seed)
         _keep_logits(model, llm, path)
-    except VlmError:
+    except ModelError:
         raise
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
-        raise VlmError(
+        raise ModelError(
             f"{path}: LLaVA cannot run a {llm.config.model_type} ({failure}); take a decoder with "
             "`embed_tokens`, `inputs_embeds` and a key-value cache, such as Llama's or Qwen's"
         ) from failure
@@ -86,7 +75,7 @@ def _assemble(config: Any, tower: Any, llm: Any, seed: int) -> Any:
         expected = type(getattr(llava, name))
         found = next((module for module in part.modules() if type(module) is expected), None)
         if found is None:
-            raise VlmError(
+            raise ModelError(
                 f"{name} is a {type(part).__name__} of model_type {part.config.model_type!r}, in "
                 f"which there is no {expected.__name__} as LLaVA would build it"
             )
@@ -124,7 +113,7 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
     if factor is None:
         said = llm.config.to_dict().items()
         named = [f"{key}: {value}" for key, value in said if "logit" in key and value]
-        raise VlmError(
+        raise ModelError(
             f"{path}: a {llm.config.model_type} would lose what it does to its logits "
             f"({', '.join(named) or 'or to its inputs'}): of text alone, "
             f"{difference(want, got * stretch)}, and LLaVA has only the decoder and its lm_head. "
@@ -138,7 +127,7 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
     model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     logger.info("%s: its logits' factor %g is in lm_head, untied from the embeddings", path, factor)
     if wrong := difference(want, logits_of(model, ids) * stretch):
-        raise VlmError(f"{path}: with the factor {factor:g} in lm_head its logits: {wrong}")
+        raise ModelError(f"{path}: with the factor {factor:g} in lm_head its logits: {wrong}")
     text = model.config.text_config
     for key in text.to_dict().keys() & _FACTORS:
         setattr(text, key, text.hidden_size if key == "dim_model_base" else 1.0)

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llm2clip_vlm.models.trainable import is_feature_map, layers_of
 from llm2clip_vlm.models.vision.image_mode import one_picture
+from llm2clip_vlm.models.vision.towers import run_on_shapes
 
 logger = logging.getLogger(__name__)
-
-_NEVER_USED = "embeddings.mask_token"
-"""Parameter of DINO below the used layer that gets no gradient all the same."""
 
 
 def freeze_unused_vision(model: Any) -> list[str]:
     """Freezes tower parameters that the selected features do not depend on.
 
-    With `vision_feature_layer: -2` the last block and the final norm never get a gradient; left
-    trainable they stop data-parallel training with gradient checkpointing.
+    With `vision_feature_layer: -2` the last block and the final norm never get a gradient, nor does
+    DINO's mask token; left trainable they stop data-parallel training with gradient checkpointing.
 
     Args:
         model: A `LlavaForConditionalGeneration`.
@@ -30,32 +27,17 @@ def freeze_unused_vision(model: Any) -> list[str]:
     Returns:
         Names of the parameters that were trainable and no longer are.
     """
-    tower = model.model.vision_tower
-    if is_feature_map(tower):
-        return _freeze(tower, set(tower.unused_in_features()), "which the last map does not need")
-    chosen = model.config.vision_feature_layer
-    chosen = [chosen] if isinstance(chosen, int) else chosen
-    try:
-        layers, depth = layers_of(tower)
-    except ValueError:  # a tower of another package, without a list of blocks
-        return []
-    total = getattr(model.config.vision_config, "num_hidden_layers", depth)
-    if depth != total:
-        logger.info("%d blocks, %d hidden layers: unused ones are not known", depth, total)
-        return []
-    used = max(i if i >= 0 else total + 1 + i for i in chosen)
-    unused = {name for name, layer in layers.items() if layer > used or name == _NEVER_USED}
-    return _freeze(tower, unused, f"above layer {used}")
-
-
-def _freeze(tower: Any, unused: set[str], why: str) -> list[str]:
+    tower, layers = model.model.vision_tower, model.config.vision_feature_layer
+    weights, out = run_on_shapes(tower, model.config.vision_config.image_size)
+    chosen = [layers] if isinstance(layers, int) else layers
+    torch.stack([out.hidden_states[layer].sum() for layer in chosen]).sum().backward()
     frozen = []
     for name, parameter in tower.named_parameters():
-        if name in unused and parameter.requires_grad:
+        if parameter.requires_grad and weights[name].grad is None:
             parameter.requires_grad_(False)
             frozen.append(f"vision_tower.{name}")
     if frozen:
-        logger.info("frozen, %d unused tower parameters %s", len(frozen), why)
+        logger.info("frozen, %d tower parameters unused by layer %s", len(frozen), layers)
     return frozen
 
 

@@ -24,8 +24,8 @@ from llm2clip_vlm.chat.text_tokens import text_tokens
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
-from llm2clip_vlm.models.text.embedder import MODULES_NAME
 from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
+from llm2clip_vlm.models.text.text_encoder_settings import MODULES_NAME
 from llm2clip_vlm.runs.ownership import remove
 
 logger = logging.getLogger(__name__)

@@ -280,7 +280,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             directory: Where to; made if absent. Adapters also go to `adapter/` beside it.
 
         Raises:
-            VlmError: Loaded again it computes something else than the model that was trained.
+            ModelError: Loaded again it computes something else than the model that was trained.
         """
         state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
         if distributed.is_main():
@@ -289,7 +289,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
                 save_adapter(self.model, state, Path(directory).parent / "adapter", self.base)
         distributed.barrier()
 
-    def _outputs(self) -> list[Tensor] | None:
+    def _outputs(self) -> Tensor | None:
         """Outputs that the export must give. None: the trained model cannot compute them."""
         unlike = "ZeRO-3 has split its weights" if is_deepspeed_zero3_enabled() else ""
         if getattr(self.model, "is_quantized", False):

@@ -48,8 +48,7 @@ class PatchMlp(PreTrainedModel):
         super().__init__(config)
         width, patch = config.hidden_size, config.patch_size
         self.embed = nn.Conv2d(3, width, patch, patch)
-        # One list of blocks: `last_blocks`, `layer_decay` and freezing what stage 4 does not use
-        # count its items.
+        # One list of blocks: `last_blocks` and `layer_decay` count its items.
         self.blocks = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
             for _ in range(config.num_hidden_layers)
