@@ -96,7 +96,7 @@ def start(folder: Path) -> None:
     from llm2clip_vlm.data.reading import table
     from llm2clip_vlm.data.reading.bad_records import BadRecords
     from llm2clip_vlm.recipe.base import ImageTextSource
-    from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures
+    from llm2clip_vlm.training.encoder.caption_embeddings import CaptionFeatures
 
     table.TABLE_FILE_FROM_BYTES = 0  # the small sizes take the way of the large ones
     torch.set_num_threads(1)

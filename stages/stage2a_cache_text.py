@@ -39,7 +39,7 @@ from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, require_equal
 from llm2clip_vlm.recipe.reading import save_resolved
 from llm2clip_vlm.recipe.text import Stage2aRecipe
-from llm2clip_vlm.training.encoder.caption_cache import encoder_path, load_caption_encoder
+from llm2clip_vlm.training.encoder.caption_embeddings import encoder_path, load_caption_encoder
 from llm2clip_vlm.training.encoder.encoder_eval import prompts_of
 from llm2clip_vlm.training.stage_run import StageRun
 

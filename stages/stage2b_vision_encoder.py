@@ -27,7 +27,11 @@ from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.encoder import Stage2bRecipe
 from llm2clip_vlm.runs.manifest import HandoffError, fingerprint_dir
 from llm2clip_vlm.training.adapters import add_lora
-from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures, TextInLoop, encoder_path
+from llm2clip_vlm.training.encoder.caption_embeddings import (
+    CaptionFeatures,
+    TextInLoop,
+    encoder_path,
+)
 from llm2clip_vlm.training.encoder.distillation import (
     prepare_keeping,
     require_as_exported,

@@ -53,7 +53,7 @@ from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.vlm import Stage3Recipe, VlmRecipe
 from llm2clip_vlm.runs.inputs import missing_model, writer_of
 from llm2clip_vlm.training.adapters import add_adapter, add_lora
-from llm2clip_vlm.training.encoder.caption_cache import encoder_path
+from llm2clip_vlm.training.encoder.caption_embeddings import encoder_path
 from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
 
 _PLAIN = "sdpa_without_mask"

@@ -36,7 +36,7 @@ from llm2clip_vlm.data.cache.shards import (
     text_digests,
 )
 from llm2clip_vlm.runs.manifest import HandoffError
-from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures
+from llm2clip_vlm.training.encoder.caption_embeddings import CaptionFeatures
 
 NO_RECORDS: Any = SimpleNamespace(
     kinds=[],

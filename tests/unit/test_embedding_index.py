@@ -21,7 +21,7 @@ from llm2clip_vlm.data.reading import table
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.runs.manifest import HandoffError
-from llm2clip_vlm.training.encoder.caption_cache import CaptionFeatures
+from llm2clip_vlm.training.encoder.caption_embeddings import CaptionFeatures
 from tests.unit.test_embedding_cache import FINGERPRINT, Encoder
 from tests.unit.test_image_text import processor
 
