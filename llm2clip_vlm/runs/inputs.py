@@ -76,7 +76,8 @@ def missing_inputs(recipe: RunRecipe, source: str | Path = "") -> Iterator[str]:
         elif isinstance(value, str):
             yield from _missing_named(key, value, recipe, source)
     for key, value in recipe:
-        if value == [] and type(recipe).model_fields[key].is_required():
+        other = key == "sources" and getattr(recipe, "zero_shot", None)  # has texts, too
+        if value == [] and not other and type(recipe).model_fields[key].is_required():
             yield f"{key}: expected at least one, got an empty list"
     if any(isinstance(value, LoraSection) for _, value in leaves):
         yield from _absent("lora", "an adapter", ("peft",))

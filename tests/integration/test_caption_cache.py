@@ -120,7 +120,7 @@ def test_a_slice_without_work_says_so(
     assert main(["embed", "build", str(recipe_2a), "slice=0/2", "max_bad_records=1"]) == 0
     assert "writer 0/2 has nothing to do: 0 rows are lacking" in caplog.text
     assert main(["embed", "build", str(recipe_2a), "sources=[]", "max_bad_records=2"]) == 2
-    assert "no text to embed; expected a caption in `sources`" in capsys.readouterr().err
+    assert "sources: expected at least one, got an empty list" in capsys.readouterr().err
 
 
 def test_the_command_that_is_named_rebuilds_an_old_cache(

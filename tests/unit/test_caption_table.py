@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -52,8 +53,12 @@ def read(source: CaptionPairSource, **more: Any) -> Any:
 
 
 def test_a_mapped_table_is_what_was_read_and_read_once(
-    source: CaptionPairSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: CaptionPairSource,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level(logging.ERROR)  # pytest-xdist cannot send a log with a name that is no UTF-8
     small = [*read(source)]
     assert len(small) == COUNT and small[-1].captions["short"] == [f"dog {(COUNT - 1) // 2}"]
     monkeypatch.setattr(table, "TABLE_FILE_FROM_BYTES", 0)

@@ -46,6 +46,7 @@ SCORING_CODE = (
     "chat/text_tokens.py",
     "data/reading/cut_images.py",
     "data/reading/images.py",
+    "data/reading/samples.py",
     "data/conversation/visual_tokens.py",
     "evaluation/vlm/adapter.py",
     "evaluation/vlm/generation.py",

@@ -15,6 +15,7 @@ from llm2clip_vlm.models.vision.towers import run_on_shapes
 logger = logging.getLogger(__name__)
 
 
+@torch.enable_grad()
 def freeze_unused_vision(model: Any) -> list[str]:
     """Freezes tower parameters that the selected features do not depend on.
 
