@@ -58,7 +58,8 @@ def test_a_mapped_table_is_what_was_read_and_read_once(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.ERROR)  # pytest-xdist cannot send a log with a name that is no UTF-8
+    # pytest-xdist cannot send a log with a name that is no UTF-8
+    caplog.set_level(logging.ERROR, logger="llm2clip_vlm")
     small = [*read(source)]
     assert len(small) == COUNT and small[-1].captions["short"] == [f"dog {(COUNT - 1) // 2}"]
     monkeypatch.setattr(table, "TABLE_FILE_FROM_BYTES", 0)
