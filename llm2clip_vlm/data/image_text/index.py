@@ -38,7 +38,7 @@ from llm2clip_vlm.data.text.caption_draw import caption_id
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
-VERSION = 6
+VERSION = 7
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
