@@ -34,7 +34,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from llm2clip_vlm.chat.labels import end_of_turn_ids
 from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
+from llm2clip_vlm.models.equal import require_processor, vlm_difference, vlm_outputs
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import (
     four_bits,
@@ -191,7 +191,7 @@ def load_vlm(
         The model in evaluation mode with the text-only guard, and its processor.
 
     Raises:
-        VlmError: It is no LLaVA, or weights are missing.
+        VlmError: It is no LLaVA, weights are missing, or its processor is another model's.
         HandoffError: Its decoder is bidirectional, or its projector was trained with another
             template, feature layer or image mode.
     """
@@ -211,8 +211,9 @@ def load_vlm(
     )
     processor: Any = read_processor(path, VlmError)
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
+    require_processor(model.eval(), processor, path, VlmError)
     install_text_only_guard(model)
-    return model.eval(), processor
+    return model, processor
 
 
 def load_checkpoint(
