@@ -159,7 +159,9 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     row |= {"ci": None, "p": None, "deltas_by_seed": deltas, "test": "none: answers not kept"}
     row["n_seeds"] = len(deltas) or min(len(first), len(second))
     lone = next((run for run in (a, b) if len(run.scores[task]) == 1), None)
-    if not paired:
+    if copied := next((run.name for run in (a, b) if _copies(run.scores[task])), None):
+        row["test"] = f"none: the seeds of {copied} gave the same answers; are they one run?"
+    elif not paired:
         row |= unpaired_summary(a.values(task), b.values(task))
         row["test"] = f"exact permutation test, {len(first)} seeds against {len(second)} others"
         row["least_p"] = 2.0 / math.comb(len(first) + len(second), len(first))
@@ -200,6 +202,14 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
             test = f"paired sign-flip test over {within['images']} images"
             row |= {"ci": within["ci"], "p": flips, "test": test}
     return row
+
+
+def _copies(found: Mapping[int | None, Measured]) -> bool:
+    """Whether several seeds are one run, copied: all gave the same answers."""
+    said = [
+        [(s["doc_id"], s["answer"], s["correct"]) for s in one.samples] for one in found.values()
+    ]
+    return len(said) > 1 and bool(said[0]) and all(other == said[0] for other in said)
 
 
 def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:
