@@ -94,6 +94,10 @@ def verify_hashes(path: Path, sha256: str | None = None) -> None:
                     f"{file}: sha256: expected {expected}, got {found}: it is not what "
                     f"{CERTIFICATE_NAME} vouches for; export or convert it again"
                 )
+        if extra := sorted({file.name for file in folder.glob("*.safetensors")} - recorded.keys()):
+            raise HandoffError(
+                f"{certificate}: does not list {extra[0]}; export or convert it again"
+            )
     if path.is_dir():
         verify_parent(path)
 

@@ -1,4 +1,4 @@
-"""Config and headers of a checkpoint's files, read before anything is built from them."""
+"""Config and headers of a checkpoint's files, read before anything is built; values, after it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
@@ -32,6 +33,7 @@ _LIMITS = (
     (re.compile(rf"{_SIZES.pattern}|{_COUNTS.pattern}"), 1 << 24),
 )
 """Largest sizes: anything above would fill the memory before it is compared with the weights."""
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAY_BE_ZERO = {"head_dim", "projection_dim"}
 
 
@@ -68,6 +70,22 @@ def check_sizes(config: Mapping[str, Any], weights: Mapping[str, Tensor], path: 
                 f"{path / 'config.json'}: {key}: {value:,} of them cannot be filled from the "
                 f"{len(weights):,} tensors of the weights; is it the config of these weights?"
             )
+
+
+def check_values(model: Any, path: str | Path) -> None:
+    """Refuse weights that are not finite; let the config say where a head is not tied after all.
+
+    transformers ties no head that lies in the file with other values than the embeddings, but does
+    once those are resized: the head would be lost.
+    """
+    for name, weight in model.named_parameters():
+        if weight.dtype in _FLOATS and not weight.is_meta and not weight.isfinite().all():
+            raise ModelError(f"{path}: {name} holds NaN or infinity; is the checkpoint damaged?")
+    head = model.get_output_embeddings()
+    if head is not None and head.weight is not model.get_input_embeddings().weight:
+        for config in (model.config, model.config.get_text_config()):
+            if getattr(config, "tie_word_embeddings", False):
+                config.tie_word_embeddings = False
 
 
 def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:

@@ -32,6 +32,7 @@ from llm2clip_vlm.hub import ModelError, require_place
 from llm2clip_vlm.models.checkpoint_files import (
     WEIGHTS,
     check_sizes,
+    check_values,
     read_config_file,
     refuse_gguf,
     weight_files,
@@ -43,6 +44,9 @@ SAFE: dict[str, Any] = {"trust_remote_code": False}
 _OLD_BUFFERS = re.compile(r"(^|\.)(position_ids|masked_bias|rotary_emb\.inv_freq)$")
 """Tables that older versions saved and newer ones compute."""
 _LARGEST_PICTURE_PX = 4096
+_LARGEST_STEP = 300.0
+"""Most between black and white that a tower takes: 0 to 255, as old CNNs have it. Pictures of
+that range that are divided by a standard deviation below 1 were not rescaled."""
 
 
 def load_complete(
@@ -65,7 +69,7 @@ def load_complete(
         The model.
 
     Raises:
-        ModelError: The weights cannot be read, are missing, unknown or have another
+        ModelError: The weights cannot be read, are missing, unknown, not finite or have another
             shape; or they are pickled, or of an adapter.
     """
     if "state_dict" not in arguments:
@@ -82,6 +86,7 @@ def load_complete(
     _refuse_missing(path, model, found, optional)
     if source is None:
         _refuse_unknown(path, model, _unknown(model, found))
+    check_values(model, path)
     forget_paths(model.config)
     model.name_or_path = model.config._name_or_path  # which PEFT writes into an adapter
     if source is not None and not local:
@@ -256,7 +261,12 @@ def read_processor(path: str | Path) -> Any:
         ModelError: There is none, or it is damaged.
     """
     processor = _read(AutoProcessor, path, "no processor beside the weights")
-    if hasattr(processor, "image_processor"):
+    if not hasattr(processor, "image_processor"):
+        raise ModelError(
+            f"{path}: no processor beside the weights ({type(processor).__name__} has no image "
+            "processor)"
+        )
+    if processor.image_processor is not None:
         check_image_processor(processor.image_processor, path)
     return processor
 
@@ -287,8 +297,9 @@ def check_image_processor(processor: Any, path: str | Path) -> None:
         path: Where it is from, for the message.
 
     Raises:
-        ModelError: It raises, its pictures are not finite or beyond reason in size,
-            or white is not brighter than black (`image_std` or `rescale_factor` of 0 or below).
+        ModelError: It raises, its pictures are not finite or beyond reason in size, or white is
+            not brighter than black (`image_std` or `rescale_factor` of 0 or below), or brighter
+            than any tower takes (no `do_rescale`).
     """
     where = f"{path}: its image processor (preprocessor_config.json)"
     for name in ("size", "crop_size", "pad_size"):
@@ -310,11 +321,14 @@ def check_image_processor(processor: Any, path: str | Path) -> None:
         step = white - black
         # Padding (of AnyRes' crops, of NaFlex' patches) is the same in both.
         changed = step if step.ndim == 4 else step[step != 0]
-        good = bool(np.isfinite(made).all() and changed.min() > 1e-3 and changed.max() < 1e4)
+        good = bool(
+            np.isfinite(made).all() and changed.min() > 1e-3 and changed.max() < _LARGEST_STEP
+        )
     if not good:
         raise ModelError(
-            f"{where}: white pictures do not come out brighter than black ones ({black.min():.3g} "
-            f"to {white.max():.3g}); correct image_mean, image_std and rescale_factor"
+            f"{where}: white pictures do not come out brighter than black ones as a tower takes "
+            f"them ({black.min():.3g} to {white.max():.3g}); correct image_mean, image_std, "
+            "do_rescale and rescale_factor"
         )
 
 

@@ -30,6 +30,8 @@ _FIXED = {
     "save_only_model": False,  # a resumed run would go on with a fresh optimizer, in silence
     "auto_find_batch_size": False,  # would train on another global batch
 }
+_ABOVE_ZERO = ("max_steps", "num_train_epochs", "save_steps", "logging_steps", "eval_steps")
+"""Keys that transformers takes at 0 and below, for something else than nothing, or for nothing."""
 _PLAIN = (bool, int, float, str, dict, list, type(None))
 
 
@@ -57,6 +59,8 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
             problems.append(f"{key}: unknown key{hint}")
         elif (wanted := _refused_type(hints[name], value)) is not None:
             problems.append(f"{key}: expected {wanted}, got {value!r}")
+        elif name in _ABOVE_ZERO and value not in (None, fields[name].default) and value <= 0:
+            problems.append(f"{key}: expected more than 0, got {value!r} (left out: its default)")
     if problems:
         raise RecipeError("trainer section", *problems)
 

@@ -45,9 +45,17 @@ CAPTIONS: dict[str, tuple[object, str]] = {
     "NUL": ("a dog\x00", "damaged text"),
     "half a character": ("a dog \ud83d", "damaged text"),
     "a URL": ("https://host/a.jpg?x=1", "URL or a file name"),
+    "a list of pandas": ("['a dog', 'a cat']", "a list written as text"),
     "a file name": ("IMG_1234.JPG", "URL or a file name"),
 }
-FINE_CAPTIONS = ["🐕🏖️", "كلب على الشاطئ", "a", "none of them is red", "see https://host for more"]
+FINE_CAPTIONS = [
+    "🐕🏖️",
+    "كلب على الشاطئ",
+    "a",
+    "none of them is red",
+    "see https://host for more",
+    "[a] b",
+]
 
 
 def reasons(bad: BadRecords) -> str:

@@ -112,6 +112,12 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "a layer 99": (
         weights(lambda w: w.update({LAYER.format(99): torch.ones(32)})), r"1 weights.*layers\.99"),
     "LoRA leftovers": (weights(lambda w: w.update({LORA: torch.ones(2, 32)})), r"lora_A"),
+    "a NaN": (
+        weights(lambda w: w["vision_model.post_layernorm.bias"][:1].fill_(float("nan"))),
+        r"post_layernorm\.bias holds NaN"),
+    "infinity": (
+        weights(lambda w: w["vision_model.pre_layrnorm.weight"][:1].fill_(float("inf"))),
+        "infinity"),
     "an extra weight": (weights(lambda w: w.update(extra=torch.ones(3))), r"'extra'"),
     "int8 weights": (
         weights(lambda w: w.update({k: v.to(torch.int8) for k, v in w.items() if v.ndim == 2})),
@@ -214,6 +220,7 @@ def test_leftovers_of_a_language_model_are_refused(tiny_llm: Path, tmp_path: Pat
         {"image_mean": [float("nan")] * 3},
         {"image_mean": [float("inf")] * 3},
         {"image_mean": [0.5]},
+        {"do_rescale": False},
         {"rescale_factor": 0.0},
         {"rescale_factor": -1.0},
         {"rescale_factor": float("nan")},

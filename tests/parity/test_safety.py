@@ -156,10 +156,12 @@ def test_a_changed_export_is_refused(tmp_path: Path) -> None:
         with pytest.raises(HandoffError, match=r"not what parity\.json vouches for"):
             use(tmp_path / "out", tmp_path / "bad")
     certificate = json.loads((tmp_path / "out" / "parity.json").read_text())
-    certificate["files"] = {"../tower/config.json": "0"}
-    (tmp_path / "out" / "parity.json").write_text(json.dumps(certificate))
-    with pytest.raises(HandoffError, match="outside of the folder"):
-        convert(tmp_path / "out", tmp_path / "bad")
+    lists = [({"../tower/config.json": "0"}, "outside of"), ({}, r"not list model\.safetensors")]
+    for files, told in lists:
+        certificate["files"] = files
+        (tmp_path / "out" / "parity.json").write_text(json.dumps(certificate))
+        with pytest.raises(HandoffError, match=told):
+            convert(tmp_path / "out", tmp_path / "bad")
 
 
 @pytest.mark.parametrize("kind", ["tar", "zip"])

@@ -46,6 +46,9 @@ def make_recipe(folder: Path, **changes: Any) -> RunRecipe:
         ("gradient_accumulation_steps", 2, "`global_batch_size`"),
         ("max_steps", "ten", "expected int, got 'ten'"),
         ("max_steps", 1.5, "expected int, got 1.5"),
+        ("max_steps", 0, "expected more than 0, got 0"),
+        ("num_train_epochs", 0, "expected more than 0, got 0"),
+        ("save_steps", -1, "expected more than 0, got -1"),
         ("learning_rate", "1e-4", "expected float, got '1e-4'"),
         ("gradient_checkpointing", "no", "expected bool or null, got 'no'"),
         ("deepspeed", 3, "expected dict or str or null, got 3"),
@@ -63,6 +66,7 @@ def test_good_trainer_keys_pass() -> None:
     check_trainer_keys(
         {
             "learning_rate": 1,
+            "max_steps": -1,
             "warmup_steps": 0.1,
             "lr_scheduler_type": "cosine",
             "deepspeed": {"zero_optimization": {"stage": 2}},

@@ -125,6 +125,17 @@ def test_several_seeds_against_one_run_give_no_p(tmp_path: Path) -> None:
     assert cli.main(["compare", a, f"b={tmp_path}/b", "--fixed", "c"]) == 2
 
 
+@pytest.mark.parametrize("first", [0, 10])
+def test_copies_of_one_run_are_no_seeds(tmp_path: Path, first: int) -> None:
+    rng = np.random.default_rng(0)
+    a, right = seeds_of(tmp_path, "a", range(8), rng), rng.random(60) < 0.2
+    for seed in range(8):
+        made(tmp_path / f"b-s{first + seed}", right)
+    row = command(tmp_path / "out", a, f"b={tmp_path}/b-s{{seed}}")["ab"]["t"]["a-b"]
+    assert row["p"] is None is row["ci"] and "p_holm" not in row
+    assert "the seeds of b gave the same answers" in row["test"]
+
+
 def test_seeds_in_common_are_pairs_and_others_are_not(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     a, b = seeds_of(tmp_path, "a", range(4), rng), seeds_of(tmp_path, "b", range(10, 13), rng)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,49 @@ def test_the_decoder_may_lie_deeper(tiny_clip: Path, tmp_path: Path) -> None:
     llm = build_family("llama4_text", tmp_path)
     ids = fixed_ids(130, 9)
     assert torch.equal(logits_of(build_vlm(tiny_clip, llm)[0], ids), own_logits(llm, ids))
+
+
+def test_a_head_that_the_config_calls_tied_is_kept(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    llm = shutil.copytree(tiny_llm, tmp_path / "llm")
+    said = json.loads((llm / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (llm / "config.json").write_text(json.dumps(said))
+    ids = torch.randint(8, 130, (2, 12))
+    model, processor = build_vlm(tiny_clip, llm)
+    save_vlm(model, processor, tmp_path / "vlm")
+    want = own_logits(tiny_llm, ids)
+    for got in (model, load_vlm(tmp_path / "vlm")[0]):
+        torch.testing.assert_close(logits_of(got, ids)[..., : want.shape[-1]], want)
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "told"),
+    [
+        ("processor_config.json", {"patch_size": 4}, "64 tokens of id 7, expected 16"),
+        ("processor_config.json", {"patch_size": None}, "makes no input"),
+        ("processor_config.json", {"num_additional_image_tokens": 0}, "15 tokens"),
+        ("processor_config.json", {"processor_class": "Unknown"}, "no image processor"),
+        ("config.json", {"image_token_index": 9}, "0 tokens of id 9"),
+    ],
+)
+def test_a_processor_of_another_model_is_refused(
+    file: str, values: dict[str, Any], told: str, tiny_clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    save_vlm(*build_vlm(tiny_clip, tiny_llm), tmp_path)
+    (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | values))
+    with pytest.raises(ModelError, match=told):
+        load_vlm(tmp_path)
+
+
+def test_a_tokenizer_of_more_words_than_embeddings_is_refused(
+    tiny_clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    model, processor = build_vlm(tiny_clip, tiny_llm)
+    processor.tokenizer.add_tokens([f"zz{i}" for i in range(9)])
+    save_vlm(model, processor, tmp_path, state_dict=model.state_dict())
+    with pytest.raises(ModelError, match="in the embeddings"):
+        load_vlm(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["lm_head", "model.vision_tower", "model.multi_modal_projector"])

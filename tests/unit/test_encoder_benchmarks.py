@@ -59,6 +59,13 @@ def test_rows_of_image_and_captions(tmp_path: Path) -> None:
     assert found == {"flickr30k-images/1.jpg": {"captions": ["a", "b", "c", "d", "e"]}}
 
 
+@pytest.mark.parametrize("cell", ['["a dog", "a cat"]', "['a dog', 'a cat']", "['it\\'s']"])
+def test_captions_that_are_a_list_written_as_text_are_refused(tmp_path: Path, cell: str) -> None:
+    rows = [{"image": "1.jpg", "caption": cell}]
+    with pytest.raises(ValueError, match="a list written as text"):
+        read("flickr30k", write(tmp_path / "flickr30k_test.json", rows))
+
+
 def test_coco_annotations(tmp_path: Path) -> None:
     document = {
         "images": [{"id": 7, "file_name": "000000000007.jpg"}],

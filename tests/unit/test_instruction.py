@@ -158,6 +158,20 @@ def test_every_format_gives_the_same_samples(tmp_path: Path, processor: Any) -> 
     assert torch.equal(shard[1]["pixel_values"], wanted[1]["pixel_values"])
 
 
+def test_pictures_in_a_column_of_another_name_are_not_left_out(
+    tmp_path: Path, processor: Any
+) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    row = json.loads(write_llava(tmp_path, 2, text_only=[1]).read_text())[1]
+    turns, picture = [row["conversations"]] * 2, (tmp_path / "images/0.png").read_bytes()
+    table = pa.table({"conversations": turns, "photo": [picture, None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    data = dataset(tmp_path / "a.parquet", processor, allowed=1)
+    assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
+
+
 def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any) -> None:
     path = write_llava(tmp_path, 8)
     mixture = tmp_path / "mix.yaml"

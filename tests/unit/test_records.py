@@ -5,10 +5,14 @@ from __future__ import annotations
 import gzip
 import json
 import random
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from llm2clip_vlm.data.reading import records
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
@@ -101,6 +105,28 @@ def test_parquet(tmp_path: Path) -> None:
 def test_filters(tmp_path: Path, filters: dict[str, Any], expected: list[list[int]]) -> None:
     path = write(tmp_path / "a.jsonl")
     assert ids(CaptionSource(path=str(path), fields=["caption"], **filters)) == expected
+
+
+@pytest.mark.parametrize(
+    "filters",
+    [
+        {"where": {"day": "2020-01-01"}},
+        {"where": {"price": "1.50"}},
+        {"drop_where": {"split": ["val"]}},
+    ],
+)
+def test_filters_match_dates_decimals_and_padded_text(
+    tmp_path: Path, filters: dict[str, Any]
+) -> None:
+    columns = {
+        "id": [1, 2],
+        "day": [date(2020, 1, 1), date(2021, 1, 1)],
+        "price": [Decimal("1.50"), Decimal("2.00")],
+        "split": ["train", "val "],
+    }
+    parquet.write_table(pyarrow.table(columns), tmp_path / "a.parquet")
+    source = CaptionSource(path=str(tmp_path / "a.parquet"), fields=["id"], **filters)
+    assert ids(source) == [[1]]
 
 
 def test_where_true_is_not_one(tmp_path: Path) -> None:

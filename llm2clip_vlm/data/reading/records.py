@@ -11,6 +11,8 @@ import json
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +37,8 @@ _SUFFIXES = tuple(
 )
 _NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
+LIST_AS_TEXT = re.compile(r"""\[\s*(["']).*\1\s*,?\s*\]""", re.DOTALL)
+"""A list of captions as pandas and CSV files write one: several captions, and none by itself."""
 _WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
 _VALUES_SHOWN = 5
 
@@ -135,8 +139,8 @@ def iter_records(
     """Reads a source's rows through its filters.
 
     The order is: `where`, `drop_where`, `group_by`, `limit`. A filter compares text with text
-    (`null`, `true` and numbers as JSON writes them); `True` is `true` and `2014.0` is `2014`, as
-    pandas writes them.
+    (`null`, `true` and numbers as JSON writes them, a date as `2014-12-31`), without blanks around
+    it; `True` is `true` and `2014.0` is `2014`, as pandas writes them.
 
     Args:
         source: The file with its filters.
@@ -215,7 +219,7 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
                     text = given.strip() if isinstance(given, str) else _text(given, name)
                     # nearly every caption: nothing that makes one unusable can be true of it
                     plain = " " in text and len(text) <= MAX_CAPTION_CHARS and text.isprintable()
-                    if not plain and (reason := _unusable(text)):
+                    if not (plain and text[0] != "[") and (reason := _unusable(text)):
                         raise RecordError(f"{reason} in {name!r}")
                     captions.setdefault(str(kind), []).append(text)
     if not captions:
@@ -235,6 +239,8 @@ def _unusable(text: str) -> str:
         return f"a caption that only says {text!r}"
     if _URL_OR_FILE.fullmatch(text):
         return f"a caption that is a URL or a file name ({text[:80]})"
+    if LIST_AS_TEXT.fullmatch(text):
+        return f"a caption that is a list written as text ({text[:80]})"
     return ""
 
 
@@ -250,7 +256,9 @@ def _text(value: Any, name: str) -> str:
 
 
 def _as_text(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, str | date | Decimal):
+        return str(value)
+    return json.dumps(value, ensure_ascii=False, default=str)
 
 
 class _Filters:
@@ -279,7 +287,7 @@ class _Filters:
 
 def _comparable(value: Any) -> str:
     """A value as people write it in a filter, independent of who wrote it."""
-    text = _as_text(value)
+    text = _as_text(value).strip()
     if text in ("True", "TRUE", "False", "FALSE"):
         return text.lower()
     whole = _WHOLE_NUMBER.fullmatch(text)

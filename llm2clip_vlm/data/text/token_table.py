@@ -36,7 +36,7 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 6
+VERSION = 7
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
@@ -141,6 +141,13 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     if asked and not placeholders:
         messages[0]["content"][:0] = [{"type": "image"} for _ in images]
         placeholders = len(images)
+    if not (placeholders or images):
+        for name, cell in row.items():
+            if isinstance(cell, PackedImage) and cell.count():
+                raise ConversationError(
+                    f"0 <image> in the conversation, but the column {name!r} holds bytes; call it "
+                    "`image` by `columns` if these are pictures, else name the columns without it"
+                )
     if placeholders != len(images):
         raise ConversationError(
             f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"

@@ -13,7 +13,7 @@ from typing import Any
 from llm2clip_vlm.data.image_text.index import ImageTextRecord, read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, shown
-from llm2clip_vlm.data.reading.records import iter_rows
+from llm2clip_vlm.data.reading.records import LIST_AS_TEXT, iter_rows
 from llm2clip_vlm.files import read_json, read_text
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.recipe.evaluation import ClassSource, CompositionalTask, RetrievalTask
@@ -160,6 +160,11 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
             if not isinstance(name, str) or not isinstance(text, str) or not text.strip():
                 raise ValueError(
                     f"{data}: image {shown(name)}: expected a name and a caption, got {text!r:.80}"
+                )
+            if LIST_AS_TEXT.fullmatch(text.strip()):
+                raise ValueError(
+                    f"{data}: image {shown(name)}: a list written as text, {text!r:.80}; give one "
+                    "row a caption, or JSON or Parquet with lists"
                 )
             captions.setdefault(name, {}).setdefault(kind, []).append(text)
     count = sum(len(texts) for kinds in captions.values() for texts in kinds.values())

@@ -158,21 +158,7 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     row: dict[str, Any] = {"delta": float(np.mean(a.values(task)) - np.mean(b.values(task)))}
     row |= {"ci": None, "p": None, "deltas_by_seed": deltas, "test": "none: answers not kept"}
     row["n_seeds"] = len(deltas) or min(len(first), len(second))
-    lone = next((run for run in (a, b) if len(run.scores[task]) == 1), None)
-    if not paired:
-        row |= unpaired_summary(a.values(task), b.values(task))
-        row["test"] = f"exact permutation test, {len(first)} seeds against {len(second)} others"
-        row["least_p"] = 2.0 / math.comb(len(first) + len(second), len(first))
-    elif len(deltas) > 1 and (lone is None or (lone.fixed and None in lone.scores[task])):
-        row |= seed_summary(deltas) | {"least_p": 2.0 / 2 ** len(deltas)}
-        against = f", {lone.name} fixed" if lone else ""
-        row["test"] = f"exact sign-flip test over {len(deltas)} seeds{against}"
-    elif len(deltas) > 1:
-        assert lone is not None
-        row["test"] = (
-            f"none: {lone.name} is one run, and its seed counts, too; a test over seeds needs "
-            "several on both sides"
-        )
+    row |= _over_seeds(task, a, b, deltas)
     everyone = [found.result for found in (*first.values(), *second.values())]
     if ":" not in task and (
         differs := [key for other in everyone for key in _differences(everyone[0], other)]
@@ -202,6 +188,35 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     return row
 
 
+def _over_seeds(task: str, a: Run, b: Run, deltas: list[float]) -> dict[str, Any]:
+    """What a test with the seed as the unit says, or why there is none; of one pair, nothing.
+
+    Args:
+        task: The task.
+        a: A run.
+        b: Another.
+        deltas: Differences by seed. Empty: the seeds are no pairs.
+    """
+    first, second = a.scores[task], b.scores[task]
+    lone = next((run for run in (a, b) if len(run.scores[task]) == 1), None)
+    if copied := next((run.name for run in (a, b) if _copies(run.scores[task])), None):
+        return {"test": f"none: the seeds of {copied} gave the same answers; are they one run?"}
+    if not deltas:
+        test = f"exact permutation test, {len(first)} seeds against {len(second)} others"
+        least = 2.0 / math.comb(len(first) + len(second), len(first))
+        return unpaired_summary(a.values(task), b.values(task)) | {"test": test, "least_p": least}
+    if len(deltas) == 1:
+        return {}
+    if lone is None or (lone.fixed and None in lone.scores[task]):
+        against = f", {lone.name} fixed" if lone else ""
+        test = f"exact sign-flip test over {len(deltas)} seeds{against}"
+        return seed_summary(deltas) | {"test": test, "least_p": 2.0 / 2 ** len(deltas)}
+    return {
+        "test": f"none: {lone.name} is one run, and its seed counts, too; a test over seeds needs "
+        "several on both sides"
+    }
+
+
 def _over_images(
     one: Measured, two: Measured, resamples: int
 ) -> tuple[dict[str, Any], PairedSamples | None] | None:
@@ -222,6 +237,15 @@ def _over_images(
     scores = answers.correct_a, answers.correct_b
     within = paired_bootstrap(*scores, answers.image_ids, resamples)
     return within | {"mcnemar_p": mcnemar_exact(*scores) if is_binary(*scores) else None}, answers
+
+
+def _copies(found: Mapping[int | None, Measured]) -> bool:
+    """Whether several seeds are one run, copied: all gave the same answers."""
+    said = [
+        [(s["doc_id"], s.get("answer"), s["correct"]) for s in one.samples]
+        for one in found.values()
+    ]
+    return len(said) > 1 and bool(said[0]) and all(other == said[0] for other in said)
 
 
 def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:

@@ -35,7 +35,7 @@ from llm2clip_vlm.chat.labels import end_of_turn_ids
 from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
+from llm2clip_vlm.models.equal import require_processor, vlm_difference, vlm_outputs
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import (
     four_bits,
@@ -192,7 +192,7 @@ def load_vlm(
         The model in evaluation mode with the text-only guard, and its processor.
 
     Raises:
-        ModelError: It is no LLaVA, or weights are missing.
+        ModelError: It is no LLaVA, weights are missing, or its processor is another model's.
         HandoffError: Its decoder is bidirectional, or its projector was trained with another
             template, feature layer or image mode.
     """
@@ -212,8 +212,9 @@ def load_vlm(
     )
     processor: Any = read_processor(path)
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
+    require_processor(model.eval(), processor, path)
     install_text_only_guard(model)
-    return model.eval(), processor
+    return model, processor
 
 
 def load_checkpoint(
