@@ -32,7 +32,9 @@ NOT_UTF8 = os.fsdecode(b"caf\xe9.jsonl")
 
 
 @pytest.fixture
-def source(tmp_path: Path) -> CaptionPairSource:
+def source(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> CaptionPairSource:
+    # pytest-xdist cannot send a log with a name that is no UTF-8
+    caplog.set_level(logging.ERROR, logger="llm2clip_vlm")
     lines: list[Any] = [
         {"id": f"{n}", "captions": {"short": [f"dog {n // 2}"], "long": [f"dog {n} 图", "dog 0"]}}
         for n in range(COUNT)
@@ -53,13 +55,8 @@ def read(source: CaptionPairSource, **more: Any) -> Any:
 
 
 def test_a_mapped_table_is_what_was_read_and_read_once(
-    source: CaptionPairSource,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    source: CaptionPairSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # pytest-xdist cannot send a log with a name that is no UTF-8
-    caplog.set_level(logging.ERROR, logger="llm2clip_vlm")
     small = [*read(source)]
     assert len(small) == COUNT and small[-1].captions["short"] == [f"dog {(COUNT - 1) // 2}"]
     monkeypatch.setattr(table, "TABLE_FILE_FROM_BYTES", 0)
