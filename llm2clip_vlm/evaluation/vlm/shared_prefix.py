@@ -76,8 +76,8 @@ class PrefixSharing:
             return ""  # windows and recurrent states depend on where the padding is
         row = int(inputs["attention_mask"].sum(-1).argmin())  # the most padded prompt
         one = {name: value[row : row + 1] for name, value in inputs.items()}
-        keep = GenerationConfig(max_new_tokens=1, pad_token_id=self._pad_id, output_logits=True)
-        keep.return_dict_in_generate = True
+        keep = GenerationConfig(max_new_tokens=1, pad_token_id=self._pad_id)
+        keep.update(output_logits=True, return_dict_in_generate=True)
         both = (one, self._share(one, [""]))
         want, got = (self._model.generate(**g, generation_config=keep).logits[0] for g in both)
         return difference(want, got, TOLERANCE.get(self._model.dtype, HALF_TOLERANCE))
