@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Two cores are enough for every test, and threads fight each other in two-process tests.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -11,11 +12,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(autouse=True)
+def sigterm_as_before() -> Iterator[None]:
+    """A stage that fails in the test's own process leaves its handler, which forks would inherit."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
