@@ -22,7 +22,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def sigterm_as_before() -> Iterator[None]:
-    """A stage that fails in the test's own process leaves its handler, which forks would inherit."""
+    """A stage that fails in a test leaves its handler in the process, and forks inherit it."""
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)
