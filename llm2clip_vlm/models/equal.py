@@ -14,12 +14,9 @@ from typing import Any
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
-from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.models.loading import boundary
 from llm2clip_vlm.models.vision.image_mode import one_picture
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
@@ -94,39 +91,6 @@ def vlm_outputs(model: Any) -> Float[Tensor, "1 t v"]:
         logits = logits_of(model, ids, **given)
     model.train(training)
     return logits
-
-
-def require_processor(model: Any, processor: Any, where: str) -> None:
-    """Refuse a processor that leaves another number of places for a picture than the VLM fills.
-
-    Args:
-        model: A LLaVA; under ZeRO-3 nothing is compared.
-        processor: What makes its inputs.
-        where: Where both are from, for the message.
-
-    Raises:
-        ModelError: Another number, another `<image>`, or no input at all.
-    """
-    if is_deepspeed_zero3_enabled():
-        return
-    remedy = "; take processor and tokenizer from the checkpoint that the weights are from"
-    with boundary(f"{where}: its processor makes no input of its model", remedy):
-        given = processor(text=IMAGE_TOKEN, images=Image.new("RGB", (64, 64)), return_tensors="pt")
-        places = int((given["input_ids"] == model.config.image_token_id).sum())
-        more = {"image_sizes": given["image_sizes"]} if "image_sizes" in given else {}
-        pixels = given["pixel_values"].to(next(model.model.vision_tower.parameters()))
-        with torch.no_grad():
-            made = sum(map(len, model.model.get_image_features(pixels, **more).pooler_output))
-        if places != made:
-            raise ValueError(
-                f"of one picture {places} tokens of id {model.config.image_token_id}, expected "
-                f"{made}: patch_size, num_additional_image_tokens or image_token_index is wrong"
-            )
-        words = model.get_input_embeddings().weight.shape[0]
-        if len(processor.tokenizer) > words:
-            raise ValueError(
-                f"{len(processor.tokenizer)} tokens in the tokenizer, {words} in the embeddings"
-            )
 
 
 def vlm_difference(want: Float[Tensor, "1 t v"], model: Any) -> str | None:

@@ -296,7 +296,7 @@ def test_chat_template_lookup(tmp_path: Path) -> None:
     assert "ASSISTANT:" in find_chat_template("vicuna_v1", tokenizer)
     (tmp_path / "a.jinja").write_text("x{{ bos_token }}")
     assert find_chat_template(str(tmp_path / "a.jinja"), tokenizer) == "x{{ bos_token }}"
-    with pytest.raises(ConversationError, match="did you mean `vicuna_v1`"):
+    with pytest.raises(ConversationError, match="did you mean 'vicuna_v1'"):
         find_chat_template("vicuna", tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ConversationError, match="no chat template"):

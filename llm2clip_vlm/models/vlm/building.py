@@ -35,7 +35,7 @@ from llm2clip_vlm.chat.labels import end_of_turn_ids
 from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.hub import ModelError
-from llm2clip_vlm.models.equal import require_processor, vlm_difference, vlm_outputs
+from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import (
     four_bits,
@@ -57,6 +57,7 @@ from llm2clip_vlm.models.vlm.lineage import (
     PROJECTOR,
     read_lineage,
     refuse_other,
+    require_processor,
     settings_of,
     weights_of,
     write_lineage,

@@ -1,4 +1,4 @@
-"""Fingerprints of what a projector or an adapter belongs to, saved with a VLM checkpoint."""
+"""What belongs to what in a VLM: fingerprints saved with it, and its processor."""
 
 from __future__ import annotations
 
@@ -11,14 +11,51 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
+from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.files import read_json, write_atomically
+from llm2clip_vlm.models.loading import boundary
 from llm2clip_vlm.models.trainable import part_name
 from llm2clip_vlm.runs.manifest import HandoffError
 
 LINEAGE_NAME = "lineage.json"
 PROJECTOR = "multi_modal_projector"
+
+
+def require_processor(model: Any, processor: Any, where: str) -> None:
+    """Refuse a processor that leaves another number of places for a picture than the VLM fills.
+
+    Args:
+        model: A LLaVA; under ZeRO-3 nothing is compared.
+        processor: What makes its inputs.
+        where: Where both are from, for the message.
+
+    Raises:
+        ModelError: Another number, another `<image>`, or no input at all.
+    """
+    if is_deepspeed_zero3_enabled():
+        return
+    remedy = "; take processor and tokenizer from the checkpoint that the weights are from"
+    with boundary(f"{where}: its processor makes no input of its model", remedy):
+        given = processor(text=IMAGE_TOKEN, images=Image.new("RGB", (64, 64)), return_tensors="pt")
+        places = int((given["input_ids"] == model.config.image_token_id).sum())
+        more = {"image_sizes": given["image_sizes"]} if "image_sizes" in given else {}
+        pixels = given["pixel_values"].to(next(model.model.vision_tower.parameters()))
+        with torch.no_grad():
+            made = sum(map(len, model.model.get_image_features(pixels, **more).pooler_output))
+        if places != made:
+            raise ValueError(
+                f"of one picture {places} tokens of id {model.config.image_token_id}, expected "
+                f"{made}: patch_size, num_additional_image_tokens or image_token_index is wrong"
+            )
+        words = model.get_input_embeddings().weight.shape[0]
+        if len(processor.tokenizer) > words:
+            raise ValueError(
+                f"{len(processor.tokenizer)} tokens in the tokenizer, {words} in the embeddings"
+            )
 
 
 def settings_of(model: Any, processor: Any) -> dict[str, str]:
