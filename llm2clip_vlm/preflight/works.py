@@ -171,6 +171,7 @@ def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
     vlm, near = vlm_section(recipe, source)
     config: Any
     if vlm is None:
+        register()  # only this package may know the tower of a checkpoint
         config = read_config(near)
         dtype, anyres = config.dtype, config.model_type == "llava_next"
         shared = (
