@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from llm2clip_vlm.preflight.machines import Machine, find_machine
 from llm2clip_vlm.preflight.plan import Plan, make_plan
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
+from tests.tiny_towers import build_tower
 from tests.vlm_fixtures import write_llava
 
 ONE = Machine()
@@ -79,6 +82,21 @@ def test_every_stage_has_a_plan(work: Path, stage: str) -> None:
     assert not (work / stage).exists()
     lines = plans.shown(found, 0.35, 2.0).splitlines()
     assert all(len(line) <= 100 for line in lines if not line.startswith("  checkpoint:"))
+
+
+def test_a_checkpoint_with_a_tower_of_ours_has_a_plan(
+    work: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: transformers knows the tower only once this package has told it."""
+    from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
+
+    tower = build_tower("eva02", tmp_path / "tower")
+    save_vlm(*build_vlm(tower, tiny_llm), tmp_path / "vlm")
+    words = ["plan", str(work / "stage4_instruction.yaml"), f"checkpoint={tmp_path / 'vlm'}"]
+    command = [sys.executable, "-m", "llm2clip_vlm.cli", *words]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "memory of each GPU" in found.stdout
 
 
 def test_flops_are_those_of_a_real_step(work: Path, tiny_clip: Path, tiny_llm: Path) -> None:
