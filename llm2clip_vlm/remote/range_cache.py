@@ -26,8 +26,9 @@ class RangeCache:
     """Ranges of remote files in a folder; those that were not asked for longest go first.
 
     Each is a file that appears whole and ends with a checksum. Room is reserved before anything is
-    written, by a lock that all processes share, so that the bound holds at every moment; bytes that
-    a killed process has reserved in vain are found at the next counting, when the folder is full.
+    written, under a lock that all processes share, by a file of the full length without content:
+    who counts the folder sees what others are about to write, and the bound holds at every moment.
+    What a killed process has reserved in vain goes like a range that nobody asks for.
     """
 
     folder: Path
@@ -63,17 +64,18 @@ class RangeCache:
         path, size = self.place(key), len(data) + _CHECK_BYTES
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            if size <= self.limit_bytes * _FILLED and self._reserve(size):
-                handle, partial = tempfile.mkstemp(prefix=".", dir=path.parent)
-                with os.fdopen(handle, "wb") as file:
+            if size <= self.limit_bytes * _FILLED and (partial := self._reserve(path.parent, size)):
+                with open(partial, "r+b") as file:
                     file.write(data)
                     file.write(_checksum(data))
                 os.replace(partial, path)
+        except FileNotFoundError as error:  # others needed the room
+            logger.debug("%s: gone before it was written (%s)", path, error)
         except OSError as error:
             logger.warning("%s: nothing can be kept there (%s)", self.folder, error)
 
-    def _reserve(self, size: int) -> bool:
-        """Count a file in before it is there; older ones make room."""
+    def _reserve(self, folder: Path, size: int) -> str | None:
+        """Make a file of a size, and room for it; say where it lies."""
         handle = os.open(self.folder / "used", os.O_RDWR | os.O_CREAT, 0o666)
         try:
             with suppress(OSError):  # some network file systems lock nothing
@@ -86,9 +88,9 @@ class RangeCache:
                 used -= self._evict(used + size - self.limit_bytes * _FILLED)
             fits = used + size <= self.limit_bytes
             os.pwrite(handle, (used + size * fits).to_bytes(8), 0)
+            return _file_of(folder, size) if fits else None
         finally:
             os.close(handle)
-        return fits
 
     def _evict(self, wanted: float) -> int:
         """Free some bytes, the oldest quarter of some thousand files at a time; say how many."""
@@ -112,6 +114,16 @@ class RangeCache:
                 with suppress(OSError):
                     stat = entry.stat()
                     yield stat.st_mtime_ns, stat.st_size, entry.path
+
+
+def _file_of(folder: Path, size: int) -> str:
+    """Make a file whose length is known before its content."""
+    handle, path = tempfile.mkstemp(prefix=".", dir=folder)
+    try:
+        os.ftruncate(handle, size)
+    finally:
+        os.close(handle)
+    return path
 
 
 def _checksum(data: bytes) -> bytes:

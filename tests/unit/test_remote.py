@@ -27,7 +27,7 @@ from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.data.text.captions import read_captions
 from llm2clip_vlm.recipe.base import CaptionSource, ImageTextSource
 from llm2clip_vlm.recipe.vlm import InstructionSource
-from llm2clip_vlm.remote import addresses, ranges
+from llm2clip_vlm.remote import addresses, range_cache, ranges
 from llm2clip_vlm.remote.addresses import RemoteError, look_up, missing_remote
 from llm2clip_vlm.remote.range_cache import RangeCache
 from llm2clip_vlm.remote.ranges import RemoteFile
@@ -301,6 +301,25 @@ def test_the_bound_holds_and_the_longest_unused_goes(tmp_path: Path) -> None:
     (tmp_path / "used").unlink()  # what is there is counted again
     cache.write(key_of(70), bytes(20_000))
     assert taken(cache) <= 50_000
+
+
+def test_what_others_are_about_to_write_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, checksum = RangeCache(tmp_path, 50_000), range_cache._checksum
+    for number in range(45):
+        cache.write(key_of(number), bytes(1_000))
+
+    def others_write_first(data: bytes) -> bytes:
+        monkeypatch.setattr(range_cache, "_checksum", checksum)
+        for number in range(45, 49):  # the first finds the folder full, and counts it again
+            cache.write(key_of(number), bytes(1_000))
+        return checksum(data)
+
+    monkeypatch.setattr(range_cache, "_checksum", others_write_first)
+    cache.write(key_of(99), bytes(4_000))  # small enough to wait in a buffer
+    assert cache.read(key_of(99), 4_000) == bytes(4_000)
+    assert 40_000 < taken(cache) <= 50_000
 
 
 def test_what_is_damaged_counts_as_absent(tmp_path: Path) -> None:
