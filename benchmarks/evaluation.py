@@ -51,7 +51,8 @@ from llm2clip_vlm.data.reading.images import open_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.evaluation.vlm.generation import Generator
 from llm2clip_vlm.evaluation.vlm.jobs import run_suite
-from llm2clip_vlm.evaluation.vlm.worker import build_task, quiet
+from llm2clip_vlm.evaluation.vlm.tasks import build_task
+from llm2clip_vlm.evaluation.vlm.worker import quiet
 from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint, save_vlm
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 

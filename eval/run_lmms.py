@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> int:
 def print_prefetch(suite: SuiteRecipe, tasks_dir: Path) -> None:
     """What `hf download` must fetch before `HF_HUB_OFFLINE=1`, and which local files are read."""
     from llm2clip_vlm.evaluation.vlm.jobs import task_yaml
-    from llm2clip_vlm.evaluation.vlm.worker import load_config
+    from llm2clip_vlm.evaluation.vlm.tasks import load_config
 
     skipped = left_out(suite)
     for task in suite.tasks:
@@ -126,6 +126,10 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
                 f"n={result['n']}{cut}, empty {result['n_empty']}, "
                 f"unparsable {result['n_unparsable']}, {result['seconds']:.0f} s"
             )
+            if other := result.get("other_pictures"):
+                figures = ": {delta:+.1f} with its own [{ci[0]:+.1f}, {ci[1]:+.1f}], p = {p:.2g}"
+                words = figures.format(**other) if "delta" in other else ""
+                print(f"{'':<16} {'  with other pictures':<28} {other['score']:6.1f}{words}")
 
 
 if __name__ == "__main__":

@@ -35,6 +35,9 @@ class LmmsTask(Section):
     function."""
     max_empty: float | None = Field(default=None, ge=0, le=1)
     """Share of empty answers above which no score is written. None: that of the suite."""
+    other_pictures: bool = False
+    """Ask everything again with the picture of another document, and report the difference: a model
+    that answers as well with any picture does not look. Takes twice the time."""
 
 
 class SuiteRecipe(RecipeFile):

@@ -18,14 +18,8 @@ from PIL import ImageFile
 
 from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat
 from llm2clip_vlm.evaluation.vlm.jobs import EvaluationError, Job, task_yaml
-from llm2clip_vlm.evaluation.vlm.worker import (
-    build_task,
-    load_config,
-    merge,
-    quiet,
-    refuse_judge,
-    score,
-)
+from llm2clip_vlm.evaluation.vlm.tasks import build_task, load_config, merge, refuse_judge
+from llm2clip_vlm.evaluation.vlm.worker import quiet, score
 from llm2clip_vlm.models.vlm.building import load_checkpoint
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 

@@ -14,7 +14,8 @@ from typing import Any
 from llm2clip_vlm.evaluation.vlm.adapter import Llm2ClipVlmChat
 from llm2clip_vlm.evaluation.vlm.generation import Answer
 from llm2clip_vlm.evaluation.vlm.jobs import Job, task_yaml
-from llm2clip_vlm.evaluation.vlm.worker import build_task, load_config, merge, quiet, score
+from llm2clip_vlm.evaluation.vlm.tasks import build_task, load_config, merge
+from llm2clip_vlm.evaluation.vlm.worker import quiet, score
 from llm2clip_vlm.models.vlm.building import load_checkpoint
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe

@@ -102,6 +102,26 @@ def test_text_only_documents_are_answered(live: dict[str, Any]) -> None:
     assert all(texts_of(Llm2ClipVlmChat(**live), lambda doc: []))
 
 
+def test_each_question_gets_the_picture_of_another(live: dict[str, Any], visual: Any) -> None:
+    shown: list[list[Any]] = []
+    adapter = Llm2ClipVlmChat(**live)
+    generate = adapter.generator.generate
+    adapter.generator.generate = lambda prompts, *rest: (
+        shown.append([(prompt.text, prompt.pictures) for prompt in prompts]),
+        generate(prompts, *rest),
+    )[1]
+    texts_of(adapter, visual)
+    own = dict(adapter.pictures)
+    adapter.other_pictures = True
+    texts_of(adapter, visual)
+    (dog, first), (cat, second) = shown[0]
+    assert first != second and shown[1] == [(dog, second), (cat, first)]
+    assert adapter.pictures == own, "samples are paired by the question's own picture"
+    with pytest.raises(ValueError, match="documents with different pictures, got 2"):
+        texts_of(adapter, lambda doc: visual(DOCS[0]))
+    assert all(texts_of(adapter, lambda doc: []))
+
+
 def test_many_documents_are_rendered_a_few_batches_at_a_time(
     live: dict[str, Any], monkeypatch: pytest.MonkeyPatch, visual: Any
 ) -> None:

@@ -39,7 +39,7 @@ from llm2clip_vlm.evaluation.vlm.jobs import (
 )
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
-from llm2clip_vlm.evaluation.vlm.worker import STATIC_DESPITE_MARKS, merge, redirect
+from llm2clip_vlm.evaluation.vlm.tasks import STATIC_DESPITE_MARKS, merge, redirect
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import file_state
@@ -455,7 +455,8 @@ def test_a_result_of_another_version_or_with_changed_samples_is_made_again(
 
 def scored(
     data: Path, model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch,
-    answers: list[str], *, first: int | None = None, documents: int = 4, **values: Any,
+    answers: list[str], *, first: int | None = None, documents: int = 4,
+    pictures: dict[int, str] | None = None, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the worker makes of these answers, without lmms-eval's evaluator."""
     entry = {"task": "l2c_world_exist", "data_files": str(data)}
@@ -466,8 +467,10 @@ def scored(
 
     def simple_evaluate(**arguments: Any) -> dict[str, Any]:
         given.update(arguments)
-        name = "l2c_world_exist"
-        return {"samples": {name: items}, "results": {name: {"acc,none": 0.5}}}
+        name, found = "l2c_world_exist", items
+        if arguments["model"].other_pictures:
+            found = [logged(n, f"other {n}", 0.0) for n in range(len(answers))]
+        return {"samples": {name: found}, "results": {name: {"acc,none": 0.5}}}
 
     module = SimpleNamespace(simple_evaluate=simple_evaluate)
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)  # type: ignore[arg-type]
@@ -482,8 +485,10 @@ def scored(
     model = SimpleNamespace(dtype=torch.float32, device="cpu")
     processor = SimpleNamespace(image_processor=object())
     generator = SimpleNamespace(model=model, processor=processor, batch_size=3, max_new_tokens=9)
-    adapter = SimpleNamespace(generator=generator, prompt_example="p", pictures={0: "x"})
+    adapter = SimpleNamespace(generator=generator, prompt_example="p")
+    adapter.pictures = {0: "x"} if pictures is None else pictures
     result = lmms_worker.score(job, recipe, task, adapter, out)
+    assert not adapter.other_pictures
     assert given["limit"] == (first or values.get("limit"))
     assert given["batch_size"] == recipe.batch_size
     assert given["bootstrap_iters"] == 0 and given["tasks"] == [task]
@@ -514,6 +519,27 @@ def test_a_score_says_of_what_it_is(
     assert make(["yes"] * 4, limit=9)["n_errors"] == 0
     with pytest.raises(EvaluationError, match="no document was answered"):
         make([])
+
+
+def test_a_model_is_asked_with_other_pictures_too(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make(**values: Any) -> dict[str, Any]:
+        out = tmp_path / "out"
+        return scored(data, model_dir, out, monkeypatch, ["yes", "no", "no", "no"], **values)
+
+    assert "other_pictures" not in make()
+    found = make(other_pictures=True)
+    other = found["other_pictures"]
+    assert found["score"] == 50 and other["score"] == 0 and other["delta"] == 50
+    assert other["images"] == 4 and other["p"] == 0.5, "two of four differ, both to one side"
+    samples = (tmp_path / "out" / "a" / "l2c_world_exist.samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["other_answer"] for line in samples] == [
+        f"other {n}" for n in range(4)
+    ]
+    assert make(other_pictures=True, program="java")["other_pictures"] == {"score": 50.0}
+    with pytest.raises(EvaluationError, match="expected documents with pictures, got none"):
+        make(other_pictures=True, pictures={})
 
 
 def test_after_a_failure_the_rest_is_done(

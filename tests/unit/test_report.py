@@ -163,6 +163,18 @@ def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(
     assert "base: 41.5 [40.1, 43.2]" in drawn["Tasks of the encoders"], "mean IoU has no interval"
 
 
+def test_whether_a_model_looks_is_shown(program: ModuleType, tmp_path: Path) -> None:
+    root = write_run(tmp_path)
+    assert "Does it look" not in make(program, root, tmp_path / "a")[1]
+    looked = {"score": 41.25, "delta": 12.5, "ci": [8.0, 17.0], "p": 0.0004}
+    for task, found in (("l2c_world_vqa", looked), ("l2c_world_caption", {"score": 3.0})):
+        file = root / f"eval/llm2clip-s0/{task}.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"other_pictures": found}))
+    page = make(program, root, tmp_path / "b")[1]
+    assert "Does it look" in page and "+12.5 [+8.0, +17.0], p = 0.0004" in page
+    assert "41.2" in page and "no interval" in page
+
+
 def test_rules_without_the_picture() -> None:
     def ask(question: str, target: str, count: int) -> list[dict[str, Any]]:
         sample = {"question": question, "target": target, "type": question[0], "correct": 0.0}

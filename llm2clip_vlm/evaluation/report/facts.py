@@ -168,6 +168,18 @@ class Facts:
             for seed, measured in run.scores[task].items()
         ]
 
+    def looks(self) -> list[list[str]]:
+        """Checkpoint, task, its score, that with other pictures, and the difference."""
+        rows = []
+        for run, task in product(self.vlms, self.tasks):
+            for seed, measured in run.scores[task].items():
+                if other := measured.result.get("other_pictures"):
+                    figures = "{delta:+.1f} [{ci[0]:+.1f}, {ci[1]:+.1f}], p = {p:.2g}"
+                    delta = figures.format(**other) if "delta" in other else "no interval"
+                    scores = [f"{value:.1f}" for value in (measured.value, other["score"])]
+                    rows.append([f"{run.name}-s{seed}", self.title(task), *scores, delta])
+        return rows
+
     def vlm_verdict(self) -> Verdict | None:
         """What this run and the A/B say of the headline's VLMs; None = none was scored."""
         (a, b), task = self.recipe.headline, self.recipe.headline_task

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from lmms_eval.models.model_utils.gen_metrics import log_metrics
 from tqdm import tqdm
 from transformers import PreTrainedModel, ProcessorMixin
 
-from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator
+from llm2clip_vlm.evaluation.vlm.generation import Answer, Generator, Prompt
 from llm2clip_vlm.models.vlm.building import load_checkpoint
 
 _BATCHES_AT_ONCE = 8
@@ -83,6 +85,8 @@ class Llm2ClipVlmChat(lmms):
         """The first prompt of the last task, as the template wrote it."""
         self.pictures: dict[int, str] = {}
         """Hash of the pictures' pixels by document of the last task; text alone has no entry."""
+        self.other_pictures = False
+        """Show each question the picture of another document; :attr:`pictures` keeps its own."""
 
     @property
     def device(self) -> torch.device:
@@ -120,9 +124,12 @@ class Llm2ClipVlmChat(lmms):
                 ]
                 if not answers:
                     self.prompt_example = prompts[0].text
-                for (*_, doc, _, _), prompt in zip(asked, prompts, strict=True):
-                    if prompt.images:
+                for row, (_, doc_to_messages, _, doc, task, split) in enumerate(asked):
+                    if (prompt := prompts[row]).images:
                         self.pictures[doc] = prompt.pictures
+                        if self.other_pictures:
+                            documents = self.task_dict[task][split]
+                            prompts[row] = self._elsewhere(prompt, doc_to_messages, documents, doc)
                 answers += generator.generate(prompts, [given[2] for given in asked], bar.update)
         tokens = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
@@ -131,6 +138,20 @@ class Llm2ClipVlmChat(lmms):
             GenerationResult(answer.text, TokenCounts(output_tokens=answer.num_tokens))
             for answer in answers
         ]
+
+    def _elsewhere(
+        self, prompt: Prompt, doc_to_messages: Callable[..., Any], documents: Any, doc: int
+    ) -> Prompt:
+        """Put the pictures of a document half the task further on into a prompt."""
+        for further in range(len(documents) // 2, len(documents) // 2 + len(documents)):
+            other = documents[(doc + further) % len(documents)]
+            found = self._generator().render(doc_to_messages(other))
+            if len(found.images) == len(prompt.images) and found.pictures != prompt.pictures:
+                return replace(prompt, images=found.images)
+        raise ValueError(
+            f"other_pictures: expected documents with different pictures, got {len(documents)} "
+            f"without another one for document {doc}; leave the key out for this task"
+        )
 
     def loglikelihood(self, requests: list[Instance]) -> list[Any]:
         """Refuse: no task of the suites here asks for it."""

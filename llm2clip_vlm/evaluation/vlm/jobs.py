@@ -54,6 +54,7 @@ SCORING_CODE = (
     "evaluation/vlm/samples.py",
     "evaluation/vlm/shared_prefix.py",
     "evaluation/vlm/task_helpers.py",
+    "evaluation/vlm/tasks.py",
     "evaluation/vlm/token_queue.py",
     "evaluation/vlm/worker.py",
     "models/equal.py",
