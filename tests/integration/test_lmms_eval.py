@@ -96,7 +96,19 @@ def test_every_task_of_every_checkpoint_has_a_result(first_run: Any) -> None:
             assert found["prompt_example"].count("<image>") == 1
             assert found["checkpoint"]["sha256"] and found["versions"]["lmms_eval"]
     assert not list(output.glob(".jobs*")) and not list(output.rglob(".*.json.*"))
-    assert finished.stdout.count("\n") == 10 and "pope scorer on world data" in finished.stdout
+    assert finished.stdout.count("\n") == 12 and "pope scorer on world data" in finished.stdout
+
+
+def test_the_questions_were_asked_with_other_pictures_too(first_run: Any) -> None:
+    output, finished = first_run
+    assert finished.stdout.count("with other pictures") == 2
+    for checkpoint in "ab":
+        vqa = result(output, checkpoint, "l2c_world_vqa")
+        other, asked = vqa["other_pictures"], samples(output, checkpoint, "l2c_world_vqa")
+        assert other["delta"] == pytest.approx(vqa["score"] - other["score"])
+        assert (other["n"], other["images"]) == (40, 4)
+        assert any(sample["answer"] != sample["other_answer"] for sample in asked)
+        assert "other_pictures" not in result(output, checkpoint, "l2c_world_exist")
 
 
 def test_own_metrics_and_types(first_run: Any) -> None:
