@@ -35,6 +35,7 @@ from llm2clip_vlm.training.adapters import merged_state
 from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
 from llm2clip_vlm.training.vlm import vlm_run
 from llm2clip_vlm.training.vlm import vlm_trainer as trainers
+from llm2clip_vlm.training.vlm.picture_signal import PictureShare
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups, VlmTrainer
 
@@ -291,6 +292,50 @@ def test_each_log_line_says_how_fast(model: Any, tmp_path: Path) -> None:
         assert {"tokens_per_s", "tflops", "data_wait", "fill"} <= set(row)
     lengths = [len(item["input_ids"]) for item in samples()]
     assert rows[0]["fill"] == pytest.approx(sum(lengths[:2]) / (2 * max(lengths[:2])))
+
+
+def test_what_of_the_pictures_passes_the_projector_is_logged(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows: list[dict[str, float]] = []
+
+    class Record(TrainerCallback):
+        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
+            rows.extend([dict(logs)] if "loss" in logs else [])
+
+    def shares(size: int, accumulation: int, **values: Any) -> tuple[float, float]:
+        data = samples(text_only=(1, 2))
+        found = trainer(copy.deepcopy(model), tmp_path, data, size=size, accumulation=accumulation)
+        found.add_callback(Record())
+        found.train()
+        return rows[-1]["picture_share"], rows[-1]["picture_share_tower"]
+
+    whole = shares(8, 1)
+    assert all(0 < share < 1 for share in whole) and "hardly differ" not in caplog.text
+    assert shares(2, 4) == pytest.approx(whole, rel=1e-3), "over all micro-batches of the step"
+    with torch.no_grad():
+        model.model.multi_modal_projector.linear_2.weight.mul_(1e-3)
+        model.model.multi_modal_projector.linear_2.bias.fill_(1.0)
+    kept, given = shares(8, 1)
+    assert kept < 0.01 and given == pytest.approx(whole[1], rel=1e-3)
+    assert "the image tokens hardly differ between pictures" in caplog.text
+
+
+def test_the_share_of_pictures_is_their_variance_by_the_energy() -> None:
+    draw = torch.Generator().manual_seed(0)
+    constant = torch.ones(64, 1, 100) * 3
+    pictures = torch.randn(64, 1, 100, generator=draw).expand(64, 9, 100)
+    for tokens, share in ((constant, 0.0), (pictures, 1.0), (constant + pictures, 0.1)):
+        whole, parts = PictureShare(), PictureShare()
+        whole.add(tokens)
+        for part in tokens.split(10):
+            parts.add(part)
+        assert whole.value() == pytest.approx(share, abs=0.01)
+        assert parts.value() == pytest.approx(whole.value(), abs=1e-5)
+    alone = PictureShare()
+    assert alone.value() is None
+    alone.add(constant[:1])
+    assert alone.value() is None, "one picture cannot differ"
 
 
 @pytest.mark.parametrize("parts", [("multi_modal_projector",), ALL[1:], ALL], ids=len)

@@ -43,6 +43,7 @@ from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.step_guard import keep_batch
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 from llm2clip_vlm.training.vlm.gradient_audit import GradientAudit
+from llm2clip_vlm.training.vlm.picture_signal import PictureSignal
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 
 logger = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.base = fingerprint_dir(checkpoint) if hashed else str(checkpoint)
         self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
-        self.flops = VlmFlops(model)
+        self.flops, self.signal = VlmFlops(model), PictureSignal(model)
         self.audit: GradientAudit | None = GradientAudit(model, list(parts), report)
         super().__init__(
             model=model,
@@ -109,7 +110,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             train_dataset=train_dataset,
             data_collator=data_collator,
             processing_class=processor,
-            callbacks=[self.throughput, *(callbacks or [])],
+            callbacks=[self.throughput, self.signal, *(callbacks or [])],
         )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -139,6 +140,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.watchdog.beat(f"step {step}, samples {ids}")
         packed = None if self.batches is None else self.batches.max_tokens
         self.throughput.add(*self.flops(inputs), room=packed or inputs["input_ids"].numel())
+        self.signal.watching = "pixel_values" in inputs
         if self.audit is not None:
             self.audit.see(inputs)
         try:
