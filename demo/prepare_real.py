@@ -64,7 +64,7 @@ class PrepareRecipe(Section):
     """Captions of a training photograph that stage 2 learns from: each costs the LLM a pass."""
     long_texts: int = Field(default=200, ge=2)
     """Long human descriptions (IIW-400): every other sentence is to find the sentences between."""
-    train_captions: int = Field(default=600, ge=0)
+    train_captions: int = Field(default=3000, ge=0)
     """Photographs of Flickr8k's training split that stage 4 learns to describe."""
     test_captions: int = Field(default=200, ge=1)
     """Photographs of its validation split that the VLM is asked to describe."""
