@@ -176,10 +176,11 @@ def _lines(log: Path, start: int = 0) -> list[str]:
 
 
 def _why(job: Job) -> list[str]:
-    """The end of a job's log: from its own last error on, where a launcher's report follows it."""
+    """The end of a job's log: from its first error on, of which other ranks' and the launcher's are
+    the consequence."""
     lines = _lines(job.log, job.log_start)
     errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
-    return lines[errors[-1] :][:15] if errors else lines[-15:]
+    return lines[errors[0] :][:15] if errors else lines[-15:]
 
 
 class Pipeline:

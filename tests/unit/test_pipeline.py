@@ -47,6 +47,7 @@ if "fail" in rest:
     sys.exit(3)
 if "launcher" in rest:
     print("error: the batch\\n  does not divide")
+    print("error: another rank has lost its connection")
     print("Traceback of the launcher\\n" * 20, flush=True)
     sys.exit(1)
 if "stopped" in rest:
@@ -233,8 +234,8 @@ def test_a_failing_step_stops_the_pipeline_and_shows_its_log(root: Path) -> None
     assert set(Pipeline(recipe).run()) == {"b", "c"}, "a is not run again"
 
 
-def test_a_launchers_report_does_not_hide_the_error_of_the_program(root: Path) -> None:
-    with pytest.raises(PipelineError, match=r"error: the batch\n +does not divide\n +Traceback"):
+def test_what_follows_does_not_hide_the_error_of_the_program(root: Path) -> None:
+    with pytest.raises(PipelineError, match=r"error: the batch\n +does not divide\n +error: another"):
         Pipeline(pipeline(step("a", "launcher"))).run()
 
 
