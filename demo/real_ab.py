@@ -37,6 +37,10 @@ VLMS = ("base", "control_long", "llm2clip", "llm2clip_shuffled", "text_only")
 """What a VLM looks through."""
 TASKS = {"daquar": "l2c_daquar", "coco": "l2c_photo_vqa", "captions": "captions"}
 """Name of a task in the table to its result file's."""
+OTHER = "other_pictures"
+"""What a result says of the same questions with the pictures of others."""
+ELSEWHERE = f"_{OTHER}"
+"""Ends the name of such a score in the table."""
 LEAST = 2
 """Seeds from which two arms are compared."""
 
@@ -122,7 +126,7 @@ def retrieval(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, 
 
 
 def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
-    """Scores of each VLM by task and seed, in per cent (captions: CIDEr)."""
+    """Scores of each VLM by task and seed: per cent right; of captions CIDEr, times 100."""
     found: dict[str, Any] = {}
     for task, name in TASKS.items():
         for tower in VLMS:
@@ -131,16 +135,15 @@ def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
             files = {seed: run / "eval" / f"{tower}-s{seed}" / f"{name}.json" for seed in seeds}
             missing += [str(file) for file in files.values() if not file.is_file()]
             there = {seed: dict(read_json(f)) for seed, f in files.items() if f.is_file()}
-            if there:
-                scores = [score(task, result) for result in there.values()]
-                found.setdefault(task, {})[tower] = scores
-                found[task].setdefault("seeds", {})[tower] = list(there)
+            asked = {"": there}
+            asked[ELSEWHERE] = {s: r[OTHER] | {"n": r["n"]} for s, r in there.items() if OTHER in r}
+            for ending, results in asked.items():
+                if results:
+                    rows = found.setdefault(task, {"seeds": {}, "questions": {}})
+                    rows[tower + ending] = [float(result["score"]) for result in results.values()]
+                    rows["seeds"][tower + ending] = list(results)
+                    rows["questions"][tower + ending] = [r["n"] for r in results.values()]
     return found
-
-
-def score(task: str, result: dict[str, Any]) -> float:
-    """What the table shows: per cent right; of captions CIDEr, times 100 as is usual."""
-    return float(result["score"])
 
 
 def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
@@ -168,7 +171,7 @@ def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
             tower: dict(zip(seeds, scores[tower], strict=True))
             for tower, seeds in scores["seeds"].items()
         }
-        for other in VLMS:
+        for other in (*VLMS, f"llm2clip{ELSEWHERE}"):
             if other != "llm2clip":
                 name = f"{task}_llm2clip_minus_{other}"
                 compare(name, by_seed.get("llm2clip", {}), by_seed.get(other, {}))

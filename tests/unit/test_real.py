@@ -201,6 +201,11 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
             way = {"r1": r1 + seed, "r5": 50.0, "r10": 60.0}
             found = {"retrieval": {"captions": {"i2t": way, "t2i": way}}}
             (folder / "results.json").write_text(json.dumps(found))
+        for tower, cider in (("llm2clip", 20.0), ("base", 15.0)):
+            file = run / "eval" / f"{tower}-s{seed}" / "captions.json"
+            file.parent.mkdir(parents=True)
+            result = {"score": cider + seed, "n": 200, "other_pictures": {"score": 5.0}}
+            file.write_text(json.dumps(result))
     program.main([
         "--run", str(run), "--data", str(out), "--main", "stage1_bidirectional",
         "--seeds", "0", "1", "2", "--output", str(output),
@@ -213,6 +218,11 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert found["retrieval"]["control_long"]["i2t"]["r1"] == [10.0, 11.0]
     assert found["tests"]["i2t_r1_llm2clip_minus_control_long"]["delta"] == 20.0
     assert "raw_causal" not in found["retrieval"]
+    captions = found["vlm"]["captions"]
+    assert captions["llm2clip"] == [20.0, 21.0] and captions["base_other_pictures"] == [5.0, 5.0]
+    assert captions["questions"]["llm2clip"] == [200, 200]
+    assert found["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
+    assert found["tests"]["captions_llm2clip_minus_llm2clip_other_pictures"]["delta"] == 15.5
     missing = " ".join(found["missing"])
     assert "cache/raw_bidirectional" in missing and "control_long-s2" in missing
     assert "text_only-s0/l2c_daquar.json" in missing
