@@ -1,9 +1,10 @@
 """Runs the programs of a pipeline recipe in the order of their needs.
 
 What a step leaves behind decides whether it runs: a manifest of the same recipe and the same
-parents, or the files that it names, as they were when it ended. So a second run skips what is
-finished, and a run after a kill goes on, with the stage that was cut off resuming from its own
-checkpoint. However the pipeline itself ends, its steps end with it (:mod:`supervise`).
+parents, or the files that it names, as they were when it ended, made by the same recipe and
+options. So a second run skips what is finished, and a run after a kill goes on, with the stage that
+was cut off resuming from its own checkpoint. However the pipeline itself ends, its steps end with
+it (:mod:`supervise`).
 """
 
 from __future__ import annotations
@@ -28,19 +29,27 @@ from typing import Any
 from llm2clip_vlm.constants import STOPPED
 from llm2clip_vlm.files import find_program, find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
-from llm2clip_vlm.recipe.reading import load_recipe
+from llm2clip_vlm.recipe.reading import load_recipe, read_layers
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import supervise
-from llm2clip_vlm.runs.hashes import FileState, changed_files, file_states, fingerprint_file
+from llm2clip_vlm.runs.hashes import (
+    FileState,
+    changed_files,
+    file_states,
+    fingerprint_file,
+    hash_json,
+)
 from llm2clip_vlm.runs.manifest import is_complete
 from llm2clip_vlm.runs.ownership import Hold, OwnershipError
-from llm2clip_vlm.runs.shown import Seen, Shown, seen_in
+from llm2clip_vlm.runs.shown import Seen, Shown, seen_in, told
 
 COSTS_NAME = "costs.json"
 """What each job took, in the run that ended it: `seconds`, `cpu_seconds` of all its processes,
 `peak_memory_gb` of the largest of them."""
 OUTPUTS_NAME = "outputs.json"
 """File beside the logs: what each job's outputs were when it ended."""
+ASKED_NAME = "asked.json"
+"""File beside the logs: what was asked of each job that has ended, see :func:`asked_of`."""
 
 COMMAND = "llm2clip-vlm"
 """The program of a step that runs one of this package's commands."""
@@ -64,6 +73,7 @@ class Job:
     outputs: list[str]
     needs: list[str]
     order: tuple[int, ...]
+    asked: str = ""
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     log: Path = field(default=Path())
@@ -127,12 +137,20 @@ def _filled(texts: Sequence[str], values: dict[str, str]) -> list[str]:
     return filled
 
 
-def finished(job: Job, left: dict[str, FileState] | None = None) -> bool:
+def asked_of(job: Job) -> str:
+    """Hash of a job's recipe with all its parents, and of its options."""
+    recipe = read_layers(Path(job.recipe[0])) | {"notes": None} if job.step.recipe else None
+    options = [*job.recipe[bool(job.step.recipe) :], *job.arguments]
+    return hash_json([job.step.program, recipe, options])
+
+
+def finished(job: Job, left: dict[str, FileState] | None = None, before: str | None = None) -> bool:
     """Whether what the job makes is there and was made with this recipe from these parents.
 
     Args:
         job: The job.
         left: Its outputs as they were when it ended; none = not known.
+        before: What was asked of it then, see :func:`asked_of`; none = not known.
 
     Raises:
         PipelineError: An output was changed since, and would be written over.
@@ -147,6 +165,8 @@ def finished(job: Job, left: dict[str, FileState] | None = None) -> bool:
             f"{there[0]} was changed after step {job.name!r} wrote it, and would be written over: "
             "put it back, or delete it to have it made again"
         )
+    if before not in (None, asked_of(job)):
+        return False
     return bool(job.outputs) and not differing and all(Path(o).exists() for o in job.outputs)
 
 
@@ -176,8 +196,7 @@ def _lines(log: Path, start: int = 0) -> list[str]:
 
 
 def _why(job: Job) -> list[str]:
-    """The end of a job's log: from its first error on, of which other ranks' and the launcher's are
-    the consequence."""
+    """The end of a job's log: from its first error on; other ranks' follow it."""
     lines = _lines(job.log, job.log_start)
     errors = [index for index, line in enumerate(lines) if line.startswith("error: ")]
     return lines[errors[0] :][:15] if errors else lines[-15:]
@@ -200,6 +219,7 @@ class Pipeline:
         self.seconds: dict[str, float] = {}
         self.costs: dict[str, dict[str, float]] = {}
         self._left: dict[str, dict[str, FileState]] = {}
+        self._asked: dict[str, str] = {}
 
     def run(self) -> dict[str, float]:
         """Run all jobs.
@@ -215,8 +235,9 @@ class Pipeline:
         self._refuse_thawed()
         times = self._read("seconds.json")
         own = [f"{job.name}{end}" for job in self.jobs for end in (".log", ".cost.json")]
-        hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME])
+        hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME, ASKED_NAME])
         self._left = self._read(f"logs/{OUTPUTS_NAME}")
+        self._asked = self._read(f"logs/{ASKED_NAME}")
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:  # as nohup has it
@@ -229,7 +250,7 @@ class Pipeline:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
                         if not (set(job.needs) & self.seconds.keys()) and finished(
-                            job, self._left.get(job.name)
+                            job, self._left.get(job.name), self._asked.get(job.name)
                         ):
                             self.done.add(job.name)
                             shown.end(job.name, "finished before, skipped")
@@ -302,6 +323,7 @@ class Pipeline:
         }
         for name, first in (("PYTHONPATH", Path.cwd()), ("PATH", Path(sys.executable).parent)):
             environment[name] = os.pathsep.join(filter(None, (str(first), os.environ.get(name))))
+        job.asked = asked_of(job)
         job.log = self.logs / f"{job.name}.log"
         job.log_start = job.log.stat().st_size if job.log.exists() else 0
         job.started = time.monotonic()
@@ -342,8 +364,8 @@ class Pipeline:
                 cost = max(before, cost, key=itemgetter("cpu_seconds"))
             self.costs[job.name] = cost
             self._note(COSTS_NAME, self.costs)
-            self._left[job.name] = file_states(output_files(job))
-            write_atomically(self.logs / OUTPUTS_NAME, json.dumps(self._left) + "\n")
+            self._note(f"logs/{OUTPUTS_NAME}", {job.name: file_states(output_files(job))})
+            self._note(f"logs/{ASKED_NAME}", {job.name: job.asked})
             yield job
 
     def _cost_file(self, job: Job) -> Path:
@@ -368,12 +390,6 @@ def usable_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def told(cost: dict[str, float]) -> str:
-    """A job's cost in words."""
-    more = f"{cost['cpu_seconds']:.0f} CPU s, {cost['peak_memory_gb']:.1f} GB"
-    return f"done in {cost['seconds']:.0f} s ({more})"
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -69,7 +69,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
             can be seen at once are listed.
     """
-    data = _overridden(_read(Path(find_recipe(str(path))), ()), overrides)
+    data = _overridden(read_layers(Path(find_recipe(str(path)))), overrides)
     if strange := _of_another_stage(data.get("stage"), model):
         raise RecipeError(path, strange)
     data = _interpolated(data, model, path)
@@ -122,7 +122,7 @@ def stage_of(path: str | Path) -> str | None:
     Raises:
         RecipeError: It cannot be read.
     """
-    return _read(Path(path), ()).get("stage")
+    return read_layers(Path(path)).get("stage")
 
 
 def to_plain(recipe: BaseModel) -> dict[str, Any]:
@@ -174,8 +174,16 @@ _NO_SECRETS = (
 )
 
 
-def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
-    """One file on top of its parents."""
+def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a recipe on top of its parents, without asking what it is for.
+
+    Args:
+        path: The file.
+        children: Those that name it, down from the one that was asked for.
+
+    Raises:
+        RecipeError: A file cannot be read, or the parents go round in a circle.
+    """
     wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
     try:
         resolved = path.resolve()
@@ -201,7 +209,7 @@ def _read(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise RecipeError(path, f"base: expected the path of one parent, got {shown(base)}")
-    merged: dict[str, Any] = _merged(_read(path.parent / base, (*children, resolved)), data)
+    merged: dict[str, Any] = _merged(read_layers(path.parent / base, (*children, resolved)), data)
     return merged
 
 

@@ -136,3 +136,9 @@ class Shown:
                 elapsed = self.bars._tasks[self._ids[name]].elapsed if name in self._ids else 0.0
                 total += max(usual - (elapsed or 0.0), 0.0)
         return total / max(min(self._jobs, len(waiting)), 1)
+
+
+def told(cost: dict[str, float]) -> str:
+    """A job's cost in words."""
+    more = f"{cost['cpu_seconds']:.0f} CPU s, {cost['peak_memory_gb']:.1f} GB"
+    return f"done in {cost['seconds']:.0f} s ({more})"

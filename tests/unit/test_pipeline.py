@@ -217,6 +217,25 @@ def test_what_needs_a_fresh_step_is_run_again(root: Path) -> None:
     assert set(Pipeline(recipe).run()) == {"a", "b"}
 
 
+def test_what_is_asked_something_else_is_run_again(root: Path) -> None:
+    (root / "parent.yaml").write_text("{notes: one, rows: 3}")
+    (root / "rows.yaml").write_text("{base: parent.yaml}")
+    recipe = pipeline(step("a"), step("b", needs=["a"]))
+    recipe.steps[0].recipe = "rows.yaml"
+    recipe.steps[0].arguments[:] = ["a.out"]
+    Pipeline(recipe).run()
+    assert Pipeline(recipe).run() == {}
+    (root / "parent.yaml").write_text("{notes: another, rows: 3}")
+    assert Pipeline(recipe).run() == {}, "notes change nothing"
+    (root / "parent.yaml").write_text("{notes: another, rows: 4}")
+    assert set(Pipeline(recipe).run()) == {"a", "b"}
+    recipe.steps[1].arguments.append("more")
+    assert set(Pipeline(recipe).run()) == {"b"}
+    (root / "runs/logs/asked.json").unlink()  # as earlier versions left it
+    recipe.steps[1].arguments.remove("more")
+    assert Pipeline(recipe).run() == {}
+
+
 def test_a_step_without_outputs_runs_each_time(root: Path) -> None:
     recipe = pipeline(step("a", outputs=[]))
     Pipeline(recipe).run()
@@ -235,7 +254,8 @@ def test_a_failing_step_stops_the_pipeline_and_shows_its_log(root: Path) -> None
 
 
 def test_what_follows_does_not_hide_the_error_of_the_program(root: Path) -> None:
-    with pytest.raises(PipelineError, match=r"error: the batch\n +does not divide\n +error: another"):
+    words = r"error: the batch\n +does not divide\n +error: another"
+    with pytest.raises(PipelineError, match=words):
         Pipeline(pipeline(step("a", "launcher"))).run()
 
 
