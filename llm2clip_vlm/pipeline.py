@@ -74,6 +74,7 @@ class Job:
     needs: list[str]
     order: tuple[int, ...]
     asked: str = ""
+    complete: bool = False
     process: subprocess.Popen[bytes] | None = None
     started: float = 0.0
     log: Path = field(default=Path())
@@ -249,9 +250,9 @@ class Pipeline:
             with shown.bars:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
-                        if not (set(job.needs) & self.seconds.keys()) and finished(
-                            job, self._left.get(job.name), self._asked.get(job.name)
-                        ):
+                        then = self._left.get(job.name), self._asked.get(job.name)
+                        job.complete = finished(job, *then)
+                        if job.complete and not set(job.needs) & self.seconds.keys():
                             self.done.add(job.name)
                             shown.end(job.name, "finished before, skipped")
                         else:
@@ -359,8 +360,8 @@ class Pipeline:
             used = dict(read_json(self._cost_file(job)))
             cost = {"seconds": self.seconds[job.name], **used}
             before = self._read(COSTS_NAME).get(job.name, cost)
-            if not job.outputs and job.step.program not in RECIPES:
-                # it is asked each time, and may have found within seconds that all is done
+            if job.complete or (not job.outputs and job.step.program not in RECIPES):
+                # it was asked again, and may have found within seconds that all is done
                 cost = max(before, cost, key=itemgetter("cpu_seconds"))
             self.costs[job.name] = cost
             self._note(COSTS_NAME, self.costs)

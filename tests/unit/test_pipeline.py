@@ -260,17 +260,18 @@ def test_what_follows_does_not_hide_the_error_of_the_program(root: Path) -> None
 
 
 def test_a_later_look_does_not_replace_what_a_step_cost(root: Path) -> None:
-    recipe = pipeline(step("a", outputs=[]), step("b"))
+    recipe = pipeline(step("a", outputs=[]), step("b"), step("c", needs=["b"]))
     Pipeline(recipe).run()
     costs = json.loads((root / "runs" / "costs.json").read_text())
     costs["a"] = {"seconds": 900.0, "cpu_seconds": 800.0, "peak_memory_gb": 3.0}
-    costs["b"] = dict(costs["a"])
+    costs["b"] = costs["c"] = dict(costs["a"])
     (root / "runs" / "costs.json").write_text(json.dumps(costs))
     (root / "b.out").unlink()
     Pipeline(recipe).run()
     after = json.loads((root / "runs" / "costs.json").read_text())
     assert after["a"] == costs["a"], "asked again, and nothing was to do"
     assert after["b"]["cpu_seconds"] < 60, "made again"
+    assert after["c"] == costs["c"], "was complete, and asked again for the sake of b"
 
 
 @pytest.mark.parametrize(
