@@ -423,7 +423,6 @@ def test_a_word_that_no_command_has_is_refused(capsys: pytest.CaptureFixture[str
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["llava15", "real", "nano", "webdataset"])
 def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", "stage3"], ["plan"]):
         with pytest.raises(SystemExit):
@@ -466,6 +465,7 @@ def test_a_dry_run_plans_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPa
     assert asked == [8, 1]
 
 
+@pytest.mark.parametrize("name", ["llava15", "real", "nano", "webdataset"])
 def test_init_makes_a_folder_that_holds_all_it_names(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
