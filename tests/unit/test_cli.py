@@ -166,9 +166,12 @@ def test_eval_help_names_both_roads(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["eval", "--help"])
     told = capsys.readouterr().out
     assert ended.value.code == 0
-    assert told.startswith("usage: llm2clip-vlm eval [-h] --suite SUITE")
+    assert told.startswith("usage: llm2clip-vlm eval [-h] [--suite SUITE]")
     assert "llm2clip-vlm eval recipes/eval/world.yaml model=DIR" in told
     assert "`llm2clip-vlm help eval`" in told
+    with pytest.raises(SystemExit):
+        cli.main(["eval"])
+    assert "--suite FILE to score VLMs, or a recipe to judge an enc" in capsys.readouterr().err
 
 
 def test_compare_says_which_folder_is_not_there(
