@@ -56,7 +56,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers -c $(CONSTRAINTS) $(PEERS)
 	@touch $@
 
-demo: $(STAMP) ## the whole road on the drawn world: four stages, lmms-eval, runs/demo/report.html
+demo: $(STAMP) ## the whole pipeline on the drawn world: four stages, lmms-eval, runs/demo/report.html
 	$(BIN)/python stages/pipeline.py recipes/demo/pipeline.yaml $(ARGS)
 
 ab: $(STAMP) ## the full comparison of towers over seeds (resumable): docs/results/ab.json

@@ -1,6 +1,6 @@
 """Pre-trains the demo's base language model on the drawn world's text, from bare lists upward.
 
-Not a stage of the road: users bring a pretrained LLM, and the demo ships this one. It stands here
+Not a stage of the pipeline: users bring a pretrained LLM, and the demo ships this one. It stands here
 so that the shipped weights can be made again.
 
 Needs: nothing. Writes: `<output_dir>/model/` (LlamaForCausalLM, tokenizer, chat template),

@@ -7,7 +7,7 @@ Needs: an `LLM2CLIPModel` with its text encoder, a CLIP or SigLIP, or (without t
     tower; benchmarks in their published formats.
 Writes: `<output_dir>/<name>.json` for each task, `<name>*.samples.jsonl` where a score is of items
     or images (for `llm2clip-vlm compare`), `results.json`, and `encoder.html` for people.
-Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/stage2b/model [key=value ...]
+Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/towers/llm2clip/model
 """
 
 from __future__ import annotations

@@ -43,9 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_ENCODERS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--suite", required=True, help="YAML file of tasks; a shipped one by its name"
-    )
+    parser.add_argument("--suite", help="YAML file of tasks; a shipped one by its name")
     parser.add_argument("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
     parser.add_argument("--output", type=Path, help="folder of the results")
     parser.add_argument(
@@ -62,6 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoints: dict[str, str] = {}
+    if not arguments.suite:
+        parser.error("expected --suite FILE to score VLMs, or a recipe to judge an encoder")
     if not arguments.prefetch and not (arguments.checkpoint and arguments.output):
         parser.error("expected --checkpoint NAME=PATH and --output FOLDER, or --prefetch")
     for given in arguments.checkpoint or []:

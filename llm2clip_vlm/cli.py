@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if any(word.startswith("-") or "overrides" not in arguments for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # overrides behind an option, which argparse does not join to those before it
-        arguments.overrides += rest
+        arguments.overrides = [*arguments.overrides, *rest]
     return guard(lambda: arguments.command(arguments))
 
 
@@ -199,10 +199,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = add(_train, "train", "run a stage with a recipe", f"stages:\n{listing}")
-    train.add_argument("stage", metavar="STAGE", help="one of the stages below, or how it begins")
+    train.add_argument(
+        "stage", metavar="STAGE", help="one of those below, or the beginning of its name"
+    )
     costs = "say what a recipe needs and costs: memory, hours, disk, what is missing"
     planned = add(_plan, "plan", costs)
-    overrides = {"nargs": "*", "metavar": "KEY=VALUE", "help": "dotted key, value as YAML"}
+    overrides: dict[str, Any] = {"nargs": "*", "default": [], "metavar": "KEY=VALUE"}
+    overrides["help"] = "dotted key, value as YAML"
     for made in (train, planned):
         made.add_argument("recipe", metavar="RECIPE", help="YAML; or a shipped one: llava15/stage3")
         made.add_argument("overrides", **overrides)
@@ -218,12 +221,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help=told)
     listing += f"\nothers: {', '.join(_OTHERS)}"
     explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
-    explain.add_argument("stage", metavar="STAGE", help="one of those below, or how it begins")
+    explain.add_argument(
+        "stage", metavar="STAGE", help="one of those below, or the beginning of its name"
+    )
     explain.add_argument("key", metavar="KEY", nargs="?", help="one key, with all below it")
     explain.add_argument("--all", action="store_true", help="every key, in full")
     begin = add(_init, "init", "make a folder to start from: recipes, suite, and what to type next")
     begin.add_argument("directory", metavar="DIR", help="a new folder")
-    begin.add_argument("--recipe", required=True, metavar="NAME", help="llava15, real, nano, ...")
+    families = "llava15, nano, real or webdataset"
+    begin.add_argument("--recipe", required=True, metavar="NAME", help=families)
     words = add(_completion, "completion", "print a script that completes words in a shell")
     words.add_argument("shell", choices=("bash", "zsh"))
     add(_doctor, "doctor", "show what this machine has")
@@ -235,9 +241,9 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int | None:
     stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
+    _require_inputs(stage, words, arguments.dry_run)
     if arguments.dry_run:
-        return main(["plan", *words])
-    _require_inputs(stage, words)
+        return main(["plan", *words, "--gpus", str(arguments.gpus or 1)])
     program = find_program(stage)
     if arguments.gpus is not None:
         from llm2clip_vlm.preflight.starting import launch
@@ -247,13 +253,15 @@ def _train(arguments: argparse.Namespace) -> int | None:
     return result
 
 
-def _require_inputs(stage: str, words: Sequence[str]) -> None:
-    """Miss what a stage would miss, before torch is imported."""
+def _require_inputs(stage: str, words: Sequence[str], dry_run: bool) -> None:
+    """Miss what a stage would miss, before torch is imported; a plan lists what is absent."""
     from llm2clip_vlm.recipe.stages import RECIPES
     from llm2clip_vlm.runs.inputs import require_inputs
 
     if stage in RECIPES:
-        require_inputs(load_recipe(words[0], RECIPES[stage], words[1:]), words[0])
+        recipe = load_recipe(words[0], RECIPES[stage], words[1:])
+        if not dry_run:
+            require_inputs(recipe, words[0])
 
 
 def _explain(arguments: argparse.Namespace) -> None:
@@ -301,11 +309,19 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _plan(given: argparse.Namespace) -> int | None:
+    from llm2clip_vlm.recipe.stages import RECIPES
+
     source = find_recipe(given.recipe)
+    if (stage := stage_of(source)) not in RECIPES:
+        raise ValueError(
+            f"{source}: stage: expected one of {', '.join(RECIPES)}, got {stage or 'none'}; of a "
+            "pipeline, plan the recipes of its steps"
+        )
+    recipe = load_recipe(source, RECIPES[stage], given.overrides)
     machine = find_machine(given.gpu, given.gpus, given.zero, given.offload, source)
     from llm2clip_vlm.preflight.plan import main as plan  # torch: after what needs none
 
-    return plan(given, source, machine)
+    return plan(given, recipe, source, machine)
 
 
 def _program(command: str, *words: str) -> int | None:

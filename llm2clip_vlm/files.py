@@ -243,7 +243,8 @@ def require_regular(path: str | Path, error: type[ValueError] = ValueError) -> P
     try:
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as failure:
-        raise error(f"{path}: cannot read this file: {failure}") from None
+        why = getattr(failure, "strerror", None) or failure
+        raise error(f"{path}: cannot read this file: {why}") from None
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
         raise error(f"{path}: cannot read this file: expected a plain file, got {kind}")

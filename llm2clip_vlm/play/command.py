@@ -95,8 +95,7 @@ def _search(arguments: argparse.Namespace) -> int:
 
     if arguments.count < 1:
         raise ValueError(f"--count: expected at least 1, got {arguments.count}")
-    if not Path(arguments.folder).expanduser().is_dir():  # before the slow part
-        raise ValueError(f"{arguments.folder}: no such folder; expected one with photographs")
+    _require_photos(arguments.folder)  # before the slow part
     encoder = load_searcher(arguments.model, arguments.text_encoder, arguments.device)
     index = index_photos(arguments.folder, encoder)
     print(index.summary(), file=sys.stderr)
@@ -109,6 +108,11 @@ def _search(arguments: argparse.Namespace) -> int:
         if arguments.open:
             webbrowser.open(found[0][1].as_uri())
     return 0
+
+
+def _require_photos(folder: str) -> None:
+    if not Path(folder).expanduser().is_dir():
+        raise ValueError(f"{folder}: no such folder; expected one with photographs")
 
 
 def _app_options(made: argparse.ArgumentParser) -> None:
@@ -132,6 +136,12 @@ def _app_options(made: argparse.ArgumentParser) -> None:
 
 
 def _app(arguments: argparse.Namespace) -> None:
+    from llm2clip_vlm.hub import require_place
+
+    for place in (*arguments.vlm, *arguments.encoder):  # before the slow part
+        require_place(place)
+    for folder in arguments.photos:
+        _require_photos(folder)
     from llm2clip_vlm.play.page import serve
     from llm2clip_vlm.play.shelf import DEFAULT_RUN, Shelf
 

@@ -12,7 +12,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,9 +24,8 @@ from llm2clip_vlm.preflight.footprint import Footprint, Work, footprint
 from llm2clip_vlm.preflight.lengths import Lengths, guessed, measured
 from llm2clip_vlm.preflight.machines import GPUS, Machine
 from llm2clip_vlm.preflight.works import build, text_model
-from llm2clip_vlm.recipe.reading import load_recipe, overridden
-from llm2clip_vlm.recipe.stages import RECIPES
-from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, stage_and_output
+from llm2clip_vlm.recipe.reading import overridden
+from llm2clip_vlm.runs.inputs import InputsError, missing_inputs
 
 CONTEXT_BYTES = 1.2e9
 """CUDA context, cuBLAS and what the allocator cannot use (a guess: measured nowhere here)."""
@@ -299,21 +297,18 @@ def shown(plan: Plan, mfu: float, price: float | None) -> str:
     return "\n".join(lines)
 
 
-def main(given: argparse.Namespace, source: str, machine: Machine) -> int:
+def main(given: argparse.Namespace, recipe: Any, source: str, machine: Machine) -> int:
     """Run `llm2clip-vlm plan` (or `train --dry-run`).
 
     Args:
         given: The command line.
-        source: File of the recipe.
+        recipe: Of a stage.
+        source: Its file.
         machine: Where the run would go.
 
     Returns:
         2 where something is missing or does not fit.
     """
-    stage = stage_and_output(Path(source))[0]
-    if stage not in RECIPES:
-        raise ValueError(f"{source}: stage: expected one of {', '.join(RECIPES)}, got {stage}")
-    recipe = load_recipe(source, RECIPES[stage], given.overrides)
     plan = make_plan(recipe, source, machine, samples=given.samples, tokens=given.tokens)
     if given.json:
         found = {**vars(plan), "machine": vars(machine), "total": plan.total, "fits": plan.fits}

@@ -95,7 +95,7 @@ def begin(directory: Path, name: str) -> None:
             place.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, place)
             todo += _named(shipped, read_text(file))
-    print(f"{len(done)} files in {directory}; {directory / 'README.md'} says what to type next")
+    print(f"{len(done)} files in {directory}; next: cd {directory}, and what its README.md says")
 
 
 def _named(name: str, text: str) -> Iterator[str]:

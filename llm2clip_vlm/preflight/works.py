@@ -117,7 +117,8 @@ def origin(path: str, source: str | Path) -> str:
         return path
     if (writer := writer_of(path, source)) is None:
         if problem := missing_model(path):
-            raise ValueError(f"{problem} config.json" if "hf download" in problem else problem)
+            config = f"the config of {path} is enough for it: hf download {path} config.json"
+            raise ValueError(config if "hf download" in problem else problem)
         return path
     recipe: Any = load_recipe(writer[1], RECIPES[writer[0]])
     text = getattr(recipe, "text_encoder", None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 import textwrap
+from typing import get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -114,6 +115,11 @@ def recipe_help(model: type[BaseModel], key: str = "") -> str:
         lines.append(f"{name}: {kind}{','.join(limits)}{told}")
         lines.append(textwrap.indent(inspect.cleandoc(field.description or ""), "    "))
     if not lines:
-        names = [_ITEM.sub("", name) for name, _ in fields_below(model)]
-        raise ValueError(f"no key `{key}`{did_you_mean(key, names)}")
+        known = {_ITEM.sub("", name): field.annotation for name, field in fields_below(model)}
+        above, _, part = wanted.partition(".")
+        kinds = get_args(known.get(above)) if get_origin(known.get(above)) is dict else ()
+        if kinds and (kinds[0] is str or part.split(".")[0] in get_args(kinds[0])):
+            return recipe_help(model, above)  # the rest is an item of a mapping
+        hint = did_you_mean(key, known) or "; `help STAGE` lists them"
+        raise ValueError(f"no key `{key}`{hint}")
     return "\n".join(lines)

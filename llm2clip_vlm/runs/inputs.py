@@ -165,7 +165,7 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
         return f"{path}: no such folder{writer}"
     beside = "/" in path and folder.parent.is_dir()
     if beside or not _HUB_ID.fullmatch(path) or path.startswith("runs/"):
-        return f"{path}: no such folder (from {Path.cwd()})"
+        return f"{path}: no such folder (from {Path.cwd()}); correct the path, or write it first"
     return _missing_on_hub(path)
 
 

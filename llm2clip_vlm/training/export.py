@@ -80,5 +80,5 @@ def export_vision_tower(model: nn.Module, image_processor: Any, directory: str |
     config.pop("_name_or_path", None)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     image_processor.save_pretrained(str(target))
-    logger.info("vision tower (%s) written to %s", tower.config.model_type, target)
+    logger.info("vision tower (%s) written: %s", tower.config.model_type, target.name)
     return target

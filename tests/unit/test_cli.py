@@ -11,6 +11,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -45,7 +46,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                     return 3 if "code=3" in argv else None
                 ''')
         )
-    monkeypatch.setattr(cli, "_require_inputs", lambda stage, words: None)
+    monkeypatch.setattr(cli, "_require_inputs", lambda *_: None)
     monkeypatch.setattr(files, "_PACKAGE", tmp_path / "llm2clip_vlm")
     return tmp_path
 
@@ -165,9 +166,12 @@ def test_eval_help_names_both_roads(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["eval", "--help"])
     told = capsys.readouterr().out
     assert ended.value.code == 0
-    assert told.startswith("usage: llm2clip-vlm eval [-h] --suite SUITE")
+    assert told.startswith("usage: llm2clip-vlm eval [-h] [--suite SUITE]")
     assert "llm2clip-vlm eval recipes/eval/world.yaml model=DIR" in told
     assert "`llm2clip-vlm help eval`" in told
+    with pytest.raises(SystemExit):
+        cli.main(["eval"])
+    assert "--suite FILE to score VLMs, or a recipe to judge an enc" in capsys.readouterr().err
 
 
 def test_compare_says_which_folder_is_not_there(
@@ -383,7 +387,7 @@ def test_gpus_start_accelerate_with_the_stages_file(
     import torch
 
     started: list[list[str]] = []
-    monkeypatch.setattr(cli, "_require_inputs", lambda stage, words: None)
+    monkeypatch.setattr(cli, "_require_inputs", lambda *_: None)
     monkeypatch.setattr(starting.os, "execv", lambda path, words: started.append(words))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     for words, file in (
@@ -420,6 +424,48 @@ def test_a_word_that_no_command_has_is_refused(capsys: pytest.CaptureFixture[str
             cli.main(words)
         assert ended.value.code == 2
         assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (["train", "stage3"], ["plan"]):
+        with pytest.raises(SystemExit):
+            cli.main(words)
+        assert capsys.readouterr().err.endswith("arguments are required: RECIPE\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["plan", "nano/stage33"], "cannot read this file: there is no such file"),
+        (["plan", "demo/pipeline"], "got none; of a pipeline, plan the recipes of its steps"),
+        (["plan", "nano/stage3", "--gpus", "0"], "--gpus: expected a whole number from 1 on, got"),
+        (["plan", "nano/stage3", "--mfu", "35"], "--mfu: expected a share above 0 and up to 1"),
+        (["plan", "nano/stage3", "plane=1"], "plane: unknown key; did you mean `plain`?"),
+        (["train", "stage4", "nano/stage3", "--dry-run"], "stage: expected stage4_instruction, go"),
+    ],
+)
+def test_a_plan_of_something_wrong_is_refused_before_torch_is_imported(
+    words: list[str],
+    told: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "llm2clip_vlm.preflight.plan", None)
+    try:
+        code: int | str | None = cli.main(words)
+    except SystemExit as ended:  # argparse's own
+        code = ended.code
+    assert code == 2 and told in capsys.readouterr().err
+
+
+def test_a_dry_run_plans_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    plan = types.ModuleType("plan")
+    monkeypatch.setattr(plan, "main", lambda *given: asked.append(given[-1].gpus), raising=False)
+    monkeypatch.setitem(sys.modules, "llm2clip_vlm.preflight.plan", plan)
+    assert cli.main(["train", "stage3", "nano/stage3", "--gpus", "8", "--dry-run"]) == 0
+    assert cli.main(["train", "stage3", "nano/stage3", "--dry-run", "seed=1"]) == 0
+    assert asked == [8, 1]
 
 
 @pytest.mark.parametrize("name", ["llava15", "real", "nano", "webdataset"])

@@ -148,7 +148,7 @@ CHECKS = {
     "make": check_make,
     "python": check_python,
 }
-FREE = {"pip", "hf", "git", "source", "transformers", "vllm"}
+FREE = {"cd", "pip", "hf", "git", "source", "transformers", "unzip", "vllm"}
 """Programs of others."""
 
 
@@ -237,3 +237,19 @@ def test_every_shipped_folder_of_recipes_is_in_the_readme() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     for folder in (ROOT / "recipes").iterdir():
         assert not [*folder.glob("*.yaml")] or f"{folder.name}/" in text, folder.name
+
+
+DEMO = re.compile(r"runs/demo/[\w./-]*\w")
+WRITTEN = re.compile(
+    r"(stage1(/text_encoder)?|stage2a|report\.html|eval(/(llm2clip|control_long)-s0)?"
+    r"|towers/(base|control_long|llm2clip)(/(model|vision_tower|recipe\.resolved\.yaml))?"
+    r"|vlm/(control_long|llm2clip)/stage[34](/model)?"
+    r"|comparison|as_vllm)"  # written by commands of these pages
+)
+"""What `make demo` leaves in `runs/demo` (`recipes/demo/pipeline.yaml`)."""
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_the_demo_wrote_is_named_as_it_lies(page: Path) -> None:
+    for path in DEMO.findall(page.read_text(encoding="utf-8")):
+        assert WRITTEN.fullmatch(path.removeprefix("runs/demo/")), f"{page.name} names {path}"

@@ -221,11 +221,22 @@ def test_what_is_missing_is_named_before_the_start(
     def run(recipe: SuiteRecipe) -> None:
         run_suite(recipe, {"a": model_dir}, tmp_path / "out", TASKS)
 
-    with pytest.raises(EvaluationError, match=r"no\s+config.json"):
-        run_suite(suite(data), {"a": tmp_path / "absent"}, tmp_path / "out", TASKS)
+    stage = tmp_path / "stage4"
+    stage.mkdir()
+    (stage / "model").symlink_to(model_dir)
+    for folder, told in (
+        (tmp_path / "absent", r"checkpoint a: .*/absent: no such folder"),
+        (
+            Path("runs/llava15/clip/stage4/model"),
+            r"train stage4_instruction recipes/llava15/stage4",
+        ),
+        (stage, r"did you mean .*/stage4/model\?"),
+    ):
+        with pytest.raises(EvaluationError, match=told):
+            run_suite(suite(data), {"a": folder}, tmp_path / "out", TASKS)
     drawn = suite(data)
     drawn.tasks[0].data_files = str(tmp_path / "not_drawn_yet.jsonl")
-    with pytest.raises(EvaluationError, match=r"found no config\.json"):
+    with pytest.raises(EvaluationError, match=r"absent: no such folder"):
         run_suite(drawn, {"a": tmp_path / "absent"}, tmp_path / "out", TASKS)
     with pytest.raises(EvaluationError, match="checkpoint name"):
         run_suite(suite(data), {"a/b": model_dir}, tmp_path / "out", TASKS)

@@ -123,6 +123,9 @@ def test_without_the_demo_or_gradio_the_command_says_what_makes_them(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for words in (["--vlm", "runs/none/model"], ["--encoder", "./x"], ["--photos", "nowhere"]):
+        assert cli.main(["app", *words]) == 2
+        assert f"{words[1]}: no such" in capfd.readouterr().err
     assert cli.main(["app"]) == 2
     assert (
         "runs/demo: no finished stage with a model; `make demo` makes it" in capfd.readouterr().err

@@ -359,6 +359,21 @@ def test_help_of_one_key_has_all_below_it() -> None:
     )
     with pytest.raises(ValueError, match=r"did you mean `trainable\.lr`"):
         recipe_help(MODELS["stage4_instruction"], "trainable.lrr")
+    with pytest.raises(ValueError, match=r"no key `foo`; `help STAGE` lists them"):
+        recipe_help(MODELS["stage4_instruction"], "foo")
+
+
+@pytest.mark.parametrize(
+    ("key", "above"),
+    [
+        ("trainable.language_model", "trainable"),
+        ("trainable.vision_tower.lr", "trainable"),
+        ("trainer.learning_rate", "trainer"),
+    ],
+)
+def test_help_of_a_mappings_item_is_the_mappings(key: str, above: str) -> None:
+    model = MODELS["stage4_instruction"]
+    assert recipe_help(model, key) == recipe_help(model, above)
 
 
 @pytest.mark.parametrize(

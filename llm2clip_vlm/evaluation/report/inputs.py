@@ -261,12 +261,12 @@ def read_run(
         looked = [str(folder) for place in places for _, folder in _folders(place, seeds)]
         raise ReportError(
             f"{name}: no results (*{SAMPLES}, results.json) in {looked or run.places}; they are "
-            "written by eval/run_lmms.py, eval/run_encoder.py and stage 2"
+            "written by `llm2clip-vlm eval` (OUTPUT/NAME) and stage 2"
         )
     return run
 
 
-_NO_RESULT = "no such result; it is written by eval/run_lmms.py"
+_NO_RESULT = "no such result; `llm2clip-vlm eval` writes it"
 
 
 def read_vlms(folder: str | Path, vlms: Mapping[str, Sequence[int]]) -> list[Run]:

@@ -31,6 +31,7 @@ from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file
+from llm2clip_vlm.runs.inputs import missing_model
 from llm2clip_vlm.runs.manifest import versions
 from llm2clip_vlm.runs.ownership import Hold
 
@@ -201,10 +202,13 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
             from llm2clip_vlm.models.checkpoint_files import refuse_gguf
 
             refuse_gguf(Path(folder))
-            raise EvaluationError(
-                f"checkpoint {name}: expected a model directory at {folder}, found no "
-                "config.json; download a hub checkpoint first (`hf download ID --local-dir DIR`)"
-            )
+            why = missing_model(str(folder))
+            if why is None or "hub" in why:
+                why = (
+                    f"{folder}: expected a model directory, found no config.json; of the hub: "
+                    f"`hf download {folder} --local-dir DIR`, then name DIR"
+                )
+            raise EvaluationError(f"checkpoint {name}: {why}")
 
 
 def left_out(suite: SuiteRecipe) -> dict[str, str]:
