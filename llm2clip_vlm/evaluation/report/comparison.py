@@ -242,7 +242,7 @@ def _over_images(
 def _copies(found: Mapping[int | None, Measured]) -> bool:
     """Whether several seeds are one run, copied: all gave the same answers."""
     said = [
-        [(s["doc_id"], s.get("answer"), s["correct"]) for s in one.samples]
+        [(s["doc_id"], s.get("answer"), s["correct"], s.get("counts")) for s in one.samples]
         for one in found.values()
     ]
     return len(said) > 1 and bool(said[0]) and all(other == said[0] for other in said)
