@@ -255,9 +255,10 @@ class StageRun(Generic[R]):
             measure: Returns the result, as JSON; called on all ranks, or on none.
             of: What it depends on beside recipe, data and parents.
         """
-        path = self.out / "measured.json"
-        known: dict[str, Any] = read_json(path) if is_main() and path.is_file() else {}
-        key = hash_json([meaning(self.recipe), self._data, of])
+        path, known, key = self.out / "measured.json", dict[str, Any](), ""
+        if is_main():
+            known = read_json(path) if path.is_file() else known
+            key = hash_json([meaning(self.recipe), read_json(self.out / PARENTS_NAME), of])
         row = known.get(name, {})
         kept = row["found"] if row.get("of") == key else None
         (kept,) = shared_out([kept], lambda mine: mine)  # that of the main process

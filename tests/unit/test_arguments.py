@@ -256,3 +256,18 @@ def test_a_run_is_seeded_and_says_what_it_left(tmp_path: Path) -> None:
     assert StageRun([str(file)], RunRecipe, None).finished("results.json")
     assert not StageRun([str(file)], RunRecipe, None).finished("other.json")
     assert not StageRun([str(file), "seed=8"], RunRecipe, None).finished()
+
+
+def test_what_another_parent_gave_is_measured_again(tmp_path: Path) -> None:
+    """Before the first checkpoint a run may begin anew with a parent that was made anew."""
+    llm, file, weights = tmp_path / "llm", tmp_path / "recipe.yaml", []
+    file.write_text(f"output_dir: {tmp_path / 'out'}\ntrainer: {{use_cpu: true}}\n")
+    llm.mkdir()
+    (llm / "config.json").write_text("{}")
+    for content in ("one", "one", "two"):
+        (llm / "model.safetensors").write_text(content)
+        run = StageRun([str(file)], RunRecipe, None)
+        run.parent("language_model", str(llm))
+        run.arguments()
+        assert run.measured("raw", lambda c=content: weights.append(c) or c) == content
+    assert weights == ["one", "two"]
