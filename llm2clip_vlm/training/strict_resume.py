@@ -19,7 +19,12 @@ from transformers.trainer_utils import TrainOutput
 
 from llm2clip_vlm.distributed import barrier
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
-from llm2clip_vlm.training.checkpoints import make_room, rotate, seal_checkpoint
+from llm2clip_vlm.training.checkpoints import (
+    make_room,
+    refuse_other_samples,
+    rotate,
+    seal_checkpoint,
+)
 from llm2clip_vlm.training.step_guard import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -37,6 +42,7 @@ class StrictResumeMixin:
     args: Any
     state: Any
     optimizer: torch.optim.Optimizer | None
+    train_dataset: Any
 
     @functools.cached_property
     def _frozen(self) -> list[nn.Module]:
@@ -98,13 +104,15 @@ class StrictResumeMixin:
         barrier()
         if args.should_save:
             self._complete_checkpoint(folder / f"checkpoint-{step}")
-            seal_checkpoint(folder / f"checkpoint-{step}")
+            seal_checkpoint(folder / f"checkpoint-{step}", len(self.train_dataset))
             rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _complete_checkpoint(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint."""
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        if args[2]:  # what is resumed from
+            refuse_other_samples(args[2], len(self.train_dataset))
         found: tuple[int, int] = super()._init_training_state(max_steps, *args)  # type: ignore[misc]
         self.state.compute_steps(self.args, max_steps)  # of the recipe, not of the checkpoint
         return found
