@@ -236,7 +236,7 @@ def _train(arguments: argparse.Namespace) -> int | None:
     stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
     if arguments.dry_run:
-        return main(["plan", *words])
+        return main(["plan", *words, f"--gpus={arguments.gpus or 1}"])
     _require_inputs(stage, words)
     program = find_program(stage)
     if arguments.gpus is not None:
