@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from llm2clip_vlm.distributed import barrier
+from llm2clip_vlm.distributed import barrier, max_over_ranks
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 from llm2clip_vlm.training.checkpoints import (
     make_room,
@@ -59,7 +60,16 @@ class StrictResumeMixin:
 
         Raises:
             ConnectionError: Training failed, and another process is gone; it is named.
+            ValueError: The processes have other numbers of samples, and so other orders of them.
         """
+        samples = len(self.train_dataset)
+        most, least = max_over_ranks(samples, -samples, device=self.args.device)
+        if most != -least:
+            raise ValueError(
+                f"expected the same samples on all processes, got {-least} to {most}, {samples} on "
+                f"{socket.gethostname()}: data or pictures are missing on a machine (dropped.jsonl "
+                "names them); copy them, or name a folder that all machines share"
+            )
         try:
             result: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
         except RuntimeError as error:

@@ -130,6 +130,15 @@ def test_a_run_does_not_go_on_with_other_samples(
         train(StrictTrainer, tmp_path, False, resume=True)
 
 
+def test_processes_with_other_samples_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that one machine lacks: each would deal its own order to all of them."""
+    monkeypatch.setattr(strict_resume, "max_over_ranks", lambda *values, device: [8, -7])
+    with pytest.raises(ValueError, match="same samples on all processes, got 7 to 8, 8 on "):
+        train(StrictTrainer, tmp_path, False)
+
+
 def test_names_are_restored_afterwards(tmp_path: Path) -> None:
     trainer = train(StrictTrainer, tmp_path, False)
     assert isinstance(trainer.model, LlavaForConditionalGeneration)
