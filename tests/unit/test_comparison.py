@@ -137,6 +137,14 @@ def test_copies_of_one_run_are_no_seeds(tmp_path: Path, first: int) -> None:
     assert "the seeds of b gave the same answers" in row["test"]
 
 
+def test_seeds_that_are_right_everywhere_are_no_copies(tmp_path: Path) -> None:
+    b = seeds_of(tmp_path, "b", range(6), np.random.default_rng(0))
+    for seed in range(6):
+        made(tmp_path / f"a-s{seed}", [True] * 60)
+    row = command(tmp_path / "out", f"a={tmp_path}/a-s{{seed}}", b)["ab"]["t"]["a-b"]
+    assert row["test"] == "exact sign-flip test over 6 seeds" and row["p"] == 2 / 2**6
+
+
 def test_seeds_of_a_mean_iou_are_told_from_copies_by_their_counts(tmp_path: Path) -> None:
     rng, there = np.random.default_rng(0), np.full((40, 2), 100)
     for name, seed in itertools.product("ab", range(6)):
