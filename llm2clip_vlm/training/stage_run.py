@@ -187,7 +187,7 @@ class StageRun(Generic[R]):
             OwnershipError: Another run writes there, or files lie there that no run has written.
             HandoffError: What a run left there has been changed since.
         """
-        if not self.out.exists():
+        if not (shared or self.out.exists()):  # others may be at work in it
             atexit.register(_leave_nothing, self.out)
         self._hold = Hold(self.out, self.stage, _DURING, alone=True, shared=shared, known=known)
         there = {path.name for path in self.out.iterdir()} & _AT_THE_END
