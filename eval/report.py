@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from math import isfinite, nan
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.recipe.report import ReportRecipe
 from llm2clip_vlm.runs.manifest import read_manifest
 from llm2clip_vlm.runs.ownership import write_pages
-from llm2clip_vlm.training.callbacks import read_metrics
+from llm2clip_vlm.training.callbacks import read_losses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,9 +141,7 @@ def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:
     found: dict[str, list[Line]] = {}
     for panel, runs in panels.items():
         for tower, folder in runs:
-            rows = read_metrics(Path(folder) / "metrics.jsonl")
-            points = [(r["step"], r["loss"]) for r in rows if isfinite(r.get("loss", nan))]
-            if points:
+            if points := read_losses(Path(folder) / "metrics.jsonl"):
                 steps, losses = zip(*points, strict=True)
                 line = Line(tower, steps, losses, recipe.colour(tower))
                 found.setdefault(panel, []).append(line)

@@ -13,6 +13,7 @@ Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/towers/llm2cli
 from __future__ import annotations
 
 import fnmatch
+import glob
 import json
 import os
 import re
@@ -41,6 +42,7 @@ from llm2clip_vlm.evaluation.report.encoder_page import encoder_page
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
+from llm2clip_vlm.remote.addresses import is_remote, look_up
 from llm2clip_vlm.runs.hashes import changed_files, file_state
 from llm2clip_vlm.runs.ownership import Hold
 
@@ -149,14 +151,17 @@ def sample_lines(images: Sequence[Any], found: Sequence[Any]) -> str:
 
 
 def states_of(value: Any) -> list[str]:
-    """Names and sizes of all files that a task's settings name, or that lie below its folders."""
+    """States of the files that a task's settings name, by pattern too, or below its folders."""
     if isinstance(value, dict | list):
         parts = value.values() if isinstance(value, dict) else value
         return [state for part in parts for state in states_of(part)]
-    # Path.exists raises where a text is too long for a name.
-    if not isinstance(value, str) or not os.path.exists(value):
+    if not isinstance(value, str):
         return []
-    files = [Path(value)] if Path(value).is_file() else Path(value).rglob("*")
+    if is_remote(value):
+        return [str([*file]) for file in look_up(value)]
+    # Path.exists raises where a text is too long for a name.
+    places = [Path(value)] if os.path.exists(value) else map(Path, glob.glob(value))
+    files = [file for place in places for file in (place, *place.rglob("*"))]
     states = [(file, file.stat()) for file in files if file.is_file()]
     return [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in states]
 

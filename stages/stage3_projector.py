@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     vlm = recipe.vlm
     run.parent("vision_tower", vlm.vision_tower, *TOWER_STAGES)
     run.parent("language_model", vlm.language_model, "base_language_model")
-    made_of = {n: fingerprint_dir(p) for n, p in run.parents.items() if Path(p).is_dir()}
+    parents = run.parents.items() if is_main() else ()  # which alone hands them on
+    made_of = {n: fingerprint_dir(p) for n, p in parents if Path(p).is_dir()}
     if vlm.projector is not None:
         run.parent("projector", vlm.projector, "stage3_projector", "stage4_instruction")
     if vlm.chat_template is not None and os.path.isfile(vlm.chat_template):

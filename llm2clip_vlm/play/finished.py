@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
-from llm2clip_vlm.training.callbacks import read_metrics
+from llm2clip_vlm.training.callbacks import read_losses
 
 VLM_STAGES = ("stage4_instruction",)
 """Whose models one can talk with."""
@@ -49,8 +50,9 @@ def finished_runs(root: str | Path) -> list[FinishedRun]:
             photos = str(Path(source["path"]).parent)
         photos = photos and from_run(folder, manifest, photos)
         name = folder.relative_to(root).as_posix()
-        rows = read_metrics(folder / "metrics.jsonl")
-        losses = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+        losses: list[tuple[int, float]] = []
+        with suppress(ValueError):  # a damaged log is no reason to hide a model
+            losses = read_losses(folder / "metrics.jsonl")
         found.append(
             FinishedRun(name, folder, manifest["stage"], manifest["seconds"], losses, photos)
         )

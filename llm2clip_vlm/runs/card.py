@@ -92,7 +92,7 @@ def write_card(
     foreign = made.removeprefix("export --to ")
     if kind is None and foreign in _FOREIGN:
         kind = "tower"
-    if kind is None or (card.exists() and _OURS not in card.read_text(encoding="utf-8")):
+    if kind is None or (card.exists() and _OURS.encode() not in card.read_bytes()):
         return None
     what, pipeline_tag = _KINDS[kind]
     scores = list(_scores(results or {}))

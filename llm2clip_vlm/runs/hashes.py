@@ -32,10 +32,12 @@ _NEUTRAL_KEYS = frozenset(
     "feature_cache variables".split()
 )
 _NEUTRAL_TRAINER_KEYS = frozenset(
-    "disable_tqdm log_level log_level_replica log_on_each_node logging_first_step "
-    "logging_nan_inf_filter logging_steps logging_strategy per_device_train_batch_size report_to "
-    "run_name save_on_each_node save_steps save_strategy save_total_limit".split()
+    "dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor disable_tqdm "
+    "log_level log_level_replica log_on_each_node logging_first_step logging_nan_inf_filter "
+    "logging_steps logging_strategy per_device_train_batch_size report_to run_name "
+    "save_on_each_node save_steps save_strategy save_total_limit".split()
 )
+_NEUTRAL_SOURCE_KEYS = frozenset(("cache_dir", "cache_gib", "index_dir"))
 
 FileState = list[Any]
 """Size, modification time in ns, and hash of a file."""
@@ -180,10 +182,19 @@ def recipe_hash(recipe: BaseModel | Mapping[str, Any]) -> str:
 def meaning(recipe: BaseModel | Mapping[str, Any]) -> dict[str, Any]:
     """The keys of a recipe that decide the result."""
     plain = to_plain(recipe) if isinstance(recipe, BaseModel) else recipe
-    kept = {key: plain[key] for key in plain.keys() - _NEUTRAL_KEYS}
+    kept = {key: _without_places(plain[key]) for key in plain.keys() - _NEUTRAL_KEYS}
     if trainer := kept.get("trainer"):
         kept["trainer"] = {key: trainer[key] for key in trainer.keys() - _NEUTRAL_TRAINER_KEYS}
     return kept
+
+
+def _without_places(value: Any) -> Any:
+    """A value without the folders that its sources of data keep things in."""
+    if isinstance(value, list):
+        return [_without_places(item) for item in value]
+    if isinstance(value, dict):
+        return {key: value[key] for key in value.keys() - _NEUTRAL_SOURCE_KEYS}
+    return value
 
 
 def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]:

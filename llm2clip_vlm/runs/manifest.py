@@ -351,7 +351,7 @@ def claim_parents(
     Args:
         directory: The run's output directory.
         parents: Name to path. Models are compared by their files, a stage's other output (a cache
-            may grow) by the fingerprints in its manifest, data files by size and hash.
+            may grow) by the fingerprints in its manifest, data files by size and hash (or tag).
         resumes: Whether the run goes on from a checkpoint.
 
     Returns:
@@ -380,7 +380,7 @@ def claim_parents(
                     f"been changed, added or removed since; put it back, {other}"
                 )
             content[name] = data[name] = before
-        elif not Path(parent).is_dir() and data_files(parent):
+        elif is_remote(parent) or (not Path(parent).is_dir() and data_files(parent)):
             content[name] = data[name] = parent_state(parent)
         if resumes and name in content and name in earlier and content[name] != before:
             raise HandoffError(

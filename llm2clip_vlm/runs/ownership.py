@@ -64,7 +64,7 @@ class Hold:
         """The folder."""
         self.names: set[str] = set()
         """Names that runs have written or will write."""
-        self._handle = -1
+        self._handle, self._shared = -1, shared
         wanted = set(names)
         path = self.folder / MARKER_NAME
         if earlier := _HELD.get(path.resolve()):
@@ -148,11 +148,13 @@ class Hold:
         )
 
     def _write(self, holder: Any) -> None:
-        # One line, written in place: the lock is on this very file. What a kill leaves after the
-        # line is not read.
-        text = json.dumps({"holder": holder, "names": sorted(self.names)}) + "\n"
-        os.pwrite(self._handle, text.encode(), 0)
-        os.ftruncate(self._handle, len(text.encode()))
+        # One line, written in place: the lock is on this very file. What stands after the line is
+        # not read. Where others share the folder it stays: cut to this line's length after one of
+        # them has written a shorter one, the file would end with NULs.
+        text = (json.dumps({"holder": holder, "names": sorted(self.names)}) + "\n").encode()
+        os.pwrite(self._handle, text, 0)
+        if not self._shared:
+            os.ftruncate(self._handle, len(text))
 
 
 _HELD: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()

@@ -311,3 +311,9 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             if number != len(lines):
                 raise ValueError(f"{source}:{number} is not JSON; delete the file") from None
     return rows
+
+
+def read_losses(path: str | Path) -> list[tuple[int, float]]:
+    """Steps and losses of a metrics file, without those that were not finite."""
+    logged = [(row["step"], row.get("loss")) for row in read_metrics(path)]
+    return [(step, loss) for step, loss in logged if loss is not None and math.isfinite(loss)]

@@ -18,21 +18,42 @@ from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
 from llm2clip_vlm.runs.ownership import MARKER_NAME, remove, sign
 
-__all__ = ["SEAL_NAME", "damage", "make_room", "newest_whole", "rotate", "seal_checkpoint"]
-
 logger = logging.getLogger(__name__)
 
 
-def seal_checkpoint(folder: str | Path) -> None:
+def seal_checkpoint(folder: str | Path, samples: int | None = None) -> None:
     """Mark a checkpoint as whole. Call it when all processes have written their files.
 
     Args:
         folder: The checkpoint.
+        samples: Samples that the run trains on, see :func:`refuse_other_samples`.
     """
     root = Path(folder)
     (root / MARKER_NAME).unlink(missing_ok=True)
-    seal = {"world_size": world_size(), "files": _hashes(root)}
+    seal = {"world_size": world_size(), "samples": samples, "files": _hashes(root)}
     write_atomically(root / SEAL_NAME, json.dumps(seal, indent=1))
+
+
+def refuse_other_samples(folder: str | Path, samples: int) -> None:
+    """Refuse to go on with more or fewer samples: their order would be another.
+
+    Data files are compared before; pictures beside them are not, and one that has come or gone
+    makes a sample more or less.
+
+    Args:
+        folder: The checkpoint.
+        samples: Samples now.
+
+    Raises:
+        HandoffError: Gives both numbers.
+    """
+    before = (_seal(Path(folder)) or {}).get("samples")
+    if before not in (None, samples):
+        raise HandoffError(
+            f"{folder} was trained on {before} samples, now there are {samples}: pictures have "
+            "come, gone or been damaged since, and the samples would come in another order; put "
+            "them back as they were, or choose another output_dir"
+        )
 
 
 def damage(folder: str | Path) -> str | None:

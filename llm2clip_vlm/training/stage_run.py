@@ -187,7 +187,7 @@ class StageRun(Generic[R]):
             OwnershipError: Another run writes there, or files lie there that no run has written.
             HandoffError: What a run left there has been changed since.
         """
-        if not self.out.exists():
+        if not (shared or self.out.exists()):  # others may be at work in it
             atexit.register(_leave_nothing, self.out)
         self._hold = Hold(self.out, self.stage, _DURING, alone=True, shared=shared, known=known)
         there = {path.name for path in self.out.iterdir()} & _AT_THE_END
@@ -255,9 +255,10 @@ class StageRun(Generic[R]):
             measure: Returns the result, as JSON; called on all ranks, or on none.
             of: What it depends on beside recipe, data and parents.
         """
-        path = self.out / "measured.json"
-        known: dict[str, Any] = read_json(path) if is_main() and path.is_file() else {}
-        key = hash_json([meaning(self.recipe), self._data, of])
+        path, known, key = self.out / "measured.json", dict[str, Any](), ""
+        if is_main():
+            known = read_json(path) if path.is_file() else known
+            key = hash_json([meaning(self.recipe), read_json(self.out / PARENTS_NAME), of])
         row = known.get(name, {})
         kept = row["found"] if row.get("of") == key else None
         (kept,) = shared_out([kept], lambda mine: mine)  # that of the main process

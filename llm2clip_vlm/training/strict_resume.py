@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from llm2clip_vlm.distributed import barrier
+from llm2clip_vlm.distributed import barrier, max_over_ranks
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
-from llm2clip_vlm.training.checkpoints import make_room, rotate, seal_checkpoint
+from llm2clip_vlm.training.checkpoints import (
+    make_room,
+    refuse_other_samples,
+    rotate,
+    seal_checkpoint,
+)
 from llm2clip_vlm.training.step_guard import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -37,6 +43,7 @@ class StrictResumeMixin:
     args: Any
     state: Any
     optimizer: torch.optim.Optimizer | None
+    train_dataset: Any
 
     @functools.cached_property
     def _frozen(self) -> list[nn.Module]:
@@ -53,7 +60,16 @@ class StrictResumeMixin:
 
         Raises:
             ConnectionError: Training failed, and another process is gone; it is named.
+            ValueError: The processes have other numbers of samples, and so other orders of them.
         """
+        samples = len(self.train_dataset)
+        most, least = max_over_ranks(samples, -samples, device=self.args.device)
+        if most != -least:
+            raise ValueError(
+                f"expected the same samples on all processes, got {-least} to {most}, {samples} on "
+                f"{socket.gethostname()}: data or pictures are missing on a machine (dropped.jsonl "
+                "names them); copy them, or name a folder that all machines share"
+            )
         try:
             result: TrainOutput = super().train(*args, **kwargs)  # type: ignore[misc]
         except RuntimeError as error:
@@ -98,13 +114,15 @@ class StrictResumeMixin:
         barrier()
         if args.should_save:
             self._complete_checkpoint(folder / f"checkpoint-{step}")
-            seal_checkpoint(folder / f"checkpoint-{step}")
+            seal_checkpoint(folder / f"checkpoint-{step}", len(self.train_dataset))
             rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _complete_checkpoint(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint."""
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
+        if args[2]:  # what is resumed from
+            refuse_other_samples(args[2], len(self.train_dataset))
         found: tuple[int, int] = super()._init_training_state(max_steps, *args)  # type: ignore[misc]
         self.state.compute_steps(self.args, max_steps)  # of the recipe, not of the checkpoint
         return found

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
+from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.data.reading.records import RecordError, iter_rows
 from llm2clip_vlm.evaluation.vlm.jobs import Job
 from llm2clip_vlm.runs.manifest import _noted, read_manifest
 from llm2clip_vlm.runs.ownership import Hold
 from llm2clip_vlm.training.callbacks import read_metrics
-from llm2clip_vlm.training.checkpoints import SEAL_NAME, _seal
+from llm2clip_vlm.training.checkpoints import _seal
 
 
 def _arrow(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import random
 import shutil
@@ -27,7 +28,7 @@ from llm2clip_vlm.training.arguments import (
 )
 from llm2clip_vlm.training.callbacks import MetricsJsonl, read_metrics
 from llm2clip_vlm.training.checkpoints import newest_whole
-from llm2clip_vlm.training.stage_run import StageRun
+from llm2clip_vlm.training.stage_run import StageRun, _leave_nothing
 from llm2clip_vlm.training.strict_resume import StrictTrainer
 
 
@@ -256,3 +257,33 @@ def test_a_run_is_seeded_and_says_what_it_left(tmp_path: Path) -> None:
     assert StageRun([str(file)], RunRecipe, None).finished("results.json")
     assert not StageRun([str(file)], RunRecipe, None).finished("other.json")
     assert not StageRun([str(file), "seed=8"], RunRecipe, None).finished()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_folder_that_others_share_is_not_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool
+) -> None:
+    """A slice of stage 2a that came to nothing leaves the others their folder."""
+    at_exit: list[Any] = []
+    monkeypatch.setattr(atexit, "register", lambda *words: at_exit.append(words))
+    file = tmp_path / "recipe.yaml"
+    file.write_text(f"output_dir: {tmp_path / 'out'}\ntrainer: {{use_cpu: true}}\n")
+    run = StageRun([str(file)], RunRecipe, None)
+    run.hold(shared=shared)
+    run._release()
+    assert at_exit == [(_leave_nothing, tmp_path / "out")] * (not shared)
+
+
+def test_what_another_parent_gave_is_measured_again(tmp_path: Path) -> None:
+    """Before the first checkpoint a run may begin anew with a parent that was made anew."""
+    llm, file, weights = tmp_path / "llm", tmp_path / "recipe.yaml", []
+    file.write_text(f"output_dir: {tmp_path / 'out'}\ntrainer: {{use_cpu: true}}\n")
+    llm.mkdir()
+    (llm / "config.json").write_text("{}")
+    for content in ("one", "one", "two"):
+        (llm / "model.safetensors").write_text(content)
+        run = StageRun([str(file)], RunRecipe, None)
+        run.parent("language_model", str(llm))
+        run.arguments()
+        assert run.measured("raw", lambda c=content: weights.append(c) or c) == content
+    assert weights == ["one", "two"]

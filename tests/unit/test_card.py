@@ -98,6 +98,8 @@ def test_a_card_says_what_was_measured_and_hides_where_it_was_made(tmp_path: Pat
     data = ModelCard.load(made).data
     assert (data.license, data.base_model) == ("apache-2.0", ["org/llm"])
     assert [row.metric_value for row in data.eval_results] == [12.34, 40.0]
-    made.write_text("---\n{}\n---\nsomebody's own words\n")
+    made.write_bytes(
+        "---\n{}\n---\nsomebody's own words, as é stands in Latin-1\n".encode("latin-1")
+    )
     assert write_card(folder, "train x", parents={}, versions={}) is None
-    assert "own words" in made.read_text()
+    assert b"own words" in made.read_bytes()

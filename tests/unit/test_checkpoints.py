@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.checkpoints import (
-    SEAL_NAME,
     damage,
     make_room,
     newest_whole,

@@ -18,6 +18,7 @@ from llm2clip_vlm.evaluation.report import comparison_pages
 from llm2clip_vlm.evaluation.report.comparison import compare
 from llm2clip_vlm.evaluation.report.comparison_pages import flip_examples, flipped
 from llm2clip_vlm.evaluation.report.inputs import guesses, read_run
+from llm2clip_vlm.metrics.segmentation import mean_iou
 from llm2clip_vlm.metrics.statistics import holm, mcnemar_exact
 from tests.report_fixtures import load_program, write_json, write_lines, write_run
 from tests.tiny import build_clip
@@ -134,6 +135,28 @@ def test_copies_of_one_run_are_no_seeds(tmp_path: Path, first: int) -> None:
     row = command(tmp_path / "out", a, f"b={tmp_path}/b-s{{seed}}")["ab"]["t"]["a-b"]
     assert row["p"] is None is row["ci"] and "p_holm" not in row
     assert "the seeds of b gave the same answers" in row["test"]
+
+
+def test_seeds_that_are_right_everywhere_are_no_copies(tmp_path: Path) -> None:
+    b = seeds_of(tmp_path, "b", range(6), np.random.default_rng(0))
+    for seed in range(6):
+        made(tmp_path / f"a-s{seed}", [True] * 60)
+    row = command(tmp_path / "out", f"a={tmp_path}/a-s{{seed}}", b)["ab"]["t"]["a-b"]
+    assert row["test"] == "exact sign-flip test over 6 seeds" and row["p"] == 2 / 2**6
+
+
+def test_seeds_of_a_mean_iou_are_told_from_copies_by_their_counts(tmp_path: Path) -> None:
+    rng, there = np.random.default_rng(0), np.full((40, 2), 100)
+    for name, seed in itertools.product("ab", range(6)):
+        counts = np.stack([rng.binomial(there, 0.8 if name == "a" else 0.5), there, there], 1)
+        samples = [{"correct": None, "answer": "", "counts": one} for one in counts.tolist()]
+        folder = made(tmp_path / f"{name}-s{seed}", samples)
+        found = {"task": "t", "checkpoint": {"path": str(folder)}, "seconds": 1.0}
+        found["miou"] = float(mean_iou(counts.sum(0)))
+        write_json(folder / "results.json", {"results": {"t": found}})
+    places = [f"{name}={tmp_path}/{name}-s{{seed}}" for name in "ab"]
+    row = command(tmp_path / "out", *places)["ab"]["t"]["a-b"]
+    assert row["test"] == "exact sign-flip test over 6 seeds" and row["p"] == 2 / 2**6
 
 
 def test_seeds_in_common_are_pairs_and_others_are_not(tmp_path: Path) -> None:

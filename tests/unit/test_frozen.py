@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, TrainingArguments
 
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.trainable import apply_trainable, frozen_modules, set_evaluation_mode
-from llm2clip_vlm.training.encoder import encoder_trainer
+from llm2clip_vlm.training.encoder import encoder_trainer, frozen_tower
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin, StrictTrainer
 from llm2clip_vlm.training.text import text_trainer
 from llm2clip_vlm.training.vlm import vlm_trainer as trainers
@@ -100,3 +100,18 @@ def test_a_frozen_tower_still_computes_activations_again() -> None:
     torch.testing.assert_close(
         model.get_image_features(pixels), model.eval().get_image_features(pixels)
     )
+
+
+def test_all_ranks_take_the_features_that_the_first_one_sees(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share out the rest: lists of other lengths, if another run wrote in between, would not
+    fit together."""
+    frozen = object.__new__(frozen_tower.FrozenTower)
+    frozen.folder = tmp_path
+    frozen._write({b"a" * 32: torch.ones(2)})
+    seen = [*tmp_path.iterdir()]
+    frozen._write({b"b" * 32: torch.zeros(2)})
+    assert len(frozen._read()) == 2
+    monkeypatch.setattr(frozen_tower, "shared_out", lambda parts, work: [seen])
+    assert list(frozen._read()) == [b"a" * 32]

@@ -14,7 +14,9 @@ import pytest
 from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
 from llm2clip_vlm.recipe.base import RunRecipe, TextEncoderSection
 from llm2clip_vlm.recipe.text import Stage1Recipe
+from llm2clip_vlm.remote.addresses import FileState
 from llm2clip_vlm.runs import hashes as fingerprint
+from llm2clip_vlm.runs import manifest
 from llm2clip_vlm.runs.hashes import changed_files, file_states
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
@@ -109,6 +111,11 @@ def test_the_recipe_hash_follows_what_is_computed_only() -> None:
     assert recipe_hash(first) != recipe_hash(make_recipe("a", seed=1, trainer={"max_steps": 3}))
     ordered = make_recipe("a", trainer={"a": 1, "b": 2})
     assert recipe_hash(ordered) == recipe_hash(make_recipe("a", trainer={"b": 2, "a": 1}))
+    # a full disk or too little memory: the run goes on with tables elsewhere and fewer workers
+    few = {"train": [{"path": "x"}], "trainer": {"dataloader_num_workers": 0}}
+    elsewhere = {"path": "x", "index_dir": "/b", "cache_dir": "/c", "cache_gib": 1.0}
+    many = {"train": [elsewhere], "trainer": {"dataloader_num_workers": 4}}
+    assert recipe_hash(few) == recipe_hash(many) != recipe_hash({**many, "train": [{"path": "y"}]})
     assert recipe_hash({"b": [1, 2.5, None], "a": "ü"}) == recipe_hash(
         {"a": "ü", "b": [1, 2.5, None]}
     )
@@ -396,3 +403,15 @@ def test_a_damaged_note_of_parents_is_named(tmp_path: Path) -> None:
 def test_the_manifest_is_json_without_surprises(tmp_path: Path) -> None:
     path = finish(tmp_path)
     assert json.loads(path.read_text())["parents"] == {}
+
+
+def test_data_at_an_address_are_parents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    address, out, tags = "s3://bucket/{0..1}.tar", tmp_path / "out", ["a", "b"]
+    found = lambda path: [FileState(f"{path}{n}", 9, tag) for n, tag in enumerate(tags)]  # noqa: E731
+    monkeypatch.setattr(manifest, "look_up", found)
+    states = claim_parents(out, {"train.0": address}, resumes=False)
+    assert claim_parents(out, {"train.0": address}, resumes=True) == states
+    tags[1] = "c"
+    with pytest.raises(HandoffError, match=r"another train\.0: s3://bucket"):
+        claim_parents(out, {"train.0": address}, resumes=True)
+    claim_parents(out, {"train.0": address}, resumes=False)

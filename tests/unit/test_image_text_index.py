@@ -254,6 +254,24 @@ def test_rows_beyond_the_first_batch_and_group_keep_their_image_and_number(
         assert [row["image"].read() for _, row in rows] == images
 
 
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+def test_a_table_that_was_replaced_is_read_anew(tmp_path: Path, name: str) -> None:
+    """In the same process, too: a table of it would be kept as one of the new file."""
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    for text in ("a red dog", "a blue cat, and more"):
+        data, path = pa.table({"image": [text.encode()], "text": [text]}), tmp_path / name
+        path.unlink(missing_ok=True)  # its pages are mapped
+        if name == "a.parquet":
+            parquet.write_table(data, path)
+        else:
+            with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, data.schema) as writer:
+                writer.write_table(data)
+        ((_, row),) = shards.table_rows(path, Refused())
+        assert (row["text"], row["image"].read()) == (text, text.encode())
+
+
 def test_a_text_of_exactly_the_limit_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

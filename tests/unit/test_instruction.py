@@ -508,3 +508,21 @@ def test_a_sample_with_a_bad_image_leaves_its_neighbours(tmp_path: Path, process
     assert all(
         torch.equal(data[i]["pixel_values"], wanted[(0, 2, 3)[i]]["pixel_values"]) for i in range(3)
     )
+
+
+def test_an_image_that_comes_later_is_found(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A table remembers which files were not there, not that they never will be."""
+    path = write_llava(tmp_path, 4)
+    monkeypatch.setattr(arrow, "TABLE_FILE_FROM_BYTES", 0)
+    image, aside = tmp_path / "images" / "2.png", tmp_path / "2.png"
+    image.rename(aside)
+    runs: list[str] = []
+    original = token_table.tokenise
+    monkeypatch.setattr(token_table, "tokenise", lambda *a: runs.append("") or original(*a))
+    with pytest.raises(ValueError, match=r"2\.png.*no such file"):
+        dataset(path, processor)
+    assert len(dataset(path, processor, allowed=1)) == 3 and len(runs) == 1
+    aside.rename(image)
+    assert len(dataset(path, processor)) == 4 == len(dataset(path, processor)) and len(runs) == 2

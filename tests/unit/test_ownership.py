@@ -214,3 +214,26 @@ def test_a_killed_holder_leaves_no_lock(tmp_path: Path, holder: Any) -> None:
         process.send_signal(number)
         process.wait()
         Hold(tmp_path, "me", ["a"], alone=True).release()
+
+
+def test_holds_that_share_a_folder_do_not_cut_it_under_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two slices that begin at once: the longer line, the shorter one, then both are cut."""
+    write, cut, late = os.pwrite, os.ftruncate, list[Callable[[], None]]()
+    monkeypatch.setattr(
+        os, "ftruncate", lambda handle, size: late.append(lambda: cut(handle, size))
+    )
+
+    def and_then_another(handle: int, text: bytes, at: int) -> int:
+        monkeypatch.setattr(os, "pwrite", write)
+        done = write(handle, text, at)
+        cut(handle, write(handle, b'{"holder": null, "names": ["a"]}\n', 0))
+        return done
+
+    monkeypatch.setattr(os, "pwrite", and_then_another)
+    hold = Hold(tmp_path, "a slice", ["a"], shared=True)
+    for each in late:
+        each()
+    hold.release()
+    Hold(tmp_path, "me", ["a"]).release()

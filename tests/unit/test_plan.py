@@ -197,8 +197,9 @@ def test_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert found["machine"]["gpus"] == 2 and found["fits"] and found["missing"] == []
     words = ["train", "--dry-run", "stage3_projector", source, "data.0.path=none.json"]
-    assert cli.main(words) == 2
+    assert cli.main([*words, "--gpus", "2"]) == 2
     out = capsys.readouterr().out
+    assert out.startswith("stage3_projector on 2 x h100-80gb")
     assert "data.0.path: none.json: no such file" in out and "guessed" in out
     assert not (work / "stage3_projector").exists()
     assert cli.main(["plan", source, "vlm.language_model=org/name"]) == 2

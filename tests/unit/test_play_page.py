@@ -39,10 +39,13 @@ def test_finished_runs_are_found_by_their_manifests(tmp_path: Path) -> None:
         os.utime(folder / "manifest.json", (1000 - age, 1000 - age))
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "manifest.json").write_text("{")
+    with (tmp_path / "new" / "metrics.jsonl").open("a") as log:
+        log.write('{"step": 6, "loss": null}\n')  # it was NaN
+    (tmp_path / "a/b/metrics.jsonl").write_text("damaged\n{}\n")
     new, old = finished_runs(tmp_path)
     assert (new.name, new.stage, new.seconds) == ("new", "stage4_instruction", 90.0)
     assert (old.name, old.photos) == ("a/b", "data")
-    assert new.losses == [(step, 4.0 / step) for step in range(1, 6)]
+    assert new.losses == [(step, 4.0 / step) for step in range(1, 6)] and old.losses == []
 
 
 def test_a_shelf_holds_models_and_photographs_of_a_run_and_named_ones(

@@ -277,6 +277,20 @@ def test_a_fraction_is_of_all_sources_and_rounds_down() -> None:
         BadRecords(fraction=0.1).take(15, [("a:1", "x"), ("a:2", "x")])
 
 
+def test_a_list_that_another_process_has_begun_anew_stays_whole(tmp_path: Path) -> None:
+    """Slices of stage 2a that start one after the other."""
+    ledger = tmp_path / "dropped.jsonl"
+    first = BadRecords(limit=9, ledger=ledger)
+    for number in range(3):
+        first.add(f"a:{number}", "broken")
+    ledger.unlink()
+    second = BadRecords(limit=9, ledger=ledger)
+    second.add("a:0", "broken")
+    first.add("b:0", "broken")
+    assert (first.count, second.count) == (4, 2)
+    assert [json.loads(line)["where"] for line in ledger.open()] == ["a:0", "b:0"]
+
+
 def test_a_run_goes_on_where_one_stopped_by_the_limit_left(tmp_path: Path) -> None:
     ledger = tmp_path / "dropped.jsonl"
     first = BadRecords(limit=1, ledger=ledger)

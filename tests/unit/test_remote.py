@@ -322,6 +322,19 @@ def test_what_others_are_about_to_write_is_counted(
     assert 40_000 < taken(cache) <= 50_000
 
 
+def test_a_cache_that_may_only_be_read_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = RangeCache(tmp_path, 50_000)
+    cache.write(key_of(1), b"x" * 9)
+
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.read(key_of(1), 9) == b"x" * 9
+
+
 def test_what_is_damaged_counts_as_absent(tmp_path: Path) -> None:
     cache = RangeCache(tmp_path, 50_000)
     for number, damage in enumerate((b"", b"x" * 1_004, b"y" * 7)):

@@ -26,6 +26,7 @@ from llm2clip_vlm.evaluation.report.inputs import ReportError, guesses, read_sec
 from llm2clip_vlm.evaluation.report.pages import clock, data_uri, markdown, render
 from llm2clip_vlm.evaluation.vlm.samples import PIXELS, load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
+from llm2clip_vlm.recipe.report import ReportRecipe
 from tests.report_fixtures import (
     KINDS,
     RATES,
@@ -348,6 +349,16 @@ def test_bars_are_as_long_as_their_values() -> None:
     assert re.findall('class="ring" style="left:([^;"]+)', html) == ["35.00%", "45.00%"]
     assert html.count('title="chance: 5.0" style="left:5.00%"') == 2
     assert 'title="x: 20.0 [10.0, 30.0]"' in html and "<h4>g&lt;1&gt;</h4>" in html
+
+
+def test_a_loss_that_was_no_number_is_left_out_of_its_curve(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    rows = [{"step": 1, "loss": None}, {"step": 2, "loss": 1.5}, {"step": 3, "loss": float("nan")}]
+    write_lines(tmp_path / "metrics.jsonl", rows)
+    recipe = ReportRecipe.model_validate({**report_recipe(run), "stage1": str(tmp_path)})
+    (line,) = next(lines for name, lines in program.curves(recipe).items() if "1" in name)
+    assert (line.x, line.y) == ((2,), (1.5,))
 
 
 def test_curves_stand_where_their_axes_say() -> None:

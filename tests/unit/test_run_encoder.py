@@ -14,6 +14,7 @@ from world.files import WorldConfig, ensure_world
 from world.scenes import SHAPES
 
 from llm2clip_vlm import cli
+from tests.report_fixtures import load_program
 from tests.tiny import build_clip
 
 WAYS = ("i2t", "t2i")
@@ -114,6 +115,18 @@ def test_only_what_changed_is_run_again(tmp_path: Path, tiny_clip: Path, world: 
     data.write_text(rows.replace('"split": "train"', '"split": "other"'))
     found.add(key()[0])
     assert len(found) == 8
+
+
+def test_a_pattern_stands_for_the_files_that_it_names(repo_root: Path, tmp_path: Path) -> None:
+    """Else a result would be taken for that of shards which have been replaced."""
+    states_of = load_program(repo_root, "run_encoder").states_of
+    task = {"data": str(tmp_path / "*.jsonl"), "templates": ["a {}, [seen] from above?"]}
+    assert states_of(task) == []
+    found = []
+    for content in ("a", "ab"):
+        (tmp_path / "0.jsonl").write_text(content)
+        found += [states_of(task)]
+    assert found[0] != found[1] and [*map(len, found)] == [1, 1]
 
 
 def test_samples_of_an_earlier_recipe_are_gone(

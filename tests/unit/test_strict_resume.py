@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm2clip_vlm.runs.hashes import HandoffError
 from llm2clip_vlm.training import strict_resume
 from llm2clip_vlm.training.checkpoints import newest_whole, seal_checkpoint
 from llm2clip_vlm.training.strict_resume import StrictTrainer
@@ -119,6 +120,25 @@ def test_an_incomplete_checkpoint_stops_the_resume(tmp_path: Path) -> None:
     assert name in str(caught.value)
 
 
+def test_a_run_does_not_go_on_with_other_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that is gone makes a sample less, and all others would come in another order."""
+    train(StrictTrainer, tmp_path, False)
+    monkeypatch.setattr(Samples, "__len__", lambda self: 7)
+    with pytest.raises(HandoffError, match="checkpoint-3 was trained on 8 samples, now there are"):
+        train(StrictTrainer, tmp_path, False, resume=True)
+
+
+def test_processes_with_other_samples_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A picture that one machine lacks: each would deal its own order to all of them."""
+    monkeypatch.setattr(strict_resume, "max_over_ranks", lambda *values, device: [8, -7])
+    with pytest.raises(ValueError, match="same samples on all processes, got 7 to 8, 8 on "):
+        train(StrictTrainer, tmp_path, False)
+
+
 def test_names_are_restored_afterwards(tmp_path: Path) -> None:
     trainer = train(StrictTrainer, tmp_path, False)
     assert isinstance(trainer.model, LlavaForConditionalGeneration)
@@ -131,7 +151,7 @@ def test_names_are_restored_afterwards(tmp_path: Path) -> None:
 def test_the_one_before_goes_when_the_next_is_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(folder: Path) -> None:
+    def killed(folder: Path, samples: int) -> None:
         if folder.name == "checkpoint-6":
             raise KeyboardInterrupt
         seal_checkpoint(folder)

@@ -34,8 +34,8 @@ class RecordError(ValueError):
 class Refusals(Protocol):
     """Takes what cannot be used."""
 
-    def add(self, where: str, why: str) -> None:
-        """Names one record and the reason."""
+    def add(self, where: str, why: str, absent: Path | None = None) -> None:
+        """Names one record and the reason; `absent` is a file that was not there."""
 
 
 @dataclass
@@ -44,10 +44,13 @@ class Refused:
 
     rows: list[tuple[str, str]] = field(default_factory=list)
     """`(where, why)`."""
+    absent: list[str] = field(default_factory=list)
+    """Files that were not there; with one of them a record may be a good one."""
 
-    def add(self, where: str, why: str) -> None:
+    def add(self, where: str, why: str, absent: Path | None = None) -> None:
         """Keeps one."""
         self.rows.append((where, why))
+        self.absent += [str(absent)] * (absent is not None)
 
 
 @dataclass
@@ -141,12 +144,13 @@ class BadRecords:
                 "`drop_where`) or raise `max_bad_records`"
             )
 
-    def add(self, where: str, why: str) -> None:
+    def add(self, where: str, why: str, absent: Path | None = None) -> None:
         """Counts one bad record.
 
         Args:
             where: The file and row, such as `pairs.jsonl:12`; unique to the record.
             why: What is wrong with it.
+            absent: Not used; see :class:`Refused`.
 
         Raises:
             RecordError: More records are bad than `limit` and `fraction` allow.
@@ -177,6 +181,8 @@ class BadRecords:
             self._read_to = handle.tell()
 
     def _refresh(self, handle: IO[bytes]) -> None:
+        if handle.seek(0, 2) < self._read_to:  # another slice of stage 2a has begun it anew
+            self._read_to = 0
         handle.seek(self._read_to)
         lines = handle.read()
         lines = lines[: lines.rfind(b"\n") + 1]  # another process may be at the last one

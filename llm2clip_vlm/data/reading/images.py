@@ -59,6 +59,9 @@ _NAME_SHOWN = 200
 class ImageError(ValueError):
     """An image that a record names cannot be used; the message has the name and the reason."""
 
+    absent: Path | None = None
+    """The file, where there is none."""
+
 
 def shown(name: object) -> str:
     """A name in quotes for messages; a long one (base64 in a name's place) is cut."""
@@ -118,7 +121,9 @@ def resolve_image(root: Path, name: str, *, follow_links: bool = False) -> Path:
             "suite have no such key: copy the images there)"
         )
     if not os.path.isfile(real):  # Path.is_file raises where a name is too long
-        raise ImageError(f"image {shown(name)}: no such file below {root} (is image_root right?)")
+        error = ImageError(f"image {shown(name)}: no such file below {root} (is image_root right?)")
+        error.absent = real
+        raise error
     return real
 
 

@@ -85,7 +85,9 @@ image."""
         if self.column is None:
             return 1
         try:
-            value = _column(self.path, self.start, self.column)[self.size].as_py()
+            value = _column(self.path, self.start, self.column, _state(self.path))[
+                self.size
+            ].as_py()
         except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
         values = value if isinstance(value, list) else [value]
@@ -93,7 +95,7 @@ image."""
         return sum(any(part is not None for part in cell) for cell in cells)
 
     def _cell(self, column: str) -> bytes:
-        value = _column(self.path, self.start, column)[self.size].as_py()
+        value = _column(self.path, self.start, column, _state(self.path))[self.size].as_py()
         if self.item is not None:
             values = value if isinstance(value, list) else [value]
             if len(values) != self.item[1]:
@@ -254,7 +256,7 @@ def table_rows(
     first = 1
     try:
         if path.suffix == ".arrow":
-            for group, batch in enumerate(_arrow_batches(str(path))):
+            for group, batch in enumerate(_arrow_batches(str(path), _state(path))):
                 packed, plain = _columns(path, batch.schema, columns)
                 yield from _rows(path, group, batch.select(plain), packed, bad, first)
                 first += batch.num_rows
@@ -339,15 +341,23 @@ def _columns(path: File, schema: Any, wanted: Sequence[str]) -> tuple[list[str],
     return packed, [column.name for column in named if column.name not in packed]
 
 
+def _state(path: File) -> Any:
+    """What changes with a file's contents; an address has it in itself."""
+    if isinstance(path, RemoteFile):
+        return None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
 @lru_cache(maxsize=_ROW_GROUPS_KEPT)
-def _column(path: File, group: int, column: str) -> Any:
+def _column(path: File, group: int, column: str, state: Any) -> Any:
     """One column of a row group or batch: neighbours in it are read once."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         if path.suffix == ".arrow":
-            return _arrow_batches(str(path))[group].column(column)
+            return _arrow_batches(str(path), state)[group].column(column)
         with parquet.ParquetFile(_readable(path)) as table:
             _require_measure(path, table.metadata.row_group(group), [column])
             return table.read_row_group(group, columns=[column], use_threads=False).column(column)
@@ -356,7 +366,7 @@ def _column(path: File, group: int, column: str) -> Any:
 
 
 @lru_cache(maxsize=16)
-def _arrow_batches(path: str) -> list[Any]:
+def _arrow_batches(path: str, state: Any) -> list[Any]:
     """Record batches of a file in stream format, mapped into memory and validated.
 
     Arrow believes offsets and lengths: a damaged one ends the process, or shows other memory.

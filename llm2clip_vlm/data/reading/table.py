@@ -149,7 +149,8 @@ def arrow_table(
             if path.is_file():
                 try:
                     table = Table(path, files)
-                    if table.facts["files"] == file_states(files):
+                    here = any(map(os.path.isfile, table.facts.get("absent", ())))
+                    if table.facts["files"] == file_states(files) and not here:
                         return table
                     logger.info("%s: the data have changed; it is made again", path)
                 except ValueError:
@@ -184,6 +185,7 @@ def _write(sink: Any, features: Mapping[str, Any], files: Sequence[File], rows: 
             yield row
         for pair in refused.rows:
             yield {"record": pair}
+        facts["absent"] = refused.absent
         yield {"record": facts}
 
     # Columns of numbers and text from the start: lists of thousands of rows with lists in them

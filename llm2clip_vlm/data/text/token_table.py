@@ -99,7 +99,7 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
                 resolve_image(root, name, follow_links=source.follow_links)
                 known.add(name)
         except (ConversationError, ImageError) as error:
-            bad.add(f"{folder_of(source)}{where}", str(error))
+            bad.add(f"{folder_of(source)}{where}", str(error), getattr(error, "absent", None))
             continue
         except Exception as error:  # noqa: BLE001  (the boundary around a record)
             bad.add(

@@ -240,12 +240,13 @@ def _over_images(
 
 
 def _copies(found: Mapping[int | None, Measured]) -> bool:
-    """Whether several seeds are one run, copied: all gave the same answers."""
+    """Whether several seeds are one run, copied: all gave the same answers, some of them wrong."""
     said = [
-        [(s["doc_id"], s.get("answer"), s["correct"]) for s in one.samples]
+        [(s["doc_id"], s.get("answer"), s["correct"], s.get("counts")) for s in one.samples]
         for one in found.values()
     ]
-    return len(said) > 1 and bool(said[0]) and all(other == said[0] for other in said)
+    alike = said.count(said[0]) == len(said) > 1
+    return alike and any(right != 1 for _, _, right, _ in said[0])
 
 
 def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:

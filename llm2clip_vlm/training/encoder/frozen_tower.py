@@ -182,7 +182,9 @@ class FrozenTower:
     def _read(self) -> dict[bytes, Tensor]:
         """Read the cache: hash of a picture's bytes to its features."""
         known: dict[bytes, Tensor] = {}
-        for file in sorted(self.folder.glob("*.safetensors")):
+        # Another run may write meanwhile: all ranks take the files that the first one sees.
+        listed = shared_out([self.folder], lambda folder: sorted(folder.glob("*.safetensors")))
+        for file in listed[0]:
             data = file.read_bytes()
             if hashlib.sha256(data).hexdigest()[:32] != file.stem:
                 raise HandoffError(f"{file} is damaged; remove it, and it is computed again")
