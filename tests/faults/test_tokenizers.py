@@ -101,7 +101,7 @@ def test_ids_are_those_of_tokenizer_json(write: Any, parts: dict[str, Any], tmp_
 
 def sentencepiece(folder: Path, **options: Any) -> Path:
     """A `tokenizer.model` alone, as Vicuna's."""
-    (folder / "lines.txt").write_text("\n".join(LINES))
+    (folder / "lines.txt").write_text("\n".join(options.pop("lines", LINES)))
     given: dict[str, Any] = {
         "vocab_size": 360,
         "model_type": "bpe",
@@ -147,7 +147,7 @@ def test_a_blank_in_front_is_the_configs_choice(tmp_path: Path) -> None:
 
 
 def test_characters_that_would_be_dropped_are_told(tmp_path: Path) -> None:
-    sentencepiece(tmp_path, byte_fallback=False, vocab_size=60, character_coverage=0.9)
+    sentencepiece(tmp_path, byte_fallback=False, vocab_size=60, lines=["a red dog is there"] * 40)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     with pytest.raises(ModelError, match=r"tokenizer\.model makes .* put a tokenizer\.json"):
         read_tokenizer(tmp_path)

@@ -62,7 +62,10 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
         others = [partial(PreTrainedTokenizerFast.from_pretrained, str(path))]
     elif (file := found(SENTENCEPIECE)) and Path(file).read_bytes()[:1] == b"\n":  # not tiktoken's
         meant = [list(SentencePieceProcessor(model_file=file).encode(_PLAIN))]
-        llama = partial(LlamaTokenizer.from_pretrained, str(path))
+        bos = {} if "add_bos_token" in tokenizer.init_kwargs else {"add_bos_token": True}
+        llama = partial(LlamaTokenizer.from_pretrained, str(path), **bos)
+        if bos and isinstance(tokenizer, LlamaTokenizer):
+            tokenizer = llama()  # as its docstring says, and as transformers 4 has it
         others = [llama, partial(llama, add_prefix_space=False)]
     else:
         return tokenizer
@@ -77,8 +80,9 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
                 logger.warning(told, path, type(tokenizer).__name__, Path(file).name)
             return made
     raise ModelError(
-        f"{path}: {Path(file).name} makes {meant[0]} of {_PLAIN!r}, {type(tokenizer).__name__} of "
-        f"transformers {_ids(tokenizer, _PLAIN)}; put a tokenizer.json that does it right beside it"
+        f"{path}: of {_PLAIN!r} {Path(file).name} makes {meant[0][:9]}..., "
+        f"{type(tokenizer).__name__} of transformers {_ids(tokenizer, _PLAIN)[:9]}...; put a "
+        "tokenizer.json that reads texts as it does beside it"
     )
 
 
