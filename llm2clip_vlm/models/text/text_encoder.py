@@ -104,7 +104,7 @@ class TextEncoder(nn.Module):
         """Settings by which hidden states become a vector."""
         self.tokens = settings.tokens(tokenizer)
         """Turns texts into token ids."""
-        rows = backbone.get_input_embeddings().num_embeddings
+        rows = cast("nn.Embedding", backbone.get_input_embeddings()).num_embeddings
         if (tokenizer.pad_token_id or 0) >= rows:
             tokenizer.pad_token = None  # never attended to: any other id serves
         words = {

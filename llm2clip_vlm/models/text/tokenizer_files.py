@@ -54,6 +54,7 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
+    others: list[Any]
     if file := found("tokenizer.json"):
         whole = Tokenizer.from_file(file)
         whole.no_padding()

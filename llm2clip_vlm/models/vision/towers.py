@@ -169,8 +169,7 @@ def load_vision_tower(
             images do not have the tower's size, or outputs without what the contract asks for.
     """
     path = str(path_or_id)
-    others = {name: partial(_foreign, load) for name, load in register().items()}
-    loaders: dict[str, Callable[[str, Any], PreTrainedModel]] = LOADERS | others
+    loaders = LOADERS | {name: _other(load) for name, load in register().items()}
     dtype = "auto" if dtype is None else dtype
     if timm := read_timm_layout(path):
         model: PreTrainedModel = from_timm_layout(timm, path, dtype)
@@ -206,15 +205,19 @@ def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
     return bool(getattr(config, "feature_map", False))
 
 
-def _foreign(load: Callable[[str, Any], Any], path: str, dtype: Any) -> PreTrainedModel:
-    """Load another package's tower, in the dtype that was asked for."""
-    with boundary(f"{path}: {load.__module__} cannot load it"):
-        model = load(path, dtype)
-        if not isinstance(model, PreTrainedModel):
-            raise TypeError(f"expected a PreTrainedModel, got {type(model).__name__}")
-        if dtype != "auto":
-            to_dtype(model, dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
-    return model
+def _other(load: Callable[[str, Any], Any]) -> Callable[[str, Any], PreTrainedModel]:
+    """Another package's loader, whose failures are named and which keeps to the dtype."""
+
+    def checked(path: str, dtype: Any) -> PreTrainedModel:
+        with boundary(f"{path}: {load.__module__} cannot load it"):
+            model = load(path, dtype)
+            if not isinstance(model, PreTrainedModel):
+                raise TypeError(f"expected a PreTrainedModel, got {type(model).__name__}")
+            if dtype != "auto":
+                to_dtype(model, dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+        return model
+
+    return checked
 
 
 def _require_contract(path: str, model: Any) -> None:
