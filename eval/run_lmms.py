@@ -77,7 +77,8 @@ def main(argv: list[str] | None = None) -> int:
             print_prefetch(suite, tasks or own_tasks())
             return 0
         file, _, row = (arguments.expected or "").rpartition(":")
-        expected = load_recipe(find_recipe(file), ExpectedScores) if file else None
+        table = find_recipe(file, folder="eval/expected/")
+        expected = load_recipe(table, ExpectedScores) if file else None
         if arguments.expected and (expected is None or row not in expected.rows):
             rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
             raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")

@@ -49,19 +49,22 @@ def find_shipped(name: str, *, here: bool = True) -> str:
     return next((str(place) for place in places if place.exists()), name)
 
 
-def find_recipe(given: str) -> str:
+def find_recipe(given: str, *, folder: str = "recipes/", here: bool = True) -> str:
     """A YAML file by its path, or a shipped one also without folder and ending.
 
     Args:
         given: Such as `recipes/llava15/stage3.yaml`, `llava15/stage3`, or the suite `llava15`.
+        folder: Where shipped files of this kind are.
+        here: Whether a file of the working directory counts.
 
     Returns:
         The path, unchanged where there is no such file.
     """
-    folders = ("", "recipes/", "eval/", "eval/suites/")
-    names = [f"{folder}{given}{end}" for end in ("", ".yaml") for folder in folders]
-    found = (find_shipped(name) for name in names if not given.startswith(("/", "~")))
-    return next((path for path in found if os.path.isfile(path)), given)
+    folders = ("", folder, "eval/", "eval/suites/")
+    names = [f"{above}{given}{end}" for end in ("", ".yaml") for above in folders]
+    found = {name: find_shipped(name, here=here) for name in names if given[:1] not in ("/", "~")}
+    known = (path for name, path in found.items() if here or path != name)
+    return next(filter(os.path.isfile, known), given)
 
 
 def recipe_names(beside: Path) -> list[str]:

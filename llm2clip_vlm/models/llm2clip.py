@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModel, CLIPVisionConfig, PreTrainedConf
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.loading import load_complete, to_dtype
 from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
@@ -188,8 +189,17 @@ class LLM2CLIPModel(PreTrainedModel):
 
         Returns:
             `[b, projection_dim]`, unit norm.
+
+        Raises:
+            ModelError: The tower gives no pooled output of its width.
         """
-        pooled = self.vision_tower(pixel_values=pixel_values).pooler_output
+        pooled = getattr(self.vision_tower(pixel_values=pixel_values), "pooler_output", None)
+        width = self.visual_projection.in_features
+        if pooled is None or pooled.shape[1:] != (width,):
+            raise ModelError(
+                f"{type(self.vision_tower).__name__}: expected pooler_output [images, {width}] for "
+                f"image embeddings, got {None if pooled is None else list(pooled.shape)}"
+            )
         return F.normalize(self.visual_projection(pooled), dim=-1)
 
     def get_text_features(

@@ -38,6 +38,7 @@ from llm2clip_vlm.models.checkpoint_files import (
     weight_files,
     weights_of_folder,
 )
+from llm2clip_vlm.models.text.tokenizer_files import SENTENCEPIECE, as_in_files
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}
 """Arguments of every `from_pretrained`: no Python file of a checkpoint runs, no one is asked."""
@@ -223,6 +224,8 @@ def boundary(what: str, remedy: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except ModelError:
+        raise
     except Exception as failure:  # around one checkpoint, whose every field may be wrong
         why = " ".join(str(failure).split())[:2000]
         raise ModelError(f"{what} ({type(failure).__name__}: {why}){remedy}") from failure
@@ -251,7 +254,10 @@ def read_tokenizer(path: str | Path) -> Any:
     Raises:
         ModelError: There is none, or it is damaged.
     """
-    return _read(AutoTokenizer, path, "no tokenizer beside the weights")
+    remedy = f"; are tokenizer.json or {SENTENCEPIECE} whole, and no pointers of Git LFS?"
+    tokenizer = _read(AutoTokenizer, path, "no tokenizer beside the weights", remedy)
+    with boundary(f"{path}: its tokenizer cannot be used"):
+        return as_in_files(tokenizer, path)
 
 
 def read_processor(path: str | Path) -> Any:
@@ -261,6 +267,9 @@ def read_processor(path: str | Path) -> Any:
         ModelError: There is none, or it is damaged.
     """
     processor = _read(AutoProcessor, path, "no processor beside the weights")
+    if getattr(processor, "tokenizer", None) is not None:
+        with boundary(f"{path}: its tokenizer cannot be used"):
+            processor.tokenizer = as_in_files(processor.tokenizer, path)
     if not hasattr(processor, "image_processor"):
         raise ModelError(
             f"{path}: no processor beside the weights ({type(processor).__name__} has no image "

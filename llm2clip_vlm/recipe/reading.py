@@ -1,12 +1,13 @@
 """Recipes: YAML files read into typed models, with one clear error for everything that is wrong.
 
 YAML is read the 1.2 way: `1e-3` is a number, `no` is a word, a key given twice is refused. A file
-may name one parent (`base: other.yaml`, relative to itself) whose mappings it extends and whose
-lists it replaces; `a.b=value` on the command line overrides both; `${a.b}` in a text stands for
-another value of the finished recipe (`$${` writes a plain `${`). A text that names a shipped file
-or folder (`recipes/...`, `eval/...`) means that one unless the working directory has it. Files are
-limited in size and depth, anchors and references in what they make; numbers are finite; a secret
-(a token, a password) is refused, since recipes are written beside results.
+may name one parent (`base: other.yaml`, relative to itself, or a shipped one: `llava15/stage3`)
+whose mappings it extends and whose lists it replaces; `a.b=value` on the command line overrides
+both; `${a.b}` in a text stands for another value of the finished recipe (`$${` writes a plain
+`${`). A text that names a shipped file or folder (`recipes/...`, `eval/...`) means that one unless
+the working directory has it. Files are limited in size and depth, anchors and references in what
+they make; numbers are finite; a secret (a token, a password) is refused, since recipes are written
+beside results.
 """
 
 from __future__ import annotations
@@ -209,7 +210,10 @@ def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise RecipeError(path, f"base: expected the path of one parent, got {shown(base)}")
-    merged: dict[str, Any] = _merged(read_layers(path.parent / base, (*children, resolved)), data)
+    parent = path.parent / base
+    if not os.path.lexists(parent):
+        parent = path.parent / find_recipe(base, here=False)  # the shipped one, whose path is whole
+    merged: dict[str, Any] = _merged(read_layers(parent, (*children, resolved)), data)
     return merged
 
 

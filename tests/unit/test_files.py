@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llm2clip_vlm.files import read_json, read_text, write_atomically, written_whole
+from llm2clip_vlm.files import find_recipe, read_json, read_text, write_atomically, written_whole
 
 
 def test_a_text_is_replaced_whole(tmp_path: Path) -> None:
@@ -105,3 +105,13 @@ def test_a_key_given_twice_needs_one_value(tmp_path: Path) -> None:
     assert read_json(tmp_path / "a.json", list) == [1]
     with pytest.raises(ValueError, match="expected an object in this JSON file, got a list"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_short_name_means_a_file_of_its_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("llava15").endswith("/eval/suites/llava15.yaml")
+    assert find_recipe("llava15", folder="eval/expected/").endswith("/eval/expected/llava15.yaml")
+    assert find_recipe("nano/stage3").endswith("/recipes/nano/stage3.yaml")
+    assert find_recipe("nothing/of/it") == "nothing/of/it"

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.vision import towers
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
@@ -53,22 +55,105 @@ class PlainTower(PreTrainedModel):
         )
 
 
-def test_another_packages_tower_becomes_a_vlm(
-    tiny_clip: Path, tiny_llm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def plain(tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that installs `PlainTower` with another `load`, and gives its checkpoint."""
     AutoConfig.register("plain_tower", PlainConfig, exist_ok=True)
     AutoModel.register(PlainConfig, PlainTower, exist_ok=True)
-    load = lambda path, dtype: PlainTower.from_pretrained(path, dtype=dtype)  # noqa: E731
-    monkeypatch.setitem(towers.LOADERS, "plain_tower", load)
     PlainTower(PlainConfig()).save_pretrained(tmp_path / "plain")
     shutil.copy(tiny_clip / "preprocessor_config.json", tmp_path / "plain")
-    tower = load_vision_tower(tmp_path / "plain")
+
+    def install(load: Any = PlainTower.from_pretrained) -> Path:
+        monkeypatch.setattr(
+            towers, "register", lambda: {"plain_tower": lambda path, dtype: load(path, dtype=dtype)}
+        )
+        return tmp_path / "plain"
+
+    return install
+
+
+def test_another_packages_tower_becomes_a_vlm(plain: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    tower = load_vision_tower(plain())
     assert (tower.hidden_size, tower.num_hidden_layers, tower.has_cls_token) == (32, 3, False)
-    model, processor = build_vlm(tmp_path / "plain", tiny_llm)
+    model, processor = build_vlm(plain(), tiny_llm)
     assert all("blocks.2" in name for name in freeze_unused_vision(model))
     save_vlm(model, processor, tmp_path / "vlm")
     again, _ = load_vlm(tmp_path / "vlm")
     assert len(freeze_unused_vision(again)) == 2
+
+
+def _changed(**config: Any) -> Any:
+    def load(path: str, dtype: Any) -> Any:
+        model = PlainTower.from_pretrained(path, dtype=dtype)
+        for name, value in config.items():
+            setattr(model.config, name, value)
+        return model
+
+    return load
+
+
+def _broken(path: str, dtype: Any) -> Any:
+    model: Any = PlainTower.from_pretrained(path, dtype=dtype)
+    model.forward = lambda **given: {}["depth"]
+    return model
+
+
+@pytest.mark.parametrize(
+    ("load", "told"),
+    [
+        (lambda path, dtype: None, r"cannot load it .*expected a PreTrainedModel, got NoneType"),
+        (lambda path, dtype: {}["weights"], r"cannot load it \(KeyError: 'weights'\)"),
+        (_changed(image_size=[32, 32]), r"image_size is \[32, 32\], expected one number"),
+        (_changed(patch_size=(8, 8)), r"patch_size is \(8, 8\), expected one number"),
+        (_broken, r"PlainTower does not take \(pixel_values=\[1, 3, 32, 32\].*KeyError"),
+    ],
+    ids=["nothing", "a failure", "a pair of sides", "patches of two sides", "a broken forward"],
+)
+def test_a_tower_that_breaks_is_named(plain: Any, load: Any, told: str) -> None:
+    with pytest.raises(ModelError, match=told) as refused:
+        load_vision_tower(plain(load), image_size_px=32)
+    assert str(plain()) in str(refused.value)
+
+
+def test_a_loader_that_overlooks_the_dtype_is_helped(plain: Any) -> None:
+    folder = plain(lambda path, dtype: PlainTower.from_pretrained(path))
+    assert load_vision_tower(folder, dtype=torch.bfloat16).model.dtype == torch.bfloat16
+    assert load_vision_tower(folder, dtype="bfloat16").model.dtype == torch.bfloat16
+    assert load_vision_tower(folder).model.dtype == torch.float32
+
+
+def test_a_tower_that_llava_cannot_call_is_refused_before_training(
+    plain: Any, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = PlainTower.forward
+    monkeypatch.setattr(
+        PlainTower,
+        "forward",
+        lambda self, pixel_values, output_hidden_states=None: whole(self, pixel_values),
+    )
+    assert load_vision_tower(plain()).num_patches == 16  # enough for stage 2b
+    with pytest.raises(ModelError, match=r"plain: LLaVA calls its tower with return_dict"):
+        build_vlm(plain(), tiny_llm)
+
+
+def test_a_tower_without_pooled_output_has_no_image_embeddings(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = LLM2CLIPModel.from_vision_tower(
+        load_vision_tower(plain()).model, text_embed_dim=8, projection_dim=8
+    )
+    pixels, whole = torch.zeros(2, 3, 32, 32), PlainTower.forward
+    assert model.get_image_features(pixels).shape == (2, 8)
+    for pooled, told in ((None, "None"), (torch.zeros(2, 5), r"\[2, 5\]")):
+
+        def forward(self: Any, *args: Any, _pooled: Any = pooled, **given: Any) -> Any:
+            out = whole(self, *args, **given)
+            out["pooler_output"] = _pooled
+            return out
+
+        monkeypatch.setattr(PlainTower, "forward", forward)
+        with pytest.raises(ModelError, match=rf"PlainTower: expected pooler_output .*got {told}"):
+            model.get_image_features(pixels)
 
 
 @pytest.fixture

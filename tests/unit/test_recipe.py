@@ -152,6 +152,20 @@ def test_a_parent_gives_what_the_child_leaves_out(tmp_path: Path) -> None:
     assert found.items == [Inner(number=5)]
 
 
+@pytest.mark.parametrize("base", ["llava15/stage3", "recipes/llava15/stage3.yaml"])
+def test_base_finds_a_shipped_parent_from_any_folder(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "mine"
+    own.mkdir()
+    path = write(own, f"base: {base}\noutput_dir: here")
+    shipped = load_recipe("llava15/stage3", config_vlm.Stage3Recipe, ["output_dir=here"])
+    assert load_recipe(path, config_vlm.Stage3Recipe) == shipped
+    write(tmp_path, "name: of the working directory", "other.yaml")  # beside no child
+    assert "no such file" in messages(write(own, "base: other.yaml"), Outer)[0]
+
+
 def test_base_names_exactly_one_parent(tmp_path: Path) -> None:
     path = write(tmp_path, "base: [a.yaml, b.yaml]")
     assert "one parent" in messages(path, Outer)[0]

@@ -104,6 +104,18 @@ class TextEncoder(nn.Module):
         """Settings by which hidden states become a vector."""
         self.tokens = settings.tokens(tokenizer)
         """Turns texts into token ids."""
+        rows = cast("nn.Embedding", backbone.get_input_embeddings()).num_embeddings
+        if (tokenizer.pad_token_id or 0) >= rows:
+            tokenizer.pad_token = None  # never attended to: any other id serves
+        words = {
+            index for index, token in tokenizer.added_tokens_decoder.items() if not token.special
+        }
+        if (most := max({*words, *self.tokens.front, *self.tokens.behind, 0})) >= rows:
+            raise ModelError(
+                f"{tokenizer.name_or_path}: its tokenizer writes the token {most} "
+                f"({tokenizer.convert_ids_to_tokens(most)!r}), the model has {rows} embeddings; "
+                "take a tokenizer of this model, or resize the embeddings and train them"
+            )
 
     @classmethod
     def from_pretrained(

@@ -1,15 +1,94 @@
-"""Tokenizers written so that transformers 4 and 5 read them."""
+"""Tokenizers read as their files say, and written so that transformers 4 and 5 read them."""
 
 from __future__ import annotations
 
 import json
+import logging
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from sentencepiece import SentencePieceProcessor
+from tokenizers import Tokenizer
+from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.utils import cached_file
+
+from llm2clip_vlm.hub import ModelError
 
 SENTENCEPIECE = "tokenizer.model"
+
+_PLAIN = "Is there a dog (no. 12, at 3:45) in the image? Yes, it's red and small."
+_ODD = (
+    "TWO  spaces\n\tand caf\u00e9, cafe\u0301, \ufb01 \uff21 \u72ac, then don't WALK 1,234 steps."
+)
+
+logger = logging.getLogger(__name__)
+
+
+def as_in_files(tokenizer: Any, path: str | Path) -> Any:
+    """The tokenizer of these files that reads texts as they say.
+
+    Transformers 5 builds some tokenizers in the way of a class (Llama's, Qwen2's, T5's, or none of
+    them), whatever normaliser, pre-tokenizer and model `tokenizer.json` holds (version 4 took that
+    file as it is), and whatever SentencePiece does with `tokenizer.model`.
+
+    Args:
+        tokenizer: What transformers made of the files.
+        path: Directory or hub id.
+
+    Returns:
+        The tokenizer, or that of another class.
+
+    Raises:
+        ModelError: It makes no token of a text, or no class reads the file as it is meant.
+    """
+    if not _ids(tokenizer, _PLAIN):
+        raise ModelError(
+            f"{path}: its tokenizer ({type(tokenizer).__name__}) makes no token of {_PLAIN!r}; is "
+            f"tokenizer.json, or {SENTENCEPIECE}, missing or empty?"
+        )
+    found = partial(
+        cached_file,
+        str(path),
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    others: list[Any]
+    if file := found("tokenizer.json"):
+        whole = Tokenizer.from_file(file)
+        whole.no_padding()
+        whole.no_truncation()
+        meant = [whole.encode(text, add_special_tokens=False).ids for text in (_PLAIN, _ODD)]
+        others = [partial(PreTrainedTokenizerFast.from_pretrained, str(path))]
+    elif (file := found(SENTENCEPIECE)) and Path(file).read_bytes()[:1] == b"\n":  # not tiktoken's
+        meant = [list(SentencePieceProcessor(model_file=file).encode(_PLAIN))]
+        bos = {} if "add_bos_token" in tokenizer.init_kwargs else {"add_bos_token": True}
+        llama = partial(LlamaTokenizer.from_pretrained, str(path), **bos)
+        if bos and isinstance(tokenizer, LlamaTokenizer):
+            tokenizer = llama()  # as its docstring says, and as transformers 4 has it
+        others = [llama, partial(llama, add_prefix_space=False)]
+    else:
+        return tokenizer
+    # A blank before the first word is the choice of tokenizer_config.json, where that has one.
+    last = 12 if tokenizer.init_kwargs.get("add_prefix_space") is not None else 0
+    for make in (lambda: tokenizer, *others):
+        made = make()
+        texts = [_PLAIN, _ODD][: len(meant)]
+        if [_ids(made, text)[-last:] for text in texts] == [ids[-last:] for ids in meant]:
+            if made is not tokenizer:
+                told = "%s: %s of transformers reads texts otherwise than %s, which is followed"
+                logger.warning(told, path, type(tokenizer).__name__, Path(file).name)
+            return made
+    raise ModelError(
+        f"{path}: of {_PLAIN!r} {Path(file).name} makes {meant[0][:9]}..., "
+        f"{type(tokenizer).__name__} of transformers {_ids(tokenizer, _PLAIN)[:9]}...; put a "
+        "tokenizer.json that reads texts as it does beside it"
+    )
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def save_tokenizer(holder: Any, directory: str | Path) -> None:

@@ -31,11 +31,13 @@ from transformers import (
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import (
+    boundary,
     check_image_processor,
     forget_paths,
     load_complete,
     read_config,
     read_image_processor,
+    to_dtype,
 )
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.vision.resolution import (
@@ -167,7 +169,7 @@ def load_vision_tower(
             images do not have the tower's size, or outputs without what the contract asks for.
     """
     path = str(path_or_id)
-    loaders = LOADERS | register()
+    loaders = LOADERS | {name: _other(load) for name, load in register().items()}
     dtype = "auto" if dtype is None else dtype
     if timm := read_timm_layout(path):
         model: PreTrainedModel = from_timm_layout(timm, path, dtype)
@@ -182,6 +184,7 @@ def load_vision_tower(
             )
         model = loaders[kind](path, dtype)
         processor = _load_processor(path, model.config)
+    _require_contract(path, model)
     if image_size_px is not None:
         model = _resize(path, model, image_size_px)
         resize_processor(processor, image_size_px)
@@ -202,11 +205,32 @@ def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
     return bool(getattr(config, "feature_map", False))
 
 
-def _describe(path: str, model: Any, processor: Any) -> VisionTower:
-    """Run the tower on shapes alone and read the contract off what comes out."""
+def _other(load: Callable[[str, Any], Any]) -> Callable[[str, Any], PreTrainedModel]:
+    """Another package's loader, whose failures are named and which keeps to the dtype."""
+
+    def checked(path: str, dtype: Any) -> PreTrainedModel:
+        with boundary(f"{path}: {load.__module__} cannot load it"):
+            model = load(path, dtype)
+            if not isinstance(model, PreTrainedModel):
+                raise TypeError(f"expected a PreTrainedModel, got {type(model).__name__}")
+            if dtype != "auto":
+                to_dtype(model, dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype))
+        return model
+
+    return checked
+
+
+def _require_contract(path: str, model: Any) -> None:
+    """Refuse a tower whose config or registration lacks something; all of it is named."""
     config = model.config
-    absent = [name for name in ("image_size", "patch_size") if not hasattr(config, name)]
-    lacks = [f"its config has no {name} (in pixels)" for name in absent]
+    sizes = {name: getattr(config, name, None) for name in ("image_size", "patch_size")}
+    lacks = [
+        f"its config has no {name} (in pixels)"
+        if size is None
+        else f"its config's {name} is {size}, expected one number of pixels"
+        for name, size in sizes.items()
+        if not isinstance(size, int)
+    ]
     if type(config) not in AutoModel._model_mapping:
         lacks.append("AutoConfig and AutoModel do not know its classes, as a VLM's checkpoint asks")
     if lacks:
@@ -214,9 +238,13 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
             f"{path}: {type(model).__name__} lacks what a vision tower needs: {'; '.join(lacks)}. "
             "docs/extend.md has the contract, docs/examples/tower_package a tower"
         )
-    made = processed_size_px(processor)
-    size = made if made and config.model_type in _ANY_SIZE else _side(config.image_size)
-    patch = _side(config.patch_size)
+
+
+def _describe(path: str, model: Any, processor: Any) -> VisionTower:
+    """Run the tower on shapes alone and read the contract off what comes out."""
+    config, made = model.config, processed_size_px(processor)
+    size = made if made and config.model_type in _ANY_SIZE else config.image_size
+    patch = config.patch_size
     flexible = config.model_type in _ANY_SIZE
     if made is not None and (made % patch if flexible else made != size):
         wanted = f"a multiple of its {patch} px patches" if flexible else f"{size} px"
@@ -257,12 +285,13 @@ def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     )
 
 
-def run_on_shapes(tower: Any, size_px: int) -> tuple[dict[str, Tensor], Any]:
+def run_on_shapes(tower: Any, size_px: int, **more: Any) -> tuple[dict[str, Tensor], Any]:
     """Run a tower on one image without content, also where ZeRO-3 has left empty shells of weights.
 
     Args:
         tower: The tower.
         size_px: Side of the image.
+        **more: More arguments of its forward pass.
 
     Returns:
         The stand-ins of its weights by name, on the meta device, which can take gradients; and what
@@ -275,21 +304,19 @@ def run_on_shapes(tower: Any, size_px: int) -> tuple[dict[str, Tensor], Any]:
     for name, _ in tower.named_parameters():
         tensors[name].requires_grad_()
     pixels = torch.empty(1, 3, size_px, size_px, dtype=tower.dtype, device="meta")
-    arguments = {"pixel_values": pixels, "output_hidden_states": True}
+    arguments = {"pixel_values": pixels, "output_hidden_states": True, **more}
     return tensors, torch.func.functional_call(tower, tensors, (), arguments)
 
 
 def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
     """The shapes of the hidden states of one image."""
-    try:
+    with boundary(
+        f"{path}: {type(model).__name__} does not take (pixel_values=[1, 3, {size}, {size}], "
+        "output_hidden_states=True)"
+    ):
         _, out = run_on_shapes(model, size)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(
-            f"{path}: {type(model).__name__} does not take (pixel_values=[1, 3, {size}, {size}], "
-            f"output_hidden_states=True): {error}"
-        ) from error
     states = getattr(out, "hidden_states", None)
-    if not states or any(state.ndim != 3 for state in states):
+    if not states or any(getattr(state, "ndim", 0) != 3 for state in states):
         raise ModelError(
             f"{path}: {type(model).__name__} gives no hidden_states [images, tokens, width]; a "
             "vision tower needs the embeddings and every block's output there"
@@ -300,7 +327,7 @@ def _hidden_states(path: str, model: Any, size: int) -> tuple[Tensor, ...]:
 def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
     """Adapt a tower to images of another size; a table of positions is interpolated."""
     config = copy.deepcopy(model.config)
-    if config.model_type in _ANY_SIZE or size == _side(config.image_size):
+    if config.model_type in _ANY_SIZE or size == config.image_size:
         return cast("PreTrainedModel", model)
     if size % config.patch_size:
         raise ModelError(f"image_size_px {size} is no multiple of {path}'s {config.patch_size} px")
@@ -314,18 +341,11 @@ def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
             f"{path}: cannot be made to take {size} px: "
             + ("it has no table of positions" if name is None else "it is sharded by ZeRO-3")
         )
-    old, new = (side // config.patch_size for side in (_side(config.image_size), size))
+    old, new = (side // config.patch_size for side in (config.image_size, size))
     weights[name] = resize_positions(weights[name], old, new)
     config.image_size = size
     logger.info("%s: positions interpolated from %d x %d to %d x %d", path, old, old, new, new)
     return _complete(type(model), path, model.dtype, config=config, state_dict=weights)
-
-
-def _side(value: Any) -> int:
-    sides = {value} if isinstance(value, int) else set(value)
-    if len(sides) != 1:
-        raise ModelError(f"images and patches must be square, got {value}")
-    return int(sides.pop())
 
 
 def _load_processor(path: str, tower_config: Any) -> Any:

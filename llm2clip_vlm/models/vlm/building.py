@@ -38,6 +38,7 @@ from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import (
+    boundary,
     four_bits,
     load_complete,
     read_config,
@@ -51,7 +52,11 @@ from llm2clip_vlm.models.vision.image_mode import (
     anyres_image_processor,
     set_image_aspect_ratio,
 )
-from llm2clip_vlm.models.vision.towers import is_feature_map_checkpoint, load_vision_tower
+from llm2clip_vlm.models.vision.towers import (
+    is_feature_map_checkpoint,
+    load_vision_tower,
+    run_on_shapes,
+)
 from llm2clip_vlm.models.vlm.composing import VLM_CLASSES, compose
 from llm2clip_vlm.models.vlm.lineage import (
     PROJECTOR,
@@ -130,6 +135,8 @@ def build_vlm(
         _check_layers(1, vision_feature_layer, vision_tower)  # before minutes of loading
     llm, tokenizer = _load_language_model(str(language_model), dtype)
     tower = load_vision_tower(vision_tower, dtype=llm.dtype, image_size_px=image_size_px)
+    with boundary(f"{vision_tower}: LLaVA calls its tower with return_dict=True (take **kwargs)"):
+        run_on_shapes(tower.model, tower.image_size_px, return_dict=True)
     _check_layers(tower.num_hidden_layers + 1, vision_feature_layer, vision_tower)
     if not tower.has_cls_token:
         vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
