@@ -1,7 +1,7 @@
 """Pre-trains the demo's base language model on the drawn world's text, from bare lists upward.
 
-Not a stage of the pipeline: users bring a pretrained LLM, and the demo ships this one. It stands here
-so that the shipped weights can be made again.
+Not a stage of the pipeline: users bring a pretrained LLM, and the demo ships this one. It stands
+here so that the shipped weights can be made again.
 
 Needs: nothing. Writes: `<output_dir>/model/` (LlamaForCausalLM, tokenizer, chat template),
 `results.json` (text-only QA on held-out scenes), `metrics.jsonl`, `manifest.json`.

@@ -176,11 +176,7 @@ _NO_SECRETS = (
 
 
 def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a recipe on top of its parents, without asking what it is for.
-
-    Args:
-        path: The file.
-        children: Those that name it, down from the one that was asked for.
+    """Read a recipe on top of its parents, whatever it is for; `children` are what named it.
 
     Raises:
         RecipeError: A file cannot be read, or the parents go round in a circle.
