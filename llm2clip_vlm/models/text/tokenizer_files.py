@@ -63,7 +63,9 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
         others = [partial(PreTrainedTokenizerFast.from_pretrained, str(path))]
     elif (file := found(SENTENCEPIECE)) and Path(file).read_bytes()[:1] == b"\n":  # not tiktoken's
         meant = [list(SentencePieceProcessor(model_file=file).encode(_PLAIN))]
-        bos = {} if "add_bos_token" in tokenizer.init_kwargs else {"add_bos_token": True}
+        bos: dict[str, Any] = (
+            {} if "add_bos_token" in tokenizer.init_kwargs else {"add_bos_token": True}
+        )
         llama = partial(LlamaTokenizer.from_pretrained, str(path), **bos)
         if bos and isinstance(tokenizer, LlamaTokenizer):
             tokenizer = llama()  # as its docstring says, and as transformers 4 has it
