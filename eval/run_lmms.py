@@ -121,7 +121,8 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
         for result in tasks.values():
             ci = result["score_ci"]
             interval = "{:.1f}, {:.1f}".format(*ci) if ci else "no interval"
-            cut = f", first {result['limit']} only" if result["limit"] else ""
+            least = result["limit"] or result["documents"]
+            cut = f", first {least} only" if least < result["documents"] else ""
             print(
                 f"{name:<16} {result['title']:<28} {result['score']:6.1f} [{interval}]  "
                 f"n={result['n']}{cut}, empty {result['n_empty']}, "

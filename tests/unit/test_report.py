@@ -22,7 +22,13 @@ from llm2clip_vlm.evaluation.report.examples import (
     retrieved_captions,
     sample_pictures,
 )
-from llm2clip_vlm.evaluation.report.inputs import ReportError, guesses, read_seconds, read_vlms
+from llm2clip_vlm.evaluation.report.inputs import (
+    ReportError,
+    guesses,
+    measured_in,
+    read_seconds,
+    read_vlms,
+)
 from llm2clip_vlm.evaluation.report.pages import clock, data_uri, markdown, render
 from llm2clip_vlm.evaluation.vlm.samples import PIXELS, load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
@@ -164,6 +170,19 @@ def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(
     assert "base: 41.5 [40.1, 43.2]" in drawn["Tasks of the encoders"], "mean IoU has no interval"
 
 
+@pytest.mark.parametrize(
+    ("limit", "documents", "words"), [(10, 40, " (first 10 only)"), (40, 40, "")]
+)
+def test_a_cut_task_says_so(tmp_path: Path, limit: int, documents: int, words: str) -> None:
+    root = write_run(tmp_path)
+    file = root / "eval/llm2clip-s0/l2c_world_caption.json"
+    more = {"limit": limit, "documents": documents}
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+    titles = dict(measured_in(file.parent))
+    assert titles["l2c_world_caption"].title == "World captions" + words
+    assert titles["l2c_world_vqa"].title == "World VQA"
+
+
 def test_whether_a_model_looks_is_shown(program: ModuleType, tmp_path: Path) -> None:
     root = write_run(tmp_path)
     assert "Does it look" not in make(program, root, tmp_path / "a")[1]
@@ -244,7 +263,7 @@ def test_seconds_come_from_manifests(run: Path) -> None:
             {"towers": {"llm2clip": "nowhere"}, "headline": ["llm2clip"] * 2},
             ["nowhere/results.json"],
         ),
-        ({"vlms": {"base": {"7": "x"}}}, ["base-s7", "run_lmms.py"]),
+        ({"vlms": {"base": {"7": "x"}}}, ["base-s7", "llm2clip-vlm eval"]),
         ({"stage1": "nowhere"}, ["nowhere/results.json", "stage1_text_encoder"]),
         ({"tower_models": {"bse": "x"}}, ["tower_models", "bse"]),
         ({"unknown": 1}, ["unknown"]),

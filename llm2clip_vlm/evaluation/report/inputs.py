@@ -325,8 +325,10 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         if "counts" in samples[0]:
             continue  # a score of `results.json`
         parts = [DIRECTIONS.get(part, part.replace("_", " ")) for part in task.split(".")]
-        title = result.get("title", ", ".join(parts))
-        title += f" (first {result['limit']} only)" if result.get("limit") else ""
+        some = 0 < (result.get("limit") or 0) < result.get("documents", 1e18)
+        title = (
+            result.get("title", ", ".join(parts)) + f" (first {result.get('limit')} only)" * some
+        )
         if any(sample["correct"] is None for sample in samples):  # a metric of all of them together
             score, ci = float(result["score"]), result.get("score_ci")
             yield task, Measured(title, score, folder, samples, result, ci=ci)
