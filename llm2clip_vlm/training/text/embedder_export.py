@@ -17,12 +17,17 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import AutoModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from llm2clip_vlm.chat.text_tokens import text_tokens
 from llm2clip_vlm.files import read_json
-from llm2clip_vlm.models.loading import load_complete, read_tokenizer
+from llm2clip_vlm.models.loading import load_complete
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.models.text.text_encoder import PROBE_TEXTS, TextEncoder, require_equal
 from llm2clip_vlm.models.text.text_encoder_settings import MODULES_NAME
@@ -202,7 +207,7 @@ def _difference(
     tokens: CaptionTokenizer, directory: Path, prompt: str, front: list[int]
 ) -> str | None:
     """The reason why sentence-transformers would see other tokens than the encoder."""
-    found: PreTrainedTokenizerBase = read_tokenizer(directory)
+    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)  # as it does
     expected = [[*front, *ids[len(front) :]] for ids in tokens(PROBE_TEXTS)]
     got = found([prompt + text for text in PROBE_TEXTS], truncation=True)["input_ids"]
     if got != expected:
