@@ -322,13 +322,12 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         files = [folder / f"{name}.json" for name in names]
         result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
         samples = load_samples(file)
-        if "counts" in samples[0]:
-            continue  # a score of `results.json`
+        if "counts" in samples[0]:  # a score of `results.json`
+            continue
         parts = [DIRECTIONS.get(part, part.replace("_", " ")) for part in task.split(".")]
-        some = 0 < (result.get("limit") or 0) < result.get("documents", 1e18)
-        title = (
-            result.get("title", ", ".join(parts)) + f" (first {result.get('limit')} only)" * some
-        )
+        first = result.get("limit") or 0
+        title = result.get("title", ", ".join(parts))
+        title += f" (first {first} only)" * (0 < first < result.get("documents", 1e18))
         if any(sample["correct"] is None for sample in samples):  # a metric of all of them together
             score, ci = float(result["score"]), result.get("score_ci")
             yield task, Measured(title, score, folder, samples, result, ci=ci)
@@ -336,9 +335,7 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         by_type: dict[str, list[dict[str, Any]]] = {}
         for sample in samples:
             by_type.setdefault(str(sample["type"]), []).append(sample)
-        kinds = {
-            f"{task}:{kind}": (kind.replace("_", " "), by_type[kind]) for kind in sorted(by_type)
-        }
+        kinds = {f"{task}:{k}": (k.replace("_", " "), by_type[k]) for k in sorted(by_type)}
         kinds = {task: (title, samples)} | (kinds if len(kinds) > 1 else {})
         for name, (title, rows) in kinds.items():
             value = 100 * float(np.mean([row["correct"] for row in rows]))

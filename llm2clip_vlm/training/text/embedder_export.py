@@ -207,7 +207,8 @@ def _difference(
     tokens: CaptionTokenizer, directory: Path, prompt: str, front: list[int]
 ) -> str | None:
     """The reason why sentence-transformers would see other tokens than the encoder."""
-    found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)  # as it does
+    load: Any = AutoTokenizer  # as that library reads it
+    found: PreTrainedTokenizerBase = load.from_pretrained(directory, trust_remote_code=False)
     expected = [[*front, *ids[len(front) :]] for ids in tokens(PROBE_TEXTS)]
     got = found([prompt + text for text in PROBE_TEXTS], truncation=True)["input_ids"]
     if got != expected:
