@@ -40,7 +40,7 @@ def find_shipped(name: str, *, here: bool = True) -> str:
         The path, unchanged where nothing of that name is shipped.
     """
     folder, _, rest = name.partition("/")
-    known = folder in ("recipes", "eval") and rest
+    known = folder in ("recipes", "eval", "demo") and rest
     if not known or len(name) > _LONGEST_NAME or not name.isprintable():
         return name
     if (here and Path(name).exists()) or ".." in Path(name).parts:

@@ -152,7 +152,7 @@ def test_shipped_suites_and_pipelines_are_found_elsewhere(installed: Path, tmp_p
         "from llm2clip_vlm.recipe.pipeline import PipelineRecipe;"
         "made = Pipeline(load_recipe('recipes/demo/pipeline.yaml', PipelineRecipe));"
         "made._refuse_thawed();"
-        "print(*(word for job in made.jobs for word in job.command(made.root)))"
+        "print(*(word for job in made.jobs for word in job.command()))"
     )
     words = run(
         sys.executable, "-P", "-c", code, cwd=tmp_path, PYTHONPATH=str(installed)
