@@ -277,16 +277,21 @@ def test_the_watchdog_hears_every_micro_step(model: Any, tmp_path: Path) -> None
     assert beats == ["step 1, samples ['s0', 's1']", "step 1, samples ['s2', 's3']"]
 
 
-def test_each_log_line_says_how_fast(model: Any, tmp_path: Path) -> None:
+def logged(run: VlmTrainer) -> list[dict[str, float]]:
+    """Train, and give the lines of the log that have a loss."""
     rows: list[dict[str, float]] = []
 
     class Record(TrainerCallback):
         def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
             rows.extend([dict(logs)] if "loss" in logs else [])
 
-    run = trainer(model, tmp_path, samples(), max_steps=2)
     run.add_callback(Record())
     run.train()
+    return rows
+
+
+def test_each_log_line_says_how_fast(model: Any, tmp_path: Path) -> None:
+    rows = logged(trainer(model, tmp_path, samples(), max_steps=2))
     assert len(rows) == 2
     for row in rows:
         assert {"tokens_per_s", "tflops", "data_wait", "fill"} <= set(row)
@@ -297,18 +302,11 @@ def test_each_log_line_says_how_fast(model: Any, tmp_path: Path) -> None:
 def test_what_of_the_pictures_passes_the_projector_is_logged(
     model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    rows: list[dict[str, float]] = []
-
-    class Record(TrainerCallback):
-        def on_log(self, *args: Any, logs: Any = None, **kwargs: Any) -> None:
-            rows.extend([dict(logs)] if "loss" in logs else [])
-
-    def shares(size: int, accumulation: int, **values: Any) -> tuple[float, float]:
+    def shares(size: int, accumulation: int) -> tuple[float, float]:
         data = samples(text_only=(1, 2))
         found = trainer(copy.deepcopy(model), tmp_path, data, size=size, accumulation=accumulation)
-        found.add_callback(Record())
-        found.train()
-        return rows[-1]["picture_share"], rows[-1]["picture_share_tower"]
+        row = logged(found)[-1]
+        return row["picture_share"], row["picture_share_tower"]
 
     whole = shares(8, 1)
     assert all(0 < share < 1 for share in whole) and "hardly differ" not in caplog.text
