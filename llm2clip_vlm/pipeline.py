@@ -234,7 +234,7 @@ class Pipeline:
             OwnershipError: Another pipeline runs there, or files lie there that none has written.
         """
         self._refuse_thawed()
-        times = self._read("seconds.json")
+        costs = self._read(COSTS_NAME)
         own = [f"{job.name}{end}" for job in self.jobs for end in (".log", ".cost.json")]
         hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME, ASKED_NAME])
         self._left = self._read(f"logs/{OUTPUTS_NAME}")
@@ -243,10 +243,9 @@ class Pipeline:
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, _stop)
-        kinds = {job.name: job.step.name for job in self.jobs}
-        known = {name: s for name, s in times.items() if isinstance(s, int | float)}
         try:
-            shown = Shown(kinds, known, self.recipe.jobs)
+            known = {name: cost["seconds"] for name, cost in costs.items()}
+            shown = Shown({job.name: job.step for job in self.jobs}, known, self.recipe.jobs)
             with shown.bars:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
@@ -356,7 +355,6 @@ class Pipeline:
                     f"step {job.name!r} was {STOPPED}; the same command goes on from its checkpoint"
                 )
             self.seconds[job.name] = round(time.monotonic() - job.started, 1)
-            self._note("seconds.json", self.seconds)
             used = dict(read_json(self._cost_file(job)))
             cost = {"seconds": self.seconds[job.name], **used}
             before = self._read(COSTS_NAME).get(job.name, cost)

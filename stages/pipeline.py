@@ -1,7 +1,7 @@
 """Runs a pipeline recipe: its programs in the order of their needs, each skipped where finished.
 
-Needs: what the recipe's steps need. Writes: `<output_dir>/logs/<step>.log`, `seconds.json`,
-`costs.json` (with CPU seconds and peak memory), and what the steps write.
+Needs: what the recipe's steps need. Writes: `<output_dir>/logs/<step>.log`, `costs.json`
+(seconds, CPU seconds and peak memory of each), and what the steps write.
 
     python stages/pipeline.py recipes/demo/pipeline.yaml variables.world_seed=1
 """

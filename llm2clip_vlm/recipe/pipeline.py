@@ -31,6 +31,9 @@ class PipelineStep(Section):
     """Variables and their values: the step is run for every combination."""
     all_cores: bool = False
     """Run alone, with every core; otherwise up to `jobs` steps share them."""
+    seconds: float | None = Field(default=None, gt=0)
+    """What it took on another machine: until it has run here, the time left is guessed from this
+    and from how the other steps compare. None: the time left is not known until then."""
     outputs: list[str] = Field(default_factory=list)
     """Files whose presence means that a program without a manifest is finished; empty = it is run
     each time."""

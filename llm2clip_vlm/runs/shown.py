@@ -13,6 +13,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from llm2clip_vlm.recipe.pipeline import PipelineStep
+
 _BAR = re.compile(r"([^\r\n|%]*?)(\d+)%\|[^|\r\n]*\|(?: *(\S+?)/(\S+?) \[[\d:]+<([\d:]+)?)?")
 _LOSS = re.compile(r"'loss': '?(-?[\d.]+(?:e[+-]?\d+)?)")
 _PLAIN_EVERY_S = 30.0
@@ -54,14 +56,17 @@ class Shown:
     """The state of a pipeline's steps, drawn or written.
 
     Args:
-        kinds: Kind of each step by its name; those of one kind take about as long.
+        steps: Each step by its name; those that one step of the recipe stands for (`for_each`)
+            take about as long.
         known_s: Seconds that steps took before, by name.
         jobs: Steps at a time.
     """
 
-    def __init__(self, kinds: Mapping[str, str], known_s: Mapping[str, float], jobs: int) -> None:
+    def __init__(
+        self, steps: Mapping[str, PipelineStep], known_s: Mapping[str, float], jobs: int
+    ) -> None:
         """Args: see the class."""
-        self._kinds, self._known, self._jobs = dict(kinds), dict(known_s), jobs
+        self._steps, self._known, self._jobs = dict(steps), dict(known_s), jobs
         self._done: set[str] = set()
         console = Console(highlight=False)
         columns = (
@@ -74,7 +79,7 @@ class Shown:
             *columns, console=console, transient=True, disable=not console.is_interactive
         )
         """A context: on a terminal the bars are drawn in it."""
-        self._ids = {"": self.bars.add_task("all steps", total=len(self._kinds), state="")}
+        self._ids = {"": self.bars.add_task("all steps", total=len(self._steps), state="")}
         self._written = time.monotonic()
 
     def end(self, name: str, outcome: str, seconds: float | None = None) -> None:
@@ -118,24 +123,40 @@ class Shown:
 
     def _write(self, text: str) -> None:
         self._written = time.monotonic()
-        counted = f"[{len(self._done)}/{len(self._kinds)}]"
+        counted = f"[{len(self._done)}/{len(self._steps)}]"
         self.bars.console.print(f"{counted} {text}", markup=False, soft_wrap=True)
 
     def _left(self, running: Mapping[str, Seen | None]) -> float | None:
         """Seconds until the end, from what the logs say and earlier times. None: not known."""
-        total, waiting = 0.0, self._kinds.keys() - self._done
-        for name in waiting:
-            seen, kind = running.get(name), self._kinds[name]
-            alike = [s for other, s in self._known.items() if self._kinds.get(other) == kind]
-            usual = self._known.get(name, fmean(alike) if alike else None)
+        alone, sharing = 0.0, []
+        for name in self._steps.keys() - self._done:
+            seen = running.get(name)
             if seen and not seen.title and seen.left:
-                total += reduce(lambda above, part: above * 60 + int(part), seen.left.split(":"), 0)
-            elif usual is None:
+                left = reduce(lambda above, part: above * 60 + int(part), seen.left.split(":"), 0.0)
+            elif (usual := self._usual(name)) is None:
                 return None
             else:
                 elapsed = self.bars._tasks[self._ids[name]].elapsed if name in self._ids else 0.0
-                total += max(usual - (elapsed or 0.0), 0.0)
-        return total / max(min(self._jobs, len(waiting)), 1)
+                left = max(usual - (elapsed or 0.0), 0.0)
+            if self._steps[name].all_cores:
+                alone += left
+            else:
+                sharing.append(left)
+        # nothing ends before the longest does
+        return alone + max(sum(sharing) / self._jobs, *sharing, 0.0)
+
+    def _usual(self, name: str) -> float | None:
+        """Seconds that a step took before, or its like did, or did elsewhere at this pace."""
+        step = self._steps[name]
+        took = [(self._steps[n], s) for n, s in self._known.items() if n in self._steps]
+        alike = [s for other, s in took if other.name == step.name]
+        if alike:
+            return self._known.get(name, fmean(alike))
+        if step.seconds is None:
+            return None
+        both = [(s, other.seconds) for other, s in took if other.seconds]
+        pace = sum(here for here, _ in both) / sum(there for _, there in both) if both else 1.0
+        return step.seconds * pace
 
 
 def told(cost: dict[str, float]) -> str:

@@ -27,7 +27,7 @@ from llm2clip_vlm.pipeline import (
     progress_of,
     usable_cores,
 )
-from llm2clip_vlm.recipe.pipeline import PipelineRecipe
+from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage2aRecipe
 from llm2clip_vlm.runs.manifest import write_manifest
@@ -190,7 +190,7 @@ def test_steps_run_after_what_they_need(root: Path, capsys: pytest.CaptureFixtur
     seconds = Pipeline(recipe).run()
     assert order(root) == ["a", "b", "c"]
     assert set(seconds) == {"a", "b", "c"}
-    assert set(json.loads((root / "runs" / "seconds.json").read_text())) == {"a", "b", "c"}
+    assert set(json.loads((root / "runs" / "costs.json").read_text())) == {"a", "b", "c"}
     costs = json.loads((root / "runs" / "costs.json").read_text())
     assert set(costs) == {"a", "b", "c"}
     assert all(
@@ -203,11 +203,11 @@ def test_steps_run_after_what_they_need(root: Path, capsys: pytest.CaptureFixtur
 def test_what_is_finished_is_skipped(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = pipeline(step("a"), step("b", needs=["a"]))
     Pipeline(recipe).run()
-    before = json.loads((root / "runs" / "seconds.json").read_text())
+    before = json.loads((root / "runs" / "costs.json").read_text())
     assert Pipeline(recipe).run() == {}
     assert order(root) == ["a", "b"]
     assert "b: finished before, skipped" in capsys.readouterr().out
-    assert json.loads((root / "runs" / "seconds.json").read_text()) == before
+    assert json.loads((root / "runs" / "costs.json").read_text()) == before
 
 
 def test_what_needs_a_fresh_step_is_run_again(root: Path) -> None:
@@ -315,12 +315,17 @@ def test_progress_is_the_last_bar_of_this_run(tmp_path: Path) -> None:
     assert str(progress_of(log, start)) == "frozen tower 3/75"
 
 
+def kinds(**names: str) -> dict[str, PipelineStep]:
+    """Steps by name, of one kind where their step of the recipe has one name."""
+    return {job: PipelineStep(name=kind, program="work") for job, kind in names.items()}
+
+
 def test_a_bar_never_goes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nor does it stand at the end because the weights were loaded, or a validation is through."""
     drawn = io.StringIO()
     console = Console(file=drawn, force_interactive=True, width=100, highlight=False)
     monkeypatch.setattr("llm2clip_vlm.runs.shown.Console", lambda **given: console)
-    shown = Shown({"a": "t", "b": "t", "c": "u"}, {"c": 60.0}, jobs=1)
+    shown = Shown(kinds(a="t", b="t", c="u"), {"c": 60.0}, jobs=1)
     with shown.bars:
         shares = []
         for seen in (
@@ -346,7 +351,7 @@ def test_without_a_terminal_there_is_a_plain_log(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("llm2clip_vlm.runs.shown._PLAIN_EVERY_S", -1.0)
-    shown = Shown({"a": "t", "b": "t"}, {"b": 3600.0}, jobs=1)
+    shown = Shown(kinds(a="t", b="t"), {"b": 3600.0}, jobs=1)
     with shown.bars:
         shown.update({"a": None})
         shown.update({"a": Seen("", 40, "20", "50", "01:00", "2.125")})
@@ -356,6 +361,26 @@ def test_without_a_terminal_there_is_a_plain_log(
         "[0/2] a 20/50, loss 2.125, 01:00 left; all: about 1:01:00 left",
         "[1/2] a: done in [100] s " + "x" * 90,
     ]
+
+
+def test_the_time_left_is_guessed_from_another_machine(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Steps of every core follow each other; the others share, and none ends before the longest."""
+    monkeypatch.setattr("llm2clip_vlm.runs.shown._PLAIN_EVERY_S", -1.0)
+    sizes = {"a": 100, "b": 200, "c": 30, "d": 40}
+    steps = {
+        name: PipelineStep(name=name, program="work", seconds=size, all_cores=name in "ab")
+        for name, size in sizes.items()
+    }
+    shown = Shown(steps, {}, jobs=2)
+    with shown.bars:
+        shown.update({})
+        shown.end("a", "done", 50.0)
+        shown.update({})
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "[0/4] all: about 0:05:40 left"
+    assert lines[2] == "[1/4] all: about 0:02:00 left", "twice as fast as where it was measured"
 
 
 # --- finished, by manifest ----------------------------------------------------------------------
@@ -566,8 +591,8 @@ def test_foreign_files_are_no_pipelines(root: Path) -> None:
     assert (root / "runs" / "logs" / "a.log").read_text() == "mine"
     (root / "runs" / "logs" / "a.log").unlink()
     for text in ("[1]", "{"):
-        (root / "runs" / "seconds.json").write_text(text)
-        with pytest.raises(OwnershipError, match=r"seconds\.json is no file of a pipeline"):
+        (root / "runs" / "costs.json").write_text(text)
+        with pytest.raises(OwnershipError, match=r"costs\.json is no file of a pipeline"):
             Pipeline(recipe).run()
     assert not (root / "order.txt").exists()
 
