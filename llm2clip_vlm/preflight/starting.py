@@ -71,8 +71,7 @@ def begin(directory: Path, name: str) -> None:
     Raises:
         ValueError: There is no such family, or the folder holds something.
     """
-    root = Path(find_shipped("recipes/accelerate", here=False)).parent
-    families = sorted(path.parent.name for path in root.glob("*/README.md"))
+    root, families = _families()
     found = [family for family in families if family.startswith(name)]
     if len(found) != 1:
         raise ValueError(
@@ -96,6 +95,12 @@ def begin(directory: Path, name: str) -> None:
             shutil.copyfile(file, place)
             todo += _named(shipped, read_text(file))
     print(f"{len(done)} files in {directory}; next: cd {directory}, and what its README.md says")
+
+
+def _families() -> tuple[Path, list[str]]:
+    """Where the shipped recipes lie, and the folders of them that `init` copies."""
+    root = Path(find_shipped("recipes/accelerate", here=False)).parent
+    return root, sorted(path.parent.name for path in root.glob("*/README.md"))
 
 
 def _named(name: str, text: str) -> Iterator[str]:
@@ -125,6 +130,8 @@ def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str
         for action in command._actions:
             if action.dest == "stage":
                 action.choices = list(stages)
+            elif action.dest == "recipe" and action.option_strings:  # of `init`
+                action.choices = _families()[1]
             elif action.dest in {"recipe", "overrides"}:
                 vars(action)["complete"] = dict.fromkeys(known, "_l2c_recipe")
         if not command._actions:  # it has a parser of its own

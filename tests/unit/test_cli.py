@@ -188,9 +188,12 @@ def test_the_shell_completes_words(shell: str, capsys: pytest.CaptureFixture[str
     assert "stage3_projector" in script and "--gpus" in script and "compare" in script
     if shell == "bash":
         ask = f"{script}\nCOMP_WORDS=(llm2clip-vlm train st); COMP_CWORD=2; COMP_LINE=x\n"
+        ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}\n"
+        ask += "COMP_WORDS=(llm2clip-vlm init d --recipe n); COMP_CWORD=4\n"
         ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}; _l2c_recipe recipes/llava15/stage3_e"
         done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
-        first, *files = done.stdout.splitlines()
+        first, family, *files = done.stdout.splitlines()
+        assert family == "nano", done
         assert first.split() == [name for name in cli.STAGES if name.startswith("st")], done
         assert files[0] == "recipes/llava15/stage3_eva02.yaml"
 
