@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llm2clip_vlm.models.text.text_encoder import TextEncoder
     from llm2clip_vlm.models.vision.towers import load_vision_tower
     from llm2clip_vlm.models.vlm.building import build_vlm
+    from llm2clip_vlm.play.photo_index import load_dual_encoder
     from llm2clip_vlm.recipe.reading import RecipeError, load_recipe
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "build_labels",
     "build_vlm",
     "contrastive_loss",
+    "load_dual_encoder",
     "load_recipe",
     "load_vision_tower",
     "plan_packs",
@@ -53,6 +55,7 @@ _HOME = {
     "build_labels": "data.conversation.messages",
     "build_vlm": "models.vlm.building",
     "contrastive_loss": "losses.contrastive",
+    "load_dual_encoder": "play.photo_index",
     "load_recipe": "recipe.reading",
     "load_vision_tower": "models.vision.towers",
     "plan_packs": "data.conversation.packing",

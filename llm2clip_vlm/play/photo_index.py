@@ -62,7 +62,9 @@ def cache_folder() -> Path:
     return Path(base, "llm2clip_vlm", "photos")
 
 
-def load_searcher(path: str, text_encoder: str | None = None, device: str | None = None) -> Encoder:
+def load_dual_encoder(
+    path: str, text_encoder: str | None = None, device: str | None = None
+) -> Encoder:
     """Load an encoder with both sides.
 
     Args:
@@ -167,7 +169,7 @@ def index_photos(folder: str | Path, encoder: Encoder) -> PhotoIndex:
 
     Args:
         folder: With all folders below it.
-        encoder: Of :func:`load_searcher`.
+        encoder: Of :func:`load_dual_encoder`.
 
     Raises:
         ValueError: No picture in it that can be used.

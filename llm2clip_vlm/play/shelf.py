@@ -12,7 +12,7 @@ from typing import Any
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.statistics import binomial_interval
 from llm2clip_vlm.play.finished import ENCODER_STAGES, VLM_STAGES, FinishedRun, finished_runs
-from llm2clip_vlm.play.photo_index import index_photos, load_searcher
+from llm2clip_vlm.play.photo_index import index_photos, load_dual_encoder
 from llm2clip_vlm.play.vlm_chat import Chat
 
 DEFAULT_RUN = "runs/demo"
@@ -56,7 +56,7 @@ class Shelf:
             )
         self.chat = lru_cache(maxsize=4)(lambda name: Chat.load(self.vlms[name], device=device))
         self.encoder = lru_cache(maxsize=4)(
-            lambda name: load_searcher(self.encoders[name], device=device)
+            lambda name: load_dual_encoder(self.encoders[name], device=device)
         )
         self.index = lru_cache(maxsize=4)(
             lambda name, folder: index_photos(folder, self.encoder(name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import io
 from pathlib import Path
 from typing import Any
@@ -143,3 +144,27 @@ def test_what_a_model_may_be_called(stage4: Path, tmp_path: Path) -> None:
         model_folder("runs/not/there")
     with pytest.raises(ImageError, match="expected a plain file"):
         open_picture(tmp_path)
+
+
+def test_the_lines_of_the_readme(
+    stage4: Path, tiny_clip: Path, pictures: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Embed, compare, generate: what a newcomer copies runs, and answers as `chat` does."""
+    lines = Path("README.md").read_text().split("```python\n")[1].split("```")[0]
+    for printed, here in (
+        ("runs/demo/towers/llm2clip/model", tiny_clip),
+        ("runs/demo/vlm/llm2clip/stage4/model", stage4 / "model"),
+        ("runs/world/seed-0/images/vqa_test/00000.png", pictures[0]),
+    ):
+        assert printed in lines
+        lines = lines.replace(printed, str(here))
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    assert names["texts"].shape == (2, names["encoder"].embed_texts(["x"]).shape[1])
+    cosines, answer = capsys.readouterr().out.strip().splitlines()
+    assert cosines.startswith("tensor([[")
+    chat = Chat.load(str(stage4), max_new_tokens=20)
+    chat.show(open_picture(pictures[0]))
+    assert ast.literal_eval(answer)[0]["generated_text"].strip() == ask(
+        chat, "how many objects are there ?"
+    )

@@ -16,7 +16,7 @@ from llm2clip_vlm import cli
 from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds
 from llm2clip_vlm.play import page
 from llm2clip_vlm.play.finished import finished_runs
-from llm2clip_vlm.play.photo_index import load_searcher
+from llm2clip_vlm.play.photo_index import load_dual_encoder
 from llm2clip_vlm.play.shelf import Shelf
 from llm2clip_vlm.play.similarity import SHOWN_PX, similarity_maps
 from tests.play_fixtures import write_finished, write_stage
@@ -99,7 +99,7 @@ def test_names_are_shuffled_and_told_with_the_vote(shelf: Shelf, run: Path) -> N
 
 
 def test_maps_are_the_cosines_of_patches(run: Path) -> None:
-    encoder = load_searcher(str(run / "towers" / "mine"), device="cpu")
+    encoder = load_dual_encoder(str(run / "towers" / "mine"), device="cpu")
     picture = Image.open(run.parent / "photos" / "1.png").convert("RGB").resize((60, 40))
     texts = ["dog", "a red circle"]
     maps = similarity_maps(encoder, picture, texts)

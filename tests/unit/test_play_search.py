@@ -18,7 +18,7 @@ from llm2clip_vlm.data.reading.images import open_image
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.vision.towers import load_vision_tower
-from llm2clip_vlm.play.photo_index import cache_folder, find_photos, index_photos, load_searcher
+from llm2clip_vlm.play.photo_index import cache_folder, find_photos, index_photos, load_dual_encoder
 from llm2clip_vlm.runs.hashes import HandoffError
 from tests.tiny import build_clip, write_image
 from tests.tiny_towers import build_tower
@@ -44,7 +44,7 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def encoder(tiny_clip: Path) -> Encoder:
-    return load_searcher(str(tiny_clip), device="cpu")
+    return load_dual_encoder(str(tiny_clip), device="cpu")
 
 
 def index(photos: Path, encoder: Encoder) -> Any:
@@ -108,7 +108,7 @@ def test_every_encoder_has_an_index_of_its_own(
     photos: Path, encoder: Encoder, tmp_path: Path, cache: Path
 ) -> None:
     index(photos, encoder)
-    other = load_searcher(str(build_clip(tmp_path / "other", seed=1)))
+    other = load_dual_encoder(str(build_clip(tmp_path / "other", seed=1)))
     found = index(photos, other)
     assert found.num_new == 6 and len(list(cache.glob("*"))) == 2
     assert index(photos, encoder).num_new == 0
@@ -162,14 +162,14 @@ def test_a_stage_2b_model_finds_its_text_encoder(stage2b: Path, tmp_path: Path) 
     text_encoder = str(tmp_path / "text_encoder")
     want = load_encoder(str(stage2b / "model"), text_encoder).embed_texts(texts)
     for place in (stage2b, stage2b / "model"):
-        torch.testing.assert_close(load_searcher(str(place)).embed_texts(texts), want)
+        torch.testing.assert_close(load_dual_encoder(str(place)).embed_texts(texts), want)
     section = {"language_model": text_encoder, "pooling": "last"}
     manifest = json.loads((tmp_path / "stage2a/manifest.json").read_text())
     manifest["recipe"]["text_encoder"] = section
     (tmp_path / "stage2a/manifest.json").write_text(json.dumps(manifest))
-    other = load_searcher(str(stage2b)).embed_texts(texts)
+    other = load_dual_encoder(str(stage2b)).embed_texts(texts)
     assert (other - want).abs().max() > 1e-3
-    given = load_searcher(str(stage2b), text_encoder).embed_texts(texts)
+    given = load_dual_encoder(str(stage2b), text_encoder).embed_texts(texts)
     torch.testing.assert_close(given, want)
     (stage2b / "text_encoder").symlink_to(text_encoder)
     manifest = json.loads((stage2b / "manifest.json").read_text())
@@ -177,17 +177,17 @@ def test_a_stage_2b_model_finds_its_text_encoder(stage2b: Path, tmp_path: Path) 
     manifest["fingerprints"] = {"text_encoder.pooling": "last"}
     (stage2b / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(HandoffError, match="trained against last"):
-        load_searcher(str(stage2b))
+        load_dual_encoder(str(stage2b))
     manifest["fingerprints"] = {}
     (stage2b / "manifest.json").write_text(json.dumps(manifest))
-    torch.testing.assert_close(load_searcher(str(stage2b)).embed_texts(texts), want)
+    torch.testing.assert_close(load_dual_encoder(str(stage2b)).embed_texts(texts), want)
 
 
 def test_paths_of_a_run_are_found_from_any_folder(
     stage2b: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Recipes name what lies below the folder in which they are run."""
-    want = load_searcher(str(stage2b)).embed_texts(["a red dog"])
+    want = load_dual_encoder(str(stage2b)).embed_texts(["a red dog"])
     for name in ("stage2b", "stage2a"):
         file = tmp_path / name / "manifest.json"
         text = file.read_text().replace(f"{tmp_path}/", "")
@@ -197,22 +197,22 @@ def test_paths_of_a_run_are_found_from_any_folder(
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     for place in (stage2b, Path("../stage2b")):
-        got = load_searcher(str(place)).embed_texts(["a red dog"])
+        got = load_dual_encoder(str(place)).embed_texts(["a red dog"])
         torch.testing.assert_close(got, want)
     shutil.rmtree(tmp_path / "stage2a")
     with pytest.raises(ValueError, match=r"its embedding cache.* was stage2a, which is not there"):
-        load_searcher(str(stage2b))
+        load_dual_encoder(str(stage2b))
 
 
 def test_a_text_encoder_that_is_gone_is_named(stage2b: Path, tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "text_encoder")
     with pytest.raises(ValueError, match=r"text encoder was .*give --text-encoder DIR"):
-        load_searcher(str(stage2b))
+        load_dual_encoder(str(stage2b))
     (stage2b / "manifest.json").unlink()
     with pytest.raises(ValueError, match="a vision tower without text side"):
-        load_searcher(str(stage2b))
+        load_dual_encoder(str(stage2b))
     with pytest.raises(ValueError, match=r"without text side|expected a CLIP"):
-        load_searcher(str(build_tower("dinov2", tmp_path / "dino")))
+        load_dual_encoder(str(build_tower("dinov2", tmp_path / "dino")))
 
 
 def test_the_command_prints_the_best_and_opens_nothing_unasked(
