@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,16 @@ ELSEWHERE = f"_{OTHER}"
 """Ends the name of such a score in the table."""
 LEAST = 2
 """Seeds from which two arms are compared."""
+TITLES = {
+    "retrieval_i2t": "tower trained on, image → text",
+    "retrieval_t2i": "tower trained on, text → image",
+    "retrieval_frozen_i2t": "frozen tower, image → text",
+    "retrieval_frozen_t2i": "frozen tower, text → image",
+    "l2c_daquar": "DAQUAR",
+    "l2c_photo_vqa": "COCO presence and count",
+    "captions": "captions, CIDEr x 100",
+}
+"""What `eval/report.py` calls the comparisons."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -56,8 +67,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
+    git = git_state(given.output)
     found: dict[str, Any] = {
-        "commit": git_state(given.output)["commit"],
+        "commit": git["commit"],
+        "git": git,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "data": "photographs of Flickr8k val",
         "seconds": sum(cost["seconds"] for cost in optional(given.run / "costs.json").values()),
         "llm2clip": given.main,
         "seeds": given.seeds,
@@ -66,6 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vlm": vlm(given.run, given.seeds, missing),
     }
     found["tests"] = tests(found, given.main)
+    found |= {"ab": drawn(found["tests"]), "titles": TITLES}
     found["costs"] = optional(given.run / "costs.json")
     found["missing"] = missing
     if given.earlier:
@@ -176,6 +192,17 @@ def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
                 name = f"{task}_llm2clip_minus_{other}"
                 compare(name, by_seed.get("llm2clip", {}), by_seed.get(other, {}))
     return made
+
+
+def drawn(tests: dict[str, Any]) -> dict[str, Any]:
+    """The comparisons by task and pair, as `eval/report.py` draws them."""
+    rows: dict[str, Any] = {}
+    for name, row in tests.items():
+        what, _, other = name.partition("_llm2clip_minus_")
+        way = what.removesuffix("_r1")
+        pairs = rows.setdefault(TASKS[what] if way == what else f"retrieval_{way}", {})
+        pairs[f"llm2clip-{other}"] = {**row, "n_seeds": len(row["deltas_by_seed"])}
+    return rows
 
 
 def take_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:

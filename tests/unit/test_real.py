@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.evaluation.report.comparison_pages import difference_chart
 from llm2clip_vlm.files import find_program, load_program
 from tests.tiny import build_clip
 
@@ -223,6 +224,11 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert captions["questions"]["llm2clip"] == [200, 200]
     assert found["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
     assert found["tests"]["captions_llm2clip_minus_llm2clip_other_pictures"]["delta"] == 15.5
+    chart = difference_chart(found, ["llm2clip", "control_long"])
+    (heading,) = chart.groups
+    assert heading == "Retrieval R@1, points, 2 training seeds"
+    drawn = {mark.label: mark.value for mark in chart.groups[heading]}
+    assert drawn["tower trained on, image → text"] == 20.0
     missing = " ".join(found["missing"])
     assert "cache/raw_bidirectional" in missing and "control_long-s2" in missing
     assert "text_only-s0/l2c_daquar.json" in missing

@@ -114,6 +114,7 @@ def test_the_page_stands_alone_and_the_line_is_one(
 def test_absent_inputs_are_not_run_and_no_p_is_printed(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
+    assert "The last committed A/B" not in make(program, run, tmp_path, ab=None)[1]
     found, html = make(program, run, tmp_path)
     assert found["ab"] is None
     for heading in ("The last committed A/B", "Captions retrieved"):
