@@ -21,10 +21,6 @@ export TOKENIZERS_PARALLELISM := false
 LMMS_EVAL := lmms_eval==0.7.3
 LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewriter pytz sacrebleu scipy tenacity
 
-# The page of `llm2clip-vlm app`: Gradio asks for a pillow below 13, with which nothing here disagrees.
-GRADIO := gradio==6.31.0 gradio_client==2.7.2 hf-gradio==0.4.1 safehttpx==0.1.7
-GRADIO_NEEDS := aiofiles brotli fastapi groovy httpx orjson pydub python-multipart semantic-version starlette tomlkit typer uvicorn
-
 # What the parity tests compare with. It lies apart: accelerate's command imports a timm that it finds,
 # and that wants a torchvision.
 PEERS := ftfy open_clip_torch timm wcwidth
@@ -50,9 +46,8 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	else \
 		set -x; $(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) --retries 1 --extra-index-url $(CPU_INDEX) $(TORCH); \
 	fi
-	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,dev,docs]' $(LMMS_NEEDS) $(GRADIO_NEEDS)
+	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,app,dev,docs]' $(LMMS_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps $(LMMS_EVAL)
-	$(BIN)/python -m pip install --quiet --no-deps $(GRADIO)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers -c $(CONSTRAINTS) $(PEERS)
 	@touch $@
 

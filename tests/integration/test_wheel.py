@@ -49,6 +49,16 @@ def wheel(repo_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
+def test_pip_finds_versions_for_every_extra(wheel: Path, repo_root: Path) -> None:
+    """What README tells people to type resolves: no pin is in the way of what an extra asks for."""
+    pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "-c"]
+    words = [*pip, repo_root / "constraints/cpu.txt", f"{wheel}[train,eval,app,remote,timm]"]
+    done = subprocess.run([*map(str, words)], capture_output=True, text=True, check=False)
+    if done.returncode and "conflict" not in done.stderr:
+        pytest.skip(f"no package index here: {done.stderr.strip()[-200:]}")
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.fixture(scope="module")
 def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("installed")
