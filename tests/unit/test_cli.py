@@ -458,6 +458,12 @@ def test_a_plan_of_something_wrong_is_refused_before_torch_is_imported(
     assert code == 2 and told in capsys.readouterr().err
 
 
+def test_eval_ends_as_the_other_commands_do(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
+    assert cli.main(["eval", "--suite", "nano", "--prefetch", "tasks.0.tusk=1"]) == 2
+    assert "error: " in (told := capsys.readouterr().err) and "tusk" in told
+
+
 def test_a_dry_run_plans_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     plan = types.ModuleType("plan")
