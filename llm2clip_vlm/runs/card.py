@@ -99,7 +99,7 @@ def write_card(
         kind = "tower"
     if kind is None:
         return None
-    if card.exists() and not _signed(card.read_bytes()):
+    if card.exists() and not is_unchanged(card):
         logger.warning("%s was edited or comes from elsewhere: it stays; delete it for a new", card)
         return None
     what, pipeline_tag = _KINDS[kind]
@@ -153,8 +153,9 @@ def _signature(text: bytes) -> bytes:
     return f"<!-- {_OURS} {sha256(text).hexdigest()} -->\n".encode()
 
 
-def _signed(card: bytes) -> bool:
-    text, mark, end = card.rpartition(b"<!-- ")
+def is_unchanged(card: Path) -> bool:
+    """Whether a card is as :func:`write_card` wrote it."""
+    text, mark, end = card.read_bytes().rpartition(b"<!-- ")
     return mark + end == _signature(text)
 
 
