@@ -23,7 +23,7 @@ from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import find_shipped, parent_of
 from llm2clip_vlm.recipe.base import DataSource, ImageSource, LoraSection, RunRecipe, Section
 from llm2clip_vlm.recipe.reading import read_layers
-from llm2clip_vlm.recipe.yaml_files import read_yaml
+from llm2clip_vlm.recipe.yaml_files import DEEPEST, read_yaml
 from llm2clip_vlm.remote.addresses import is_remote, missing_remote
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
 
@@ -241,8 +241,8 @@ def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | N
 
 
 @cache
-def stage_and_output(file: Path) -> tuple[str | None, str | None]:
-    """A recipe's `stage` and `output_dir`, or its parent's, without reading it whole."""
+def stage_and_output(file: Path, depth: int = 0) -> tuple[str | None, str | None]:
+    """A recipe's `stage` and `output_dir`, or its parents', without reading it whole."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
@@ -251,8 +251,8 @@ def stage_and_output(file: Path) -> tuple[str | None, str | None]:
         found[1] if (found := re.search(rf"(?m)^{key}: *[\"']?([^\s#\"']+)", text)) else None
         for key in ("stage", "output_dir", "base")
     )
-    if base and not (stage and output):
-        above = stage_and_output(parent_of(file, base))
+    if base and not (stage and output) and depth < DEEPEST:  # it may be its own parent
+        above = stage_and_output(parent_of(file, base), depth + 1)
         stage, output = stage or above[0], output or above[1]
     return stage, output
 

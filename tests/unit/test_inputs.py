@@ -116,6 +116,12 @@ def test_a_shipped_parent_says_what_its_child_is(work: Path) -> None:
     assert found.endswith("llm2clip-vlm train stage2b_vision_encoder mine.yaml")
 
 
+def test_a_recipe_beside_it_that_is_its_own_parent_is_no_obstacle(work: Path) -> None:
+    Path("round.yaml").write_text(f"base: ../{work.name}/round.yaml\n")
+    (found,) = problems(STAGE3, "vlm.vision_tower=runs/no/x")
+    assert found.startswith("vlm.vision_tower: runs/no/x: no such folder")
+
+
 def test_the_recipe_that_reads_what_another_writes(work: Path, repo_root: Path) -> None:
     folder = repo_root / "recipes" / "llava15"
     for ending in ("", "_eva02", "_qwen25_0_5b"):
