@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 import re
 from dataclasses import dataclass
 
@@ -51,11 +50,10 @@ def find_machine(
     Raises:
         ValueError: An unknown GPU.
     """
-    told = ""
-    if gpu is None and (gpu := _gpu_here()):
-        told = "this machine's"
-    elif gpu is None:
-        gpu, told = Machine.gpu, "assumed: no known GPU is here; `plan --gpu NAME` names one"
+    here = None if gpu else _gpu_here()
+    assumed = "assumed: no known GPU is here; `plan --gpu NAME` names one"
+    told = "this machine's" if here else "" if gpu else assumed
+    gpu = gpu or here or Machine.gpu
     if gpu not in GPUS:
         raise ValueError(f"no GPU `{gpu}`{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})")
     named = re.search(r"accelerate/zero(\d)", read_text(source))
@@ -71,10 +69,10 @@ def _gpu_here() -> str | None:
         return None
     seen = torch.cuda.get_device_properties(0)
     words = re.sub("[^a-z0-9]", "", seen.name.lower())  # "NVIDIA A100-SXM4-40GB" has a10 in it, too
-    fits = (
-        n for n, (gb, _) in GPUS.items() if math.isclose(seen.total_memory, gb * 1e9, rel_tol=0.12)
-    )
-    return next((name for name in fits if name.rpartition("-")[0] in words), None)
+    for name, (gb, _) in GPUS.items():
+        if name.rpartition("-")[0] in words and abs(seen.total_memory / gb - 1e9) < 0.12e9:
+            return name
+    return None
 
 
 def add_options(made: argparse.ArgumentParser) -> None:

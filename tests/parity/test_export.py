@@ -261,7 +261,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_that_nobody_has_changed(
     export(before, "transformers", out)
     with pytest.raises(ModelError, match="exists already; name a new folder"):
         export(after, "transformers", out)
-    again = export(after, "transformers", out, replace_earlier=True)
+    again = export(after, "transformers", out, renew=True)
     check_certificate(out, again)
     mine = out / "mine.txt"
     for write in (
@@ -270,7 +270,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_that_nobody_has_changed(
     ):
         write()
         with pytest.raises(ModelError, match="with other files than an export has left"):
-            export(before, "transformers", out, replace_earlier=True)
+            export(before, "transformers", out, renew=True)
     assert (out / "README.md").read_text().endswith("mine")
 
 
