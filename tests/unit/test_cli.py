@@ -248,7 +248,7 @@ def test_doctor_exits_by_what_is_broken(
     assert cli.main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines() == ["  note  a: absent", "nothing broken"]
     monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("b", "broken", "x")]))
-    assert cli.main(["doctor"]) == 1
+    assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().out.splitlines()[-1] == "1 broken"
 
 
