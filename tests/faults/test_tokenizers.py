@@ -118,7 +118,7 @@ def test_other_programs_read_what_is_saved_alike_or_that_is_told(
         [each(text, add_special_tokens=False)["input_ids"] for text in PROBES]
         for each in (tokenizer, AutoTokenizer.from_pretrained(saved))
     )
-    # Transformers 5 takes no word of a file for the class of Qwen2's tokenizer.
+    # Whatever class a file names, transformers 5 takes Qwen2's own (MODELS_WITH_INCORRECT_HUB_...).
     alike = parts.get("model_type") != "qwen2"
     assert (ours == others) == alike
     assert ("elsewhere by PreTrainedTokenizerFast.from" in caplog.text) != alike
