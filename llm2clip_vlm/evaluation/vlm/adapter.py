@@ -143,12 +143,12 @@ class Llm2ClipVlmChat(lmms):
         self, prompt: Prompt, doc_to_messages: Callable[..., Any], documents: Any, doc: int
     ) -> Prompt:
         """Put as many pictures of documents half the task further on into a prompt."""
-        number, found = len(prompt.images), list[Any]()
+        number, found = len(prompt.images), tuple[Any, ...]()
         for further in range(len(documents) // 2, len(documents) // 2 + 2 * len(documents)):
             messages = doc_to_messages(documents[(doc + further) % len(documents)])
-            found += self._generator().render(messages).images
-            other = replace(prompt, images=tuple(found[-number:]))
-            if len(found) >= number and other.pictures != prompt.pictures:
+            found = (*found, *self._generator().render(messages).images)[-number:]
+            other = replace(prompt, images=found)
+            if len(found) == number and other.pictures != prompt.pictures:
                 return other
         raise ValueError(
             f"other_pictures: expected documents with different pictures, got {len(documents)} "
