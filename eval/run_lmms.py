@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, left_out, own_tasks, run_suite
 from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
 from llm2clip_vlm.files import find_recipe, find_shipped
@@ -35,7 +36,10 @@ def main(argv: list[str] | None = None) -> int:
     """Run the program.
 
     Returns:
-        0 when every task of every checkpoint has a result, else 1 (2 for a bad command line).
+        0: every task of every checkpoint has a result.
+
+    Raises:
+        ValueError: A task has none, or something that was named is not there.
     """
     parser = argparse.ArgumentParser(
         prog="llm2clip-vlm eval",
@@ -70,30 +74,25 @@ def main(argv: list[str] | None = None) -> int:
             parser.error(f"--checkpoint {given}: expected NAME=PATH, each name once")
         checkpoints[name] = path
     overrides = arguments.overrides + [f"limit={arguments.limit}"] * (arguments.limit is not None)
-    try:
-        suite = load_recipe(find_recipe(arguments.suite), SuiteRecipe, overrides)
-        tasks = Path(find_shipped(arguments.tasks)) if arguments.tasks else None
-        if arguments.prefetch:
-            print_prefetch(suite, tasks or own_tasks())
-            return 0
-        file, _, row = (arguments.expected or "").rpartition(":")
-        table = find_recipe(file, folder="eval/expected/")
-        expected = load_recipe(table, ExpectedScores) if file else None
-        if arguments.expected and (expected is None or row not in expected.rows):
-            rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
-            raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")
-        output = arguments.output
-        results = run_suite(suite, checkpoints, output, tasks)
-        print_table(results)
-        if expected is not None:
-            for name, found in results.items():
-                columns = gate(expected, row, found)
-                text = json.dumps(columns, indent=2)
-                write_pages(output / name, "score gate", {GATE_NAME: text})
-                print(f"\n{name}: {gate_table(columns, f'{row}, {expected.source}')}")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    suite = load_recipe(find_recipe(arguments.suite), SuiteRecipe, overrides)
+    tasks = Path(find_shipped(arguments.tasks)) if arguments.tasks else None
+    if arguments.prefetch:
+        print_prefetch(suite, tasks or own_tasks())
+        return 0
+    file, _, row = (arguments.expected or "").rpartition(":")
+    table = find_recipe(file, folder="eval/expected/")
+    expected = load_recipe(table, ExpectedScores) if file else None
+    if arguments.expected and (expected is None or row not in expected.rows):
+        rows = "" if expected is None else f", one of {', '.join(expected.rows)}"
+        raise ValueError(f"--expected {arguments.expected}: expected FILE:ROW{rows}")
+    results = run_suite(suite, checkpoints, arguments.output, tasks)
+    print_table(results)
+    if expected is not None:
+        for name, found in results.items():
+            columns = gate(expected, row, found)
+            pages = {GATE_NAME: json.dumps(columns, indent=2)}
+            write_pages(arguments.output / name, "score gate", pages)
+            print(f"\n{name}: {gate_table(columns, f'{row}, {expected.source}')}")
     return 0
 
 
@@ -102,7 +101,7 @@ def print_prefetch(suite: SuiteRecipe, tasks_dir: Path) -> None:
     from llm2clip_vlm.evaluation.vlm.jobs import task_yaml
     from llm2clip_vlm.evaluation.vlm.tasks import load_config
 
-    skipped = left_out(suite)
+    skipped, fetched = left_out(suite), dict[str, list[str]]()
     for task in suite.tasks:
         config = load_config(task_yaml(task.task, tasks_dir))
         name = config.get("dataset_name") or "all of it"
@@ -111,8 +110,9 @@ def print_prefetch(suite: SuiteRecipe, tasks_dir: Path) -> None:
         elif task.data_files:
             print(f"# {task.task}: reads {task.data_files}")
         else:
-            path = config["dataset_path"]
-            print(f"hf download --repo-type dataset {path}  # {task.task}: {name}")
+            fetched.setdefault(config["dataset_path"], []).append(f"{task.task}: {name}")
+    for path, readers in fetched.items():
+        print(f"hf download --repo-type dataset {path}  # {', '.join(dict.fromkeys(readers))}")
 
 
 def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
@@ -135,4 +135,4 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

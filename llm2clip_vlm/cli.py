@@ -305,7 +305,7 @@ def _doctor(arguments: argparse.Namespace) -> int:
         print(finding, flush=True)
         broken += finding.state == "broken"
     print(f"{broken} broken" if broken else "nothing broken")
-    return 1 if broken else 0
+    return 2 if broken else 0
 
 
 def _plan(given: argparse.Namespace) -> int | None:

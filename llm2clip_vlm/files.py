@@ -67,6 +67,13 @@ def find_recipe(given: str, *, folder: str = "recipes/", here: bool = True) -> s
     return next(filter(os.path.isfile, known), given)
 
 
+def parent_of(recipe: Path, base: str) -> Path:
+    """The recipe that another one's `base:` names: beside it, or a shipped one."""
+    beside = recipe.parent / base
+    found = base if os.path.lexists(beside) else find_recipe(base, here=False)
+    return recipe.parent / found  # of a shipped one the path is whole
+
+
 def recipe_names(beside: Path) -> list[str]:
     """The YAML files of a folder, and the shipped ones by the names that `find_shipped` takes."""
     names = [str(path) for path in beside.glob("*.yaml")]

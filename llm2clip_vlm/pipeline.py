@@ -204,11 +204,7 @@ def _why(job: Job) -> list[str]:
 
 
 class Pipeline:
-    """Runs jobs, at most `recipe.jobs` at a time.
-
-    Args:
-        recipe: The pipeline; programs of the working directory come before ours.
-    """
+    """Runs jobs, at most `recipe.jobs` at a time; programs of the working directory come first."""
 
     def __init__(self, recipe: PipelineRecipe) -> None:
         """Args: see the class."""
@@ -324,6 +320,10 @@ class Pipeline:
         for name, first in (("PYTHONPATH", Path.cwd()), ("PATH", Path(sys.executable).parent)):
             environment[name] = os.pathsep.join(filter(None, (str(first), os.environ.get(name))))
         job.asked = asked_of(job)
+        # Should all end here, its outputs are unknown, and what was made of them is out of date.
+        self._note(f"logs/{OUTPUTS_NAME}", {job.name: {}})
+        old = [other.name for other in self.jobs if job.name in (other.name, *other.needs)]
+        self._note(f"logs/{ASKED_NAME}", dict.fromkeys(old, ""))
         job.log = self.logs / f"{job.name}.log"
         job.log_start = job.log.stat().st_size if job.log.exists() else 0
         job.started = time.monotonic()

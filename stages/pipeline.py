@@ -24,10 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path, *overrides = words_of(argv, __doc__)
     recipe = load_recipe(path, PipelineRecipe, overrides)
     pipeline = Pipeline(recipe)
-    try:
-        pipeline.run()
-    except KeyboardInterrupt:
-        raise SystemExit("pipeline: stopped; the same command goes on from here") from None
+    pipeline.run()
     seconds = time.monotonic() - started
     minutes = sum(cost["cpu_seconds"] for cost in pipeline.costs.values()) / 60
     print(f"pipeline: all steps of {path} are finished")

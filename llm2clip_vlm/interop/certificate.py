@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,7 +26,7 @@ from llm2clip_vlm.models.equal import vlm_outputs
 from llm2clip_vlm.models.loading import load_complete, read_tokenizer
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import save_vlm
-from llm2clip_vlm.runs.card import write_card
+from llm2clip_vlm.runs.card import CARD_NAME, is_unchanged, write_card
 from llm2clip_vlm.runs.hashes import fingerprint_file
 from llm2clip_vlm.runs.manifest import versions
 from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
@@ -49,20 +50,35 @@ class Evidence:
 
 
 @contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
+def new_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
     """A folder that is there at the end, or nothing if anything was raised.
 
     Args:
         out: Where; must not exist.
+        replace: Unless it holds what :func:`certify` left there, unchanged and nothing else.
 
     Yields:
         The folder to write into, which exists.
     """
-    if Path(out).exists():
-        raise ModelError(f"{out} exists already; name a new folder, or delete it")
+    earlier = Path(out)
+    if earlier.exists() and not (replace and _as_left(earlier)):
+        found = ", with other files than an export has left there" if replace else ""
+        raise ModelError(f"{out} exists already{found}; name a new folder, or delete it")
     with written_whole(out) as folder:
         folder.mkdir()
         yield folder
+        if earlier.exists():
+            shutil.rmtree(earlier)
+
+
+def _as_left(folder: Path) -> bool:
+    files = {file.relative_to(folder).as_posix(): file for file in folder.rglob("*")}
+    if CERTIFICATE_NAME not in files:
+        return False
+    listed = read_json(files.pop(CERTIFICATE_NAME)).get("files")
+    if CARD_NAME in files and is_unchanged(files[CARD_NAME]):
+        del files[CARD_NAME]
+    return listed == {name: fingerprint_file(f) for name, f in files.items() if f.is_file()}
 
 
 @torch.no_grad()

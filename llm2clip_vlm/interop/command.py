@@ -22,6 +22,8 @@ def parser(command: str) -> argparse.ArgumentParser:
         made.add_argument("checkpoint", metavar="CHECKPOINT", help="a model directory or a stage's")
         made.add_argument("--to", required=True, choices=FORMATS, help="the tool")
         made.add_argument("--dtype", choices=DTYPES, help="round a VLM's weights to this")
+        earlier = "an earlier export in OUT that nobody has changed"
+        made.add_argument("--replace", action="store_true", help=earlier)
     else:
         made.description = (
             "Make a checkpoint of this package from LLM2CLIP's, open_clip's, timm's, LLaVA's or "
@@ -60,7 +62,8 @@ def main(command: str, words: Sequence[str]) -> int:
     if command == "export":
         from llm2clip_vlm.interop.export import export
 
-        certificate = export(arguments.checkpoint, arguments.to, arguments.out, arguments.dtype)
+        given = arguments.checkpoint, arguments.to, arguments.out, arguments.dtype
+        certificate = export(*given, renew=arguments.replace)
     else:
         from llm2clip_vlm.interop.convert import convert
 

@@ -42,7 +42,7 @@ _SERVED_NAMES = ("vision_tower.vision_model.", "multi_modal_projector.", "langua
 
 
 def export(
-    checkpoint: str | Path, to: str, out: str | Path, dtype: str | None = None
+    checkpoint: str | Path, to: str, out: str | Path, dtype: str | None = None, renew: bool = False
 ) -> dict[str, Any]:
     """Write a checkpoint for another tool, open it there, and compare.
 
@@ -52,6 +52,7 @@ def export(
         out: Folder to write; must not exist.
         dtype: `float32`, `bfloat16` or `float16`: what a VLM's weights are rounded to; the
             certificate then also says how far that moves the logits. None: as they are.
+        renew: An earlier export that nobody has changed goes.
 
     Returns:
         The certificate, which also lies in the folder.
@@ -86,7 +87,7 @@ def export(
             "largest_value": float(before.abs().max()),
             "same_first_token": float((after.argmax(-1) == before.argmax(-1)).float().mean()),
         }
-    with certificate.new_folder(out) as folder:
+    with certificate.new_folder(out, renew) as folder:
         evidence = write(source, model, processor, folder)
         evidence = replace(evidence, more={**evidence.more, **more})
         return certificate.certify(folder, f"export --to {to}", source, evidence)

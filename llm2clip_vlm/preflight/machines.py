@@ -1,4 +1,4 @@
-"""The GPUs that `llm2clip-vlm plan` knows, and its options; nothing here imports torch."""
+"""The GPUs that `llm2clip-vlm plan` knows, and its options; torch comes where none is named."""
 
 from __future__ import annotations
 
@@ -36,25 +36,49 @@ class Machine:
     gpus: int = 1
     zero: int = 0
     offload: bool = False
+    told: str = ""
+    """Where the GPU is from, if nobody named it."""
 
 
-def find_machine(gpu: str, gpus: int, zero: int | None, offload: bool, source: str) -> Machine:
+def find_machine(
+    gpu: str | None, gpus: int, zero: int | None, offload: bool, source: str
+) -> Machine:
     """A machine as the command line says it; ZeRO as the recipe's launch line has it.
+
+    Without a name the GPU is that of this machine, else an H100.
 
     Raises:
         ValueError: An unknown GPU.
     """
+    here = None if gpu else _gpu_here()
+    assumed = "assumed: no known GPU is here; `plan --gpu NAME` names one"
+    told = "this machine's" if here else "" if gpu else assumed
+    gpu = gpu or here or Machine.gpu
     if gpu not in GPUS:
         raise ValueError(f"no GPU `{gpu}`{did_you_mean(gpu, GPUS)} (known: {', '.join(GPUS)})")
     named = re.search(r"accelerate/zero(\d)", read_text(source))
     chosen = zero if zero is not None else int(named[1]) if named and gpus > 1 else 0
-    return Machine(gpu, gpus, chosen, offload)
+    return Machine(gpu, gpus, chosen, offload, told)
+
+
+def _gpu_here() -> str | None:
+    """This machine's first GPU by its name in the table. None: there is none, or no such."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    seen = torch.cuda.get_device_properties(0)
+    words = re.sub("[^a-z0-9]", "", seen.name.lower())  # "NVIDIA A100-SXM4-40GB" has a10 in it, too
+    for name, (gb, _) in GPUS.items():
+        if name.rpartition("-")[0] in words and abs(seen.total_memory / gb - 1e9) < 0.12e9:
+            return name
+    return None
 
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Give a parser the words of `llm2clip-vlm plan` beside its recipe."""
     add = made.add_argument
-    add("--gpu", default="h100-80gb", help=f"{', '.join(GPUS)} (default: h100-80gb)")
+    add("--gpu", help=f"{', '.join(GPUS)} (default: that of this machine, else h100-80gb)")
     add("--gpus", type=_count, default=1, help="how many (default: 1)")
     add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
     add("--offload", action="store_true", help="ZeRO keeps optimizer states on the CPU")

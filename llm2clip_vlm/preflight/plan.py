@@ -270,6 +270,7 @@ def shown(plan: Plan, mfu: float, price: float | None) -> str:
     """A plan as text of at most 100 columns."""
     gpus = plan.machine.gpus
     head = f"{plan.stage} on {gpus} x {plan.machine.gpu}"
+    head += f" ({plan.machine.told})" if plan.machine.told else ""
     head += f", ZeRO-{plan.machine.zero}" if plan.machine.zero else ""
     lines = [head, "", plan.parts, "", "memory of each GPU, GB"]
     rows = [*plan.held.most_common(), ("context and fragments", CONTEXT_BYTES)]

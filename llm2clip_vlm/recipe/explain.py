@@ -116,10 +116,11 @@ def recipe_help(model: type[BaseModel], key: str = "") -> str:
         lines.append(textwrap.indent(inspect.cleandoc(field.description or ""), "    "))
     if not lines:
         known = {_ITEM.sub("", name): field.annotation for name, field in fields_below(model)}
-        above, _, part = wanted.partition(".")
-        kinds = get_args(known.get(above)) if get_origin(known.get(above)) is dict else ()
-        if kinds and (kinds[0] is str or part.split(".")[0] in get_args(kinds[0])):
-            return recipe_help(model, above)  # the rest is an item of a mapping
+        for above, annotation in known.items():
+            part = wanted.removeprefix(f"{above}.").split(".")[0]
+            names = get_args(annotation)[0] if get_origin(annotation) is dict else None
+            if wanted.startswith(f"{above}.") and (names is str or part in get_args(names)):
+                return recipe_help(model, above)  # the rest is an item of a mapping
         hint = did_you_mean(key, known) or "; `help STAGE` lists them"
         raise ValueError(f"no key `{key}`{hint}")
     return "\n".join(lines)

@@ -6,8 +6,7 @@ whose mappings it extends and whose lists it replaces; `a.b=value` on the comman
 both; `${a.b}` in a text stands for another value of the finished recipe (`$${` writes a plain
 `${`). A text that names a shipped file or folder (`recipes/...`, `eval/...`) means that one unless
 the working directory has it. Files are limited in size and depth, anchors and references in what
-they make; numbers are finite; a secret (a token, a password) is refused, since recipes are written
-beside results.
+they make; numbers are finite; secrets (tokens, passwords) are refused: recipes lie beside results.
 """
 
 from __future__ import annotations
@@ -29,7 +28,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from llm2clip_vlm.files import find_recipe, find_shipped, read_text, recipe_names, write_atomically
+from llm2clip_vlm.files import (
+    find_recipe,
+    find_shipped,
+    parent_of,
+    read_text,
+    recipe_names,
+    write_atomically,
+)
 from llm2clip_vlm.recipe.yaml_files import DEEPEST, LARGEST_BYTES, Dumper, parse_value, parse_yaml
 from llm2clip_vlm.recipe.yaml_files import RecipeError as RecipeError  # noqa: PLC0414
 
@@ -67,8 +73,7 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         The recipe, with `base` resolved away.
 
     Raises:
-        RecipeError: Anything wrong in the file, its parents or the overrides; all problems that
-            can be seen at once are listed.
+        RecipeError: Lists all that can be seen at once, in the file, its parents and overrides.
     """
     data = _overridden(read_layers(Path(find_recipe(str(path)))), overrides)
     if strange := _of_another_stage(data.get("stage"), model):
@@ -197,8 +202,7 @@ def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         if not os.path.lexists(path):
             why = f"there is no such file{did_you_mean(str(path), recipe_names(path.parent))}"
         raise RecipeError(path, f"cannot read this file{wanted_by}: {why}") from None
-    data = parse_yaml(text, path)
-    data = {} if data is None else data
+    data = {} if (given := parse_yaml(text, path)) is None else given
     if not isinstance(data, dict):
         raise RecipeError(path, f"expected a mapping of keys, got {shown(data)}")
     base = data.pop("base", None)
@@ -206,11 +210,7 @@ def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
         return data
     if not isinstance(base, str):
         raise RecipeError(path, f"base: expected the path of one parent, got {shown(base)}")
-    parent = path.parent / base
-    if not os.path.lexists(parent):
-        parent = path.parent / find_recipe(base, here=False)  # the shipped one, whose path is whole
-    merged: dict[str, Any] = _merged(read_layers(parent, (*children, resolved)), data)
-    return merged
+    return dict(_merged(read_layers(parent_of(path, base), (*children, resolved)), data))
 
 
 def _merged(below: Any, above: Any) -> Any:

@@ -6,8 +6,10 @@ folder: `README.md` with the metadata block that the Hugging Face Hub reads.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from typing import Any
 import yaml
 
 from llm2clip_vlm.files import read_json, write_atomically
+
+logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 """File name of the card on the hub."""
@@ -41,7 +45,7 @@ _SCORES = frozenset("r1 r5 r10 top1 after raw_causal raw_bidirectional".split())
 """The results that a card shows, all in %."""
 
 _OURS = "llm2clip-vlm"
-"""Tag by which a card of this package is recognised."""
+"""Tag of a card of this package; with a hash of all before it also its last line."""
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -82,7 +86,8 @@ def write_card(
         parity: The certificate of an export or conversion.
 
     Returns:
-        The card's path. None: the directory holds no model, or a card that was not written here.
+        The card's path. None: the directory holds no model, or a card that was not written here, or
+        edited since.
     """
     import torch
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -92,7 +97,10 @@ def write_card(
     foreign = made.removeprefix("export --to ")
     if kind is None and foreign in _FOREIGN:
         kind = "tower"
-    if kind is None or (card.exists() and _OURS.encode() not in card.read_bytes()):
+    if kind is None:
+        return None
+    if card.exists() and not is_unchanged(card):
+        logger.warning("%s was edited or comes from elsewhere: it stays; delete it for a new", card)
         return None
     what, pipeline_tag = _KINDS[kind]
     scores = list(_scores(results or {}))
@@ -136,8 +144,19 @@ def write_card(
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
     )
-    write_atomically(card, str(text).rstrip() + "\n")
+    text = f"{str(text).rstrip()}\n\n"
+    write_atomically(card, text + _signature(text.encode()).decode())
     return card
+
+
+def _signature(text: bytes) -> bytes:
+    return f"<!-- {_OURS} {sha256(text).hexdigest()} -->\n".encode()
+
+
+def is_unchanged(card: Path) -> bool:
+    """Whether a card is as :func:`write_card` wrote it."""
+    text, mark, end = card.read_bytes().rpartition(b"<!-- ")
+    return mark + end == _signature(text)
 
 
 def _scores(found: Mapping[str, Any], *names: str) -> Iterator[tuple[str, float]]:

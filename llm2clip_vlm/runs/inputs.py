@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import glob
 import importlib.util
+import json
 import os
 import re
 import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.files import find_shipped
+from llm2clip_vlm.files import find_shipped, parent_of
 from llm2clip_vlm.recipe.base import DataSource, ImageSource, LoraSection, RunRecipe, Section
-from llm2clip_vlm.recipe.yaml_files import read_yaml
+from llm2clip_vlm.recipe.reading import read_layers
+from llm2clip_vlm.recipe.yaml_files import DEEPEST, read_yaml
 from llm2clip_vlm.remote.addresses import is_remote, missing_remote
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
 
@@ -238,20 +241,37 @@ def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | N
 
 
 @cache
-def stage_and_output(file: Path) -> tuple[str | None, str | None]:
-    """A recipe's `stage` and `output_dir`, or its parent's, without reading it whole."""
+def stage_and_output(file: Path, depth: int = 0) -> tuple[str | None, str | None]:
+    """A recipe's `stage` and `output_dir`, or its parents', without reading it whole."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return None, None
     stage, output, base = (
-        found[1] if (found := re.search(rf"(?m)^{key}: *([^\s#]+)", text)) else None
+        found[1] if (found := re.search(rf"(?m)^{key}: *[\"']?([^\s#\"']+)", text)) else None
         for key in ("stage", "output_dir", "base")
     )
-    if base and not (stage and output):
-        above = stage_and_output(file.parent / base)
+    if base and not (stage and output) and depth < DEEPEST:  # it may be its own parent
+        above = stage_and_output(parent_of(file, base), depth + 1)
         stage, output = stage or above[0], output or above[1]
     return stage, output
+
+
+def reader_of(stage: str, source: str | Path) -> str | None:
+    """The recipe of a stage, beside another one, that reads what that one writes. None: not known.
+
+    Args:
+        stage: The stage that comes next.
+        source: The other recipe.
+    """
+    written = stage_and_output(Path(source))[1] or "no output"
+    for file in sorted(Path(source).parent.glob("*.yaml")):
+        if stage_and_output(file)[0] == stage:
+            with suppress(ValueError):
+                names = map(Path, re.findall(r'": "([^"]*)"', json.dumps(read_layers(file))))
+                if any(name.is_relative_to(written) for name in names):
+                    return _shown(file)
+    return None
 
 
 def _written_by(path: str, source: str | Path) -> str:

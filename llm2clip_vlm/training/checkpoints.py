@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
@@ -15,44 +15,58 @@ from typing import Any
 from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.distributed import world_size
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_file
+from llm2clip_vlm.runs.hashes import (
+    HandoffError,
+    changed_files,
+    file_states,
+    fingerprint_file,
+)
 from llm2clip_vlm.runs.ownership import MARKER_NAME, remove, sign
 
 logger = logging.getLogger(__name__)
 
 
-def seal_checkpoint(folder: str | Path, samples: int | None = None) -> None:
+def seal_checkpoint(
+    folder: str | Path, samples: int | None = None, pictures: Iterable[Path] = ()
+) -> None:
     """Mark a checkpoint as whole. Call it when all processes have written their files.
 
     Args:
         folder: The checkpoint.
         samples: Samples that the run trains on, see :func:`refuse_other_samples`.
+        pictures: Files of some of their pictures.
     """
     root = Path(folder)
     (root / MARKER_NAME).unlink(missing_ok=True)
-    seal = {"world_size": world_size(), "samples": samples, "files": _hashes(root)}
-    write_atomically(root / SEAL_NAME, json.dumps(seal, indent=1))
+    seal = {"world_size": world_size(), "samples": samples, "pictures": file_states(pictures)}
+    write_atomically(root / SEAL_NAME, json.dumps(seal | {"files": _hashes(root)}, indent=1))
 
 
 def refuse_other_samples(folder: str | Path, samples: int) -> None:
     """Refuse to go on with more or fewer samples: their order would be another.
 
-    Data files are compared before; pictures beside them are not, and one that has come or gone
-    makes a sample more or less.
+    Data files are compared before, pictures beside them here: one that has come or gone makes a
+    sample more or less, and of a few the bytes are looked at.
 
     Args:
         folder: The checkpoint.
         samples: Samples now.
 
     Raises:
-        HandoffError: Gives both numbers.
+        HandoffError: Gives both numbers, or names a picture.
     """
-    before = (_seal(Path(folder)) or {}).get("samples")
+    seal = _seal(Path(folder)) or {}
+    before = seal.get("samples")
     if before not in (None, samples):
         raise HandoffError(
             f"{folder} was trained on {before} samples, now there are {samples}: pictures have "
             "come, gone or been damaged since, and the samples would come in another order; put "
             "them back as they were, or choose another output_dir"
+        )
+    for picture in changed_files(seal.get("pictures") or {}):
+        raise HandoffError(
+            f"{picture} has been changed or removed since {folder} was trained, and maybe other "
+            "pictures, too; put them back as they were, or choose another output_dir"
         )
 
 

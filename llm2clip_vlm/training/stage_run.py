@@ -27,7 +27,7 @@ from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.hashes import hash_json, meaning
-from llm2clip_vlm.runs.inputs import require_inputs
+from llm2clip_vlm.runs.inputs import reader_of, require_inputs
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
     RESOLVED_NAME,
@@ -99,8 +99,9 @@ class StageRun(Generic[R]):
     ) -> None:
         self._started = time.monotonic()
         words = words_of(argv, usage)
-        self.recipe: R = load_recipe(words[0], recipe_class, words[1:])
-        require_inputs(self.recipe, words[0])
+        self._source = words[0]
+        self.recipe: R = load_recipe(self._source, recipe_class, words[1:])
+        require_inputs(self.recipe, self._source)
         self.stage = str(getattr(self.recipe, "stage", recipe_class.__name__))
         self.out = Path(self.recipe.output_dir)
         self.parents: dict[str, str] = {}
@@ -298,7 +299,9 @@ class StageRun(Generic[R]):
                 )
         say(f"{self.stage}: {self.bad.summary()}; wrote {self.out}")
         if command := NEXT.get(self.stage):
-            say(f"next: llm2clip-vlm {command.format(shlex.quote(str(self.out)))}")
+            recipe = reader_of(command.split()[1], self._source) or "RECIPE"
+            command = command.format(shlex.quote(str(self.out)))
+            say(f"next: llm2clip-vlm {command.replace('RECIPE', shlex.quote(recipe), 1)}")
         write_manifest(
             self.out,
             stage=self.stage,

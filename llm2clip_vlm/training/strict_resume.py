@@ -114,7 +114,8 @@ class StrictResumeMixin:
         barrier()
         if args.should_save:
             self._complete_checkpoint(folder / f"checkpoint-{step}")
-            seal_checkpoint(folder / f"checkpoint-{step}", len(self.train_dataset))
+            pictures: list[Path] = getattr(self.train_dataset, "some_pictures", list)()
+            seal_checkpoint(folder / f"checkpoint-{step}", len(self.train_dataset), pictures)
             rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _complete_checkpoint(self, folder: Path) -> None:

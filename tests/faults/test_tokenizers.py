@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoTokenizer, LlamaModel
+from transformers import AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.loading import read_tokenizer
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
+from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from tests.tiny import llama_config, llm_tokenizer
 
 LINES = [
@@ -75,7 +77,7 @@ LOWER = normalizers.Lowercase()
 NEVER = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
 
 
-@pytest.mark.parametrize(
+KINDS = pytest.mark.parametrize(
     ("write", "parts"),
     [
         (bytes_file, {"kind": "Qwen2Tokenizer", "model_type": "qwen2", "normalizer": LOWER}),
@@ -89,6 +91,9 @@ NEVER = pre_tokenizers.Metaspace(prepend_scheme="never", split=False)
         (pieces_file, {"kind": "PreTrainedTokenizerFast"}),
     ],
 )
+
+
+@KINDS
 def test_ids_are_those_of_tokenizer_json(write: Any, parts: dict[str, Any], tmp_path: Path) -> None:
     write(tmp_path, **parts)
     want = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
@@ -97,6 +102,29 @@ def test_ids_are_those_of_tokenizer_json(write: Any, parts: dict[str, Any], tmp_
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         assert ids == want.encode(text, add_special_tokens=False).ids
     assert tokenizer.eos_token in ("</s>", "<|im_end|>")
+
+
+@KINDS
+def test_other_programs_read_what_is_saved_alike_or_that_is_told(
+    write: Any, parts: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write(tmp_path, **parts)
+    tokenizer, saved = read_tokenizer(tmp_path), tmp_path / "saved"
+    save_tokenizer(tokenizer, saved)
+    shutil.copy(tmp_path / "config.json", saved)
+    caplog.clear()
+    read_tokenizer(saved)
+    ours, others = (
+        [each(text, add_special_tokens=False)["input_ids"] for text in PROBES]
+        for each in (tokenizer, AutoTokenizer.from_pretrained(saved))
+    )
+    # Whatever class a file names, transformers 5 takes Qwen2's own (MODELS_WITH_INCORRECT_HUB_...).
+    alike = parts.get("model_type") != "qwen2"
+    assert (ours == others) == alike
+    assert ("elsewhere by PreTrainedTokenizerFast.from" in caplog.text) != alike
+    if not alike:
+        others = PreTrainedTokenizerFast.from_pretrained(saved)
+        assert ours == [others(text, add_special_tokens=False)["input_ids"] for text in PROBES]
 
 
 def sentencepiece(folder: Path, **options: Any) -> Path:

@@ -100,6 +100,10 @@ def test_resume_equals_the_uninterrupted_run(recipe: Recipe) -> None:
     run(path)
     assert all(torch.equal(final[name], tensor) for name, tensor in weights(out / "model").items())
     assert len([r for r in read_metrics(out / "metrics.jsonl") if "loss" in r]) == 4
+    write_image(path.parent / "7.png", seed=99)
+    (out / "manifest.json").unlink()
+    with pytest.raises(HandoffError, match=r"/7\.png has been changed or removed since .*-4 was"):
+        run(path)
 
 
 def test_a_run_from_a_model_that_was_made_anew_is_refused(

@@ -161,7 +161,7 @@ def test_overwritten_weights_are_evaluated_again_and_nothing_else(
 
 
 @pytest.mark.slow
-def test_a_failing_task_is_named_the_others_finish_and_the_exit_code_is_1(
+def test_a_failing_task_is_named_the_others_finish_and_the_exit_code_is_2(
     world: Path, checkpoints: dict[str, Path], place: Path
 ) -> None:
     suite = place / "broken.yaml"
@@ -176,11 +176,11 @@ def test_a_failing_task_is_named_the_others_finish_and_the_exit_code_is_1(
     output = place / "broken"
     given = ("--tasks=demo/tasks", *given)
     finished = run("eval/run_lmms.py", "--output", output, *given, "max_empty=1.0")
-    assert finished.returncode == 1
+    assert finished.returncode == 2
     assert "a / l2c_photo_vqa (exit 1)" in finished.stderr and "question" in finished.stderr
     assert not (output / "a" / "l2c_photo_vqa.json").exists()
     assert result(output, "a", "l2c_world_vqa")["n"] == 3
-    assert run("eval/run_lmms.py", "--output", output, *given, "tasks.0.tusk=1").returncode == 1
+    assert run("eval/run_lmms.py", "--output", output, *given, "tasks.0.tusk=1").returncode == 2
 
 
 @pytest.fixture(scope="module")
@@ -260,4 +260,4 @@ def test_the_score_gate_of_a_finished_run(
     ours = result(output, "a", "l2c_world_exist")["metrics"]["accuracy"]
     assert row["ours"] == pytest.approx(100 * ours) and "prompt lacks 'zebra'" in row["differs"]
     wrong = run_lmms(output, world, *given, f"--expected={table}:n")
-    assert wrong.returncode == 1 and "expected FILE:ROW, one of m" in wrong.stderr
+    assert wrong.returncode == 2 and "expected FILE:ROW, one of m" in wrong.stderr

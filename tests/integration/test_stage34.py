@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llm2clip_vlm.constants import SEAL_NAME
 from tests.vlm_fixtures import losses, run_here, write_llava, write_recipe
 
 PROJECTOR = {"multi_modal_projector": 1e-2}
@@ -172,6 +173,7 @@ def test_a_killed_run_resumes_exactly(stage3: tuple[Path, Path, str], work: Path
         )
         run_here("stage4_instruction", recipe)
         expected, curve = weights(out), losses(out)
+        assert json.loads((out / "checkpoints/checkpoint-2" / SEAL_NAME).read_text())["pictures"]
         shutil.rmtree(out / "model")
         shutil.rmtree(out / "checkpoints" / "checkpoint-4")
         (out / "manifest.json").unlink()

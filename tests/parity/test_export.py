@@ -252,6 +252,28 @@ def test_a_tower_without_names_there_and_an_unknown_format_are_refused(tmp_path:
         export(tmp_path, "timm", tmp_path / "out")
 
 
+def test_an_export_takes_the_place_of_an_earlier_one_that_nobody_has_changed(
+    tmp_path: Path,
+) -> None:
+    """As a pipeline asks that is run again with other weights."""
+    out, before = tmp_path / "out", build_tower("dinov2", tmp_path / "before", seed=0)
+    after = build_tower("dinov2", tmp_path / "after", seed=1)
+    export(before, "transformers", out)
+    with pytest.raises(ModelError, match="exists already; name a new folder"):
+        export(after, "transformers", out)
+    again = export(after, "transformers", out, renew=True)
+    check_certificate(out, again)
+    mine = out / "mine.txt"
+    for write in (
+        lambda: mine.write_text("m"),
+        lambda: (mine.unlink(), (out / "README.md").open("a").write("mine")),
+    ):
+        write()
+        with pytest.raises(ModelError, match="with other files than an export has left"):
+            export(before, "transformers", out, renew=True)
+    assert (out / "README.md").read_text().endswith("mine")
+
+
 def test_an_export_that_computes_something_else_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

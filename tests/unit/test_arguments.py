@@ -259,6 +259,25 @@ def test_a_run_is_seeded_and_says_what_it_left(tmp_path: Path) -> None:
     assert not StageRun([str(file), "seed=8"], RunRecipe, None).finished()
 
 
+def test_what_comes_next_is_told_with_its_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = tmp_path / "first.yaml", tmp_path / "out"
+    file.write_text(f"output_dir: {out}\ntrainer: {{use_cpu: true}}\n")
+    following = f"stage: stage2a_cache_text\ntext_encoder: {out}/text_encoder\n"
+    for name, text in (("RECIPE", None), (f"{tmp_path}/second.yaml", following)):
+        if text:
+            Path(name).write_text(text)
+        run = StageRun([str(file)], RunRecipe, None)
+        run.stage = "stage1_text_encoder"
+        run.arguments()
+        run.finish({})
+        words = (
+            f"next: llm2clip-vlm train stage2a_cache_text {name} text_encoder={out}/text_encoder"
+        )
+        assert words in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_folder_that_others_share_is_not_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: bool

@@ -103,3 +103,17 @@ def test_a_card_says_what_was_measured_and_hides_where_it_was_made(tmp_path: Pat
     )
     assert write_card(folder, "train x", parents={}, versions={}) is None
     assert b"own words" in made.read_bytes()
+
+
+def test_what_somebody_wrote_into_a_card_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "x", "image_size": 32}))
+    for made in ("train x", "train y"):
+        card = write_card(tmp_path, made, parents={}, versions={})
+        assert card is not None and f"made by {made}" in card.read_text()
+    card.write_text(card.read_text().replace("## Use", "Not for aeroplanes.\n\n## Use"))
+    assert write_card(tmp_path, "train z", parents={}, versions={}) is None
+    assert "Not for aeroplanes." in card.read_text() and "it stays; delete it" in caplog.text
+    card.unlink()
+    assert write_card(tmp_path, "train z", parents={}, versions={})

@@ -251,7 +251,7 @@ def test_doctor_exits_by_what_is_broken(
     assert cli.main(["doctor"]) == 0
     assert capsys.readouterr().out.splitlines() == ["  note  a: absent", "nothing broken"]
     monkeypatch.setattr(doctor, "examine", lambda: iter([doctor.Finding("b", "broken", "x")]))
-    assert cli.main(["doctor"]) == 1
+    assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().out.splitlines()[-1] == "1 broken"
 
 
@@ -459,6 +459,12 @@ def test_a_plan_of_something_wrong_is_refused_before_torch_is_imported(
     except SystemExit as ended:  # argparse's own
         code = ended.code
     assert code == 2 and told in capsys.readouterr().err
+
+
+def test_eval_ends_as_the_other_commands_do(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
+    assert cli.main(["eval", "--suite", "nano", "--prefetch", "tasks.0.tusk=1"]) == 2
+    assert "error: " in (told := capsys.readouterr().err) and "tusk" in told
 
 
 def test_a_dry_run_plans_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from llm2clip_vlm import embed
+from llm2clip_vlm.data.cache import shards
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.filling import FillingCache
 from llm2clip_vlm.data.cache.shards import CacheError, seal
@@ -115,6 +117,28 @@ def test_sealing_turns_parts_into_shards(tmp_path: Path) -> None:
     assert len(sealed) == 12
     sealed.verify()
     assert torch.equal(sealed.lookup(TEXTS[:9]), wanted[:9])
+
+
+def test_a_cache_that_is_sealed_meanwhile_stays_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process: between the listing of the files and the first of them, and later."""
+    cache = opened(tmp_path, Encoder())
+    wanted = cache.lookup(TEXTS)
+    cache.close()
+    before, listed, read = EmbeddingCache.open(tmp_path), [], shards.read_shard
+
+    def sealed_first(path: Path, header: shards.Header) -> shards.Shard:
+        if not listed:
+            listed.append(path)
+            seal(tmp_path)
+        return read(path, header)
+
+    monkeypatch.setattr(shards, "read_shard", sealed_first)
+    assert torch.equal(EmbeddingCache.open(tmp_path).lookup(TEXTS), wanted)
+    assert listed[0].name.startswith("part-") and not parts(tmp_path)
+    assert torch.equal(before.lookup(TEXTS), wanted)
+    assert torch.equal(pickle.loads(pickle.dumps(before)).lookup(TEXTS), wanted)
 
 
 def test_what_two_ranks_met_together_is_kept_once(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from llm2clip_vlm.data.image_text import dataset as image_text
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, caption_galleries, collate
 from llm2clip_vlm.data.image_text.index import (
     ImageTextRecord,
@@ -193,6 +194,15 @@ def test_a_processor_that_the_table_mimics_for_some_pictures_alone(
     odd = Fractions(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     want = odd([record.open() for record in records], return_tensors="pt")["pixel_values"]
     assert torch.equal(ImageTextDataset(records, odd).pixel_values(range(4)), want)
+
+
+def test_a_resume_looks_at_pictures_from_all_over(
+    records: ImageTextRecords, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = ImageTextDataset(records, processor())
+    assert len({file.read_bytes() for file in dataset.some_pictures()}) == 20
+    monkeypatch.setattr(image_text, "LOOKED_AT", 3)
+    assert dataset.some_pictures() == [records[row].root / records[row].image for row in (0, 7, 14)]
 
 
 def test_draw_depends_on_seed_epoch_and_index_alone(records: ImageTextRecords) -> None:

@@ -16,7 +16,13 @@ import yaml
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import inputs
-from llm2clip_vlm.runs.inputs import InputsError, missing_inputs, require_inputs, writer_of
+from llm2clip_vlm.runs.inputs import (
+    InputsError,
+    missing_inputs,
+    reader_of,
+    require_inputs,
+    writer_of,
+)
 
 
 @pytest.fixture
@@ -102,6 +108,31 @@ def test_the_stage_that_writes_it_is_named(work: Path) -> None:
     (found,) = problems(STAGE3, "vlm.vision_tower=runs/mine/again/vision_tower")
     assert "no config.json in this folder; run that stage first" in found
     assert writer_of("elsewhere/x", "recipe.yaml") is None
+
+
+def test_a_shipped_parent_says_what_its_child_is(work: Path) -> None:
+    Path("mine.yaml").write_text('base: "paper_v6/stage2b"\noutput_dir: runs/mine/2b\n')
+    (found,) = problems(STAGE3, "vlm.vision_tower=runs/mine/2b/vision_tower")
+    assert found.endswith("llm2clip-vlm train stage2b_vision_encoder mine.yaml")
+
+
+def test_a_recipe_beside_it_that_is_its_own_parent_is_no_obstacle(work: Path) -> None:
+    Path("round.yaml").write_text(f"base: ../{work.name}/round.yaml\n")
+    (found,) = problems(STAGE3, "vlm.vision_tower=runs/no/x")
+    assert found.startswith("vlm.vision_tower: runs/no/x: no such folder")
+
+
+def test_the_recipe_that_reads_what_another_writes(work: Path, repo_root: Path) -> None:
+    folder = repo_root / "recipes" / "llava15"
+    for ending in ("", "_eva02", "_qwen25_0_5b"):
+        found = reader_of("stage4_instruction", folder / f"stage3{ending}.yaml")
+        assert found == f"recipes/llava15/stage4{ending}.yaml"
+    Path("before.yaml").write_text("stage: stage3_projector\noutput_dir: runs/a\n")
+    Path("other.yaml").write_text("stage: stage4_instruction\ncheckpoint: runs/ab/model\n")
+    assert reader_of("stage4_instruction", "before.yaml") is None
+    Path("next.yaml").write_text("base: other.yaml\ncheckpoint: runs/a/model\n")
+    assert reader_of("stage4_instruction", "before.yaml") == "next.yaml"
+    assert reader_of("stage4_instruction", "none.yaml") is None
 
 
 def test_a_mixture_names_its_own_missing_files(work: Path) -> None:

@@ -496,6 +496,18 @@ def test_images_are_kept_up_to_the_limit(
         assert len(dataset(path, processor)._kept) == kept
 
 
+def test_a_resume_looks_at_pictures_from_all_over(
+    tmp_path: Path, processor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset(write_llava(tmp_path, 5, text_only=[2]), processor)
+    assert [file.name for file in data.some_pictures()] == ["0.png", "1.png", "3.png", "4.png"]
+    assert all(file.is_file() for file in data.some_pictures())
+    monkeypatch.setattr(instruction, "LOOKED_AT", 3)
+    assert [file.name for file in data.some_pictures()] == ["0.png", "4.png"]
+    write_formats(tmp_path)
+    assert not dataset(tmp_path / "shard-*.tar", processor, allowed=1).some_pictures()
+
+
 def test_a_sample_with_a_bad_image_leaves_its_neighbours(tmp_path: Path, processor: Any) -> None:
     path = write_llava(tmp_path, 4)
     wanted = dataset(path, processor)

@@ -122,6 +122,25 @@ def test_each_question_gets_the_picture_of_another(live: dict[str, Any], visual:
     assert all(texts_of(adapter, lambda doc: []))
 
 
+def test_a_document_with_more_pictures_than_any_other_gets_those_of_several(
+    live: dict[str, Any], visual: Any
+) -> None:
+    adapter = Llm2ClipVlmChat(**live)
+    text, pictures = {"type": "text", "text": "?"}, [visual(doc)[0] for doc in DOCS]
+
+    def messages(doc: list[int]) -> list[Any]:
+        images = [{"type": "image", "url": pictures[n]} for n in doc]
+        return [{"role": "user", "content": [*images, text]}]
+
+    render, documents = adapter.generator.render, [[0, 1, 0], [0], [1]]
+    for doc, seen in ((0, [1, 0, 0]), (1, [1]), (2, [0])):
+        other = adapter._elsewhere(render(messages(documents[doc])), messages, documents, doc)
+        assert other.text == render(messages(documents[doc])).text
+        assert other.pictures == render(messages(seen)).pictures
+    with pytest.raises(ValueError, match="different pictures"):
+        adapter._elsewhere(render(messages([0, 0])), messages, [[0, 0], [0]], 0)
+
+
 def test_many_documents_are_rendered_a_few_batches_at_a_time(
     live: dict[str, Any], monkeypatch: pytest.MonkeyPatch, visual: Any
 ) -> None:

@@ -29,6 +29,7 @@ from llm2clip_vlm.evaluation.vlm import worker as lmms_worker
 from llm2clip_vlm.evaluation.vlm.jobs import (
     EvaluationError,
     Job,
+    check_checkpoints,
     data_hash,
     left_out,
     plan,
@@ -40,6 +41,7 @@ from llm2clip_vlm.evaluation.vlm.jobs import (
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.evaluation.vlm.tasks import STATIC_DESPITE_MARKS, merge, redirect
+from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import file_state
@@ -90,6 +92,27 @@ def test_a_task_twice_needs_two_names(data: Path, model_dir: Path) -> None:
     assert [job.task for job in jobs] == ["l2c_world_exist", "again"]
     assert jobs[1].result_path(Path("out")) == Path("out/a/again.json")
     assert jobs[0].spec_hash == jobs[1].spec_hash  # the name says nothing about the score
+
+
+def test_a_data_set_that_several_tasks_read_is_fetched_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = SuiteRecipe.model_validate(
+        {"tasks": [{"task": "pope_pop"}, {"task": "textvqa_val"}, {"task": "pope_adv"}]}
+    )
+    configs = lambda yaml: {"dataset_path": f"lmms-lab/{yaml.stem[:4]}"}  # noqa: E731
+    monkeypatch.setattr("llm2clip_vlm.evaluation.vlm.tasks.load_config", configs)
+    load_program(find_program("run_lmms")).print_prefetch(found, OWN)
+    fetch = "hf download --repo-type dataset lmms-lab"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{fetch}/pope  # pope_pop: all of it, pope_adv: all of it",
+        f"{fetch}/text  # textvqa_val: all of it",
+    ]
+
+
+def test_a_path_that_is_not_there_is_no_hub_id(tmp_path: Path) -> None:
+    with pytest.raises(EvaluationError, match=r"github/stage4/model: no such folder \(from"):
+        check_checkpoints({"a": tmp_path / "github" / "stage4" / "model"})
 
 
 def test_without_a_judge_its_tasks_are_left_out_by_name(

@@ -236,6 +236,40 @@ def test_what_is_asked_something_else_is_run_again(root: Path) -> None:
     assert Pipeline(recipe).run() == {}
 
 
+def test_what_was_made_of_an_earlier_output_is_made_again(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pipeline ends after a step has run again, before what needs it has."""
+    recipe, start = pipeline(step("a"), step("b", needs=["a"]), jobs=1), Pipeline._start
+    Pipeline(recipe).run()
+    Path("a.out").unlink()
+
+    def killed(self: Pipeline, job: Any) -> None:
+        if job.name == "b":
+            raise KeyboardInterrupt
+        start(self, job)
+
+    monkeypatch.setattr(Pipeline, "_start", killed)
+    with pytest.raises(KeyboardInterrupt):
+        Pipeline(recipe).run()
+    monkeypatch.undo()
+    monkeypatch.chdir(root)
+    assert set(Pipeline(recipe).run()) == {"b"}
+    assert Pipeline(recipe).run() == {}
+
+
+def test_a_step_that_ended_after_it_wrote_goes_on(root: Path) -> None:
+    recipe = pipeline(step("a"))
+    Pipeline(recipe).run()
+    recipe.steps[0].arguments.append("late")
+    more = "write_text(name * 2); sys.exit(5)"
+    Path("stages/work.py").write_text(WORK.replace("write_text(name)", more))
+    with pytest.raises(PipelineError, match="exit code 5"):
+        Pipeline(recipe).run()
+    Path("stages/work.py").write_text(WORK)
+    assert set(Pipeline(recipe).run()) == {"a"}
+
+
 def test_a_step_without_outputs_runs_each_time(root: Path) -> None:
     recipe = pipeline(step("a", outputs=[]))
     Pipeline(recipe).run()
@@ -450,8 +484,8 @@ def test_a_stopped_pipeline_stops_its_steps_and_goes_on(root: Path, repo_root: P
     child = int((root / "pid").read_text())
     running.send_signal(signal.SIGTERM)
     _, errors = running.communicate(timeout=60)
-    assert running.returncode != 0
-    assert "stopped; the same command goes on from here" in errors
+    assert running.returncode == 130
+    assert "interrupted; the same command goes on where it was" in errors
     assert not alive(child)
     assert order(root) == ["a", "b"]
 

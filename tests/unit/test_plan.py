@@ -6,9 +6,11 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from llm2clip_vlm import cli
@@ -191,6 +193,32 @@ def test_the_launch_line_says_zero(work: Path, tmp_path: Path) -> None:
         find_machine("h100", 1, None, False, str(recipe))
 
 
+@pytest.mark.parametrize(
+    ("name", "memory", "gpu"),
+    [
+        ("NVIDIA H200", 150.1e9, "h200-141gb"),
+        ("NVIDIA A100-SXM4-40GB", 42.4e9, "a100-40gb"),
+        ("NVIDIA A100 80GB PCIe", 84.9e9, "a100-80gb"),
+        ("NVIDIA L40S", 47.7e9, "l40s-48gb"),
+        ("NVIDIA RTX 6000 Ada Generation", 50.9e9, "rtx6000ada-48gb"),
+        ("NVIDIA GeForce RTX 4090", 25.3e9, "rtx4090-24gb"),
+        ("Tesla T4", 15.8e9, "t4-16gb"),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 10.2e9, None),
+        ("NVIDIA L40", 47.7e9, None),
+    ],
+)
+def test_without_a_name_it_is_the_gpu_that_is_here(
+    name: str, memory: float, gpu: str | None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen = SimpleNamespace(name=name, total_memory=memory)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: seen)
+    (tmp_path / "r.yaml").write_text("")
+    found = find_machine(None, 1, None, False, str(tmp_path / "r.yaml"))
+    assert found.gpu == (gpu or "h100-80gb")
+    assert found.told.startswith("this machine's" if gpu else "assumed: no known GPU is here")
+
+
 def test_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = str(work / "stage3_projector.yaml")
     assert cli.main(["plan", source, "--json", "--gpus", "2"]) == 0
@@ -199,7 +227,7 @@ def test_the_command(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["train", "--dry-run", "stage3_projector", source, "data.0.path=none.json"]
     assert cli.main([*words, "--gpus", "2"]) == 2
     out = capsys.readouterr().out
-    assert out.startswith("stage3_projector on 2 x h100-80gb")
+    assert out.startswith("stage3_projector on 2 x h100-80gb (assumed: no known GPU is here")
     assert "data.0.path: none.json: no such file" in out and "guessed" in out
     assert not (work / "stage3_projector").exists()
     assert cli.main(["plan", source, "vlm.language_model=org/name"]) == 2

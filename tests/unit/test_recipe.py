@@ -378,15 +378,16 @@ def test_help_of_one_key_has_all_below_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "above"),
+    ("stage", "key", "above"),
     [
-        ("trainable.language_model", "trainable"),
-        ("trainable.vision_tower.lr", "trainable"),
-        ("trainer.learning_rate", "trainer"),
+        ("stage4_instruction", "trainable.language_model", "trainable"),
+        ("stage4_instruction", "trainable.vision_tower.lr", "trainable"),
+        ("stage4_instruction", "trainer.learning_rate", "trainer"),
+        ("run_lmms", "tasks.0.overrides.generation_kwargs.do_sample", "tasks.overrides"),
     ],
 )
-def test_help_of_a_mappings_item_is_the_mappings(key: str, above: str) -> None:
-    model = MODELS["stage4_instruction"]
+def test_help_of_a_mappings_item_is_the_mappings(stage: str, key: str, above: str) -> None:
+    model = MODELS[stage]
     assert recipe_help(model, key) == recipe_help(model, above)
 
 

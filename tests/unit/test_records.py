@@ -289,6 +289,11 @@ def test_a_list_that_another_process_has_begun_anew_stays_whole(tmp_path: Path) 
     first.add("b:0", "broken")
     assert (first.count, second.count) == (4, 2)
     assert [json.loads(line)["where"] for line in ledger.open()] == ["a:0", "b:0"]
+    ledger.unlink()
+    third = BadRecords(limit=9, ledger=ledger)
+    third.add("a:0", "broken, " * 20)  # longer than all before
+    first.add("b:1", "broken")
+    assert (first.count, third.count) == (5, 2)
 
 
 def test_a_run_goes_on_where_one_stopped_by_the_limit_left(tmp_path: Path) -> None:

@@ -130,6 +130,21 @@ def test_a_run_does_not_go_on_with_other_samples(
         train(StrictTrainer, tmp_path, False, resume=True)
 
 
+def test_a_run_does_not_go_on_with_other_pictures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another picture under the name of the first is no other number of samples."""
+    picture = tmp_path / "a.png"
+    picture.write_bytes(b"red")
+    monkeypatch.setattr(Samples, "some_pictures", lambda self: [picture], raising=False)
+    train(StrictTrainer, tmp_path, False)
+    picture.write_bytes(b"red")
+    train(StrictTrainer, tmp_path, False, resume=True)
+    picture.write_bytes(b"tan")
+    with pytest.raises(HandoffError, match=r"a\.png has been changed or removed since .*-3 was"):
+        train(StrictTrainer, tmp_path, False, resume=True)
+
+
 def test_processes_with_other_samples_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,7 +166,7 @@ def test_names_are_restored_afterwards(tmp_path: Path) -> None:
 def test_the_one_before_goes_when_the_next_is_sealed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(folder: Path, samples: int) -> None:
+    def killed(folder: Path, *rest: Any) -> None:
         if folder.name == "checkpoint-6":
             raise KeyboardInterrupt
         seal_checkpoint(folder)

@@ -140,7 +140,13 @@ class EmbeddingCache:
             )
         if fingerprint is not None:
             header.require(directory, fingerprint)
-        return cls(directory, header, shards.shard_files(directory), keep=True)
+        files = shards.shard_files(directory)
+        try:
+            return cls(directory, header, files, keep=True)
+        except shards.CacheError:
+            if shards.shard_files(directory) == files:
+                raise
+            return cls.open(directory, fingerprint)  # sealed meanwhile: files have other names
 
     @classmethod
     def build(

@@ -28,7 +28,7 @@ from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.conversation.messages import decoded_preview
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, open_image
+from llm2clip_vlm.data.reading.images import LOOKED_AT, EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.text.token_table import ImageRef, TokenTable, folder_of, read_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.recipe.yaml_files import read_yaml
@@ -183,6 +183,12 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         """What the tower sees of each sample: its images, with AnyRes their crops."""
         counts = np.concatenate([table.image_counts for table in self._tables])
         return [int(count) for count in counts[self._rows]]
+
+    def some_pictures(self) -> list[Path]:
+        """Files of pictures from all over; those in shards, which are data, are left out."""
+        rows = range(0, len(self), -(-len(self) // LOOKED_AT))
+        places = [place for index in rows for place in self._place(index)[1]]
+        return [root / image for root, image, _ in places if isinstance(image, str)]
 
     def preview(self, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
         """One sample as text, what is trained between `«` and `»`; to be looked at."""

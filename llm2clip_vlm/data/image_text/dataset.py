@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from llm2clip_vlm.data.image_text.index import ImageTextRecord, ImageTextRecords
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
-from llm2clip_vlm.data.reading.images import ImageError
+from llm2clip_vlm.data.reading.images import LOOKED_AT, ImageError
 from llm2clip_vlm.data.reading.pixels import (
     Geometry,
     PixelTable,
@@ -163,6 +164,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         """Each caption that can be drawn, read record by record."""
         for record in self.records:
             yield from weighted_captions(record.captions, self.caption_weights)[0]
+
+    def some_pictures(self) -> list[Path]:
+        """Files of pictures from all over; those in shards, which are data, are left out."""
+        some = [self.records[row] for row in range(0, len(self), -(-len(self) // LOOKED_AT))]
+        return [one.root / one.image for one in some if isinstance(one.image, str)]
 
     @property
     def kinds(self) -> list[str]:

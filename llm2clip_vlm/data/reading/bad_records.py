@@ -181,7 +181,8 @@ class BadRecords:
             self._read_to = handle.tell()
 
     def _refresh(self, handle: IO[bytes]) -> None:
-        if handle.seek(0, 2) < self._read_to:  # another slice of stage 2a has begun it anew
+        handle.seek(max(self._read_to - 1, 0))
+        if handle.read(1) != b"\n":  # another slice of stage 2a has begun it anew
             self._read_to = 0
         handle.seek(self._read_to)
         lines = handle.read()

@@ -45,6 +45,9 @@ _UPRIGHT = dict(
 )
 """EXIF orientation to the transposition that undoes it."""
 
+LOOKED_AT = 64
+"""Samples whose pictures are compared when a run goes on."""
+
 _JPEG = ("JPEG", "MPO")
 """Telephones write MPO: a JPEG with further pictures after it."""
 

@@ -142,12 +142,14 @@ class Llm2ClipVlmChat(lmms):
     def _elsewhere(
         self, prompt: Prompt, doc_to_messages: Callable[..., Any], documents: Any, doc: int
     ) -> Prompt:
-        """Put the pictures of a document half the task further on into a prompt."""
-        for further in range(len(documents) // 2, len(documents) // 2 + len(documents)):
-            other = documents[(doc + further) % len(documents)]
-            found = self._generator().render(doc_to_messages(other))
-            if len(found.images) == len(prompt.images) and found.pictures != prompt.pictures:
-                return replace(prompt, images=found.images)
+        """Put as many pictures of documents half the task further on into a prompt."""
+        number, found = len(prompt.images), tuple[Any, ...]()
+        for further in range(len(documents) // 2, len(documents) // 2 + 2 * len(documents)):
+            messages = doc_to_messages(documents[(doc + further) % len(documents)])
+            found = (*found, *self._generator().render(messages).images)[-number:]
+            other = replace(prompt, images=found)
+            if len(found) == number and other.pictures != prompt.pictures:
+                return other
         raise ValueError(
             f"other_pictures: expected documents with different pictures, got {len(documents)} "
             f"without another one for document {doc}; leave the key out for this task"

@@ -203,7 +203,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
 
             refuse_gguf(Path(folder))
             why = missing_model(str(folder))
-            if why is None or "hub" in why:
+            if why is None or "hf download" in why:
                 why = (
                     f"{folder}: expected a model directory, found no config.json; of the hub: "
                     f"`hf download {folder} --local-dir DIR`, then name DIR"

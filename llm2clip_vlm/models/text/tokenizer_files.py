@@ -79,8 +79,13 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
         texts = [_PLAIN, _ODD][: len(meant)]
         if [_ids(made, text)[-last:] for text in texts] == [ids[-last:] for ids in meant]:
             if made is not tokenizer:
-                told = "%s: %s of transformers reads texts otherwise than %s, which is followed"
-                logger.warning(told, path, type(tokenizer).__name__, Path(file).name)
+                name = Path(file).name
+                right = "PreTrainedTokenizerFast" if "json" in name else "LlamaTokenizer"
+                told = (
+                    "%s: AutoTokenizer makes a %s, which reads texts otherwise than %s; that file "
+                )
+                told += "is followed here, and elsewhere by %s.from_pretrained"
+                logger.warning(told, path, type(tokenizer).__name__, name, right)
             return made
     raise ModelError(
         f"{path}: of {_PLAIN!r} {Path(file).name} makes {meant[0][:9]}..., "
