@@ -44,6 +44,7 @@ from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.remote.addresses import is_remote, look_up
 from llm2clip_vlm.runs.hashes import changed_files, file_state
+from llm2clip_vlm.runs.inputs import require_benchmarks
 from llm2clip_vlm.runs.ownership import Hold
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise ValueError(f"tasks: two are called {again[0]!r}; give them a `name`")
     if odd := [name for name in names if not re.fullmatch(r"[\w-]+", name)]:
         raise ValueError(f"tasks: name {odd[0]!r}: expected letters, digits, _ and -")
+    require_benchmarks(recipe)
     out, results = Path(recipe.output_dir), {}
     written = {f"{name}.json" for name in ("results", *names)} | {PAGE, *files_of(out, names)}
     hold = Hold(out, "encoder evaluation", written)

@@ -243,7 +243,9 @@ def _train(arguments: argparse.Namespace) -> int | None:
     words = [find_recipe(arguments.recipe), *arguments.overrides]
     _require_inputs(stage, words, arguments.dry_run)
     if arguments.dry_run:
-        return main(["plan", *words, "--gpus", str(1 if arguments.gpus is None else arguments.gpus)])
+        return main(
+            ["plan", *words, "--gpus", str(1 if arguments.gpus is None else arguments.gpus)]
+        )
     program = find_program(stage)
     if arguments.gpus is not None:
         from llm2clip_vlm.preflight.starting import launch

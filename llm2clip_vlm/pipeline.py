@@ -39,6 +39,7 @@ from llm2clip_vlm.runs.hashes import (
     fingerprint_file,
     hash_json,
 )
+from llm2clip_vlm.runs.inputs import require_steps
 from llm2clip_vlm.runs.manifest import is_complete
 from llm2clip_vlm.runs.ownership import Hold, OwnershipError
 from llm2clip_vlm.runs.shown import Seen, Shown, seen_in, told
@@ -227,9 +228,11 @@ class Pipeline:
         Raises:
             PipelineError: A job failed (the message has the end of its log), or a file is not what
                 it was.
+            ValueError: See :func:`~llm2clip_vlm.runs.inputs.require_steps`.
             OwnershipError: Another pipeline runs there, or files lie there that none has written.
         """
         self._refuse_thawed()
+        require_steps(self.jobs, self.recipe.output_dir)
         costs = self._read(COSTS_NAME)
         own = [f"{job.name}{end}" for job in self.jobs for end in (".log", ".cost.json")]
         hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME, ASKED_NAME])
@@ -386,9 +389,7 @@ class Pipeline:
 
 def usable_cores() -> int:
     """Cores that this process may use: fewer than the machine's in a container or under taskset."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if is_main():
         run.hold(shared=recipe.slice is not None, known=[*cache_names(out), COST_NAME])
         run.note_data()
-        save_resolved(recipe, out / "recipe.resolved.yaml")
+        if not read_header(out):  # else it may yet be refused, for another encoder
+            save_resolved(recipe, out / "recipe.resolved.yaml")
     barrier()
 
     # data
@@ -102,6 +103,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_rows(cache, prompted, texts)
         say(f"cache: {len(cache)} rows of {cache.dim}, {texts.total / len(texts):.2f} texts a row")
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
+        save_resolved(recipe, out / "recipe.resolved.yaml")
         run.finish(
             encoder.fingerprint,
             rows=len(cache),

@@ -90,6 +90,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         captions if captions.in_workers else None,
         captions_per_image=recipe.captions_per_image,
         features=frozen,
+        first=lambda captioned: captions.require(captioned, ()),
     )
     held_out = HeldOut(recipe, tower.image_processor, run.bad, frozen)
     captions.require(dataset, texts := held_out.texts())

@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm2clip_vlm.chat.labels import check_chat_template
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.distributed import is_main, say
 from llm2clip_vlm.models.trainable import set_precision
@@ -57,12 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     # model
     say(f"model: composes {vlm.vision_tower}, a projector and {vlm.language_model}")
     model, processor = vlm_run.compose_once(
-        lambda: build_vlm(**vlm.model_dump(), seed=recipe.seed),
+        lambda: vlm_run.tried(*build_vlm(**vlm.model_dump(), seed=recipe.seed), recipe),
         composed,
         args,
         load_in_4bit=recipe.load_in_4bit,
     )
-    check_chat_template(processor)
 
     # trainable
     parts = vlm_run.prepare_trainable(model, recipe)

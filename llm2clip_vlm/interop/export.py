@@ -70,24 +70,24 @@ def export(
     if source is None:
         refuse_gguf(path)
         raise ModelError(f"{path}: no config.json there, in model/ or in text_encoder/")
-    verify_hashes(source)
-    kind, model, processor = _load(source)
-    if kind not in kinds:
-        raise ModelError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
-    more: dict[str, Any] = {}
-    if dtype is not None:
-        if not hasattr(model, "lm_head"):
-            raise ModelError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
-        before = logits_of(model)["logits"]
-        to_dtype(model, getattr(torch, dtype))
-        after = logits_of(model)["logits"]
-        more["rounding"] = {
-            "to": dtype,
-            "max_difference": float((after - before).abs().max()),
-            "largest_value": float(before.abs().max()),
-            "same_first_token": float((after.argmax(-1) == before.argmax(-1)).float().mean()),
-        }
-    with certificate.new_folder(out, renew) as folder:
+    with certificate.new_folder(out, renew) as folder:  # before minutes of loading
+        verify_hashes(source)
+        kind, model, processor = _load(source)
+        if kind not in kinds:
+            raise ModelError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
+        more: dict[str, Any] = {}
+        if dtype is not None:
+            if not hasattr(model, "lm_head"):
+                raise ModelError(f"--dtype {dtype}: only a VLM is rounded, this is a {kind}")
+            before = logits_of(model)["logits"]
+            to_dtype(model, getattr(torch, dtype))
+            after = logits_of(model)["logits"]
+            more["rounding"] = {
+                "to": dtype,
+                "max_difference": float((after - before).abs().max()),
+                "largest_value": float(before.abs().max()),
+                "same_first_token": float((after.argmax(-1) == before.argmax(-1)).float().mean()),
+            }
         evidence = write(source, model, processor, folder)
         evidence = replace(evidence, more={**evidence.more, **more})
         return certificate.certify(folder, f"export --to {to}", source, evidence)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from llm2clip_vlm.chat.template import find_chat_template
+from llm2clip_vlm.chat.template import find_chat_template, render
 from llm2clip_vlm.models.loading import read_tokenizer
 from llm2clip_vlm.models.trainable import trainable_table
 from llm2clip_vlm.preflight.footprint import Footprint, Work, footprint
@@ -214,8 +214,7 @@ def _ruler(recipe: Any, source: str) -> tuple[Callable[[str], int], float]:
     vlm = getattr(recipe, "vlm", None)
     template = find_chat_template(vlm and vlm.chat_template, tokenizer)
     turns = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-    text = tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False)
-    return count, count(text) / 2 - count("a")
+    return count, count(render(turns, template, tokenizer)) / 2 - count("a")
 
 
 def _changes(recipe: Any, machine: Machine) -> Iterator[list[tuple[str, Any, Machine]]]:

@@ -61,8 +61,9 @@ class DataSource(Section):
 
     @property
     def title(self) -> str:
-        """Name of the source in messages: its path, or its data set."""
-        return self.path or self.dataset
+        """Name of the source in messages: its path, or data set, configuration and split."""
+        split = "" if self.split == "train" else self.split
+        return self.path or "/".join(filter(None, (self.dataset, self.name, split)))
 
     @property
     def selection(self) -> dict[str, Any]:
@@ -163,10 +164,13 @@ def _folder(value: str) -> str:
         raise ValueError(f"expected a folder to write to, got {value!r}")
     if is_remote(value):
         raise ValueError(f"expected a folder of this machine to write to, got the address {value}")
-    path = Path(value).expanduser()
-    for above in (path, *path.parents):
-        if above.exists() and not above.is_dir():
-            raise ValueError(f"expected a folder to write to, but {above} is no folder")
+    try:
+        path = Path(value).expanduser()
+        for above in (path, *path.parents):
+            if above.exists() and not above.is_dir():
+                raise ValueError(f"expected a folder to write to, but {above} is no folder")
+    except (OSError, RuntimeError) as error:  # too long; `~` of nobody
+        raise ValueError(f"expected a folder to write to, got {value:.99}: {error!s:.99}") from None
     return str(path) if value.startswith("~") else value
 
 

@@ -340,7 +340,7 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
     """Pydantic's errors as `dotted.key: message`, without the names of a union's branches."""
     problems: dict[str, str] = {}
     kinds: dict[str, list[str]] = {}
-    for item in error.errors(include_url=False):
+    for item in error.errors(include_url=False)[:20]:  # each looks for a near word
         here: Any = data
         parts: list[str] = []
         for depth, step in enumerate(item["loc"], 1):

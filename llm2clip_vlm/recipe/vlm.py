@@ -26,7 +26,9 @@ class VlmSection(Section):
     image_aspect_ratio: Literal["square", "pad", "anyres"] = "square"
     """`pad` fills to a square with the mean colour (LLaVA-1.5 stage 2), `square` crops, `anyres`
     shows the whole picture and then crops of it (LLaVA-NeXT)."""
-    image_grid_pinpoints: list[tuple[int, int]] | None = None
+    image_grid_pinpoints: list[Annotated[list[int], Field(min_length=2, max_length=2)]] | None = (
+        None
+    )
     """Sizes `[height, width]` in pixels that `anyres` scales a picture to, multiples of the tower's
     image size. None: LLaVA-NeXT's 1x2, 2x1, 2x2, 3x1 and 1x3 crops."""
     chat_template: str | None = None
@@ -64,7 +66,7 @@ class InstructionSource(ImageSource):
 
     sampling_strategy: str = Field(default="all", pattern=r"^(all|(first|end|random):\d+%?)$")
     """Records to take: `all`, or `first`, `end` or `random` with `:N` or `:N%` (LLaVA-NeXT)."""
-    weight: float = Field(default=1.0, gt=0)
+    weight: float = Field(default=1.0, gt=0, le=10_000)
     """Number of times that each of these is seen in an epoch; 0.5 = a random half of them."""
     shuffle_images: bool = False
     """Give each record another record's image (shows what the pictures are worth)."""
@@ -110,6 +112,16 @@ class VlmRecipe(RunRecipe):
     load_in_4bit: bool = False
     """QLoRA: the LLM's own weights stay frozen as NF4; what trains is merged into the original
     ones. Needs bitsandbytes, and `language_model_lora` where the LLM trains; not with ZeRO-3."""
+
+    @model_validator(mode="after")
+    def _packing_plans_batches(self) -> Self:
+        strategy = self.trainer.get("train_sampling_strategy", "random")
+        if self.packing and strategy != "random":
+            raise ValueError(
+                f"trainer.train_sampling_strategy: {strategy!r} has no meaning with packing, which "
+                "plans its own batches; leave it out or set `packing: false`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _four_bits_have_an_adapter(self) -> Self:

@@ -14,18 +14,21 @@ import re
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.files import find_shipped, parent_of
 from llm2clip_vlm.recipe.base import DataSource, ImageSource, LoraSection, RunRecipe, Section
-from llm2clip_vlm.recipe.reading import read_layers
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
+from llm2clip_vlm.recipe.reading import load_recipe, read_layers
+from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.yaml_files import DEEPEST, read_yaml
 from llm2clip_vlm.remote.addresses import is_remote, missing_remote
-from llm2clip_vlm.runs.manifest import RESOLVED_NAME
+from llm2clip_vlm.runs.manifest import RESOLVED_NAME, is_complete
 
 _MODELS = frozenset(
     "checkpoint clip heads_from language_model projector text_encoder tokenizer vision_tower "
@@ -33,6 +36,7 @@ _MODELS = frozenset(
 )
 """Keys whose text is a model directory or a hub id."""
 _OF_A_MODEL = ("config.json", "tokenizer_config.json", "modules.json")
+_PLACES = ("annotations", "classes", "data", "images")
 _WRITTEN_AGAIN = ("checkpoint", "clip", "language_model", "vision_tower")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _LEAST_DISK_BYTES = 64 << 20
@@ -90,6 +94,62 @@ def missing_inputs(recipe: RunRecipe, source: str | Path = "") -> Iterator[str]:
     yield from _missing_room(recipe)
 
 
+def require_benchmarks(recipe: EncoderEvalRecipe) -> None:
+    """Refuse an evaluation of an encoder that would miss something in a later task.
+
+    Raises:
+        InputsError: Lists models, files and folders that are not there.
+    """
+    problems = []
+    for key, value in _leaves(recipe):
+        name = key.rpartition(".")[2]
+        if not isinstance(value, str) or is_remote(value):
+            continue
+        if name in _MODELS | {"model"} and (problem := missing_model(value)):
+            problems.append(f"{key}: {problem}")
+        elif name in _PLACES and not (os.path.exists(value) or glob.glob(value)):
+            problems.append(f"{key}: {value}: no such file or folder (from {Path.cwd()})")
+    if problems:
+        raise InputsError(problems)
+
+
+def require_steps(jobs: Sequence[Any], out: str) -> None:
+    """Refuse a pipeline whose later steps cannot run, before earlier ones take hours.
+
+    Args:
+        jobs: The pipeline's, in their order.
+        out: Its folder, below which its steps write.
+
+    Raises:
+        FileNotFoundError: There is no such program.
+        RecipeError: A recipe cannot be read.
+        InputsError: Lists what is missing, of the stages before which no other program runs: that
+            may write anything.
+    """
+    read: list[RunRecipe | None] = []
+    for job in jobs:
+        job.command()
+        model, path = RECIPES.get(job.step.program), Path(job.recipe[0] if job.step.recipe else out)
+        there = os.path.isfile(path) or not path.is_relative_to(out)
+        if there:
+            read_layers(path)
+        read.append(load_recipe(path, model, job.recipe[1:]) if model and there else None)
+    made = [out, *(recipe.output_dir for recipe in read if recipe)]
+    problems, before = [], set[str]()
+    for job, recipe in zip(jobs, read, strict=True):
+        if recipe is None or not before.issuperset(job.needs):
+            break
+        before.add(job.name)
+        lost = [
+            f"{job.name}: {problem}"
+            for problem in missing_inputs(recipe, job.recipe[0])
+            if not any(Path(problem.split(": ")[1]).is_relative_to(place) for place in made)
+        ]
+        problems += lost if lost and not is_complete(recipe.output_dir, recipe) else []
+    if problems:
+        raise InputsError(problems)
+
+
 def _missing_named(key: str, value: str, recipe: RunRecipe, source: str | Path) -> Iterator[str]:
     """What a text in a recipe names, by the key that it stands at."""
     name = key.rpartition(".")[2]
@@ -97,9 +157,9 @@ def _missing_named(key: str, value: str, recipe: RunRecipe, source: str | Path) 
         if problem := missing_model(value, source):
             yield f"{key}: {problem}"
     elif name == "embedding_cache" and getattr(recipe, "write_through", None) is None:
-        if not (Path(value) / "header.json").is_file():
+        if not os.path.isfile(Path(value) / "header.json"):
             yield f"{key}: {value}: no such cache{_written_by(value, source)}"
-    elif name == "chat_template" and value.endswith(".jinja") and not Path(value).is_file():
+    elif name == "chat_template" and value.endswith(".jinja") and not os.path.isfile(value):
         yield f"{key}: {value}: no such file (from {Path.cwd()})"
     elif value == "flash_attention_2":
         yield from _absent(key, value, ("flash_attn", "kernels"))
@@ -127,7 +187,7 @@ def _missing_data(key: str, source: DataSource) -> Iterator[str]:
     elif is_remote(path):
         if problem := missing_remote(path):
             yield f"{key}.path: {problem}"
-    elif not (Path(path).is_file() or (glob.has_magic(path) and any(glob.iglob(path)))):
+    elif not (os.path.isfile(path) or (glob.has_magic(path) and any(glob.iglob(path)))):
         yield (
             f"{key}.path: {path}: no such file (from {Path.cwd()}); correct the path, or fetch the "
             "data (docs/data-formats.md)"
@@ -137,10 +197,10 @@ def _missing_data(key: str, source: DataSource) -> Iterator[str]:
         entries = listed.get("datasets") if isinstance(listed, dict) else None
         for entry in entries if isinstance(entries, list) else ():
             named = entry.get("json_path") if isinstance(entry, dict) else None
-            if isinstance(named, str) and not Path(named).is_file():
+            if isinstance(named, str) and not os.path.isfile(named):
                 yield f"{key}.path: {path}: {named}: no such file (from {Path.cwd()})"
     root = source.image_root if isinstance(source, ImageSource) else None
-    if root is not None and not Path(root).is_dir():
+    if root is not None and not os.path.isdir(root):
         yield f"{key}.image_root: {root}: no such folder (from {Path.cwd()})"
 
 
@@ -152,11 +212,12 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
         source: As :func:`require_inputs`.
     """
     folder = Path(path)
-    if (config := folder / "config.json").is_file() and "timm_vision" in config.read_text("utf-8"):
+    config = folder / "config.json"  # `Path.is_file` raises where a name is too long
+    if os.path.isfile(config) and "timm_vision" in config.read_text("utf-8"):
         return next(_absent(path, "a tower of timm", ("timm",)), None)
-    if folder.is_file():
+    if os.path.isfile(folder):
         return None  # a GGUF, or a file of weights: its reader knows better
-    if folder.is_dir():
+    if os.path.isdir(folder):
         if any((folder / name).is_file() for name in _OF_A_MODEL):
             return None
         inner = [part.name for part in sorted(folder.iterdir()) if (part / "config.json").is_file()]
@@ -166,7 +227,7 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
         return f"{path}: no config.json in this folder{hint}"
     if writer := _written_by(path, source):
         return f"{path}: no such folder{writer}"
-    beside = "/" in path and folder.parent.is_dir()
+    beside = "/" in path and os.path.isdir(folder.parent)
     if beside or not _HUB_ID.fullmatch(path) or path.startswith("runs/"):
         return f"{path}: no such folder (from {Path.cwd()}); correct the path, or write it first"
     return _missing_on_hub(path)
@@ -304,28 +365,30 @@ def _missing_for_trainer(recipe: RunRecipe) -> Iterator[str]:
     settings = trainer.get("deepspeed")
     if isinstance(settings, str) and not Path(settings).is_file():
         yield f"trainer.deepspeed: {settings}: no such file (from {Path.cwd()})"
-    if re.search("bnb|8bit", str(trainer.get("optim", ""))):
+    if trainer.get("use_liger_kernel"):
+        yield from _absent("trainer.use_liger_kernel", "true", ("liger_kernel",))
+    if re.search("bnb|(?<!torch_)8bit", str(trainer.get("optim", ""))):
         yield from _absent("trainer.optim", str(trainer["optim"]), ("bitsandbytes",))
 
 
 def _missing_room(recipe: RunRecipe) -> Iterator[str]:
     """Whether the output directory can be written, and has room for what is certain to be."""
     out = Path(recipe.output_dir)
-    there = next(place for place in (out, *out.absolute().parents) if place.is_dir())
+    there = next(place for place in (out, *out.absolute().parents) if os.path.isdir(place))
     if not os.access(there, os.W_OK | os.X_OK):
         yield f"output_dir: {out}: no permission to write in {there}; choose another folder"
         return
     if any((out / name).exists() for name in (MANIFEST_NAME, RESOLVED_NAME)):
         return  # what a run has begun may be there already
     needed = _LEAST_DISK_BYTES + sum(
-        file.stat().st_size
+        os.path.getsize(file)
         for key, value in _leaves(recipe)
         if key.rpartition(".")[2] in _WRITTEN_AGAIN and isinstance(value, str)
-        for file in Path(value).glob("*.safetensors")
-    )
+        for file in glob.glob(f"{glob.escape(value)}/*.safetensors")
+    ) * (2 if hasattr(recipe, "vlm") else 1)  # composed, and exported beside it
     free = shutil.disk_usage(there).free
     if free < needed:
         yield (
-            f"output_dir: {out}: {free / 1e9:.1f} GB are free there, and the model alone that will "
-            f"be written takes {needed / 1e9:.1f} GB; free space, or choose another folder"
+            f"output_dir: {out}: {free / 1e9:.1f} GB are free there, and the models that will be "
+            f"written take {needed / 1e9:.1f} GB; free space, or choose another folder"
         )

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from llm2clip_vlm import distributed
@@ -29,6 +29,7 @@ _OWNED = {
 _FIXED = {
     "save_only_model": False,  # a resumed run would go on with a fresh optimizer, in silence
     "auto_find_batch_size": False,  # would train on another global batch
+    "push_to_hub": False,  # `llm2clip-vlm push` does, what is finished and whole
 }
 _ABOVE_ZERO = ("max_steps", "num_train_epochs", "save_steps", "logging_steps", "eval_steps")
 """Keys that transformers takes at 0 and below, for something else than nothing, or for nothing."""
@@ -153,6 +154,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "gradient_accumulation_steps": accumulation,
     }
     arguments = TrainingArguments(**values)
+    _try_out(arguments)
     if recipe.contrastive:
         _check_contrastive(recipe, arguments)
     if arguments.n_gpu > 1:
@@ -160,6 +162,21 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         logger.warning("using 1 of %d GPUs; start with `accelerate launch`", arguments.n_gpu)
         arguments._n_gpu = 1
     return arguments
+
+
+def _try_out(args: TrainingArguments) -> None:
+    """Refuse an optimizer or a schedule that cannot be made, before a model is loaded.
+
+    Raises:
+        ValueError: A package is not installed, or an argument is missing or unknown.
+    """
+    layer: Any = torch.nn.Linear(1, 1)
+    options: Any = args.lr_scheduler_kwargs
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(args, layer)
+        get_scheduler(args.lr_scheduler_type, torch.optim.SGD(layer.parameters()), 1, 1000, options)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"trainer: its optimizer or schedule: {error}") from error
 
 
 def _check_contrastive(recipe: RunRecipe, args: TrainingArguments) -> None:

@@ -17,8 +17,9 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.conversation.instruction import expand_mixtures
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.data.reading.records import source_files
-from llm2clip_vlm.data.text.token_table import read_instructions
+from llm2clip_vlm.data.text.token_table import read_instructions, size_px
 from llm2clip_vlm.distributed import await_files, is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
@@ -166,6 +167,8 @@ class StageRun(Generic[R]):
         )
         if steps and any(held_out):
             forced |= {"eval_strategy": "steps", "eval_steps": steps}
+        elif not any(held_out):
+            forced |= {"eval_strategy": "no"}  # there is nothing that it would measure
         self.args = build_training_arguments(self.recipe, **forced)
         if is_main():
             self.hold()
@@ -321,14 +324,16 @@ class StageRun(Generic[R]):
 def _require_record(source: InstructionSource) -> None:
     """Look for one usable conversation, before minutes are spent on the models."""
     bad = Refused()
-    if (
-        source.dataset
-        or is_remote(source.path)
-        or any(True for _ in read_instructions(source, bad))
-    ):
+    if source.dataset or is_remote(source.path):
         return
-    where, why = bad.rows[0] if bad.rows else (source.title, "it is empty")
-    raise RecordError(f"{source.title}: no usable record; the first is {where}: {why}")
+    for record in read_instructions(source, bad):
+        try:
+            for image in record.images:
+                size_px(source.folder, image, source.follow_links)
+            return
+        except ImageError as error:
+            bad.add(record.key, str(error))
+    raise RecordError(f"{source.title}: no usable record; the first is {bad.first}")
 
 
 def _leave_nothing(folder: Path) -> None:

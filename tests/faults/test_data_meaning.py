@@ -205,6 +205,36 @@ def test_a_picture_without_placeholder_is_a_bad_record(tmp_path: Path, kind: str
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        {"image_path": "images/a.jpg"}, {"img": "a.PNG"}, {"pictures": ["a.webp", "b.webp"]},
+        {"video": "x.mp4"}, {"audio": "x.wav"}, {"url": "https://host/a.jpeg"},
+    ],
+)  # fmt: skip
+def test_a_picture_under_another_name_is_not_left_out(tmp_path: Path, more: Any) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps([{"id": "x", "conversations": TURNS, **more}]))
+    bad = BadRecords(1)
+    assert not list(read_instructions(InstructionSource(path=str(path)), bad))
+    assert f"the column {next(iter(more))!r} holds" in bad.examples[0]
+    source = InstructionSource(path=str(path), columns=["id", "conversations"])
+    assert len(list(read_instructions(source, BadRecords()))) == 1
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"id": "000123.jpg"}, {"source": "sharegpt", "model": ""}, {"image": None}, {"image": ""},
+        {"url": "https://host/page.html"}, {"note": "see a.jpg and b.jpg"}, {"score": 0.5},
+    ],
+)  # fmt: skip
+def test_text_alone_stays_text(tmp_path: Path, more: Any) -> None:
+    (tmp_path / "a.json").write_text(json.dumps([{"conversations": TURNS, **more}]))
+    source = InstructionSource(path=str(tmp_path / "a.json"))
+    assert len(list(read_instructions(source, BadRecords()))) == 1
+
+
+@pytest.mark.parametrize(
     ("values", "filters", "left"),
     [
         (["True", "False"], {"drop_where": {"x": ["true"]}}, 1),
@@ -250,6 +280,19 @@ def test_files_of_equal_names_are_counted_apart(tmp_path: Path) -> None:
         (tmp_path / folder / "t.json").write_text(json.dumps(rows))
         list(read_instructions(InstructionSource(path=str(tmp_path / folder / "t.json")), bad))
     assert bad.count == 6
+
+
+def test_splits_and_configurations_of_a_data_set_are_counted_apart(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"id": i, "image": "no.png", "conversations": TURNS} for i in range(3)]
+    whole = datasets.Dataset.from_list(rows)
+    datasets.DatasetDict(train=whole, test=whole).save_to_disk(tmp_path)
+    bad = BadRecords(9)
+    for split in ("train", "test"):
+        list(read_instructions(InstructionSource(dataset=str(tmp_path), split=split), bad))
+    assert bad.count == 6
+    names = [InstructionSource(dataset="org/set", name=name).title for name in ("a", "b")]
+    assert names == ["org/set/a", "org/set/b"]
 
 
 @pytest.mark.parametrize("column", ["id", "image", "value", "key"])

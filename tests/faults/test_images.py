@@ -11,7 +11,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from llm2clip_vlm.data.reading import images
-from llm2clip_vlm.data.reading.images import EncodedImage, ImageError
+from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, upright_size
 from tests.image_corpus import BROKEN, GOOD, bomb_png, encode, jpeg, orientation, photo
 
 
@@ -53,6 +53,23 @@ def test_every_orientation_is_undone(value: int) -> None:
     want = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(orientation(value)))))
     assert np.array_equal(image.pixels(), want)
     assert image.size == (want.shape[1], want.shape[0])
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "JPEG"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage!!", b"Exif\0\0II*\0\x08\0", b"Exif\0\0"])
+def test_damaged_exif_costs_no_picture(kind: str, exif: bytes) -> None:
+    data = encode(photo(), kind, exif=exif)
+    want = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert np.array_equal(decoded_as_trained(data), want)
+    assert np.array_equal(decoded_as_evaluated(data), want)
+    assert upright_size(data, "x") == (96, 64)
+
+
+def test_a_sampling_of_colours_without_a_name_costs_no_picture() -> None:
+    """libjpeg-turbo's own interface knows a few; libjpeg takes all."""
+    data = encode(photo().convert("CMYK"), subsampling=2)
+    for decoded in (decoded_as_trained(data), decoded_as_evaluated(data)):
+        assert np.abs(decoded.astype(int) - np.asarray(photo())).mean() < 12
 
 
 def test_cmyk_is_not_inverted() -> None:

@@ -15,9 +15,11 @@ import yaml
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.reading.bad_records import RecordError
+from llm2clip_vlm.models.vlm import building
 from llm2clip_vlm.runs.inputs import InputsError
 from llm2clip_vlm.runs.manifest import PARENTS_NAME, RESOLVED_NAME, HandoffError
 from llm2clip_vlm.runs.ownership import MARKER_NAME, OwnershipError
+from llm2clip_vlm.training.vlm import vlm_run
 from tests.tiny import CHAT_TEMPLATE
 from tests.vlm_fixtures import run_here, write_llava, write_recipe
 
@@ -84,6 +86,45 @@ def test_data_are_looked_for_before_anything_is_made(tmp_path: Path, three: Thre
         with pytest.raises(RecordError, match=r"no usable record; the first is .*json:"):
             run_here("stage3_projector", three(data=[source]))
     assert content(tmp_path / "out") == {}
+
+
+LATE: dict[str, tuple[dict[str, Any], str]] = {
+    "blocks": ({"trainable": {"language_model": {"lr": 1e-2, "last_blocks": 99}}}, "last blocks"),
+    "adapter": ({"language_model_lora": {"r": 2}}, "language_model_lora: trainable has no"),
+    "layers": (
+        {"trainable": {"language_model": 1e-3}, "language_model_lora": {"r": 2,
+         "target_modules": ["nope"]}}, "nope"),
+    "length": ({"max_length_tokens": 8}, "no usable record; the first is .*beyond max_length"),
+    "measuring": ({"trainer": {"eval_strategy": "steps", "eval_steps": 1}}, "eval_strategy"),
+    "pictures": ({"data": [{"path": "llava.json", "image_root": "lfs"}]}, "does not decode"),
+    "template": ({"vlm": {"chat_template": "{% for m in messages %}{{ m"}}, "end of print"),
+    "answers": ({"vlm": {"chat_template": "{% for m in messages %}x{% endfor %}"}}, "generation"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_what_cannot_be_trained_is_not_composed(
+    tmp_path: Path, three: Three, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gigabytes would be written before the message."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lfs" / "images").mkdir(parents=True)
+    for image in (tmp_path / "images").iterdir():
+        (tmp_path / "lfs" / "images" / image.name).write_text("version https://git-lfs.github.com")
+    values, told = LATE[name]
+    recipe = yaml.safe_load(three().read_text())
+    vlm = recipe["vlm"] | values.get("vlm", {})
+    with pytest.raises(ValueError, match=told):
+        run_here("stage3_projector", three(**values | {"vlm": vlm}))
+    assert not (tmp_path / "out" / "composed").exists()
+
+
+def test_a_template_is_looked_for_before_the_weights(
+    tmp_path: Path, tiny_clip: Path, tiny_llm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(building, "load_complete", lambda *_, **__: pytest.fail("weights loaded"))
+    with pytest.raises(ValueError, match="chat_template 'vicuna' is neither"):
+        building.build_vlm(tiny_clip, tiny_llm, chat_template="vicuna")
 
 
 def test_a_refused_run_leaves_its_folder_to_the_next(tmp_path: Path, three: Three) -> None:
@@ -175,12 +216,13 @@ def test_what_a_recipe_names_at_second_hand_is_watched(
 
 
 def test_what_a_killed_run_composed_is_replaced_but_nothing_of_mine(
-    tmp_path: Path, three: Three
+    tmp_path: Path, three: Three, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    recipe = three(trainable={"language_model": {"lr": 1e-2, "last_blocks": 99}})
-    with pytest.raises(ValueError, match="last blocks of language_model"):  # after composing
-        run_here("stage3_projector", recipe)
+    with monkeypatch.context() as killed:
+        killed.setattr(vlm_run, "build_vlm_data", lambda *_, **__: 1 / 0)  # after composing
+        with pytest.raises(ZeroDivisionError):
+            run_here("stage3_projector", three())
     assert (out / "composed" / "model.safetensors").is_file()
     (out / "composed" / "mine.bin").write_text("mine")
     with pytest.raises(OwnershipError, match=r"composed holds what no run .*: mine\.bin"):
@@ -191,6 +233,21 @@ def test_what_a_killed_run_composed_is_replaced_but_nothing_of_mine(
     with pytest.raises(OwnershipError, match="model"):  # no run has come so far
         run_here("stage3_projector", three())
     assert {PARENTS_NAME, RESOLVED_NAME} <= content(out).keys()
+
+
+def test_a_refused_build_leaves_the_recipe_of_the_cache(tmp_path: Path, tiny_llm: Path) -> None:
+    (tmp_path / "c.jsonl").write_text('{"image": "a.png", "captions": "a red dog"}')
+    values: dict[str, Any] = {"stage": "stage2a_cache_text", "output_dir": str(tmp_path / "out")}
+    values |= {"sources": [{"path": str(tmp_path / "c.jsonl")}]}
+    recipe, kept = tmp_path / "r.yaml", tmp_path / "out" / RESOLVED_NAME
+    recipe.write_text(yaml.safe_dump(values | {"text_encoder": {"language_model": str(tiny_llm)}}))
+    run_here("stage2a_cache_text", recipe)
+    before = kept.read_text()
+    other = {"language_model": str(tiny_llm), "pooling": "last"}
+    recipe.write_text(yaml.safe_dump(values | {"text_encoder": other}))
+    with pytest.raises(ValueError, match="embeddings of two encoders never share a cache"):
+        run_here("stage2a_cache_text", recipe)
+    assert kept.read_text() == before
 
 
 def test_a_refused_run_leaves_no_folder(tmp_path: Path, three: Three) -> None:

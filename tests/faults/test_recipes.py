@@ -77,6 +77,12 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "text": ("hello", "mapping"),
     "empty": ("", "output_dir: required"),
     "cut": (GOOD + "x: {a: [1", "not valid YAML"),
+    "long folder": (GOOD.replace(" out", f" {'x' * 300}"), "output_dir: .*too long"),
+    "deep folder": (GOOD.replace(" out", f" {'x/' * 3000}"), "output_dir: .*too long"),
+    "home of nobody": (GOOD.replace(" out", " ~nobody_of_this_name/x"), "output_dir: .*home"),
+    "endless repetition": (GOOD.replace("x.json", "x.json, weight: 1e18"), "less than or equal"),
+    "packing beside groups": (GOOD + "trainer: {train_sampling_strategy: group_by_length}",
+                              "no meaning with packing"),
     "tab": (GOOD + "\tnotes: x", "not valid YAML"),
     "base itself": ("base: r.yaml", "its own parent"),
     "base a folder": ("base: .", "folder"),
@@ -149,6 +155,28 @@ def test_names_that_look_like_secrets_or_comments_pass(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "resolved.yaml", Stage3Recipe) == recipe
     home = load_recipe(file, Stage3Recipe, ["output_dir=~/x"]).output_dir
     assert home == str(Path.home() / "x")
+
+
+def test_thousands_of_unknown_keys_are_not_all_compared(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD + "".join(f"k{n}: 1\n" for n in range(9000)))
+    began = time.process_time()
+    with pytest.raises(RecipeError, match=r"20 problems\n  k0: unknown key"):
+        load_recipe(tmp_path / "r.yaml", Stage3Recipe)
+    assert time.process_time() - began < 4
+
+
+def test_grids_of_anyres_are_read_and_written(tmp_path: Path) -> None:
+    file = tmp_path / "r.yaml"
+    file.write_text(GOOD)
+    anyres = "vlm.image_aspect_ratio=anyres"
+    given = [anyres, "vlm.image_grid_pinpoints=[[336, 672], [672, 336]]"]
+    recipe = load_recipe(file, Stage3Recipe, given)
+    assert recipe.vlm.image_grid_pinpoints == [[336, 672], [672, 336]]
+    save_resolved(recipe, tmp_path / "resolved.yaml")
+    assert load_recipe(tmp_path / "resolved.yaml", Stage3Recipe) == recipe
+    for wrong in ("[[336]]", "[336, 672]", "[[1, 2, 3]]"):
+        with pytest.raises(RecipeError, match="image_grid_pinpoints"):
+            load_recipe(file, Stage3Recipe, [anyres, f"vlm.image_grid_pinpoints={wrong}"])
 
 
 def test_a_pipeline_does_not_explode() -> None:

@@ -11,7 +11,9 @@ import torch
 import yaml
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+from llm2clip_vlm.data.image_text.index import ImageTextRecord
 from llm2clip_vlm.data.reading.bad_records import RecordError
+from llm2clip_vlm.runs.hashes import HandoffError
 from llm2clip_vlm.runs.manifest import read_manifest
 from stages import clip_baseline, stage2b_vision_encoder
 from tests.faults.test_image_text_inputs import MIXED
@@ -77,6 +79,22 @@ def test_more_than_a_hundredth_stops_the_run(
     with pytest.raises(RecordError, match=r"1 bad record\(s\), 0 allowed of 46 records"):
         stage2b_vision_encoder.main([str(recipe)])
     assert (recipe.parent / "run" / "dropped.jsonl").is_file()
+
+
+@pytest.mark.parametrize("training", ["frozen", "full"])
+def test_a_caption_without_embedding_is_told_before_pictures_are_opened(
+    recipe: Path, training: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A frozen tower would see every picture first."""
+    opened: list[Any] = []
+    monkeypatch.setattr(ImageTextRecord, "encoded", lambda self: opened.append(self) or 1 / 0)
+    write_tar(recipe.parent / "more.tar", [("x", b"", "a caption of nobody")])
+    train = [{"path": str(recipe.parent / name), "fields": ["txt"]}
+             for name in ("00000.tar", "more.tar")]  # fmt: skip
+    words = [f"train={json.dumps(train)}", f"tower_training={training}", "max_bad_fraction=0.9"]
+    with pytest.raises(HandoffError, match=r"1 of \d+ captions are not in the cache"):
+        stage2b_vision_encoder.main([str(recipe), *words])
+    assert not opened
 
 
 class Stop(Exception):

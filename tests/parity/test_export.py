@@ -47,6 +47,16 @@ def stage_2b(kind: str, folder: Path) -> Path:
     return folder / "run"
 
 
+def test_a_place_that_is_taken_is_told_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stage_2b("clip", tmp_path)
+    monkeypatch.setattr("llm2clip_vlm.interop.export._load", lambda _: pytest.fail("loaded"))
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(ModelError, match="taken exists already"):
+        export(run, "transformers", tmp_path / "taken")
+
+
 def check_certificate(folder: Path, returned: dict[str, Any]) -> None:
     written = json.loads((folder / "parity.json").read_text())
     assert written == returned

@@ -369,7 +369,7 @@ def test_what_anyres_cannot_do_is_refused(
         build_vlm(dino, tiny_llm, **keep)
     build_vlm(dino, tiny_llm, image_size_px=32, **keep)
     with pytest.raises(ValueError, match="image_grid_pinpoints: expected image_aspect_ratio"):
-        VlmSection(vision_tower="a", language_model="b", image_grid_pinpoints=[(32, 64)])
+        VlmSection(vision_tower="a", language_model="b", image_grid_pinpoints=[[32, 64]])
     with pytest.raises(ValueError, match="composed for anyres"):
         set_image_aspect_ratio(anyres[1], "square")
     with pytest.raises(ValueError, match="shuffle_images"):

@@ -159,10 +159,41 @@ def test_deepspeed_is_prepared_before_the_arguments_are_built(
     if how == "environment":
         monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     assert "deepspeed" in real_hints
-    monkeypatch.setattr(module, "check_trainer_keys", lambda trainer: None)
+    for name in ("check_trainer_keys", "_try_out"):
+        monkeypatch.setattr(module, name, lambda _: None)
     monkeypatch.setattr(module, "TrainingArguments", build)
     build_training_arguments(make_recipe(tmp_path, trainer=trainer))
     assert calls == (["build"] if how == "off" else ["prepare", "build"])
+
+
+@pytest.mark.parametrize(
+    ("trainer", "told"),
+    [
+        ({"optim": "lomo"}, "lomo_optim"),
+        ({"optim": "galore_adamw"}, "galore_torch"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
+        ({"lr_scheduler_kwargs": {"nope": 1}, "lr_scheduler_type": "cosine"}, "nope"),
+        ({"push_to_hub": True}, "push_to_hub"),
+    ],
+)
+def test_what_would_fail_once_the_models_are_there(
+    tmp_path: Path, trainer: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"trainer.*{told}"):
+        build_training_arguments(make_recipe(tmp_path, trainer=trainer))
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 9}},
+        {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
+        {"optim": "sgd", "dataloader_num_workers": 2, "dataloader_prefetch_factor": 4},
+        {"optim": "adafactor", "lr_scheduler_type": "polynomial", "push_to_hub": False},
+    ],
+)
+def test_what_can_be_made_passes(tmp_path: Path, trainer: dict[str, Any]) -> None:
+    build_training_arguments(make_recipe(tmp_path, trainer=trainer))
 
 
 class Line(torch.nn.Module):

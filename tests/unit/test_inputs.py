@@ -74,6 +74,9 @@ def test_complete_inputs_are_no_problem(work: Path) -> None:
         ("trainer.report_to=[none,trackio]", "pip install trackio"),
         ("trainer.deepspeed=ds.json", "trainer.deepspeed: ds.json: no such file"),
         ("trainer.optim=adamw_bnb_8bit", "pip install bitsandbytes"),
+        ("trainer.use_liger_kernel=true", "pip install liger_kernel"),
+        (f"data.0.path={'a' * 5000}", "no such file"),
+        (f"vlm.vision_tower=./{'a' * 300}", "no such folder"),
     ],
 )
 def test_each_missing_thing_has_its_key(work: Path, override: str, wanted: str) -> None:
@@ -157,7 +160,7 @@ def test_a_cache_that_fills_itself_may_be_absent(work: Path) -> None:
 def test_space_and_permission(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     (work / "models/llm/model.safetensors").write_bytes(b"0" * 1000)
-    free = inputs._LEAST_DISK_BYTES + 999
+    free = inputs._LEAST_DISK_BYTES + 1999  # it is composed first, and at the end exported
     monkeypatch.setattr(inputs.shutil, "disk_usage", lambda _: usage(0, 0, free))
     (found,) = problems(STAGE3)
     assert "output_dir: out: 0.1 GB are free there" in found

@@ -30,6 +30,7 @@ from llm2clip_vlm.pipeline import (
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage2aRecipe
+from llm2clip_vlm.runs.inputs import require_steps
 from llm2clip_vlm.runs.manifest import write_manifest
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, OwnershipError
 from llm2clip_vlm.runs.shown import Seen, Shown
@@ -180,6 +181,48 @@ def test_a_program_that_is_not_there_is_named(root: Path) -> None:
     (job,) = expand(pipeline({"name": "a", "program": "stage9", "outputs": []}))
     with pytest.raises((ValueError, FileNotFoundError), match=r"stage9.*work"):
         job.command()
+
+
+def stage(name: str, recipe: str, needs: list[str] | None = None) -> dict[str, Any]:
+    return {"name": name, "program": "stage2a_cache_text", "recipe": recipe, "needs": needs or []}
+
+
+def write_stage2a(path: str, text_encoder: str, source: str, **more: Any) -> None:
+    Path("llm").mkdir(exist_ok=True)
+    Path("llm/config.json").write_text("{}")
+    Path("there.jsonl").write_text("{}")
+    values = {"stage": "stage2a_cache_text", "output_dir": f"out/{Path(path).stem}"}
+    values |= {"text_encoder": text_encoder, "sources": [{"path": source}], **more}
+    Path(path).write_text(json.dumps(values))
+
+
+@pytest.mark.parametrize(
+    ("last", "told"),
+    [
+        (("llm", "none.jsonl"), r"1 thing is missing; .*\n  b: sources\.0\.path: none\.jsonl"),
+        (("./nothing", "there.jsonl"), r"b: text_encoder: \./nothing: no such folder"),
+        (("llm", "there.jsonl", {"sede": 1}), "sede: unknown key; did you mean `seed`"),
+        (None, "b.yaml.*no such file"),
+    ],
+)
+def test_what_a_later_step_lacks_is_told_before_the_first(
+    root: Path, last: Any, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_stage2a("a.yaml", "llm", "there.jsonl")
+    if last:
+        write_stage2a("b.yaml", last[0], last[1], **(last[2] if len(last) > 2 else {}))
+    with pytest.raises(ValueError, match=rf"(?s){told}"):
+        Pipeline(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))).run()
+    assert not Path("runs").exists() and not Path("out").exists()
+
+
+def test_what_an_earlier_step_may_make_is_not_missed(root: Path) -> None:
+    write_stage2a("a.yaml", "llm", "there.jsonl")
+    write_stage2a("b.yaml", "out/a/text_encoder", "runs/data.jsonl")
+    require_steps(expand(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))), "runs")
+    write_stage2a("b.yaml", "made/somewhere", "made/data.jsonl")  # a program may write anything
+    steps = step("a", "a"), stage("b", "b.yaml", ["a"]), stage("c", "runs/c.yaml", ["b"])
+    require_steps(expand(pipeline(*steps)), "runs")
 
 
 # --- running ------------------------------------------------------------------------------------

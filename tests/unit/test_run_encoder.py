@@ -52,6 +52,21 @@ def test_the_worlds_dense_part_is_consistent(world: Path) -> None:
     assert len(names) == 36 and {row["label"] for row in rows} <= set(names)
 
 
+def test_what_a_later_task_lacks_is_told_first(
+    tmp_path: Path, tiny_clip: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels = str(world / "labels.jsonl")
+    first = {"task": "zero_shot", "name": "a", "data": labels, "classes": str(world / "no.txt")}
+    probe = {"train": {"data": labels}, "test": {"data": "nothing/*.jsonl"}}
+    tasks = [first, {"task": "linear_probe", "name": "b", **probe}]
+    assert evaluate(tmp_path, tasks, model="./no/tower") == 2
+    told = capsys.readouterr().err
+    for line in ("3 things are missing", "model: ./no/tower", "tasks.0.classes: ",
+                 "tasks.1.test.data: nothing"):  # fmt: skip
+        assert line in told
+    assert not (tmp_path / "out").exists()
+
+
 def test_every_task_of_a_recipe(
     tmp_path: Path, tiny_clip: Path, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -438,9 +438,6 @@ def test_a_packed_plan_is_made_of_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     assert build() == wanted
     args.dataloader_drop_last = True
     assert build() == wanted | {"epochs": 3, "drop_last": True}
-    args.train_sampling_strategy = "group_by_length"
-    with pytest.raises(ValueError, match="no meaning with packing"):
-        build()
 
 
 @pytest.mark.parametrize("part", ["language_model.layers.0", "vision_tower", "lm_head"])

@@ -74,6 +74,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         fast: Decode and resize by :class:`TrainingPixels` what is not held in memory; otherwise
             exactly as the image processor does.
         features: Gives what the model takes for pictures. None: `pixel_values`.
+        first: Looks at the captions before any picture is opened. None: nothing does.
 
     Raises:
         ValueError: No record, a weighted kind that no record has, too many bad images, or an
@@ -94,6 +95,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         augmentation: AugmentationSection | None = None,
         fast: bool = False,
         features: PictureFeatures | None = None,
+        first: Callable[[ImageTextDataset], None] | None = None,
     ) -> None:
         self.bad = BadRecords() if bad is None else bad
         self.caption_weights = dict(caption_weights or {})
@@ -113,6 +115,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         augmentation = augmentation or AugmentationSection()
         augments = augmentation.crop_scale_min < 1
         limit = PRELOAD_LIMIT_BYTES if preload_limit_bytes is None else preload_limit_bytes
+        if first is not None:
+            first(self)
         if features is not None:
             kept, self._pixels = features(self.records, self.bad)
             self.records = self.records.take(kept)

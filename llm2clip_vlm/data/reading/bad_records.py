@@ -47,6 +47,11 @@ class Refused:
     absent: list[str] = field(default_factory=list)
     """Files that were not there; with one of them a record may be a good one."""
 
+    @property
+    def first(self) -> str:
+        """The first, for a message."""
+        return ": ".join(self.rows[0]) if self.rows else "missing: the file is empty"
+
     def add(self, where: str, why: str, absent: Path | None = None) -> None:
         """Keeps one."""
         self.rows.append((where, why))

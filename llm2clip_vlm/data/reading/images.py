@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
@@ -282,14 +282,19 @@ class EncodedImage:
 def _decode_jpeg(
     data: bytes, colorspace: str, size: tuple[int, int], part: int
 ) -> npt.NDArray[np.uint8] | None:
-    """Decode by libjpeg-turbo, which reports damage. None: it is not installed."""
+    """Decode by libjpeg-turbo, which reports damage. None: it is not installed, or cannot."""
     decoder = _simplejpeg()
     if decoder is None:
         return None
     width, height = (-(-side // part) for side in size)
-    result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
-        data, colorspace, min_height=height, min_width=width, strict=True
-    )
+    try:
+        result: npt.NDArray[np.uint8] = decoder.decode_jpeg(
+            data, colorspace, min_height=height, min_width=width, strict=True
+        )
+    except ValueError as error:
+        if "subsampling level" in str(error):  # one without a name, such as a CMYK's; Pillow can
+            return None
+        raise
     return result
 
 
@@ -323,7 +328,9 @@ def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[
         if opened.format == "PNG" and isinstance(source, BytesIO):
             require_all_rows(opened, source.getvalue())
             scale_transparency(opened, source.getvalue()[24])
-    turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
+    turn = None
+    with suppress(Exception):  # damaged EXIF costs no picture; of a JPEG's, Pillow keeps silent
+        turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
     width, height = opened.size
     return opened, turn, (height, width) if turn in _TURNS else (width, height)
 

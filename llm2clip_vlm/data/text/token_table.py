@@ -6,6 +6,7 @@ trained, where its images lie) goes into a table (:mod:`llm2clip_vlm.data.readin
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,17 +30,20 @@ from llm2clip_vlm.data.conversation.messages import (
     to_messages,
 )
 from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
-from llm2clip_vlm.data.reading.bad_records import Refusals, Refused
+from llm2clip_vlm.data.reading.bad_records import Refusals, Refused, printable
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
 from llm2clip_vlm.data.reading.records import source_files, source_rows
 from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 7
+VERSION = 8
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
+_MEDIA = re.compile(
+    r"\s*\S+\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\s*", re.I
+)
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
@@ -143,16 +147,24 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
         placeholders = len(images)
     if not (placeholders or images):
         for name, cell in row.items():
-            if isinstance(cell, PackedImage) and cell.count():
+            bytes_there = isinstance(cell, PackedImage) and cell.count()
+            if bytes_there or (name != "id" and _names_media(cell)):
                 raise ConversationError(
-                    f"0 <image> in the conversation, but the column {name!r} holds bytes; call it "
-                    "`image` by `columns` if these are pictures, else name the columns without it"
+                    f"0 <image> in the conversation, but the column {name!r} holds "
+                    f"{'bytes' if bytes_there else printable(repr(cell))}; call it `image` by "
+                    "`columns` if these are pictures, else name the columns without it"
                 )
     if placeholders != len(images):
         raise ConversationError(
             f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"
         )
     return InstructionRecord(where, tuple(images), tuple(messages))
+
+
+def _names_media(cell: Any) -> bool:
+    """Whether a cell is the name of a picture, a film or a sound, or a list of such names."""
+    names = cell if isinstance(cell, list) else [cell]
+    return any(isinstance(name, str) and _MEDIA.fullmatch(name) for name in names)
 
 
 def _listed(turns: Any) -> Any:
@@ -285,7 +297,7 @@ def tokenise(
         try:
             own, labels = _label(record, processor, plain)
             shapes = [
-                _size_px(root, image, source.follow_links) if visual.grids else visual.size_px
+                size_px(root, image, source.follow_links) if visual.grids else visual.size_px
                 for image in record.images
             ]
             seen = [visual.of(*shape) for shape in shapes]
@@ -313,8 +325,8 @@ def tokenise(
         }
 
 
-def _size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:
-    """Height and width, upright."""
+def size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:
+    """Height and width of a picture, upright; refuses what is none."""
     if isinstance(image, str):
         path = resolve_image(root, image, follow_links=follow_links)
         width, height = upright_size(path, f"{image!r} below {root}")

@@ -26,13 +26,12 @@ from transformers import (
     LlavaNextProcessor,
     LlavaProcessor,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     ProcessorMixin,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from llm2clip_vlm.chat.labels import end_of_turn_ids
-from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template
+from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template, render
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
@@ -133,7 +132,7 @@ def build_vlm(
     """
     if is_feature_map_checkpoint(vision_tower):
         _check_layers(1, vision_feature_layer, vision_tower)  # before minutes of loading
-    llm, tokenizer = _load_language_model(str(language_model), dtype)
+    llm, tokenizer, template = _load_language_model(str(language_model), dtype, chat_template)
     tower = load_vision_tower(vision_tower, dtype=llm.dtype, image_size_px=image_size_px)
     with boundary(f"{vision_tower}: LLaVA calls its tower with return_dict=True (take **kwargs)"):
         run_on_shapes(tower.model, tower.image_size_px, return_dict=True)
@@ -141,7 +140,7 @@ def build_vlm(
     if not tower.has_cls_token:
         vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
     _keep_whole(tokenizer, extra_tokens)
-    template = accept_image_parts(find_chat_template(chat_template, tokenizer), tokenizer)
+    template = accept_image_parts(template, tokenizer)
     image_token_id = _add_image_token(tokenizer, llm)
     template = with_system_prompt(template, system_prompt, tokenizer)
     _no_second_bos(tokenizer, template)
@@ -289,9 +288,13 @@ def save_vlm(
         raise ModelError(f"{directory}: loaded again it computes something else: {wrong}")
 
 
-def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load_language_model(path: str, dtype: Any, chat_template: str | None) -> tuple[Any, Any, str]:
     config = read_config(path)
     refuse_bidirectional(config, path)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise ModelError(f"{path}: AutoModelForCausalLM has no class for {config.model_type!r}")
+    tokenizer = read_tokenizer(path)
+    template = find_chat_template(chat_template, tokenizer)  # before minutes of loading
     dtype = "auto" if dtype is None else dtype
     llm = load_complete(AutoModelForCausalLM, path, config=config, dtype=dtype)
     if dtype == "auto" and llm.dtype == torch.float16:
@@ -300,11 +303,10 @@ def _load_language_model(path: str, dtype: Any) -> tuple[Any, PreTrainedTokenize
     head = llm.get_output_embeddings()
     if head is None or getattr(head, "bias", None) is not None:
         raise ModelError(f"{path}: LLaVA needs a language model with an lm_head without bias")
-    tokenizer = read_tokenizer(path)
     if tokenizer.pad_token is None:
         # Padding is masked and never a label, so sharing a token with unk or eos does no harm.
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return llm, tokenizer
+    return llm, tokenizer, template
 
 
 def _check_layers(total: int, layers: int | list[int], path: str | Path) -> None:
@@ -373,7 +375,7 @@ def _no_second_bos(tokenizer: Any, template: str) -> None:
     `llava_hf`, do not ask and would give the model a second bos.
     """
     message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
-    text = tokenizer.apply_chat_template([message], chat_template=template, tokenize=False)
+    text = render([message], template, tokenizer)
     if not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)):
         return
     backend = tokenizer.backend_tokenizer

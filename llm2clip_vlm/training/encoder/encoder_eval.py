@@ -42,6 +42,7 @@ def training_images(
     *,
     captions_per_image: int = 1,
     features: PictureFeatures | None = None,
+    first: Callable[[ImageTextDataset], None] | None = None,
 ) -> ImageTextDataset:
     """Read a recipe's training pairs.
 
@@ -52,6 +53,7 @@ def training_images(
         text_inputs: Captions to the model's text arguments. None: the training process does this.
         captions_per_image: Captions of an image in a batch.
         features: Patch features of a frozen tower. None: the dataset gives pictures.
+        first: Looks at the captions before any picture is opened. None: nothing does.
     """
     return ImageTextDataset(
         read_sources(recipe.train, bad),
@@ -64,6 +66,7 @@ def training_images(
         augmentation=recipe.augmentation,
         fast=recipe.image_decoding == "fast",
         features=features,
+        first=first,
     )
 
 

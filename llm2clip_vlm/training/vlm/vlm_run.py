@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,15 +17,24 @@ from transformers.integrations.deepspeed import (
 )
 
 from llm2clip_vlm import distributed
-from llm2clip_vlm.data.conversation.instruction import InstructionCollator, InstructionDataset
+from llm2clip_vlm.chat.labels import check_chat_template
+from llm2clip_vlm.data.conversation.instruction import (
+    InstructionCollator,
+    InstructionDataset,
+    expand_mixtures,
+)
 from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
-from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.reading.records import source_files
+from llm2clip_vlm.data.reading.table import file_states
+from llm2clip_vlm.data.text.token_table import tokenise
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.document_attention import install_packing
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
-from llm2clip_vlm.recipe.vlm import PartTraining, VlmRecipe
+from llm2clip_vlm.recipe.vlm import PartTraining, Stage3Recipe, VlmRecipe
+from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.runs.ownership import remove, sign
 from llm2clip_vlm.training.adapters import add_lora, check_adapter, is_adapted
 from llm2clip_vlm.training.stage_run import StageRun
@@ -116,7 +126,7 @@ def padded_instead(
         The recipe to go on with, and why the run cannot be packed though it says so. None: it can,
         or should not.
     """
-    if not recipe.packing or args.train_sampling_strategy != "random":  # refused with the data
+    if not recipe.packing:
         return recipe, None
     if not (is_deepspeed_zero3_enabled() or getattr(model, "is_quantized", False)):
         model.to(args.device)
@@ -193,7 +203,7 @@ def build_vlm_data(
         plain: LLaVA's `plain` style.
 
     Raises:
-        ValueError: No record is left, or packing beside another sampling strategy.
+        ValueError: No record is left.
     """
     samples = InstructionDataset(
         recipe.data,
@@ -205,11 +215,6 @@ def build_vlm_data(
     )
     if not recipe.packing:
         return samples, InstructionCollator(processor.tokenizer.pad_token_id), None
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            f"trainer.train_sampling_strategy: {args.train_sampling_strategy!r} has no meaning "
-            "with packing, which plans its own batches; leave it out or set `packing: false`"
-        )
     drop_last = args.dataloader_drop_last
     whole, rest = divmod(len(samples), recipe.global_batch_size)
     steps = max(whole + (rest > 0 and not drop_last), 1)
@@ -228,6 +233,34 @@ def build_vlm_data(
     )
     args.gradient_accumulation_steps = batches.accumulation
     return samples, PackedCollator(), batches
+
+
+def tried(model: Any, processor: Any, recipe: Stage3Recipe) -> tuple[Any, Any]:
+    """A model and its processor, if they can be trained: before gigabytes of them are written.
+
+    Args:
+        model: A `LlavaForConditionalGeneration`, which stays as it is.
+        processor: Its processor.
+        recipe: What is to be done with them.
+
+    Raises:
+        ValueError: The template does not mark answers, parts cannot train as the recipe says, or
+            a source has no conversation that fits.
+    """
+    check_chat_template(processor)
+    with torch.device("meta"):
+        shapes = type(model)(copy.deepcopy(model.config))
+        shapes.tie_weights()
+        prepare_trainable(shapes, recipe)
+    for source in expand_mixtures(recipe.data):
+        if is_remote(source.path):  # read through as a whole, later
+            continue
+        refused, facts = Refused(), {"files": file_states(source_files(source))}
+        length = recipe.max_length_tokens
+        rows = tokenise(source, processor, length, recipe.plain, refused, facts)
+        if next(rows, None) is None:
+            raise RecordError(f"{source.title}: no usable record; the first is {refused.first}")
+    return model, processor
 
 
 def compose_once(
