@@ -22,8 +22,8 @@ class PipelineStep(Section):
     arguments: list[str] = Field(default_factory=list)
     """Further arguments, as they are; may hold `{variable}`."""
     launch: list[str] = Field(default_factory=list)
-    """Launcher before the program, such as `[accelerate, launch, --config_file, ...]`; empty =
-    plain python."""
+    """Launcher before the program, such as `[python, -m, accelerate.commands.launch, --config_file,
+    ...]`; empty = plain python."""
     needs: list[str] = Field(default_factory=list)
     """Steps that must be finished first; may hold `{variable}`. A name that ends in `*` stands for
     all steps that begin so."""
