@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="what prepare_real.py wrote")
     parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
     parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
-    parser.add_argument("--earlier", type=Path, help="result whose arms fill in for those not run")
+    parser.add_argument("--earlier", type=Path, help="result whose arms of more seeds are taken")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
@@ -81,11 +82,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         "vlm": vlm(given.run, given.seeds, missing),
     }
     found["tests"] = tests(found, given.main)
-    found |= {"ab": drawn(found["tests"]), "titles": TITLES}
     found["costs"] = optional(given.run / "costs.json")
-    found["missing"] = missing
+    found["missing"] = [os.path.relpath(path, given.run) for path in missing]  # of no machine
     if given.earlier:
         take_earlier(found, dict(read_json(given.earlier)))
+    found |= {"ab": drawn(found["tests"]), "titles": TITLES}
     write_atomically(given.output, json.dumps(rounded(found, 3), indent=1) + "\n")
     show(found)
     print(f"{given.output}; missing: {len(missing)} results")
@@ -206,7 +207,7 @@ def drawn(tests: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Add arms, and comparisons of them, that an earlier run has and this one lacks altogether.
+    """Take arms, and comparisons of them, of which an earlier run has more seeds than this one.
 
     Each bears the commit that it was run at: another machine and another seed's luck lie between it
     and the arms beside it, so no comparison is made across the two.
@@ -215,8 +216,13 @@ def take_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
     pairs = [(found[part], earlier[part]) for part in ("retrieval", "tests")]
     pairs += [(found["separability"][kind], earlier["separability"][kind]) for kind in kinds]
     for now, before in pairs:
-        for arm in before.keys() - now.keys():
-            now[arm] = {"commit": earlier["commit"], **before[arm]}
+        for arm, row in before.items():
+            if _seeds(row) > _seeds(now.get(arm)):
+                now[arm] = {"commit": earlier["commit"], **row}
+
+
+def _seeds(row: dict[str, Any] | None) -> int:
+    return 0 if row is None else len(row.get("seeds", row.get("deltas_by_seed", [0])))
 
 
 def show(found: dict[str, Any]) -> None:

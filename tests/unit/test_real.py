@@ -230,9 +230,26 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     drawn = {mark.label: mark.value for mark in chart.groups[heading]}
     assert drawn["tower trained on, image → text"] == 20.0
     missing = " ".join(found["missing"])
+    assert str(tmp_path) not in missing  # no path of the machine is written
     assert "cache/raw_bidirectional" in missing and "control_long-s2" in missing
     assert "text_only-s0/l2c_daquar.json" in missing
     assert "text_only-s0/captions.json" not in missing
+
+
+def test_an_earlier_run_fills_in_where_it_has_more_seeds() -> None:
+    program = load_program(find_program("real_ab"))
+    texts: dict[str, Any] = {"photos": {"raw": {"r1": 1.0}}, "long": {}}
+    now = {"separability": texts, "tests": {}}
+    now["retrieval"] = {"few": {"seeds": [0, 1]}, "many": {"seeds": [0, 1, 2]}}
+    before: dict[str, Any] = {"commit": "old", "tests": {"t": {"deltas_by_seed": [1.0, 2.0]}}}
+    before["separability"] = {"photos": {"raw": {"r1": 9.0}}, "long": {"raw": {"r1": 5.0}}}
+    before["retrieval"] = {"few": {"seeds": [0, 1, 2]}, "many": {"seeds": [0]}}
+    program.take_earlier(now, before)
+    assert now["retrieval"]["few"] == {"commit": "old", "seeds": [0, 1, 2]}
+    assert now["retrieval"]["many"] == {"seeds": [0, 1, 2]}
+    assert now["separability"]["photos"]["raw"] == {"r1": 1.0}
+    assert now["separability"]["long"]["raw"] == {"commit": "old", "r1": 5.0}
+    assert now["tests"]["t"]["commit"] == "old"
 
 
 # --- the picture --------------------------------------------------------------------------------
