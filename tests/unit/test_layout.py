@@ -32,3 +32,8 @@ def test_a_folder_is_small(folder: Path) -> None:
 def test_pages_name_modules_that_are_there(page: Path) -> None:
     for name in NAMED.findall(page.read_text(encoding="utf-8")):
         assert (ROOT / "llm2clip_vlm" / name).exists(), f"{page.name} names {name}"
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("docs/results/*.json")), ids=lambda p: p.name)
+def test_a_committed_result_names_no_path_of_a_machine(path: Path) -> None:
+    assert not re.findall(r'"(?:/|~|[A-Z]:\\)[^"]*"', path.read_text())
