@@ -233,7 +233,7 @@ class Pipeline:
         """
         self._refuse_thawed()
         require_steps(self.jobs, self.recipe.output_dir)
-        costs = self._read(COSTS_NAME)
+        costs = self._read(COSTS_NAME, "seconds", "cpu_seconds")
         own = [f"{job.name}{end}" for job in self.jobs for end in (".log", ".cost.json")]
         hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME, ASKED_NAME])
         self._left = self._read(f"logs/{OUTPUTS_NAME}")
@@ -279,16 +279,18 @@ class Pipeline:
                     "change `frozen` and run everything that was compared again"
                 )
 
-    def _read(self, name: str) -> dict[str, Any]:
-        """A file of a pipeline, by job.
+    def _read(self, name: str, *keys: str) -> dict[str, Any]:
+        """A file of a pipeline, by job, each with these keys.
 
         Raises:
             OwnershipError: It is something else.
         """
         path = Path(self.recipe.output_dir) / name
         try:
-            return dict(read_json(path)) if os.path.lexists(path) else {}
-        except ValueError:
+            found = dict(read_json(path)) if os.path.lexists(path) else {}
+            [row[key] for row in found.values() for key in keys]
+            return found
+        except (LookupError, TypeError, ValueError):
             raise OwnershipError(
                 f"{path} is no file of a pipeline, or damaged; move it away, or choose another "
                 "output_dir"

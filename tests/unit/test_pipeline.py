@@ -667,7 +667,7 @@ def test_foreign_files_are_no_pipelines(root: Path) -> None:
         Pipeline(recipe).run()
     assert (root / "runs" / "logs" / "a.log").read_text() == "mine"
     (root / "runs" / "logs" / "a.log").unlink()
-    for text in ("[1]", "{"):
+    for text in ("[1]", "{", '{"a": 5}', '{"a": {"seconds": 1}}'):
         (root / "runs" / "costs.json").write_text(text)
         with pytest.raises(OwnershipError, match=r"costs\.json is no file of a pipeline"):
             Pipeline(recipe).run()
