@@ -120,7 +120,7 @@ def test_absent_inputs_are_not_run_and_no_p_is_printed(
     for heading in ("The last committed A/B", "Captions retrieved"):
         assert re.search(rf"<h2>{heading}</h2>\s*{NOT_RUN}", html), heading
     assert not re.search(r"\bp\s*[=<]\s*0|\bp 0\.", html)
-    assert any("The A/B over training seeds was not run" in s for s in found["not_shown"])
+    assert any("No A/B over training seeds is at hand" in s for s in found["not_shown"])
     assert any("One VLM was trained for each tower" in s for s in found["not_shown"])
     bare, html = make(program, run, tmp_path, stage1=None, evaluation=None, vlms={}, stage3={})
     assert bare["cra"] is None and bare["vlm"] == {}
@@ -346,7 +346,7 @@ def test_the_vlm_is_never_a_claim_without_the_ab(
 ) -> None:
     _, one = make(program, run, tmp_path)
     assert "As the eyes of a VLM: not decided by this run" in one
-    assert "The A/B over training seeds was not run." in one
+    assert "No A/B over training seeds is at hand." in one
     assert "Another processor gives other figures" in one
     answer = one.split("The answer")[1].split("<section")[0]
     assert "World VQA" not in answer, "a figure of one training stands as an answer"

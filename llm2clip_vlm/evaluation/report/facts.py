@@ -192,7 +192,7 @@ class Facts:
         if count == 1:
             state = "not decided by this run"
         effect = ((self.ab or {}).get("ab", {}).get(task) or {}).get(f"{a}-{b}")
-        short = other = "the A/B over training seeds was not run"
+        short = other = "no A/B over training seeds is at hand"
         if effect is not None:
             figures = "{delta:+.1f} points [{ci[0]:+.1f}, {ci[1]:+.1f}]".format(**effect)
             short = f"A/B over {effect['n_seeds']} seeds: {figures}"
@@ -220,7 +220,7 @@ class Facts:
             "No VLM was evaluated.": not self.vlms,
             "Another processor gives other figures, by some points where a VLM is short of "
             "convergence: it rounds sums otherwise, and training carries that on.": True,
-            "The A/B over training seeds was not run, so nothing is claimed of the VLMs.": (
+            "No A/B over training seeds is at hand, so nothing is claimed of the VLMs.": (
                 self.recipe.headline_task not in (self.ab or {}).get("ab", {})
             ),
         }
