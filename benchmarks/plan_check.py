@@ -99,7 +99,7 @@ def run_stage(stage: str, words: list[str]) -> None:
     import transformers
 
     from llm2clip_vlm.files import find_program, load_program
-    from llm2clip_vlm.preflight.footprint import flop_counter
+    from llm2clip_vlm.models.flops import flop_counter
 
     program = load_program(find_program(stage))
     step = transformers.Trainer.training_step

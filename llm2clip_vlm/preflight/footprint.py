@@ -18,21 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-
-def flop_counter() -> FlopCounterMode:
-    """A counter of matrix products, convolutions and attention (all pairs, masked or not)."""
-    aten = torch.ops.aten  # the CPU's fused attention, which torch counts on GPUs alone
-    fused = {
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda *shapes, **_: sdpa_flop_count(
-            *shapes[:3]
-        ),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda *shapes, **_: sdpa_backward_flop_count(*shapes[:4])
-        ),
-    }
-    return FlopCounterMode(display=False, custom_mapping=fused)
+from llm2clip_vlm.models.flops import flop_counter
 
 
 @dataclass

@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPModel, TrainingArguments
 
 from llm2clip_vlm.losses.contrastive import contrastive_loss
+from llm2clip_vlm.models.flops import flop_counter
 from llm2clip_vlm.training.encoder.encoder_trainer import (
     EncoderTrainer,
     _ClampLogitScale,
@@ -177,7 +177,7 @@ def test_flops_are_of_one_image(tiny_clip: Path, tmp_path: Path) -> None:
     }
     two: Any = type("Two", (), parts)()
     found = prepare_model(model, two, lambda texts: {"input_ids": ids[: len(texts)]}, "cpu")
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         model(pixel_values=pixels[:1], input_ids=ids[:1], return_loss=True).loss.backward()
     assert found == pytest.approx(counter.get_total_flops(), rel=0.02)
 

@@ -105,8 +105,8 @@ def test_flops_are_those_of_a_real_step(work: Path, tiny_clip: Path, tiny_llm: P
     """The same shapes with weights, through the model as it trains."""
     import torch
 
+    from llm2clip_vlm.models.flops import flop_counter
     from llm2clip_vlm.models.vlm.building import build_vlm
-    from llm2clip_vlm.preflight.footprint import flop_counter
 
     model, processor = build_vlm(tiny_clip, tiny_llm)
     model.train().requires_grad_(False)

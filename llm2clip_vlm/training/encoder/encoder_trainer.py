@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from einops import repeat
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 
@@ -18,6 +17,7 @@ from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, TextInputs, c
 from llm2clip_vlm.data.text.captions import EpochSampler
 from llm2clip_vlm.distributed import await_files, is_initialized, is_main
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
+from llm2clip_vlm.models.flops import flop_counter
 from llm2clip_vlm.models.trainable import freeze_unused
 from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, WeightAverage
 from llm2clip_vlm.training.encoder.distillation import TowerTeacher
@@ -314,6 +314,6 @@ def prepare_model(
     features = {"pixel_values": pixels, **text_inputs([dataset.caption(row) for row in rows])}
     features = {name: value.to(device) for name, value in features.items()}
     model.to(device)
-    with FlopCounterMode(display=False) as counter:
+    with flop_counter() as counter:
         freeze_unused(model, lambda: model(**features, return_loss=True).loss)
     return float(counter.get_total_flops()) / len(rows)
