@@ -15,7 +15,8 @@ class VlmFlops:
 
     Model FLOPs are those of the mathematics: two a weight and token forward, two more for each of
     the gradients (of activations, of weights) that the frozen parts leave; attention by the length
-    of each sample; no padding, no recomputation, logits of trained tokens alone.
+    of each sample; no padding, no recomputation, logits of trained tokens alone. A convolutional
+    tower's are understated: its early layers see more positions than it has tokens.
     """
 
     def __init__(self, model: Any) -> None:
