@@ -64,7 +64,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="what prepare_real.py wrote")
     parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
     parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
-    parser.add_argument("--earlier", type=Path, help="result whose arms of more seeds are taken")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
@@ -84,8 +83,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     found["tests"] = tests(found, given.main)
     found["costs"] = optional(given.run / "costs.json")
     found["missing"] = [os.path.relpath(path, given.run) for path in missing]  # of no machine
-    if given.earlier:
-        take_earlier(found, dict(read_json(given.earlier)))
     found |= {"ab": drawn(found["tests"]), "titles": TITLES}
     write_atomically(given.output, json.dumps(rounded(found, 3), indent=1) + "\n")
     show(found)
@@ -204,25 +201,6 @@ def drawn(tests: dict[str, Any]) -> dict[str, Any]:
         pairs = rows.setdefault(TASKS[what] if way == what else f"retrieval_{way}", {})
         pairs[f"llm2clip-{other}"] = {**row, "n_seeds": len(row["deltas_by_seed"])}
     return rows
-
-
-def take_earlier(found: dict[str, Any], earlier: dict[str, Any]) -> None:
-    """Take arms, and comparisons of them, of which an earlier run has more seeds than this one.
-
-    Each bears the commit that it was run at: another machine and another seed's luck lie between it
-    and the arms beside it, so no comparison is made across the two.
-    """
-    kinds = ("photos", "long")
-    pairs = [(found[part], earlier[part]) for part in ("retrieval", "tests")]
-    pairs += [(found["separability"][kind], earlier["separability"][kind]) for kind in kinds]
-    for now, before in pairs:
-        for arm, row in before.items():
-            if _seeds(row) > _seeds(now.get(arm)):
-                now[arm] = {"commit": earlier["commit"], **row}
-
-
-def _seeds(row: dict[str, Any] | None) -> int:
-    return 0 if row is None else len(row.get("seeds", row.get("deltas_by_seed", [0])))
 
 
 def show(found: dict[str, Any]) -> None:

@@ -236,21 +236,6 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert "text_only-s0/captions.json" not in missing
 
 
-def test_an_earlier_run_fills_in_where_it_has_more_seeds() -> None:
-    program = load_program(find_program("real_ab"))
-    texts: dict[str, Any] = {"photos": {"raw": {"r1": 1.0}}, "long": {}}
-    now = {"separability": texts, "tests": {}}
-    now["retrieval"] = {"few": {"seeds": [0, 1]}, "many": {"seeds": [0, 1, 2]}}
-    before: dict[str, Any] = {"commit": "old", "tests": {"t": {"deltas_by_seed": [1.0, 2.0]}}}
-    before["separability"] = {"photos": {"raw": {"r1": 9.0}}, "long": {"raw": {"r1": 5.0}}}
-    before["retrieval"] = {"few": {"seeds": [0, 1, 2]}, "many": {"seeds": [0]}}
-    program.take_earlier(now, before)
-    assert now["retrieval"]["few"] == {"commit": "old", "seeds": [0, 1, 2]}
-    assert now["retrieval"]["many"] == {"seeds": [0, 1, 2]}
-    assert now["separability"]["photos"]["raw"] == {"r1": 1.0}
-    assert now["separability"]["long"]["raw"] == {"commit": "old", "r1": 5.0}
-    assert now["tests"]["t"]["commit"] == "old"
-
 
 # --- the picture --------------------------------------------------------------------------------
 
