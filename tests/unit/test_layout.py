@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("llm2clip_vlm", "stages", "eval", "demo")
 MODULES, LINES = 12, 400
+CODE = {("llm2clip_vlm", "stages", "eval"): 22_950, ("demo",): 1_500}
+"""Most lines of code in these folders together; what is added is paid for by what is removed."""
 _NAMES = [path.stem for path in (ROOT / "llm2clip_vlm").iterdir() if path.suffix in ("", ".py")]
 NAMED = re.compile(rf"`((?:{'|'.join(_NAMES)})(?:/[\w/]*)?\.py)`")
 
@@ -26,6 +30,30 @@ def test_a_folder_is_small(folder: Path) -> None:
     for file in folder.glob("*.py"):
         lines = len(file.read_text(encoding="utf-8").splitlines())
         assert lines <= LINES, f"{file.relative_to(ROOT)} has {lines} lines, at most {LINES}"
+
+
+def code_lines(file: Path) -> int:
+    """Lines that hold code: no blanks, comments or strings that stand alone."""
+    words = {line for node in ast.walk(ast.parse(file.read_text())) for line in text_lines(node)}
+    with file.open("rb") as opened:
+        tokens = list(tokenize.tokenize(opened.readline))[1:]  # the first is the encoding
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
+    code = [t for t in tokens if t.type not in (*empty, tokenize.ENDMARKER)]
+    return len({line for t in code for line in range(t.start[0], t.end[0] + 1)} - words)
+
+
+def text_lines(node: ast.AST) -> range:
+    match node:
+        case ast.Expr(value=ast.Constant(value=str()), lineno=first, end_lineno=int(last)):
+            return range(first, last + 1)
+    return range(0)
+
+
+@pytest.mark.parametrize("folders", CODE, ids="+".join)
+def test_code_does_not_grow(folders: tuple[str, ...]) -> None:
+    files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
+    lines = sum(map(code_lines, files))
+    assert lines <= CODE[folders], f"{lines} lines of code, at most {CODE[folders]}: remove some"
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
