@@ -13,10 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm2clip_vlm.evaluation.encoder.benchmarks import read_classified
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder
 from llm2clip_vlm.metrics.statistics import accuracy
 from llm2clip_vlm.metrics.zero_shot import label_rows, mean_per_class
 from llm2clip_vlm.recipe.evaluation import ClassSource, EncoderEvalRecipe, LinearProbeTask
+from llm2clip_vlm.runs.hashes import hash_json
 
 VALIDATION_SHOTS = 4
 """Few-shot: at most so many more images a class choose the regularisation (CoOp, 2109.01134)."""
@@ -112,7 +113,7 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
         "protocol": "L-BFGS on the pooled output before projection, at most 1,000 iterations; "
         f"L2 swept on {task.validation:.0%} of train, then fitted on all (CLIP A.3); few-shot: "
         f"swept on at most {VALIDATION_SHOTS} more images a class, fitted without them",
-        "data_hash": data_hash(train_hash, test_hash),
+        "data_hash": hash_json([train_hash, test_hash]),
         "top1": accuracy(right.numpy(), range(len(test)), recipe.bootstrap, recipe.seed),
         "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
         "l2": l2,
@@ -129,7 +130,7 @@ def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str],
     return (
         pooled.to(encoder.tower.model.device),
         labels,
-        data_hash([r.key for r in records], labels, image_hash),
+        hash_json([[r.key for r in records], labels, image_hash]),
     )
 
 

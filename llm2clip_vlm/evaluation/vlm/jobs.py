@@ -30,7 +30,7 @@ from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
-from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file
+from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file, hash_json
 from llm2clip_vlm.runs.inputs import missing_model
 from llm2clip_vlm.runs.manifest import versions
 from llm2clip_vlm.runs.ownership import Hold
@@ -239,7 +239,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path) -> str:
         "judge": [os.environ.get(name) for name in JUDGE] if task.judge else None,
         "versions": [versions().get(name) for name in ("lmms_eval", "transformers")],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_json(parts)
 
 
 _SAME_SCORE = {"data_files", "made_by", "title", "name", "program"}
