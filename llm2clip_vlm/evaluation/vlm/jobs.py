@@ -10,7 +10,6 @@ is stale and is made again. lmms-eval's own response cache is never used: its ke
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -29,6 +28,7 @@ import llm2clip_vlm
 from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
+from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file, hash_json
 from llm2clip_vlm.runs.inputs import missing_model
@@ -131,10 +131,9 @@ def task_yaml(name: str, tasks_dir: Path) -> Path:
         if built_in == name:
             return path
         names.add(built_in)
-    near = difflib.get_close_matches(name, names, n=3)
     raise EvaluationError(
         f"task {name!r}: not below {tasks_dir} and not built into lmms-eval (a group? name its "
-        f"tasks instead){'; did you mean ' + ', '.join(near) + '?' if near else ''}"
+        f"tasks instead){did_you_mean(name, names)}"
     )
 
 
