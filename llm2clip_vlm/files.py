@@ -32,7 +32,7 @@ def find_shipped(name: str, *, here: bool = True) -> str:
     """The path itself, or what lies under that name in the checkout or the installed package.
 
     Args:
-        name: As it is called in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
+        name: Path in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
             from the working directory comes first.
         here: Whether it does.
 
@@ -87,7 +87,7 @@ def find_program(name: str, root: Path | None = None) -> Path:
     """File of a program of `stages/`, `eval/` or `demo/`, in a checkout or a wheel.
 
     Args:
-        name: Without its ending, such as `stage1_text_encoder` or `run_lmms`.
+        name: Name without its ending, such as `stage1_text_encoder` or `run_lmms`.
         root: A folder with `stages/`, `eval/` and `demo/` that is asked first.
 
     Raises:
@@ -191,7 +191,7 @@ def let_read(folder: Path) -> None:
     """Give weights the rights of their folder: safetensors 0.8 lets nobody but the owner read.
 
     Args:
-        folder: With all below it; another user's files stay as they are.
+        folder: Folder of the weights, with all below it; another user's files stay as they are.
 
     See https://github.com/safetensors/safetensors/issues/782.
     """

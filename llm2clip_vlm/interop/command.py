@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
-"""As `interop.export.FORMATS`, which takes seconds to import."""
+"""Same as `interop.export.FORMATS`, which takes seconds to import."""
 
 
 DTYPES = ("float32", "bfloat16", "float16")

@@ -15,7 +15,7 @@ from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds
 SHOWN_PX = 448
 """Side of a map."""
 _COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
-"""From unlike to like, evenly spaced; brightness rises throughout."""
+"""Colours from unlike to like, evenly spaced; brightness rises throughout."""
 _OPACITY = 0.6
 
 
@@ -28,13 +28,13 @@ def similarity_maps(
     attention's own values where the tower has such. All maps of a call have one scale of colours.
 
     Args:
-        encoder: With a text side.
+        encoder: Encoder with a text side.
         picture: RGB.
         texts: At least one.
 
     Returns:
-        For each text a picture of :data:`SHOWN_PX`, and the text with its cosines: of the whole
-        picture and of its best patch.
+        A picture of :data:`SHOWN_PX` for each text, and the text with its cosines: that of the
+        whole picture and that of its best patch.
     """
     model, pixels = encoder.tower.model, encoder.pixels(picture)
     words = encoder.embed_texts(texts)

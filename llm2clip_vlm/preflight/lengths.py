@@ -31,7 +31,7 @@ _CHARS_A_TOKEN = 4
 
 @dataclass
 class Lengths:
-    """Of a recipe's training data."""
+    """Lengths of a recipe's training data."""
 
     samples: int
     texts: list[int]
@@ -72,8 +72,8 @@ def measured(
     """Read a recipe's training data: all records of a source's first file, the others by size.
 
     Args:
-        recipe: Whose data are there.
-        count_tokens: Of a text; none = four characters are a token.
+        recipe: Recipe whose data are there.
+        count_tokens: Counts a text's tokens. None: four characters are one.
         a_turn: Tokens that the chat template writes around a turn, or that a caption has more.
     """
     count = count_tokens or (lambda text: math.ceil(len(text) / _CHARS_A_TOKEN))

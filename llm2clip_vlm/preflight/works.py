@@ -64,9 +64,9 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
     """The work of a recipe.
 
     Args:
-        recipe: Of a stage.
+        recipe: A stage's recipe.
         source: Its file.
-        lengths: Of its data.
+        lengths: Lengths of its data.
         world: Processes.
         zero: Stage of ZeRO; 0 = plain data parallelism.
 
@@ -128,7 +128,7 @@ def origin(path: str, source: str | Path) -> str:
 
 
 def vlm_section(recipe: VlmRecipe, source: str | Path) -> Any:
-    """What a VLM is composed of, where its checkpoint is not there yet; none where it is."""
+    """What a VLM is composed of, where its checkpoint is not there yet. None: it is."""
     if isinstance(recipe, Stage3Recipe):
         return recipe.vlm, source
     checkpoint: str = recipe.checkpoint  # type: ignore[attr-defined]

@@ -111,7 +111,7 @@ class StageRun(Generic[R]):
         self.callbacks: list[TrainerCallback] = [
             *(_Progress(self), watchdog, GracefulStop(self._release))
         ]
-        """For the trainer, before its others."""
+        """Callbacks for the trainer, before its others."""
         self._hold: Hold | None = None
         self._data: dict[str, dict[str, Any]] = {}
 

@@ -117,7 +117,7 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     """One conversation of a file.
 
     Args:
-        row: As it lies there: `conversations`, `messages` or `texts`, with `image` or `images`.
+        row: Row as it lies there: `conversations`, `messages` or `texts`, with `image` or `images`.
         where: Its name in messages.
 
     Raises:

@@ -301,7 +301,7 @@ def run_suite(
         suite: Suite from `load_recipe(path, SuiteRecipe)`.
         checkpoints: Name -> directory of a vision-language model.
         output: Gets `<name>/<task>.json` and `<name>/<task>.samples.jsonl`, each written at once.
-        tasks_dir: Folder of the caller's own tasks, whose Python files are run; none = ours alone.
+        tasks_dir: Folder of the caller's own tasks, whose Python files are run. None: ours alone.
 
     Returns:
         `{checkpoint: {task: result}}`, every result as in its file.

@@ -261,7 +261,7 @@ class TextInLoop:
         """Take the encoder out of the model, without its adapter, and write it on the main rank.
 
         Args:
-            model: After training.
+            model: Model after training.
             directory: Such as `<output_dir>/text_encoder`.
         """
         del model.text_encoder
