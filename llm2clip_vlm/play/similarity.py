@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -40,11 +41,12 @@ def similarity_maps(
     words = encoder.embed_texts(texts)
     last_values = any(hasattr(module, "v_proj") for module in model.modules())
     patches = patch_embeds(encoder, pixels, last_values=last_values)[0].cpu() @ words.T
+    maps = rearrange(patches, "y x t -> t y x")
     wholes = (encoder.embed_pixels(pixels) @ words.T)[0]
     low, high = float(patches.min()), float(patches.max())
     seen = _seen(encoder, pixels[0])
     found = []
-    for text, cosines, whole in zip(texts, patches.permute(2, 0, 1), wholes, strict=True):
+    for text, cosines, whole in zip(texts, maps, wholes, strict=True):
         heat = ((cosines - low) / max(high - low, 1e-6)).numpy()
         smooth = Image.fromarray(heat).resize((SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC)
         at, steps = np.clip(np.asarray(smooth), 0, 1), np.linspace(0, 1, len(_COLOURS))
@@ -57,8 +59,8 @@ def similarity_maps(
 
 def _seen(encoder: Encoder, pixels: Tensor) -> Image.Image:
     """The picture as the tower gets it: resized, its centre cropped."""
-    mean = torch.tensor(encoder.tower.image_mean or (0.0,)).view(-1, 1, 1)
-    std = torch.tensor(encoder.tower.image_std or (1.0,)).view(-1, 1, 1)
+    mean = rearrange(torch.tensor(encoder.tower.image_mean or (0.0,)), "c -> c 1 1")
+    std = rearrange(torch.tensor(encoder.tower.image_std or (1.0,)), "c -> c 1 1")
     values = (255 * (pixels * std + mean)).clamp(0, 255).round().to(torch.uint8)
-    image = Image.fromarray(values.permute(1, 2, 0).numpy())
+    image = Image.fromarray(rearrange(values, "c y x -> y x c").numpy())
     return image.resize((SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from einops import rearrange
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import (
@@ -229,7 +230,7 @@ def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, sh
         if text.vocab_size <= SMALL_VOCABULARY:
             return model.lm_head(hidden).float().logsumexp(-1).sum()
         targets = torch.zeros(min(trained, count * round(width)), dtype=torch.long)
-        loss: Tensor = model.lm_head(hidden.flatten(0, 1)[: len(targets)], targets)
+        loss: Tensor = model.lm_head(rearrange(hidden, "b t d -> (b t) d")[: len(targets)], targets)
         return loss
 
     tower = llava.vision_tower

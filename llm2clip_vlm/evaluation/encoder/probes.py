@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -44,22 +45,22 @@ def fit_logistic(
     """
     from scipy.optimize import minimize
 
-    shape, rows = (num_classes, features.shape[1] + 1), torch.arange(len(labels))
-    begin = np.zeros(shape) if start is None else start.double().cpu().numpy()
+    rows, width = torch.arange(len(labels)), features.shape[1] + 1
+    begin = np.zeros((num_classes, width)) if start is None else start.double().cpu().numpy()
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        weights = torch.from_numpy(flat).to(features).view(shape)
+        weights = rearrange(torch.from_numpy(flat).to(features), "(c e) -> c e", e=width)
         decayed = F.pad(l2 / len(features) * weights[:, :-1], (0, 1))
         log_probs = _logits(features, weights).log_softmax(1)
         value = F.nll_loss(log_probs, labels) + (decayed * weights).sum() / 2
         slopes = log_probs.exp_()
         slopes[rows, labels] -= 1
         grad = torch.cat([slopes.T @ features, slopes.sum(0)[:, None]], 1) / len(features) + decayed
-        return value.item(), grad.double().flatten().cpu().numpy()
+        return value.item(), rearrange(grad.double(), "c e -> (c e)").cpu().numpy()
 
     options = {"maxiter": 1000, "gtol": 1e-4, "ftol": 1e-9}  # scikit-learn stops at such gradients
     found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x).to(features).view(shape)
+    return rearrange(torch.from_numpy(found.x).to(features), "(c e) -> c e", e=width)
 
 
 def choose_l2(accuracy: Callable[[float], float]) -> float:
