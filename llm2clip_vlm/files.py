@@ -206,12 +206,12 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
     # Locks may not reach other machines, so each looks after its own leftovers.
     ours = f".{target.name}.{os.uname().nodename}."
     for leftover in target.parent.glob(f"{glob.escape(ours)}*"):
-        with suppress(OSError), _opened(leftover) as handle:
+        with suppress(OSError), opened(leftover) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
             shutil.rmtree(leftover)
     unlocked = Path(tempfile.mkdtemp(prefix=".new.", dir=target.parent))
     folder = target.with_name(f"{ours}{unlocked.name.removeprefix('.new.')}")
-    with _opened(unlocked) as handle:
+    with opened(unlocked) as handle:
         with suppress(OSError):  # no locks on this file system: nobody removes anything
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -221,7 +221,8 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def opened(folder: Path) -> Iterator[int]:
+    """A folder's descriptor, to be locked by."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield handle

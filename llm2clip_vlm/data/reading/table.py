@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
 from llm2clip_vlm.data.text.text_rows import UNDECODED
-from llm2clip_vlm.files import map_hashed, written_hashed
+from llm2clip_vlm.files import map_hashed, opened, written_hashed
 from llm2clip_vlm.remote.ranges import File, RemoteFile
 from llm2clip_vlm.runs.hashes import hash_json
 
@@ -233,10 +233,7 @@ def is_large(files: Sequence[File]) -> bool:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Let in one process of this machine after another; where nothing can be locked, all."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with opened(folder) as handle:
         with suppress(OSError):  # some network file systems lock no folders
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
