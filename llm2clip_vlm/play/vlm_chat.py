@@ -155,10 +155,10 @@ def talk(chat: Chat, lines: Iterable[str], options: Mapping[str, Any]) -> int:
     return failed
 
 
-def typed(prompt: str = "> ") -> Iterator[str]:
+def typed() -> Iterator[str]:
     """Lines from the keyboard, with a prompt and editing, or from a pipe, without."""
     with contextlib.suppress(ImportError, EOFError):
         import readline  # noqa: F401  (gives `input` its editing)
 
         while True:
-            yield input(prompt if sys.stdin.isatty() else "")
+            yield input("> " if sys.stdin.isatty() else "")

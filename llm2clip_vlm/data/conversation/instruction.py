@@ -190,9 +190,9 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         places = [place for index in rows for place in self._place(index)[1]]
         return [root / image for root, image, _ in places if isinstance(image, str)]
 
-    def preview(self, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
-        """One sample as text, what is trained between `«` and `»`; to be looked at."""
-        ids, labels = self._tokens(index)
+    def preview(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The first sample as text, what is trained between `«` and `»`; to be looked at."""
+        ids, labels = self._tokens(0)
         return decoded_preview(ids.tolist(), labels.tolist(), tokenizer)
 
     def __len__(self) -> int:
