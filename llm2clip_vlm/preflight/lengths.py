@@ -12,6 +12,7 @@ from typing import Any
 from llm2clip_vlm.chat.labels import texts_of
 from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.conversation.token_table import to_record
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
 from llm2clip_vlm.data.reading.records import (
     collect_captions,
@@ -19,7 +20,6 @@ from llm2clip_vlm.data.reading.records import (
     source_files,
     source_rows,
 )
-from llm2clip_vlm.data.text.token_table import to_record
 from llm2clip_vlm.recipe.base import CaptionSource, RunRecipe
 from llm2clip_vlm.recipe.vlm import VlmRecipe
 

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
-from llm2clip_vlm.data.text.text_rows import UNDECODED
+from llm2clip_vlm.data.reading.text_rows import UNDECODED
 from llm2clip_vlm.files import map_hashed, opened, written_hashed
 from llm2clip_vlm.remote.ranges import File, RemoteFile
 from llm2clip_vlm.runs.hashes import hash_json
