@@ -25,9 +25,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
-from llm2clip_vlm.data.conversation.messages import decoded_preview
+from llm2clip_vlm.data.conversation.messages import VisualTokens, decoded_preview
 from llm2clip_vlm.data.conversation.token_table import ImageRef, TokenTable, folder_of, read_table
-from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.images import LOOKED_AT, EncodedImage, ImageError, open_image
 from llm2clip_vlm.recipe.vlm import InstructionSource

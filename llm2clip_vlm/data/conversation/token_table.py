@@ -24,12 +24,12 @@ from llm2clip_vlm.chat.template import ConversationError, Message, template_of
 from llm2clip_vlm.chat.text_tokens import text_tokens
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.conversation.messages import (
+    VisualTokens,
     build_labels,
     build_plain_labels,
     count_images,
     to_messages,
 )
-from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import Refusals, Refused, printable
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
 from llm2clip_vlm.data.reading.records import source_files, source_rows

@@ -48,7 +48,6 @@ SCORING_CODE = (
     "data/reading/cut_images.py",
     "data/reading/images.py",
     "data/reading/samples.py",
-    "data/conversation/visual_tokens.py",
     "evaluation/vlm/adapter.py",
     "evaluation/vlm/generation.py",
     "evaluation/vlm/llava15.py",
