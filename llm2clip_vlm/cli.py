@@ -88,7 +88,7 @@ def guard(program: Callable[[], int | None]) -> int:
         program: What to run. None counts as success.
 
     Returns:
-        Its exit code; 2 after such a message, 1 after a mistake of ours, 130 after Ctrl-C, 141
+        Its exit code; 2 after such a message, 1 after a mistake in the code, 130 after Ctrl-C, 141
         where nobody reads the output any more. With `LLM2CLIP_DEBUG=1` the error goes through.
     """
     logging.getLogger("DeepSpeed").addFilter(_worth_telling)
@@ -136,7 +136,7 @@ _OURS = (
 """What mistakes in code raise."""
 
 _TOLD = (ValueError, FileNotFoundError, RemoteError)
-"""What has a message of ours."""
+"""Errors whose message is for the user."""
 
 _ISSUES = "with the lines above and the command, in the project's issue tracker"
 
@@ -160,7 +160,7 @@ _REMEDIES = {
 
 
 def _told(error: Exception) -> str:
-    """The message, with the kind where it is not one of ours, and what to do."""
+    """The message, with its kind where the code did not foresee it, and what to do."""
     text = str(error) or "no message"
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or "out of memory" in text.lower():

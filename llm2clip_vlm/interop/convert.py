@@ -1,4 +1,4 @@
-"""`llm2clip-vlm convert`: somebody else's checkpoint as one of ours, known by what is in it."""
+"""`llm2clip-vlm convert`: a checkpoint of another project, known by what is in it."""
 
 from __future__ import annotations
 

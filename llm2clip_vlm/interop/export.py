@@ -1,4 +1,4 @@
-"""`llm2clip-vlm export`: a checkpoint of ours as another tool opens it, with proof that it does."""
+"""`llm2clip-vlm export`: a checkpoint as another tool opens it, with proof that it does."""
 
 from __future__ import annotations
 

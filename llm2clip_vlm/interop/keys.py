@@ -27,7 +27,7 @@ _CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "batch": (lambda tensor: tensor[0], lambda tensor: tensor[None]),
     "batch2": (lambda tensor: tensor[0, 0], lambda tensor: tensor[None, None]),
 }
-"""What makes ours of theirs, and theirs of ours."""
+"""How a weight becomes ours, and how it goes back."""
 
 
 @dataclass(frozen=True)

@@ -117,7 +117,7 @@ class Job:
 
 
 def task_yaml(name: str, tasks_dir: Path) -> Path:
-    """Find the YAML of a task: below `tasks_dir`, else one of ours, else built into lmms-eval.
+    """Find the YAML of a task: below `tasks_dir`, else shipped here, else built into lmms-eval.
 
     Raises:
         EvaluationError: No such task, with the nearest names.
