@@ -44,7 +44,7 @@ def parser(command: str) -> argparse.ArgumentParser:
             "--image-size", type=int, metavar="PX", help="the same as --set image_size=PX"
         )
         made.add_argument(
-            "--partial", action="store_true", help="let weights be missing or strange"
+            "--partial", action="store_true", help="let weights be missing or unexpected"
         )
         made.add_argument("--sha256", help="hash that the file must have")
         made.add_argument(

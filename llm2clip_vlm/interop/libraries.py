@@ -119,7 +119,7 @@ def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]
 
     Args:
         tower: See :func:`open_clip_weights`.
-        head: Likewise.
+        head: See :func:`open_clip_weights`.
     """
     config: Any = tower.config
     vision: dict[str, Any] = {"image_size": config.image_size}
