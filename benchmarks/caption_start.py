@@ -141,12 +141,13 @@ def first_reads(folder: Path, count: int) -> dict[str, float]:
     from torch.utils.data import DataLoader
 
     from llm2clip_vlm.data.cache import shards
+    from llm2clip_vlm.data.text.text_keys import digests_of
 
     header = shards.Header(dim=1024, fingerprint={"model": "none"})
     shards.write_header(folder, header)
     rows = np.full((16384, 1024), 1024**-0.5, np.float16)
     for number in range(count):
-        keys = shards.digests_of([f"{number} {row}" for row in range(len(rows))])
+        keys = digests_of([f"{number} {row}" for row in range(len(rows))])
         shards.write_shard(folder, header, keys, rows)
     data: Any = Rows(folder)
     found: dict[str, float] = {}

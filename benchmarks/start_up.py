@@ -46,6 +46,7 @@ KEYS_A_SHARD = 2**18
 def write_data(folder: Path, count: int) -> None:
     """Records with two captions each, 64 images that they share, and a cache of all captions."""
     from llm2clip_vlm.data.cache import shards
+    from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES
 
     (folder / "images").mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -57,7 +58,7 @@ def write_data(folder: Path, count: int) -> None:
     keys = bytearray()
 
     def write_keys() -> None:
-        rows = np.frombuffer(bytes(keys), np.uint8).reshape(-1, shards.DIGEST_BYTES)
+        rows = np.frombuffer(bytes(keys), np.uint8).reshape(-1, DIGEST_BYTES)
         ones = np.ones((len(rows), 1), np.float16)
         shards.write_shard(folder / "cache", header, rows, ones)
         keys.clear()

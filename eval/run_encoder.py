@@ -29,7 +29,7 @@ import torch
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.encoder.detection import detection
-from llm2clip_vlm.evaluation.encoder.encoders import data_hash, load_encoder
+from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.encoder.probes import linear_probe
 from llm2clip_vlm.evaluation.encoder.segmentation import linear_segmentation, zero_shot_segmentation
 from llm2clip_vlm.evaluation.encoder.zero_shot import (
@@ -43,7 +43,7 @@ from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.remote.addresses import is_remote, look_up
-from llm2clip_vlm.runs.hashes import changed_files, file_state
+from llm2clip_vlm.runs.hashes import changed_files, file_state, hash_json
 from llm2clip_vlm.runs.inputs import require_benchmarks
 from llm2clip_vlm.runs.ownership import Hold
 
@@ -92,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, task in zip(names, recipe.tasks, strict=True):
         settings = task.model_dump()
         common = [VERSION, encoder.fingerprints, recipe.dtype, recipe.bootstrap, recipe.seed]
-        key = data_hash(settings, common, sorted(states_of(settings)))
+        key = hash_json([settings, common, sorted(states_of(settings))])
         file = out / f"{name}.json"
         found = read_optional(file)
         if found.get("key") != key or any(changed_files(found.get("files", {}), out)):

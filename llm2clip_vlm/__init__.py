@@ -11,39 +11,23 @@ from typing import TYPE_CHECKING, Any
 from llm2clip_vlm.torchvision_guard import watch
 
 if TYPE_CHECKING:
-    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-    from llm2clip_vlm.data.conversation.messages import build_labels
-    from llm2clip_vlm.data.conversation.packing import plan_packs
-    from llm2clip_vlm.losses.contrastive import contrastive_loss
-    from llm2clip_vlm.metrics.retrieval import recall_at_k
-    from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
-    from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
-    from llm2clip_vlm.models.text.text_encoder import TextEncoder
-    from llm2clip_vlm.models.vision.towers import load_vision_tower
-    from llm2clip_vlm.models.vlm.building import build_vlm
-    from llm2clip_vlm.play.photo_index import load_dual_encoder
-    from llm2clip_vlm.recipe.reading import RecipeError, load_recipe
+    from llm2clip_vlm.data.cache.embeddings import EmbeddingCache as EmbeddingCache
+    from llm2clip_vlm.data.conversation.messages import build_labels as build_labels
+    from llm2clip_vlm.data.conversation.packing import plan_packs as plan_packs
+    from llm2clip_vlm.losses.contrastive import contrastive_loss as contrastive_loss
+    from llm2clip_vlm.metrics.retrieval import recall_at_k as recall_at_k
+    from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig as LLM2CLIPConfig
+    from llm2clip_vlm.models.llm2clip import LLM2CLIPModel as LLM2CLIPModel
+    from llm2clip_vlm.models.llm2clip import register as register
+    from llm2clip_vlm.models.text.text_adaptor import TextAdaptor as TextAdaptor
+    from llm2clip_vlm.models.text.text_encoder import TextEncoder as TextEncoder
+    from llm2clip_vlm.models.vision.towers import load_vision_tower as load_vision_tower
+    from llm2clip_vlm.models.vlm.building import build_vlm as build_vlm
+    from llm2clip_vlm.play.photo_index import load_dual_encoder as load_dual_encoder
+    from llm2clip_vlm.recipe.reading import RecipeError as RecipeError
+    from llm2clip_vlm.recipe.reading import load_recipe as load_recipe
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "EmbeddingCache",
-    "LLM2CLIPConfig",
-    "LLM2CLIPModel",
-    "RecipeError",
-    "TextAdaptor",
-    "TextEncoder",
-    "__version__",
-    "build_labels",
-    "build_vlm",
-    "contrastive_loss",
-    "load_dual_encoder",
-    "load_recipe",
-    "load_vision_tower",
-    "plan_packs",
-    "recall_at_k",
-    "register",
-]
 
 _HOME = {
     "EmbeddingCache": "data.cache.embeddings",
@@ -63,6 +47,7 @@ _HOME = {
     "register": "models.llm2clip",
 }
 
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (they are strings)
 
 watch()
 

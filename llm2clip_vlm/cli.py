@@ -5,8 +5,8 @@ llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage; --gpus 8 on that 
 llm2clip-vlm plan RECIPE [--gpus 8 --gpu NAME]    memory, hours, disk, and what is missing
 llm2clip-vlm help STAGE [KEY]                     the keys of its recipe on a screen, or one of them
 llm2clip-vlm completion bash|zsh                  what the shell needs to complete words
-llm2clip-vlm embed ...                            build, verify, merge, import or report on a
-                                                  cache of caption embeddings
+llm2clip-vlm embed ...                            build, verify, merge or report on a cache of
+                                                  caption embeddings
 llm2clip-vlm export CHECKPOINT --to FORMAT OUT    for another tool
 llm2clip-vlm convert IN OUT                       from another project
 llm2clip-vlm doctor                               what this machine has
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        argv: Arguments without the program's name; none = the process's own.
+        argv: Arguments without the program's name. None: the process's own.
 
     Returns:
         The exit code: 2 for an error that the user can mend.
@@ -88,7 +88,7 @@ def guard(program: Callable[[], int | None]) -> int:
         program: What to run. None counts as success.
 
     Returns:
-        Its exit code; 2 after such a message, 1 after a mistake of ours, 130 after Ctrl-C, 141
+        Its exit code; 2 after such a message, 1 after a mistake in the code, 130 after Ctrl-C, 141
         where nobody reads the output any more. With `LLM2CLIP_DEBUG=1` the error goes through.
     """
     logging.getLogger("DeepSpeed").addFilter(_worth_telling)
@@ -136,7 +136,7 @@ _OURS = (
 """What mistakes in code raise."""
 
 _TOLD = (ValueError, FileNotFoundError, RemoteError)
-"""What has a message of ours."""
+"""Errors whose message is for the user."""
 
 _ISSUES = "with the lines above and the command, in the project's issue tracker"
 
@@ -160,7 +160,7 @@ _REMEDIES = {
 
 
 def _told(error: Exception) -> str:
-    """The message, with the kind where it is not one of ours, and what to do."""
+    """The message, with its kind where the code did not foresee it, and what to do."""
     text = str(error) or "no message"
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
@@ -355,7 +355,7 @@ _push = partial(_module, "interop.push")
 _interop = partial(_module, "interop.command")
 _play = partial(_module, "play.command")
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
-    "embed": (_embed, "build, verify, merge, import or report on a cache of caption embeddings"),
+    "embed": (_embed, "build, verify, merge or report on a cache of caption embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
     "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval by a suite"),

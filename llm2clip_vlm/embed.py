@@ -22,7 +22,7 @@ def main(command: str, words: Sequence[str]) -> int | None:
         words: The command on caches, and its arguments.
 
     Returns:
-        The exit code; none = 0.
+        The exit code. None: 0.
 
     Raises:
         ValueError: What the user can mend.

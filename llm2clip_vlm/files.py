@@ -32,7 +32,7 @@ def find_shipped(name: str, *, here: bool = True) -> str:
     """The path itself, or what lies under that name in the checkout or the installed package.
 
     Args:
-        name: As it is called in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
+        name: Path in a checkout, such as `recipes/accelerate/zero2.yaml`; what exists
             from the working directory comes first.
         here: Whether it does.
 
@@ -87,7 +87,7 @@ def find_program(name: str, root: Path | None = None) -> Path:
     """File of a program of `stages/`, `eval/` or `demo/`, in a checkout or a wheel.
 
     Args:
-        name: Without its ending, such as `stage1_text_encoder` or `run_lmms`.
+        name: Name without its ending, such as `stage1_text_encoder` or `run_lmms`.
         root: A folder with `stages/`, `eval/` and `demo/` that is asked first.
 
     Raises:
@@ -191,7 +191,7 @@ def let_read(folder: Path) -> None:
     """Give weights the rights of their folder: safetensors 0.8 lets nobody but the owner read.
 
     Args:
-        folder: With all below it; another user's files stay as they are.
+        folder: Folder of the weights, with all below it; another user's files stay as they are.
 
     See https://github.com/safetensors/safetensors/issues/782.
     """
@@ -206,12 +206,12 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
     # Locks may not reach other machines, so each looks after its own leftovers.
     ours = f".{target.name}.{os.uname().nodename}."
     for leftover in target.parent.glob(f"{glob.escape(ours)}*"):
-        with suppress(OSError), _opened(leftover) as handle:
+        with suppress(OSError), opened(leftover) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
             shutil.rmtree(leftover)
     unlocked = Path(tempfile.mkdtemp(prefix=".new.", dir=target.parent))
     folder = target.with_name(f"{ours}{unlocked.name.removeprefix('.new.')}")
-    with _opened(unlocked) as handle:
+    with opened(unlocked) as handle:
         with suppress(OSError):  # no locks on this file system: nobody removes anything
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
@@ -221,7 +221,8 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _opened(folder: Path) -> Iterator[int]:
+def opened(folder: Path) -> Iterator[int]:
+    """A folder's descriptor, to be locked by."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         yield handle

@@ -151,8 +151,8 @@ def finished(job: Job, left: dict[str, FileState] | None = None, before: str | N
 
     Args:
         job: The job.
-        left: Its outputs as they were when it ended; none = not known.
-        before: What was asked of it then, see :func:`asked_of`; none = not known.
+        left: Its outputs as they were when it ended. None: not known.
+        before: What was asked of it then, see :func:`asked_of`. None: not known.
 
     Raises:
         PipelineError: An output was changed since, and would be written over.

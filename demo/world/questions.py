@@ -1,4 +1,4 @@
-"""Batches of the world's text for the base language model, and its text-only examination."""
+"""Batches of the world's text for the base language model, and its text-only test."""
 
 from __future__ import annotations
 

@@ -32,4 +32,4 @@ class LanguageModelRecipe(RunRecipe):
     phases: list[TextPhase]
     """The curriculum, in order."""
     evaluation_scenes: int = Field(default=300, ge=1)
-    """Held-out scenes, ten questions each, of the text-only examination."""
+    """Held-out scenes, ten questions each, of the text-only test."""

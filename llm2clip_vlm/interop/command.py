@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
-"""As `interop.export.FORMATS`, which takes seconds to import."""
+"""Same as `interop.export.FORMATS`, which takes seconds to import."""
 
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +44,7 @@ def parser(command: str) -> argparse.ArgumentParser:
             "--image-size", type=int, metavar="PX", help="the same as --set image_size=PX"
         )
         made.add_argument(
-            "--partial", action="store_true", help="let weights be missing or strange"
+            "--partial", action="store_true", help="let weights be missing or unexpected"
         )
         made.add_argument("--sha256", help="hash that the file must have")
         made.add_argument(

@@ -1,4 +1,4 @@
-"""`llm2clip-vlm convert`: somebody else's checkpoint as one of ours, known by what is in it."""
+"""`llm2clip-vlm convert`: a checkpoint of another project, known by what is in it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llm2clip_vlm.models.vlm.building import load_vlm
 from llm2clip_vlm.runs.hashes import fingerprint_file
 
 FIELDS = ("hidden_act", "num_attention_heads", "layer_norm_eps", "rope_theta", "rope_grid")
-"""Of a tower's config: what its weights do not tell."""
+"""Fields of a tower's config that its weights do not tell."""
 LLM = "ForCausalLM"
 """How transformers' names of language models end."""
 
@@ -61,8 +61,8 @@ def convert(
     Args:
         path: File or folder, or a hub id (`ORG/NAME`, `ORG/NAME/FILE`), which is fetched.
         out: Folder to write; must not exist.
-        vision_tower: Of a LLaVA, which keeps its tower apart.
-        language_model: Of an `mm_projector.bin`.
+        vision_tower: Tower of a LLaVA that keeps it apart.
+        language_model: Language model of an `mm_projector.bin`.
         settings: Fields of the tower's config that the file does not say, such as `hidden_act`.
         partial: Let missing and unexpected weights pass.
         sha256: Hash that the file must have.

@@ -1,4 +1,4 @@
-"""`llm2clip-vlm export`: a checkpoint of ours as another tool opens it, with proof that it does."""
+"""`llm2clip-vlm export`: a checkpoint as another tool opens it, with proof that it does."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
 
 
 def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
-    """For unmodified LLaVA: a CLIP directory, and a VLM's decoder and projector beside it."""
+    """Write what unmodified LLaVA reads: a CLIP, and a VLM's decoder and projector beside it."""
     tower = vision_tower_of(model)
     if tower.config.model_type != "clip_vision_model":
         raise ModelError(

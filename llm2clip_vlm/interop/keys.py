@@ -27,7 +27,7 @@ _CHANGES: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]
     "batch": (lambda tensor: tensor[0], lambda tensor: tensor[None]),
     "batch2": (lambda tensor: tensor[0, 0], lambda tensor: tensor[None, None]),
 }
-"""What makes ours of theirs, and theirs of ours."""
+"""How a weight becomes ours, and how it goes back."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Row:
     change: Change = "same"
     """What makes ours of theirs: transposed, or without one or two leading axes of length 1."""
     parts: tuple[int, ...] = ()
-    """Shares of several names on their side; none = equal."""
+    """Shares of several names on their side. Empty: equal ones."""
 
 
 def row(theirs: str, ours: str, change: Change = "same", parts: tuple[int, ...] = ()) -> Row:
@@ -67,7 +67,7 @@ class KeyReport:
     """Theirs that have no place here by design, such as CLIP's own text tower."""
 
     def to_dict(self) -> dict[str, Any]:
-        """As a certificate keeps it; what was left out is counted by its first part."""
+        """Counts as a certificate keeps them; what was left out is counted by its first part."""
         left = Counter(".".join(name.split(".")[:2]) for name in self.left_out)
         return vars(self) | {"left_out": dict(left)}
 
@@ -80,7 +80,7 @@ def translate(
     Args:
         weights: Names to tensors.
         table: The rows.
-        back: From our names to theirs.
+        back: Go from our names to theirs.
 
     Returns:
         The weights, and the names that no row knows.
@@ -127,7 +127,7 @@ def load_translated(
 
     Args:
         model: Takes the weights, in its own dtype.
-        weights: Under the model's names.
+        weights: Weights under the model's names.
         unexpected: Names in the file that the table does not know.
         left_out: Pattern of names, on either side, that have no place here by design.
         where: The file, for messages.

@@ -42,7 +42,7 @@ def timm_table(config: Any) -> tuple[Row, ...]:
     """The table between timm's names and a tower's.
 
     Args:
-        config: Of the tower.
+        config: Config of the tower.
 
     Raises:
         ModelError: timm has no such tower, or it is not known here under which names.
@@ -59,7 +59,7 @@ def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
     """Timm's name of a tower, and the arguments of `timm.create_model` that make it so.
 
     Args:
-        config: Of the tower.
+        config: Config of the tower.
     """
     _, form, default = _TIMM[config.model_type]
     width, patch, side = config.hidden_size, config.patch_size, config.image_size
@@ -118,8 +118,8 @@ def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]
     """open_clip's `open_clip_config.json`; there is no text tower.
 
     Args:
-        tower: As in :func:`open_clip_weights`.
-        head: Likewise.
+        tower: See :func:`open_clip_weights`.
+        head: See :func:`open_clip_weights`.
     """
     config: Any = tower.config
     vision: dict[str, Any] = {"image_size": config.image_size}
@@ -157,12 +157,12 @@ def library_features(
 
     Args:
         library: `open_clip` or `timm`.
-        weights: As :func:`open_clip_weights` or :func:`timm_weights` gave them.
-        config: Of the tower.
+        weights: Result of :func:`open_clip_weights` or :func:`timm_weights`.
+        config: Config of the tower.
         pixels: `[b, 3, s, s]`.
 
     Returns:
-        The library with its version, and the features; none where it is not installed.
+        The library with its version, and the features. None: it is not installed.
     """
     weights = {name: tensor.float() for name, tensor in weights.items()}
     try:
@@ -214,7 +214,7 @@ def _back(tower: nn.Module, head: nn.Linear | None, table: tuple[Row, ...]) -> d
 
 
 def _projecting(head: nn.Linear | None) -> nn.Linear | None:
-    """The head, but none where it changes nothing (SigLIP2's in LLM2CLIP)."""
+    """The head. None: it changes nothing (SigLIP2's in LLM2CLIP)."""
     if head is None or "bias" in head.state_dict() or head.in_features != head.out_features:
         return head
     return None if torch.equal(head.weight.float(), torch.eye(head.in_features)) else head

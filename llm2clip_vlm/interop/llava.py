@@ -46,8 +46,8 @@ def convert_llava(
 
     Args:
         path: The checkpoint's folder, or the projector's file with its config.json beside.
-        weights: Of the checkpoint.
-        vision_tower: The tower, as `load_vision_tower` takes it; none = the checkpoint's
+        weights: Weights of the checkpoint.
+        vision_tower: The tower, as `load_vision_tower` takes it. None: the checkpoint's
             `mm_vision_tower` where that is a folder inside of it.
         language_model: The LLM, where the file holds the projector alone.
         partial: See :func:`~llm2clip_vlm.interop.keys.load_translated`.

@@ -26,8 +26,8 @@ def push(
     The token is the one that `hf auth login` has stored, or HF_TOKEN; there is no other way in.
 
     Args:
-        directory: With a model card: a stage's `model/`, `vision_tower/` or `text_encoder/`, or
-            what `export` or `convert` wrote.
+        directory: Folder with a model card: a stage's `model/`, `vision_tower/` or
+            `text_encoder/`, or what `export` or `convert` wrote.
         repo_id: `ORG/NAME`; made, private, if it does not exist.
         public: Whether a repository that is made here is public.
         revision: The branch.

@@ -39,14 +39,13 @@ def mean_iou(counts: np.ndarray) -> np.ndarray:
     return np.asarray(np.nanmean(class_iou(counts), axis=-1))
 
 
-def paired_iou(a: np.ndarray, b: np.ndarray, n: int = 10_000, seed: int = 0) -> dict[str, Any]:
+def paired_iou(a: np.ndarray, b: np.ndarray, n: int = 10_000) -> dict[str, Any]:
     """Difference of two mean IoU on the same images, with a 95 % interval (bootstrap by image).
 
     Args:
         a: `int[images, 3, classes]`, :func:`overlaps` of each image.
         b: The same images in the same order.
         n: Resamples.
-        seed: Seed of the resampling.
 
     Returns:
         `{"delta": a - b, "ci": [low, high], "n": images, "images": images}`, in percentage points.
@@ -64,10 +63,5 @@ def paired_iou(a: np.ndarray, b: np.ndarray, n: int = 10_000, seed: int = 0) -> 
         return mean_iou(sums[:, 0]) - mean_iou(sums[:, 1])
 
     both = np.stack([a, b], axis=1)
-    ci = list(bootstrap_of_sums(both, differences, n, seed))
-    return {
-        "delta": float(differences(both.sum(0)[None])[0]),
-        "ci": ci,
-        "n": len(a),
-        "images": len(a),
-    }
+    delta, ci = differences(both.sum(0)[None])[0], bootstrap_of_sums(both, differences, n, 0)
+    return {"delta": float(delta), "ci": list(ci), "n": len(a), "images": len(a)}

@@ -180,8 +180,8 @@ def binomial_interval(successes: int, trials: int) -> tuple[float, float]:
     """Exact 95 % interval of a share (Clopper-Pearson).
 
     Args:
-        successes: How often it happened.
-        trials: Of how many times, at least one.
+        successes: Number of times that it happened.
+        trials: Number of times that it could have, at least one.
 
     Returns:
         `(low, high)` in per cent.

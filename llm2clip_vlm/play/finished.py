@@ -12,9 +12,9 @@ from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training.callbacks import read_losses
 
 VLM_STAGES = ("stage4_instruction",)
-"""Whose models one can talk with."""
+"""Stages whose models one can talk with."""
 ENCODER_STAGES = ("stage2b_vision_encoder", "clip_baseline")
-"""Whose models find pictures by words."""
+"""Stages whose models find pictures by words."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def from_run(folder: Path, manifest: dict[str, Any], path: str) -> str:
     Args:
         folder: Output of a finished stage.
         manifest: Its manifest.
-        path: As the recipe has it; absolute, from where the stage was started, or a hub id.
+        path: Path that the recipe gives; absolute, from where the stage was started, or a hub id.
 
     Returns:
         A path that is there, or else the same.

@@ -27,7 +27,7 @@ from llm2clip_vlm.play.similarity import similarity_maps
 from llm2clip_vlm.play.vlm_chat import Chat, open_picture
 
 UPLOAD_LIMIT = "20mb"
-"""Of a picture; its pixels are bounded where every picture is opened."""
+"""Largest file of a picture; its pixels are bounded where every picture is opened."""
 _OFF = ("share", "mcp_server", "enable_monitoring", "run_history", "ssr_mode", "pwa")
 """What Gradio could do besides showing the page."""
 _BEST = 6

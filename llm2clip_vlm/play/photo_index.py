@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 _VERSION = 1
 _TOLERANCE = 1e-2
-"""Of a vector that is made again, perhaps in a batch of another size or on another device."""
+"""Largest change of a vector made again, perhaps in another batch or on another device."""
 _SAVED_EVERY_S = 60
 _BAD_SHOWN = 10
 
@@ -69,7 +69,7 @@ def load_dual_encoder(
 
     Args:
         path: Model directory, output of stage 2b or `clip_baseline`, or hub id.
-        text_encoder: Of a model of stage 2b. None: the one that its manifest names.
+        text_encoder: Text encoder of a model of stage 2b. None: the one that its manifest names.
         device: None: `cuda` if there is one, else `cpu`.
 
     Raises:
@@ -168,8 +168,8 @@ def index_photos(folder: str | Path, encoder: Encoder) -> PhotoIndex:
     of that call is believed. Ctrl-C keeps what was done.
 
     Args:
-        folder: With all folders below it.
-        encoder: Of :func:`load_dual_encoder`.
+        folder: Photos' folder, with all below it.
+        encoder: Result of :func:`load_dual_encoder`.
 
     Raises:
         ValueError: No picture in it that can be used.

@@ -27,7 +27,7 @@ class Shelf:
         encoders: More encoders.
         photos: Folders to search. None: the pictures that an encoder was evaluated with.
         votes: File of votes. None: `votes.jsonl` in `run`.
-        device: Of all models.
+        device: Device of all models.
 
     Raises:
         ValueError: There is nothing to show.

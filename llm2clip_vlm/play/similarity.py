@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds
 SHOWN_PX = 448
 """Side of a map."""
 _COLOURS = np.array([(0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164)])
-"""From unlike to like, evenly spaced; brightness rises throughout."""
+"""Colours from unlike to like, evenly spaced; brightness rises throughout."""
 _OPACITY = 0.6
 
 
@@ -28,23 +29,24 @@ def similarity_maps(
     attention's own values where the tower has such. All maps of a call have one scale of colours.
 
     Args:
-        encoder: With a text side.
+        encoder: Encoder with a text side.
         picture: RGB.
         texts: At least one.
 
     Returns:
-        For each text a picture of :data:`SHOWN_PX`, and the text with its cosines: of the whole
-        picture and of its best patch.
+        A picture of :data:`SHOWN_PX` for each text, and the text with its cosines: that of the
+        whole picture and that of its best patch.
     """
     model, pixels = encoder.tower.model, encoder.pixels(picture)
     words = encoder.embed_texts(texts)
     last_values = any(hasattr(module, "v_proj") for module in model.modules())
     patches = patch_embeds(encoder, pixels, last_values=last_values)[0].cpu() @ words.T
+    maps = rearrange(patches, "y x t -> t y x")
     wholes = (encoder.embed_pixels(pixels) @ words.T)[0]
     low, high = float(patches.min()), float(patches.max())
     seen = _seen(encoder, pixels[0])
     found = []
-    for text, cosines, whole in zip(texts, patches.permute(2, 0, 1), wholes, strict=True):
+    for text, cosines, whole in zip(texts, maps, wholes, strict=True):
         heat = ((cosines - low) / max(high - low, 1e-6)).numpy()
         smooth = Image.fromarray(heat).resize((SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC)
         at, steps = np.clip(np.asarray(smooth), 0, 1), np.linspace(0, 1, len(_COLOURS))
@@ -57,8 +59,8 @@ def similarity_maps(
 
 def _seen(encoder: Encoder, pixels: Tensor) -> Image.Image:
     """The picture as the tower gets it: resized, its centre cropped."""
-    mean = torch.tensor(encoder.tower.image_mean or (0.0,)).view(-1, 1, 1)
-    std = torch.tensor(encoder.tower.image_std or (1.0,)).view(-1, 1, 1)
+    mean = rearrange(torch.tensor(encoder.tower.image_mean or (0.0,)), "c -> c 1 1")
+    std = rearrange(torch.tensor(encoder.tower.image_std or (1.0,)), "c -> c 1 1")
     values = (255 * (pixels * std + mean)).clamp(0, 255).round().to(torch.uint8)
-    image = Image.fromarray(values.permute(1, 2, 0).numpy())
+    image = Image.fromarray(rearrange(values, "c y x -> y x c").numpy())
     return image.resize((SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC)

@@ -85,7 +85,7 @@ class Chat:
 
         Args:
             question: Text; names of control tokens in it stay text.
-            options: As for :meth:`Generator.stream`. None: greedy.
+            options: Those of :meth:`Generator.stream`. None: greedy.
 
         Yields:
             The answer so far; the conversation goes on from where the iterator is closed.
@@ -128,7 +128,7 @@ def talk(chat: Chat, lines: Iterable[str], options: Mapping[str, Any]) -> int:
     Args:
         chat: The conversation.
         lines: Questions, and commands that begin with a slash.
-        options: Of generation.
+        options: Settings of generation.
 
     Returns:
         How many lines failed.
@@ -155,10 +155,10 @@ def talk(chat: Chat, lines: Iterable[str], options: Mapping[str, Any]) -> int:
     return failed
 
 
-def typed(prompt: str = "> ") -> Iterator[str]:
+def typed() -> Iterator[str]:
     """Lines from the keyboard, with a prompt and editing, or from a pipe, without."""
     with contextlib.suppress(ImportError, EOFError):
         import readline  # noqa: F401  (gives `input` its editing)
 
         while True:
-            yield input(prompt if sys.stdin.isatty() else "")
+            yield input("> " if sys.stdin.isatty() else "")

@@ -79,7 +79,7 @@ def _version(name: str) -> str | None:
 
 
 def _import_failure(name: str, load: Callable[[str], object]) -> str | None:
-    """Why a module does not import; none if it does.
+    """Why a module does not import. None: it does.
 
     Compiled modules raise more than ImportError: torchvision's mismatch with torch is a
     RuntimeError, a bad shared library an OSError.

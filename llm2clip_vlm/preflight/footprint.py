@@ -24,11 +24,11 @@ from llm2clip_vlm.models.flops import flop_counter
 
 @dataclass
 class Footprint:
-    """Of one pass, forward and backward."""
+    """Cost of one pass, forward and backward."""
 
     flops: float
     forward_flops: float
-    """Of it, those of the forward pass."""
+    """Operations of the forward pass alone."""
     held: Counter[str] = field(default_factory=Counter)
     """Bytes at the peak by cause: `gradients`, `activations`, `logits`, `pictures`."""
 
@@ -85,11 +85,11 @@ class Work:
     """One pass of a process."""
 
     model: Any
-    """On the meta device until :meth:`fake`."""
+    """Model, on the meta device until :meth:`fake`."""
     run: Callable[[], Tensor]
     """One forward pass, on fake tensors; gives a loss."""
     samples: float
-    """Of the pass: pairs, images or conversations."""
+    """Pairs, images or conversations of the pass."""
     tokens: float
     """Text and visual tokens of the pass."""
     tower: Any = None
@@ -97,7 +97,7 @@ class Work:
     vocabulary: int = -1
     """Width of logits."""
     passes: float = 1
-    """For each process in an optimizer step."""
+    """Number for each process in an optimizer step."""
     cached: bool = False
     """GradCache: each pass goes forward once more, without a graph."""
     beside_bytes: int = 0
@@ -124,8 +124,8 @@ def footprint(
     """Run a pass of fake tensors and see what it takes.
 
     Args:
-        work: With `requires_grad` set, of fake tensors, on the CPU, in its fake mode.
-        autocast: Around the forward pass.
+        work: Pass with `requires_grad` set, of fake tensors, on the CPU, in its fake mode.
+        autocast: Settings around the forward pass.
         kept: Share of a gradient that stays here once it is there (ZeRO-2 and 3: 1/processes).
     """
     model = work.model

@@ -12,6 +12,7 @@ from typing import Any
 from llm2clip_vlm.chat.labels import texts_of
 from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.conversation.token_table import to_record
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
 from llm2clip_vlm.data.reading.records import (
     collect_captions,
@@ -19,7 +20,6 @@ from llm2clip_vlm.data.reading.records import (
     source_files,
     source_rows,
 )
-from llm2clip_vlm.data.text.token_table import to_record
 from llm2clip_vlm.recipe.base import CaptionSource, RunRecipe
 from llm2clip_vlm.recipe.vlm import VlmRecipe
 
@@ -31,7 +31,7 @@ _CHARS_A_TOKEN = 4
 
 @dataclass
 class Lengths:
-    """Of a recipe's training data."""
+    """Lengths of a recipe's training data."""
 
     samples: int
     texts: list[int]
@@ -72,8 +72,8 @@ def measured(
     """Read a recipe's training data: all records of a source's first file, the others by size.
 
     Args:
-        recipe: Whose data are there.
-        count_tokens: Of a text; none = four characters are a token.
+        recipe: Recipe whose data are there.
+        count_tokens: Counts a text's tokens. None: four characters are one.
         a_turn: Tokens that the chat template writes around a turn, or that a caption has more.
     """
     count = count_tokens or (lambda text: math.ceil(len(text) / _CHARS_A_TOKEN))

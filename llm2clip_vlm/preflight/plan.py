@@ -38,7 +38,7 @@ def memory(work: Work, seen: Footprint, machine: Machine, recipe: Any) -> Counte
     """Bytes on each GPU by cause, at the peak of a step.
 
     Args:
-        work: With fake weights.
+        work: Pass with fake weights.
         seen: Its footprint.
         machine: Processes and ZeRO.
         recipe: Its precision and optimizer.
@@ -93,7 +93,7 @@ class Plan:
     samples: float
     tokens: float
     flops: float
-    """Of the whole run."""
+    """Operations of the whole run."""
     told: str
     """Where the data's lengths are from."""
     disk: dict[str, float]
@@ -112,7 +112,7 @@ class Plan:
         return self.total <= self.room
 
     def hours(self, mfu: float) -> float:
-        """Of the run, at a share of the GPUs' dense bf16 rate."""
+        """Hours of the run, at a share of the GPUs' dense bf16 rate."""
         return self.flops / (mfu * GPUS[self.machine.gpu][1] * 1e12 * self.machine.gpus) / 3600
 
 
@@ -127,11 +127,11 @@ def make_plan(
     """Plan a recipe's run.
 
     Args:
-        recipe: Of a stage.
+        recipe: A stage's recipe.
         source: Its file.
         machine: Where it would go.
         samples: Instead of the data's.
-        tokens: Of a text (a conversation without its pictures), instead of the data's.
+        tokens: Tokens of a text (a conversation without its pictures), instead of the data's.
 
     Raises:
         InputsError: A config is not here; the message says which `hf download` gets it.
@@ -302,7 +302,7 @@ def main(given: argparse.Namespace, recipe: Any, source: str, machine: Machine) 
 
     Args:
         given: The command line.
-        recipe: Of a stage.
+        recipe: A stage's recipe.
         source: Its file.
         machine: Where the run would go.
 

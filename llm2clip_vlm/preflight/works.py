@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from einops import rearrange
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from transformers import (
@@ -64,9 +65,9 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
     """The work of a recipe.
 
     Args:
-        recipe: Of a stage.
+        recipe: A stage's recipe.
         source: Its file.
-        lengths: Of its data.
+        lengths: Lengths of its data.
         world: Processes.
         zero: Stage of ZeRO; 0 = plain data parallelism.
 
@@ -128,7 +129,7 @@ def origin(path: str, source: str | Path) -> str:
 
 
 def vlm_section(recipe: VlmRecipe, source: str | Path) -> Any:
-    """What a VLM is composed of, where its checkpoint is not there yet; none where it is."""
+    """What a VLM is composed of, where its checkpoint is not there yet. None: it is."""
     if isinstance(recipe, Stage3Recipe):
         return recipe.vlm, source
     checkpoint: str = recipe.checkpoint  # type: ignore[attr-defined]
@@ -229,7 +230,7 @@ def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, sh
         if text.vocab_size <= SMALL_VOCABULARY:
             return model.lm_head(hidden).float().logsumexp(-1).sum()
         targets = torch.zeros(min(trained, count * round(width)), dtype=torch.long)
-        loss: Tensor = model.lm_head(hidden.flatten(0, 1)[: len(targets)], targets)
+        loss: Tensor = model.lm_head(rearrange(hidden, "b t d -> (b t) d")[: len(targets)], targets)
         return loss
 
     tower = llava.vision_tower

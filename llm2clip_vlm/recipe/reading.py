@@ -123,7 +123,7 @@ def _of_another_stage(given: Any, model: type[BaseModel]) -> str | None:
 
 
 def stage_of(path: str | Path) -> str | None:
-    """The stage that a recipe names, its parents read, too; none if it names none.
+    """The stage that a recipe or one of its parents names. None: there is none.
 
     Raises:
         RecipeError: It cannot be read.

@@ -59,7 +59,7 @@ def require_inputs(recipe: RunRecipe, source: str | Path = "") -> None:
     """Refuse a run that would miss something later.
 
     Args:
-        recipe: Of a stage.
+        recipe: A stage's recipe.
         source: Its file; recipes beside it are asked which of them writes what is missing.
 
     Raises:
@@ -73,8 +73,8 @@ def missing_inputs(recipe: RunRecipe, source: str | Path = "") -> Iterator[str]:
     """Name each data file, folder, model, cache, package and space that is not there.
 
     Args:
-        recipe: Of a stage.
-        source: As :func:`require_inputs`.
+        recipe: A stage's recipe.
+        source: See :func:`require_inputs`.
     """
     leaves = list(_leaves(recipe))
     for key, value in leaves:
@@ -209,7 +209,7 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
 
     Args:
         path: Directory or hub id.
-        source: As :func:`require_inputs`.
+        source: See :func:`require_inputs`.
     """
     folder = Path(path)
     config = folder / "config.json"  # `Path.is_file` raises where a name is too long
@@ -265,7 +265,7 @@ def ask_hub(path: str) -> int | None:
         path: Below its address.
 
     Returns:
-        The status of its answer; none = there is no answer within some seconds.
+        The status of its answer. None: no answer within some seconds.
     """
     from huggingface_hub import constants, get_token
 
@@ -282,14 +282,14 @@ def ask_hub(path: str) -> int | None:
 
 
 def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | None:
-    """Which stage of which recipe writes something.
+    """Find the recipe, and the stage, that writes something.
 
     Args:
-        path: At or below the recipe's `output_dir`.
+        path: Something at or below the recipe's `output_dir`.
         source: A recipe; those beside it come before the shipped ones.
 
     Returns:
-        Stage and recipe; none = no recipe that is known here.
+        Stage and recipe. None: no recipe that is known here.
     """
     shipped = Path(find_shipped("recipes/llava15")).parent
     folders = [Path(source).parent] if str(source) else []

@@ -16,10 +16,10 @@ from transformers import TrainerCallback, TrainingArguments, set_seed
 
 from llm2clip_vlm.constants import MANIFEST_NAME
 from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.conversation.token_table import read_instructions, size_px
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.data.reading.records import source_files
-from llm2clip_vlm.data.text.token_table import read_instructions, size_px
 from llm2clip_vlm.distributed import await_files, is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
@@ -111,7 +111,7 @@ class StageRun(Generic[R]):
         self.callbacks: list[TrainerCallback] = [
             *(_Progress(self), watchdog, GracefulStop(self._release))
         ]
-        """For the trainer, before its others."""
+        """Callbacks for the trainer, before its others."""
         self._hold: Hold | None = None
         self._data: dict[str, dict[str, Any]] = {}
 

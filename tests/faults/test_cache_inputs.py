@@ -22,9 +22,9 @@ from llm2clip_vlm.data.cache.shards import (
     HEADER_NAME,
     CacheError,
     Header,
-    digests_of,
     write_shard,
 )
+from llm2clip_vlm.data.text.text_keys import digests_of
 from tests.unit.test_embedding_cache import FINGERPRINT, TEXTS, Encoder, name_of
 
 FIELDS = {

@@ -18,11 +18,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llm2clip_vlm.data.conversation.token_table import read_instructions
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, open_image
 from llm2clip_vlm.data.reading.records import iter_records, iter_rows
-from llm2clip_vlm.data.text.token_table import read_instructions
 from llm2clip_vlm.evaluation.encoder.benchmarks import read_retrieval
 from llm2clip_vlm.recipe.base import CaptionSource, ImageTextSource, RunRecipe
 from llm2clip_vlm.recipe.evaluation import RetrievalTask

@@ -20,9 +20,8 @@ from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator, InstructionDataset
-from llm2clip_vlm.data.conversation.messages import build_labels
+from llm2clip_vlm.data.conversation.messages import VisualTokens, build_labels
 from llm2clip_vlm.data.conversation.packing import PackedCollator
-from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.vlm.generation import Generator
 from llm2clip_vlm.hub import ModelError

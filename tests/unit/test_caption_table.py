@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-from llm2clip_vlm.data.cache.shards import digests_of
 from llm2clip_vlm.data.reading import table
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text import captions
 from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, UniqueTexts, read_captions
+from llm2clip_vlm.data.text.text_keys import digests_of
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
 from llm2clip_vlm.recipe.base import CaptionPairSource
 from tests.tiny import WORDS, llm_tokenizer

@@ -28,13 +28,12 @@ from torch import Tensor
 from llm2clip_vlm.data.cache import shards
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache, MissingTextError
 from llm2clip_vlm.data.cache.shards import (
-    DIGEST_BYTES,
     HEADER_NAME,
     CacheError,
     Header,
-    digests_of,
-    text_digests,
 )
+from llm2clip_vlm.data.text import text_keys
+from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, digests_of, text_digests
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.encoder.caption_embeddings import CaptionFeatures
 
@@ -119,7 +118,7 @@ def test_keys_with_an_equal_beginning_are_told_apart(
     ends = {"a": bytes(24), "b": bytes(7) + b"\1" + bytes(16), "d": b"\1" * 24, "e": b"\2" * 24}
     digests = {text: b"\1" + bytes(7) + end for text, end in ends.items()} | {"c": bytes(32)}
     monkeypatch.setattr(
-        shards, "text_digests", lambda texts, prompt="": b"".join(digests[text] for text in texts)
+        text_keys, "text_digests", lambda texts, _="": b"".join(digests[text] for text in texts)
     )
     cache = build(tmp_path, ["a", "b", "c"])
     assert cache.missing(["a", "b", "c", "d", "e"]) == ["d", "e"]

@@ -14,11 +14,11 @@ import torch
 
 from llm2clip_vlm.data.cache import embeddings
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
-from llm2clip_vlm.data.cache.shards import digests_of
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
 from llm2clip_vlm.data.image_text.index import read_sources
 from llm2clip_vlm.data.reading import table
 from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.data.text.text_keys import digests_of
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.encoder.caption_embeddings import CaptionFeatures

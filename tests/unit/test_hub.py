@@ -14,12 +14,12 @@ import datasets
 import pytest
 from pydantic import ValidationError
 
+from llm2clip_vlm.data.conversation.token_table import read_instructions
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading import hub
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.data.text.captions import read_captions
-from llm2clip_vlm.data.text.token_table import read_instructions
 from llm2clip_vlm.recipe.base import CaptionSource, DataSource, ImageTextSource
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.training.stage_run import StageRun

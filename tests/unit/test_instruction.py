@@ -20,16 +20,15 @@ import torch
 import yaml
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.conversation import instruction
+from llm2clip_vlm.data.conversation import instruction, token_table
 from llm2clip_vlm.data.conversation.instruction import (
     InstructionCollator,
     InstructionDataset,
     chosen_rows,
 )
+from llm2clip_vlm.data.conversation.token_table import read_instructions
 from llm2clip_vlm.data.reading import table as arrow
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.text import token_table
-from llm2clip_vlm.data.text.token_table import read_instructions
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from tests.tiny import write_image
 from tests.vlm_fixtures import write_llava

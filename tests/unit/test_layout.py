@@ -1,4 +1,4 @@
-"""The floor plan: small folders, small files, pages that name what is there."""
+"""The floor plan: small folders, small files, pages that name what is there, plain sentences."""
 
 from __future__ import annotations
 
@@ -15,6 +15,13 @@ MODULES, LINES = 12, 400
 CODE = {("llm2clip_vlm", "stages", "eval"): 22_950, ("demo",): 1_500}
 """Most lines of code in these folders together; what is added is paid for by what is removed."""
 _NAMES = [path.stem for path in (ROOT / "llm2clip_vlm").iterdir() if path.suffix in ("", ".py")]
+# What begins a sentence that does not stand alone, and "None" in another than the fixed form.
+FRAGMENT = re.compile(
+    r"\A(?:As|By|For|From|In|Of|To|Whose|With)\b"
+    r"|^\s+[\w*]+: (?:As|By|For|From|In|Of|To|Whose|With)\b"
+    r"|[;,(] ?[Nn]one (?:=|if|where|when) |; none: |\bNone = ",
+    re.MULTILINE,
+)
 NAMED = re.compile(rf"`((?:{'|'.join(_NAMES)})(?:/[\w/]*)?\.py)`")
 
 
@@ -54,6 +61,19 @@ def test_code_does_not_grow(folders: tuple[str, ...]) -> None:
     files = [file for folder in folders for file in (ROOT / folder).rglob("*.py")]
     lines = sum(map(code_lines, files))
     assert lines <= CODE[folders], f"{lines} lines of code, at most {CODE[folders]}: remove some"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_docstrings_begin_with_a_verb_or_a_noun(name: str) -> None:
+    """And say what None means as "None: ...". Only the file's own sentences are looked at."""
+    for file in (ROOT / name).rglob("*.py"):
+        nodes = ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        texts = (node.value for node in nodes if isinstance(node, ast.Expr))
+        for text in texts:
+            if isinstance(text, ast.Constant) and isinstance(text.value, str):
+                found = FRAGMENT.search(text.value)
+                where = f"{file.relative_to(ROOT)}:{text.lineno}"
+                assert not found, f"{where}: {found[0].strip()!r}, see CONTRIBUTING.md"
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)

@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from llm2clip_vlm.data.reading import records
+from llm2clip_vlm.data.reading import records, text_rows
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import (
     RowGroup,
@@ -23,7 +23,6 @@ from llm2clip_vlm.data.reading.records import (
     iter_records,
     iter_rows,
 )
-from llm2clip_vlm.data.text import text_rows
 from llm2clip_vlm.recipe.base import CaptionSource
 
 ROWS: list[dict[str, Any]] = [

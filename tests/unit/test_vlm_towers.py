@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
+from llm2clip_vlm.data.conversation.messages import VisualTokens
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision

@@ -72,7 +72,7 @@ def find_objects(
         synonyms: Word -> canonical word.
 
     Returns:
-        For each object (colour or None, shape, other attributes or None).
+        Triples (colour or None, shape, other attributes or None), one for each object.
     """
     kind_of = {word: kind for kind, words in enumerate(kinds) for word in words}
     found = []

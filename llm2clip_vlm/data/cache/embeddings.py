@@ -37,6 +37,7 @@ from torch import Tensor
 
 from llm2clip_vlm.data.cache import shards
 from llm2clip_vlm.data.text.captions import UniqueTexts
+from llm2clip_vlm.data.text.text_keys import Digests, digests_of, key_words
 from llm2clip_vlm.files import map_hashed, written_hashed, written_whole
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class EmbeddingCache:
             with suppress(OSError, ValueError):  # absent or damaged: it is made again
                 return np.frombuffer(map_hashed(self.index), np.uint64).reshape(3, rows)
         keys = [np.empty((0, 32), np.uint8), *(shard.keys for shard in self.shards)]
-        flat = np.concatenate([*map(shards.key_words, keys)])
+        flat = np.concatenate([*map(key_words, keys)])
         order = np.argsort(flat[:, 0], kind="stable")
         index = np.stack([*flat[order].T, order.astype(np.uint64)])
         if keep:
@@ -213,7 +214,7 @@ class EmbeddingCache:
                 if asked:
                     dim = header.dim if header else None
                     rows.append(shards.unit_rows(encoder(asked), asked, dim))
-                    keys.append(shards.digests_of(asked, prompt))
+                    keys.append(digests_of(asked, prompt))
                     dim = rows[0].shape[1]
                     header = header or shards.Header(dim=dim, fingerprint=dict(fingerprint))
             assert header is not None
@@ -295,7 +296,7 @@ class EmbeddingCache:
         unique = list(dict.fromkeys(texts))
         return [unique[i] for i in np.flatnonzero(self.find(unique, prompt) < 0)]
 
-    def holds(self, digests: Iterable[shards.Digests]) -> bool:
+    def holds(self, digests: Iterable[Digests]) -> bool:
         """Whether all of these keys are there.
 
         Args:
@@ -305,13 +306,13 @@ class EmbeddingCache:
         left = iter(digests)
         while block := list(islice(left, _BLOCK)):
             keys = np.concatenate(block)
-            if (self.find_digests(keys[np.argsort(shards.key_words(keys)[:, 0])]) < 0).any():
+            if (self.find_digests(keys[np.argsort(key_words(keys)[:, 0])]) < 0).any():
                 return False
         return True
 
     def find(self, texts: Sequence[str], prompt: str = "") -> npt.NDArray[np.int64]:
         """Row number of each text, to keep and to :meth:`read` by; -1 where there is none."""
-        return self.find_digests(shards.digests_of(texts, prompt))
+        return self.find_digests(digests_of(texts, prompt))
 
     def read(self, numbers: npt.NDArray[np.int64]) -> Float16[Tensor, "n dim"]:
         """Rows by number, straight from the memory-mapped files.
@@ -358,10 +359,10 @@ class EmbeddingCache:
         for shard in self.shards:
             shard.verify()
 
-    def find_digests(self, digests: shards.Digests) -> npt.NDArray[np.int64]:
+    def find_digests(self, digests: Digests) -> npt.NDArray[np.int64]:
         """Row number of each key by its first 16 bytes, -1 where there is none."""
         found = np.full(len(digests), -1, dtype=np.int64)
-        first, second = shards.key_words(digests).T
+        first, second = key_words(digests).T
         place = np.searchsorted(self._first, first)
         todo = np.arange(len(digests))
         while len(todo):  # once, and again for keys whose first 8 bytes are equal

@@ -30,6 +30,7 @@ from torch.utils.data import get_worker_info
 
 from llm2clip_vlm.data.cache import shards
 from llm2clip_vlm.data.cache.embeddings import DEFAULT_SHARD_ROWS, EmbeddingCache, Encode
+from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, digests_of
 from llm2clip_vlm.distributed import barrier
 from llm2clip_vlm.runs.ownership import Hold
 
@@ -104,7 +105,7 @@ class FillingCache:
                 f"{self.directory}: text was looked up in a data loader's worker, or after the "
                 "cache was closed; expected the process that holds the text encoder"
             )
-        digests = shards.digests_of(texts)
+        digests = digests_of(texts)
         found = self._known.find_digests(digests)
         added = {n: bytes(digests[n]) for n in np.flatnonzero(found < 0).tolist()}
         new = {key: texts[n] for n, key in added.items() if key not in self._added}
@@ -130,7 +131,7 @@ class FillingCache:
         Call it on all ranks before a checkpoint is complete.
         """
         if self._pending:
-            keys = np.frombuffer(b"".join(self._pending), np.uint8).reshape(-1, shards.DIGEST_BYTES)
+            keys = np.frombuffer(b"".join(self._pending), np.uint8).reshape(-1, DIGEST_BYTES)
             rows, added = np.stack(list(self._pending.values())), (self._epoch, self._rank)
             path = shards.write_shard(self.directory, self._header, keys, rows, added)
             written = shards.read_shard(path, self._header)

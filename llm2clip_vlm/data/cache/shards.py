@@ -31,14 +31,13 @@ from safetensors.numpy import save
 from torch import Tensor, float32, from_numpy, isfinite
 
 from llm2clip_vlm.data.text.caption_draw import caption_id
+from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, Digests
 from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
 from llm2clip_vlm.runs.ownership import Hold
 
 HEADER_NAME = "header.json"
 """File that makes a directory a cache."""
-DIGEST_BYTES = 32
-"""Bytes of a key."""
 
 _NORM_TOLERANCE = 1e-2  # float16 moves the norm of a unit vector by less than 1e-3
 _SHARD = re.compile(r"(?:shard|part-(\d{5,})-\d{5,})-[0-9a-f]{64}\.safetensors")
@@ -50,8 +49,6 @@ _AGAIN = "delete the file and build again (its texts alone are encoded anew)"
 # with: a loader's workers, which are forked, each read the shards that no other one has read yet.
 _READ = np.frombuffer(mmap.mmap(-1, 2**20), np.uint64)
 
-Digests = npt.NDArray[np.uint8]
-"""Keys of rows, `[rows, 32]`."""
 Rows = npt.NDArray[np.float16]
 """Embeddings, `[rows, dim]`."""
 
@@ -157,22 +154,6 @@ class Shard:
         """
         _READ[:] = 0
         self.touch()
-
-
-def text_digests(texts: Sequence[str], prompt: str = "") -> bytes:
-    """SHA-256 of each text's UTF-8 bytes, after the prompt's own where there is one: rows' keys."""
-    start, sha256 = hashlib.sha256(prompt.encode()).digest() if prompt else b"", hashlib.sha256
-    return b"".join([sha256(start + text.encode()).digest() for text in texts])
-
-
-def digests_of(texts: Sequence[str], prompt: str = "") -> Digests:
-    """Keys of several texts, `[n, 32]`."""
-    return np.frombuffer(text_digests(texts, prompt), np.uint8).reshape(-1, DIGEST_BYTES)
-
-
-def key_words(digests: Digests) -> npt.NDArray[np.uint64]:
-    """The first and the second 8 bytes of each key as numbers, `[n, 2]`."""
-    return np.ascontiguousarray(digests[:, :16]).view(">u8").astype(np.uint64)
 
 
 def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:

@@ -25,11 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from llm2clip_vlm.chat.text_tokens import control_notice
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
-from llm2clip_vlm.data.conversation.messages import decoded_preview
-from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
+from llm2clip_vlm.data.conversation.messages import VisualTokens, decoded_preview
+from llm2clip_vlm.data.conversation.token_table import ImageRef, TokenTable, folder_of, read_table
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.images import LOOKED_AT, EncodedImage, ImageError, open_image
-from llm2clip_vlm.data.text.token_table import ImageRef, TokenTable, folder_of, read_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.recipe.yaml_files import read_yaml
 from llm2clip_vlm.remote.addresses import is_remote
@@ -190,9 +189,9 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         places = [place for index in rows for place in self._place(index)[1]]
         return [root / image for root, image, _ in places if isinstance(image, str)]
 
-    def preview(self, tokenizer: PreTrainedTokenizerBase, index: int = 0) -> str:
-        """One sample as text, what is trained between `«` and `»`; to be looked at."""
-        ids, labels = self._tokens(index)
+    def preview(self, tokenizer: PreTrainedTokenizerBase) -> str:
+        """The first sample as text, what is trained between `«` and `»`; to be looked at."""
+        ids, labels = self._tokens(0)
         return decoded_preview(ids.tolist(), labels.tolist(), tokenizer)
 
     def __len__(self) -> int:

@@ -23,7 +23,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, text_digests
 from llm2clip_vlm.data.reading.alike import AlikeLines, AlikeRows
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import EncodedImage, ImageError, check_image_name, read_image
@@ -37,6 +36,7 @@ from llm2clip_vlm.data.reading.records import (
 from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Columns, Table, arrow_table
 from llm2clip_vlm.data.text.caption_draw import caption_id
+from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, text_digests
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead

@@ -237,7 +237,7 @@ class TrainingPixels:
 
     Args:
         geometry: Geometry of the image processor.
-        augmentation: Without any, the processor's resize and centre crop.
+        augmentation: Random crops; without any, the processor's resize and centre crop.
         seed: Seed of crops.
         scaled: Decode large JPEGs at a fraction of their size.
     """

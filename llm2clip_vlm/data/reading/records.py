@@ -22,7 +22,7 @@ from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refus
 from llm2clip_vlm.data.reading.hub import dataset_files
 from llm2clip_vlm.data.reading.remote_rows import each_file, remote_files
 from llm2clip_vlm.data.reading.shards import PackedImage, table_rows, tar_rows
-from llm2clip_vlm.data.text.text_rows import UNDECODED, text_rows
+from llm2clip_vlm.data.reading.text_rows import UNDECODED, text_rows
 from llm2clip_vlm.recipe.base import CaptionSource, DataSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import File, RemoteFile
@@ -93,7 +93,7 @@ def source_rows(
     Args:
         source: Files, or a data set of the hub.
         bad: See :func:`iter_rows`.
-        alike: See :func:`~llm2clip_vlm.data.text.text_rows.text_rows`.
+        alike: See :func:`~llm2clip_vlm.data.reading.text_rows.text_rows`.
 
     Yields:
         File, line (JSONL), key (tar) or position (others, counted from 1), and the row.

@@ -43,7 +43,7 @@ def scale_transparency(image: Image.Image, bits: int) -> None:
 
     Args:
         image: An opened PNG.
-        bits: Of a sample in the file.
+        bits: Bits of a sample in the file.
     """
     clear = image.info.get("transparency")
     if image.mode == "L" and isinstance(clear, int):

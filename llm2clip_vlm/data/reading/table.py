@@ -12,7 +12,6 @@ whole, with its hash.
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import logging
 import os
@@ -25,9 +24,10 @@ import numpy as np
 import numpy.typing as npt
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
-from llm2clip_vlm.data.text.text_rows import UNDECODED
-from llm2clip_vlm.files import map_hashed, written_hashed
+from llm2clip_vlm.data.reading.text_rows import UNDECODED
+from llm2clip_vlm.files import map_hashed, opened, written_hashed
 from llm2clip_vlm.remote.ranges import File, RemoteFile
+from llm2clip_vlm.runs.hashes import hash_json
 
 logger = logging.getLogger(__name__)
 
@@ -140,9 +140,8 @@ def arrow_table(
         sink = pyarrow.BufferOutputStream()
         _write(sink, features, files, rows)
         return Table(sink.getvalue(), files)
-    digest = hashlib.sha256(json.dumps(settings(), sort_keys=True, default=str).encode())
     folder = Path(index_dir) if index_dir else files[0].parent / ".llm2clip-index"
-    path = folder / f"{files[0].stem}-{digest.hexdigest()[:16]}.arrow"
+    path = folder / f"{files[0].stem}-{hash_json(settings())[:16]}.arrow"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone(folder):
@@ -234,10 +233,7 @@ def is_large(files: Sequence[File]) -> bool:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Let in one process of this machine after another; where nothing can be locked, all."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
+    with opened(folder) as handle:
         with suppress(OSError):  # some network file systems lock no folders
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)

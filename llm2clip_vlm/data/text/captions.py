@@ -18,10 +18,10 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import ConcatDataset, Dataset, Sampler
 
-from llm2clip_vlm.data.cache.shards import DIGEST_BYTES, digests_of, key_words, text_digests
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import collect_captions, iter_records, source_files
 from llm2clip_vlm.data.reading.table import Table, arrow_table
+from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, digests_of, key_words, text_digests
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
 logger = logging.getLogger(__name__)

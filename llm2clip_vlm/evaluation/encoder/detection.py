@@ -144,7 +144,8 @@ class CocoBoxes(Dataset[dict[str, Any]]):
         """`pixel_values` and `labels` as Deformable DETR takes them."""
         image, side = self.images[index], self.tower.image_size_px
         found = self.coco.loadAnns(self.coco.getAnnIds(imgIds=[image["id"]], iscrowd=False))
-        boxes = torch.tensor([box["bbox"] for box in found], dtype=torch.float32).reshape(-1, 4)
+        corners = torch.tensor([x for box in found for x in box["bbox"]], dtype=torch.float32)
+        boxes = rearrange(corners, "(n xywh) -> n xywh", xywh=4)
         boxes[:, :2] += boxes[:, 2:] / 2
         kinds = [self.categories.index(box["category_id"]) for box in found]
         labels = {

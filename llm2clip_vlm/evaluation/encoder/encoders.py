@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.timm_vision import read_timm_layout
 from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.base import TextEncoderSection
-from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_dir
+from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_dir, hash_json
 from llm2clip_vlm.runs.manifest import read_manifest
 
 _CLIP = ("clip", "vision-text-dual-encoder")
@@ -122,11 +121,6 @@ class Encoder:
         return self.texts(texts)
 
 
-def data_hash(*parts: Any) -> str:
-    """sha256 of the data: texts, labels, names, and the images' hash."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
 def load_encoder(
     path: str,
     text_encoder: str | TextEncoderSection | None = None,
@@ -164,7 +158,7 @@ def load_encoder(
             fields |= _own_side(path, model)
         elif text_encoder is not None:
             encoder = _caption_encoder(path, text_encoder, device)
-            hashes["text_encoder"] = data_hash(encoder.fingerprint)
+            hashes["text_encoder"] = hash_json([encoder.fingerprint])
             tokens, captions = encoder.tokens, encoder.encode
             fields |= {"captions": captions, "num_cut": lambda: tokens.num_truncated}
         if kind == "llm2clip" and captions is not None:

@@ -9,14 +9,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm2clip_vlm.evaluation.encoder.benchmarks import read_classified
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder
 from llm2clip_vlm.metrics.statistics import accuracy
 from llm2clip_vlm.metrics.zero_shot import label_rows, mean_per_class
 from llm2clip_vlm.recipe.evaluation import ClassSource, EncoderEvalRecipe, LinearProbeTask
+from llm2clip_vlm.runs.hashes import hash_json
 
 VALIDATION_SHOTS = 4
 """Few-shot: at most so many more images a class choose the regularisation (CoOp, 2109.01134)."""
@@ -43,22 +45,22 @@ def fit_logistic(
     """
     from scipy.optimize import minimize
 
-    shape, rows = (num_classes, features.shape[1] + 1), torch.arange(len(labels))
-    begin = np.zeros(shape) if start is None else start.double().cpu().numpy()
+    rows, width = torch.arange(len(labels)), features.shape[1] + 1
+    begin = np.zeros((num_classes, width)) if start is None else start.double().cpu().numpy()
 
     def loss(flat: npt.NDArray[np.float64]) -> tuple[float, npt.NDArray[np.float64]]:
-        weights = torch.from_numpy(flat).to(features).view(shape)
+        weights = rearrange(torch.from_numpy(flat).to(features), "(c e) -> c e", e=width)
         decayed = F.pad(l2 / len(features) * weights[:, :-1], (0, 1))
         log_probs = _logits(features, weights).log_softmax(1)
         value = F.nll_loss(log_probs, labels) + (decayed * weights).sum() / 2
         slopes = log_probs.exp_()
         slopes[rows, labels] -= 1
         grad = torch.cat([slopes.T @ features, slopes.sum(0)[:, None]], 1) / len(features) + decayed
-        return value.item(), grad.double().flatten().cpu().numpy()
+        return value.item(), rearrange(grad.double(), "c e -> (c e)").cpu().numpy()
 
     options = {"maxiter": 1000, "gtol": 1e-4, "ftol": 1e-9}  # scikit-learn stops at such gradients
     found = minimize(loss, begin.ravel(), jac=True, method="L-BFGS-B", options=options)
-    return torch.from_numpy(found.x).to(features).view(shape)
+    return rearrange(torch.from_numpy(found.x).to(features), "(c e) -> c e", e=width)
 
 
 def choose_l2(accuracy: Callable[[float], float]) -> float:
@@ -112,7 +114,7 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
         "protocol": "L-BFGS on the pooled output before projection, at most 1,000 iterations; "
         f"L2 swept on {task.validation:.0%} of train, then fitted on all (CLIP A.3); few-shot: "
         f"swept on at most {VALIDATION_SHOTS} more images a class, fitted without them",
-        "data_hash": data_hash(train_hash, test_hash),
+        "data_hash": hash_json([train_hash, test_hash]),
         "top1": accuracy(right.numpy(), range(len(test)), recipe.bootstrap, recipe.seed),
         "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
         "l2": l2,
@@ -129,7 +131,7 @@ def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str],
     return (
         pooled.to(encoder.tower.model.device),
         labels,
-        data_hash([r.key for r in records], labels, image_hash),
+        hash_json([[r.key for r in records], labels, image_hash]),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llm2clip_vlm.data.reading.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash, tower_pixels
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, tower_pixels
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.segmentation import UNJUDGED, class_iou, mean_iou, overlaps
 from llm2clip_vlm.metrics.statistics import bootstrap_of_sums
@@ -28,6 +28,7 @@ from llm2clip_vlm.recipe.evaluation import (
     SegmentationTask,
     ZeroShotSegmentationTask,
 )
+from llm2clip_vlm.runs.hashes import hash_json
 
 Scores = Callable[[Float[Tensor, "b 3 s s"]], Float[Tensor, "b c g g"]]
 """Turns windows into scores of each patch."""
@@ -51,7 +52,7 @@ def zero_shot_segmentation(
     kind = f"patches against {len(names)} texts, last attention: {task.last_attention}; "
     return judged | {
         "protocol": kind + judged["protocol"],
-        "list_hash": data_hash(names, task.templates),
+        "list_hash": hash_json([names, task.templates]),
     }
 
 
@@ -89,7 +90,7 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
     kind = f"batch norm and linear head on frozen patches, {task.steps} steps of {task.batch_size} "
     return judged | {
         "protocol": f"{kind}windows of {task.train_split}; {judged['protocol']}",
-        "data_hash": data_hash(judged["data_hash"], masks.fingerprint()),
+        "data_hash": hash_json([judged["data_hash"], masks.fingerprint()]),
     }
 
 
@@ -208,7 +209,7 @@ class Masks:
         digest = hashlib.sha256()
         for name in chain.from_iterable(self.items):
             digest.update(self._path(name).read_bytes())
-        return data_hash(self.items, digest.hexdigest())
+        return hash_json([self.items, digest.hexdigest()])
 
     def random_window(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A window of the tower's size anywhere in a picture, and its mask."""

@@ -16,7 +16,7 @@ from llm2clip_vlm.data.image_text.dataset import caption_galleries
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import CaptionRecord, read_captions
 from llm2clip_vlm.evaluation.encoder import benchmarks as published
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, data_hash
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder
 from llm2clip_vlm.metrics.retrieval import TIE_TOLERANCE, recall_at_k, retrieval_report
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.metrics.statistics import accuracy
@@ -24,6 +24,7 @@ from llm2clip_vlm.metrics.zero_shot import class_embeds, label_rows, mean_per_cl
 from llm2clip_vlm.recipe.base import CaptionSource
 from llm2clip_vlm.recipe.evaluation import CompositionalTask, CraTask, RetrievalTask, ZeroShotTask
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe as Recipe
+from llm2clip_vlm.runs.hashes import hash_json
 
 Result = dict[str, Any]
 
@@ -40,7 +41,7 @@ def retrieval(task: RetrievalTask, encoder: Encoder, recipe: Recipe) -> Result:
     return {
         "protocol": protocol,
         "standard_set": standard,
-        "data_hash": data_hash([[r.key, r.captions] for r in records], image_hash),
+        "data_hash": hash_json([[[r.key, r.captions] for r in records], image_hash]),
         "mean": {
             way: {k: float(np.mean([kind[way][k] for kind in report.values()])) for k in _KS}
             for way in ("i2t", "t2i")
@@ -74,7 +75,7 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
     return {
         "protocol": f"{PROTOCOL}; {protocol}",
         "standard_set": standard,
-        "data_hash": data_hash([[r.key, r.captions] for r in several]),
+        "data_hash": hash_json([[[r.key, r.captions] for r in several]]),
         "cra": result.recall[1],
         "samples": {"": ([record.key for record in several], result.hits[1])},
         "ci": result.ci.get(1),
@@ -123,7 +124,7 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
     }
     return {
         "protocol": f"{task.benchmark}: right above wrong, a tie is wrong; mean over categories",
-        "data_hash": data_hash(items, image_hash),
+        "data_hash": hash_json([items, image_hash]),
         "all": {
             way: accuracy(values, groups, recipe.bootstrap, recipe.seed)
             for way, values in right.items()
@@ -149,8 +150,8 @@ def classification(task: ZeroShotTask, encoder: Encoder, recipe: Recipe) -> Resu
     return {
         "protocol": f"{len(classes)} names in {len(task.templates)} template(s), each of unit norm,"
         " their mean of unit norm",
-        "list_hash": data_hash(list(classes.values()), task.templates),
-        "data_hash": data_hash([r.key for r in records], labels, image_hash),
+        "list_hash": hash_json([list(classes.values()), task.templates]),
+        "data_hash": hash_json([[r.key for r in records], labels, image_hash]),
         **{f"top{k}": result.recall[k] for k in ks},
         **{f"ci_top{k}": result.ci.get(k) for k in ks},
         "mean_per_class": mean_per_class(result.hits[1], np.array(wanted)),

@@ -20,9 +20,9 @@ class Mark:
     """A bar, a dot, or a row of a forest plot."""
 
     label: str
-    """Whose value it is."""
+    """Name of what has the value."""
     value: float
-    """In the chart's unit."""
+    """Value in the chart's unit."""
     interval: Sequence[float] | None = None
     """Low and high."""
     colour: int = 0
@@ -53,7 +53,7 @@ class Line:
     x: Sequence[float]
     """Rising."""
     y: Sequence[float]
-    """As long as `x`."""
+    """Values, as many as in `x`."""
     colour: int = 0
     """Number of the series, below 6."""
 
@@ -63,7 +63,7 @@ class Curves:
     """Lines over steps, at least one."""
 
     title: str
-    """For readers who do not see the chart."""
+    """Text for readers who do not see the chart."""
     lines: Sequence[Line]
     """At least one point each."""
 
@@ -78,16 +78,16 @@ class Chart:
     """Rows of marks along an axis: bars from zero, or differences around it."""
 
     title: str
-    """For readers who do not see the chart."""
+    """Text for readers who do not see the chart."""
     groups: Mapping[str, Sequence[Mark]]
     """Heading to its rows, from top to bottom; of differences each group has its own axis."""
     limit: float | None = None
-    """Right end of the axis, if no value is beyond it; None = from the values."""
+    """Right end of the axis, if no value is beyond it. None: from the values."""
     guesses: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Heading to what needs no model (chance, a rule) and its value: lines across the group's rows,
     named below the heading."""
     sides: tuple[str, str] | None = None
-    """What it means to lie left and right of zero; None = values from 0 up, drawn as bars."""
+    """What it means to lie left and right of zero. None: values from 0 up, drawn as bars."""
 
     def ticks(self, heading: str) -> list[float]:
         """Round numbers along a group's axis, its ends among them.

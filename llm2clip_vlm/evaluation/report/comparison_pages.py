@@ -84,7 +84,7 @@ def score_chart(title: str, runs: Sequence[Run], colours: Mapping[str, int]) -> 
     """Scores of runs, benchmark by benchmark, beside what needs no model or picture.
 
     Args:
-        title: For readers who do not see the chart.
+        title: Text for readers who do not see the chart.
         runs: Rings are seeds of one; one without has a 95 % interval by picture.
         colours: Name to number of the series; others have the first.
     """
@@ -129,7 +129,7 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
 
     Args:
         runs: What was compared.
-        found: From :func:`compare`.
+        found: Result of :func:`compare`.
 
     Returns:
         `compare.html`, `compare.md` and `compare.json` to their texts.

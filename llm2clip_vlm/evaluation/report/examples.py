@@ -31,7 +31,7 @@ class Example:
     """A picture, what was asked of it, and what each model said."""
 
     picture: Image.Image | None
-    """RGB; None where it is not on this machine."""
+    """RGB. None: not on this machine."""
     asked: str
     """The right caption, or the question."""
     expected: str
@@ -121,11 +121,11 @@ def one_photograph(
     """The first photograph that towers found captions for and VLMs were asked about.
 
     Args:
-        retrieved: From :func:`retrieved_captions`.
+        retrieved: Result of :func:`retrieved_captions`.
         tasks: Answers of each task, the preferred one first; pictures are known by their pixels.
 
     Returns:
-        What the towers found and what the VLMs answered; None where they share no photograph.
+        What the towers found and what the VLMs answered. None: they share no photograph.
     """
     known = {f"{PIXELS}{pixel_hash([e.picture])}": e for e in retrieved if e.picture}
     for samples in tasks:
@@ -155,7 +155,7 @@ def sample_pictures(
 
     Args:
         data_file: Its rows are known by `id`, or by place and question; `image` is a path below
-            the file's folder, or bytes in a table. None, or a file that is not there = no pictures.
+            the file's folder, or bytes in a table. None: no pictures, as without the file.
         samples: Their answers.
 
     Returns:

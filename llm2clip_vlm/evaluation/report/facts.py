@@ -25,7 +25,7 @@ class Verdict:
     state: str
     """`above`, `below`, `mixed` or `overlapping`; of VLMs `undecided` (one training) or not."""
     sentence: str
-    """In words, with the numbers."""
+    """Verdict in words, with the numbers."""
     short: str
     """The same for one line of a terminal."""
 
@@ -38,7 +38,7 @@ def retrieval_verdict(
     """Whether the first tower retrieves better, with intervals apart.
 
     Args:
-        retrieval: From :func:`~llm2clip_vlm.evaluation.report.inputs.read_retrieval`.
+        retrieval: Result of :func:`~llm2clip_vlm.evaluation.report.inputs.read_retrieval`.
         headline: Two towers.
         kind: Kind of caption.
 
@@ -103,7 +103,7 @@ class Facts:
     verdict: Verdict
     """What retrieval says of the headline."""
     cra: dict[str, Any] | None = None
-    """Caption separability; None = no stage 1."""
+    """Caption separability. None: no stage 1."""
     vlms: list[Run] = field(default_factory=list)
     """Towers with the scores of their VLMs, seed by seed, the headline's task first; empty = no
     VLM."""
@@ -116,7 +116,7 @@ class Facts:
     manifests: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Tower to its manifest."""
     ab: dict[str, Any] | None = None
-    """The committed A/B; None = not run."""
+    """The committed A/B. None: not run."""
     curves: dict[str, list[Line]] = field(default_factory=dict)
     """Panel to curves of the training loss."""
     retrieved: list[Example] = field(default_factory=list)
@@ -124,7 +124,7 @@ class Facts:
     answers: list[Example] = field(default_factory=list)
     """Questions answered."""
     one_photograph: tuple[Example, Example] | None = None
-    """Retrieved and answered for the same photograph; None where there is no such one."""
+    """Retrieved and answered for the same photograph. None: there is no such one."""
 
     @property
     def story(self) -> list[Example]:
@@ -181,7 +181,7 @@ class Facts:
         return rows
 
     def vlm_verdict(self) -> Verdict | None:
-        """What this run and the A/B say of the headline's VLMs; None = none was scored."""
+        """What this run and the A/B say of the headline's VLMs. None: none was scored."""
         (a, b), task = self.recipe.headline, self.recipe.headline_task
         found = self.accuracies(task)
         if a not in found or b not in found:

@@ -24,7 +24,7 @@ SAMPLES = ".samples.jsonl"
 """Ending of a file with one answer a line; the task's result is beside it."""
 
 OFTEN = 20
-"""From so many questions on, a wording has a commonest answer of its own."""
+"""Number of questions from which on a wording has a commonest answer of its own."""
 
 DIRECTIONS = {"i2t": "image → text", "t2i": "text → image"}
 """Directions of retrieval and how they are written."""
@@ -51,7 +51,7 @@ def read_json(path: str | Path, made_by: str) -> dict[str, Any]:
 
 
 def read_optional(path: str | None) -> dict[str, Any] | None:
-    """A JSON object, or None where no path is given or the file is not there yet."""
+    """A JSON object. None: no path is given, or the file is not there yet."""
     return read_json(path, path) if path is not None and Path(path).is_file() else None
 
 
@@ -106,7 +106,7 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     """What answers get that were given without a look at the picture.
 
     Args:
-        samples: Of one checkpoint; their questions and targets are read.
+        samples: Samples of one checkpoint; their questions and targets are read.
 
     Returns:
         `{name: {"": per cent of all, type: per cent of its questions}}`: the commonest answer
@@ -160,9 +160,9 @@ class Measured:
     """One benchmark of one run and seed."""
 
     title: str
-    """For people."""
+    """Name for people."""
     value: float
-    """In per cent."""
+    """Score in per cent."""
     folder: Path
     """Where it was read from."""
     samples: Sequence[Mapping[str, Any]] = ()
@@ -170,7 +170,7 @@ class Measured:
     result: Mapping[str, Any] = field(default_factory=dict)
     """The result that lies beside the samples."""
     chance: float | None = None
-    """What a guess gets, in per cent; None = not known."""
+    """What a guess gets, in per cent. None: not known."""
     ci: Sequence[float] | None = None
     """95 % interval of a score that is no mean over samples."""
 
@@ -189,7 +189,7 @@ class Measured:
         return np.array([sample["counts"] for sample in self.samples if "counts" in sample])
 
     def interval(self) -> Sequence[float] | None:
-        """The 95 % interval over pictures; None where neither it nor single answers were kept."""
+        """The 95 % interval over pictures. None: neither it nor single answers were kept."""
         if not self.scored:
             return self.ci
         right, images = zip(*((s["correct"], s["image_id"]) for s in self.scored), strict=True)
@@ -206,7 +206,7 @@ class Run:
     """One side of a comparison: a checkpoint, or one for each training seed."""
 
     name: str
-    """For people."""
+    """Name for people."""
     places: Sequence[str]
     """Folders of results, with `{seed}` in them where there are several seeds."""
     fixed: bool = False
@@ -234,11 +234,11 @@ def read_run(
     """Read a run's results.
 
     Args:
-        name: Of the run.
+        name: Name of the run.
         places: Folder with what `eval/run_lmms.py` or `eval/run_encoder.py` wrote, or with stage
-            2's `results.json`, to the benchmarks that it must have (None = what is there).
+            2's `results.json`, to the benchmarks that it must have. None: what is there.
             `{seed}` in it stands for any number.
-        seeds: Which ones; none = all that are there.
+        seeds: Numbers of the seeds. None: all that are there.
         fixed: Places without `{seed}` hold a model that was not trained.
 
     Raises:

@@ -340,14 +340,14 @@ class Generator:
         Closing the iterator ends the generation.
 
         Args:
-            prompt: From :meth:`render`.
-            options: As for :meth:`generate`, without beams.
+            prompt: Result of :meth:`render`.
+            options: Those of :meth:`generate`, without beams.
 
         Yields:
             The answer so far after each token; the last one is what :meth:`generate` returns.
 
         Raises:
-            ValueError: As :meth:`generate`.
+            ValueError: See :meth:`generate`.
         """
         _, config, until = self._settings(options)
         inputs = self._encode([prompt])

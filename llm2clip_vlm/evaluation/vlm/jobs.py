@@ -10,7 +10,6 @@ is stale and is made again. lmms-eval's own response cache is never used: its ke
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib.util
 import json
@@ -29,8 +28,9 @@ import llm2clip_vlm
 from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
+from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
-from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file
+from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file, hash_json
 from llm2clip_vlm.runs.inputs import missing_model
 from llm2clip_vlm.runs.manifest import versions
 from llm2clip_vlm.runs.ownership import Hold
@@ -48,7 +48,6 @@ SCORING_CODE = (
     "data/reading/cut_images.py",
     "data/reading/images.py",
     "data/reading/samples.py",
-    "data/conversation/visual_tokens.py",
     "evaluation/vlm/adapter.py",
     "evaluation/vlm/generation.py",
     "evaluation/vlm/llava15.py",
@@ -118,7 +117,7 @@ class Job:
 
 
 def task_yaml(name: str, tasks_dir: Path) -> Path:
-    """Find the YAML of a task: below `tasks_dir`, else one of ours, else built into lmms-eval.
+    """Find the YAML of a task: below `tasks_dir`, else shipped here, else built into lmms-eval.
 
     Raises:
         EvaluationError: No such task, with the nearest names.
@@ -131,10 +130,9 @@ def task_yaml(name: str, tasks_dir: Path) -> Path:
         if built_in == name:
             return path
         names.add(built_in)
-    near = difflib.get_close_matches(name, names, n=3)
     raise EvaluationError(
         f"task {name!r}: not below {tasks_dir} and not built into lmms-eval (a group? name its "
-        f"tasks instead){'; did you mean ' + ', '.join(near) + '?' if near else ''}"
+        f"tasks instead){did_you_mean(name, names)}"
     )
 
 
@@ -239,7 +237,7 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path) -> str:
         "judge": [os.environ.get(name) for name in JUDGE] if task.judge else None,
         "versions": [versions().get(name) for name in ("lmms_eval", "transformers")],
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hash_json(parts)
 
 
 _SAME_SCORE = {"data_files", "made_by", "title", "name", "program"}
@@ -302,7 +300,7 @@ def run_suite(
         suite: Suite from `load_recipe(path, SuiteRecipe)`.
         checkpoints: Name -> directory of a vision-language model.
         output: Gets `<name>/<task>.json` and `<name>/<task>.samples.jsonl`, each written at once.
-        tasks_dir: Folder of the caller's own tasks, whose Python files are run; none = ours alone.
+        tasks_dir: Folder of the caller's own tasks, whose Python files are run. None: ours alone.
 
     Returns:
         `{checkpoint: {task: result}}`, every result as in its file.

@@ -26,11 +26,11 @@ LEFT_OUT = (
 """Weights of a CLIP that have no place in an `LLM2CLIPModel`."""
 
 LEFT_OUT_OF_A_TOWER = LEFT_OUT + r"|visual_projection\..*|logit_(scale|bias)"
-"""And those that have none in a tower alone."""
+"""Those of `LEFT_OUT`, and those that have no place in a tower alone."""
 
 
 def adaptor_prefix(names: Iterable[str]) -> str | None:
-    """What stands before the adaptor's numbered parts (`text.text_adaptor.`); none = no adaptor."""
+    """What stands before the adaptor's numbered parts (`text.text_adaptor.`). None: no adaptor."""
     found = (_FIRST_BLOCK.fullmatch(name) for name in names)
     return next((match[1] for match in found if match), None)
 

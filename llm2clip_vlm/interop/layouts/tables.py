@@ -29,9 +29,9 @@ class Layout:
     marks: tuple[str, ...]
     """Names, without `visual.`, that this layout alone has all of."""
     table: tuple[Row, ...]
-    """To our names."""
+    """Rows that lead to our names."""
     config: type[PreTrainedConfig]
-    """Of the tower that it becomes."""
+    """Config of the tower that it becomes."""
     activation: str | None = None
     """The tower's activation, where the layout says it."""
 
@@ -54,7 +54,7 @@ LAYOUTS = {
     ),
     "siglip_hf": Layout(("head.probe",), SAME, SiglipVisionConfig, "gelu_pytorch_tanh"),
 }
-"""By name; the first that has all its marks is taken."""
+"""Layouts by name; the first that has all its marks is taken."""
 
 _HF_SIZES = (
     "embeddings.patch_embedding.weight",
@@ -73,8 +73,8 @@ def recognise(names: set[str], where: str) -> tuple[str, Layout]:
     """The layout of a tower.
 
     Args:
-        names: Of the weights, the tower's below `visual.`.
-        where: For the message.
+        names: Names of the weights, the tower's below `visual.`.
+        where: Place that the message names.
 
     Raises:
         ModelError: None of the layouts.
@@ -95,10 +95,10 @@ def tower_config(
     """The tower's config from the shapes of its weights.
 
     Args:
-        layout: Of the file.
-        weights: Under our names, below `vision_tower.`.
+        layout: Layout of the file.
+        weights: Weights under our names, below `vision_tower.`.
         given: Values that come from a config beside the file, or from the user; they win.
-        where: For messages.
+        where: Place that messages name.
 
     Raises:
         ModelError: A weight is missing, a given field does not exist, or the activation is known
@@ -141,7 +141,7 @@ def image_processor(config: Any, folder: Path, beside: Mapping[str, Any]) -> Any
     """The image processor beside the weights, or the one that towers of this kind have.
 
     Args:
-        config: Of the tower.
+        config: Config of the tower.
         folder: Where the weights lie.
         beside: What open_clip's or timm's config there says.
     """

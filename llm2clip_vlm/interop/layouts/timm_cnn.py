@@ -61,9 +61,9 @@ def convert_cnn(
     """Write a tower of timm's, without classifier or projection.
 
     Args:
-        source: For messages, and where an image processor may lie.
-        folder: Where to.
-        weights: Of the file.
+        source: Place that messages name, where an image processor may lie.
+        folder: Folder to write.
+        weights: Weights of the file.
         beside: What open_clip's config there says.
         settings: `image_size` in pixels, `architecture` in timm's words; else what the config
             beside says, or what has the weights' shapes and its own size.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -21,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip_vlm.chat.labels import user_turn
 from llm2clip_vlm.chat.text_tokens import control_notice, text_ids, text_tokens
 from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.runs.hashes import hash_json
 
 PASS_TOKENS = 128
 """Tokens that take as long as the fixed cost of one more forward pass, about."""
@@ -177,7 +177,7 @@ class CaptionTokenizer:
         if backend is not None:
             content = json.loads(backend.to_str())
             content["padding"] = content["truncation"] = None
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        return hash_json(content)
 
     def require(self, fingerprint: str, where: str | Path) -> None:
         """Refuses a tokenizer that came back from disk as another one.

@@ -227,7 +227,7 @@ def timm_config(written: Mapping[str, Any], path: str | Path) -> TimmVisionConfi
 
     Args:
         written: Content of config.json: `architecture`, `pretrained_cfg` and perhaps `model_args`.
-        path: For messages.
+        path: Path that messages name.
 
     Raises:
         ModelError: Neither a ViT nor a CNN whose last map can be the tokens.
@@ -305,7 +305,7 @@ def tower_of_weights(
     Args:
         config: Config of the tower.
         weights: Weights by the tower's names.
-        path: For messages.
+        path: Path that messages name.
         dtype: Dtype of the tower; `auto` = that of the weights.
 
     Raises:

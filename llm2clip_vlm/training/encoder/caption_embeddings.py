@@ -16,8 +16,9 @@ from transformers import TrainerCallback, TrainingArguments
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.filling import FillingCache
-from llm2clip_vlm.data.cache.shards import HEADER_NAME, digests_of, seal
+from llm2clip_vlm.data.cache.shards import HEADER_NAME, seal
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
+from llm2clip_vlm.data.text.text_keys import digests_of
 from llm2clip_vlm.distributed import barrier, is_main, rank, shared_out
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text.caption_tokens import pad_tokens
@@ -261,7 +262,7 @@ class TextInLoop:
         """Take the encoder out of the model, without its adapter, and write it on the main rank.
 
         Args:
-            model: After training.
+            model: Model after training.
             directory: Such as `<output_dir>/text_encoder`.
         """
         del model.text_encoder

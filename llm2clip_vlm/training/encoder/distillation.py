@@ -83,7 +83,7 @@ class Keeping:
         """Prepare the model for saving: averaged weights, no adapter.
 
         Args:
-            model: After training.
+            model: Model after training.
             lora: Result of `add_lora`. None: there is no adapter.
 
         Returns:
@@ -159,7 +159,7 @@ def prepare_keeping(
 
     Args:
         recipe: Gives `inherit_text`, `self_distillation`, `weight_average` and `patch_dropout`.
-        model: Before training; inherits in place.
+        model: Model before training; it inherits in place.
         num_prefix_tokens: Number of its tower's prefix tokens.
         captions: All training captions, asked for where they are needed.
         lookup: Captions to the text encoder's embeddings.

@@ -24,10 +24,10 @@ from llm2clip_vlm.data.conversation.instruction import (
     expand_mixtures,
 )
 from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
+from llm2clip_vlm.data.conversation.token_table import tokenise
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.data.reading.table import file_states
-from llm2clip_vlm.data.text.token_table import tokenise
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
 from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm

@@ -24,12 +24,12 @@ from llm2clip_vlm.chat.template import ConversationError, Message, template_of
 from llm2clip_vlm.chat.text_tokens import text_tokens
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 from llm2clip_vlm.data.conversation.messages import (
+    VisualTokens,
     build_labels,
     build_plain_labels,
     count_images,
     to_messages,
 )
-from llm2clip_vlm.data.conversation.visual_tokens import VisualTokens
 from llm2clip_vlm.data.reading.bad_records import Refusals, Refused, printable
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
 from llm2clip_vlm.data.reading.records import source_files, source_rows
@@ -117,7 +117,7 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     """One conversation of a file.
 
     Args:
-        row: As it lies there: `conversations`, `messages` or `texts`, with `image` or `images`.
+        row: Row as it lies there: `conversations`, `messages` or `texts`, with `image` or `images`.
         where: Its name in messages.
 
     Raises:
