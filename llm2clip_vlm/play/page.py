@@ -234,10 +234,13 @@ def _runs_tab(gr: Any, shelf: Shelf) -> None:
         rows.append([run.name, run.stage, round(run.seconds / 60, 1), last])
     headers = ["run", "stage", "minutes", "last loss"]
     gr.Dataframe(rows, headers=headers, label="finished", interactive=False, wrap=True, buttons=[])
-    points = [(run.name, *point) for run in shelf.runs for point in run.losses]
-    if points:
-        table = pd.DataFrame(points, columns=["run", "step", "loss"])
-        gr.LinePlot(table, x="step", y="loss", color="run", label="loss", buttons=[])
+    with gr.Row():
+        for stage in dict.fromkeys(run.stage for run in shelf.runs if run.losses):
+            own = [run for run in shelf.runs if run.stage == stage]
+            points = [(run.name, *point) for run in own for point in run.losses]
+            table = pd.DataFrame(points, columns=["run", "step", "loss"])
+            look = {"label": f"loss of {stage}", "buttons": [], "min_width": 320}
+            gr.LinePlot(table, x="step", y="loss", color="run", **look)
     pages = {
         file.relative_to(shelf.run).as_posix(): file for file in sorted(shelf.run.rglob("*.html"))
     }
