@@ -1,4 +1,4 @@
-"""Compare runs benchmark by benchmark, and say what the differences are worth.
+r"""Compare runs benchmark by benchmark, and say what the differences are worth.
 
 Purpose: differences with intervals, the exact test over training seeds where both runs have several
     (no test where only one has), a paired test over images between single runs, Holm's correction
@@ -18,10 +18,6 @@ from itertools import combinations
 from pathlib import Path
 
 from llm2clip_vlm.cli import guard
-from llm2clip_vlm.evaluation.report.comparison import compare
-from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages
-from llm2clip_vlm.evaluation.report.inputs import read_run
-from llm2clip_vlm.runs.ownership import write_pages
 
 
 def parser() -> argparse.ArgumentParser:
@@ -64,6 +60,12 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"expected at least two runs of different names, got {list(places)}")
     if unknown := sorted(set(arguments.fixed) - set(places)):
         raise ValueError(f"--fixed {unknown}: expected names of {list(places)}")
+    # torch: after what can be said without it
+    from llm2clip_vlm.evaluation.report.comparison import compare
+    from llm2clip_vlm.evaluation.report.comparison_pages import comparison_pages
+    from llm2clip_vlm.evaluation.report.inputs import read_run
+    from llm2clip_vlm.runs.ownership import write_pages
+
     runs = [read_run(name, of, fixed=name in arguments.fixed) for name, of in places.items()]
     found = compare(runs, list(combinations(places, 2)))
     pages = comparison_pages(runs, found)

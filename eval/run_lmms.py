@@ -1,4 +1,4 @@
-"""Score checkpoints with lmms-eval.
+r"""Score checkpoints with lmms-eval.
 
 Purpose: every task of a suite on every checkpoint, in one subprocess; a second run does only what
     changed (weights, task, data or code).

@@ -43,6 +43,12 @@ def tower(kind: str, hidden: int, inner: int, layers: int, size: int, patch: int
 CONFIGS: dict[str, dict[str, Any]] = {
     "lmsys/vicuna-7b-v1.5": {**LLAMA, **sizes(4096, 11008, 32, 32, 32), "vocab_size": 32000},
     "meta-llama/Llama-3.1-8B": {**LLAMA, **sizes(4096, 14336, 32, 32, 8), "vocab_size": 128256},
+    "meta-llama/Llama-3.2-1B": {
+        **LLAMA,
+        **sizes(2048, 8192, 16, 32, 8),
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
     "HuggingFaceTB/SmolLM2-135M-Instruct": {
         **LLAMA,
         **sizes(576, 1536, 30, 9, 3),
@@ -68,6 +74,9 @@ ROWS = [
     ("llava15/stage4_qwen25_0_5b_24gb", 1, "rtx4090-24gb", ("--samples", INSTRUCT)),
     ("llava15/stage3_qwen25_1_5b_24gb", 1, "rtx4090-24gb", ("--samples", PRETRAIN)),
     ("llava15/stage4_qwen25_1_5b_24gb", 1, "rtx4090-24gb", ("--samples", INSTRUCT)),
+    ("webdataset_8gpu/stage1", 8, "h100-80gb", ("--samples", "3000000")),
+    ("webdataset_8gpu/stage2a", 8, "h100-80gb", ("--samples", "100000000")),
+    ("webdataset_8gpu/stage2b", 8, "h100-80gb", ("--samples", "100000000")),
     ("nano/stage4", 1, "h100-80gb", ("--samples", "1700000")),
 ]
 

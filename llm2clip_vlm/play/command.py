@@ -90,12 +90,12 @@ def _search_options(made: argparse.ArgumentParser) -> None:
 def _search(arguments: argparse.Namespace) -> int:
     import webbrowser
 
-    from llm2clip_vlm.play.photo_index import index_photos, load_dual_encoder
-    from llm2clip_vlm.play.vlm_chat import typed
-
     if arguments.count < 1:
         raise ValueError(f"--count: expected at least 1, got {arguments.count}")
     _require_photos(arguments.folder)  # before the slow part
+    from llm2clip_vlm.play.photo_index import index_photos, load_dual_encoder
+    from llm2clip_vlm.play.vlm_chat import typed
+
     encoder = load_dual_encoder(arguments.model, arguments.text_encoder, arguments.device)
     index = index_photos(arguments.folder, encoder)
     print(index.summary(), file=sys.stderr)

@@ -33,7 +33,10 @@ _OFF = ("share", "mcp_server", "enable_monitoring", "run_history", "ssr_mode", "
 _BEST = 6
 _THUMBNAIL_PX = 384
 _NOBODY = "(none)"
-_CSS = "footer {display: none !important} iframe {width: 100%; height: 75vh; border: 0}"
+_CSS = (
+    "footer {display: none !important} iframe {width: 100%; height: 75vh; border: 0}"
+    ".image-frame img {object-fit: contain !important}"  # as large as its place, if small itself
+)
 
 
 def serve(shelf: Shelf, port: int | None = None, *, open_browser: bool = False) -> None:
@@ -225,16 +228,19 @@ def _look_tab(gr: Any, shelf: Shelf) -> None:
 def _runs_tab(gr: Any, shelf: Shelf) -> None:
     import pandas as pd
 
-    rows = [
-        [run.name, run.stage, round(run.seconds / 60, 1), run.losses[-1][1] if run.losses else None]
-        for run in shelf.runs
-    ]
+    rows = []
+    for run in shelf.runs:
+        last = round(run.losses[-1][1], 3) if run.losses else None
+        rows.append([run.name, run.stage, round(run.seconds / 60, 1), last])
     headers = ["run", "stage", "minutes", "last loss"]
     gr.Dataframe(rows, headers=headers, label="finished", interactive=False, wrap=True, buttons=[])
-    points = [(run.name, *point) for run in shelf.runs for point in run.losses]
-    if points:
-        table = pd.DataFrame(points, columns=["run", "step", "loss"])
-        gr.LinePlot(table, x="step", y="loss", color="run", label="loss", buttons=[])
+    with gr.Row():
+        for stage in dict.fromkeys(run.stage for run in shelf.runs if run.losses):
+            own = [run for run in shelf.runs if run.stage == stage]
+            points = [(run.name, *point) for run in own for point in run.losses]
+            table = pd.DataFrame(points, columns=["run", "step", "loss"])
+            look = {"label": f"loss of {stage}", "buttons": [], "min_width": 320}
+            gr.LinePlot(table, x="step", y="loss", color="run", **look)
     pages = {
         file.relative_to(shelf.run).as_posix(): file for file in sorted(shelf.run.rglob("*.html"))
     }

@@ -99,7 +99,11 @@ def torch_state(load: Callable[[str], object] = importlib.import_module) -> Find
     import torch
 
     if not torch.cuda.is_available():
-        return Finding("devices", "note", f"no CUDA GPU; {os.cpu_count()} CPU cores, gloo")
+        built = (
+            f"a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "torch for CUDA"
+        )
+        detail = f"no CUDA GPU; {os.cpu_count()} CPU cores, gloo; if there is one, install {built}"
+        return Finding("devices", "note", detail)
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     names = [f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in found]
     told = f"{', '.join(names)}; CUDA {torch.version.cuda}"

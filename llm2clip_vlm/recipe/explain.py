@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from llm2clip_vlm.recipe.base import RecipeFile
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe
-from llm2clip_vlm.recipe.reading import did_you_mean, fields_below, models_in, shown
+from llm2clip_vlm.recipe.reading import did_you_mean, elsewhere, fields_below, models_in, shown
 from llm2clip_vlm.recipe.report import ReportRecipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
@@ -121,6 +121,6 @@ def recipe_help(model: type[BaseModel], key: str = "") -> str:
             names = get_args(annotation)[0] if get_origin(annotation) is dict else None
             if wanted.startswith(f"{above}.") and (names is str or part in get_args(names)):
                 return recipe_help(model, above)  # the rest is an item of a mapping
-        hint = did_you_mean(key, known) or "; `help STAGE` lists them"
+        hint = did_you_mean(key, known) or elsewhere(key, model) or "; `help STAGE` lists them"
         raise ValueError(f"no key `{key}`{hint}")
     return "\n".join(lines)

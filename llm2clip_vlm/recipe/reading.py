@@ -361,7 +361,7 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
                 section = _below(section, part)
             known = list(section.model_fields) if section else []
             hints = (did_you_mean(parts[-1], known, cutoff) for cutoff in (0.9, 0.6))
-            hint = next(hints) or _elsewhere(parts[-1], model) or next(hints)
+            hint = next(hints) or elsewhere(parts[-1], model) or next(hints)
             problems[key] = f"unknown key{hint or f'; known here: {known}'}"
         elif item["type"] == "value_error":
             problems[key] = message.removeprefix("Value error, ")
@@ -377,8 +377,8 @@ def _explained(error: ValidationError, data: Any, model: type[BaseModel]) -> lis
     ]
 
 
-def _elsewhere(word: str, model: type[BaseModel]) -> str:
-    """`; did you mean ...?` where a key of this name stands in another section."""
+def elsewhere(word: str, model: type[BaseModel]) -> str:
+    """`; did you mean ...?` where a key of this name stands in another section, or nothing."""
     if word in {"lr", "learning_rate"} and "trainable" in model.model_fields:
         return "; each part that trains has its own, such as `trainable.multi_modal_projector`"
     if "trainer" in model.model_fields and word in _trainer_keys():

@@ -7,8 +7,9 @@ folder: `README.md` with the metadata block that the Hugging Face Hub reads.
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
 from itertools import chain
 from pathlib import Path
@@ -30,6 +31,7 @@ _KINDS = {
         "vision tower and text adaptor, aligned with a language model's caption embeddings",
         "zero-shot-image-classification",
     ),
+    "clip": ("vision tower with a text encoder of its own", "zero-shot-image-classification"),
     "llava": ("vision-language model (LLaVA)", "image-text-to-text"),
     "llava_next": ("vision-language model (LLaVA-NeXT)", "image-text-to-text"),
     "tower": ("vision tower", "image-feature-extraction"),
@@ -47,6 +49,8 @@ _SCORES = frozenset("r1 r5 r10 top1 after raw_causal raw_bidirectional".split())
 _OURS = "llm2clip-vlm"
 """Tag of a card of this package; with a hash of all before it also its last line."""
 
+_EVALUATION = re.compile(r"## Evaluation\n.*?(?=## )", re.DOTALL)
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -60,6 +64,8 @@ def kind_of(folder: Path) -> str | None:
         return None
     found = read_json(folder / "config.json")
     kind = str(found.get("model_type"))
+    if kind == "vision-text-dual-encoder":
+        return "clip"
     return kind if kind in _KINDS else "tower" if "image_size" in found else None
 
 
@@ -90,7 +96,7 @@ def write_card(
         edited since.
     """
     import torch
-    from huggingface_hub import EvalResult, ModelCard, ModelCardData
+    from huggingface_hub import ModelCard, ModelCardData
 
     card = folder / CARD_NAME
     kind = kind_of(folder)
@@ -103,22 +109,12 @@ def write_card(
         logger.warning("%s was edited or comes from elsewhere: it stays; delete it for a new", card)
         return None
     what, pipeline_tag = _KINDS[kind]
-    scores = list(_scores(results or {}))
+    scores = _scores(results or {})
     known = list(filter(None, map(_card_of, parents.values())))
     licences = sorted({str(data.license) for data in known if data.license})
     hub = [path for path in parents.values() if not Path(path).exists() and _HUB_ID.fullmatch(path)]
     name = folder.resolve().parent.name + "-" + folder.name
-    found = [
-        EvalResult(
-            task_type=pipeline_tag,
-            dataset_type="held-out",
-            dataset_name="the recipe's held-out data",
-            metric_type="accuracy",
-            metric_name=title,
-            metric_value=round(value, 2),
-        )
-        for title, value in scores
-    ]
+    found = [_row(kind, "the recipe's held-out data", *score) for score in scores]
     data = ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -139,14 +135,59 @@ def write_card(
         parents={title: _shown(path) for title, path in parents.items()},
         licences=licences,
         recipe=yaml.safe_dump(_masked(recipe), sort_keys=False).strip() if recipe else "",
-        scores=scores,
+        table=_table(found),
         parity=parity,
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU",
         versions=", ".join(f"{package} {version}" for package, version in versions.items()),
     )
-    text = f"{str(text).rstrip()}\n\n"
-    write_atomically(card, text + _signature(text.encode()).decode())
+    _write(card, str(text))
     return card
+
+
+def add_scores(folder: Path, scores: Mapping[str, float]) -> None:
+    """Put the scores of benchmarks into a card that is as it was written here; others stay.
+
+    Args:
+        folder: The model's directory.
+        scores: Title of the benchmark to its score in %; an earlier one is replaced.
+    """
+    from huggingface_hub import ModelCard
+
+    file, kind = folder / CARD_NAME, kind_of(folder)
+    if kind is None or not (file.is_file() and is_unchanged(file) and os.access(folder, os.W_OK)):
+        return
+    card = ModelCard.load(file, ignore_metadata_errors=True)
+    rows = {row.metric_name: row for row in card.data.eval_results or []}
+    rows |= {title: _row(kind, title, title, score) for title, score in scores.items()}
+    card.data.eval_results = [*rows.values()]
+    table = f"## Evaluation\n\n{_table(card.data.eval_results)}\n\n"
+    card.text = _EVALUATION.sub(lambda _: table, card.text.partition(f"<!-- {_OURS} ")[0])
+    _write(file, str(card))
+
+
+def _row(kind: str, data: str, title: str, score: float) -> Any:
+    """A line of the hub's `model-index`."""
+    from huggingface_hub import EvalResult
+
+    return EvalResult(
+        task_type=_KINDS[kind][1],
+        dataset_type="held-out",
+        dataset_name=data,
+        metric_type="accuracy",
+        metric_name=title,
+        metric_value=round(score, 2),
+    )
+
+
+def _table(rows: Sequence[Any]) -> str:
+    lines = [f"| {row.metric_name} | {row.metric_value:.1f} |" for row in rows]
+    table = "\n".join(["| measured | % |", "|---|---|", *lines])
+    return table if rows else "None is recorded in this directory."
+
+
+def _write(card: Path, text: str) -> None:
+    text = f"{text.rstrip()}\n\n"
+    write_atomically(card, text + _signature(text.encode()).decode())
 
 
 def _signature(text: bytes) -> bytes:

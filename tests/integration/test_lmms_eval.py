@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,12 @@ import pytest
 
 pytest.importorskip("lmms_eval", reason="needs lmms-eval (extra `eval`)")
 
+from huggingface_hub import ModelCard
 from world.files import WorldConfig, ensure_world
 
 from llm2clip_vlm.models.vlm.building import build_vlm
+from llm2clip_vlm.runs.card import write_card
+from tests.tiny import write_image
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"vqa_test": 4, "exist_test": 4, "caption_test": 3}
@@ -29,10 +33,10 @@ SMALL = dict.fromkeys(
 WORLD_TASKS = [f"l2c_world_{name}" for name in ("vqa", "exist", "caption", "pope", "mme")]
 
 
-def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *map(str, command)],
-        cwd=ROOT,
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT), "WORLD_SIZE": "2", "RANK": "1"},
         capture_output=True,
         text=True,
@@ -261,3 +265,26 @@ def test_the_score_gate_of_a_finished_run(
     assert row["ours"] == pytest.approx(100 * ours) and "prompt lacks 'zebra'" in row["differs"]
     wrong = run_lmms(output, world, *given, f"--expected={table}:n")
     assert wrong.returncode == 2 and "expected FILE:ROW, one of m" in wrong.stderr
+
+
+def test_the_lines_of_extend_md_make_a_task(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """docs/extend.md: a task, its Python file and a suite; the score goes into the model's card."""
+    page = (ROOT / "docs/extend.md").read_text(encoding="utf-8")
+    for _, name, text in re.findall(r"```(yaml|python)\n# (my_\S+)\n(.*?)```", page, re.DOTALL):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    for n in range(3):
+        write_image(tmp_path / f"my_tasks/{n}.png", seed=n)
+    rows = [{"image": f"{n}.png", "question": "what color ?", "answer": "red"} for n in range(3)]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "my_tasks/questions.jsonl").write_text(lines)
+    model = shutil.copytree(checkpoints["a"], tmp_path / "model")
+    assert write_card(model, "train x", parents={}, versions={})
+    (command,) = re.findall(r"`llm2clip-vlm (eval --suite my_suite.yaml .*?)`", page)
+    words = command.replace("runs/mine/stage4/model", str(model)).split()
+    finished = run("-m", "llm2clip_vlm.cli", *words, "max_empty=1.0", cwd=tmp_path)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    found = result(tmp_path / "runs/eval", "mine", "my_vqa")
+    assert found["n"] == found["n_images"] == 3 and found["title"] == "My questions"
+    (row,) = ModelCard.load(model / "README.md").data.eval_results
+    assert (row.metric_name, row.metric_value) == ("My questions", found["score"])

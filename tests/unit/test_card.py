@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 from llm2clip_vlm.recipe.base import TextEncoderSection
-from llm2clip_vlm.runs.card import CARD_NAME, kind_of, write_card
+from llm2clip_vlm.runs.card import CARD_NAME, add_scores, is_unchanged, kind_of, write_card
 from llm2clip_vlm.training.export import export_vision_tower
 from tests.tiny import write_image
 
@@ -35,17 +36,19 @@ def models(
     pair.save_pretrained(root / "pair")
     tower.image_processor.save_pretrained(root / "pair")
     export_vision_tower(pair, tower.image_processor, root / "tower")
+    shutil.copytree(tiny_clip, root / "clip")
     vlm, processor = build_vlm(str(tiny_clip), str(tiny_llm), vision_feature_layer=-2)
     save_vlm(vlm, processor, root / "vlm")
     return {
         "text encoder": root / "text_encoder",
         "llm2clip": root / "pair",
         "tower": root / "tower",
+        "clip": root / "clip",
         "llava": root / "vlm",
     }
 
 
-@pytest.mark.parametrize("kind", ["text encoder", "llm2clip", "tower", "llava"])
+@pytest.mark.parametrize("kind", ["text encoder", "llm2clip", "tower", "clip", "llava"])
 def test_the_lines_of_use_run(
     models: dict[str, Path],
     kind: str,
@@ -117,3 +120,21 @@ def test_what_somebody_wrote_into_a_card_stays(
     assert "Not for aeroplanes." in card.read_text() and "it stays; delete it" in caplog.text
     card.unlink()
     assert write_card(tmp_path, "train z", parents={}, versions={})
+
+
+def test_what_is_measured_later_goes_into_the_card(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
+    add_scores(tmp_path, {"DAQUAR": 20.0})  # no card, nothing to do
+    card = write_card(tmp_path, "train x", parents={"a": "us/b"}, versions={"torch": "9"})
+    assert card is not None and "None is recorded" in card.read_text()
+    for scores in ({"DAQUAR": 20.0, "POPE": 81.25}, {"DAQUAR": 22.5}):
+        add_scores(tmp_path, scores)
+        assert is_unchanged(card)
+    text, data = card.read_text(), ModelCard.load(card).data
+    assert "| DAQUAR | 22.5 |\n| POPE | 81.2 |\n\n## Not tested" in text
+    assert "None is recorded" not in text and "torch 9" in text and text.count("## ") == 5
+    assert [row.metric_value for row in data.eval_results] == [22.5, 81.25]
+    assert data.base_model == ["us/b"]
+    card.write_text(f"{text} mine")
+    add_scores(tmp_path, {"DAQUAR": 1.0})
+    assert card.read_text() == f"{text} mine"

@@ -278,6 +278,18 @@ def test_doctor_names_a_torch_that_does_not_import() -> None:
     assert "libcudart" in found.detail
 
 
+@pytest.mark.parametrize(("built", "advice"), [(None, "torch for CUDA"), ("13.0", "a driver for")])
+def test_doctor_says_what_a_gpu_would_need(
+    monkeypatch: pytest.MonkeyPatch, built: str | None, advice: str
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", built)
+    found = doctor.torch_state()
+    assert found.state == "note" and f"if there is one, install {advice}" in found.detail
+
+
 @pytest.mark.parametrize(
     ("token", "status", "state", "told"),
     [

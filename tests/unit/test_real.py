@@ -236,7 +236,6 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert "text_only-s0/captions.json" not in missing
 
 
-
 # --- the picture --------------------------------------------------------------------------------
 
 

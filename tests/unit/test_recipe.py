@@ -375,6 +375,8 @@ def test_help_of_one_key_has_all_below_it() -> None:
         recipe_help(MODELS["stage4_instruction"], "trainable.lrr")
     with pytest.raises(ValueError, match=r"no key `foo`; `help STAGE` lists them"):
         recipe_help(MODELS["stage4_instruction"], "foo")
+    with pytest.raises(ValueError, match=r"such as `trainable\.multi_modal_projector`"):
+        recipe_help(MODELS["stage4_instruction"], "learning_rate")
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import random
+import re
 from datetime import date
 from decimal import Decimal
 from pathlib import Path
@@ -346,3 +347,27 @@ def test_limit_and_length_of_captions_at_the_border(tmp_path: Path) -> None:
         else:
             with pytest.raises(RecordError, match="characters"):
                 collect_captions(group, ["caption"])
+
+
+def test_another_kind_of_file_is_a_function_and_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """docs/extend.md: with the lines that stand there, a source of that kind has all the rest."""
+    page = (Path(__file__).resolve().parents[2] / "docs/extend.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(def tsv_rows.*?)```", page, re.DOTALL)
+    names: dict[str, Any] = dict(vars(records))
+    monkeypatch.setattr(records, "READERS", {**records.READERS})
+    names["READERS"] = records.READERS
+    exec(compile(code, "extend.md", "exec", dont_inherit=True), names)
+    lines = [
+        "id\tcaption\tsplit",
+        "1\ta dog\ttrain",
+        "2\tcut off",
+        "3\ta cat\tval",
+        "4\tbirds\ttrain",
+    ]
+    (tmp_path / "a.tsv").write_text("\n".join(lines) + "\n")
+    refused = Refused()
+    source = CaptionSource(path=f"{tmp_path}/*.tsv", fields=["caption"], where={"split": "train"})
+    assert ids(source, refused) == [[1], [4]]
+    assert [why for _, why in refused.rows] == ["expected 3 columns, got 2"]

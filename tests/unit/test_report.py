@@ -596,9 +596,9 @@ def test_the_caption_ranked_first_is_shown(
     }
     _, html = make(program, run, tmp_path, **changes)
     assert html.count('<article class="card">') == 4 and html.count("data:image/png") == 6
-    assert "Drawn &amp; coloured" in html and html.index("One picture") < html.index("The question")
+    assert "Drawn &amp; coloured" in html and html.index("one-picture") < html.index("The question")
     _, html = make(program, run, tmp_path, **{**changes, "examples": 0})
-    assert "<article" not in html and "One picture" not in html
+    assert "<article" not in html and "one-picture" not in html
 
 
 def test_texts_of_others_stay_texts_and_no_socket_is_opened(

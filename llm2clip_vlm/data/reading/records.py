@@ -10,7 +10,7 @@ import glob
 import json
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from functools import partial
@@ -32,9 +32,17 @@ Row = dict[str, Any]
 MAX_CAPTION_CHARS = 16_384
 """A longer caption is refused: no text encoder here reads that far, and it is seldom a caption."""
 
-_SUFFIXES = tuple(
-    ".jsonl .jsonl.gz .jsonlines .json .json.gz .csv .csv.gz .parquet .arrow .tar".split()
-)
+_TEXTS = ".jsonl .jsonl.gz .jsonlines .json .json.gz .csv .csv.gz".split()
+READERS: dict[str, Callable[..., Iterator[tuple[int | str, Any]]]] = {
+    **dict.fromkeys(_TEXTS, lambda file, bad, _, alike: text_rows(file, bad, alike)),
+    **dict.fromkeys(
+        (".parquet", ".arrow"), lambda file, bad, names, _: table_rows(file, bad, names)
+    ),
+    ".tar": lambda file, bad, *_: tar_rows(file, bad),
+}
+"""Ending of a file to what reads it: given the file, what takes bad records, columns that are
+wanted, and `alike` of :func:`source_rows`, it yields the place and the mapping of each record."""
+
 _NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
 LIST_AS_TEXT = re.compile(r"""\[\s*(["']).*\1\s*,?\s*\]""", re.DOTALL)
@@ -356,9 +364,9 @@ def source_files(source: DataSource) -> list[File]:
         found = remote_files(source) if elsewhere else map(Path, sorted(glob.glob(path)))
         files = [file for file in found if not file.name.endswith("_text_embeddings.tar")]
     for file in files:
-        if not file.name.endswith(_SUFFIXES) or (elsewhere and file.suffix == ".arrow"):
+        if not file.name.endswith((*READERS,)) or (elsewhere and file.suffix == ".arrow"):
             raise RecordError(
-                f"{file}: unknown kind of file; expected one of {', '.join(_SUFFIXES)} (.arrow on "
+                f"{file}: unknown kind of file; expected one of {', '.join(READERS)} (.arrow on "
                 "this machine alone)"
             )
     if not files or not all(isinstance(f, RemoteFile) or f.is_file() for f in files):
@@ -370,14 +378,8 @@ def _located(
     path: File, bad: Refusals, columns: Sequence[str] = (), alike: AlikeLines | None = None
 ) -> Iterator[tuple[int | str, Row]]:
     """Rows with their line (JSONL), key (tar) or position (others), counted from 1."""
-    name = path.name
+    read = next(reader for ending, reader in READERS.items() if path.name.endswith(ending))
     try:
-        if name.endswith((".parquet", ".arrow")):
-            yield from table_rows(path, bad, columns)
-            return
-        if name.endswith(".tar"):
-            yield from tar_rows(path, bad)
-            return
-        yield from text_rows(path, bad, alike)
+        yield from read(path, bad, columns, alike)
     except (OSError, EOFError, zlib.error, UnicodeDecodeError, MemoryError) as error:
         raise RecordError(f"{path}: cannot be read ({error}); is it complete?") from error

@@ -30,6 +30,7 @@ from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
+from llm2clip_vlm.runs.card import add_scores
 from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file, hash_json
 from llm2clip_vlm.runs.inputs import missing_model
 from llm2clip_vlm.runs.manifest import versions
@@ -343,6 +344,9 @@ def run_suite(
         result = job.result(out)
         assert result is not None, "a finished job lost its file meanwhile"
         found.setdefault(job.checkpoint, {})[job.task] = result
+    for name, results in found.items():
+        whole = (r for r in results.values() if (r["limit"] or r["documents"]) >= r["documents"])
+        add_scores(Path(checkpoints[name]), {r["title"]: r["score"] for r in whole})
     return found
 
 
