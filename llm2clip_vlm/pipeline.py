@@ -32,6 +32,7 @@ from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe, read_layers
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import supervise
+from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.hashes import (
     FileState,
     changed_files,
@@ -175,7 +176,8 @@ def finished(job: Job, left: dict[str, FileState] | None = None, before: str | N
 def output_files(job: Job) -> list[Path]:
     """The files that a job names as its outputs, or that lie below them."""
     paths = [Path(path) for path in job.outputs]
-    return [file for path in paths for file in ([path] if path.is_file() else path.rglob("*"))]
+    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
+    return [file for file in files if file.name != CARD_NAME]  # people, and `eval`, write into it
 
 
 def progress_of(log: Path, start: int = 0) -> Seen | None:

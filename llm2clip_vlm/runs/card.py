@@ -144,12 +144,12 @@ def write_card(
     return card
 
 
-def add_scores(folder: Path, scores: Mapping[str, float]) -> None:
+def add_scores(folder: Path, scores: Mapping[str, tuple[str, float]]) -> None:
     """Put the scores of benchmarks into a card that is as it was written here; others stay.
 
     Args:
         folder: The model's directory.
-        scores: Title of the benchmark to its score in %; an earlier one is replaced.
+        scores: Title of the benchmark to its metric, and that times 100; earlier ones go.
     """
     from huggingface_hub import ModelCard
 
@@ -158,14 +158,15 @@ def add_scores(folder: Path, scores: Mapping[str, float]) -> None:
         return
     card = ModelCard.load(file, ignore_metadata_errors=True)
     rows = {row.metric_name: row for row in card.data.eval_results or []}
-    rows |= {title: _row(kind, title, title, score) for title, score in scores.items()}
+    for title, (metric, score) in scores.items():
+        rows[title] = _row(kind, title, title, score, metric)
     card.data.eval_results = [*rows.values()]
     table = f"## Evaluation\n\n{_table(card.data.eval_results)}\n\n"
     card.text = _EVALUATION.sub(lambda _: table, card.text.partition(f"<!-- {_OURS} ")[0])
     _write(file, str(card))
 
 
-def _row(kind: str, data: str, title: str, score: float) -> Any:
+def _row(kind: str, data: str, title: str, score: float, metric: str = "accuracy") -> Any:
     """A line of the hub's `model-index`."""
     from huggingface_hub import EvalResult
 
@@ -173,7 +174,7 @@ def _row(kind: str, data: str, title: str, score: float) -> Any:
         task_type=_KINDS[kind][1],
         dataset_type="held-out",
         dataset_name=data,
-        metric_type="accuracy",
+        metric_type=metric,
         metric_name=title,
         metric_value=round(score, 2),
     )

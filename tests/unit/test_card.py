@@ -124,17 +124,18 @@ def test_what_somebody_wrote_into_a_card_stays(
 
 def test_what_is_measured_later_goes_into_the_card(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
-    add_scores(tmp_path, {"DAQUAR": 20.0})  # no card, nothing to do
+    add_scores(tmp_path, {"DAQUAR": ("accuracy", 20.0)})  # no card, nothing to do
     card = write_card(tmp_path, "train x", parents={"a": "us/b"}, versions={"torch": "9"})
     assert card is not None and "None is recorded" in card.read_text()
     for scores in ({"DAQUAR": 20.0, "POPE": 81.25}, {"DAQUAR": 22.5}):
-        add_scores(tmp_path, scores)
+        add_scores(tmp_path, {title: ("exact_match", score) for title, score in scores.items()})
         assert is_unchanged(card)
     text, data = card.read_text(), ModelCard.load(card).data
     assert "| DAQUAR | 22.5 |\n| POPE | 81.2 |\n\n## Not tested" in text
     assert "None is recorded" not in text and "torch 9" in text and text.count("## ") == 5
     assert [row.metric_value for row in data.eval_results] == [22.5, 81.25]
+    assert {row.metric_type for row in data.eval_results} == {"exact_match"}
     assert data.base_model == ["us/b"]
     card.write_text(f"{text} mine")
-    add_scores(tmp_path, {"DAQUAR": 1.0})
+    add_scores(tmp_path, {"DAQUAR": ("exact_match", 1.0)})
     assert card.read_text() == f"{text} mine"

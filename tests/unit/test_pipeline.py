@@ -301,6 +301,20 @@ def test_what_was_made_of_an_earlier_output_is_made_again(
     assert Pipeline(recipe).run() == {}
 
 
+def test_a_model_card_may_change_after_its_step(root: Path) -> None:
+    """`eval` writes scores into it, and people what they know."""
+    recipe = pipeline(step("a", outputs=["a.out", "model"]))
+    Path("model").mkdir()
+    Path("model/README.md").write_text("a card")
+    Path("model/config.json").write_text("{}")
+    Pipeline(recipe).run()
+    Path("model/README.md").write_text("a card with scores")
+    assert Pipeline(recipe).run() == {}
+    Path("model/config.json").write_text('{"other": 1}')
+    with pytest.raises(PipelineError, match="model/config.json was changed"):
+        Pipeline(recipe).run()
+
+
 def test_a_step_that_ended_after_it_wrote_goes_on(root: Path) -> None:
     recipe = pipeline(step("a"))
     Pipeline(recipe).run()

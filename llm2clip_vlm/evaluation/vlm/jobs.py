@@ -346,7 +346,8 @@ def run_suite(
         found.setdefault(job.checkpoint, {})[job.task] = result
     for name, results in found.items():
         whole = (r for r in results.values() if (r["limit"] or r["documents"]) >= r["documents"])
-        add_scores(Path(checkpoints[name]), {r["title"]: r["score"] for r in whole})
+        scores = {r["title"]: (r["primary_metric"], r["score"]) for r in whole}
+        add_scores(Path(checkpoints[name]), scores)
     return found
 
 
