@@ -5,8 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
+from llm2clip_vlm.recipe.reading import did_you_mean, trainer_keys
 from llm2clip_vlm.remote.addresses import is_remote
 
 
@@ -214,6 +222,14 @@ class RunRecipe(RecipeFile):
     and those that are gone, shows where it stands, and ends. None: wait without end."""
     trainer: dict[str, Any] = Field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
+
+    @field_validator("trainer")
+    @classmethod
+    def _known_to_the_trainer(cls, trainer: dict[str, Any]) -> dict[str, Any]:
+        known = trainer_keys()
+        for name in trainer.keys() - known:
+            raise ValueError(f"unknown key `{name}`{did_you_mean(name, known)}")
+        return trainer
 
 
 class LoraSection(Section):

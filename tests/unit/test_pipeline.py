@@ -6,12 +6,14 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +204,7 @@ def write_stage2a(path: str, text_encoder: str, source: str, **more: Any) -> Non
         (("llm", "none.jsonl"), r"1 thing is missing; .*\n  b: sources\.0\.path: none\.jsonl"),
         (("./nothing", "there.jsonl"), r"b: text_encoder: \./nothing: no such folder"),
         (("llm", "there.jsonl", {"sede": 1}), "sede: unknown key; did you mean `seed`"),
+        (("llm", "there.jsonl", {"trainer": {"bf61": True}}), "trainer: unknown key `bf61`; did"),
         (None, "b.yaml.*no such file"),
     ],
 )
@@ -214,6 +217,16 @@ def test_what_a_later_step_lacks_is_told_before_the_first(
     with pytest.raises(ValueError, match=rf"(?s){told}"):
         Pipeline(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))).run()
     assert not Path("runs").exists() and not Path("out").exists()
+
+
+def test_room_for_a_later_step_is_asked_for_before_the_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_stage2a("a.yaml", "llm", "there.jsonl")
+    write_stage2a("b.yaml", "llm", "there.jsonl")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"(?s)2 things are missing.*b: output_dir: .* are free"):
+        require_steps(expand(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))), "runs")
 
 
 def test_what_an_earlier_step_may_make_is_not_missed(root: Path) -> None:
