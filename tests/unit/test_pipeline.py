@@ -32,6 +32,7 @@ from llm2clip_vlm.pipeline import (
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage2aRecipe
+from llm2clip_vlm.runs import supervise
 from llm2clip_vlm.runs.inputs import require_steps
 from llm2clip_vlm.runs.manifest import write_manifest
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, OwnershipError
@@ -217,6 +218,28 @@ def test_what_a_later_step_lacks_is_told_before_the_first(
     with pytest.raises(ValueError, match=rf"(?s){told}"):
         Pipeline(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))).run()
     assert not Path("runs").exists() and not Path("out").exists()
+
+
+def test_a_full_disk_is_told_though_no_log_has_room_for_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(PipelineError, match=r"(?s)the reason.*no space is left below runs/logs"):
+        Pipeline(pipeline(step("a", "fail"))).run()
+
+
+def test_a_cost_that_cannot_be_written_hides_nothing(root: Path) -> None:
+    command = [sys.executable, supervise.__file__, "1", sys.executable, "-c", "print('my words')"]
+    done = subprocess.run(
+        command,
+        env={**os.environ, "LLM2CLIP_VLM_COST": str(root / "none" / "cost.json")},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (1, "my words\n")
 
 
 def test_room_for_a_later_step_is_asked_for_before_the_first(
