@@ -155,12 +155,12 @@ def build_vlm(
         model_type, processor_class = "llava_next", LlavaNextProcessor
         image_processor = anyres_image_processor(tower, image_grid_pinpoints)
         grids["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
-    settings = grids | dict(
-        image_token_index=image_token_id,
-        image_seq_length=num_visual,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-    )
+    settings = grids | {
+        "image_token_index": image_token_id,
+        "image_seq_length": num_visual,
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+    }
     model = compose(model_type, settings, tower.model, llm, seed=seed, path=language_model)
     model.generation_config = _generation_config(llm, tokenizer, template)
     processor = processor_class(
