@@ -37,12 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # model
     say(f"model: loads {base}")
+    prepare = partial(vlm_run.prepare_processor, recipe)
     model, processor = load_vlm(
-        base,
-        load_in_4bit=recipe.load_in_4bit,
-        device=args.device,
-        check=partial(vlm_run.prepare_processor, recipe),
+        base, load_in_4bit=recipe.load_in_4bit, device=args.device, check=prepare
     )
+    prepare(processor)
 
     # trainable
     parts = vlm_run.prepare_trainable(model, recipe)

@@ -195,7 +195,7 @@ def load_vlm(
         dtype: Dtype of all weights; `"auto"` = the checkpoint's dtype.
         load_in_4bit: Quantise the language model's linear weights to NF4 (needs bitsandbytes).
         device: Where the weights go with `load_in_4bit`; else the CPU.
-        check: Takes the processor before the weights are loaded, which takes minutes.
+        check: Takes a copy of the processor before the weights are loaded, which takes minutes.
 
     Returns:
         The model in evaluation mode with the text-only guard, and its processor.
@@ -214,7 +214,7 @@ def load_vlm(
         )
     refuse_bidirectional(config.text_config, path)
     processor: Any = read_processor(path)
-    check(processor)
+    check(copy.deepcopy(processor))
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     bits = four_bits(device, skip=kept) if load_in_4bit else {}
     kind = VLM_CLASSES[config.model_type]
