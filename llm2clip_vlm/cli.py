@@ -26,6 +26,7 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import traceback
@@ -158,11 +159,16 @@ _REMEDIES = {
     errno.ELOOP: "links that lead to each other: name the file itself",
 }
 
+_FULL = re.compile(r"No space left|unexpected pos \d|file write failed")
+"""Words of a full disk in errors of safetensors, and of torch.save, which do not say so."""
+
 
 def _told(error: Exception) -> str:
     """The message, with its kind where the code did not foresee it, and what to do."""
     text = str(error) or "no message"
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
+    if _FULL.search(text):
+        remedy = _REMEDIES[errno.ENOSPC]
     if isinstance(error, MemoryError) or "out of memory" in text.lower():
         remedy = "not enough memory: use smaller batches, fewer workers, or more processes"
     if not isinstance(error, _TOLD):

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -354,9 +355,10 @@ class Pipeline:
             self.running.remove(job)
             if code != 0:
                 end = "\n  ".join(_why(job))
-                raise PipelineError(
-                    f"step {job.name!r} ended with exit code {code}; the end of {job.log}:\n  {end}"
-                )
+                if shutil.disk_usage(self.logs).free < 1 << 16:
+                    end += f"\nno space is left below {self.logs}; make some, and start it again"
+                told = f"step {job.name!r} ended with exit code {code}; the end of {job.log}:"
+                raise PipelineError(f"{told}\n  {end}")
             if STOPPED in _end(job.log, job.log_start, 4000):  # alone, its exit code is 0
                 raise PipelineError(
                     f"step {job.name!r} was {STOPPED}; the same command goes on from its checkpoint"

@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
-from llm2clip_vlm.chat.labels import check_chat_template
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.distributed import say
 from llm2clip_vlm.models.trainable import set_precision
-from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
 from llm2clip_vlm.models.vlm.building import load_vlm
 from llm2clip_vlm.recipe.vlm import Stage4Recipe
 from llm2clip_vlm.training.stage_run import StageRun
@@ -38,10 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     # model
     say(f"model: loads {base}")
-    model, processor = load_vlm(base, load_in_4bit=recipe.load_in_4bit, device=args.device)
-    if recipe.image_aspect_ratio is not None:
-        set_image_aspect_ratio(processor, recipe.image_aspect_ratio)
-    check_chat_template(processor)
+    prepare = partial(vlm_run.prepare_processor, recipe)
+    model, processor = load_vlm(
+        base, load_in_4bit=recipe.load_in_4bit, device=args.device, check=prepare
+    )
+    prepare(processor)
 
     # trainable
     parts = vlm_run.prepare_trainable(model, recipe)

@@ -26,7 +26,7 @@ from llm2clip_vlm.interop.layouts.timm_cnn import convert_cnn, is_cnn
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.llava import convert_llava
 from llm2clip_vlm.interop.weights import read_weights, verify_hashes, weight_files
-from llm2clip_vlm.models.checkpoint_files import refuse_gguf
+from llm2clip_vlm.models.checkpoint_files import read_config_file, refuse_gguf
 from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer, to_dtype
@@ -129,10 +129,9 @@ def _language_model(source: Path, folder: Path) -> Evidence:
 
 def _config(folder: Path) -> dict[str, Any]:
     """What the files beside the weights say, in whichever form."""
-    found: dict[str, Any] = {}
-    for name in ("config.json", "open_clip_config.json"):
-        if (folder / name).is_file():
-            found |= read_json(folder / name, dict, ModelError)
+    found = read_config_file(folder) if (folder / "config.json").is_file() else {}
+    if (other := folder / "open_clip_config.json").is_file():
+        found |= read_json(other, dict, ModelError)
     return found
 
 

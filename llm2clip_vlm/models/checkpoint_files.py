@@ -48,6 +48,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
     config: dict[str, Any] = read_json(path, dict, ModelError)
     if "transformers_weights" in config:
         raise ModelError(f"{path}: transformers_weights: expected weights under their usual names")
+    if not isinstance(named := config.get("architectures") or [], list):
+        raise ModelError(f"{path}: architectures: expected a list of classes, got {named!r:.80}")
     for key, value in _numbers(config):
         name = key.rpartition(".")[2]
         if isinstance(value, float) and not math.isfinite(value):

@@ -7,6 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
+from llm2clip_vlm.recipe.reading import did_you_mean, trainer_keys
 from llm2clip_vlm.remote.addresses import is_remote
 
 
@@ -178,6 +179,14 @@ OutputDir = Annotated[str, AfterValidator(_folder)]
 """A folder that a run writes to."""
 
 
+def _known(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Refuse misspelt keys here, where all recipes of a pipeline are read before its first step."""
+    known = trainer_keys()
+    for name in trainer.keys() - known:
+        raise ValueError(f"unknown key `{name}`{did_you_mean(name, known)}")
+    return trainer
+
+
 class RecipeFile(Section):
     """Keys of every recipe."""
 
@@ -212,7 +221,7 @@ class RunRecipe(RecipeFile):
     hang_timeout_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a new step (stages 3 and 4: micro-step) after which a process names its rank
     and those that are gone, shows where it stands, and ends. None: wait without end."""
-    trainer: dict[str, Any] = Field(default_factory=dict)
+    trainer: Annotated[dict[str, Any], AfterValidator(_known)] = Field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
 
 

@@ -381,13 +381,13 @@ def elsewhere(word: str, model: type[BaseModel]) -> str:
     """`; did you mean ...?` where a key of this name stands in another section, or nothing."""
     if word in {"lr", "learning_rate"} and "trainable" in model.model_fields:
         return "; each part that trains has its own, such as `trainable.multi_modal_projector`"
-    if "trainer" in model.model_fields and word in _trainer_keys():
+    if "trainer" in model.model_fields and word in trainer_keys():
         return f"; did you mean `trainer.{word}`?"
     found = (key for key, _ in fields_below(model) if key.endswith(f".{word}"))
     return "".join(f"; did you mean `{key}`?" for key in itertools.islice(found, 1))
 
 
-def _trainer_keys() -> set[str]:
+def trainer_keys() -> set[str]:
     """Fields of `TrainingArguments`, read off its source: importing it takes seconds."""
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.origin is not None

@@ -69,13 +69,26 @@ def require_inputs(recipe: RunRecipe, source: str | Path = "") -> None:
         raise InputsError(problems)
 
 
-def missing_inputs(recipe: RunRecipe, source: str | Path = "") -> Iterator[str]:
+def missing_inputs(
+    recipe: RunRecipe, source: str | Path = "", made: Sequence[str] = ()
+) -> Iterator[str]:
     """Name each data file, folder, model, cache, package and space that is not there.
 
     Args:
         recipe: A stage's recipe.
         source: See :func:`require_inputs`.
+        made: Folders that are still written to: what would lie below one is not missed.
     """
+    for path, problem in _missing(recipe, source):
+        if not any(path and Path(path).is_relative_to(place) for place in made):
+            yield problem
+
+
+Missing = tuple[str, str]
+"""A path that is not there (or no text, where none would help), and the problem in words."""
+
+
+def _missing(recipe: RunRecipe, source: str | Path) -> Iterator[Missing]:
     leaves = list(_leaves(recipe))
     for key, value in leaves:
         if isinstance(value, DataSource):
@@ -85,7 +98,7 @@ def missing_inputs(recipe: RunRecipe, source: str | Path = "") -> Iterator[str]:
     for key, value in recipe:
         other = key == "sources" and getattr(recipe, "zero_shot", None)  # has texts, too
         if value == [] and not other and type(recipe).model_fields[key].is_required():
-            yield f"{key}: expected at least one, got an empty list"
+            yield "", f"{key}: expected at least one, got an empty list"
     if any(isinstance(value, LoraSection) for _, value in leaves):
         yield from _absent("lora", "an adapter", ("peft",))
     if getattr(recipe, "load_in_4bit", False):
@@ -140,27 +153,23 @@ def require_steps(jobs: Sequence[Any], out: str) -> None:
         if recipe is None or not before.issuperset(job.needs):
             break
         before.add(job.name)
-        lost = [
-            f"{job.name}: {problem}"
-            for problem in missing_inputs(recipe, job.recipe[0])
-            if not any(Path(problem.split(": ")[1]).is_relative_to(place) for place in made)
-        ]
+        lost = [f"{job.name}: {each}" for each in missing_inputs(recipe, job.recipe[0], made)]
         problems += lost if lost and not is_complete(recipe.output_dir, recipe) else []
     if problems:
         raise InputsError(problems)
 
 
-def _missing_named(key: str, value: str, recipe: RunRecipe, source: str | Path) -> Iterator[str]:
+def _missing_named(key: str, value: str, recipe: RunRecipe, source: Any) -> Iterator[Missing]:
     """What a text in a recipe names, by the key that it stands at."""
     name = key.rpartition(".")[2]
     if name in _MODELS:
         if problem := missing_model(value, source):
-            yield f"{key}: {problem}"
+            yield value, f"{key}: {problem}"
     elif name == "embedding_cache" and getattr(recipe, "write_through", None) is None:
         if not os.path.isfile(Path(value) / "header.json"):
-            yield f"{key}: {value}: no such cache{_written_by(value, source)}"
+            yield value, f"{key}: {value}: no such cache{_written_by(value, source)}"
     elif name == "chat_template" and value.endswith(".jinja") and not os.path.isfile(value):
-        yield f"{key}: {value}: no such file (from {Path.cwd()})"
+        yield value, f"{key}: {value}: no such file (from {Path.cwd()})"
     elif value == "flash_attention_2":
         yield from _absent(key, value, ("flash_attn", "kernels"))
 
@@ -180,28 +189,26 @@ def _leaves(section: Section, above: str = "") -> Iterator[tuple[str, object]]:
                 yield part, item
 
 
-def _missing_data(key: str, source: DataSource) -> Iterator[str]:
+def _missing_data(key: str, source: DataSource) -> Iterator[Missing]:
     path = source.path
     if source.dataset:
         yield from _absent(key, f"dataset {source.dataset}", ("datasets",))
     elif is_remote(path):
         if problem := missing_remote(path):
-            yield f"{key}.path: {problem}"
+            yield "", f"{key}.path: {problem}"
     elif not (os.path.isfile(path) or (glob.has_magic(path) and any(glob.iglob(path)))):
-        yield (
-            f"{key}.path: {path}: no such file (from {Path.cwd()}); correct the path, or fetch the "
-            "data (docs/data-formats.md)"
-        )
+        told = f"{key}.path: {path}: no such file (from {Path.cwd()}); correct the path, or fetch"
+        yield path, f"{told} the data (docs/data-formats.md)"
     elif path.endswith((".yaml", ".yml")):  # LLaVA-NeXT's mixture; what else is wrong in it its
         listed = read_yaml(path)  # reader says
         entries = listed.get("datasets") if isinstance(listed, dict) else None
         for entry in entries if isinstance(entries, list) else ():
             named = entry.get("json_path") if isinstance(entry, dict) else None
             if isinstance(named, str) and not os.path.isfile(named):
-                yield f"{key}.path: {path}: {named}: no such file (from {Path.cwd()})"
+                yield named, f"{key}.path: {path}: {named}: no such file (from {Path.cwd()})"
     root = source.image_root if isinstance(source, ImageSource) else None
     if root is not None and not os.path.isdir(root):
-        yield f"{key}.image_root: {root}: no such folder (from {Path.cwd()})"
+        yield root, f"{key}.image_root: {root}: no such folder (from {Path.cwd()})"
 
 
 def missing_model(path: str, source: str | Path = "") -> str | None:
@@ -214,7 +221,7 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
     folder = Path(path)
     config = folder / "config.json"  # `Path.is_file` raises where a name is too long
     if os.path.isfile(config) and "timm_vision" in config.read_text("utf-8"):
-        return next(_absent(path, "a tower of timm", ("timm",)), None)
+        return next((told for _, told in _absent(path, "a tower of timm", ("timm",))), None)
     if os.path.isfile(folder):
         return None  # a GGUF, or a file of weights: its reader knows better
     if os.path.isdir(folder):
@@ -347,13 +354,13 @@ def _shown(path: Path) -> str:
     return shipped if find_shipped(shipped) == str(path) else str(path)
 
 
-def _absent(key: str, wanted: str, packages: tuple[str, ...]) -> Iterator[str]:
+def _absent(key: str, wanted: str, packages: tuple[str, ...]) -> Iterator[Missing]:
     if not any(importlib.util.find_spec(package) for package in packages):
         name = packages[0]
-        yield f"{key}: {wanted}, but {name} is not installed: pip install {name}"
+        yield "", f"{key}: {wanted}, but {name} is not installed: pip install {name}"
 
 
-def _missing_for_trainer(recipe: RunRecipe) -> Iterator[str]:
+def _missing_for_trainer(recipe: RunRecipe) -> Iterator[Missing]:
     trainer = recipe.trainer
     report = trainer.get("report_to") or []
     for name in report if isinstance(report, list) else [report]:
@@ -364,19 +371,19 @@ def _missing_for_trainer(recipe: RunRecipe) -> Iterator[str]:
         yield from _absent("trainer.deepspeed", "ZeRO", ("deepspeed",))
     settings = trainer.get("deepspeed")
     if isinstance(settings, str) and not Path(settings).is_file():
-        yield f"trainer.deepspeed: {settings}: no such file (from {Path.cwd()})"
+        yield settings, f"trainer.deepspeed: {settings}: no such file (from {Path.cwd()})"
     if trainer.get("use_liger_kernel"):
         yield from _absent("trainer.use_liger_kernel", "true", ("liger_kernel",))
     if re.search("bnb|(?<!torch_)8bit", str(trainer.get("optim", ""))):
         yield from _absent("trainer.optim", str(trainer["optim"]), ("bitsandbytes",))
 
 
-def _missing_room(recipe: RunRecipe) -> Iterator[str]:
+def _missing_room(recipe: RunRecipe) -> Iterator[Missing]:
     """Whether the output directory can be written, and has room for what is certain to be."""
     out = Path(recipe.output_dir)
     there = next(place for place in (out, *out.absolute().parents) if os.path.isdir(place))
     if not os.access(there, os.W_OK | os.X_OK):
-        yield f"output_dir: {out}: no permission to write in {there}; choose another folder"
+        yield "", f"output_dir: {out}: no permission to write in {there}; choose another folder"
         return
     if any((out / name).exists() for name in (MANIFEST_NAME, RESOLVED_NAME)):
         return  # what a run has begun may be there already
@@ -388,7 +395,6 @@ def _missing_room(recipe: RunRecipe) -> Iterator[str]:
     ) * (2 if hasattr(recipe, "vlm") else 1)  # composed, and exported beside it
     free = shutil.disk_usage(there).free
     if free < needed:
-        yield (
-            f"output_dir: {out}: {free / 1e9:.1f} GB are free there, and the models that will be "
-            f"written take {needed / 1e9:.1f} GB; free space, or choose another folder"
-        )
+        told = f"output_dir: {out}: {free / 1e9:.1f} GB are free there, and the models that will be"
+        told += f" written take {needed / 1e9:.1f} GB; free space, or choose another folder"
+        yield "", told

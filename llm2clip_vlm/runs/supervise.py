@@ -44,7 +44,10 @@ def main(grace_s: float, command: list[str]) -> int:
             "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
             "peak_memory_gb": round(used.ru_maxrss * unit / 1e9, 2),  # of the largest process
         }
-        Path(cost).write_text(json.dumps(found) + "\n")
+        try:
+            Path(cost).write_text(json.dumps(found) + "\n")
+        except OSError:  # such as a full disk: the command's own words stay the last in its log
+            code = code or 1
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

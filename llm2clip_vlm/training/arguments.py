@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -25,14 +26,26 @@ _OWNED = {
     "output_dir": "`output_dir` of the recipe",
     "seed": "`seed` of the recipe",
     "gradient_accumulation_steps": "`global_batch_size` of the recipe (accumulation follows)",
+    "accelerator_config": "`global_batch_size` of the recipe (it would train on another one)",
+    "resume_from_checkpoint": "nothing (the same command goes on from its last checkpoint)",
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "parallelism_config"), "`--accelerate zero3`, or zero2"
+    ),
 }
 _FIXED = {
     "save_only_model": False,  # a resumed run would go on with a fresh optimizer, in silence
     "auto_find_batch_size": False,  # would train on another global batch
     "push_to_hub": False,  # `llm2clip-vlm push` does, what is finished and whole
+    "remove_unused_columns": False,
 }
-_ABOVE_ZERO = ("max_steps", "num_train_epochs", "save_steps", "logging_steps", "eval_steps")
-"""Keys that transformers takes at 0 and below, for something else than nothing, or for nothing."""
+_ABOVE_ZERO = frozenset(
+    "max_steps num_train_epochs save_steps logging_steps eval_steps per_device_eval_batch_size "
+    "dataloader_prefetch_factor".split()
+)
+"""Keys that transformers takes at 0, for something else than nothing, or for nothing."""
+_YES = {"1", "true", "yes"}
+_NOT_IN_DEEPSPEED = {"optimizer", "scheduler"}  # would give all parts one learning rate
+_WHOLE = "stage3_gather_16bit_weights_on_model_save"
 _PLAIN = (bool, int, float, str, dict, list, type(None))
 
 
@@ -60,8 +73,13 @@ def check_trainer_keys(trainer: dict[str, Any]) -> None:
             problems.append(f"{key}: unknown key{hint}")
         elif (wanted := _refused_type(hints[name], value)) is not None:
             problems.append(f"{key}: expected {wanted}, got {value!r}")
-        elif name in _ABOVE_ZERO and value not in (None, fields[name].default) and value <= 0:
-            problems.append(f"{key}: expected more than 0, got {value!r} (left out: its default)")
+        elif (choices := fields[name].metadata.get("choices")) and value not in [*choices]:
+            problems.append(f"{key}: expected one of {', '.join(choices)}, got {value!r}")
+        elif not isinstance(value, int | float) or value == fields[name].default:
+            continue
+        elif value < 0 or (value == 0 and name in _ABOVE_ZERO):
+            least = "more than 0" if name in _ABOVE_ZERO else "0 or more"
+            problems.append(f"{key}: expected {least}, got {value!r} (left out: its default)")
     if problems:
         raise RecipeError("trainer section", *problems)
 
@@ -136,7 +154,7 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
     chosen = {**recipe.trainer, **forced}
     chosen["per_device_train_batch_size"], accumulation = shares_of_a_step(recipe)
     cuda = torch.cuda.is_available() and not chosen.get("use_cpu", False)
-    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in {"1", "true", "yes"}
+    launched = os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() in _YES
     if launched or chosen.get("deepspeed") is not None:
         distributed.prepare_cpu_deepspeed()
     values = {
@@ -145,7 +163,6 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "save_total_limit": 2,  # the one before, if the newest is damaged
         "logging_steps": 10,
         "data_seed": recipe.seed,
-        "remove_unused_columns": False,
         "dataloader_pin_memory": cuda,
         **chosen,
         "use_cpu": not cuda,
@@ -153,8 +170,11 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         "seed": recipe.seed,
         "gradient_accumulation_steps": accumulation,
     }
-    arguments = TrainingArguments(**values)
-    _try_out(arguments)
+    try:
+        arguments = TrainingArguments(**values)
+        _try_out(arguments)
+    except (ImportError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"trainer: {error}") from error
     if recipe.contrastive:
         _check_contrastive(recipe, arguments)
     if arguments.n_gpu > 1:
@@ -165,18 +185,44 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
 
 
 def _try_out(args: TrainingArguments) -> None:
-    """Refuse an optimizer or a schedule that cannot be made, before a model is loaded.
-
-    Raises:
-        ValueError: A package is not installed, or an argument is missing or unknown.
-    """
+    """Refuse what cannot be made, such as an optimizer or a schedule, before a model is loaded."""
     layer: Any = torch.nn.Linear(1, 1)
-    options: Any = args.lr_scheduler_kwargs
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args, layer)
-        get_scheduler(args.lr_scheduler_type, torch.optim.SGD(layer.parameters()), 1, 1000, options)
-    except (ImportError, TypeError, ValueError) as error:
-        raise ValueError(f"trainer: its optimizer or schedule: {error}") from error
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, layer)
+    if not {"params", "model", "optimizer_dict"} & options.keys():  # of some, which want parts
+        kind(layer.parameters(), **options)
+    more: Any = args.lr_scheduler_kwargs
+    get_scheduler(args.lr_scheduler_type, torch.optim.SGD(layer.parameters()), 1, 1000, more)
+    if args.torch_compile and args.torch_compile_backend:
+        torch.compile(layer, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    if args.gradient_checkpointing:
+        more = args.gradient_checkpointing_kwargs or {}
+        more = {"use_reentrant": False, **more}
+        own = ("every_n_layers", "offload")  # keys of transformers
+        checkpoint(layer, torch.ones(1, 1), **{k: v for k, v in more.items() if k not in own})
+    measured = args.metric_for_best_model and args.eval_strategy != "no"
+    if args.save_strategy == "best" and not measured:
+        raise ValueError(
+            "save_strategy: best saves nothing without an evaluation and metric_for_best_model; "
+            "expected steps, epoch or no"
+        )
+    if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES:
+        raise ValueError(f"FSDP: expected {_OWNED['fsdp']} (ZeRO), which can be resumed and merged")
+    if args.deepspeed is not None or args.deepspeed_plugin is not None:
+        _try_deepspeed(args)
+
+
+def _try_deepspeed(args: TrainingArguments) -> None:
+    """Refuse what DeepSpeed would refuse once it trains, or take in place of the recipe's."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    settings: dict[str, Any] = getattr(args.deepspeed_plugin, "deepspeed_config", {})
+    zero = settings.get("zero_optimization", {})
+    wrong = [f"{key}: the recipe has its own" for key in _NOT_IN_DEEPSPEED & settings.keys()]
+    wrong += getattr(getattr(args, "hf_deepspeed_config", None), "mismatches", [])
+    if DeepSpeedZeroConfig(**zero).stage == 3 and not zero.get(_WHOLE):
+        wrong.append(f"zero_optimization.{_WHOLE}: expected true, or nothing could be exported")
+    if wrong or not settings:
+        raise ValueError(f"deepspeed: {'; '.join(wrong) or 'no settings'} (recipes/accelerate)")
 
 
 def _check_contrastive(recipe: RunRecipe, args: TrainingArguments) -> None:

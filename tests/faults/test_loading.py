@@ -19,6 +19,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, CLIPModel, CLIPVisionModel
 
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.interop.convert import convert
 from llm2clip_vlm.models.loading import load_complete, read_image_processor, read_tokenizer
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.towers import load_vision_tower
@@ -125,6 +127,7 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "fp8 weights": (
         weights(lambda w: w.update(
             {k: v.to(torch.float8_e4m3fn) for k, v in w.items() if v.ndim == 2})), "float8"),
+    "a number of classes": (config(architectures=5), r"config\.json: architectures: expected"),
     "1e9 layers": (config(vision_config__num_hidden_layers=10**9), r"config\.json: .*layers"),
     "1e6 layers": (config(vision_config__num_hidden_layers=10**6), r"config\.json: .*layers"),
     "1e9 wide": (config(vision_config__hidden_size=10**9), r"config\.json: .*hidden_size"),
@@ -175,6 +178,20 @@ def test_a_damaged_checkpoint_is_one_error_that_names_it(
         with pytest.raises(ValueError, match=told):
             load(folder)
     assert time.process_time() - began < 6  # of two loads, imports included
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"architectures": 5}, {"architectures": {"a": 1}}, {"vision_config__num_attention_heads": 0}],
+)
+def test_convert_reads_a_config_with_the_same_care(
+    changes: dict[str, Any], tiny_clip: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_clip, tmp_path / "clip")
+    config(**changes)(folder)
+    with pytest.raises(ModelError, match=r"config\.json: "):
+        convert(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_transformers_leaves_out_is_no_error(

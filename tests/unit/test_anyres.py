@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +30,11 @@ from llm2clip_vlm.interop.export import export
 from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.lineage import weights_of
-from llm2clip_vlm.recipe.vlm import InstructionSource, VlmSection
+from llm2clip_vlm.recipe.vlm import InstructionSource, Stage4Recipe, VlmSection
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.adapters import merged_state, save_adapter, unquantized_state
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
-from llm2clip_vlm.training.vlm.vlm_run import prepare_trainable
+from llm2clip_vlm.training.vlm.vlm_run import prepare_processor, prepare_trainable
 from tests.image_text_files import add
 from tests.tiny_towers import PREFIX_TOKENS, build_tower
 from tests.vlm_fixtures import COLOURS, lora_recipe, losses, run_here, write_recipe
@@ -373,6 +374,18 @@ def test_what_anyres_cannot_do_is_refused(
         set_image_aspect_ratio(anyres[1], "square")
     with pytest.raises(ValueError, match="shuffle_images"):
         read(write_photos(tmp_path / "data"), anyres[1], shuffle_images=True)
+    shuffled = InstructionSource(path="x.json", shuffle_images=True)
+    values = {"output_dir": "x", "checkpoint": "x", "trainable": {"language_model": 1e-3}}
+    recipe = Stage4Recipe(data=[shuffled], **values)
+    folder = tmp_path / "vlm"
+    save_vlm(*anyres, folder)
+    (folder / "model.safetensors").write_bytes(b"")  # nobody comes so far
+    for wrong, told in (
+        (recipe, "shuffle_images"),
+        (recipe.model_copy(update={"image_aspect_ratio": "pad"}), "composed for anyres"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            load_vlm(folder, check=partial(prepare_processor, wrong))
     turns = [{"from": "human", "value": "<image> a"}, {"from": "gpt", "value": "red"}]
     with pytest.raises(ConversationError, match="num_visual_tokens"):
         build_labels(anyres[1], turns)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.recipe.base import RunRecipe
@@ -50,6 +51,14 @@ def make_recipe(folder: Path, **changes: Any) -> RunRecipe:
         ("max_steps", 0, "expected more than 0, got 0"),
         ("num_train_epochs", 0, "expected more than 0, got 0"),
         ("save_steps", -1, "expected more than 0, got -1"),
+        ("dataloader_num_workers", -1, "expected 0 or more, got -1"),
+        ("learning_rate", -1e-4, "expected 0 or more, got -0.0001"),
+        ("dataloader_prefetch_factor", 0, "expected more than 0, got 0"),
+        ("train_sampling_strategy", "rand", "expected one of random, sequential, group_by"),
+        ("log_level", "loud", "expected one of detail, debug"),
+        ("fsdp", "full_shard", "set `--accelerate zero3`, or zero2 instead"),
+        ("accelerator_config", {"split_batches": True}, "`global_batch_size`"),
+        ("resume_from_checkpoint", "x", "the same command goes on"),
         ("learning_rate", "1e-4", "expected float, got '1e-4'"),
         ("gradient_checkpointing", "no", "expected bool or null, got 'no'"),
         ("deepspeed", 3, "expected dict or str or null, got 3"),
@@ -174,6 +183,13 @@ def test_deepspeed_is_prepared_before_the_arguments_are_built(
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
         ({"lr_scheduler_kwargs": {"nope": 1}, "lr_scheduler_type": "cosine"}, "nope"),
         ({"push_to_hub": True}, "push_to_hub"),
+        ({"remove_unused_columns": True}, "remove_unused_columns"),
+        ({"adam_beta1": 1.5}, "beta"),
+        ({"torch_compile": True, "torch_compile_mode": "nope"}, "nope"),
+        ({"torch_compile_backend": "nope"}, "nope"),
+        ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"no": 1}}, "'no'"),
+        ({"save_strategy": "best"}, "save_strategy: best"),
+        ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy: best"),
     ],
 )
 def test_what_would_fail_once_the_models_are_there(
@@ -183,6 +199,40 @@ def test_what_would_fail_once_the_models_are_there(
         build_training_arguments(make_recipe(tmp_path, trainer=trainer))
 
 
+ZERO2 = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, "no settings"),
+        ({"zero_optimisation": {"stage": 2}}, "ZeRO optimization config"),
+        ({"zero_optimization": {"stage": 7}}, "stage"),
+        ({"zero_optimization": {"stage": 2, "overlap_com": True}}, "overlap_com"),
+        ({"zero_optimization": {"stage": 3}}, "nothing could be exported"),
+        ({**ZERO2, "train_micro_batch_size_per_gpu": 99}, "99"),
+        ({**ZERO2, "fp16": {"enabled": True}}, r"fp16\.enabled"),
+        ({**ZERO2, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}, "optimizer: the re"),
+        ({**ZERO2, "scheduler": {"type": "WarmupLR"}}, "scheduler: the recipe has its own"),
+    ],
+)
+def test_deepspeed_written_in_a_recipe_is_looked_at(
+    tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    pytest.importorskip("deepspeed")
+    recipe = make_recipe(tmp_path, trainer={"deepspeed": settings})
+    with pytest.raises(ValueError, match=rf"trainer: (?s:.*){told}"):
+        build_training_arguments(recipe)
+    build_training_arguments(make_recipe(tmp_path, trainer={"deepspeed": ZERO2}))
+    unset_hf_deepspeed_config()
+
+
+def test_fsdp_of_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP: expected `--accelerate zero3`"):
+        build_training_arguments(make_recipe(tmp_path))
+
+
 @pytest.mark.parametrize(
     "trainer",
     [
@@ -190,6 +240,8 @@ def test_what_would_fail_once_the_models_are_there(
         {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
         {"optim": "sgd", "dataloader_num_workers": 2, "dataloader_prefetch_factor": 4},
         {"optim": "adafactor", "lr_scheduler_type": "polynomial", "push_to_hub": False},
+        {"torch_compile": True, "torch_compile_mode": "max-autotune"},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"every_n_layers": 2}},
     ],
 )
 def test_what_can_be_made_passes(tmp_path: Path, trainer: dict[str, Any]) -> None:

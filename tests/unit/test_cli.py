@@ -84,6 +84,26 @@ def test_our_own_bugs_keep_their_traceback(capsys: pytest.CaptureFixture[str]) -
     assert "Traceback" in err and "AssertionError: ours" in err and "please report it" in err
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Error while serializing: I/O error: No space left on device (os error 28)",
+        "[enforce fail at inline_container.cc:672] . unexpected pos 69248 vs 69136",
+        "PytorchStreamWriter failed writing file data/3: file write failed",
+    ],
+)
+def test_a_full_disk_is_told_whoever_meets_it(
+    message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("LLM2CLIP_DEBUG", raising=False)
+
+    def full() -> None:
+        raise RuntimeError(message)
+
+    assert cli.guard(full) == 2
+    assert "the disk is full: free space, or choose another folder" in capsys.readouterr().err
+
+
 def test_an_unknown_stage_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "stage3_projektor", "r.yaml"]) == 2
     assert "did you mean `stage3_projector`?" in capsys.readouterr().err

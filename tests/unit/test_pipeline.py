@@ -6,12 +6,14 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -30,6 +32,7 @@ from llm2clip_vlm.pipeline import (
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage2aRecipe
+from llm2clip_vlm.runs import supervise
 from llm2clip_vlm.runs.inputs import require_steps
 from llm2clip_vlm.runs.manifest import write_manifest
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, OwnershipError
@@ -202,6 +205,7 @@ def write_stage2a(path: str, text_encoder: str, source: str, **more: Any) -> Non
         (("llm", "none.jsonl"), r"1 thing is missing; .*\n  b: sources\.0\.path: none\.jsonl"),
         (("./nothing", "there.jsonl"), r"b: text_encoder: \./nothing: no such folder"),
         (("llm", "there.jsonl", {"sede": 1}), "sede: unknown key; did you mean `seed`"),
+        (("llm", "there.jsonl", {"trainer": {"bf61": True}}), "trainer: unknown key `bf61`; did"),
         (None, "b.yaml.*no such file"),
     ],
 )
@@ -214,6 +218,39 @@ def test_what_a_later_step_lacks_is_told_before_the_first(
     with pytest.raises(ValueError, match=rf"(?s){told}"):
         Pipeline(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))).run()
     assert not Path("runs").exists() and not Path("out").exists()
+
+
+def test_a_full_disk_is_told_though_no_log_has_room_for_it(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(PipelineError, match=r"(?s)99%.*no space is left below runs/logs"):
+        Pipeline(pipeline(step("a", "fail"))).run()
+
+
+def test_a_cost_that_cannot_be_written_hides_nothing(root: Path) -> None:
+    command = [sys.executable, supervise.__file__, "1", sys.executable, "-c", "print('my words')"]
+    environment = {**os.environ, "LLM2CLIP_VLM_COST": str(root / "none" / "cost.json")}
+    with subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read() == b"my words\n"
+        assert process.wait() == 1
+
+
+def test_room_for_a_later_step_is_asked_for_before_the_first(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_stage2a("a.yaml", "llm", "there.jsonl")
+    write_stage2a("b.yaml", "llm", "there.jsonl")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"(?s)2 things are missing.*b: output_dir: .* are free"):
+        require_steps(expand(pipeline(stage("a", "a.yaml"), stage("b", "b.yaml", ["a"]))), "runs")
 
 
 def test_what_an_earlier_step_may_make_is_not_missed(root: Path) -> None:

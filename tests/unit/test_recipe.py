@@ -303,7 +303,7 @@ notes: "1e-3"
 deviations: {"why: so": "true", "${a}": "", a: "no ${seed} $${kept}"}
 vision_tower: "~"
 embedding_cache: "null"
-trainer: {learning_rate: 1.0e-5, max_steps: 10, a: "010", b: [1, "1", null], c: ünï}
+trainer: {learning_rate: 1.0e-5, max_steps: 10, run_name: "010", label_names: [1, null], project: ü}
 train:
   - {path: x, where: {split: "yes", ok: true, n: 3}, drop_where: {s: [val]}}
 caption_weights: {short: 1, long: 0.5}

@@ -97,6 +97,23 @@ def chosen_rows(source: InstructionSource, count: int, seed: int) -> npt.NDArray
     return np.concatenate([*[rows] * int(whole), draw.permutation(rows)[: round(part * len(rows))]])
 
 
+def refuse_shuffled(source: InstructionSource, processor: Any) -> None:
+    """Refuse `shuffle_images` where pictures differ in their number of tokens.
+
+    Args:
+        source: The source.
+        processor: The model's processor.
+
+    Raises:
+        ValueError: It is one for AnyRes.
+    """
+    if source.shuffle_images and VisualTokens(processor).grids is not None:
+        raise ValueError(
+            f"{source.title}: shuffle_images: expected images of one token count, got AnyRes; "
+            "compose the VLM with image_aspect_ratio: pad or square"
+        )
+
+
 class InstructionDataset(Dataset[dict[str, Any]]):
     """Tokenised conversations with preprocessed images.
 
@@ -145,11 +162,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self._shuffled: list[dict[ImageRef, ImageRef]] = []
         rows, end = [np.arange(0)], 0
         for source in expand_mixtures(sources):
-            if source.shuffle_images and self._visual.grids is not None:
-                raise ValueError(
-                    f"{source.title}: shuffle_images: expected images of one token count, got "
-                    "AnyRes; compose the VLM with image_aspect_ratio: pad or square"
-                )
+            refuse_shuffled(source, processor)
             table = read_table(source, processor, max_length_tokens=max_length_tokens, plain=plain)
             bad.take(len(table) + len(table.refused), table.refused)
             if table.cut:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,16 +119,13 @@ def build_vlm(
 
     Raises:
         ModelError: The language model is no causal LLM or incomplete, or its logits would change
-            inside LLaVA; the layer does not exist, or AnyRes is asked to keep the CLS token.
-        ModelError: See `load_vision_tower` and `anyres_image_processor`.
+            inside LLaVA; the layer does not exist, or AnyRes is asked to keep the CLS token; see
+            `load_vision_tower` and `anyres_image_processor`.
         HandoffError: The language model was made bidirectional (a stage 1 text encoder), or the
             projector was trained beside another tower, LLM, template, layer or image mode.
         ConversationError: There is no chat template, or it takes no such system prompt.
 
     Paper: LLaVA-1.5 section 3.2 (MLP projector); LLaVA-NeXT (AnyRes).
-
-    Example:
-        >>> model, processor = build_vlm("runs/stage2b/vision_tower", "base/llm")  # doctest: +SKIP
     """
     if is_feature_map_checkpoint(vision_tower):
         _check_layers(1, vision_feature_layer, vision_tower)  # before minutes of loading
@@ -158,13 +155,12 @@ def build_vlm(
         model_type, processor_class = "llava_next", LlavaNextProcessor
         image_processor = anyres_image_processor(tower, image_grid_pinpoints)
         grids["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
-    settings = dict(
-        image_token_index=image_token_id,
-        image_seq_length=num_visual,
-        vision_feature_layer=vision_feature_layer,
-        vision_feature_select_strategy=vision_feature_select_strategy,
-        **grids,
-    )
+    settings = grids | {
+        "image_token_index": image_token_id,
+        "image_seq_length": num_visual,
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+    }
     model = compose(model_type, settings, tower.model, llm, seed=seed, path=language_model)
     model.generation_config = _generation_config(llm, tokenizer, template)
     processor = processor_class(
@@ -184,7 +180,12 @@ def build_vlm(
 
 
 def load_vlm(
-    path_or_id: str | Path, *, dtype: Any = "auto", load_in_4bit: bool = False, device: Any = None
+    path_or_id: str | Path,
+    *,
+    dtype: Any = "auto",
+    load_in_4bit: bool = False,
+    device: Any = None,
+    check: Callable[[Any], object] = lambda _: None,
 ) -> tuple[Any, Any]:
     """Loads a LLaVA checkpoint completely, or says why not.
 
@@ -194,14 +195,14 @@ def load_vlm(
         dtype: Dtype of all weights; `"auto"` = the checkpoint's dtype.
         load_in_4bit: Quantise the language model's linear weights to NF4 (needs bitsandbytes).
         device: Where the weights go with `load_in_4bit`; else the CPU.
+        check: Takes a copy of the processor before the weights are loaded, which takes minutes.
 
     Returns:
         The model in evaluation mode with the text-only guard, and its processor.
 
     Raises:
         ModelError: It is no LLaVA, weights are missing, or its processor is another model's.
-        HandoffError: Its decoder is bidirectional, or its projector was trained with another
-            template, feature layer or image mode.
+        HandoffError: Its decoder is bidirectional, or its projector was trained otherwise.
     """
     path = str(path_or_id)
     register()  # only this package may know the tower's `model_type`
@@ -212,12 +213,12 @@ def load_vlm(
             "checkpoint is stage 3's or stage 4's `model/`, or any LLaVA directory of transformers"
         )
     refuse_bidirectional(config.text_config, path)
+    processor: Any = read_processor(path)
+    check(copy.deepcopy(processor))
     kept = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
     bits = four_bits(device, skip=kept) if load_in_4bit else {}
-    model: Any = load_complete(
-        VLM_CLASSES[config.model_type], path, config=config, dtype=dtype, **bits
-    )
-    processor: Any = read_processor(path)
+    kind = VLM_CLASSES[config.model_type]
+    model: Any = load_complete(kind, path, config=config, dtype=dtype, **bits)
     refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
     require_processor(model.eval(), processor, path)
     install_text_only_guard(model)
@@ -391,7 +392,7 @@ def _no_second_bos(tokenizer: Any, template: str) -> None:
 def _generation_config(llm: Any, tokenizer: Any, template: str) -> GenerationConfig:
     config = copy.deepcopy(llm.generation_config)
     known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ids = list(dict.fromkeys([*end_of_turn_ids(template, tokenizer), *known]))
+    ids = [*dict.fromkeys([*end_of_turn_ids(template, tokenizer), *known])]
     ids = [token for token in ids if token is not None]
     config.eos_token_id = ids if len(ids) > 1 else ids[0]
     config.bos_token_id = tokenizer.bos_token_id

@@ -22,6 +22,7 @@ from llm2clip_vlm.data.conversation.instruction import (
     InstructionCollator,
     InstructionDataset,
     expand_mixtures,
+    refuse_shuffled,
 )
 from llm2clip_vlm.data.conversation.packing import PackedBatches, PackedCollator
 from llm2clip_vlm.data.conversation.token_table import tokenise
@@ -30,6 +31,7 @@ from llm2clip_vlm.data.reading.records import source_files
 from llm2clip_vlm.data.reading.table import file_states
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.trainable import apply_trainable, train_last_blocks, trainable_table
+from llm2clip_vlm.models.vision.image_mode import AspectRatio, set_image_aspect_ratio
 from llm2clip_vlm.models.vlm.building import load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.document_attention import install_packing
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
@@ -142,6 +144,25 @@ def padded_instead(
     return recipe.model_copy(update={"packing": False}), leak
 
 
+def prepare_processor(recipe: VlmRecipe, processor: Any) -> None:
+    """Set a processor as the recipe says, if its pictures and its template can be trained on.
+
+    Args:
+        recipe: Recipe with `data`, and in stage 4 `image_aspect_ratio`.
+        processor: A `LlavaProcessor`, changed in place.
+
+    Raises:
+        ValueError: An image mode that it cannot have, no template that marks answers, or shuffled
+            pictures with AnyRes.
+    """
+    ratio: AspectRatio | None = getattr(recipe, "image_aspect_ratio", None)
+    if ratio is not None:
+        set_image_aspect_ratio(processor, ratio)
+    check_chat_template(processor)
+    for source in recipe.data:
+        refuse_shuffled(source, processor)
+
+
 def prepare_trainable(model: Any, recipe: VlmRecipe) -> dict[str, PartTraining]:
     """Set what trains, as the recipe's map says, and add the adapters that it asks for.
 
@@ -247,7 +268,7 @@ def tried(model: Any, processor: Any, recipe: Stage3Recipe) -> tuple[Any, Any]:
         ValueError: The template does not mark answers, parts cannot train as the recipe says, or
             a source has no conversation that fits.
     """
-    check_chat_template(processor)
+    prepare_processor(recipe, processor)
     with torch.device("meta"):
         shapes = type(model)(copy.deepcopy(model.config))
         shapes.tie_weights()
