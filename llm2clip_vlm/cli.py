@@ -161,6 +161,8 @@ _REMEDIES = {
 
 _FULL = re.compile(r"No space left|unexpected pos \d|file write failed")
 """Words of a full disk in errors of safetensors, and of torch.save, which do not say so."""
+_MEMORY = re.compile("out of memory|by signal: killed|exited unexpectedly", re.IGNORECASE)
+"""Those of a lack of memory; the last two are torch's, of a loader's worker that is killed."""
 
 
 def _told(error: Exception) -> str:
@@ -169,7 +171,7 @@ def _told(error: Exception) -> str:
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     if _FULL.search(text):
         remedy = _REMEDIES[errno.ENOSPC]
-    if isinstance(error, MemoryError) or "out of memory" in text.lower():
+    if isinstance(error, MemoryError) or _MEMORY.search(text):
         remedy = "not enough memory: use smaller batches, fewer workers, or more processes"
     if not isinstance(error, _TOLD):
         text = f"{type(error).__name__}: {text}"

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import yaml
+from torch.utils.data import get_worker_info
 
+from llm2clip_vlm.cli import guard
+from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
 from stages import stage1_text_encoder, stage2a_cache_text, stage2b_vision_encoder
-from tests.killing import MOMENTS, Main, kill_within, run_apart
+from tests.killing import MOMENTS, Main, kill_within, run_apart, start_apart
 from tests.tiny import WORDS, write_image
 
 TRAINER = {
@@ -130,3 +136,35 @@ def test_a_killed_stage_ends_with_the_same_bytes(
     whole = reference(stage)
     assert any("model" in name or "shard" in name for name in whole.result)
     assert whole.killed(share, tmp_path) == whole.result
+
+
+def _loses_a_worker(argv: Sequence[str]) -> None:
+    """Stage 2b, whose loader's worker is killed in the second epoch, as the kernel does."""
+    getitems = ImageTextDataset.__getitems__
+
+    def killed(self: ImageTextDataset, indices: Sequence[int]) -> dict[str, Any]:
+        if get_worker_info() is not None and self.epoch:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return getitems(self, indices)
+
+    ImageTextDataset.__getitems__ = killed  # type: ignore[method-assign]
+    multiprocessing.set_start_method("fork", force=True)  # workers have what stands above
+    told = Path(argv[0]).with_name("told.txt")
+    os.dup2(os.open(told, os.O_WRONLY | os.O_CREAT), 2)
+    raise SystemExit(guard(lambda: stage2b_vision_encoder.main(argv)))
+
+
+def test_a_killed_worker_ends_the_run_which_goes_on(
+    reference: Callable[[str], Reference], tmp_path: Path
+) -> None:
+    whole = reference("stage2b_vision_encoder")
+    argv = [str(whole.recipe), f"output_dir={tmp_path / 'out'}"]
+    argv.append(f"embedding_cache={tmp_path / 'cache'}")
+    process = start_apart(_loses_a_worker, [*argv, "trainer.dataloader_num_workers=1"])
+    process.join(120)
+    assert process.exitcode == 2
+    told = whole.recipe.with_name("told.txt").read_text()
+    assert "DataLoader worker" in told and "not enough memory: use" in told
+    assert (tmp_path / "out" / "checkpoints" / "checkpoint-2").is_dir()
+    run_apart(stage2b_vision_encoder.main, argv)
+    assert hashes(tmp_path) == whole.result

@@ -29,6 +29,7 @@ MENDABLE = [
     FileNotFoundError(2, "No such file or directory", "data.json"),
     RuntimeError("Numpy is not available"),
     RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
     MemoryError(),
     ImportError("flash_attn is not installed"),
     SafetensorError("header too large"),
@@ -63,6 +64,8 @@ def test_what_a_user_can_mend_is_one_message(
     assert not kept or (str(kept[0]) in err and "in program" in kept[0].read_text())
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         assert "the disk is full: free space" in err
+    if "out of memory" in str(error) or "Killed" in str(error):
+        assert "not enough memory: use" in err
     monkeypatch.setenv("LLM2CLIP_DEBUG", "1")
     with pytest.raises(type(error)):
         guard(program)
