@@ -3,8 +3,7 @@
 What a step leaves behind decides whether it runs: a manifest of the same recipe and the same
 parents, or the files that it names, as they were when it ended, made by the same recipe and
 options. So a second run skips what is finished, and a run after a kill goes on, with the stage that
-was cut off resuming from its own checkpoint. However the pipeline itself ends, its steps end with
-it (:mod:`supervise`).
+was cut off resuming from its own checkpoint. Its steps end when it does (:mod:`supervise`).
 """
 
 from __future__ import annotations
@@ -176,9 +175,8 @@ def finished(job: Job, left: dict[str, FileState] | None = None, before: str | N
 
 def output_files(job: Job) -> list[Path]:
     """The files that a job names as its outputs, or that lie below them."""
-    paths = [Path(path) for path in job.outputs]
-    files = (file for path in paths for file in ([path] if path.is_file() else path.rglob("*")))
-    return [file for file in files if file.name != CARD_NAME]  # people, and `eval`, write into it
+    found = ([path] if path.is_file() else path.rglob("*") for path in map(Path, job.outputs))
+    return [file for file in itertools.chain(*found) if file.name != CARD_NAME]  # `eval` writes it
 
 
 def progress_of(log: Path, start: int = 0) -> Seen | None:
@@ -354,11 +352,11 @@ class Pipeline:
                 continue
             self.running.remove(job)
             if code != 0:
-                end = "\n  ".join(_why(job))
+                told = [f"step {job.name!r} ended with exit code {code}; the end of {job.log}:"]
+                told += _why(job)
                 if shutil.disk_usage(self.logs).free < 1 << 16:
-                    end += f"\nno space is left below {self.logs}; make some, and start it again"
-                told = f"step {job.name!r} ended with exit code {code}; the end of {job.log}:"
-                raise PipelineError(f"{told}\n  {end}")
+                    told += [f"no space is left below {self.logs}; make some, and start it again"]
+                raise PipelineError("\n  ".join(told))
             if STOPPED in _end(job.log, job.log_start, 4000):  # alone, its exit code is 0
                 raise PipelineError(
                     f"step {job.name!r} was {STOPPED}; the same command goes on from its checkpoint"

@@ -146,7 +146,7 @@ def test_a_bad_override_is_one_message(override: str, told: str, tmp_path: Path)
 def test_names_that_look_like_secrets_or_comments_pass(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
     file.write_text(GOOD)
-    given = ["output_dir=runs/exp #3", "trainer.token=null", "trainer.max_tokens=3",
+    given = ["output_dir=runs/exp #3", "trainer.hub_token=null",
              "trainer.include_num_input_tokens_seen=all", "deviations.pad_token=as LLaVA",
              "notes=${output_dir} holds <image> tokens and $${ alone"]  # fmt: skip
     recipe = load_recipe(file, Stage3Recipe, given)
