@@ -158,8 +158,13 @@ def sharing(stage: str, out: Path, *more: str) -> list[str]:
     return words
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", LINES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        pytest.param(stage, marks=[pytest.mark.slow] * (stage != "stage1_text_encoder"))
+        for stage in LINES
+    ],
+)
 def test_two_machines_compute_what_one_process_does(alone: Any, together: Any, stage: str) -> None:
     one, two = alone(stage), together(stage)
     assert len(losses(one)) == 8
