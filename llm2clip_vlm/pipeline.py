@@ -363,13 +363,12 @@ class Pipeline:
                 )
             self.seconds[job.name] = round(time.monotonic() - job.started, 1)
             used = dict(read_json(self._cost_file(job)))
-            cost = {"seconds": self.seconds[job.name], **used}
+            cost = self.costs[job.name] = {"seconds": self.seconds[job.name], **used}
             before = self._read(COSTS_NAME).get(job.name, cost)
             if job.complete or (not job.outputs and job.step.program not in RECIPES):
                 # it was asked again, and may have found within seconds that all is done
                 cost = max(before, cost, key=itemgetter("cpu_seconds"))
-            self.costs[job.name] = cost
-            self._note(COSTS_NAME, self.costs)
+            self._note(COSTS_NAME, {job.name: cost})
             self._note(f"logs/{OUTPUTS_NAME}", {job.name: file_states(output_files(job))})
             self._note(f"logs/{ASKED_NAME}", {job.name: job.asked})
             yield job
