@@ -153,7 +153,7 @@ def add_scores(folder: Path, scores: Mapping[str, tuple[str, float]]) -> None:
     """
     from huggingface_hub import ModelCard
 
-    file, kind = folder / CARD_NAME, kind_of(folder)
+    file, kind = folder / CARD_NAME, kind_of(folder) if scores else None
     if kind is None or not (file.is_file() and is_unchanged(file) and os.access(folder, os.W_OK)):
         return
     card = ModelCard.load(file, ignore_metadata_errors=True)

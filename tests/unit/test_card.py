@@ -127,6 +127,9 @@ def test_what_is_measured_later_goes_into_the_card(tmp_path: Path) -> None:
     add_scores(tmp_path, {"DAQUAR": ("accuracy", 20.0)})  # no card, nothing to do
     card = write_card(tmp_path, "train x", parents={"a": "us/b"}, versions={"torch": "9"})
     assert card is not None and "None is recorded" in card.read_text()
+    written = card.stat().st_mtime_ns
+    add_scores(tmp_path, {})  # such as a suite of the first questions alone
+    assert card.stat().st_mtime_ns == written
     for scores in ({"DAQUAR": 20.0, "POPE": 81.25}, {"DAQUAR": 22.5}):
         add_scores(tmp_path, {title: ("exact_match", score) for title, score in scores.items()})
         assert is_unchanged(card)
