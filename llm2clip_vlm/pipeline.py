@@ -33,6 +33,7 @@ from llm2clip_vlm.recipe.reading import load_recipe, read_layers
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import supervise
 from llm2clip_vlm.runs.card import CARD_NAME
+from llm2clip_vlm.runs.cores import allowed_threads, usable_cores
 from llm2clip_vlm.runs.hashes import (
     FileState,
     changed_files,
@@ -314,6 +315,7 @@ class Pipeline:
     def _start(self, job: Job) -> None:
         cores = usable_cores()
         share = cores if job.step.all_cores else max(1, cores // self.recipe.jobs)
+        share = min(share, allowed_threads(share))
         grace_s = str(self.recipe.grace_s)
         environment = {
             "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": grace_s,  # of torch's launcher
@@ -388,11 +390,6 @@ class Pipeline:
         for job in self.running:
             assert job.process is not None
             job.process.wait()
-
-
-def usable_cores() -> int:
-    """Cores that this process may use: fewer than the machine's in a container or under taskset."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:

@@ -14,6 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
+from llm2clip_vlm.runs.cores import allowed_threads, usable_cores
 from llm2clip_vlm.runs.inputs import ask_hub
 
 State = Literal["ok", "note", "broken"]
@@ -102,7 +103,7 @@ def torch_state(load: Callable[[str], object] = importlib.import_module) -> Find
         built = (
             f"a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "torch for CUDA"
         )
-        detail = f"no CUDA GPU; {os.cpu_count()} CPU cores, gloo; if there is one, install {built}"
+        detail = f"no CUDA GPU; {usable_cores()} CPU cores, gloo; if there is one, install {built}"
         return Finding("devices", "note", detail)
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     names = [f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in found]
@@ -192,9 +193,9 @@ def disk_state() -> Finding:
 
 def threads_state() -> Finding:
     """Whether OpenMP would start more threads than there are idle cores."""
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     idle = max(1, round(cores - os.getloadavg()[0]))
-    threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
+    threads = allowed_threads(cores)
     told = f"{threads} OpenMP threads, {cores} cores, about {idle} idle"
     if threads <= idle:
         return Finding("threads", "ok", told)

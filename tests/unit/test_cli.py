@@ -338,7 +338,7 @@ def test_doctor_sees_little_space_and_a_busy_machine(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(1e12))
     assert doctor.disk_state().state == "ok"
     monkeypatch.setattr(doctor.os, "sched_getaffinity", lambda _: range(8))
-    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    monkeypatch.setenv("OMP_NUM_THREADS", "8,2")
     for load, state, told in ((0.1, "ok", "8 idle"), (6.0, "note", "export OMP_NUM_THREADS=2")):
         monkeypatch.setattr(doctor.os, "getloadavg", lambda load=load: (load, 0, 0))
         found = doctor.threads_state()

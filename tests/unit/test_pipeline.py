@@ -27,12 +27,12 @@ from llm2clip_vlm.pipeline import (
     expand,
     finished,
     progress_of,
-    usable_cores,
 )
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.text import Stage2aRecipe
 from llm2clip_vlm.runs import supervise
+from llm2clip_vlm.runs.cores import usable_cores
 from llm2clip_vlm.runs.inputs import require_steps
 from llm2clip_vlm.runs.manifest import write_manifest
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, OwnershipError
@@ -413,14 +413,22 @@ def test_jobs_at_a_time(root: Path, jobs: int, all_cores: bool, expected: int) -
     assert max(int(path.read_text()) for path in root.glob("*.saw")) == expected
 
 
-def test_threads_are_shared(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [("", {"a": "8", "b": "2"}), ("4,2", {"a": "4", "b": "2"}), ("1", {"a": "1", "b": "1"})],
+)
+def test_threads_are_shared(
+    root: Path, monkeypatch: pytest.MonkeyPatch, allowed: str, expected: dict[str, str]
+) -> None:
+    """No step gets more threads than the user's own OMP_NUM_THREADS allows."""
     monkeypatch.setattr("llm2clip_vlm.pipeline.usable_cores", lambda: 8)
+    monkeypatch.setenv("OMP_NUM_THREADS", allowed)
     recipe = pipeline(step("a", all_cores=True), step("b", needs=["a"]), jobs=4)
     Pipeline(recipe).run()
     threads = {
         name: (root / "runs" / "logs" / f"{name}.log").read_text().split()[1] for name in "ab"
     }
-    assert threads == {"a": "8", "b": "2"}
+    assert threads == expected
 
 
 def test_progress_is_the_last_bar_of_this_run(tmp_path: Path) -> None:
