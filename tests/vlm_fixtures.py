@@ -89,9 +89,14 @@ def run_stage(
     *overrides: str,
     accelerate: str | None = None,
     processes: int | None = None,
+    packages: Path | None = None,
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a stage in new processes: alone, by a config of `recipes/accelerate/`, or torchrun."""
+    """Runs a stage in new processes: alone, by a config of `recipes/accelerate/`, or torchrun.
+
+    Args:
+        packages: A folder of packages that only these processes see.
+    """
     command = [sys.executable]
     if accelerate is not None:
         config = REPO_ROOT / "recipes" / "accelerate" / accelerate
@@ -100,12 +105,15 @@ def run_stage(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
     command += [str(REPO_ROOT / "stages" / f"{stage}.py"), str(recipe), *overrides]
+    env = environment()
+    if packages is not None:
+        env["PYTHONPATH"] += os.pathsep + str(packages)
     done = subprocess.run(
         command,
         check=False,
         capture_output=True,
         text=True,
-        env=environment(),
+        env=env,
         cwd=recipe.parent,
         timeout=600,
     )

@@ -84,6 +84,10 @@ def load_complete(
         model, found = model_class.from_pretrained(
             source, output_loading_info=True, ignore_mismatched_sizes=True, **arguments
         )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # bitsandbytes would repack weights in the first evaluation, and pass no gradients then.
+            module.support_avx512bf16_for_cpu = False
     _refuse_missing(path, model, found, optional)
     if source is None:
         _refuse_unknown(path, model, _unknown(model, found))

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from transformers import AutoModel
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import CacheError
@@ -381,6 +382,20 @@ def test_stage1_refuses(
     recipe = write_recipe(tmp_path, tiny_llm)
     with pytest.raises(ValueError, match=message):
         load(repo_root, "stage1_text_encoder").main([str(recipe), *overrides])
+
+
+def test_a_block_without_gradients_stops_the_run(
+    tmp_path: Path, tiny_llm: Path, repo_root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = LlamaDecoderLayer.forward
+
+    def cut(layer: Any, hidden: torch.Tensor, *args: Any, **more: Any) -> Any:
+        return whole(layer, hidden.detach() if layer.self_attn.layer_idx else hidden, *args, **more)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", cut)
+    recipe = write_recipe(tmp_path, tiny_llm)
+    with pytest.raises(ValueError, match=r"the loss does not reach: \['base_model.model.layers.0"):
+        load(repo_root, "stage1_text_encoder").main([str(recipe)])
 
 
 def test_stage1_counts_bad_records(tmp_path: Path, tiny_llm: Path, repo_root: Path) -> None:

@@ -211,6 +211,15 @@ def test_frozen_tower_stays_and_the_rest_trains(recipe: Recipe, tiny_clip: Path)
     assert same(tower.state_dict(), CLIPModel.from_pretrained(tiny_clip).vision_model.state_dict())
 
 
+def test_a_tower_without_gradients_stops_the_run(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = torch.no_grad()(CLIPVisionModel.forward)
+    monkeypatch.setattr(CLIPVisionModel, "forward", cut)
+    with pytest.raises(ValueError, match=r"parts without any: \['vision_tower'\]"):
+        run(recipe(trainer={"max_steps": 2}))
+
+
 def test_only_the_last_blocks_of_the_tower_train(recipe: Recipe, tiny_clip: Path) -> None:
     out = run(recipe(tower_last_blocks=1, trainer={"max_steps": 2}))
     tower = CLIPVisionModel.from_pretrained(out / "vision_tower").state_dict()

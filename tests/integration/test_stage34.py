@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -349,53 +348,6 @@ def test_a_checkpoint_with_adapters_opens_as_it_lies(
         with safe_open(str(path / "adapter.safetensors"), "pt") as file:
             assert file.metadata()["base"] == fingerprint_dir(work / "three" / "model")
             assert all("lora_" in n or "projector" in n for n in file.keys())  # noqa: SIM118
-
-
-def test_four_bits_train_and_come_back_whole(stage3: tuple[Path, Path, str], work: Path) -> None:
-    from llm2clip_vlm.models.vlm.building import load_vlm
-
-    changes = {"trainable": BOTH, "language_model_lora": LORA, "load_in_4bit": True}
-    recipe, out = stage4_recipe(work, "four-bits", **changes)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        with pytest.raises(ValueError, match="bitsandbytes is not installed"):
-            run_here("stage4_instruction", recipe)
-        return
-    run_here("stage4_instruction", recipe)
-    before, after = (load_vlm(f / "model")[0].state_dict() for f in (work / "three", out))
-    for name, tensor in before.items():
-        same = torch.equal(after[name], tensor)
-        assert same == (not re.search(r"projector|_proj\.", name) or "vision" in name), name
-        assert after[name].dtype == tensor.dtype
-
-
-def test_a_projector_trains_on_four_bits(
-    stage3: tuple[Path, Path, str], work: Path, tiny_clip: Path, tiny_llm: Path
-) -> None:
-    """Stage 3: what it exports has the LLM's own weights, and it goes on from a checkpoint."""
-    from llm2clip_vlm.models.vlm.building import load_vlm
-
-    pytest.importorskip("bitsandbytes", reason="four-bit weights are bitsandbytes'")
-    out = work / "three-four-bits"
-    recipe = write_recipe(
-        work / "three-four-bits.yaml",
-        output_dir=str(out),
-        vlm={"vision_tower": str(tiny_clip), "language_model": str(tiny_llm)},
-        data=[{"path": str(work / "llava.json")}],
-        trainable=PROJECTOR,
-        load_in_4bit=True,
-        trainer={"save_strategy": "steps", "save_steps": 2},
-    )
-    run_here("stage3_projector", recipe)
-    before, after = (load_vlm(f / "model")[0].state_dict() for f in (work / "three", out))
-    for name, tensor in before.items():
-        assert torch.equal(after[name], tensor) == ("projector" not in name), name
-    whole = after
-    for stale in ("manifest.json", "model", "checkpoints/checkpoint-4"):
-        place = out / stale
-        shutil.rmtree(place) if place.is_dir() else place.unlink()
-    run_here("stage3_projector", recipe)
-    again = load_vlm(out / "model")[0].state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in whole.items())
 
 
 def test_four_bits_need_an_adapter(stage3: tuple[Path, Path, str], work: Path) -> None:

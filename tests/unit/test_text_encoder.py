@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -305,13 +304,6 @@ def test_prompts_stand_behind_the_front_and_are_not_pooled(llm: Path) -> None:
         short.add_prompt(ids, [9] * 4)
     with pytest.raises(ModelError, match="an embedder pools all tokens"):
         CaptionTokenizer(encoder.tokenizer, 16, joined=True).add_prompt(ids, [9])
-
-
-def test_four_bits_need_bitsandbytes(llm: Path) -> None:
-    if importlib.util.find_spec("bitsandbytes"):
-        pytest.skip("bitsandbytes is installed")
-    with pytest.raises(ModelError, match="bitsandbytes is not installed; pip install"):
-        TextEncoder.from_pretrained(llm, load_in_4bit=True)
 
 
 def test_encoding_leaves_the_training_mode_alone(llm: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from transformers.trainer import TRAINING_ARGS_NAME
 
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset, TextInputs, collate
 from llm2clip_vlm.data.text.captions import EpochSampler
-from llm2clip_vlm.distributed import await_files, is_initialized, is_main
+from llm2clip_vlm.distributed import await_files, is_initialized, is_main, say
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.flops import flop_counter
 from llm2clip_vlm.models.trainable import freeze_unused
 from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, WeightAverage
 from llm2clip_vlm.training.encoder.distillation import TowerTeacher
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
+from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
 
@@ -56,6 +57,7 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
             logged as `eval_<name>` on the schedule of their `eval_strategy`.
         train_dataset: Pairs.
         unit: What throughput counts.
+        parts: See :class:`GradientAudit`.
         measure: Called on all ranks; leaves the random numbers of training alone.
         callbacks: More callbacks.
         **more: More arguments of `transformers.Trainer`.
@@ -71,6 +73,7 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
         train_dataset: Any,
         *,
         unit: str,
+        parts: Collection[str] | None = None,
         measure: Measure | None,
         callbacks: Sequence[TrainerCallback] | None,
         **more: Any,
@@ -83,6 +86,7 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
             )
         self.measure = measure
         self.throughput = Throughput(unit)
+        self.audit: GradientAudit | None = GradientAudit(model, parts, say)
         super().__init__(
             model=model,
             args=args,
@@ -94,6 +98,17 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(self.train_dataset)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One batch.
+
+        Raises:
+            ValueError: In the first step something that should train gets no gradient.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.audit is not None and self.audit.check(self.args.device):
+            self.audit = None
+        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure and log; the Trainer calls it on its schedule."""
@@ -173,6 +188,7 @@ class EncoderTrainer(ContrastiveTrainer):
             args,
             train_dataset,
             unit="images",
+            parts=self.learning_rates,
             measure=measure,
             callbacks=[*own, *callbacks],
             data_collator=collate,

@@ -174,6 +174,9 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         self.micro_batch_tokens = micro_batch_tokens
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
+        for name, parameter in model.named_parameters():
+            if ".pooler." in f".{name}":  # of BERT: no vector is made of it
+                parameter.requires_grad_(False)
         self._flops_per_token = sum(
             (6 if p.requires_grad else 4) * p.numel()
             for name, p in model.named_parameters()

@@ -39,10 +39,10 @@ from llm2clip_vlm.training.adapters import (
     unquantized_state,
 )
 from llm2clip_vlm.training.callbacks import Throughput
+from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.step_guard import keep_batch
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin
-from llm2clip_vlm.training.vlm.gradient_audit import GradientAudit
 from llm2clip_vlm.training.vlm.picture_signal import PictureSignal
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 
@@ -103,7 +103,9 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
         self.flops, self.signal = VlmFlops(model), PictureSignal(model)
-        self.audit: GradientAudit | None = GradientAudit(model, list(parts), report)
+        self.audit: GradientAudit | None = GradientAudit(
+            model, list(parts), report, waits_for_pictures=True
+        )
         super().__init__(
             model=model,
             args=args,

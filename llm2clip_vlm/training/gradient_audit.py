@@ -11,33 +11,42 @@ import torch
 from torch import Tensor, nn
 
 from llm2clip_vlm.distributed import max_over_ranks
-from llm2clip_vlm.models.trainable import matching_prefix
+from llm2clip_vlm.models.trainable import matching_prefix, part_name
 
 _NONE, _ZERO, _SOME = range(3)
 
 
 class GradientAudit:
-    """Watches the first step that has pictures and trained tokens, then compares and steps aside.
+    """Watches the first step, then compares and steps aside.
 
-    Every trainable tensor must get a gradient, and every part of the `trainable:` map some that is
-    not zero. (LLaVA ran its tower under `no_grad`: unfreezing it did nothing, in silence.)
+    Every trainable tensor must get a gradient, and every part that trains some that is not zero.
+    (LLaVA ran its tower under `no_grad`: unfreezing it did nothing, in silence.)
     """
 
     def __init__(
-        self, model: nn.Module, parts: Collection[str], report: Callable[[str], None]
+        self,
+        model: nn.Module,
+        parts: Collection[str] | None,
+        report: Callable[[str], None],
+        *,
+        waits_for_pictures: bool = False,
     ) -> None:
         """Starts to watch.
 
         Args:
             model: Model with `requires_grad` set.
-            parts: What should train, as in the recipe.
+            parts: What should train, as in the recipe. None: the parts that :func:`trainable_table`
+                shows to train.
             report: Takes the table.
+            waits_for_pictures: Wait for a step that has pictures and trained tokens (:meth:`see`).
         """
-        self._parts, self._report = parts, report
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._parts = parts or {part_name(name).split(".")[0] for name in trained}
+        self._report = report
         self._reached = dict.fromkeys(trained, _NONE)
         self._hooks = [p.register_hook(partial(self._note, name)) for name, p in trained.items()]
-        self._complete = [int(set(parts) == {"language_model"}), 0]
+        text_alone = set(self._parts) == {"language_model"}
+        self._complete = [int(text_alone), 0] if waits_for_pictures else [1]
 
     def _note(self, name: str, gradient: Tensor) -> None:
         if self._reached[name] != _SOME:
@@ -77,7 +86,7 @@ class GradientAudit:
         missing = [name for name, value in reached.items() if value == _NONE]
         if still or missing or len(total) > len(set(self._parts)):
             raise ValueError(
-                f"trainable: expected gradients in {sorted(self._parts)} and nowhere else, got\n"
+                f"expected gradients in {sorted(self._parts)} and nowhere else, got\n"
                 f"{table}\nparts without any: {still}, tensors that the loss does not reach: "
                 f"{missing[:3]}. Something between them and the loss is cut off or frozen."
             )
