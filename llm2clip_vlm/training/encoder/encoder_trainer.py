@@ -103,7 +103,7 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
         """One batch.
 
         Raises:
-            ValueError: In the first step something that should train gets no gradient.
+            ValueError: Something that should train got no gradient in the first step.
         """
         loss: Tensor = super().training_step(*args, **kwargs)
         if self.audit is not None and self.audit.check(self.args.device):
