@@ -6,12 +6,13 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from llm2clip_vlm.chat.labels import texts_of
 from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.conversation.packing import PackedBatches
 from llm2clip_vlm.data.conversation.token_table import to_record
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
 from llm2clip_vlm.data.reading.records import (
@@ -44,11 +45,38 @@ class Lengths:
     """Share of a conversation's tokens that is trained on."""
     told: str = ""
     """Where all this is known from."""
+    conversations: list[tuple[int, int]] = field(default_factory=list)
+    """Tokens without pictures, and pictures, of the conversations that were measured."""
 
     @property
     def mean(self) -> float:
         """Tokens of a text."""
         return sum(self.texts) / len(self.texts)
+
+    def packed(
+        self, samples: int, picture: int, longest: int, room: int, most: int | None
+    ) -> tuple[float, float]:
+        """Micro-batches that a step's conversations pack into, and their mean tokens.
+
+        Conversations that were guessed fill them.
+
+        Args:
+            samples: Conversations of a step.
+            picture: Tokens of a picture.
+            longest: Tokens of a conversation; what it has more is cut off.
+            room: Tokens of a micro-batch.
+            most: Pictures of a micro-batch. None: as many as come.
+        """
+        if not self.conversations:
+            mean = min(longest, self.mean + self.images * picture)
+            return max(1.0, samples * mean / room), mean
+        sizes = [max(1, min(longest, text + n * picture)) for text, n in self.conversations]
+        images = [min(n, most or n) for _, n in self.conversations]
+        step = min(samples, len(sizes))
+        batches = PackedBatches(
+            sizes, images, global_batch_size=step, max_tokens=room, max_images=most, seed=0
+        )
+        return batches.accumulation * samples / step, sum(sizes) / len(sizes)
 
     def quantile(self, share: float) -> int:
         """Tokens that this share of the texts does not exceed."""
@@ -88,6 +116,7 @@ def measured(
             trained += sum(n for n, (_, own) in zip(lengths, texts, strict=True) if own)
             seen, images, captions = seen + 1, images + pictures, captions + len(texts)
             found.texts += [sum(lengths)] if conversations else lengths
+            found.conversations += [(sum(lengths), pictures)] * conversations
     if not seen:
         return guessed(recipe)
     found.texts.sort()

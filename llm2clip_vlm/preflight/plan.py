@@ -142,6 +142,7 @@ def make_plan(
         lengths.samples, lengths.told = samples, f"{samples:,} samples as given"
     if tokens is not None:
         lengths.texts, lengths.told = [tokens], f"{lengths.told}, {tokens} tokens a text as given"
+        lengths.conversations = []
     measure = partial(_measure, source, lengths)
     try:
         work, seen, held = measure(recipe, machine)

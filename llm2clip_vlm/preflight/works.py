@@ -211,8 +211,11 @@ def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, sh
     seen = lengths.images * crops * visual
     mean = min(recipe.max_length_tokens, lengths.mean + seen)
     rows, width = float(min(batch, share)), mean
-    if recipe.packing:  # as full as its samples allow, all of the mean length
-        rows = min(recipe.max_length_tokens * batch / mean, share)
+    if recipe.packing:
+        most = recipe.packing_max_images and int(recipe.packing_max_images / crops)
+        longest, picture = recipe.max_length_tokens, round(crops * visual)
+        passes, mean = lengths.packed(share, picture, longest, longest * batch, most)
+        rows, width = share / passes, mean
     else:
         longest = lengths.quantile(batch / (batch + 1)) + seen
         width = min(recipe.max_length_tokens, longest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 import yaml
 
 from llm2clip_vlm import cli
+from llm2clip_vlm.data.conversation.packing import PackedBatches
 from llm2clip_vlm.preflight import plan as plans
+from llm2clip_vlm.preflight.lengths import Lengths
 from llm2clip_vlm.preflight.machines import Machine, find_machine
 from llm2clip_vlm.preflight.plan import Plan, make_plan
 from llm2clip_vlm.recipe.reading import load_recipe
@@ -144,6 +147,26 @@ def test_an_adapter_trains_alone(work: Path) -> None:
     bits = planned(work, "stage4_instruction", lora, "load_in_4bit=true")
     assert bits.held["weights"] < found.held["weights"]
     assert any("bitsandbytes" in problem for problem in bits.missing)
+
+
+@pytest.mark.parametrize(("batch", "most"), [(1, None), (4, None), (4, 6)])
+def test_packing_is_that_of_the_training(batch: int, most: int | None) -> None:
+    draw = random.Random(1)
+    known = [(draw.randrange(20, 900), draw.randrange(3)) for _ in range(512)]
+    sizes = [min(1024, text + 100 * images) for text, images in known]
+    training = PackedBatches(
+        sizes,
+        [images for _, images in known],
+        global_batch_size=512,
+        max_tokens=1024 * batch,
+        max_images=most,
+        seed=0,
+    )
+    lengths = Lengths(512, [1], conversations=known)
+    found = lengths.packed(1024, 100, 1024, 1024 * batch, most)
+    assert found == (2 * training.accumulation, sum(sizes) / 512)
+    guessed = Lengths(512, [200], images=2.0).packed(512, 100, 1024, 1024 * batch, most)
+    assert guessed == (pytest.approx(512 * 400 / 1024 / batch), 400)
 
 
 def test_what_does_not_fit_gets_a_change(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:

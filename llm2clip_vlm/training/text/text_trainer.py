@@ -175,8 +175,7 @@ class CaptionContrastiveTrainer(ContrastiveTrainer):
         if args.gradient_checkpointing:
             model.enable_input_require_grads()
         for name, parameter in model.named_parameters():
-            if ".pooler." in f".{name}":  # of BERT: no vector is made of it
-                parameter.requires_grad_(False)
+            parameter.requires_grad &= ".pooler." not in f".{name}"  # of BERT: makes no vector
         self._flops_per_token = sum(
             (6 if p.requires_grad else 4) * p.numel()
             for name, p in model.named_parameters()
