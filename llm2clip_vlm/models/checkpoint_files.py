@@ -27,7 +27,9 @@ _SIZES = re.compile(
 """Keys of a config that are sizes of what is built; a list has one for each layer."""
 _COUNTS = re.compile(r"(.*_)?(num|n)_(.*_)?(layers?|blocks?)|n_layer|depths?")
 """Keys that say how many modules there are: each has its own tensor."""
+_EPS = re.compile(r".*eps(ilon)?")
 _LIMITS = (
+    (_EPS, 1),
     (re.compile(r"(image|patch)_size"), 1 << 14),
     (re.compile(r"num_labels|(.*_)?experts"), 1 << 16),
     (re.compile(rf"{_SIZES.pattern}|{_COUNTS.pattern}"), 1 << 24),
@@ -100,6 +102,8 @@ def _numbers(value: Any, key: str = "") -> Iterator[tuple[str, int | float]]:
             yield from _numbers(item, key)
     elif isinstance(value, int | float) and not isinstance(value, bool):
         yield key, value
+    elif value is None and _EPS.fullmatch(key.rpartition(".")[2]):
+        yield key, math.nan  # no layer norm computes with null
 
 
 def _shards_of(index: Path) -> list[Path]:

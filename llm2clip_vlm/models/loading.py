@@ -261,6 +261,8 @@ def read_tokenizer(path: str | Path) -> Any:
     remedy = f"; are tokenizer.json or {SENTENCEPIECE} whole, and no pointers of Git LFS?"
     tokenizer = _read(AutoTokenizer, path, "no tokenizer beside the weights", remedy)
     with boundary(f"{path}: its tokenizer cannot be used"):
+        if (window := tokenizer.model_max_length) < 1 or window != int(window):
+            raise ValueError(f"model_max_length: expected 1 or more, got {window}")
         return as_in_files(tokenizer, path)
 
 
@@ -323,6 +325,13 @@ def check_image_processor(processor: Any, path: str | Path) -> None:
                 raise ModelError(
                     f"{where}: {name}: expected sides of 1 to {_LARGEST_PICTURE_PX} px, got {side}"
                 )
+    for name in ("image_mean", "image_std"):
+        value = getattr(processor, name, None)
+        if value is not None and not isinstance(value, list | tuple):
+            raise ModelError(f"{where}: {name}: expected a list of numbers, got {value!r}")
+    filters, chosen = [*map(int, Image.Resampling)], getattr(processor, "resample", None)
+    if chosen is not None and (isinstance(chosen, bool) or chosen not in filters):
+        raise ModelError(f"{where}: resample: expected one of {filters}, got {chosen!r}")
     made = []
     with boundary(f"{where}: cannot be used"):
         for grey in (0, 255):

@@ -237,6 +237,14 @@ def test_leftovers_of_a_language_model_are_refused(tiny_llm: Path, tmp_path: Pat
         {"image_mean": [float("nan")] * 3},
         {"image_mean": [float("inf")] * 3},
         {"image_mean": [0.5]},
+        {"image_mean": 1.5},
+        {"image_mean": 0},
+        {"image_std": True},
+        {"resample": "bicubic"},
+        {"resample": True},
+        {"resample": 1.5},
+        {"resample": 6},
+        {"resample": []},
         {"do_rescale": False},
         {"rescale_factor": 0.0},
         {"rescale_factor": -1.0},
@@ -265,6 +273,19 @@ def test_a_damaged_tokenizer_is_named(content: str, tiny_llm: Path, tmp_path: Pa
     folder = shutil.copytree(tiny_llm, tmp_path / "llm")
     write(folder, "tokenizer.json", content)
     with pytest.raises(ValueError, match=r"llm: no tokenizer"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("value", [-1, 0, 1.5, "x"])
+def test_a_tokenizer_needs_a_window(value: Any, tiny_llm: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_llm, tmp_path / "llm")
+    file = folder / "tokenizer_config.json"
+    written = json.loads(file.read_text())
+    for allowed in (16, 1e30):
+        file.write_text(json.dumps(written | {"model_max_length": allowed}))
+        assert read_tokenizer(folder).model_max_length == allowed
+    file.write_text(json.dumps(written | {"model_max_length": value}))
+    with pytest.raises(ValueError, match=r"llm: (its|no) tokenizer"):
         read_tokenizer(folder)
 
 

@@ -204,6 +204,10 @@ def test_sizes_at_the_border(tmp_path: Path) -> None:
     for key, value in (("hidden_size", 0), ("head_dim", -1), ("num_hidden_layers", 0)):
         with pytest.raises(ValueError, match=f"{key}: expected a size of 1 or more"):
             read(**{key: value})
+    assert read(rms_norm_eps=1e-5)
+    for value in (None, 1.5):
+        with pytest.raises(ValueError, match=r"text\.layer_norm_eps: expected a"):
+            read(text={"layer_norm_eps": value})
     weights = dict.fromkeys("abc", torch.empty(0))
     check_sizes({"num_hidden_layers": 3}, weights, tmp_path)
     with pytest.raises(ValueError, match="num_hidden_layers: 4 of them cannot be filled"):
