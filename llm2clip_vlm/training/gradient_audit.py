@@ -48,8 +48,9 @@ class GradientAudit:
         text_alone = set(self._parts) == {"language_model"}
         self._complete = [int(text_alone), 0] if waits_for_pictures else [1]
 
-    def _note(self, name: str, gradient: Tensor) -> None:
-        if self._reached[name] != _SOME:
+    def _note(self, name: str, gradient: Tensor | None) -> None:
+        # DDP waits for every parameter: one that a chunk's loss does not reach comes without any.
+        if gradient is not None and self._reached[name] != _SOME:
             self._reached[name] = _SOME if bool(gradient.any()) else _ZERO
 
     def see(self, inputs: dict[str, Any]) -> None:
