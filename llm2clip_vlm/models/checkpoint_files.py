@@ -27,7 +27,7 @@ _SIZES = re.compile(
 """Keys of a config that are sizes of what is built; a list has one for each layer."""
 _COUNTS = re.compile(r"(.*_)?(num|n)_(.*_)?(layers?|blocks?)|n_layer|depths?")
 """Keys that say how many modules there are: each has its own tensor."""
-_EPS = re.compile(r".*eps(ilon)?")
+_EPS = re.compile(r"(layer|rms)_norm_eps(ilon)?")
 _LIMITS = (
     (_EPS, 1),
     (re.compile(r"(image|patch)_size"), 1 << 14),

@@ -212,7 +212,7 @@ def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, sh
     mean = min(recipe.max_length_tokens, lengths.mean + seen)
     rows, width = float(min(batch, share)), mean
     if recipe.packing:
-        most = recipe.packing_max_images and int(recipe.packing_max_images / crops)
+        most = recipe.packing_max_images and max(1, int(recipe.packing_max_images / crops))
         longest, picture = recipe.max_length_tokens, round(crops * visual)
         passes, mean = lengths.packed(share, picture, longest, longest * batch, most)
         rows, width = share / passes, mean
