@@ -60,6 +60,8 @@ def read_config_file(folder: Path) -> dict[str, Any]:
             continue
         if _SIZES.fullmatch(name) and value < (name not in _MAY_BE_ZERO):
             raise ModelError(f"{path}: {key}: expected a size of 1 or more, got {value}")
+        if name == "rope_theta" and value <= 0:
+            raise ModelError(f"{path}: {key}: expected more than 0, got {value}")
         limit = next((limit for rule, limit in _LIMITS if rule.fullmatch(name)), math.inf)
         if value > limit:
             raise ModelError(f"{path}: {key}: expected a size of at most {limit:,}, got {value}")

@@ -19,7 +19,7 @@ from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
 from llm2clip_vlm.models.vlm import building as vlm
 from llm2clip_vlm.models.vlm import composing
-from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from tests.tiny_llms import NAMES, build_family, is_tiny
 
@@ -165,7 +165,11 @@ def test_a_head_that_the_config_calls_tied_is_kept(
     [
         ("processor_config.json", {"patch_size": 4}, "64 tokens of id 7, expected 16"),
         ("processor_config.json", {"patch_size": None}, "makes no input"),
+        ("processor_config.json", {"patch_size": -8}, "patch_size -8"),
         ("processor_config.json", {"num_additional_image_tokens": 0}, "15 tokens"),
+        ("processor_config.json", {"num_additional_image_tokens": 10**9}, "tokens is 1000000000"),
+        ("processor_config.json", {"num_additional_image_tokens": "x"}, "makes no input"),
+        ("config.json", {"vision_feature_layer": 10**9}, "makes no input|it was made with -2"),
         ("processor_config.json", {"processor_class": "Unknown"}, "no image processor"),
         ("config.json", {"image_token_index": 9}, "0 tokens of id 9"),
     ],
@@ -175,8 +179,9 @@ def test_a_processor_of_another_model_is_refused(
 ) -> None:
     save_vlm(*build_vlm(tiny_clip, tiny_llm), tmp_path)
     (tmp_path / file).write_text(json.dumps(json.loads((tmp_path / file).read_text()) | values))
-    with pytest.raises(ModelError, match=told):
-        load_vlm(tmp_path)
+    for load in (load_vlm, load_checkpoint):
+        with pytest.raises(ValueError, match=told):
+            load(str(tmp_path))
 
 
 def test_a_tokenizer_of_more_words_than_embeddings_is_refused(

@@ -228,23 +228,23 @@ def load_vlm(
 def load_checkpoint(
     pretrained: str, *, dtype: str = "auto", device: str | torch.device | None = None
 ) -> tuple[PreTrainedModel, ProcessorMixin]:
-    """Load any vision-language checkpoint with its processor, to ask it something.
+    """Load any vision-language model (in evaluation mode) and its processor, to ask it something.
 
     Args:
         pretrained: Directory or hub id.
         dtype: `auto` keeps that of the checkpoint; `float32` or `bfloat16` convert.
         device: Where it goes. None: `cuda` if there is one, else `cpu`.
 
-    Returns:
-        The model in evaluation mode, and its processor.
-
     Raises:
-        ValueError: A parameter of the model is not in the checkpoint: its answers would be noise.
+        ValueError: Weights are missing, or a LLaVA's processor is another model's.
     """
     register()  # only this package, or another one, may know the tower's `model_type`
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype)
-    return model.to(chosen).eval(), read_processor(pretrained)
+    model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype).to(chosen).eval()
+    processor = read_processor(pretrained)
+    if model.config.model_type in VLM_CLASSES:
+        require_processor(model, processor, pretrained)
+    return model, processor
 
 
 def save_vlm(

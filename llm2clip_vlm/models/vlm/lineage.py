@@ -23,6 +23,7 @@ from llm2clip_vlm.runs.manifest import HandoffError
 
 LINEAGE_NAME = "lineage.json"
 PROJECTOR = "multi_modal_projector"
+_MOST_MORE = 64  # tokens of a picture beside its patches: CLS, registers
 
 
 def require_processor(model: Any, processor: Any, where: str) -> None:
@@ -40,12 +41,15 @@ def require_processor(model: Any, processor: Any, where: str) -> None:
         return
     remedy = "; take processor and tokenizer from the checkpoint that the weights are from"
     with boundary(f"{where}: its processor makes no input of its model", remedy):
+        more, patch = processor.num_additional_image_tokens, processor.patch_size
+        if not (0 <= more <= _MOST_MORE and patch >= 1):  # else they would fill the memory
+            raise ValueError(f"num_additional_image_tokens is {more}, patch_size {patch}")
         given = processor(text=IMAGE_TOKEN, images=Image.new("RGB", (64, 64)), return_tensors="pt")
         places = int((given["input_ids"] == model.config.image_token_id).sum())
-        more = {"image_sizes": given["image_sizes"]} if "image_sizes" in given else {}
+        sizes = {"image_sizes": given["image_sizes"]} if "image_sizes" in given else {}
         pixels = given["pixel_values"].to(next(model.model.vision_tower.parameters()))
         with torch.no_grad():
-            made = sum(map(len, model.model.get_image_features(pixels, **more).pooler_output))
+            made = sum(map(len, model.model.get_image_features(pixels, **sizes).pooler_output))
         if places != made:
             raise ValueError(
                 f"of one picture {places} tokens of id {model.config.image_token_id}, expected "
