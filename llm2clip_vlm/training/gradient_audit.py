@@ -82,7 +82,9 @@ class GradientAudit:
             total[part] += 1
             some[part] += value == _SOME
         table = "\n".join(f"  {part}: {some[part]} of {total[part]} tensors" for part in total)
-        self._report(f"gradients other than zero in the first step:\n{table}")
+        adapted = any("lora_A" in name for name in reached)
+        note = " (an adapter's A gets some once B is no longer zero)" if adapted else ""
+        self._report(f"gradients other than zero in the first step{note}:\n{table}")
         still = [part for part in self._parts if not some[part]]
         missing = [name for name, value in reached.items() if value == _NONE]
         if still or missing or len(total) > len(set(self._parts)):
