@@ -229,6 +229,15 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert heading == "Retrieval R@1, points, 2 training seeds"
     drawn = {mark.label: mark.value for mark in chart.groups[heading]}
     assert drawn["tower trained on, image → text"] == 20.0
+    few = found["ab"]["retrieval_i2t"]["llm2clip-control_long"] | {"n_seeds": 5}
+    found["ab"] |= {
+        "captions": {"llm2clip-control_long": few},
+        "retrieval_x": {"llm2clip-control_long": few},
+    }
+    chart = difference_chart(found, ["llm2clip", "control_long"])
+    heads = ["Benchmarks, points, 5 training seeds", "Retrieval R@1, points, 2 to 5 training seeds"]
+    assert list(chart.groups) == heads
+    assert chart.title == "llm2clip minus control_long, 2 to 5 training seeds"
     missing = " ".join(found["missing"])
     assert str(tmp_path) not in missing  # no path of the machine is written
     assert "cache/raw_bidirectional" in missing and "control_long-s2" in missing

@@ -108,20 +108,26 @@ def difference_chart(found: Mapping[str, Any], pair: Sequence[str]) -> Chart:
         pair: Two names.
     """
     panels: dict[str, list[Mark]] = {"Benchmarks, points": [], "Retrieval R@1, points": []}
-    heads, seeds = list(panels), 1
+    seeds: dict[str, set[int]] = {head: set() for head in panels}
     for task, pairs in found["ab"].items():
         if (row := pairs.get("-".join(pair))) is None:
             continue
-        seeds, (_, _, kind) = row["n_seeds"], task.partition(":")
+        head, (_, _, kind) = [*panels][task.startswith("retrieval_")], task.partition(":")
         note = "" if kind or row["p"] is None else f"p {row['p']:.2g}"
         label = kind.replace("_", " ") or found["titles"].get(task, task)
         points = row["deltas_by_seed"] if row["n_seeds"] > 1 else ()
         mark = Mark(label, row["delta"], row["ci"], points=points, note=note, strong=not kind)
-        panels[heads[task.startswith("retrieval_")]].append(mark)
-    times = f", {seeds} training seeds" if seeds > 1 else ""
-    drawn = {f"{head}{times}": rows for head, rows in panels.items() if rows}
+        panels[head].append(mark)
+        seeds[head].add(row["n_seeds"])
+    drawn = {f"{head}{_times(seeds[head])}": rows for head, rows in panels.items() if rows}
     sides = (f"{pair[1]} better", f"{pair[0]} better")
-    return Chart(f"{pair[0]} minus {pair[1]}{times}", drawn, sides=sides)
+    title = f"{pair[0]} minus {pair[1]}{_times(set().union(*seeds.values()))}"
+    return Chart(title, drawn, sides=sides)
+
+
+def _times(seeds: set[int]) -> str:
+    ends = sorted(seeds)[:: max(1, len(seeds) - 1)]  # the fewest and the most
+    return f", {' to '.join(map(str, ends))} training seeds" if seeds - {1} else ""
 
 
 def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str, str]:
