@@ -78,9 +78,10 @@ def lora_recipe(r: int) -> Stage4Recipe:
     )
 
 
-def environment() -> dict[str, str]:
-    """Environment of a stage's process: one thread, the checkout importable."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO_ROOT)}
+def environment(packages: Path | None = None) -> dict[str, str]:
+    """Environment of a stage's process: one thread, the checkout (and a folder) importable."""
+    path = os.pathsep.join(map(str, filter(None, (REPO_ROOT, packages))))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def run_stage(
@@ -105,15 +106,12 @@ def run_stage(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes)]
     command += [str(REPO_ROOT / "stages" / f"{stage}.py"), str(recipe), *overrides]
-    env = environment()
-    if packages is not None:
-        env["PYTHONPATH"] += os.pathsep + str(packages)
     done = subprocess.run(
         command,
         check=False,
         capture_output=True,
         text=True,
-        env=env,
+        env=environment(packages),
         cwd=recipe.parent,
         timeout=600,
     )

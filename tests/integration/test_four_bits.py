@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -75,11 +74,9 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @needs_bitsandbytes
 def test_an_evaluation_leaves_the_gradients_alone(llm: Path) -> None:
     """On a CPU bitsandbytes repacks weights that are evaluated, and passes wrong gradients then."""
-    env = environment()
-    env["PYTHONPATH"] += os.pathsep + str(QLORA)
     done = subprocess.run(
         [sys.executable, "-c", GRADIENTS, str(llm)],
-        env=env,
+        env=environment(QLORA),
         capture_output=True,
         text=True,
         check=False,
