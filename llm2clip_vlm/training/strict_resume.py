@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 from transformers.trainer_utils import TrainOutput
 
-from llm2clip_vlm.distributed import barrier, max_over_ranks
+from llm2clip_vlm.distributed import barrier, max_over_ranks, say
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 from llm2clip_vlm.training.checkpoints import (
     make_room,
@@ -26,6 +26,7 @@ from llm2clip_vlm.training.checkpoints import (
     rotate,
     seal_checkpoint,
 )
+from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.step_guard import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,9 @@ class StrictResumeMixin:
     state: Any
     optimizer: torch.optim.Optimizer | None
     train_dataset: Any
+    accelerator: Any
+    audit: GradientAudit | None = None
+    """Check of the first step's gradients. None: there is none, or it is over."""
 
     @functools.cached_property
     def _frozen(self) -> list[nn.Module]:
@@ -95,6 +99,17 @@ class StrictResumeMixin:
             self.optimizer = kind(groups, **{**arguments, "lr": groups[0]["lr"]})
         made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         return made
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """One micro-batch.
+
+        Raises:
+            ValueError: Something that should train got no gradient in the first step.
+        """
+        loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if self.audit is not None and self.accelerator.sync_gradients:
+            self.audit = None if self.audit.check(self.args.device) else self.audit
+        return loss
 
     def compute_loss_context_manager(self) -> Any:
         """Put what is frozen into evaluation mode; transformers calls it after `model.train()`."""
@@ -171,4 +186,9 @@ class StrictResumeMixin:
 
 
 class StrictTrainer(StrictResumeMixin, Trainer):
-    """The plain Trainer with a strict resume."""
+    """The plain Trainer with a strict resume; what trains must get gradients."""
+
+    def __init__(self, model: Any, *args: Any, **kwargs: Any) -> None:
+        """Takes what `transformers.Trainer` takes."""
+        self.audit = GradientAudit(model, None, say)
+        super().__init__(model, *args, **kwargs)

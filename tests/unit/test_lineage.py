@@ -12,7 +12,7 @@ import torch
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.certificate import Evidence, certify
 from llm2clip_vlm.models.checkpoint_files import check_sizes, read_config_file
-from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.building import build_vlm, load_checkpoint, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.lineage import LINEAGE_NAME, read_lineage, settings_of, weights_of
 from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.recipe.vlm import Stage4Recipe
@@ -81,12 +81,14 @@ def test_a_projector_without_lineage_is_refused(
     load_vlm(trained)  # somebody else's checkpoint is taken as it is
 
 
-def test_a_changed_setting_is_refused(trained: Path) -> None:
+@pytest.mark.parametrize("load", [load_vlm, load_checkpoint])
+def test_a_changed_setting_is_refused(load: Any, trained: Path) -> None:
+    """For training and for `eval`, `chat` and `app`."""
     config = trained / "config.json"
     values = json.loads(config.read_text()) | {"vision_feature_layer": -1}
     config.write_text(json.dumps(values))
     with pytest.raises(HandoffError, match="vision_feature_layer: it was made with -2, here is -1"):
-        load_vlm(trained)
+        load(str(trained))
 
 
 def adapted(trained: Path, **lora: Any) -> Any:

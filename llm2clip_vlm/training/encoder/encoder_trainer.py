@@ -86,7 +86,7 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
             )
         self.measure = measure
         self.throughput = Throughput(unit)
-        self.audit: GradientAudit | None = GradientAudit(model, parts, say)
+        self.audit = GradientAudit(model, parts, say)
         super().__init__(
             model=model,
             args=args,
@@ -98,17 +98,6 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> EpochSampler:
         return EpochSampler(self.train_dataset)
-
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """One batch.
-
-        Raises:
-            ValueError: Something that should train got no gradient in the first step.
-        """
-        loss: Tensor = super().training_step(*args, **kwargs)
-        if self.audit is not None and self.audit.check(self.args.device):
-            self.audit = None
-        return loss
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure and log; the Trainer calls it on its schedule."""

@@ -103,9 +103,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
         self.flops, self.signal = VlmFlops(model), PictureSignal(model)
-        self.audit: GradientAudit | None = GradientAudit(
-            model, list(parts), report, waits_for_pictures=True
-        )
+        self.audit = GradientAudit(model, list(parts), report, waits_for_pictures=True)
         super().__init__(
             model=model,
             args=args,
@@ -157,12 +155,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
                 f"batch is kept in {kept}. Look at these samples, or lower the learning rate and "
                 "go on from the last checkpoint"
             )
-        if (
-            self.audit is not None
-            and self.accelerator.sync_gradients
-            and self.audit.check(self.args.device)
-        ):
-            self.audit = None
         return loss
 
     def _keep(
