@@ -3,17 +3,19 @@
 Purpose: separability of captions by each text encoder, retrieval of each tower and scores of each
     VLM seed by seed, and the comparisons between arms with the seed as the unit (t interval, exact
     sign-flip test). What is not there yet is named under `missing`, and nothing stands for it.
-Needs: a run folder of that pipeline. Writes: `<output>` (JSON) and prints a table.
+Needs: a run folder of that pipeline; of other_llm.yaml, if there is one, another. Writes:
+    `<output>` (JSON), and prints a table.
 Launch: python demo/real_ab.py --run runs/real_ab --output docs/results/real.json
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -64,10 +66,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", required=True, type=Path, help="what prepare_real.py wrote")
     parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
     parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
+    parser.add_argument("--other", type=Path, help="output_dir of recipes/real/other_llm.yaml")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
     git = git_state(given.output)
+    run, beside = given.run, given.data.parent / "stage2a"
+    photos = {arm: beside if arm == SHARED else run / "cache" / arm for arm in TEXTS}
+    caches = {"photos": photos, "long": {arm: run / "long" / arm for arm in TEXTS}}
     found: dict[str, Any] = {
         "commit": git["commit"],
         "git": git,
@@ -76,10 +82,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "seconds": sum(cost["seconds"] for cost in optional(given.run / "costs.json").values()),
         "llm2clip": given.main,
         "seeds": given.seeds,
-        "separability": separability(given.run, given.data, missing),
+        "separability": separability(given.data, caches, missing),
         "retrieval": retrieval(given.run, given.seeds, missing),
         "vlm": vlm(given.run, given.seeds, missing),
     }
+    if given.other:
+        both = {kind: {arm: given.other / arm for arm in TEXTS} for kind in caches}
+        scores = separability(given.data, both, missing)
+        found["separability_other"] = {given.other.name: scores}
     found["tests"] = tests(found, given.main)
     found["costs"] = optional(given.run / "costs.json")
     found["missing"] = [os.path.relpath(path, given.run) for path in missing]  # of no machine
@@ -95,20 +105,16 @@ def optional(file: Path) -> dict[str, Any]:
     return dict(read_json(file)) if file.is_file() else {}
 
 
-def separability(run: Path, data: Path, missing: list[str]) -> dict[str, Any]:
-    """Caption retrieval accuracy (`metrics/separability.py`) of the cached embeddings."""
-    sources = {
-        "photos": (data / "flickr8k_val/index.jsonl", run / "cache"),
-        "long": (data / "long_texts.jsonl", run / "long"),
-    }
+def separability(
+    data: Path, caches: Mapping[str, Mapping[str, Path]], missing: list[str]
+) -> dict[str, Any]:
+    """Caption retrieval accuracy (`metrics/separability.py`) of cached embeddings, by kind, arm."""
+    files = {"photos": data / "flickr8k_val/index.jsonl", "long": data / "long_texts.jsonl"}
     found: dict[str, Any] = {"protocol": PROTOCOL}
-    for kind, (file, caches) in sources.items():
+    for kind, file in files.items():
         records = read_captions(CaptionSource(path=str(file)), BadRecords(0), min_captions=2)
         found[kind] = {}
-        for arm in TEXTS:
-            folder = caches / arm
-            if kind == "photos" and arm == SHARED:
-                folder = data.parent / "stage2a"
+        for arm, folder in caches[kind].items():
             if not (folder / "manifest.json").is_file():
                 missing.append(str(folder))
                 continue
@@ -205,10 +211,11 @@ def drawn(tests: dict[str, Any]) -> dict[str, Any]:
 
 def show(found: dict[str, Any]) -> None:
     """The table, for a terminal."""
-    for kind in ("photos", "long"):
-        for arm, row in found["separability"][kind].items():
-            low, high = row["ci"]
-            print(f"separability {kind:<7} {arm:<22} {row['r1']:5.1f} [{low:.1f}, {high:.1f}]")
+    for llm, scores in {"": found["separability"], **found.get("separability_other", {})}.items():
+        for arm, kind in itertools.product(TEXTS, ("photos", "long")):
+            if row := scores[kind].get(arm):
+                (low, high), shown = row["ci"], f"{llm} {kind:<7} {arm:<22}"
+                print(f"separability {shown} {row['r1']:5.1f} [{low:.1f}, {high:.1f}]")
     for arm, row in found["retrieval"].items():
         means = (f"{way} {sum(row[way]['r1']) / len(row['seeds']):5.1f}" for way in ("i2t", "t2i"))
         print(f"R@1 {arm:<29} {', '.join(means)} ({len(row['seeds'])} seeds)")

@@ -209,9 +209,13 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
             file.write_text(json.dumps(result))
     program.main([
         "--run", str(run), "--data", str(out), "--main", "stage1_bidirectional",
-        "--seeds", "0", "1", "2", "--output", str(output),
+        "--seeds", "0", "1", "2", "--output", str(output), "--other", str(run / "cache"),
     ])  # fmt: skip
     found = read(output)
+    assert found["separability_other"]["cache"]["long"].keys() == {"raw_causal"}
+    assert found["separability_other"]["cache"]["photos"] == {
+        "raw_causal": found["separability"]["photos"]["raw_causal"]
+    }
     assert found["separability"]["photos"]["raw_causal"]["r1"] == 100.0
     assert found["separability"]["photos"]["raw_causal"]["n"] == 3
     assert found["separability"]["long"].keys() == {"raw_causal"}
