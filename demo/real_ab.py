@@ -3,9 +3,10 @@
 Purpose: separability of captions by each text encoder, retrieval of each tower and scores of each
     VLM seed by seed, and the comparisons between arms with the seed as the unit (t interval, exact
     sign-flip test). What is not there yet is named under `missing`, and nothing stands for it.
-Needs: a run folder of that pipeline; of other_llm.yaml, if there is one, another. Writes:
-    `<output>` (JSON), and prints a table.
-Launch: python demo/real_ab.py --run runs/real_ab --output docs/results/real.json
+Needs: a run folder of that pipeline, and what it prepared; of other_llm.yaml another, if any.
+Writes: `<output>` (JSON), and prints a table.
+Launch: python demo/real_ab.py --run runs/real_ab --data runs/real/data --main stage1_causal \
+    --seeds 0 1 2 3 4 5 --output docs/results/real.json
 """
 
 from __future__ import annotations

@@ -32,6 +32,10 @@ from llm2clip_vlm.training.step_guard import Watchdog
 logger = logging.getLogger(__name__)
 
 
+class LossError(ValueError):
+    """A loss that is not finite."""
+
+
 class StrictResumeMixin:
     """Put before `transformers.Trainer` in the bases of every trainer of this package.
 
@@ -104,9 +108,16 @@ class StrictResumeMixin:
         """One micro-batch.
 
         Raises:
+            LossError: The loss is not finite (transformers leaves such losses out of its log).
             ValueError: Something that should train got no gradient in the first step.
         """
         loss: Tensor = super().training_step(*args, **kwargs)  # type: ignore[misc]
+        if not torch.isfinite(loss):
+            raise LossError(
+                f"step {self.state.global_step + 1}: expected a finite loss, got {loss.item()}; "
+                "lower the learning rate or look at the data of this step, and go on from the last "
+                "checkpoint"
+            )
         if self.audit is not None and self.accelerator.sync_gradients:
             self.audit = None if self.audit.check(self.args.device) else self.audit
         return loss

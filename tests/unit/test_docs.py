@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from llm2clip_vlm import cli, embed
 from llm2clip_vlm.files import find_program, load_program
@@ -21,7 +22,7 @@ from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.inputs import stage_and_output
-from llm2clip_vlm.training.arguments import check_trainer_keys
+from llm2clip_vlm.training.arguments import check_trainer_keys, shares_of_a_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -57,11 +58,13 @@ def in_checkout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
 
 
-def check_recipe(program: str, words: list[str]) -> None:
-    """A recipe with its overrides loads with the program's model."""
+def check_recipe(program: str, words: list[str], processes: int = 1) -> None:
+    """A recipe with its overrides loads with the program's model, and its batch can be shared."""
     recipe = load_recipe(words[0], MODELS[program], words[1:])
     if isinstance(recipe, RunRecipe):
         check_trainer_keys(recipe.trainer)
+        _, accumulated = shares_of_a_step(recipe, processes)
+        assert accumulated == 1 or not recipe.contrastive
 
 
 def check_make(words: list[str]) -> None:
@@ -72,11 +75,11 @@ def check_make(words: list[str]) -> None:
     assert given <= set(re.findall(r"^(\w+) \?=", text, re.MULTILINE))
 
 
-def check_python(words: list[str]) -> None:
+def check_python(words: list[str], processes: int = 1) -> None:
     program = Path(words[0])
     assert program.is_file()
     if program.stem in MODELS:
-        check_recipe(program.stem, words[1:])
+        check_recipe(program.stem, words[1:], processes)
 
 
 def check_accelerate(words: list[str]) -> None:
@@ -86,14 +89,16 @@ def check_accelerate(words: list[str]) -> None:
     arguments = launch_command_parser().parse_args(words[1:])
     assert Path(arguments.config_file).is_file()
     rest = arguments.training_script_args
+    settings = yaml.safe_load(Path(arguments.config_file).read_text())
+    processes = arguments.num_processes or settings["num_processes"]
     if arguments.module:
         assert arguments.training_script == "llm2clip_vlm.cli"
-        check_cli(rest)
+        check_cli(rest, processes)
         return
-    check_python([arguments.training_script, *rest])
+    check_python([arguments.training_script, *rest], processes)
 
 
-def check_cli(words: list[str]) -> None:
+def check_cli(words: list[str], processes: int = 1) -> None:
     if words[0] == "eval":
         check_eval(words[1:])
         return
@@ -105,7 +110,8 @@ def check_cli(words: list[str]) -> None:
         given, more = cli._parser().parse_known_args(words)
         assert given.gpu in machines.GPUS
         overrides = [*given.overrides, *more]
-        check_recipe(str(stage_and_output(Path(given.recipe))[0]), [given.recipe, *overrides])
+        stage = str(stage_and_output(Path(given.recipe))[0])
+        check_recipe(stage, [given.recipe, *overrides], given.gpus)
         return
     if words[0] == "push":
         push.parser().parse_args(words[1:])
@@ -121,9 +127,11 @@ def check_cli(words: list[str]) -> None:
         if words[1] == "build":
             check_recipe("stage2a_cache_text", parsed.words)
         return
-    arguments = cli._parser().parse_args(words)
+    arguments, more = cli._parser().parse_known_args(words)
+    assert not more or words[0] == "train"
     if words[0] == "train":
-        check_recipe(arguments.stage, [arguments.recipe, *arguments.overrides])
+        words = [arguments.recipe, *arguments.overrides, *more]
+        check_recipe(arguments.stage, words, arguments.gpus or processes)
 
 
 def check_eval(words: list[str]) -> None:
@@ -195,6 +203,8 @@ def test_a_command_is_one_that_exists(page: Path, command: str) -> None:
     "make dmeo",
     "python stages/stage9.py recipes/llava15/stage3.yaml",
     "llm2clip-vlm train stage3_projector recipes/llava15/stage3.yaml vlm.tower=x",
+    "llm2clip-vlm train stage2b_vision_encoder recipes/paper_v6/stage2b.yaml --gpus 4",
+    "llm2clip-vlm train stage3_projector recipes/llava15/stage3.yaml --gpus 16",
     "accelerate launch --config_fiel recipes/accelerate/zero3.yaml stages/pipeline.py",
     "llm2clip-vlm eval --suites eval/suites/nano.yaml --checkpoint a=b --output c",
 ])  # fmt: skip

@@ -23,7 +23,7 @@ from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from llm2clip_vlm.runs.hashes import HandoffError
 from llm2clip_vlm.training import strict_resume
 from llm2clip_vlm.training.checkpoints import newest_whole, seal_checkpoint
-from llm2clip_vlm.training.strict_resume import StrictTrainer
+from llm2clip_vlm.training.strict_resume import LossError, StrictTrainer
 
 
 class Samples(Dataset[dict[str, torch.Tensor]]):
@@ -100,6 +100,22 @@ def test_what_gets_no_gradient_stops_the_first_step(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"does not reach: \['model.vision_tower.post_layernorm.w"):
         StrictTrainer(model, args, train_dataset=Samples()).train()  # type: ignore[arg-type]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers would train on, and log the losses of other steps."""
+    step = LlavaForConditionalGeneration.forward
+
+    def spoilt(self: Any, *args: Any, **given: Any) -> Any:
+        output = step(self, *args, **given)
+        output.loss = output.loss * float("nan")
+        return output
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "forward", spoilt)
+    with pytest.raises(LossError, match="step 1: expected a finite loss, got nan"):
+        train(StrictTrainer, tmp_path, False)
 
 
 @pytest.mark.parametrize("tied", [False, True])

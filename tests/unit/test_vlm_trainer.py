@@ -173,11 +173,12 @@ def test_a_loss_that_is_not_finite_keeps_the_batch(model: Any, tmp_path: Path) -
     """T06."""
     data = samples()
     data[3]["pixel_values"] = data[3]["pixel_values"] * float("nan")
-    with pytest.raises(ValueError, match=r"finite loss, got nan from samples \['s2', 's3'\]"):
+    with pytest.raises(ValueError, match=r"finite loss, got nan; .* samples \['s2', 's3'\], the"):
         trainer(model, tmp_path, data, max_steps=4).train()
     folder = tmp_path / "failures" / "step-2-rank-0"
     facts = json.loads((folder / "batch.json").read_text())
-    assert (facts["step"], facts["sample_ids"], facts["reason"]) == (2, ["s2", "s3"], "loss nan")
+    assert (facts["step"], facts["sample_ids"]) == (2, ["s2", "s3"])
+    assert facts["reason"] == "loss not finite"
     assert facts["shapes"]["pixel_values"] == [2, 3, 32, 32]
     assert str(replay_batch(folder, model)) == "nan"
 

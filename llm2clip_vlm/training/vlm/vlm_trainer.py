@@ -42,7 +42,7 @@ from llm2clip_vlm.training.callbacks import Throughput
 from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.step_guard import keep_batch
-from llm2clip_vlm.training.strict_resume import StrictResumeMixin
+from llm2clip_vlm.training.strict_resume import LossError, StrictResumeMixin
 from llm2clip_vlm.training.vlm.picture_signal import PictureSignal
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 
@@ -132,8 +132,8 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         """One micro-batch, watched and counted.
 
         Raises:
-            ValueError: The loss is not finite, or in the first step a part that should train gets
-                no gradient.
+            LossError: The loss is not finite.
+            ValueError: A part that should train gets no gradient in the first step.
         """
         ids = inputs.pop("sample_ids", [])
         step = self.state.global_step + 1
@@ -144,18 +144,13 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         if self.audit is not None:
             self.audit.see(inputs)
         try:
-            loss: Tensor = super().training_step(model, dict(inputs), num_items_in_batch)
+            return super().training_step(model, dict(inputs), num_items_in_batch)
         except torch.OutOfMemoryError:
             self._keep(inputs, step, ids, "out of memory", num_items_in_batch)
             raise
-        if not torch.isfinite(loss):
-            kept = self._keep(inputs, step, ids, f"loss {loss.item()}", num_items_in_batch)
-            raise ValueError(
-                f"step {step}: expected a finite loss, got {loss.item()} from samples {ids}; the "
-                f"batch is kept in {kept}. Look at these samples, or lower the learning rate and "
-                "go on from the last checkpoint"
-            )
-        return loss
+        except LossError as error:
+            kept = self._keep(inputs, step, ids, "loss not finite", num_items_in_batch)
+            raise LossError(f"{error}; samples {ids}, the batch is kept in {kept}") from None
 
     def _keep(
         self, inputs: dict[str, Any], step: int, ids: list[str], reason: str, items: Any
