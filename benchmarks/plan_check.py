@@ -5,9 +5,9 @@ Stages 1, 2b, 3 and 4, each with a tiny model and with SmolLM2-135M and Efficien
 runs the stage's own program up to its third optimizer step: FLOPs by torch's counter inside of
 `Trainer.training_step`, memory as the largest resident set (VmHWM, set back as the second step
 begins). Both are of one process on the CPU, whose C library gives each freed tensor back at once
-(MALLOC_MMAP_THRESHOLD_): otherwise it keeps holes between tensors (with SmolLM2 20 to 27 % more than `plan` says),
-which are its allocator's and not the step's. Such a process holds 0.6 GB beside the model (imported
-libraries, tokenizer, tables), which is added to what `plan` says.
+(MALLOC_MMAP_THRESHOLD_): otherwise it keeps holes between tensors (with SmolLM2 20 to 27 % more
+than `plan` says), which are its allocator's and not the step's. Such a process holds 0.6 GB beside
+the model (imported libraries, tokenizer, tables), which is added to what `plan` says.
 
     python benchmarks/plan_check.py [--only stage3_projector] [--size tiny | --quick]
 """

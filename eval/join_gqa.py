@@ -50,7 +50,10 @@ def _read(folder: Path, part: str) -> Dataset:
     files = sorted(map(str, folder.rglob(f"{part}*/*.parquet")))
     if not files:
         raise ValueError(f"{folder}: expected {part}/*.parquet, found none")
-    return load_dataset("parquet", data_files=files, split="train")
+    table = load_dataset("parquet", data_files=files, split="train")
+    if len({*table["id"]}) < len(table):
+        raise ValueError(f"{folder}: ids of {part} come twice; does it hold two downloads?")
+    return table
 
 
 if __name__ == "__main__":

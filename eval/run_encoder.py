@@ -19,8 +19,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from itertools import starmap
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import numpy as np
 import torch
 
 from llm2clip_vlm.cli import guard
+from llm2clip_vlm.data.reading.images import picture_suffixes
 from llm2clip_vlm.evaluation.encoder.detection import detection
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.encoder.probes import linear_probe
@@ -97,21 +99,23 @@ def main(argv: Sequence[str] | None = None) -> None:
         found = read_optional(file)
         if found.get("key") != key or any(changed_files(found.get("files", {}), out)):
             # What an earlier recipe left must not be taken for this one's: there may be less now.
-            for old in fnmatch.filter(hold.names, f"{name}.*"):
+            for old in (*fnmatch.filter(hold.names, f"{name}.*"), "results.json", PAGE):
                 (out / old).unlink(missing_ok=True)
             started, cut = time.monotonic(), encoder.num_cut()
             found = {"task": task.task, **TASKS[task.task](task, encoder, recipe)}
-            samples = {
-                re.sub(r"[^\w.-]", "-", f"{name}{label}") + ".samples.jsonl": sample_lines(*hits)
-                for label, hits in found.pop("samples", {}).items()
-            }
+            hits = found.pop("samples", {})
+            places = [re.sub(r"[^\w.-]", "-", f"{name}{kind}") + ".samples.jsonl" for kind in hits]
+            if len({*places}) < len(places):
+                raise ValueError(f"{name}: kinds {[*hits]} would share a file; rename one")
+            samples = dict(zip(places, starmap(sample_lines, hits.values()), strict=True))
             hold.claim(samples)
             for place, text in samples.items():
                 write_atomically(out / place, text)
             found["files"] = {place: file_state(out / place) for place in samples}
             found["texts_cut"] = encoder.num_cut() - cut
             found |= {"seconds": round(time.monotonic() - started, 3), "key": key}
-            found["checkpoint"] = {"path": recipe.model}
+            weights = encoder.fingerprints["model"]
+            found["checkpoint"] = {"path": recipe.model, "sha256": weights}
             write_atomically(file, json.dumps(found, indent=2, ensure_ascii=False) + "\n")
         results[name] = found
         print(f"{name:<24} {', '.join(figures(found))}", flush=True)
@@ -155,7 +159,10 @@ def sample_lines(images: Sequence[Any], found: Sequence[Any]) -> str:
 def states_of(value: Any) -> list[str]:
     """States of the files that a task's settings name, by pattern too, or below its folders."""
     if isinstance(value, dict | list):
-        parts = value.values() if isinstance(value, dict) else value
+        parts = list(value.values() if isinstance(value, dict) else value)
+        if isinstance(value, dict) and value.get("images", "") is None:
+            near = below(Path(value["data"]).parent) if os.path.isfile(value["data"]) else ()
+            parts += [str(file) for file in near if file.suffix.lower() in picture_suffixes()]
         return [state for part in parts for state in states_of(part)]
     if not isinstance(value, str):
         return []
@@ -163,9 +170,20 @@ def states_of(value: Any) -> list[str]:
         return [str([*file]) for file in look_up(value)]
     # Path.exists raises where a text is too long for a name.
     places = [Path(value)] if os.path.exists(value) else map(Path, glob.glob(value))
-    files = [file for place in places for file in (place, *place.rglob("*"))]
+    files = [file for place in places for file in (place, *below(place))]
     states = [(file, file.stat()) for file in files if file.is_file()]
     return [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in states]
+
+
+def below(folder: Path) -> Iterator[Path]:
+    """Files below a folder, through links to folders too, each folder once."""
+    seen: set[str] = set()
+    for place, folders, files in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        yield from (Path(place, file) for file in files)
 
 
 def figures(result: dict[str, Any], above: str = "") -> list[str]:

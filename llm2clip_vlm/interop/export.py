@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -169,17 +170,20 @@ def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Eviden
     """`model.visual` of open_clip: weights that load strictly, and its config."""
     tower, head = vision_tower_of(model), getattr(model, "visual_projection", None)
     weights = libraries.open_clip_weights(tower, head)
-    shown, squash = _shown(processor)
+    shown, scaled, squash = _shown(processor)
     config = {
         "model_cfg": libraries.open_clip_config(tower, head),
         "preprocess_cfg": shown | {"resize_mode": "squash" if squash else "shortest"},
     }
     named = {f"visual.{name}": tensor for name, tensor in weights.items()}
     _write(folder, "open_clip_config.json", config, named, "open_clip_model.safetensors")
-    more = {}
+    lost = []
     tanh = getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh"
     if tanh and not TANH_GELU.match(libraries.timm_arguments(tower.config)[0]):
-        more = {"lost": "open_clip builds this tower with exact GELU; it was trained with tanh's"}
+        lost.append("open_clip builds this tower with exact GELU; it was trained with tanh's")
+    if scaled != (side := tower.config.image_size):
+        lost.append(f"open_clip resizes to {side} px; its pictures were cropped from {scaled} px")
+    more = {"lost": "; ".join(lost)} if lost else {}
     return _checked("open_clip", model, weights, folder, more)
 
 
@@ -189,12 +193,15 @@ def _timm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     weights = libraries.timm_weights(tower)
     architecture, values = libraries.timm_arguments(tower.config)
     side = tower.config.image_size
-    shown, squash = _shown(processor)
+    shown, scaled, squash = _shown(processor)
+    crop_pct = side / scaled
+    if math.floor(side / crop_pct) < scaled:  # which is how timm reads it
+        crop_pct = math.nextafter(crop_pct, 0)
     shown |= {
         "input_size": [3, side, side],
         "num_classes": 0,
         "crop_mode": "squash" if squash else "center",
-        "crop_pct": side / (processor.size.get("shortest_edge") or side),
+        "crop_pct": crop_pct,
     }
     config = {
         "architecture": architecture,
@@ -207,12 +214,20 @@ def _timm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     return _checked("timm", tower, weights, folder)
 
 
-def _shown(processor: Any) -> tuple[dict[str, Any], bool]:
-    """How images are made ready, in both libraries' words, and whether they are squashed."""
+def _shown(processor: Any) -> tuple[dict[str, Any], int, bool]:
+    """How images are made ready, in both libraries' words; resized to what, and if squashed."""
+    usual = processor.do_rescale and processor.do_normalize
+    if not usual or abs(processor.rescale_factor - 1 / 255) > 1e-6:
+        raise ModelError(
+            "expected an image processor that divides by 255 and then normalises, as both "
+            f"libraries do, got do_rescale {processor.do_rescale}, rescale_factor "
+            f"{processor.rescale_factor}, do_normalize {processor.do_normalize}"
+        )
     names = {number: name for name, number in RESAMPLE.items()}
     mean, std = list(processor.image_mean), list(processor.image_std)
     shown = {"mean": mean, "std": std, "interpolation": names[int(processor.resample)]}
-    return shown, not getattr(processor, "do_center_crop", False)
+    short = processor.size.get("shortest_edge")
+    return shown, int(short or processor.size["height"]), not short
 
 
 def _write(

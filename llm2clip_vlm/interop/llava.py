@@ -71,6 +71,11 @@ def convert_llava(
         raise ModelError(
             f"{path}: give {lacking}: it is no part of this checkpoint (mm_vision_tower {named!r})"
         )
+    if config.get("mm_use_im_start_end"):
+        raise ModelError(
+            f"{path}: mm_use_im_start_end: expected false, got true; Hugging Face's "
+            "LLaVA writes no tokens around a picture"
+        )
     with tempfile.TemporaryDirectory() as place:
         model, processor = build_vlm(
             vision_tower,

@@ -17,8 +17,9 @@ from llm2clip_vlm.recipe.reading import to_plain
 
 _MODEL_FILES = frozenset(
     "config.json adapter_config.json generation_config.json preprocessor_config.json "
-    "processor_config.json chat_template.jinja tokenizer.json tokenizer.model "
-    "tokenizer_config.json vocab.json merges.txt".split()
+    "processor_config.json chat_template.jinja chat_template.json tokenizer.json tokenizer.model "
+    "tokenizer_config.json special_tokens_map.json added_tokens.json spiece.model vocab.json "
+    "vocab.txt merges.txt".split()
 )
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin"})
 

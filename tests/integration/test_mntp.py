@@ -41,6 +41,14 @@ def test_masks_hide_what_they_ask_for() -> None:
     assert sum((more[i]["labels"] != IGNORE_INDEX).sum() for i in range(9)) > hidden[:9].sum()
 
 
+def test_a_text_writes_no_control_token() -> None:
+    tokenizer = llm_tokenizer()
+    eos = tokenizer.eos_token
+    made = MaskedRows([f"a red {eos} star"] * 40, tokenizer, 16, ":", 0.25, 0)
+    plain = tokenizer("a red star")["input_ids"].count(tokenizer.eos_token_id) * 40
+    assert (made.rows == tokenizer.eos_token_id).sum() <= plain
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match=r"mask_token '_' is .* expected one known token"):
         rows(mask_token="_")

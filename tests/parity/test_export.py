@@ -234,6 +234,24 @@ def test_the_config_says_how_images_are_made_ready(kind: str, library: str, tmp_
     torch.testing.assert_close(after, before)
 
 
+@pytest.mark.parametrize("library", ["open_clip", "timm"])
+def test_a_crop_is_kept_or_named_as_lost(library: str, tmp_path: Path) -> None:
+    folder = build_tower("clip", tmp_path / "tower")
+    file = folder / "preprocessor_config.json"
+    values = json.loads(file.read_text()) | {"size": {"shortest_edge": 37}}
+    file.write_text(json.dumps(values))
+    certificate = export(folder, library, tmp_path / "out")
+    if library == "open_clip":
+        assert "cropped from 37 px" in certificate["lost"]
+    else:
+        convert(tmp_path / "out", tmp_path / "back")
+        back = load_vision_tower(tmp_path / "back").image_processor
+        assert back.size["shortest_edge"] == 37
+    file.write_text(json.dumps(values | {"do_normalize": False}))
+    with pytest.raises(ModelError, match=r"divides by 255 and then normalises.*do_normalize False"):
+        export(folder, library, tmp_path / "again")
+
+
 def test_llava_takes_a_clip_tower_as_a_folder(tmp_path: Path) -> None:
     run = stage_2b("clip", tmp_path)
     check_certificate(tmp_path / "out", export(run, "llava", tmp_path / "out"))

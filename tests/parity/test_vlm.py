@@ -168,6 +168,10 @@ def test_a_tuned_tower_inside_a_llava_checkpoint_is_used(
     (folder / "parity.json").unlink()
     with pytest.raises(ModelError, match=r"give --vision-tower.*openai/clip-vit-large"):
         convert(folder, tmp_path / "back")
+    (folder / "config.json").write_text(json.dumps(config | {"mm_use_im_start_end": True}))
+    with pytest.raises(ModelError, match="mm_use_im_start_end: expected false, got true"):
+        convert(folder, tmp_path / "back", vision_tower=str(tiny_clip))
+    (folder / "config.json").write_text(json.dumps(config))
     certificate = convert(folder, tmp_path / "back", vision_tower=str(tiny_clip))
     assert certificate["keys"]["left_out"] == {"model.language_model": 1, "model.vision_tower": 1}
     assert torch.equal(logits(tmp_path / "back"), logits(vlm))

@@ -51,6 +51,13 @@ def test_every_question_gets_its_own_picture(tmp_path: Path) -> None:
     assert pixels == [(0, 0, 255), (255, 0, 0), (0, 0, 255)]
 
 
+def test_two_downloads_in_one_folder_are_an_error(tmp_path: Path) -> None:
+    write(tmp_path / "gqa/snapshots/a", ["blue"])
+    write(tmp_path / "gqa/snapshots/b", ["blue"])
+    done = run(tmp_path / "gqa", tmp_path / "gqa.parquet")
+    assert done.returncode == 2 and "come twice; does it hold two downloads?" in done.stderr
+
+
 def test_a_missing_picture_is_an_error(tmp_path: Path) -> None:
     write(tmp_path / "gqa", ["blue", "green"])
     done = run(tmp_path / "gqa", tmp_path / "gqa.parquet")

@@ -451,7 +451,10 @@ def test_a_change_of_versions_code_or_task_file_makes_results_stale(
         with (folder / "l2c_world_exist" / file).open("a") as handle:
             handle.write("# changed\n")
         found.append(digest())
-    assert len(set(found)) == len(found) == 6
+    for above in ("_base.yaml", "common.py"):  # what `include: ../_base.yaml` names
+        (folder / above).write_text("# new\n")
+        found.append(digest())
+    assert len(set(found)) == len(found) == 8
 
 
 def test_the_code_that_scores_is_what_prompts_and_scorers_import() -> None:

@@ -144,6 +144,21 @@ def test_a_pattern_stands_for_the_files_that_it_names(repo_root: Path, tmp_path:
     assert found[0] != found[1] and [*map(len, found)] == [1, 1]
 
 
+def test_pictures_beside_the_data_and_behind_links_count(repo_root: Path, tmp_path: Path) -> None:
+    states_of = load_program(repo_root, "run_encoder").states_of
+    far, folder = tmp_path / "far", tmp_path / "data"
+    far.mkdir(), folder.mkdir()
+    (folder / "img").symlink_to(far)
+    (far / "round").symlink_to(folder)
+    (far / "0.jpg").write_text("a"), (folder / "rows.jsonl").write_text("{}")
+    for task in ({"data": str(folder / "rows.jsonl"), "images": None}, {"images": str(folder)}):
+        found = []
+        for content in ("a", "ab"):
+            (far / "0.jpg").write_text(content)
+            found += [states_of(task)]
+        assert found[0] != found[1] and [*map(len, found)] == [2, 2]
+
+
 def test_samples_of_an_earlier_recipe_are_gone(
     tmp_path: Path, tiny_clip: Path, world: Path
 ) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llm2clip_vlm.chat.text_tokens import text_ids
 from llm2clip_vlm.constants import IGNORE_INDEX
 
 
@@ -49,7 +50,7 @@ class MaskedRows(Dataset[dict[str, Tensor]]):
                 "name another"
             )
         self.mask_id = int(mask[0])
-        encoded = tokenizer(list(texts), verbose=False)["input_ids"]
+        encoded = text_ids(tokenizer, texts, add_special_tokens=True)
         flat = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
         count = len(flat) // length_tokens
         if not count:

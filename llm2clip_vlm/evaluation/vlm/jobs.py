@@ -227,11 +227,13 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path) -> str:
     Raises:
         EvaluationError: The task, its data file or one of its images is missing.
     """
-    folder = task_yaml(task.task, tasks_dir).parent
+    folder, roots = task_yaml(task.task, tasks_dir).parent, (tasks_dir, own_tasks())
+    above = (part for part in folder.parents if any(part.is_relative_to(root) for root in roots))
+    files = [f for part in (folder, *above) for end in ("*.py", "*yaml") for f in part.glob(end)]
     parts = {
         "task": task.model_dump(mode="json", exclude=_SAME_SCORE),
         "limit": suite.limit,
-        "files": _files_hash(sorted([*folder.glob("*.py"), *folder.glob("*yaml")])),
+        "files": _files_hash(sorted(files)),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),
         "data": data_hash(Path(task.data_files), task.made_by) if task.data_files else None,
         "settings": [suite.batch_size, suite.max_new_tokens, suite.dtype, suite.max_empty],

@@ -6,6 +6,7 @@ LLaVA can stand on it, and asks for torchvision. timm's own layout is read here.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -324,15 +325,19 @@ def timm_image_processor(given: Mapping[str, Any]) -> Any:
 
     Args:
         given: `pretrained_cfg` of timm.
+
+    Raises:
+        ModelError: A way to crop that transformers has not.
     """
-    side = given["input_size"][-1]
-    squash = given.get("crop_mode") == "squash"
-    shortest = round(side / (given.get("crop_pct") or 0.875))
-    square = {"height": side, "width": side}
+    side, mode = given["input_size"][-1], given.get("crop_mode") or "center"
+    if mode not in ("center", "shortest", "squash"):
+        raise ModelError(f"crop_mode or resize_mode {mode!r}: expected center, shortest or squash")
+    squash = mode == "squash"
+    scaled = math.floor(side / (given.get("crop_pct") or 0.875))  # as timm rounds
     return image_processor_class("CLIPImageProcessor")(
-        size=square if squash else {"shortest_edge": shortest},
-        crop_size=square,
-        do_center_crop=not squash,
+        size={"height": scaled, "width": scaled} if squash else {"shortest_edge": scaled},
+        crop_size={"height": side, "width": side},
+        do_center_crop=not squash or scaled != side,
         resample=RESAMPLE[given.get("interpolation", "bicubic")],
         image_mean=list(given["mean"]),
         image_std=list(given["std"]),
