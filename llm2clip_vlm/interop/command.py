@@ -87,6 +87,9 @@ def main(command: str, words: Sequence[str]) -> int:
         print(f"rounded to {rounding['to']}: logits move by up to {moved}, {same}")
     for name, check in certificate["checks"].items():
         print(f"{name}: max difference {check['max_difference']:.3g}, {certificate['opened_with']}")
+    for word in ("lost", "guessed"):
+        if word in certificate:
+            print(f"{word}: {certificate[word]}")
     print(f"{arguments.out} written, with parity.json")
     return 0
 

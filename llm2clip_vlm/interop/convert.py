@@ -221,6 +221,9 @@ def _encoder(
     processor = image_processor(vision_config, beside, config)
     again = certificate.save_encoder(model, processor, folder)
     more = {"format": name, "keys": report.to_dict()}
+    if "num_attention_heads" not in known | given:  # no shape tells, so parity cannot
+        heads = vision_config.num_attention_heads
+        more["guessed"] = f"num_attention_heads={heads}, from the width (--set says another)"
     return Evidence(opened, expected, features_of(again, pixels), more)
 
 

@@ -237,6 +237,12 @@ def test_an_activation_without_a_name_is_asked_for(tmp_path: Path) -> None:
         convert(tmp_path / "tower.safetensors", tmp_path / "out")
     with pytest.raises(ModelError, match="has no field 'hidden_atc'"):
         convert(tmp_path / "tower.safetensors", tmp_path / "out", settings={"hidden_atc": "gelu"})
+    gelu = {"hidden_act": "gelu"}
+    bare = convert(tmp_path / "tower.safetensors", tmp_path / "bare", settings=gelu)
+    assert bare["guessed"].startswith("num_attention_heads=2, from the width")
+    gelu["num_attention_heads"] = 4
+    named = convert(tmp_path / "tower.safetensors", tmp_path / "named", settings=gelu)
+    assert "guessed" not in named
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "file").touch()
     with pytest.raises((ModelError, OSError)):
