@@ -13,7 +13,8 @@ from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.statistics import binomial_interval
 from llm2clip_vlm.play.finished import ENCODER_STAGES, VLM_STAGES, FinishedRun, finished_runs
 from llm2clip_vlm.play.photo_index import index_photos, load_dual_encoder
-from llm2clip_vlm.play.vlm_chat import Chat
+from llm2clip_vlm.play.vlm_chat import Chat, model_folder
+from llm2clip_vlm.runs.hashes import file_state, hash_json, model_files
 
 DEFAULT_RUN = "runs/demo"
 
@@ -65,18 +66,31 @@ class Shelf:
     def _of(self, stages: Sequence[str]) -> dict[str, str]:
         return {run.name: str(run.folder) for run in self.runs if run.stage in stages}
 
+    def _weights(self, names: Sequence[str]) -> dict[str, str]:
+        """Hash of each model's files (of large ones, pieces): one trained anew is another model."""
+        known = [name for name in names if name in self.vlms]
+        folders = {name: Path(model_folder(self.vlms[name])) for name in known}
+        return {
+            name: hash_json([file_state(file)[2] for file in sorted(model_files(folder))])
+            for name, folder in folders.items()
+            if folder.is_dir()
+        }
+
     def vote(self, names: Sequence[str], vote: str, **more: Any) -> None:
-        """Keep a vote: `left`, `right` or `tie` of two models."""
+        """Keep a vote, `left`, `right` or `tie` of two models, with hashes of their weights."""
         left, right = names
         row = {"time": round(time.time()), "left": left, "right": right, "vote": vote, **more}
+        row["weights"] = self._weights(names)
         with self.votes.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def tally(self, names: Sequence[str]) -> str:
-        """Tell how two models stand, as Markdown."""
+        """Tell how two models, with the weights that they have now, stand; as Markdown."""
         rows = map(json.loads, read_text(self.votes).splitlines() if self.votes.is_file() else ())
         first, second = sorted(names)
-        votes = [row.get(row["vote"]) for row in rows if {row["left"], row["right"]} == {*names}]
+        now = self._weights(names)
+        same = (row for row in rows if row.get("weights", now) == now)
+        votes = [row.get(row["vote"]) for row in same if {row["left"], row["right"]} == {*names}]
         won, ties = votes.count(first), votes.count(None)
         if not (decided := len(votes) - ties):
             return f"no decided vote yet, {ties} ties"

@@ -76,6 +76,17 @@ def test_votes_are_kept_and_told_with_their_exact_interval(shelf: Shelf) -> None
     assert (kept["left"], kept["right"], kept["vote"]) == ("b", "a", "left")
 
 
+def test_a_model_trained_anew_begins_without_votes(shelf: Shelf, tmp_path: Path) -> None:
+    shelf.vlms = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}
+    for folder in shelf.vlms.values():
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text("{}")
+    shelf.vote(["a", "b"], "left")
+    assert "**a** preferred to **b** in 1 of 1" in shelf.tally(["b", "a"])
+    (tmp_path / "b" / "config.json").write_text("{ }")
+    assert shelf.tally(["a", "b"]) == "no decided vote yet, 0 ties"
+
+
 def test_names_are_shuffled_and_told_with_the_vote(shelf: Shelf, run: Path) -> None:
     picture = str(run.parent / "photos" / "0.png")
     names = ["vlm/mine", "vlm/rival"]
