@@ -43,6 +43,18 @@ def class_embeds(
     return F.normalize(means, dim=-1)
 
 
+def one_label(captions: Mapping[str, Sequence[str]], where: str) -> str:
+    """The label of an image, which stands in the place of its captions.
+
+    Raises:
+        ValueError: It has several.
+    """
+    labels = [text for texts in captions.values() for text in texts]
+    if len(labels) != 1:
+        raise ValueError(f"{where}: expected one label an image, got {len(labels)}: {labels}")
+    return labels[0]
+
+
 def label_rows(labels: Sequence[str], classes: Mapping[str, str], where: str) -> list[int]:
     """Position of each label's class.
 

@@ -59,8 +59,8 @@ def similarity_maps(
 
 def _seen(encoder: Encoder, pixels: Tensor) -> Image.Image:
     """The picture as the tower gets it: resized, its centre cropped."""
-    mean = rearrange(torch.tensor(encoder.tower.image_mean or (0.0,)), "c -> c 1 1")
-    std = rearrange(torch.tensor(encoder.tower.image_std or (1.0,)), "c -> c 1 1")
-    values = (255 * (pixels * std + mean)).clamp(0, 255).round().to(torch.uint8)
+    black, white = (encoder.pixels(Image.new("RGB", (64, 64), (v, v, v)))[0] for v in (0, 255))
+    shares = (pixels - black) / (white - black).clamp(min=1e-6)
+    values = (255 * shares).clamp(0, 255).round().to(torch.uint8)
     image = Image.fromarray(rearrange(values, "c y x -> y x c").numpy())
     return image.resize((SHOWN_PX, SHOWN_PX), Image.Resampling.BICUBIC)

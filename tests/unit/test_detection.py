@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from llm2clip_vlm.evaluation.encoder.detection import (
     MAX_BOXES,
@@ -229,3 +230,64 @@ def test_figures_keep_their_thresholds(tmp_path: Path, tiny_clip: Path, boxes: B
     from pycocotools.cocoeval import COCOeval
 
     assert COCOeval(data.coco, data.coco, "bbox").params.maxDets[-1] == MAX_BOXES
+
+
+@pytest.mark.parametrize("key", ["images", "annotations", "categories"])
+def test_an_id_may_stand_in_a_list_once(
+    key: str, tmp_path: Path, tiny_clip: Path, boxes: BoxSource
+) -> None:
+    document = json.loads(Path(boxes.annotations).read_text())
+    document[key].append(document[key][0])
+    (tmp_path / "again.json").write_text(json.dumps(document))
+    again = BoxSource(annotations=str(tmp_path / "again.json"), images=boxes.images)
+    with pytest.raises(ValueError, match=rf"again\.json: .*{key}: an id occurs twice"):
+        CocoBoxes(again, load_vision_tower(tiny_clip))
+
+
+def test_ids_that_start_at_zero_cost_no_box(
+    tmp_path: Path, tiny_clip: Path, boxes: BoxSource
+) -> None:
+    document = json.loads(Path(boxes.annotations).read_text())
+    for number, box in enumerate(document["annotations"]):
+        box["id"] = number
+    (tmp_path / "zero.json").write_text(json.dumps(document))
+    zero = BoxSource(annotations=str(tmp_path / "zero.json"), images=boxes.images)
+    data = CocoBoxes(zero, load_vision_tower(tiny_clip))
+    found = [
+        {k: box[k] for k in ("image_id", "category_id", "bbox")} | {"score": 0.9}
+        for box in data.coco.loadAnns(data.coco.getAnnIds(iscrowd=False))
+    ]
+    assert coco_ap(data.coco, found, recipe(tiny_clip, tmp_path, boxes))["ap"] == pytest.approx(100)
+
+
+def test_a_picture_that_lies_otherwise_than_its_boxes_stops_before_training(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    """EXIF turns it, and the boxes are of the picture as it is stored; a scaled copy is right."""
+    image = {"id": 1, "file_name": "a.jpg", "width": 40, "height": 20}
+    box = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [0, 0, 9, 9], "area": 81}
+    document = {"images": [image], "annotations": [box | {"iscrowd": 0}]}
+    document["categories"] = [{"id": 1, "name": "cat"}]
+    (tmp_path / "a.json").write_text(json.dumps(document))
+    source = BoxSource(annotations=str(tmp_path / "a.json"), images=str(tmp_path))
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    said = r"'a\.jpg' below .*: 20x40 px, annotated as 40x20"
+    with pytest.raises(ValueError, match=said):
+        CocoBoxes(source, load_vision_tower(tiny_clip))[0]
+    made = recipe(tiny_clip, tmp_path, source)
+    encoder: Any = None
+    with pytest.raises(ValueError, match=said):
+        detection(made.tasks[0], encoder, made)  # type: ignore[arg-type]
+    Image.new("RGB", (33, 17)).save(tmp_path / "a.jpg")
+    assert len(CocoBoxes(source, load_vision_tower(tiny_clip))[0]["labels"]["boxes"]) == 1
+
+
+def test_scores_that_are_nan_are_refused(tiny_clip: Path, boxes: BoxSource) -> None:
+    tower = load_vision_tower(tiny_clip)
+    data = CocoBoxes(boxes, tower)
+    model = build_detector(tower, data.names, SMALL)
+    torch.nn.init.constant_(model.class_embed[-1].bias, float("nan"))
+    with pytest.raises(ValueError, match="scores of the boxes: NaN"):
+        predict(model, data, batch_size=2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.evaluation.encoder.benchmarks import (
@@ -208,7 +209,8 @@ def test_sugarcrepe_and_winoground(tmp_path: Path) -> None:
 def test_classes_from_folders_and_from_rows(tmp_path: Path) -> None:
     for name in ("n02/b.JPEG", "n01/a.jpg", "n01/c.png"):
         write_image(tmp_path / "val" / name)
-    (tmp_path / "val" / "n01" / "notes.txt").write_text("")
+    (tmp_path / "val" / "n01" / ".DS_Store").write_text("")
+    write_image(tmp_path / "val" / ".trash" / "d.png")
     records, labels = read_classified(ClassSource(data=str(tmp_path / "val")))
     assert [r.key for r in records] == ["n01/a.jpg", "n01/c.png", "n02/b.JPEG"]
     assert labels == ["n01", "n01", "n02"]
@@ -260,7 +262,7 @@ def test_standard_sets_have_their_published_sizes(tmp_path: Path) -> None:
         "coco_cn": (1000, None),
         "coco_cn_translated": (1000, 5000),
     }
-    for name in ("dog/a.JPG", "cat/b.png", "cat/c.txt"):
+    for name in ("dog/a.JPG", "cat/b.png"):
         write_image(tmp_path / "classes" / f"{name}.png")
         (tmp_path / "classes" / f"{name}.png").rename(tmp_path / "classes" / name)
     _, labels = read_classified(ClassSource(data=str(tmp_path / "classes")))
@@ -339,3 +341,38 @@ def test_links_are_followed_where_a_task_says_so(tmp_path: Path) -> None:
         else:
             with pytest.raises(ImageError, match="follow_links: true"):
                 record.open()
+
+
+def test_every_picture_of_a_class_counts_and_other_files_are_named(tmp_path: Path) -> None:
+    names = ["cat/a.png", "dog/b.tif", "dog/c.gif", "dog/d.ppm"]
+    for name in names:
+        write_image(tmp_path / f"{name}.png")
+        Image.open(tmp_path / f"{name}.png").save(tmp_path / name)
+        (tmp_path / f"{name}.png").unlink()
+    records, labels = read_classified(ClassSource(data=str(tmp_path)))
+    assert [record.key for record in records] == names
+    assert labels == ["cat", "dog", "dog", "dog"]
+    (tmp_path / "dog" / "more").mkdir()
+    with pytest.raises(ValueError, match=r"dog/more: expected pictures alone"):
+        read_classified(ClassSource(data=str(tmp_path)))
+    (tmp_path / "dog" / "more").rmdir()
+    (tmp_path / "dog" / "notes.txt").write_text("")
+    with pytest.raises(ValueError, match=r"dog/notes\.txt: expected pictures alone"):
+        read_classified(ClassSource(data=str(tmp_path)))
+
+
+@pytest.mark.parametrize("label", [["cat", "dog"], {"en": "cat", "de": "Katze"}])
+def test_an_image_of_two_classes_is_refused(tmp_path: Path, label: Any) -> None:
+    rows = [{"image": "0.png", "label": ["dog"]}, {"image": "1.png", "label": label}]
+    data = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: expected one label an image, got 2"):
+        read_classified(ClassSource(data=str(data)))
+
+
+def test_a_stem_may_have_a_dot(tmp_path: Path) -> None:
+    write_image(tmp_path / "frame_1.left.png")
+    assert plain_image(tmp_path, "frame_1.left").key == "frame_1.left.png"
+    (tmp_path / "frame_1.left.png").rename(tmp_path / "frame_1.left")
+    assert plain_image(tmp_path, "frame_1.left").key == "frame_1.left"
+    with pytest.raises(ImageError, match="no such file"):
+        plain_image(tmp_path, "frame_1.png")

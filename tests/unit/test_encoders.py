@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers.normalizers import Sequence
 from transformers import AutoModel, SiglipConfig, SiglipModel
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from llm2clip_vlm.data.image_text.index import ImageTextRecord
 from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder, tower_pixels
+from llm2clip_vlm.models.clip import ClipTokens, clip_encoders
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.towers import load_vision_tower
@@ -170,3 +176,62 @@ def test_no_gradient_and_a_text_as_long_as_the_window_is_whole(
     assert encoder.num_cut() == 0
     encoder.embed_texts(["dog " * 15])
     assert encoder.num_cut() == 1
+
+
+@pytest.mark.parametrize("pad", ["<pad>", "</s>"])
+@torch.no_grad()
+def test_a_clips_texts_are_padded_as_in_training(tiny_clip: Path, tmp_path: Path, pad: str) -> None:
+    """On the right, whatever side the tokenizer names."""
+    folder = Path(shutil.copytree(tiny_clip, tmp_path / "clip"))
+    tokenizer = word_tokenizer(model_max_length_tokens=16)
+    tokenizer.padding_side, tokenizer.pad_token = "left", pad
+    tokenizer.save_pretrained(folder)
+    encoder = load_encoder(str(folder))
+    together = encoder.embed_texts(TEXTS)
+    alone = torch.cat([encoder.embed_texts([text]) for text in TEXTS])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+    model = AutoModel.from_pretrained(folder).eval()
+    trained = clip_encoders(model, ClipTokens(tokenizer))[1](TEXTS)
+    torch.testing.assert_close(together, trained, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"do_rescale": False, "image_mean": [123.7, 116.3, 103.5], "image_std": [58.4, 57.1, 57.4]},
+        {"do_normalize": False},
+        {"rescale_factor": 1 / 127.5, "image_mean": [1.0] * 3, "image_std": [1.0] * 3},
+    ],
+)
+def test_pixels_of_any_size_are_rescaled_and_normalised_as_the_processor_does(
+    tiny_clip: Path, values: dict[str, Any]
+) -> None:
+    side = {"height": 32, "width": 32}
+    processor = CLIPImageProcessorPil(size=side, do_center_crop=False, **values)
+    tower = replace(load_vision_tower(tiny_clip), image_processor=processor)
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    want = processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+    got = tower_pixels(tower, picture, (32, 32))
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    odd = replace(tower, image_processor=SimpleNamespace(image_mean=[0.5], image_std=[0.5]))
+    with pytest.raises(ValueError, match="SimpleNamespace: expected one that rescales"):
+        tower_pixels(odd, picture, (32, 32))
+
+
+@torch.no_grad()
+def test_what_overflows_is_no_embedding(tiny_clip: Path, images: list[ImageTextRecord]) -> None:
+    encoder = load_encoder(str(tiny_clip), dtype=torch.float16)
+    model: Any = encoder.tower.model
+    weight: Any = encoder.project.weight
+    weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"projected images: NaN or inf.*bfloat16 or float32"):
+        encoder.embed_images(images)
+    for layer in model.encoder.layers:
+        layer.mlp.fc2.bias.fill_(6e4)  # twice that is beyond float16
+    for judged in (encoder.pool, encoder.embed_images):
+        with pytest.raises(ValueError, match=r"pooled output: NaN or inf.*bfloat16 or float32"):
+            judged(images)
+    broken = replace(encoder, texts=lambda texts: torch.full((len(texts), 4), float("nan")))
+    with pytest.raises(ValueError, match="texts: NaN or inf"):
+        broken.embed_texts(TEXTS)

@@ -459,3 +459,15 @@ def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
         lambda pixels: torch.ones(len(pixels), 1), lambda some: torch.ones(len(some), 1)
     )
     assert collapsed["zero_shot"][name]["top1"] == 0.0
+
+
+def test_held_out_images_of_two_classes_are_refused_at_once(tmp_path: Path) -> None:
+    samples = [
+        ("0", picture(0, 32), {"label": ["cat"]}),
+        ("1", picture(1, 32), {"label": ["a", "b"]}),
+    ]
+    read(tmp_path / "pairs.jsonl", samples)
+    source = ZeroShotSource(path=str(tmp_path / "pairs.jsonl"), fields=["captions"])
+    recipe: Any = SimpleNamespace(evaluation=[], zero_shot=[source])
+    with pytest.raises(ValueError, match=r"1: expected one label an image, got 2: \['a', 'b'\]"):
+        HeldOut(recipe, processor(), BadRecords())

@@ -18,7 +18,7 @@ from llm2clip_vlm.play import page
 from llm2clip_vlm.play.finished import finished_runs
 from llm2clip_vlm.play.photo_index import load_dual_encoder
 from llm2clip_vlm.play.shelf import Shelf
-from llm2clip_vlm.play.similarity import SHOWN_PX, similarity_maps
+from llm2clip_vlm.play.similarity import SHOWN_PX, _seen, similarity_maps
 from tests.play_fixtures import write_finished, write_stage
 
 
@@ -189,3 +189,13 @@ def test_two_arms_of_one_stage_stand_side_by_side() -> None:
     for given in (names, names[:3], names[:1]):
         page._two(Gradio(), given, "encoder")
     assert shown[1::2] == ["towers/rival", "heads/mine", page._NOBODY]
+
+
+@pytest.mark.parametrize("values", [{"do_normalize": False}, {"rescale_factor": 1 / 127.5}])
+def test_the_picture_below_a_map_is_what_the_tower_sees(run: Path, values: Any) -> None:
+    encoder = load_dual_encoder(str(run / "towers" / "mine"), device="cpu")
+    for name, value in values.items():
+        setattr(encoder.tower.image_processor, name, value)
+    picture = Image.new("RGB", (60, 40), (200, 100, 50))
+    seen = np.asarray(_seen(encoder, encoder.pixels(picture)[0]))
+    assert np.abs(seen.astype(int) - (200, 100, 50)).max() <= 1

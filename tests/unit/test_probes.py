@@ -83,6 +83,7 @@ def test_a_probe_with_all_and_with_few_images(tmp_path: Path) -> None:
     low, high = found["top1"]["ci"]
     assert 40 < low < found["top1"]["score"] < high <= 100 and found["chance_top1"] < 34
     assert found["images"] == {"train": 36, "test": 36}
+    assert found["samples"][""][0] == [f"test.jsonl:{line}" for line in range(1, 37)]
     few = found["shots"]
     assert len(few["1"]["draws"]) == 8 and few["1"]["top1"] < few["8"]["top1"]
     assert "CLIP A.3" in found["protocol"] and len(found["data_hash"]) == 64

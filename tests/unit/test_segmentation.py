@@ -20,6 +20,7 @@ from llm2clip_vlm.evaluation.encoder.segmentation import (
     _judge,
     _pool_each,
     linear_segmentation,
+    patch_embeds,
     patch_grid,
     slide,
     zero_shot_segmentation,
@@ -76,20 +77,23 @@ def run(function: Any, encoder: Encoder, voc: Path, task: str, **more: Any) -> A
 
 
 def masks(encoder: Encoder, root: Path, **more: Any) -> Masks:
-    values = {"task": "zero_shot_segmentation", "data": str(root), "classes": "x", "split": "x"}
+    values = {"task": "zero_shot_segmentation", "data": str(root), "split": "x"}
+    values["classes"] = str(root / "names.txt")
     recipe = EncoderEvalRecipe.model_validate(
         {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [values | more]}
     )
     return Masks(recipe.tasks[0], more.pop("split", "val"), encoder)  # type: ignore[arg-type]
 
 
-def test_vocs_layout_palette_and_sizes(clip: Encoder, voc: Path) -> None:
+def test_vocs_layout_palette_and_sizes(clip: Encoder, voc: Path, tmp_path: Path) -> None:
     found = masks(clip, voc)
     assert len(found.items) == 6 and found.items[0][0] == "JPEGImages/2007_000010.jpg"
     pixels, labels = found[0]
     assert pixels.shape == (3, 64, 96) and labels.shape == (32, 48)
     assert set(labels.unique().tolist()) <= {0, 1, 2, 255} and (labels[:2] == 255).all()
-    assert masks(clip, voc, skip_zero=False)[0][1][0, 0] == 0
+    (tmp_path / "names.txt").write_text("nothing\nred\nblue\ngreen")
+    whole = masks(clip, voc, skip_zero=False, classes=str(tmp_path / "names.txt"))
+    assert whole[0][1][0, 0] == 0
     assert masks(clip, voc, short_side_px=40)[0][0].shape == (3, 40, 60)
     assert masks(clip, voc, short_side_px=8)[0][0].shape == (3, 32, 48)  # a window has to fit
     assert (masks(clip, voc).step, masks(clip, voc, stride=1.0).step) == (16, 32)
@@ -104,6 +108,7 @@ def test_ade20ks_layout(clip: Encoder, tmp_path: Path) -> None:
     mask = np.zeros((32, 40), np.uint8)
     mask[:, 20:] = 150
     Image.fromarray(mask).save(tmp_path / "annotations/validation/ADE_val_00000001.png")
+    (tmp_path / "names.txt").write_text("\n".join(map(str, range(150))))
     found = masks(clip, tmp_path, layout="ade20k", split="validation")
     assert found[0][1].unique().tolist() == [149, 255]
     Image.new("RGB", (40, 32)).save(tmp_path / "annotations/validation/ADE_val_00000001.png")
@@ -243,10 +248,12 @@ def test_a_linear_head_learns_and_its_flags_do_something(clip: Encoder, voc: Pat
         assert (other["data_hash"] == found["data_hash"]) == ("train_split" not in change)
 
 
-def test_a_class_that_is_nowhere_does_not_count(clip: Encoder, voc: Path) -> None:
+def test_a_class_that_is_nowhere_does_not_count(clip: Encoder, voc: Path, tmp_path: Path) -> None:
     """The mean is over classes that are there or found, not over all names."""
 
     recipe: Any = SimpleNamespace(bootstrap=0, seed=0)
+    names = tmp_path / "names.txt"
+    names.write_text("red\nblue\ngreen\nnowhere")
 
     def everywhere(number: int) -> dict[str, Any]:
         def scores(windows: torch.Tensor) -> torch.Tensor:
@@ -254,7 +261,7 @@ def test_a_class_that_is_nowhere_does_not_count(clip: Encoder, voc: Path) -> Non
             out[:, number] = 1.0
             return out
 
-        return _judge(masks(clip, voc), scores, ["red", "blue", "green", "nowhere"], recipe)
+        return _judge(masks(clip, voc, classes=str(names)), scores, recipe)
 
     found = everywhere(0)
     shares = [value for value in found["iou"].values() if value is not None]
@@ -298,3 +305,64 @@ def test_windows_have_whole_classes_and_defaults_are_stated(clip: Encoder, voc: 
         pixels, labels = found.random_window(row, rng)
         assert pixels.shape == (3, 32, 32) and labels.shape == (32, 32)
         assert set(labels.unique().tolist()) <= {0, 1, 2, 255}
+
+
+@torch.no_grad()
+def test_nan_is_no_class(tiny_clip: Path, voc: Path) -> None:
+    """Its argmax would be the first class, everywhere."""
+    encoder = load_encoder(str(tiny_clip), dtype=torch.float16)
+    model: Any = encoder.tower.model
+    pixels = torch.zeros(1, 3, 32, 32)
+    weight: Any = encoder.project.weight
+    weight.fill_(float("inf"))
+    with pytest.raises(ValueError, match=r"NaN or inf.*bfloat16 or float32"):
+        patch_embeds(encoder, pixels)
+    patch_grid(encoder, pixels)
+    for layer in model.encoder.layers:
+        layer.mlp.fc2.bias.fill_(6e4)  # twice that is beyond float16
+    with pytest.raises(ValueError, match=r"patches: NaN or inf.*bfloat16 or float32"):
+        patch_grid(encoder, pixels)
+    recipe: Any = SimpleNamespace(bootstrap=0, seed=0)
+    with pytest.raises(ValueError, match="scores of the classes: NaN"):
+        _judge(masks(encoder, voc), lambda x: torch.full((len(x), 3, 4, 4), float("nan")), recipe)
+
+
+def test_a_mask_of_another_size_than_its_picture_is_refused(clip: Encoder, tmp_path: Path) -> None:
+    """For example where EXIF turns the picture alone."""
+    for folder in ("images/val", "annotations/val"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "names.txt").write_text("a")
+    exif = Image.Exif()
+    exif[274] = 6
+    Image.new("RGB", (48, 32)).save(tmp_path / "images/val/1.jpg", exif=exif)
+    Image.new("L", (48, 32), 1).save(tmp_path / "annotations/val/1.png")
+    with pytest.raises(ValueError, match=r"val/1\.png: expected \(32, 48\) px .* got \(48, 32\)"):
+        masks(clip, tmp_path, layout="ade20k")[0]
+
+
+@pytest.mark.parametrize(("skip_zero", "most"), [(True, 254), (False, 255)])
+def test_a_class_that_no_mask_could_hold_is_refused(
+    clip: Encoder, voc: Path, tmp_path: Path, skip_zero: bool, most: int
+) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(map(str, range(most))))
+    masks(clip, voc, classes=str(names), skip_zero=skip_zero)
+    names.write_text("\n".join(map(str, range(most + 1))))
+    with pytest.raises(ValueError, match=f"{most + 1} names, at most {most}"):
+        masks(clip, voc, classes=str(names), skip_zero=skip_zero)
+
+
+@pytest.mark.parametrize(("value", "skip_zero"), [(4, True), (3, False), (256, True)])
+def test_a_mask_value_without_a_name_is_refused_in_training_too(
+    clip: Encoder, tmp_path: Path, value: int, skip_zero: bool
+) -> None:
+    """256 less one would be 255, which is never judged."""
+    for folder in ("images/train", "annotations/train"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "names.txt").write_text("a\nb\nc")
+    Image.new("RGB", (32, 32)).save(tmp_path / "images/train/1.jpg")
+    mask = np.full((32, 32), value, np.uint16)
+    Image.fromarray(mask).save(tmp_path / "annotations/train/1.png")
+    found = masks(clip, tmp_path, layout="ade20k", split="train", skip_zero=skip_zero)
+    with pytest.raises(ValueError, match=rf"1\.png: value {value}: no name in .*names\.txt"):
+        found.random_window(0, np.random.default_rng(0))

@@ -338,5 +338,14 @@ def test_processor_of_another_size_is_refused(tiny_clip: Path, tmp_path: Path) -
     config = json.loads(path.read_text())
     config["crop_size"] = {"height": 24, "width": 24}
     path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="makes 24 px images, the tower expects 32 px"):
+    with pytest.raises(ModelError, match="makes 24x24 px images, the tower expects 32 px"):
         load_vision_tower(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("kind", ["clip", "dinov2"])
+def test_a_processor_whose_pictures_are_not_square_is_refused(kind: str, tmp_path: Path) -> None:
+    path = build_tower(kind, tmp_path) / "preprocessor_config.json"
+    values = json.loads(path.read_text()) | {"do_center_crop": False}
+    path.write_text(json.dumps(values))
+    with pytest.raises(ModelError, match=r"makes 4\dx32 px images, the tower expects .*, square"):
+        load_vision_tower(tmp_path)

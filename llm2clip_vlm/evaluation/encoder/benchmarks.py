@@ -12,9 +12,10 @@ from typing import Any
 
 from llm2clip_vlm.data.image_text.index import ImageTextRecord, read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.reading.images import ImageError, resolve_image, shown
+from llm2clip_vlm.data.reading.images import ImageError, picture_suffixes, resolve_image, shown
 from llm2clip_vlm.data.reading.records import LIST_AS_TEXT, iter_rows
 from llm2clip_vlm.files import read_json, read_text
+from llm2clip_vlm.metrics.zero_shot import one_label
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.recipe.evaluation import ClassSource, CompositionalTask, RetrievalTask
 from llm2clip_vlm.recipe.reading import did_you_mean
@@ -212,7 +213,11 @@ def _compositional(data: Path, benchmark: str) -> Iterator[tuple[str, list[str],
 
 
 def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[str]]:
-    """Read images and the class of each: folder names, or a column."""
+    """Read images and the class of each: folder names, or a column.
+
+    Raises:
+        ValueError: An image without one label, no class, or something else than images in a class.
+    """
     data = Path(source.data)
     if not data.is_dir():
         rows = ImageTextSource(
@@ -223,8 +228,10 @@ def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[st
             follow_links=source.follow_links,
         )
         records = list(read_image_text(rows, BadRecords()))
-        return records, [record.captions[source.label_field][0] for record in records]
-    files = [file for file in sorted(data.glob("*/*")) if file.suffix.lower() in _IMAGES]
+        return records, [one_label(record.captions, record.where) for record in records]
+    files = [f for f in sorted(data.glob("*/*")) if "." not in (f.name[0], f.parent.name[0])]
+    if odd := [file for file in files if file.suffix.lower() not in picture_suffixes()]:
+        raise ValueError(f"{odd[0]}: expected pictures alone in the folder of a class")
     if not files:
         raise ValueError(f"{data}: expected a folder of images for each class, got none")
     names = [f"{file.parent.name}/{file.name}" for file in files]
@@ -234,7 +241,8 @@ def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[st
 
 def plain_image(root: Path, name: str, *, follow_links: bool = False) -> ImageTextRecord:
     """Find an image without captions; `name` may lack its ending."""
-    if not Path(name).suffix:
+    # "frame_1.left" has no ending either
+    if Path(name).suffix.lower() not in picture_suffixes() and not (root / name).is_file():
         found = [name + suffix for suffix in _IMAGES if (root / (name + suffix)).is_file()]
         if not found:
             raise ImageError(f"image {name!r}: none of {_IMAGES} below {root}")

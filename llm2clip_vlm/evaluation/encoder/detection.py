@@ -29,8 +29,8 @@ from transformers import (
 from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
-from llm2clip_vlm.data.reading.images import open_image, read_image
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, tower_pixels
+from llm2clip_vlm.data.reading.images import EncodedImage, read_image, shown
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, require_finite, tower_pixels
 from llm2clip_vlm.files import require_regular
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
@@ -124,6 +124,13 @@ class CocoBoxes(Dataset[dict[str, Any]]):
         try:
             with contextlib.redirect_stdout(io.StringIO()):  # it prints as it goes
                 self.coco: Any = COCO(str(file))
+                found = {"images": "imgs", "annotations": "anns", "categories": "cats"}
+                for key, index in found.items():
+                    if len(getattr(self.coco, index)) < len(self.coco.dataset[key]):
+                        raise ValueError(f"{key}: an id occurs twice; give each its own")
+                for number, box in enumerate(self.coco.dataset["annotations"], start=1):
+                    box["id"] = number  # 0 means no match to COCOeval
+                self.coco.createIndex()
             self.images: list[dict[str, Any]] = self.coco.loadImgs(sorted(self.coco.getImgIds()))
             self.categories: list[int] = sorted(self.coco.getCatIds())
             self.names = [kind["name"] for kind in self.coco.loadCats(self.categories)]
@@ -152,8 +159,23 @@ class CocoBoxes(Dataset[dict[str, Any]]):
             "class_labels": torch.tensor(kinds, dtype=torch.int64),
             "boxes": boxes / torch.tensor([image["width"], image["height"]] * 2),
         }
-        picture = open_image(self.root, image["file_name"], follow_links=self.follow)
-        return {"pixel_values": tower_pixels(self.tower, picture, (side, side)), "labels": labels}
+        pixels = tower_pixels(self.tower, self.read(image).rgb(), (side, side))
+        return {"pixel_values": pixels, "labels": labels}
+
+    def read(self, image: dict[str, Any]) -> EncodedImage:
+        """Read a picture, which may be a smaller or larger copy of the one that was annotated.
+
+        Raises:
+            ImageError: It cannot be read.
+            ValueError: Its sides are not in the annotated proportion: boxes would be elsewhere.
+        """
+        name, wide, high = image["file_name"], image["width"], image["height"]
+        data = read_image(self.root, name, follow_links=self.follow)
+        found = EncodedImage(data, f"{shown(name)} below {self.root}")
+        width, height = found.size
+        if abs(width * high - height * wide) > max(wide, high):  # more than rounding
+            raise ValueError(f"image {found.name}: {width}x{height} px, annotated as {wide}x{high}")
+        return found
 
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -174,12 +196,17 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     """Train the detector and judge it; it is not kept.
 
     Raises:
-        ValueError: Train and test name other categories.
+        ValueError: Train and test name other categories, or a picture does not fit its boxes.
     """
     tower = load_vision_tower(recipe.model, torch.float32, image_size_px=task.image_size_px)
     train, test = CocoBoxes(task.train, tower), CocoBoxes(task.test, tower)
     if (train.categories, train.names) != (test.categories, test.names):
         raise ValueError("detection: train and test annotations have different categories")
+    digest = hashlib.sha256()
+    for data, source in ((train, task.train), (test, task.test)):
+        digest.update(Path(source.annotations).read_bytes())
+        for image in data.images:
+            digest.update(data.read(image).data)
     set_seed(recipe.seed)
     model = build_detector(tower, train.names, task.detector)
     if task.freeze_tower:
@@ -188,11 +215,6 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     options |= {"use_cpu": recipe.device == "cpu", "remove_unused_columns": False} | task.trainer
     trainer = _Trainer(model, TrainingArguments(recipe.output_dir, **options), collate, train)
     trainer.train()
-    digest = hashlib.sha256()
-    for data, source in ((train, task.train), (test, task.test)):
-        digest.update(Path(source.annotations).read_bytes())
-        for image in data.images:
-            digest.update(read_image(data.root, image["file_name"], follow_links=data.follow))
     return {
         "protocol": f"Deformable DETR, single map of the tower at {tower.image_size_px} px "
         f"(squeezed), {trainer.state.global_step} steps, tower "
@@ -213,6 +235,7 @@ def predict(
     for images in torch.arange(len(data)).split(batch_size):
         pixels = torch.stack([data[int(row)]["pixel_values"] for row in images])
         out = model(pixel_values=pixels.to(model.device))
+        require_finite(out.logits, "scores of the boxes")
         scores = rearrange(out.logits.sigmoid(), "b n c -> b (n c)").float().cpu()
         scores, places = scores.topk(min(MAX_BOXES, scores.shape[1]), dim=1)
         for row, score, place, boxes in zip(

@@ -20,7 +20,7 @@ from transformers import AutoModel
 
 from llm2clip_vlm.chat.text_tokens import text_ids
 from llm2clip_vlm.data.image_text.index import ImageTextRecord
-from llm2clip_vlm.data.reading.pixels import process_images
+from llm2clip_vlm.data.reading.pixels import PixelTable, process_images
 from llm2clip_vlm.models.clip import check_tokenizer
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.loading import load_complete, read_config, read_tokenizer
@@ -66,6 +66,7 @@ class Encoder:
 
         Raises:
             ImageError: An image cannot be read. Nothing is left out.
+            ValueError: The tower gives NaN or inf.
         """
         digest, pooled = hashlib.sha256(), []
 
@@ -98,27 +99,26 @@ class Encoder:
     def _pool_pixels(self, pixels: Tensor) -> Tensor:
         model = self.tower.model
         out: Any = model(pixel_values=pixels.to(model.device, model.dtype))
-        pooled: Tensor = out.pooler_output.float().cpu()
-        return pooled
+        return require_finite(out.pooler_output.float().cpu(), "the tower's pooled output")
 
     @torch.no_grad()
     def _join(self, pooled: Tensor) -> Tensor:
         model = self.tower.model
         embeds = self.project(pooled.to(model.device, model.dtype)).float()
-        return F.normalize(embeds, dim=-1).cpu()
+        return F.normalize(require_finite(embeds, "projected images"), dim=-1).cpu()
 
     def embed_texts(self, texts: Sequence[str]) -> Float[Tensor, "n d"]:
         """Embed texts in the joint space.
 
         Raises:
-            ValueError: The checkpoint has no text side.
+            ValueError: The checkpoint has no text side, or it gives NaN or inf.
         """
         if self.texts is None:
             raise ValueError(
                 f"the model has no text side ({self.tower.model.config.model_type}), which this "
                 "task needs; set `text_encoder` beside an LLM2CLIPModel, or judge a whole CLIP"
             )
-        return self.texts(texts)
+        return require_finite(self.texts(texts), "embeddings of texts")
 
 
 def load_encoder(
@@ -203,6 +203,7 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
     if clip:
         check_tokenizer(model, tokenizer)
     padding = "longest" if clip else "max_length"
+    options = {"padding": padding, "max_length": window, "return_tensors": "pt"}
     cut = 0
 
     @torch.no_grad()
@@ -216,27 +217,46 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
             whole = text_ids(tokenizer, part, add_special_tokens=True)
             cut += sum(len(ids) > window for ids in whole)
             ids = text_ids(tokenizer, part, add_special_tokens=True, max_length=window)
-            tokens = tokenizer.pad(
-                {"input_ids": ids}, padding=padding, max_length=window, return_tensors="pt"
-            ).to(model.device)
+            # on the right as in training, whatever the tokenizer's side
+            tokens = tokenizer.pad({"input_ids": ids}, padding_side="right", **options)
             names = ("input_ids", "attention_mask")[: 1 + (padding == "longest")]
-            features = model.get_text_features(**{name: tokens[name] for name in names})
+            features = model.get_text_features(**{n: tokens[n].to(model.device) for n in names})
             parts.append(F.normalize(features.pooler_output.float(), dim=-1).cpu())
         return torch.cat(parts)
 
     return {"texts": texts, "num_cut": lambda: cut}
 
 
+def require_finite(values: Tensor, name: str) -> Tensor:
+    """Refuse NaN and inf, whose comparisons would give a score all the same; returns the rest.
+
+    Args:
+        values: What a model made.
+        name: What it is called in the message.
+
+    Raises:
+        ValueError: There are such values.
+    """
+    if not values.isfinite().all():
+        raise ValueError(f"{name}: NaN or inf; where `dtype` is float16, use bfloat16 or float32")
+    return values
+
+
 def tower_pixels(
     tower: VisionTower, image: Image.Image, size: tuple[int, int]
 ) -> Float[Tensor, "3 h w"]:
-    """Normalise an image as the tower's processor does, but at any size.
+    """Rescale and normalise an image as the tower's processor does, but at any size.
 
     Args:
-        tower: Gives mean and standard deviation.
+        tower: Gives the image processor.
         image: RGB.
         size: Width and height.
+
+    Raises:
+        ValueError: The processor does more than resize, crop, rescale and normalise.
     """
-    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC), np.float32) / 255.0
-    mean, std = (np.array(v, np.float32) for v in (tower.image_mean, tower.image_std))
-    return rearrange(torch.from_numpy((pixels - mean) / std), "h w c -> c h w")
+    if (table := PixelTable.of(tower.image_processor)) is None:
+        kind = type(tower.image_processor).__name__
+        raise ValueError(f"{kind}: expected one that rescales and normalises each pixel by itself")
+    pixels = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC)))
+    return table(rearrange(pixels, "h w c -> 1 c h w"))[0]

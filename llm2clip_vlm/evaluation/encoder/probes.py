@@ -79,8 +79,8 @@ def choose_l2(accuracy: Callable[[float], float]) -> float:
 def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
     """Probe the tower's pooled output, with all images and with few."""
     device = encoder.tower.model.device
-    train, names, train_hash = _features(encoder, task.train)
-    test, test_names, test_hash = _features(encoder, task.test)
+    train, names, _, train_hash = _features(encoder, task.train)
+    test, test_names, test_keys, test_hash = _features(encoder, task.test)
     classes = {name: name for name in sorted(set(names))}
     y, y_test = (
         torch.tensor(label_rows(labels, classes, "linear_probe: train"), device=device)
@@ -118,21 +118,19 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
         "top1": accuracy(right.numpy(), range(len(test)), recipe.bootstrap, recipe.seed),
         "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
         "l2": l2,
-        "samples": {"": (list(range(len(test))), right.numpy())},
+        "samples": {"": (test_keys, right.numpy())},
         "shots": few,
         "chance_top1": 100.0 / len(classes),
         "images": {"train": len(train), "test": len(test)},
     }
 
 
-def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str], str]:
+def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str], list[str], str]:
     records, labels = read_classified(source)
+    keys = [record.key for record in records]
     pooled, image_hash = encoder.pool(records)
-    return (
-        pooled.to(encoder.tower.model.device),
-        labels,
-        hash_json([[r.key for r in records], labels, image_hash]),
-    )
+    pooled = pooled.to(encoder.tower.model.device)
+    return pooled, labels, keys, hash_json([keys, labels, image_hash])
 
 
 def _few(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llm2clip_vlm.data.reading.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, tower_pixels
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, require_finite, tower_pixels
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.segmentation import UNJUDGED, class_iou, mean_iou, overlaps
 from llm2clip_vlm.metrics.statistics import bootstrap_of_sums
@@ -41,18 +41,18 @@ def zero_shot_segmentation(
 
     Paper: MaskCLIP (2112.01071) section 3.2; LLM2CLIP v6 table 4.
     """
-    names = list(read_classes(task.classes).values())
-    texts = class_embeds(encoder.embed_texts, names, task.templates).to(encoder.tower.model.device)
+    masks = Masks(task, task.split, encoder)
+    texts = class_embeds(encoder.embed_texts, masks.names, task.templates)
 
     def scores(windows: Tensor) -> Tensor:
         embeds = patch_embeds(encoder, windows, last_values=task.last_attention == "value")
-        return rearrange(embeds @ texts.T, "b y x c -> b c y x")
+        return rearrange(embeds @ texts.T.to(embeds.device), "b y x c -> b c y x")
 
-    judged = _judge(Masks(task, task.split, encoder), scores, names, recipe)
-    kind = f"patches against {len(names)} texts, last attention: {task.last_attention}; "
+    judged = _judge(masks, scores, recipe)
+    kind = f"patches against {len(masks.names)} texts, last attention: {task.last_attention}; "
     return judged | {
         "protocol": kind + judged["protocol"],
-        "list_hash": hash_json([names, task.templates]),
+        "list_hash": hash_json([masks.names, task.templates]),
     }
 
 
@@ -61,12 +61,11 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
 
     Paper: DINOv2 (2304.07193) section 7.4 (linear head).
     """
-    names = list(read_classes(task.classes).values())
     device, width = encoder.tower.model.device, encoder.tower.hidden_size
     masks = Masks(task, task.train_split, encoder)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
-    head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, len(names), 1)).to(device)
+    head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, len(masks.names), 1)).to(device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=task.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, task.steps)
 
@@ -86,7 +85,7 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
         optimizer.step()
         schedule.step()
     head.eval()
-    judged = _judge(Masks(task, task.split, encoder), scores, names, recipe)
+    judged = _judge(Masks(task, task.split, encoder), scores, recipe)
     kind = f"batch norm and linear head on frozen patches, {task.steps} steps of {task.batch_size} "
     return judged | {
         "protocol": f"{kind}windows of {task.train_split}; {judged['protocol']}",
@@ -104,7 +103,7 @@ def patch_grid(
     projection.
 
     Raises:
-        ValueError: `last_values`, and the tower has no attention with `v_proj`.
+        ValueError: `last_values`, and the tower has no attention with `v_proj`; or NaN or inf.
     """
     tower = encoder.tower
     model: Any = tower.model
@@ -120,7 +119,7 @@ def patch_grid(
     finally:
         for hook in hooks:
             hook.remove()
-    patches: Tensor = out.last_hidden_state[:, tower.num_prefix_tokens :]
+    patches = require_finite(out.last_hidden_state[:, tower.num_prefix_tokens :], "patches")
     return rearrange(patches, "b (y x) d -> b y x d", y=tower.grid)
 
 
@@ -134,7 +133,7 @@ def patch_embeds(
     """
     patches = patch_grid(encoder, windows, last_values=last_values)
     pooled = _pool_each(encoder.tower.model, rearrange(patches, "b y x d -> (b y x) d"))
-    embeds = F.normalize(encoder.project(pooled).float(), dim=-1)
+    embeds = F.normalize(require_finite(encoder.project(pooled).float(), "patches"), dim=-1)
     side = encoder.tower.grid
     return rearrange(embeds, "(b y x) d -> b y x d", y=side, x=side)
 
@@ -160,7 +159,7 @@ class Masks:
     """Pictures with masks, resized and normalised for a tower.
 
     Raises:
-        ValueError: There is no such split.
+        ValueError: There is no such split, or more classes than an 8-bit mask has values for.
     """
 
     def __init__(
@@ -168,6 +167,9 @@ class Masks:
     ) -> None:
         self.encoder, self.skip_zero, self.root = encoder, source.skip_zero, Path(source.data)
         self.follow = source.follow_links
+        self.classes, self.names = source.classes, [*read_classes(source.classes).values()]
+        if (count := len(self.names)) > (most := UNJUDGED - self.skip_zero):
+            raise ValueError(f"{source.classes}: {count} names, at most {most} can be told apart")
         self.side = encoder.tower.image_size_px
         self.step = max(1, round(source.stride * self.side))
         self.short_side = max(source.short_side_px or 2 * self.side, self.side)
@@ -191,7 +193,11 @@ class Masks:
         return resolve_image(self.root, name, follow_links=self.follow)
 
     def __getitem__(self, row: int) -> tuple[Float[Tensor, "3 h w"], Int[Tensor, "y x"]]:
-        """A picture, and its mask in its own size with 0 as the first class."""
+        """A picture, and its mask in its own size with 0 as the first class.
+
+        Raises:
+            ValueError: The mask has another size, several channels, or a value without a name.
+        """
         picture, mask = self.items[row]
         image = open_image(self.root, picture, follow_links=self.follow)
         scale = self.short_side / min(image.size)
@@ -199,8 +205,12 @@ class Masks:
         labels = np.asarray(Image.open(self._path(mask)), dtype=np.int64)
         if labels.ndim != 2:
             raise ValueError(f"{mask}: expected one channel of class numbers, got {labels.shape}")
-        if self.skip_zero:
-            labels = np.where((labels == 0) | (labels == UNJUDGED), UNJUDGED, labels - 1)
+        if (size := labels.shape[::-1]) != image.size:
+            raise ValueError(f"{mask}: expected {image.size} px as {picture} upright, got {size}")
+        judged = (labels != UNJUDGED) & (labels >= self.skip_zero)
+        labels = np.where(judged, labels - self.skip_zero, UNJUDGED)
+        if len(odd := labels[judged & (labels >= len(self.names))]):
+            raise ValueError(f"{mask}: value {odd[0] + self.skip_zero}: no name in {self.classes}")
         pixels = tower_pixels(self.encoder.tower, image, (width, height))
         return pixels, torch.from_numpy(labels)
 
@@ -242,17 +252,16 @@ def slide(
     return total / counts
 
 
-def _judge(
-    masks: Masks, scores: Scores, names: list[str], recipe: EncoderEvalRecipe
-) -> dict[str, Any]:
+def _judge(masks: Masks, scores: Scores, recipe: EncoderEvalRecipe) -> dict[str, Any]:
     counts = []
     for row in range(len(masks.items)):
         pixels, labels = masks[row]
         scored = slide(pixels, scores, masks.side, masks.step, masks.encoder.batch_size)
+        require_finite(scored, "scores of the classes")
         best = F.interpolate(scored[None], size=labels.shape, mode="bilinear")[0].argmax(0)
-        counts.append(overlaps(best.numpy(), labels.numpy(), len(names)))
+        counts.append(overlaps(best.numpy(), labels.numpy(), len(masks.names)))
     total, ci = np.sum(counts, axis=0), None
-    ious, there = class_iou(total).tolist(), total[2]
+    names, ious, there = masks.names, class_iou(total).tolist(), total[2]
     if recipe.bootstrap:
         ends = bootstrap_of_sums(np.stack(counts), mean_iou, recipe.bootstrap, recipe.seed)
         ci = np.clip(ends, 0.0, 100.0).tolist()

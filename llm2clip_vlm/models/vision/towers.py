@@ -17,6 +17,7 @@ from typing import Any, cast
 
 import torch
 from einops import rearrange
+from PIL import Image
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -42,7 +43,6 @@ from llm2clip_vlm.models.loading import (
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.vision.resolution import (
     image_processor_class,
-    processed_size_px,
     resize_positions,
     resize_processor,
 )
@@ -242,15 +242,17 @@ def _require_contract(path: str, model: Any) -> None:
 
 def _describe(path: str, model: Any, processor: Any) -> VisionTower:
     """Run the tower on shapes alone and read the contract off what comes out."""
-    config, made = model.config, processed_size_px(processor)
-    size = made if made and config.model_type in _ANY_SIZE else config.image_size
-    patch = config.patch_size
+    config, patch = model.config, model.config.patch_size
+    with boundary(f"{path}: its image processor cannot be used on a picture of 64x48 px"):
+        made = processor(images=Image.new("RGB", (64, 48)), return_tensors="pt")["pixel_values"]
+        height, width = made.shape[-2:]
     flexible = config.model_type in _ANY_SIZE
-    if made is not None and (made % patch if flexible else made != size):
+    size = height if flexible else config.image_size
+    if (height, width) != (size, size) or (flexible and size % patch):
         wanted = f"a multiple of its {patch} px patches" if flexible else f"{size} px"
         raise ModelError(
-            f"{path}: its image processor makes {made} px images, the tower expects {wanted}. "
-            "Correct `size`/`crop_size` in preprocessor_config.json."
+            f"{path}: its image processor makes {width}x{height} px images, the tower expects "
+            f"{wanted}, square. Correct `size`/`crop_size` in preprocessor_config.json."
         )
     states = _hidden_states(path, model, size)
     tokens, width = states[-1].shape[1:]

@@ -24,7 +24,7 @@ from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.distributed import shared_out
 from llm2clip_vlm.metrics.retrieval import recall_at_k, retrieval_report
-from llm2clip_vlm.metrics.zero_shot import class_embeds, class_prompts
+from llm2clip_vlm.metrics.zero_shot import class_embeds, class_prompts, one_label
 from llm2clip_vlm.recipe.base import ImageTextSource, ZeroShotSource
 from llm2clip_vlm.recipe.encoder import EncoderRecipe
 
@@ -94,6 +94,7 @@ class HeldOut:
         self._bad = bad
         self._retrieval = {name: read(s) for name, s in _named(recipe.evaluation)}
         self._zero_shot = {name: (s, read(s)) for name, s in _named(recipe.zero_shot)}
+        self.texts()  # refuses at once what no evaluation could use
 
     def texts(self) -> list[str]:
         """All texts that will be encoded, each once."""
@@ -124,7 +125,7 @@ class HeldOut:
             results["retrieval"] |= {f"{name}{kind}": values for kind, values in found.items()}
         for name, (source, dataset) in self._zero_shot.items():
             images, records = self._images(dataset, encode_images)
-            labels, names = [_captions(record)[0] for record in records], _classes(dataset.records)
+            labels, names = _labels(records), _classes(dataset.records)
             classes = class_embeds(lambda t: _texts(t, encode_texts), names, source.templates)
             wanted = [names.index(label) for label in labels]
             top1 = recall_at_k(images, classes, wanted, 1, bootstrap=0).recall[1]
@@ -175,8 +176,12 @@ def _named(sources: Sequence[Any]) -> Iterator[tuple[str, Any]]:
         yield "" if len(sources) == 1 else f"{stem}{f'-{number}' if again else ''}/", source
 
 
+def _labels(records: Iterable[ImageTextRecord]) -> list[str]:
+    return [one_label(record.captions, record.where) for record in records]
+
+
 def _classes(records: Iterable[ImageTextRecord]) -> list[str]:
-    return sorted({_captions(record)[0] for record in records})
+    return sorted(set(_labels(records)))
 
 
 def _captions(record: ImageTextRecord) -> list[str]:
