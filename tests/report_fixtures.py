@@ -159,6 +159,7 @@ def write_scores(
                 "limit": None,
                 "n": len(found),
                 "n_empty": 0,
+                "n_cut": 7,
                 "n_unparsable": None,
                 "score": score,
                 "score_ci": [score - 3, score + 3],

@@ -20,7 +20,7 @@ from llm2clip_vlm.evaluation.report.comparison_pages import flip_examples, flipp
 from llm2clip_vlm.evaluation.report.inputs import guesses, read_run
 from llm2clip_vlm.metrics.segmentation import mean_iou
 from llm2clip_vlm.metrics.statistics import holm, mcnemar_exact
-from tests.report_fixtures import load_program, write_json, write_lines, write_run
+from tests.report_fixtures import load_program, retrieval, write_json, write_lines, write_run
 from tests.tiny import build_clip
 
 TASK = "l2c_world_vqa"
@@ -153,10 +153,53 @@ def test_seeds_of_a_mean_iou_are_told_from_copies_by_their_counts(tmp_path: Path
         folder = made(tmp_path / f"{name}-s{seed}", samples)
         found = {"task": "t", "checkpoint": {"path": str(folder)}, "seconds": 1.0}
         found["miou"] = float(mean_iou(counts.sum(0)))
-        write_json(folder / "results.json", {"results": {"t": found}})
+        write_json(folder / "t.json", found)
+        write_json(folder / "results.json", {"results": {"t": found | {"miou": 99.0}}})  # stale
     places = [f"{name}={tmp_path}/{name}-s{{seed}}" for name in "ab"]
-    row = command(tmp_path / "out", *places)["ab"]["t"]["a-b"]
+    found = command(tmp_path / "out", *places)
+    row = found["ab"]["t"]["a-b"]
     assert row["test"] == "exact sign-flip test over 6 seeds" and row["p"] == 2 / 2**6
+    assert max(found["accuracies"]["b"]["t"]) < 60 < min(found["accuracies"]["a"]["t"]) < 90
+
+
+def test_results_of_several_weights_are_no_run(tmp_path: Path, capsys: Any) -> None:
+    a, b = tmp_path / "a", made(tmp_path / "b", [0, 0, 1])
+    for task, sha256 in (("pope", "1" * 64), ("t", "2" * 64)):
+        made(a, [1, 0, 1], checkpoint={"path": "runs/stage4/model", "sha256": sha256})
+        for end in (".json", ".samples.jsonl"):
+            (a / f"t{end}").rename(a / f"{task}{end}")
+    assert cli.main(["compare", str(a), str(b)]) == 2
+    said = capsys.readouterr().err
+    assert f"{a}: expected results of one model" in said
+    assert "pope of 111111111111, t of 222222222222" in said
+    assert command(tmp_path / "out", str(a), str(b), "--task", "t")["accuracies"]["a"]["t"]
+    found = json.loads((a / "t.json").read_text())  # who made it is not known
+    write_json(a / "t.json", found | {"checkpoint": {"path": "x"}})
+    assert {*command(tmp_path / "out", str(a), str(b))["ab"]} == {"t"}
+
+
+def test_recall_in_other_galleries_is_refused(tmp_path: Path, capsys: Any) -> None:
+    places = []
+    for name, gallery in (("a", 100), ("b", 5000)):
+        for seed in range(2):
+            found = retrieval(60.0 + seed)
+            for ways in found["retrieval"].values():
+                for way in ways.values():
+                    way["gallery"] = way["queries"] = gallery
+            write_json(tmp_path / f"{name}-s{seed}/results.json", found)
+        places.append(f"{name}={tmp_path}/{name}-s{{seed}}")
+    assert cli.main(["compare", *places]) == 2
+    said = capsys.readouterr().err
+    assert "retrieval_short_i2t: a, b: expected one gallery" in said
+    assert "'gallery': 100}" in said and "'gallery': 5000}" in said
+    found = command(tmp_path / "out", places[0], f"c={tmp_path}/a-s{{seed}}")
+    assert found["runs"]["a"]["seconds"] == {} and len(found["ab"]) == 4
+
+
+def test_two_pairs_that_are_written_alike_are_refused(tmp_path: Path, capsys: Any) -> None:
+    places = [f"{name}={made(tmp_path / name, [1, 0])}" for name in ("x", "x-y", "y-z", "z")]
+    assert cli.main(["compare", *places]) == 2
+    assert "x-y-z: two pairs are written so; rename one run" in capsys.readouterr().err
 
 
 def test_seeds_in_common_are_pairs_and_others_are_not(tmp_path: Path) -> None:
@@ -180,11 +223,13 @@ def test_damaged_and_mixed_results_are_refused(tmp_path: Path, capsys: Any) -> N
     good = made(tmp_path / "good", [1, 0, 1])
     twice = made(tmp_path / "twice", [{"correct": 1.0}, {"correct": 0.0, "doc_id": 0}])
     nan = made(tmp_path / "nan", [1, float("nan"), 1])
+    cent = made(tmp_path / "cent", [1, 30, 1])
     less = made(tmp_path / "less", [1, 0])
     made(tmp_path / "s1", [1, 0, 1])
     cases = [
         ([f"a={good}", f"b={twice}"], "document 0 is there twice"),
         ([f"a={good}", f"b={nan}"], "document 1: expected a score from 0 to 1, got nan"),
+        ([f"a={good}", f"b={cent}"], "document 1: expected a score from 0 to 1, got 30"),
         ([f"a={good}", f"b={less}"], "got 3 and 2"),
         ([f"a={good}", f"b={good}", f"b={tmp_path}/s{{seed}}"], "and in another place"),
     ]

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -259,6 +260,19 @@ def test_an_answer_is_cut_behind_its_first_end_token_and_at_the_first_stop_strin
     assert decoded == [[1, 2, 9]]
     assert (answer.text, answer.num_tokens) == ("red", 3)  # the end token counts
     assert generator._answer([1, 2, 3], ()).num_tokens == 3
+    # Cut by the limit: neither an end token nor a stop string.
+    cut = [
+        generator._answer(*given).cut for given in (([1, 9], ()), ([1], (",",)), ([1], ("", "x")))
+    ]
+    assert cut == [False, False, True]
+
+
+def test_pictures_lose_depth_and_transparency_as_in_training(vlm: tuple[Any, Any]) -> None:
+    grey = Image.fromarray(np.full((4, 4), 0x4000, np.uint16))
+    for image, level in ((grey, 0x40), (Image.new("RGBA", (4, 4), (0, 0, 0, 0)), 255)):
+        parts = [{"type": "image", "url": image}, {"type": "text", "text": "what ?"}]
+        (seen,) = make(vlm).render([{"role": "user", "content": parts}]).images
+        assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (level,) * 3
 
 
 def test_each_option_reaches_the_configuration(vlm: tuple[Any, Any]) -> None:

@@ -67,6 +67,16 @@ def texts_of(
     return [value(result) for result in adapter.generate_until(asked)]
 
 
+def test_answers_that_the_limit_cut_are_counted(live: dict[str, Any], visual: Any) -> None:
+    adapter = Llm2ClipVlmChat(**live)
+    adapter.generator.eos_ids = []
+    texts_of(adapter, visual, lambda n: {"max_new_tokens": 4})
+    assert adapter.num_cut == 2
+    first = texts_of(adapter, visual, lambda n: {"max_new_tokens": 4})[0]
+    texts_of(adapter, visual, lambda n: {"max_new_tokens": 4, "until": [first[1] * (n == 0)]})
+    assert adapter.num_cut == 1
+
+
 def test_a_live_adapter_survives_clean(live: dict[str, Any], visual: Any) -> None:
     chat = Llm2ClipVlmChat(**live)
     assert not chat.is_simple

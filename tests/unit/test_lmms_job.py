@@ -40,7 +40,7 @@ from llm2clip_vlm.evaluation.vlm.jobs import (
 )
 from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, samples_of, summarise
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
-from llm2clip_vlm.evaluation.vlm.tasks import STATIC_DESPITE_MARKS, merge, redirect
+from llm2clip_vlm.evaluation.vlm.tasks import STATIC_DESPITE_MARKS, build_task, merge, redirect
 from llm2clip_vlm.files import find_program, load_program
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
@@ -399,6 +399,39 @@ def test_answers_without_a_score_or_twice_are_refused() -> None:
     with pytest.raises(EvaluationError, match="document 0: no value"):
         samples_of([logged(0, "yes", float("nan"))], ["acc"])
     assert metrics_of({"a,none": float("nan"), "b,none": 1.0}) == {"b": 1.0}
+    assert metrics_of({"a,none": np.int64(3), "a_stderr,none": 1.0}) == {"a": 3.0}
+    with pytest.raises(EvaluationError, match="acc: a value for each of several filters"):
+        metrics_of({"acc,none": 0.5, "acc,flexible": 0.9})
+
+
+@pytest.mark.parametrize("value", [30.0, -0.5, {"score": 100}, np.float32(2)])
+def test_a_score_that_is_not_from_0_to_1_is_refused(value: Any) -> None:
+    with pytest.raises(EvaluationError, match="document 0: acc: expected a score from 0 to 1, got"):
+        samples_of([logged(0, "yes", value)], ["acc"])
+
+
+@pytest.mark.parametrize(
+    "value", [True, 1, np.float32(1), np.bool_(True), np.int64(1), 1 + 4e-16, {"pred": "x"}]
+)
+def test_numbers_of_every_kind_are_scores(value: Any) -> None:
+    judge_likes_it_better_than_the_reference = {"acc": lambda values: 114.3}
+    (sample,) = samples_of(
+        [logged(0, "a", value)], ["acc"], judge_likes_it_better_than_the_reference
+    )
+    assert sample["correct"] == 1 and json.dumps(sample["correct"]) == "1.0"
+
+
+def test_a_task_that_cannot_be_scored_is_refused_before_an_answer(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(TASKS / "l2c_world_exist", mine)
+    (mine / "l2c_world_exist.yaml").rename(mine / "my_exist.yaml")
+    with pytest.raises(EvaluationError, match="task my_exist: its file says `task: l2c_world_ex"):
+        build_task(LmmsTask(task="my_exist"), mine)
+    less = {"metric": "yes_rate", "aggregation": "mean", "higher_is_better": False}
+    for others in ([], [{**less, "metric": "f1", "higher_is_better": True}]):
+        task = LmmsTask(task="l2c_world_exist", overrides={"metric_list": [less, *others]})
+        with pytest.raises(EvaluationError, match="first metric, yes_rate, is better the lower"):
+            build_task(task, TASKS)
 
 
 def test_functions_in_overrides_are_of_two_packages() -> None:
@@ -493,13 +526,14 @@ def test_a_result_of_another_version_or_with_changed_samples_is_made_again(
 def scored(
     data: Path, model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch,
     answers: list[str], *, first: int | None = None, documents: int = 4,
-    pictures: dict[int, str] | None = None, **values: Any,
+    pictures: dict[int, str] | None = None, most: int = 512, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the worker makes of these answers, without lmms-eval's evaluator."""
     entry = {"task": "l2c_world_exist", "data_files": str(data)}
-    recipe = suite(data, tasks=[entry | values], max_empty=0.25, limit=first)
+    settings = {"max_empty": 0.25, "limit": first, "max_new_tokens": most}
+    recipe = suite(data, tasks=[entry | values], **settings)
     (job,) = plan(recipe, {"a": model_dir}, TASKS)
-    items = [logged(n, answer, float(n % 2)) for n, answer in enumerate(answers)]
+    items = [logged(n, answer, float(n % 2), wrong=0.25) for n, answer in enumerate(answers)]
     given: dict[str, Any] = {}
 
     def simple_evaluate(**arguments: Any) -> dict[str, Any]:
@@ -512,7 +546,9 @@ def scored(
     module = SimpleNamespace(simple_evaluate=simple_evaluate)
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)  # type: ignore[arg-type]
     config = SimpleNamespace(
-        metric_list=[{"metric": "f1"}, {"metric": "acc"}],
+        metric_list=[
+            {"metric": "f1"}, {"metric": "wrong", "higher_is_better": False}, {"metric": "acc"}
+        ],
         test_split="test", validation_split=None, generation_kwargs={"max_new_tokens": 4},
     )  # fmt: skip
     task = SimpleNamespace(
@@ -523,7 +559,7 @@ def scored(
     processor = SimpleNamespace(image_processor=object())
     generator = SimpleNamespace(model=model, processor=processor, batch_size=3, max_new_tokens=9)
     adapter = SimpleNamespace(generator=generator, prompt_example="p")
-    adapter.pictures = {0: "x"} if pictures is None else pictures
+    adapter.pictures, adapter.num_cut = {0: "x"} if pictures is None else pictures, 2
     result = lmms_worker.score(job, recipe, task, adapter, out)
     assert not adapter.other_pictures
     assert given["limit"] == (first or values.get("limit"))
@@ -534,13 +570,17 @@ def scored(
 
 
 def test_a_score_says_of_what_it_is(
-    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     def make(answers: list[str], **values: Any) -> dict[str, Any]:
         return scored(data, model_dir, tmp_path / "out", monkeypatch, answers, **values)
 
     found = make(["yes", "", "no", "no"])  # a quarter may be empty
     assert (found["n"], found["n_empty"], found["n_errors"], found["documents"]) == (4, 1, 0, 4)
+    assert found["n_cut"] == 2 and "max_new_tokens" not in capsys.readouterr().err
+    make(["yes", "", "no", "no"], most=3)
+    said = "a: l2c_world_exist; answers end at max_new_tokens=3 of the suite, not 4\n"
+    assert capsys.readouterr().err == said
     assert (found["primary_metric"], found["metrics"], found["score"]) == ("acc", {"acc": 0.5}, 50)
     assert found["n_images"] == 4 and found["limit"] is None and found["prompt_example"] == "p"
     assert found["settings"]["batch_size"] == 3 and found["settings"]["max_new_tokens"] == 9

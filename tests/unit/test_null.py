@@ -288,7 +288,7 @@ def test_flips_at_half_of_the_seeds() -> None:
 
 
 def test_each_setting_that_differs_is_named() -> None:
-    identity = ("spec_hash", "protocol", "data_hash")
+    identity = ("spec_hash", "protocol", "data_hash", "list_hash")
     settings = "limit overrides data settings judge generation_kwargs prompt_example versions"
     for key in settings.split():
         one, two = ({"spec_hash": n, "other": n, key: n} for n in (0, 1))

@@ -26,6 +26,7 @@ from llm2clip_vlm.evaluation.report.inputs import (
     ReportError,
     guesses,
     measured_in,
+    read_retrieval,
     read_seconds,
     read_vlms,
 )
@@ -105,6 +106,8 @@ def test_the_page_stands_alone_and_the_line_is_one(
     assert "64.0 % against 35.0 %" in out
     links = re.findall(r"(?:https?:)?//[\w.]+", html)
     assert set(links) <= {"http://www.w3.org"}
+    counted = html.split("<summary>Answers counted")[1].split("</details>")[0]
+    assert re.search(r">\s*cut\s*<", counted) and re.search(r">\s*7\s*<", counted)
     assert not re.search(r"<(script|link|iframe)|@import|url\((?!#)|src=\"(?!data:)", html)
     for svg in re.findall(r"<svg.*?</svg>", html, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -148,11 +151,43 @@ def test_the_committed_ab_is_labelled(
     assert "VLM: not decided by this run (A/B over 8 seeds: +9.0 points [+7.0, +11.0])" in said
 
 
+def test_an_ab_without_a_test_decides_nothing(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    effect = {"delta": 9.0, "ci": None, "p": None, "deltas_by_seed": [8.0, 10.0], "n_seeds": 2}
+    ab: dict[str, Any] = {
+        "date": "2031-02-03",
+        "seeds": [0, 1],
+        "titles": {},
+        "data": "",
+        "git": {},
+    }
+    for ci in (None, [7.0, 11.0]):
+        row = {**effect, "ci": ci, "test": "none: base is one run"}
+        ab["ab"] = {"l2c_world_vqa": {"llm2clip-control_long": row}}
+        found, _ = make(program, run, tmp_path, ab=str(write_json(tmp_path / "ab.json", ab)))
+        assert "Not decided by the A/B: +9.0 points (none: base is one run)" in found["finding_vlm"]
+
+
+def test_towers_of_other_galleries_are_refused(tmp_path: Path) -> None:
+    found, places = retrieval(60.0), {name: str(tmp_path / name) for name in "ab"}
+    write_json(tmp_path / "a/results.json", found)
+    found["retrieval"]["long"]["t2i"]["gallery"] = 5000
+    write_json(tmp_path / "b/results.json", found)
+    with pytest.raises(ReportError, match=r"b: captions: expected as for a.*'gallery': 5000"):
+        read_retrieval(places)
+    del found["retrieval"]["long"]
+    write_json(tmp_path / "b/results.json", found)
+    with pytest.raises(ReportError, match="b: captions: expected as for a"):
+        read_retrieval(places)
+
+
 def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
-    whole = {"results": {"parts": {"miou": 41.5, "chance_miou": 2.8, "ci": [40.1, 43.2]}}}
-    write_json(tmp_path / "encoder/results.json", whole)
+    parts = {"miou": 41.5, "chance_miou": 2.8, "ci": [40.1, 43.2]}
+    write_json(tmp_path / "encoder/parts.json", parts)
+    write_json(tmp_path / "encoder/results.json", {})
     found, html = make(program, run, tmp_path, encoders={"base": str(tmp_path / "encoder")})
     drawn = dict(re.findall('<figure[^>]*aria-label="([^"]+)">(.*?)</figure>', html, re.DOTALL))
     rules = found["without_the_picture"]["l2c_world_vqa"]
@@ -215,14 +250,16 @@ def test_other_tasks_of_encoders_are_shown_where_they_were_run(
 ) -> None:
     folder = tmp_path / "encoder"
     whole = {"results": {"parts": {"miou": 41.5}, "names": {"top1": 75.0, "chance_top1": 5.0}}}
-    write_json(folder / "results.json", whole)
-    write_json(folder / "names.json", whole["results"]["names"])
+    write_json(folder / "results.json", {"results": {"parts": {"miou": 1.5}, "lost": {"ap": 2.0}}})
+    for name, result in whole["results"].items():
+        write_json(folder / f"{name}.json", result)
     rest = {"type": "", "question": "", "target": "", "answer": ""}
     samples = [{"doc_id": n, "image_id": str(n), "correct": float(n > 0), **rest} for n in range(4)]
     write_lines(folder / "names.samples.jsonl", samples)
     encoders = {"llm2clip": str(folder), "base": str(tmp_path / "nowhere")}
     found, html = make(program, run, tmp_path, encoders=encoders)
     assert found["encoders"] == {"llm2clip": {"names": 75.0, "parts": 41.5}}
+    # Not the figures of an earlier evaluation, whose `results.json` is still there.
     assert "llm2clip: 75.0 [" in html and "parts, mean IoU" in html and "chance: 5.0" in html
     _, html = make(program, run, tmp_path)
     assert "Other tasks" not in html
@@ -463,7 +500,8 @@ def test_pictures_are_found_by_id_by_place_or_inside_the_file(tmp_path: Path) ->
     wanted = Image.open(world / rows[place]["image"]).convert("RGB").tobytes()
     for sample in (named, placed):
         found = sample_pictures(world / "vqa_test.jsonl", [sample])
-        assert found[sample["doc_id"]].tobytes() == wanted
+        picture = found[sample["doc_id"]]
+        assert picture is not None and picture.tobytes() == wanted
     assert sample_pictures(world / "vqa_test.jsonl", [{**placed, "question": "?"}]) == {}
     assert sample_pictures(tmp_path / "none.jsonl", [named]) == sample_pictures(None, []) == {}
     buffer = io.BytesIO()
@@ -473,7 +511,27 @@ def test_pictures_are_found_by_id_by_place_or_inside_the_file(tmp_path: Path) ->
     )
     pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
     sample = {"doc_id": 0, "id": None, "question": "q"}
-    assert sample_pictures(tmp_path / "x.parquet", [sample])[0].tobytes() == wanted
+    picture = sample_pictures(tmp_path / "x.parquet", [sample])[0]
+    assert picture is not None and picture.tobytes() == wanted
+
+
+def test_the_picture_of_another_row_is_not_shown(tmp_path: Path) -> None:
+    """The task leaves the first row out; all ask the same."""
+    for name, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (8, 8), colour).save(tmp_path / f"{name}.png")
+    rows = [{"image": f"{name}.png", "question": "what ?"} for name in range(3)]
+    file = tmp_path / "rows.jsonl"
+    write_lines(file, rows)
+    samples = [
+        {"doc_id": n, "id": None, "question": "what ?", "type": str(n), "answer": "a"}
+        | {"target": "a", "correct": 1.0}
+        | {"image_id": PIXELS + pixel_hash([Image.new("RGB", (8, 8), colour)])}
+        for n, colour in enumerate(("lime", "lime"))
+    ]
+    found = sample_pictures(file, samples)
+    assert found[0] is None and found[1] is not None and found[1].getpixel((0, 0)) == (0, 255, 0)
+    shown = answered_questions({"a": samples[:1]}, file, 2)
+    assert [example.picture for example in shown] == [None]
 
 
 def test_questions_differ_in_type_and_picture(run: Path) -> None:

@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, run_seconds
+from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run
 from llm2clip_vlm.evaluation.vlm.samples import PairedSamples, pair_samples
 from llm2clip_vlm.metrics.segmentation import paired_iou
 from llm2clip_vlm.metrics.statistics import (
@@ -29,11 +30,12 @@ from llm2clip_vlm.metrics.statistics import (
     sign_flip_test,
     unpaired_summary,
 )
+from llm2clip_vlm.runs.manifest import read_manifest
 
 ALPHA = 0.05
 """A difference counts as won or lost where its p value, corrected by Holm, is below this."""
 
-_IDENTITY = ("spec_hash", "protocol", "data_hash")
+_IDENTITY = ("spec_hash", "protocol", "data_hash", "list_hash")
 
 _SETTINGS = (
     "limit",
@@ -67,13 +69,15 @@ def compare(
         the first of them), and `within_seed`: bootstrap and McNemar over images, seed by seed.
 
     Raises:
-        ReportError: A pair shares no benchmark, has only some seeds in common, or answered other
-            documents.
+        ReportError: A pair shares no benchmark, has only some seeds in common, answered other
+            documents, or is written like another pair.
     """
     by_name = {run.name: run for run in runs}
     effects: dict[str, dict[str, Any]] = {}
     wins = {}
     for a, b in pairs:
+        if f"{a}-{b}" in wins:
+            raise ReportError(f"{a}-{b}: two pairs are written so; rename one run: NAME=FOLDER")
         one, two = by_name[a], by_name[b]
         rows = {t: _effect(t, one, two, resamples) for t in one.scores if t in two.scores}
         if not rows:
@@ -126,6 +130,36 @@ def compare(
     }
 
 
+def run_seconds(run: Run) -> dict[str, float]:
+    """Wall time behind a run: each stage that its checkpoints descend from, and the evaluation.
+
+    Stages are known by their manifests; those of other machines cost nothing here.
+    """
+    found = [m for task, seeds in run.scores.items() if ":" not in task for m in seeds.values()]
+    places = {m.folder for m in found if not m.result}
+    places |= {Path(m.result["checkpoint"]["path"]) for m in found if m.result}
+    manifests: dict[Path, dict[str, Any]] = {}
+    while places:
+        place = places.pop().resolve()
+        for folder in (place, place.parent):
+            manifest = None if folder in manifests else read_manifest(folder)
+            if manifest is not None:
+                manifests[folder] = manifest
+                places |= {Path(p["path"]) for p in manifest.get("parents", {}).values()}
+    seconds: dict[str, float] = {}
+    for manifest in manifests.values():
+        stage = str(manifest.get("stage"))
+        seconds[stage] = seconds.get(stage, 0.0) + float(manifest["seconds"])
+    # Several benchmarks may come from one result, and several results from one kind of task.
+    spent = {
+        (m.folder, m.result.get("key", m.result["task"])): m.result["seconds"]
+        for m in found
+        if m.result
+    }
+    evaluation = float(sum(spent.values()))
+    return dict(sorted(seconds.items())) | ({"evaluation": evaluation} if evaluation else {})
+
+
 def _same_answers(tasks: Sequence[str], a: Run, b: Run) -> list[list[str]]:
     """Benchmarks in groups: all of one judge the same answers to the same questions, or a part."""
     said = {
@@ -160,6 +194,11 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     row["n_seeds"] = len(deltas) or min(len(first), len(second))
     row |= _over_seeds(task, a, b, deltas)
     everyone = [found.result for found in (*first.values(), *second.values())]
+    sizes = {str(m.size) for m in (*first.values(), *second.values()) if m.size}
+    if len(sizes) > 1:
+        raise ReportError(
+            f"{task}: {a.name}, {b.name}: expected one gallery, got {sorted(sizes)}; test again"
+        )
     if ":" not in task and (
         differs := [key for other in everyone for key in _differences(everyone[0], other)]
     ):

@@ -150,7 +150,7 @@ def _answered(picture: Image.Image | None, said: Mapping[str, Mapping[str, Any]]
 
 def sample_pictures(
     data_file: Path | None, samples: Sequence[Mapping[str, Any]]
-) -> dict[int, Image.Image]:
+) -> dict[int, Image.Image | None]:
     """Pictures of samples, from the file that their task read.
 
     Args:
@@ -159,7 +159,8 @@ def sample_pictures(
         samples: Their answers.
 
     Returns:
-        `doc_id` to picture, without those that the file does not have.
+        `doc_id` to picture, without those that the file does not have. None: not the picture that
+        was seen, as where the task leaves out rows, or ids repeat.
 
     Raises:
         ImageError: A picture that is not there or does not decode.
@@ -168,7 +169,7 @@ def sample_pictures(
         return {}
     by_id = {str(s["id"]): s["doc_id"] for s in samples if s["id"] is not None}
     by_place = {(s["doc_id"], s["question"]): s["doc_id"] for s in samples if s["id"] is None}
-    found: dict[int, Image.Image] = {}
+    found: dict[int, Image.Image | None] = {}
     for place, row in enumerate(iter_rows(data_file)):
         doc = by_id.get(str(row.get("id")), by_place.get((place, row.get("question"))))
         image = row.get("image")
@@ -176,4 +177,8 @@ def sample_pictures(
             found[doc] = open_image(data_file.parent, image)
         elif doc is not None and isinstance(image, PackedImage):
             found[doc] = EncodedImage(image.read(), f"row {place} of {data_file}").rgb()
+    for sample in samples:
+        picture, seen = found.get(sample["doc_id"]), str(sample.get("image_id"))
+        if picture and seen.startswith(PIXELS) and seen != f"{PIXELS}{pixel_hash([picture])}":
+            found[sample["doc_id"]] = None
     return found

@@ -160,10 +160,10 @@ class Facts:
         return {run.name: run.values(task) for run in self.vlms}
 
     def counted(self, task: str) -> list[list[Any]]:
-        """Checkpoint, questions, empty and unparsable answers."""
-        keys = ("n", "n_empty", "n_unparsable")
+        """Checkpoint, questions, empty, cut and unparsable answers."""
+        keys = ("n", "n_empty", "n_cut", "n_unparsable")
         return [
-            [f"{run.name}-s{seed}", *(measured.result[key] for key in keys)]
+            [f"{run.name}-s{seed}", *(measured.result.get(key) for key in keys)]
             for run in self.vlms
             for seed, measured in run.scores[task].items()
         ]
@@ -193,7 +193,9 @@ class Facts:
             state = "not decided by this run"
         effect = ((self.ab or {}).get("ab", {}).get(task) or {}).get(f"{a}-{b}")
         short = other = "no A/B over training seeds is at hand"
-        if effect is not None:
+        if effect is not None and None in (effect["ci"], effect["p"]):
+            short = other = "not decided by the A/B: {delta:+.1f} points ({test})".format(**effect)
+        elif effect is not None:
             figures = "{delta:+.1f} points [{ci[0]:+.1f}, {ci[1]:+.1f}]".format(**effect)
             short = f"A/B over {effect['n_seeds']} seeds: {figures}"
             other = (

@@ -81,7 +81,7 @@ def read_retrieval(towers: Mapping[str, str]) -> dict[str, dict[str, dict[str, d
         `{tower: {kind: {"i2t" | "t2i": {"r1", "ci", ...}}}}`, in per cent.
 
     Raises:
-        ReportError: A tower has no results, or other kinds of caption than the first.
+        ReportError: A tower has no results, or other kinds or numbers of captions than the first.
     """
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for tower, folder in towers.items():
@@ -92,14 +92,23 @@ def read_retrieval(towers: Mapping[str, str]) -> dict[str, dict[str, dict[str, d
         if not retrieval:
             raise ReportError(f"{file}: retrieval: none; set `evaluation` in the tower's recipe")
         found[tower] = retrieval
-    first = next(iter(found.values()))
+    first = next(iter(found))
     for tower, kinds in found.items():
-        if set(kinds) != set(first):
+        if (got := _tested(kinds)) != (expected := _tested(found[first])):
             raise ReportError(
-                f"{towers[tower]}: kinds of caption: expected {sorted(first)} as for "
-                f"{next(iter(found))}, got {sorted(kinds)}"
+                f"{towers[tower]}: captions: expected as for {first}, {expected}, got {got}; test "
+                "all towers on one held-out set"
             )
     return found
+
+
+def _tested(retrieval: Mapping[str, Any]) -> dict[str, Any]:
+    return {kind: [_size(found[way]) for way in DIRECTIONS] for kind, found in retrieval.items()}
+
+
+def _size(retrieval: Mapping[str, Any]) -> dict[str, Any]:
+    """Over how many a recall was taken: it falls as the gallery grows."""
+    return {key: retrieval[key] for key in ("queries", "gallery") if key in retrieval}
 
 
 def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
@@ -173,6 +182,8 @@ class Measured:
     """What a guess gets, in per cent. None: not known."""
     ci: Sequence[float] | None = None
     """95 % interval of a score that is no mean over samples."""
+    size: Mapping[str, Any] = field(default_factory=dict)
+    """Queries and gallery of a recall without samples."""
 
     @property
     def scored(self) -> Sequence[Mapping[str, Any]]:
@@ -242,7 +253,8 @@ def read_run(
         fixed: Places without `{seed}` hold a model that was not trained.
 
     Raises:
-        ReportError: Nothing is there, a benchmark is missing, or two places have the same one.
+        ReportError: Nothing is there, a benchmark is missing, two places have the same one, or one
+            place has results of several weights.
     """
     run = Run(name, list(places), fixed)
     for place, wanted in places.items():
@@ -250,9 +262,16 @@ def read_run(
             found = dict(measured_in(folder))
             if lost := [task for task in wanted or () if task not in found]:
                 raise ReportError(f"{folder}: expected results of {lost}, got {sorted(found)}")
+            if wanted is not None:
+                found = {t: m for t, m in found.items() if t.partition(":")[0] in wanted}
+            made_by = [(m.result.get("checkpoint", {}).get("sha256"), t) for t, m in found.items()]
+            if len({sha for sha, _ in made_by if sha}) > 1:
+                held = ", ".join(f"{t} of {sha[:12]}" for sha, t in made_by if sha and ":" not in t)
+                raise ReportError(
+                    f"{folder}: expected results of one model, got several weights: {held}; run "
+                    "`llm2clip-vlm eval` again with all of these tasks, or name some with --task"
+                )
             for task, measured in found.items():
-                if wanted is not None and task.partition(":")[0] not in wanted:
-                    continue
                 there = run.scores.setdefault(task, {})
                 if seed in there or (there and None in (seed, *there)):
                     raise ReportError(f"{name}: {task} is in {folder} and in another place")
@@ -319,10 +338,10 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         task = file.name.removesuffix(SAMPLES)
         # An encoder's task may have several of these: `<task>.<kind>.i2t`.
         names = [task.rsplit(".", cut)[0] for cut in range(task.count(".") + 1)]
-        files = [folder / f"{name}.json" for name in names]
-        result = read_json(next(filter(Path.is_file, files), files[0]), "the evaluation")
+        beside = [folder / f"{name}.json" for name in names]
+        result = read_json(next(filter(Path.is_file, beside), beside[0]), "the evaluation")
         samples = load_samples(file)
-        if "counts" in samples[0]:  # a score of `results.json`
+        if "counts" in samples[0]:  # a mean IoU, see below
             continue
         parts = [DIRECTIONS.get(part, part.replace("_", " ")) for part in task.split(".")]
         first = result.get("limit") or 0
@@ -345,15 +364,18 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         retrieval = whole.get("retrieval") or {}
         for kind, way in product(retrieval, DIRECTIONS):
             title, found = f"{kind.replace('_', ' ')}, {DIRECTIONS[way]}", retrieval[kind][way]
-            rest = {"chance": found.get("chance_r1"), "ci": found.get("ci")}
+            rest = {"chance": found.get("chance_r1"), "ci": found.get("ci"), "size": _size(found)}
             yield f"retrieval_{kind}_{way}", Measured(title, found["r1"], folder, **rest)
-        for name, found in (whole.get("results") or {}).items():
-            for metric, words in _NO_MEANS.items():
-                if found.get(metric) is not None:
-                    title, file = f"{name.replace('_', ' ')}, {words}", folder / f"{name}{SAMPLES}"
-                    kept = load_samples(file) if file.is_file() else ()
-                    rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
-                    yield name, Measured(title, found[metric], folder, kept, found, **rest)
+    # Not from `results.json`, which is of the last evaluation that came to its end.
+    for file in sorted(folder.glob("*.json")):
+        found = files.read_json(file, object, ReportError)
+        for metric, words in _NO_MEANS.items():
+            if isinstance(found, dict) and found.get(metric) is not None:
+                title = f"{file.stem.replace('_', ' ')}, {words}"
+                lines = file.with_suffix(SAMPLES)
+                kept = load_samples(lines) if lines.is_file() else ()
+                rest = {"chance": found.get("chance_miou"), "ci": found.get("ci")}
+                yield file.stem, Measured(title, found[metric], folder, kept, found, **rest)
 
 
 def _chance(result: Mapping[str, Any], samples: str) -> float | None:
@@ -367,33 +389,3 @@ def _chance(result: Mapping[str, Any], samples: str) -> float | None:
         return 100 / float(result["queries"])
     found = chances.get(way, result.get("chance_top1"))
     return None if found is None else float(found)
-
-
-def run_seconds(run: Run) -> dict[str, float]:
-    """Wall time behind a run: each stage that its checkpoints descend from, and the evaluation.
-
-    Stages are known by their manifests; those of other machines cost nothing here.
-    """
-    found = [m for task, seeds in run.scores.items() if ":" not in task for m in seeds.values()]
-    places = {m.folder for m in found if not m.result}
-    places |= {Path(m.result["checkpoint"]["path"]) for m in found if m.result}
-    manifests: dict[Path, dict[str, Any]] = {}
-    while places:
-        place = places.pop().resolve()
-        for folder in (place, place.parent):
-            manifest = None if folder in manifests else read_manifest(folder)
-            if manifest is not None:
-                manifests[folder] = manifest
-                places |= {Path(p["path"]) for p in manifest.get("parents", {}).values()}
-    seconds: dict[str, float] = {}
-    for manifest in manifests.values():
-        stage = str(manifest.get("stage"))
-        seconds[stage] = seconds.get(stage, 0.0) + float(manifest["seconds"])
-    # Several benchmarks may come from one result, and several results from one kind of task.
-    spent = {
-        (m.folder, m.result.get("key", m.result["task"])): m.result["seconds"]
-        for m in found
-        if m.result
-    }
-    evaluation = float(sum(spent.values()))
-    return dict(sorted(seconds.items())) | ({"evaluation": evaluation} if evaluation else {})

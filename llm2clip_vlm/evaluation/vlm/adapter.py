@@ -85,6 +85,8 @@ class Llm2ClipVlmChat(lmms):
         """The first prompt of the last task, as the template wrote it."""
         self.pictures: dict[int, str] = {}
         """Hash of the pictures' pixels by document of the last task; text alone has no entry."""
+        self.num_cut = 0
+        """Answers of the last task that the limit of tokens cut."""
         self.other_pictures = False
         """Show each question the picture of another document; :attr:`pictures` keeps its own."""
 
@@ -131,6 +133,7 @@ class Llm2ClipVlmChat(lmms):
                             documents = self.task_dict[task][split]
                             prompts[row] = self._elsewhere(prompt, doc_to_messages, documents, doc)
                 answers += generator.generate(prompts, [given[2] for given in asked], bar.update)
+        self.num_cut = sum(answer.cut for answer in answers)
         tokens = sum(answer.num_tokens for answer in answers)
         seconds = time.perf_counter() - started
         log_metrics(total_elapsed_time=seconds, total_gen_tokens=tokens, avg_speed=tokens / seconds)

@@ -24,6 +24,7 @@ from llm2clip_vlm.chat.labels import prompt_text
 from llm2clip_vlm.chat.template import render, template_of
 from llm2clip_vlm.chat.text_tokens import TextTokens, text_tokens
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.data.reading.samples import to_rgb
 from llm2clip_vlm.evaluation.vlm.shared_prefix import PrefixSharing, places
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.evaluation.vlm.token_queue import Closed, TokenQueue
@@ -104,6 +105,8 @@ class Answer:
     """Decoded, cut at the first stop string, without control characters, stripped."""
     num_tokens: int
     """Tokens generated, the end token included."""
+    cut: bool = False
+    """Neither the end token nor a stop string came before the limit of tokens."""
 
 
 def strip_control(text: str) -> str:
@@ -181,7 +184,7 @@ class Generator:
                 if part["type"] == "text":
                     parts.append({"type": "text", "text": strip_control(self._said(part["text"]))})
                 elif part["type"] == "image" and isinstance(part["url"], Image.Image):
-                    images.append(part["url"].convert("RGB"))
+                    images.append(to_rgb(part["url"]))
                     parts.append({"type": "image"})
                 else:
                     raise ValueError(
@@ -376,16 +379,13 @@ class Generator:
             done.result()
 
     def _answer(self, ids: Sequence[int], until: tuple[str, ...]) -> Answer:
-        kept = list(ids)
-        ends = [place for place, token in enumerate(kept) if token in self.eos_ids]
-        kept = kept[: ends[0] + 1] if ends else kept
-        text = self.tokenizer.decode(kept, skip_special_tokens=True)
+        ends = [place for place, token in enumerate(ids) if token in self.eos_ids]
+        kept = ids[: ends[0] + 1] if ends else ids
         # Some templates put a newline before the answer: a stop string counts after the first word.
-        text = text.lstrip()
-        for stop in until:
-            if stop:
-                text = text.split(stop, 1)[0]
-        return Answer(strip_control(text).strip(), len(kept))
+        text = whole = self.tokenizer.decode(kept, skip_special_tokens=True).lstrip()
+        for stop in filter(None, until):
+            text = text.split(stop, 1)[0]
+        return Answer(strip_control(text).strip(), len(kept), not ends and text == whole)
 
 
 @contextmanager

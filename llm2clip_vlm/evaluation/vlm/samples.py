@@ -47,13 +47,19 @@ imageId, SEED-Bench: data_id, DocVQA: docId)."""
 
 
 def metrics_of(results: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of `simple_evaluate`'s `results[task]`, without filters' names and errors."""
+    """The numbers of `simple_evaluate`'s `results[task]`, without filters' names and errors.
+
+    Raises:
+        EvaluationError: Several filters give a metric several values.
+    """
     found = {}
     for key, value in results.items():
         name, _, _ = key.partition(",")
-        number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        number = isinstance(value, int | float | np.number) and not isinstance(value, bool)
         # No document of its kind (a video, say): no number either.
         if number and math.isfinite(value) and "_stderr" not in name and name not in MEANINGLESS:
+            if name in found:
+                raise EvaluationError(f"{name}: a value for each of several filters: {[*results]}")
             found[name] = float(value)
     return found
 
@@ -85,8 +91,8 @@ def samples_of(
         (MMBench) also `{question_id, turn}`.
 
     Raises:
-        EvaluationError: A document has no value of any metric, none that is a number, or is there
-            twice.
+        EvaluationError: A document has no value of any metric, none that is a number, one that is
+            not from 0 to 1, or is there twice.
     """
     samples = []
     counts = Counter(entry["doc_id"] for entry in logged)
@@ -139,8 +145,11 @@ def _score(
         if isinstance(value, Mapping):
             found = value.get("score", value.get("is_correct"))
             value = _alone(value, aggregations.get(name)) if found is None else found
-        if isinstance(value, int | float) and not math.isnan(value):
-            return float(value)
+        if isinstance(value, int | float | np.number | np.bool_) and not math.isnan(value):
+            if not 0 <= (score := round(float(value), 12)) <= 1:
+                where = f"document {item['doc_id']}: {name}"
+                raise EvaluationError(f"{where}: expected a score from 0 to 1, got {value}")
+            return score
     raise EvaluationError(f"document {item['doc_id']}: no value of {', '.join(metrics)}")
 
 
@@ -158,7 +167,8 @@ def _alone(value: Mapping[str, Any], aggregation: Callable[..., Any] | None) -> 
     if aggregation is None:
         return None
     found = float(_aggregate(aggregation, [{**value, "index": 0} if "index" in value else value]))
-    return found / 100 if found > 1 else found
+    # Above 100 where a judge likes an answer better than its reference.
+    return min(found / 100, 1.0) if found > 1 else found
 
 
 def _aggregate(aggregation: Callable[..., Any], values: list[Any]) -> Any:
@@ -291,7 +301,7 @@ def load_samples(path: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         RecordError: The file is missing or damaged.
-        ValueError: It holds no sample, one document twice, or a score that is no number.
+        ValueError: It holds no sample, one document twice, or a score that is not from 0 to 1.
     """
     samples = list(iter_rows(path))
     if not samples:
@@ -304,7 +314,7 @@ def load_samples(path: str | Path) -> list[dict[str, Any]]:
         score = sample["correct"]
         if score is None:
             continue  # a metric of all documents together
-        if not isinstance(score, int | float) or not math.isfinite(score):
+        if not isinstance(score, int | float) or not 0 <= score <= 1:
             raise ValueError(
                 f"{path}: document {sample['doc_id']}: expected a score from 0 to 1, got {score}; "
                 "evaluate again"

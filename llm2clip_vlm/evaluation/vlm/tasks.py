@@ -148,7 +148,8 @@ def build_task(
         A `ConfigurableMessagesTask`.
 
     Raises:
-        EvaluationError: A judge task, another output than text, or a bad override.
+        EvaluationError: A judge task, another output than text, a bad override, a file that names
+            another task, or a first metric that is better the lower it is.
         Exception: Whatever kept the data set from loading (lmms-eval retries, then hides it).
     """
     from lmms_eval.api.task import ConfigurableMessagesTask
@@ -164,6 +165,14 @@ def build_task(
         raise EvaluationError(
             f"task {spec.task}: output_type {config['output_type']}; only generate_until is scored "
             "(lmms-eval 0.7 breaks multiple_choice; use the task's generating variant)"
+        )
+    if (name := config.get("task")) != spec.task:
+        raise EvaluationError(f"task {spec.task}: its file says `task: {name}`; give both one name")
+    main, *_ = config.get("metric_list") or [{}]
+    if not main.get("higher_is_better", True):
+        raise EvaluationError(
+            f"task {spec.task}: its first metric, {main['metric']}, is better the lower it is, and "
+            "comparisons take more for better; put another first: overrides: {metric_list: [...]}"
         )
     try:
         return ConfigurableMessagesTask(config=config, model_name=MODEL_ID)

@@ -118,10 +118,13 @@ def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -
     spec, folder = suite.tasks[job.task_index], output / job.checkpoint
     limit = suite.limit or spec.limit
     job.result_path(output).unlink(missing_ok=True)
-    print(f"{job.checkpoint}: {spec.title or job.task}", file=sys.stderr, flush=True)
+    asked = (task.config.generation_kwargs or {}).get("max_new_tokens") or 0
+    most = suite.max_new_tokens
+    cut = f"; answers end at max_new_tokens={most} of the suite, not {asked}" * (asked > most)
+    print(f"{job.checkpoint}: {spec.title or job.task}{cut}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     found = _answered(adapter, suite, task, folder, limit)
-    names = [metric["metric"] for metric in task.config.metric_list]
+    names = [m["metric"] for m in task.config.metric_list if m.get("higher_is_better", True)]
     documents, logged = len(task.eval_docs), found["samples"].get(spec.task) or []
     if not logged:
         raise EvaluationError(f"{job.checkpoint} / {job.task}: no document was answered")
@@ -130,9 +133,9 @@ def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -
         raise EvaluationError(f"{job.checkpoint} / {job.task}: none of {names} has a value")
     primary = next((name for name in names if name in metrics), names[0])
     whole = spec.program is not None
-    pictures, prompt = adapter.pictures, adapter.prompt_example
+    pictures, prompt, num_cut = adapter.pictures, adapter.prompt_example, adapter.num_cut
     samples = samples_of(logged, names, task.aggregation(), pictures, whole=whole)
-    counts = summarise(samples, metrics[primary] if whole else None)
+    counts = summarise(samples, metrics[primary] if whole else None) | {"n_cut": num_cut}
     counts["n_errors"] = min(limit or documents, documents) - len(samples)
     _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
     seen = {}
