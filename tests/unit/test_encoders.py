@@ -92,9 +92,10 @@ def test_a_clip_with_a_hole_in_its_text_tower_is_refused(tiny_clip: Path, tmp_pa
 
 @torch.no_grad()
 def test_an_llm2clip_with_its_text_encoder(
-    llm2clip: Path, tiny_llm: Path, images: list[ImageTextRecord]
+    llm2clip: Path, tiny_llm: Path, images: list[ImageTextRecord], caplog: pytest.LogCaptureFixture
 ) -> None:
     encoder = load_encoder(str(llm2clip), str(tiny_llm))
+    assert "no manifest.json beside it says which text encoder" in caplog.text
     model = LLM2CLIPModel.from_pretrained(llm2clip).eval()
     want = model.get_image_features(pixels_of(llm2clip, images))
     torch.testing.assert_close(encoder.embed_images(images)[0], want, atol=1e-6, rtol=0)

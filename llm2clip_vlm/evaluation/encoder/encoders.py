@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +31,8 @@ from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_dir, hash_json
 from llm2clip_vlm.runs.manifest import read_manifest
+
+logger = logging.getLogger(__name__)
 
 _CLIP = ("clip", "vision-text-dual-encoder")
 """`model_type` of models with CLIP's text tower."""
@@ -170,7 +173,11 @@ def _caption_encoder(path: str, text_encoder: str | TextEncoderSection, device: 
     named = isinstance(text_encoder, str)
     load: Any = TextEncoder.from_pretrained if named else TextEncoder.from_section
     encoder: TextEncoder = load(text_encoder, device=device)
-    manifest = read_manifest(Path(path).parent) or {"fingerprints": {}}
+    manifest = read_manifest(Path(path).parent)
+    if manifest is None:
+        told = "no manifest.json beside it says which text encoder it was trained against"
+        logger.warning("%s: %s; %s is taken", path, told, text_encoder)
+        return encoder
     for name, value in encoder.fingerprint.items():
         recorded = manifest["fingerprints"].get(f"text_encoder.{name}", value)
         if recorded != value:
