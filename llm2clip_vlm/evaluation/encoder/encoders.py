@@ -210,7 +210,7 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
     if clip:
         check_tokenizer(model, tokenizer)
     padding = "longest" if clip else "max_length"
-    options = {"padding": padding, "max_length": window, "return_tensors": "pt"}
+    options: dict[str, Any] = {"padding": padding, "max_length": window, "return_tensors": "pt"}
     cut = 0
 
     @torch.no_grad()
