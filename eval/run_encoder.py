@@ -60,7 +60,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "detection": detection,
 }
 
-VERSION = 3
+VERSION = 4
 """Version of the results; raised when a score or a hash is computed in another way, or more of an
 item is kept."""
 
