@@ -160,7 +160,7 @@ def test_an_ab_without_a_test_decides_nothing(
         "seeds": [0, 1],
         "titles": {},
         "data": "",
-        "git": {},
+        "git": {"commit": "0" * 12, "dirty": False},
     }
     for ci in (None, [7.0, 11.0]):
         row = {**effect, "ci": ci, "test": "none: base is one run"}
