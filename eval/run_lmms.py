@@ -125,7 +125,7 @@ def print_table(results: dict[str, dict[str, dict[str, Any]]]) -> None:
             cut = f", first {least} only" if least < result["documents"] else ""
             print(
                 f"{name:<16} {result['title']:<28} {result['score']:6.1f} [{interval}]  "
-                f"n={result['n']}{cut}, empty {result['n_empty']}, "
+                f"n={result['n']}{cut}, empty {result['n_empty']}, cut {result['n_cut']}, "
                 f"unparsable {result['n_unparsable']}, {result['seconds']:.0f} s"
             )
             if other := result.get("other_pictures"):
