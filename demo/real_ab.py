@@ -225,7 +225,8 @@ def show(found: dict[str, Any]) -> None:
             mean = sum(scores[tower]) / len(scores[tower])
             print(f"{task:<9} {tower:<23} {mean:5.1f} ({len(scores[tower])} seeds)")
     for name, row in found["tests"].items():
-        print(f"{name}: {row['delta']:+.1f} {row['ci']}, p = {row['p']:.3g}")
+        low, high = row["ci"]
+        print(f"{name}: {row['delta']:+.1f} [{low:.1f}, {high:.1f}], p = {row['p']:.3g}")
 
 
 if __name__ == "__main__":
