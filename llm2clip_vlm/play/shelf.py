@@ -68,8 +68,7 @@ class Shelf:
 
     def _weights(self, names: Sequence[str]) -> dict[str, str]:
         """Hash of each model's files (of large ones, pieces): one trained anew is another model."""
-        known = [name for name in names if name in self.vlms]
-        folders = {name: Path(model_folder(self.vlms[name])) for name in known}
+        folders = {n: Path(model_folder(self.vlms[n])) for n in names if n in self.vlms}
         return {
             name: hash_json([file_state(file)[2] for file in sorted(model_files(folder))])
             for name, folder in folders.items()

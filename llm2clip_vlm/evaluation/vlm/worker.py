@@ -120,7 +120,8 @@ def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -
     job.result_path(output).unlink(missing_ok=True)
     asked = (task.config.generation_kwargs or {}).get("max_new_tokens") or 0
     most = suite.max_new_tokens
-    cut = f"; answers end at max_new_tokens={most} of the suite, not {asked}" * (asked > most)
+    told = f"; answers end at max_new_tokens={most} of the suite, not {asked}"
+    cut = told if asked > most else ""
     print(f"{job.checkpoint}: {spec.title or job.task}{cut}", file=sys.stderr, flush=True)
     started = time.perf_counter()
     found = _answered(adapter, suite, task, folder, limit)
