@@ -171,6 +171,24 @@ def test_samples_of_an_earlier_recipe_are_gone(
         assert left == {f"pairs.{kind}.{way}.samples.jsonl" for kind in fields for way in WAYS}
 
 
+def test_what_fails_leaves_no_results_of_before(
+    tmp_path: Path, tiny_clip: Path, world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else the scores of other weights would stand beside those that are new."""
+    rows = (world / "labels.jsonl").read_text().replace('"label"', '"a b"')
+    data = tmp_path / "rows.jsonl"
+    data.write_text(rows.replace('"split"', '"a-b"'))
+    task = {"task": "retrieval", "benchmark": "records", "data": str(data), "images": str(world)}
+    out = tmp_path / "out"
+    assert evaluate(tmp_path, [task | {"fields": ["a b"]}], model=str(tiny_clip)) == 0
+    found = json.loads((out / "records.json").read_text())
+    whole = json.loads((out / "results.json").read_text())
+    assert found["checkpoint"]["sha256"] == whole["fingerprints"]["model"]
+    assert evaluate(tmp_path, [task | {"fields": ["a b", "a-b"]}], model=str(tiny_clip)) == 2
+    assert "would share a file; rename one" in capsys.readouterr().err
+    assert not (out / "results.json").exists() and not (out / "encoder.html").exists()
+
+
 def test_nothing_of_the_users_is_lost(
     tmp_path: Path, tiny_clip: Path, world: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
