@@ -80,9 +80,12 @@ def test_the_untrained_student_pays_nothing(model: LLM2CLIPModel) -> None:
         assert two.item() == pytest.approx(2 * one.item()) and one > 0
 
 
-def test_inherit_space_starts_as_clip(model: LLM2CLIPModel, tiny_clip: Path) -> None:
+def test_inherit_space_starts_as_clip(
+    model: LLM2CLIPModel, tiny_clip: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     clip = CLIPModel.from_pretrained(tiny_clip)
     inherit_space(model, clip)
+    assert not caplog.records
     pixels = torch.randn(2, 3, 32, 32)
     want = F.normalize(clip.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
     torch.testing.assert_close(model.eval().get_image_features(pixels), want)
@@ -92,6 +95,12 @@ def test_inherit_space_starts_as_clip(model: LLM2CLIPModel, tiny_clip: Path) -> 
     )
     with pytest.raises(ValueError, match="projects 32 to 32 dimensions, the model 32 to 8"):
         inherit_space(narrow, clip)
+    with torch.no_grad():
+        clip.vision_model.post_layernorm.weight.mul_(2)
+    inherit_space(model, clip)
+    (warning,) = caplog.messages
+    assert "1 tensors of vision_tower are not those of the CLIP" in warning
+    assert "post_layernorm.weight" in warning
 
 
 def test_the_adaptor_learns_the_text_tower(model: LLM2CLIPModel, tiny_clip: Path) -> None:

@@ -209,12 +209,14 @@ def test_another_judge_is_another_score(data: Path, monkeypatch: pytest.MonkeyPa
 
 def test_images_that_a_csv_names_are_part_of_the_data(tmp_path: Path) -> None:
     file = tmp_path / "questions.csv"
-    file.write_text("image,question,answer\na.png,what ?,red\n")
+    file.write_text("image,second,question,answer\na.png,B.JPG,what ?,red\n")
+    (tmp_path / "B.JPG").write_bytes(b"one")
     hashes = set()
     for seed in (0, 1):
         write_image(tmp_path / "a.png", seed)
         hashes.add(data_hash(file))
-    assert len(hashes) == 2
+    (tmp_path / "B.JPG").write_bytes(b"another")  # a task's own column, known by its suffix
+    assert len({*hashes, data_hash(file)}) == 3
 
 
 def test_a_result_counts_only_for_its_content(data: Path, model_dir: Path, tmp_path: Path) -> None:
@@ -432,6 +434,10 @@ def test_a_task_that_cannot_be_scored_is_refused_before_an_answer(tmp_path: Path
         task = LmmsTask(task="l2c_world_exist", overrides={"metric_list": [less, *others]})
         with pytest.raises(EvaluationError, match="first metric, yes_rate, is better the lower"):
             build_task(task, TASKS)
+    several = [{"name": n, "filter": [{"function": "take_first"}]} for n in ("strict", "loose")]
+    task = LmmsTask(task="l2c_world_exist", overrides={"filter_list": several})
+    with pytest.raises(EvaluationError, match=r"filters \['strict', 'loose'\] give each"):
+        build_task(task, TASKS)
 
 
 def test_functions_in_overrides_are_of_two_packages() -> None:

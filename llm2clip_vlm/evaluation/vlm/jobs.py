@@ -27,6 +27,7 @@ from typing import Any
 import llm2clip_vlm
 from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
+from llm2clip_vlm.data.reading.shards import IMAGE_SUFFIXES
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
@@ -250,6 +251,8 @@ _SAME_SCORE = {"data_files", "made_by", "title", "name", "program"}
 def data_hash(file: Path, made_by: str | None = None) -> str:
     """Hash of a data file and, but for a table that holds them, of every image that it names.
 
+    An image is what `image` names, and any other file of an image's suffix that a row names.
+
     Args:
         file: The file.
         made_by: Command that makes it, for the message.
@@ -263,10 +266,20 @@ def data_hash(file: Path, made_by: str | None = None) -> str:
         raise EvaluationError(f"data file {file}: not there; set data_dir, or {remedy}")
     digest = hashlib.sha256(fingerprint_file(file).encode())
     if file.suffix != ".parquet":
-        images = {str(row["image"]): None for row in iter_rows(file) if row.get("image")}
-        for name in images:
-            digest.update(fingerprint_file(resolve_image(file.parent, name)).encode())
+        rows = [*iter_rows(file)]
+        images = dict.fromkeys(str(row["image"]) for row in rows if row.get("image"))
+        others = dict.fromkeys(v for row in rows for v in row.values() for v in _pictures(v))
+        named = [resolve_image(file.parent, name) for name in images]
+        named += [path for v in others if v not in images and (path := file.parent / v).is_file()]
+        for path in named:
+            digest.update(fingerprint_file(path).encode())
     return digest.hexdigest()
+
+
+def _pictures(value: Any) -> list[str]:
+    """Names of pictures in a column's value, a list of them or a single one."""
+    names = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, str)]
+    return [v for v in names if v.rpartition(".")[2].lower() in IMAGE_SUFFIXES]
 
 
 def _files_hash(files: Sequence[Path]) -> str:

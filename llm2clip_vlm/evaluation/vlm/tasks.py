@@ -149,7 +149,7 @@ def build_task(
 
     Raises:
         EvaluationError: A judge task, another output than text, a bad override, a file that names
-            another task, or a first metric that is better the lower it is.
+            another task, several filters, or a first metric that is better the lower it is.
         Exception: Whatever kept the data set from loading (lmms-eval retries, then hides it).
     """
     from lmms_eval.api.task import ConfigurableMessagesTask
@@ -173,6 +173,11 @@ def build_task(
         raise EvaluationError(
             f"task {spec.task}: its first metric, {main['metric']}, is better the lower it is, and "
             "comparisons take more for better; put another first: overrides: {metric_list: [...]}"
+        )
+    if len(filters := [f["name"] for f in config.get("filter_list") or []]) > 1:
+        raise EvaluationError(
+            f"task {spec.task}: filters {filters} give each metric several values; keep one: "
+            "overrides: {filter_list: [...]}"
         )
     try:
         return ConfigurableMessagesTask(config=config, model_name=MODEL_ID)

@@ -216,7 +216,7 @@ def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
     """Start in CLIP's own joint space: its image projection and, for softmax, its scale, in place.
 
     Args:
-        model: Around the same CLIP's vision tower.
+        model: Around the same CLIP's vision tower; with other weights of it, a warning says so.
         clip: Its `visual_projection` and `logit_scale` are copied.
 
     Raises:
@@ -227,6 +227,20 @@ def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
         raise ValueError(
             f"inherit_text: the CLIP projects {given.shape[1]} to {given.shape[0]} dimensions, "
             f"the model {own.shape[1]} to {own.shape[0]}; set projection_dim and `clip` to fit"
+        )
+    tower = vision_tower_of(clip).state_dict()
+    moved = [
+        name
+        for name, tensor in model.vision_tower.state_dict().items()
+        if (theirs := tower.get(name)) is None
+        # Positions that were interpolated have another shape.
+        or (theirs.shape == tensor.shape and not torch.equal(theirs.to(tensor), tensor))
+    ]
+    if moved:
+        logger.warning(
+            "inherit_text: %d tensors of vision_tower are not those of the CLIP, %s among them; "
+            "its projection fits a tower that was trained on from it, and no other one",
+            *(len(moved), moved[0]),
         )
     own.copy_(given)
     if model.logit_bias is None:
