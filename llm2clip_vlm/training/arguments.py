@@ -205,6 +205,12 @@ def _try_out(args: TrainingArguments) -> None:
             "save_strategy: best saves nothing without an evaluation and metric_for_best_model; "
             "expected steps, epoch or no"
         )
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    if args.mixed_precision != precision:  # transformers takes over a launcher's
+        raise ValueError(
+            f"precision: the launcher says mixed_precision: {args.mixed_precision}, the recipe "
+            f"{precision}; write trainer.bf16 or fp16 into the recipe, `no` into accelerate's file"
+        )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES:
         raise ValueError(f"FSDP: expected {_OWNED['fsdp']} (ZeRO), which can be resumed and merged")
     if args.deepspeed is not None or args.deepspeed_plugin is not None:

@@ -248,6 +248,18 @@ def test_fsdp_of_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         build_training_arguments(make_recipe(tmp_path))
 
 
+@pytest.mark.parametrize("given", ["bf16", "fp16", "fp8"])
+def test_the_precision_of_a_launcher_is_refused_where_the_recipe_has_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
+    with pytest.raises(ValueError, match=f"launcher says mixed_precision: {given}, the recipe no"):
+        build_training_arguments(make_recipe(tmp_path))
+    # what the recipe names is what counts
+    found = build_training_arguments(make_recipe(tmp_path, trainer={"bf16": True}))
+    assert found.mixed_precision == "bf16"
+
+
 @pytest.mark.parametrize(
     "trainer",
     [
