@@ -239,6 +239,12 @@ class Stage2bRecipe(EncoderRecipe):
             raise ValueError(
                 "weight_average.export is false and no self_distillation uses the averages"
             )
+        exported = self.weight_average is not None and self.weight_average.export
+        if exported and self.trainer.get("load_best_model_at_end"):
+            raise ValueError(
+                "trainer.load_best_model_at_end: expected without `weight_average`, which saves "
+                "the averages of the last step; remove one of the two"
+            )
         return self
 
 
