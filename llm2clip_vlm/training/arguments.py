@@ -252,6 +252,10 @@ def _check_contrastive(recipe: RunRecipe, args: TrainingArguments) -> None:
             "every activation twice; set it to false and lower micro_batch_size (stage 1: "
             "micro_batch_tokens) until a micro-batch fits"
         )
+    if args.train_sampling_strategy != "random":
+        raise ValueError(
+            "trainer.train_sampling_strategy: contrastive training shuffles; remove it"
+        )
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             "contrastive training takes plain data parallelism or ZeRO-1/2, not ZeRO-3"

@@ -395,6 +395,12 @@ def test_help_of_a_mappings_item_is_the_mappings(stage: str, key: str, above: st
     assert recipe_help(model, key) == recipe_help(model, above)
 
 
+def test_weights_of_texts_that_are_joined_are_refused() -> None:
+    model = MODELS["stage0_mntp"]
+    with pytest.raises(RecipeError, match="sources: weight: all texts are joined"):
+        load_recipe("released_code/stage0", model, ["sources.0.weight=2.0"])
+
+
 @pytest.mark.parametrize(
     ("path", "own"),
     [
