@@ -333,8 +333,8 @@ def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: 
     longest = getattr(recipe if words else section, "max_length_tokens", 512)
     trains = hasattr(recipe, "lora")
     budget = getattr(recipe, "micro_batch_tokens" if trains else "batch_tokens", None)
-    sources = getattr(recipe, "train", ())  # whose pairs may have a hard negative
-    pair = 2 + any(source.directed and len(source.fields) == 3 for source in sources)
+    fields = [each.fields for each in getattr(recipe, "train", ()) if each.directed]
+    pair = 2 + any(len(each) == 3 for each in fields)  # with a hard negative
     if words:
         shapes = [(batch, longest)]
     elif budget is not None:

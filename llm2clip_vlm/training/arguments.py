@@ -143,7 +143,8 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
             gradient checkpointing, or ZeRO-3.
     """
     check_trainer_keys(recipe.trainer)
-    forced = _FIXED | forced
+    shuffled = {"train_sampling_strategy": "random"} if recipe.contrastive else {}
+    forced = _FIXED | shuffled | forced
     clashes = [
         f"trainer.{name}: this stage needs {value!r}, got {recipe.trainer[name]!r}"
         for name, value in forced.items()
@@ -251,10 +252,6 @@ def _check_contrastive(recipe: RunRecipe, args: TrainingArguments) -> None:
             "trainer.gradient_checkpointing is true beside micro-batches, which already compute "
             "every activation twice; set it to false and lower micro_batch_size (stage 1: "
             "micro_batch_tokens) until a micro-batch fits"
-        )
-    if args.train_sampling_strategy != "random":
-        raise ValueError(
-            "trainer.train_sampling_strategy: contrastive training shuffles; remove it"
         )
     if is_deepspeed_zero3_enabled():
         raise ValueError(

@@ -151,7 +151,7 @@ def test_a_contrastive_step_is_shared_and_never_accumulated(
     found = build_training_arguments(recipe)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (24, 1)
     ordered = recipe.model_copy(update={"trainer": {"train_sampling_strategy": "sequential"}})
-    with pytest.raises(ValueError, match="train_sampling_strategy: contrastive training shuffles"):
+    with pytest.raises(ValueError, match="train_sampling_strategy: this stage needs 'random'"):
         build_training_arguments(ordered)
 
 
