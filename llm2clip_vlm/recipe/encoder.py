@@ -193,6 +193,8 @@ class Stage2bRecipe(EncoderRecipe):
     def _text_has_one_source(self) -> Self:
         if (self.embedding_cache is None) == (self.text_in_loop is None):
             raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
+        if "" in self.caption_prompts:
+            raise ValueError("caption_prompts: an empty one is always there; leave it out")
         if (self.write_through or self.text_in_loop) and self.caption_prompts:
             raise ValueError("caption_prompts need stage 2a's complete cache")
         return self

@@ -109,4 +109,6 @@ class Stage2aRecipe(RunRecipe):
         part, parts = map(int, (self.slice or "0/1").split("/"))
         if part >= parts:
             raise ValueError(f"slice: expected i/n with i from 0 to {parts - 1}, got {self.slice}")
+        if "" in self.prompts:
+            raise ValueError("prompts: an empty one would stand for `instruction`; leave it out")
         return self

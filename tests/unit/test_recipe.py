@@ -395,6 +395,14 @@ def test_help_of_a_mappings_item_is_the_mappings(stage: str, key: str, above: st
     assert recipe_help(model, key) == recipe_help(model, above)
 
 
+def test_an_empty_prompt_is_refused() -> None:
+    """It had the place of the embedding with `instruction`, which was then made without it."""
+    with pytest.raises(RecipeError, match="prompts: an empty one"):
+        load_recipe("paper_v6/stage2a", MODELS["stage2a_cache_text"], ["prompts=['', x]"])
+    with pytest.raises(RecipeError, match="caption_prompts: an empty one"):
+        load_recipe("paper_v6/stage2b", MODELS["stage2b_vision_encoder"], ["caption_prompts=['']"])
+
+
 def test_weights_of_texts_that_are_joined_are_refused() -> None:
     model = MODELS["stage0_mntp"]
     with pytest.raises(RecipeError, match="sources: weight: all texts are joined"):
