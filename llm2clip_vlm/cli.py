@@ -249,6 +249,8 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int | None:
     stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
+    if arguments.accelerate is not None and arguments.gpus is None:
+        raise ValueError("--accelerate: expected --gpus beside it; without, one process starts")
     _require_inputs(stage, words, arguments.dry_run)
     if arguments.dry_run:
         from llm2clip_vlm.preflight.starting import sharding

@@ -477,6 +477,7 @@ def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str
         (["plan", "nano/stage3", "--mfu", "35"], "--mfu: expected a share above 0 and up to 1"),
         (["plan", "nano/stage3", "plane=1"], "plane: unknown key; did you mean `plain`?"),
         (["train", "stage4", "nano/stage3", "--dry-run"], "stage: expected stage4_instruction, go"),
+        (["train", "stage4", "nano/stage4", "--accelerate", "zero3"], "expected --gpus beside it"),
     ],
 )
 def test_a_plan_of_something_wrong_is_refused_before_torch_is_imported(
