@@ -63,9 +63,8 @@ def settings_of(stage: str, words: Sequence[str], file: str | None = None) -> st
 def sharding(stage: str, words: Sequence[str], file: str | None) -> list[str]:
     """Say in words of `plan` how :func:`launch` would split a stage: ZeRO, and offload."""
     text = read_text(settings_of(stage, words, file)) if stage in RECIPES else ""
-    zero = re.search(r"zero_stage: *(\d)", text)
     offload = ["--offload"] * ("offload_optimizer_device: cpu" in text)
-    return ["--zero", zero[1] if zero else "0", *offload]
+    return ["--zero", *(re.findall(r"zero_stage: *(\d)", text)[:1] or "0"), *offload]
 
 
 def _settings() -> list[str]:

@@ -243,10 +243,7 @@ class Stage2bRecipe(EncoderRecipe):
             )
         exported = self.weight_average is not None and self.weight_average.export
         if exported and self.trainer.get("load_best_model_at_end"):
-            raise ValueError(
-                "trainer.load_best_model_at_end: expected without `weight_average`, which saves "
-                "the averages of the last step; remove one of the two"
-            )
+            raise ValueError("trainer.load_best_model_at_end: expected without `weight_average`")
         return self
 
 

@@ -101,8 +101,8 @@ class StrictResumeMixin:
         if self.optimizer is None and (groups := self.parameter_groups(target)) is not None:
             kind, arguments = Trainer.get_optimizer_cls_and_kwargs(self.args, target)
             # schedules count `min_lr` or `lr_end` by this rate: by a smaller one others would rise
-            highest = max(group["lr"] for group in groups)
-            self.optimizer = kind(groups, **{**arguments, "lr": highest})
+            arguments["lr"] = max(group["lr"] for group in groups)
+            self.optimizer = kind(groups, **arguments)
         made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         return made
 
