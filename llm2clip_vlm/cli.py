@@ -249,11 +249,15 @@ def _parser() -> argparse.ArgumentParser:
 def _train(arguments: argparse.Namespace) -> int | None:
     stage = _known_stage(arguments.stage)
     words = [find_recipe(arguments.recipe), *arguments.overrides]
+    if arguments.accelerate is not None and arguments.gpus is None:
+        raise ValueError("--accelerate: expected --gpus beside it; without, one process starts")
     _require_inputs(stage, words, arguments.dry_run)
     if arguments.dry_run:
-        return main(
-            ["plan", *words, "--gpus", str(1 if arguments.gpus is None else arguments.gpus)]
-        )
+        from llm2clip_vlm.preflight.starting import sharding
+
+        if (gpus := arguments.gpus) is not None:
+            words += sharding(stage, words, arguments.accelerate)
+        return main(["plan", *words, "--gpus", str(1 if gpus is None else gpus)])
     program = find_program(stage)
     if arguments.gpus is not None:
         from llm2clip_vlm.preflight.starting import launch

@@ -50,10 +50,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     if recipe.vision_tower is not None:
         run.parent("vision_tower", recipe.vision_tower, run.stage, "stage2b_vision_encoder")
-        run.parents["tokenizer"] = str(recipe.tokenizer)
     else:
         clip = recipe.clip if isinstance(recipe.clip, str) else str(recipe.tokenizer)
         run.parent("clip", clip, run.stage)
+    if recipe.tokenizer not in (None, *run.parents.values()):
+        run.parents["tokenizer"] = str(recipe.tokenizer)
     args = run.arguments(dataloader_drop_last=True)
 
     # model

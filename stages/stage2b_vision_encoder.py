@@ -48,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the stage: RECIPE [key=value ...]; goes on from its last checkpoint."""
     # recipe, parents, arguments, seed
     run = StageRun(argv, Stage2bRecipe, __doc__)
-    recipe, out = run.recipe, run.out
+    recipe, out, in_loop = run.recipe, run.out, run.recipe.text_in_loop
     if run.finished():
         return
     run.parent("vision_tower", recipe.vision_tower, "clip_baseline", "stage2b_vision_encoder")
     heads = recipe.heads_from and run.parent("heads", recipe.heads_from, run.stage)
-    in_loop = recipe.text_in_loop
+    if recipe.inherit_text and recipe.inherit_text.clip:
+        run.parent("inherit_text", recipe.inherit_text.clip, "clip_baseline")
     if encoder := in_loop.text_encoder if in_loop else recipe.write_through:
         # a cache that fills itself is no parent: it may grow on for another run
         run.parents["text_encoder"] = encoder_path(encoder)

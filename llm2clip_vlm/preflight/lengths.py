@@ -11,7 +11,7 @@ from typing import Any
 
 from llm2clip_vlm.chat.labels import texts_of
 from llm2clip_vlm.chat.template import ConversationError
-from llm2clip_vlm.data.conversation.instruction import expand_mixtures
+from llm2clip_vlm.data.conversation.instruction import chosen_rows, expand_mixtures
 from llm2clip_vlm.data.conversation.packing import PackedBatches
 from llm2clip_vlm.data.conversation.token_table import to_record
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
@@ -108,9 +108,12 @@ def measured(
     conversations = isinstance(recipe, VlmRecipe)
     given = [source for key in ("train", "data", "sources") for source in getattr(recipe, key, ())]
     found, trained, images, captions, seen = Lengths(0, []), 0, 0, 0, 0
+    largest = max((source.weight for source in given), default=1.0)  # of captions, ratios count
     for source in expand_mixtures(given) if conversations else given:
         rows, sample = _read(source, getattr(recipe, "plain", False))
-        found.samples += round(rows * (source.weight if conversations else 1))
+        if conversations:
+            rows = len(chosen_rows(source.model_copy(update={"weight": 1.0}), rows, 0))
+        found.samples += round(rows * source.weight / (1 if conversations else largest))
         for texts, pictures in sample:
             lengths = [count(text) + round(a_turn) for text, _ in texts]
             trained += sum(n for n, (_, own) in zip(lengths, texts, strict=True) if own)

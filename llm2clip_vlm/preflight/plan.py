@@ -149,12 +149,15 @@ def make_plan(
     except (ImportError, ValueError) as error:
         raise InputsError([*missing, f"plan: {error}"]) from error
     if work.trains:
-        epochs = recipe.trainer.get("num_train_epochs", 3)
-        steps = round(max(1, lengths.samples // recipe.global_batch_size) * epochs)
+        epochs, count = recipe.trainer.get("num_train_epochs", 3), float(lengths.samples)
+        if recipe.stage == "stage0_mntp":  # texts are joined into rows
+            count *= lengths.captions * lengths.mean / recipe.max_length_tokens
+        steps = round(max(1, count // recipe.global_batch_size) * epochs)
         steps = max(recipe.trainer.get("max_steps", 0), 0) or steps
-    else:  # each caption once
+    else:  # each caption once, and once with each prompt
         work.passes = 1
-        steps = math.ceil(lengths.samples * lengths.captions / work.samples / machine.gpus)
+        texts = lengths.samples * lengths.captions * (1 + len(recipe.prompts))
+        steps = math.ceil(texts / work.samples / machine.gpus)
     pass_flops = seen.flops + (seen.forward_flops if work.cached else 0)
     done = steps * work.passes * machine.gpus
     plan = Plan(

@@ -42,17 +42,29 @@ def launch(program: Path, words: Sequence[str], gpus: int, file: str | None = No
     there = torch.cuda.device_count()
     if not 1 <= gpus <= there:
         raise ValueError(f"--gpus {gpus}: expected one or more; torch sees {there} of them here")
-    recipe = load_recipe(words[0], RECIPES[program.stem], words[1:])
-    whole = getattr(recipe, "load_in_4bit", False)
-    name = file or ("ddp" if whole else _SHARDED.get(program.stem, "ddp"))
-    config = find_recipe(name if file and os.path.isfile(file) else f"accelerate/{name}")
-    if not os.path.isfile(config):
-        raise ValueError(f"--accelerate {name}: no such file{did_you_mean(name, _settings())}")
+    config = settings_of(program.stem, words, file)
     count = ["--config_file", config, "--num_processes", str(gpus), "--num_machines", "1"]
     # Not the command `accelerate`, which imports a timm that it finds, and that a torchvision.
     command = [sys.executable, "-m", "accelerate.commands.launch", *count, str(program), *words]
     print(shlex.join(command), flush=True)
     os.execv(sys.executable, command)
+
+
+def settings_of(stage: str, words: Sequence[str], file: str | None = None) -> str:
+    """Find accelerate's settings with which a stage starts on several GPUs; see :func:`launch`."""
+    whole = getattr(load_recipe(words[0], RECIPES[stage], words[1:]), "load_in_4bit", False)
+    name = file or ("ddp" if whole else _SHARDED.get(stage, "ddp"))
+    config = find_recipe(name if file and os.path.isfile(file) else f"accelerate/{name}")
+    if not os.path.isfile(config):
+        raise ValueError(f"--accelerate {name}: no such file{did_you_mean(name, _settings())}")
+    return config
+
+
+def sharding(stage: str, words: Sequence[str], file: str | None) -> list[str]:
+    """Say in words of `plan` how :func:`launch` would split a stage: ZeRO, and offload."""
+    text = read_text(settings_of(stage, words, file)) if stage in RECIPES else ""
+    offload = ["--offload"] * ("offload_optimizer_device: cpu" in text)
+    return ["--zero", *(re.findall(r"zero_stage: *(\d)", text)[:1] or "0"), *offload]
 
 
 def _settings() -> list[str]:

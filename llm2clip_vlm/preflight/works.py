@@ -42,6 +42,7 @@ from llm2clip_vlm.models.trainable import (
     set_precision,
     train_last_blocks,
 )
+from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
 from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
 from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
 from llm2clip_vlm.models.vlm.vlm_loss import SMALL_VOCABULARY, install_supervised_loss
@@ -259,7 +260,13 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
         window = model.config.text_config.max_position_embeddings
         window = min(window, lengths.quantile(size / (size + 1)))
 
+    taught = getattr(recipe, "self_distillation", None) is not None
+
     def run() -> Tensor:
+        if taught:  # the teacher sees whole pictures
+            with torch.no_grad():
+                eyes.eval()(pixel_values=torch.zeros(size, 3, side, side))
+            eyes.train()
         captions = {"input_ids": torch.zeros(texts, window, dtype=torch.long)}
         if own:
             captions = {"text_features": torch.zeros(texts, model.config.text_embed_dim)}
@@ -288,6 +295,8 @@ def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
     model = LLM2CLIPModel(LLM2CLIPConfig(vision_config=tower, **recipe.heads(width)))
     if recipe.tower_lora:
         add_lora(model.vision_tower, recipe.tower_lora, "tower_lora")
+    if recipe.patch_dropout:
+        PatchDropout(model.vision_tower, recipe.patch_dropout, num_prefix_tokens=1)
     return model
 
 
@@ -324,13 +333,15 @@ def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: 
     longest = getattr(recipe if words else section, "max_length_tokens", 512)
     trains = hasattr(recipe, "lora")
     budget = getattr(recipe, "micro_batch_tokens" if trains else "batch_tokens", None)
+    fields = [each.fields for each in getattr(recipe, "train", ()) if each.directed]
+    pair = 2 + any(len(each) == 3 for each in fields)  # with a hard negative
     if words:
         shapes = [(batch, longest)]
     elif budget is not None:
         width = max(1, min(longest, math.ceil(lengths.mean)))
         shapes = [(max(1, budget // width), width)]
     else:  # sorted by length and padded in groups
-        ends = ((row + 1) / (2 * batch + 1) for row in range(2 * batch))
+        ends = ((row + 1) / (pair * batch + 1) for row in range(pair * batch))
         widths = [min(longest, lengths.quantile(end)) for end in ends]
         shapes = [(len(rows), widths[rows[0]]) for rows in length_groups(widths)]
 
@@ -346,7 +357,7 @@ def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: 
         return torch.cat(vectors).sum()
 
     texts = sum(rows for rows, _ in shapes)
-    samples = texts / 2 if trains and not words else texts
+    samples = texts / pair if trains and not words else texts
     work = Work(model, run, samples, sum(rows * width for rows, width in shapes), trains=trains)
     work.vocabulary = config.vocab_size if words else -1
     work.passes, work.cached = share / samples, trains and budget is not None

@@ -224,6 +224,13 @@ class RunRecipe(RecipeFile):
     trainer: Annotated[dict[str, Any], AfterValidator(_known)] = Field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
 
+    @model_validator(mode="after")
+    def _parts_have_their_rates(self) -> Self:
+        own = {"learning_rates", "trainable"} & type(self).model_fields.keys()
+        if own and "learning_rate" in self.trainer:
+            raise ValueError(f"trainer.learning_rate: each part has its own, set {own.pop()}")
+        return self
+
 
 class LoraSection(Section):
     """A LoRA adapter (PEFT)."""

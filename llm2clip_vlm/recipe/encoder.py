@@ -193,6 +193,8 @@ class Stage2bRecipe(EncoderRecipe):
     def _text_has_one_source(self) -> Self:
         if (self.embedding_cache is None) == (self.text_in_loop is None):
             raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
+        if "" in self.caption_prompts:
+            raise ValueError("caption_prompts: an empty one is always there; leave it out")
         if (self.write_through or self.text_in_loop) and self.caption_prompts:
             raise ValueError("caption_prompts need stage 2a's complete cache")
         return self
@@ -239,6 +241,9 @@ class Stage2bRecipe(EncoderRecipe):
             raise ValueError(
                 "weight_average.export is false and no self_distillation uses the averages"
             )
+        exported = self.weight_average is not None and self.weight_average.export
+        if exported and self.trainer.get("load_best_model_at_end"):
+            raise ValueError("trainer.load_best_model_at_end: expected without `weight_average`")
         return self
 
 

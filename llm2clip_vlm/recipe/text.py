@@ -40,6 +40,12 @@ class MntpRecipe(RunRecipe):
     mask_probability: float = Field(default=0.2, gt=0, lt=1)
     """Share of tokens to guess (released code: 0.2)."""
 
+    @model_validator(mode="after")
+    def _texts_have_no_weights(self) -> Self:
+        if any(source.weight != 1 for source in self.sources):
+            raise ValueError("sources: weight: all texts are joined; leave it out, or use `limit`")
+        return self
+
 
 class Stage1Recipe(RunRecipe):
     """Stage 1: caption-contrastive tuning of the LLM (paper v6 section 3.1)."""
@@ -103,4 +109,6 @@ class Stage2aRecipe(RunRecipe):
         part, parts = map(int, (self.slice or "0/1").split("/"))
         if part >= parts:
             raise ValueError(f"slice: expected i/n with i from 0 to {parts - 1}, got {self.slice}")
+        if "" in self.prompts:
+            raise ValueError("prompts: an empty one would stand for `instruction`; leave it out")
         return self

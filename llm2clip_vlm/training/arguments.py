@@ -143,7 +143,8 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
             gradient checkpointing, or ZeRO-3.
     """
     check_trainer_keys(recipe.trainer)
-    forced = _FIXED | forced
+    shuffled = {"train_sampling_strategy": "random"} if recipe.contrastive else {}
+    forced = _FIXED | shuffled | forced
     clashes = [
         f"trainer.{name}: this stage needs {value!r}, got {recipe.trainer[name]!r}"
         for name, value in forced.items()
@@ -204,6 +205,12 @@ def _try_out(args: TrainingArguments) -> None:
         raise ValueError(
             "save_strategy: best saves nothing without an evaluation and metric_for_best_model; "
             "expected steps, epoch or no"
+        )
+    precision = "fp16" if args.fp16 else "bf16" if args.bf16 else "no"
+    if args.mixed_precision != precision:  # transformers takes over a launcher's
+        raise ValueError(
+            f"precision: the launcher says mixed_precision: {args.mixed_precision}, the recipe "
+            f"{precision}; write trainer.bf16 or fp16 into the recipe, `no` into accelerate's file"
         )
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in _YES:
         raise ValueError(f"FSDP: expected {_OWNED['fsdp']} (ZeRO), which can be resumed and merged")

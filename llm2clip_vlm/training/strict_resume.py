@@ -100,7 +100,9 @@ class StrictResumeMixin:
         target = self.model if model is None else model
         if self.optimizer is None and (groups := self.parameter_groups(target)) is not None:
             kind, arguments = Trainer.get_optimizer_cls_and_kwargs(self.args, target)
-            self.optimizer = kind(groups, **{**arguments, "lr": groups[0]["lr"]})
+            # schedules count `min_lr` or `lr_end` by this rate: by a smaller one others would rise
+            arguments["lr"] = max(group["lr"] for group in groups)
+            self.optimizer = kind(groups, **arguments)
         made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
         return made
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.runs.manifest import HandoffError
 from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
+from tests.tiny import build_clip
 from tests.tiny_towers import build_tower
 
 __all__ = ["data", "recipe"]  # fixtures
@@ -34,6 +36,19 @@ def test_each_option_changes_the_tower(recipe: Recipe) -> None:
         out = run(recipe(name, **values, trainer={"max_steps": 2}))
         assert not same(weights(out / "vision_tower"), weights(plain / "vision_tower")), name
         LLM2CLIPModel.from_pretrained(out / "model")
+
+
+def test_another_clip_to_inherit_from_is_noticed(recipe: Recipe, tmp_path: Path) -> None:
+    """A finished run would have had nothing to do, an unfinished one would have gone on."""
+    clip = build_clip(tmp_path / "clip", seed=5)
+    inherits = {"inherit_text": {"clip": str(clip), "steps": 1, "batch_size": 8}}
+    path = recipe(**inherits, projection_dim=32, trainer={"max_steps": 4})
+    first = weights(run(path) / "model")
+    build_clip(clip, seed=6)
+    with pytest.raises(HandoffError, match="began with another inherit_text"):
+        run(path)
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    assert not same(weights(run(path) / "model"), first)
 
 
 def test_a_killed_run_resumes_to_the_same_weights(recipe: Recipe) -> None:

@@ -178,6 +178,23 @@ def test_the_llm_trains_in_the_loop(recipe: Recipe, pairs: Path, tiny_llm: Path)
     assert same(final, load_file(out / "text_encoder" / "model.safetensors"))
 
 
+def test_an_llm_in_the_loop_is_named_as_it_was_trained(
+    recipe: Recipe, pairs: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """`heads_from` compares the encoder before it trains; the manifest has it as it is saved."""
+    rows = map(json.loads, pairs.read_text().splitlines())
+    texts = [text for row in rows for kind in row["captions"].values() for text in kind]
+    encoder = TextEncoder.from_pretrained(tiny_llm)
+    EmbeddingCache.build(tmp_path / "cache", texts, encoder.encode, encoder.fingerprint)
+    few = {"trainer": {"max_steps": 2}}
+    first = run(recipe("first", embedding_cache=str(tmp_path / "cache"), **few))
+    out = run(recipe("loop", heads_from=str(first / "model"), **loop_of(tiny_llm), **few))
+    manifest = read_manifest(out)
+    saved = TextEncoder.from_pretrained(out / "text_encoder").fingerprint["text_weights"]
+    assert manifest is not None and saved != encoder.fingerprint["text_weights"]
+    assert manifest["fingerprints"]["text_encoder.text_weights"] == saved
+
+
 def test_an_llm_in_the_loop_that_does_not_learn_equals_the_cache(
     recipe: Recipe, pairs: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
@@ -217,7 +234,7 @@ def test_heads_begin_where_an_earlier_run_left_them(
     still = dict.fromkeys(("vision_tower", "visual_projection", "text_adaptor"), 0.0)
     start = {"heads_from": str(first / "model"), "trainer": {"max_steps": 2}}
     second = run(recipe("second", learning_rates=still, **start))
-    same(weights(first / "model"), weights(second / "model"))
+    assert same(weights(first / "model"), weights(second / "model"))
     manifest = read_manifest(second)
     assert manifest is not None and "heads" in manifest["parents"]
 

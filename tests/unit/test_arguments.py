@@ -150,6 +150,9 @@ def test_a_contrastive_step_is_shared_and_never_accumulated(
     monkeypatch.setattr(distributed, "world_size", lambda: 2)
     found = build_training_arguments(recipe)
     assert (found.per_device_train_batch_size, found.gradient_accumulation_steps) == (24, 1)
+    ordered = recipe.model_copy(update={"trainer": {"train_sampling_strategy": "sequential"}})
+    with pytest.raises(ValueError, match="train_sampling_strategy: this stage needs 'random'"):
+        build_training_arguments(ordered)
 
 
 @pytest.mark.parametrize("how", ["environment", "recipe", "off"])
@@ -246,6 +249,18 @@ def test_fsdp_of_a_launcher_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="FSDP: expected `--accelerate zero3`"):
         build_training_arguments(make_recipe(tmp_path))
+
+
+@pytest.mark.parametrize("given", ["bf16", "fp16", "fp8"])
+def test_the_precision_of_a_launcher_is_refused_where_the_recipe_has_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", given)
+    with pytest.raises(ValueError, match=f"launcher says mixed_precision: {given}, the recipe no"):
+        build_training_arguments(make_recipe(tmp_path))
+    # what the recipe names is what counts
+    found = build_training_arguments(make_recipe(tmp_path, trainer={"bf16": True}))
+    assert found.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize(

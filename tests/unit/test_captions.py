@@ -233,6 +233,10 @@ def test_order_and_captions_each_depend_on_seed_and_epoch() -> None:
         pairs = CaptionPairs([records(12), records(12, name="s")], [ANY, ANY], seed=seed)
         return pairs.order(epoch).tolist(), [pairs[epoch, i][1:3] for i in range(24)]
 
+    pairs = CaptionPairs([records(12)], [ANY], seed=0)
+    before = pairs.order(0).tolist(), [pairs[0, i] for i in range(12)]
+    pairs.order_seed = 1  # `trainer.data_seed`
+    assert pairs.order(0).tolist() != before[0] and [pairs[0, i] for i in range(12)] == before[1]
     order, drawn = of(0, 1)
     assert sorted(order) == list(range(24)) != order
     assert 0 < sum(record < 12 for record in order[:12]) < 12  # shuffled over the sources, too

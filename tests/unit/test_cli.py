@@ -477,6 +477,7 @@ def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str
         (["plan", "nano/stage3", "--mfu", "35"], "--mfu: expected a share above 0 and up to 1"),
         (["plan", "nano/stage3", "plane=1"], "plane: unknown key; did you mean `plain`?"),
         (["train", "stage4", "nano/stage3", "--dry-run"], "stage: expected stage4_instruction, go"),
+        (["train", "stage4", "nano/stage4", "--accelerate", "zero3"], "expected --gpus beside it"),
     ],
 )
 def test_a_plan_of_something_wrong_is_refused_before_torch_is_imported(
@@ -499,14 +500,25 @@ def test_eval_ends_as_the_other_commands_do(capsys: pytest.CaptureFixture[str]) 
     assert "error: " in (told := capsys.readouterr().err) and "tusk" in told
 
 
-def test_a_dry_run_plans_the_gpus_that_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
+def test_a_dry_run_plans_the_gpus_that_it_was_given(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[int, int, bool]] = []
     plan = types.ModuleType("plan")
-    monkeypatch.setattr(plan, "main", lambda *given: asked.append(given[-1].gpus), raising=False)
+    note = lambda *given: asked.append((given[-1].gpus, given[-1].zero, given[-1].offload))  # noqa: E731
+    monkeypatch.setattr(plan, "main", note, raising=False)
     monkeypatch.setitem(sys.modules, "llm2clip_vlm.preflight.plan", plan)
     assert cli.main(["train", "stage3", "nano/stage3", "--gpus", "8", "--dry-run"]) == 0
     assert cli.main(["train", "stage3", "nano/stage3", "--dry-run", "seed=1"]) == 0
-    assert asked == [8, 1]
+    # split as it would be started, not as a launch line in the recipe's comments has it
+    assert cli.main(["train", "stage4", "nano/stage4", "--gpus", "2", "--dry-run"]) == 0
+    own = tmp_path / "own.yaml"
+    own.write_text("deepspeed_config: {zero_stage: 2, offload_optimizer_device: cpu}\n")
+    for file in ("ddp", str(own)):
+        words = ["train", "stage4", "nano/stage4", "--gpus", "2", "--accelerate", file]
+        assert cli.main([*words, "--dry-run"]) == 0
+    shards = [(8, 2, False), (1, 0, False), (2, 3, False), (2, 0, False), (2, 2, True)]
+    assert asked == shards
 
 
 @pytest.mark.parametrize("name", ["llava15", "real", "nano", "webdataset"])

@@ -144,6 +144,7 @@ def test_an_ordinary_clips_loss_is_its_own(tiny_clip: Path, tmp_path: Path, micr
     args = TrainingArguments(
         str(tmp_path),
         per_device_train_batch_size=5,
+        data_seed=7,
         dataloader_drop_last=True,
         use_cpu=True,
         report_to=[],
@@ -152,6 +153,7 @@ def test_an_ordinary_clips_loss_is_its_own(tiny_clip: Path, tmp_path: Path, micr
     trainer = EncoderTrainer(
         model, args, dataset, learning_rates={"": 1e-3}, micro_batch_size=micro
     )
+    assert dataset.order_seed == 7
     value = trainer.compute_loss(model, batch | {"caption_ids": torch.arange(5)})
     torch.testing.assert_close(value.detach(), want, atol=2e-6, rtol=0)
 
@@ -163,6 +165,8 @@ def test_the_scale_is_clamped_at_both_ends() -> None:
             scale.fill_(value)
         _ClampLogitScale(scale).on_optimizer_step(None, None, None)
         assert scale.item() == pytest.approx(want)
+    _ClampLogitScale(frozen := nn.Parameter(torch.tensor(5.0), False)).on_optimizer_step(*"   ")
+    assert frozen.item() == 5.0
 
 
 def test_flops_are_of_one_image(tiny_clip: Path, tmp_path: Path) -> None:

@@ -165,6 +165,10 @@ def test_prepare_keeping_does_what_the_recipe_says(
     [
         ({"self_distillation": {"teacher": "average"}}, "add `weight_average`"),
         ({"weight_average": {"export": False}}, "no self_distillation uses"),
+        (
+            {"weight_average": {}, "trainer": {"load_best_model_at_end": True}},
+            "load_best_model_at_end: expected without `weight_average`",
+        ),
     ],
 )
 def test_an_average_that_serves_nothing_is_refused(

@@ -207,6 +207,39 @@ def test_work_follows_the_data_and_the_machine(work: Path) -> None:
     assert sum(cache.disk.values()) == pytest.approx(700e6 * (2 * 32 + 32))
 
 
+def test_steps_are_those_of_the_training(work: Path, tmp_path: Path) -> None:
+    """Weights, joined texts, prompts, and a part of a source are counted as they train."""
+    whole = ["trainer.max_steps=-1", "trainer.num_train_epochs=1", "global_batch_size=4"]
+    whole += ["trainer.per_device_train_batch_size=4"]
+    path = work / "captions.jsonl"
+    both = f"train=[{{path: {path}}}, {{path: {path}, weight: 0.1}}]"
+    assert planned(work, "stage1_text_encoder", *whole).steps == 10
+    assert planned(work, "stage1_text_encoder", *whole, both).steps == 11  # 44 pairs
+    (tmp_path / "hard.jsonl").write_text('{"a": "a dog", "b": "a big dog", "c": "a cat"}\n')
+    hard = f"train=[{{path: {tmp_path / 'hard.jsonl'}, directed: true, fields: [a, b, c]}}]"
+    plain = planned(work, "stage1_text_encoder", samples=64, tokens=5)
+    harder = planned(work, "stage1_text_encoder", hard, samples=64, tokens=5)
+    assert harder.flops == pytest.approx(1.5 * plain.flops, rel=0.01)
+    rows = planned(work, "stage0_mntp", *whole, samples=160, tokens=8)
+    assert rows.steps == 160 * 2 * 8 / 32 / 4  # two captions, rows of 32 tokens
+    cache, asked = (
+        planned(work, "stage2a_cache_text", "batch_tokens=64", more, samples=1000)
+        for more in ("prompts=[]", "prompts=[x, y]")
+    )
+    assert asked.flops == pytest.approx(3 * cache.flops, rel=0.01)
+    some = ["data.0.sampling_strategy=first:20%", "data.0.weight=2.0"]
+    assert planned(work, "stage3_projector", *whole).steps == 10
+    found = planned(work, "stage3_projector", *whole, *some)
+    assert found.steps == 4 and found.told.startswith("16 samples")
+
+
+def test_dropped_patches_cost_nothing_and_a_teacher_does(work: Path) -> None:
+    stage = "stage2b_vision_encoder"
+    plain = planned(work, stage).flops
+    assert planned(work, stage, "patch_dropout=0.5").flops < 0.7 * plain
+    assert 1.2 * plain < planned(work, stage, "self_distillation={}").flops < 1.4 * plain
+
+
 def test_the_launch_line_says_zero(work: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text("# accelerate launch --config_file recipes/accelerate/zero3.yaml\n")

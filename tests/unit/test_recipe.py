@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from llm2clip_vlm.files import find_recipe
 from llm2clip_vlm.recipe import base as config
 from llm2clip_vlm.recipe import encoder as config_base
 from llm2clip_vlm.recipe import vlm as config_vlm
@@ -20,6 +21,7 @@ from llm2clip_vlm.recipe.reading import (
     RecipeError,
     load_recipe,
     save_resolved,
+    stage_of,
     to_plain,
     words_of,
 )
@@ -303,7 +305,7 @@ notes: "1e-3"
 deviations: {"why: so": "true", "${a}": "", a: "no ${seed} $${kept}"}
 vision_tower: "~"
 embedding_cache: "null"
-trainer: {learning_rate: 1.0e-5, max_steps: 10, run_name: "010", label_names: [1, null], project: ü}
+trainer: {weight_decay: 1.0e-5, max_steps: 10, run_name: "010", label_names: [1, null], project: ü}
 train:
   - {path: x, where: {split: "yes", ok: true, n: 3}, drop_where: {s: [val]}}
 caption_weights: {short: 1, long: 0.5}
@@ -391,6 +393,35 @@ def test_help_of_one_key_has_all_below_it() -> None:
 def test_help_of_a_mappings_item_is_the_mappings(stage: str, key: str, above: str) -> None:
     model = MODELS[stage]
     assert recipe_help(model, key) == recipe_help(model, above)
+
+
+def test_an_empty_prompt_is_refused() -> None:
+    """It had the place of the embedding with `instruction`, which was then made without it."""
+    with pytest.raises(RecipeError, match="prompts: an empty one"):
+        load_recipe("paper_v6/stage2a", MODELS["stage2a_cache_text"], ["prompts=['', x]"])
+    with pytest.raises(RecipeError, match="caption_prompts: an empty one"):
+        load_recipe("paper_v6/stage2b", MODELS["stage2b_vision_encoder"], ["caption_prompts=['']"])
+
+
+def test_weights_of_texts_that_are_joined_are_refused() -> None:
+    model = MODELS["stage0_mntp"]
+    with pytest.raises(RecipeError, match="sources: weight: all texts are joined"):
+        load_recipe("released_code/stage0", model, ["sources.0.weight=2.0"])
+
+
+@pytest.mark.parametrize(
+    ("path", "own"),
+    [
+        ("paper_v6/stage2b", "learning_rates"),
+        ("demo/control", "learning_rates"),
+        ("llava15/stage3", "trainable"),
+        ("llava15/stage4", "trainable"),
+    ],
+)
+def test_one_rate_for_all_is_refused_where_each_part_has_its_own(path: str, own: str) -> None:
+    model = MODELS[str(stage_of(find_recipe(path)))]
+    with pytest.raises(RecipeError, match=f"learning_rate: each part has its own, set {own}"):
+        load_recipe(path, model, ["trainer.learning_rate=1e-4"])
 
 
 @pytest.mark.parametrize(

@@ -102,6 +102,28 @@ def test_what_gets_no_gradient_stops_the_first_step(tmp_path: Path) -> None:
         StrictTrainer(model, args, train_dataset=Samples()).train()  # type: ignore[arg-type]
 
 
+def test_the_end_of_a_schedule_is_counted_by_the_highest_rate(tmp_path: Path) -> None:
+    """By that of the first group, a tower's 2e-5, a head of 1e-3 would have ended at 5e-4."""
+    for kind, end in (("cosine_with_min_lr", "min_lr"), ("polynomial", "lr_end")):
+        model = torch.nn.Sequential(torch.nn.Linear(1, 1), torch.nn.Linear(1, 1))
+        args = TrainingArguments(
+            output_dir=str(tmp_path),
+            lr_scheduler_type=kind,
+            lr_scheduler_kwargs={end: 1e-5},
+            use_cpu=True,
+            report_to=[],
+        )
+        trainer = StrictTrainer(model, args, train_dataset=Samples())
+        rates = zip(model, (2e-5, 1e-3), strict=True)
+        groups = [{"params": [*part.parameters()], "lr": rate} for part, rate in rates]
+        trainer.parameter_groups = lambda _, groups=groups: groups  # type: ignore[method-assign]
+        trainer.create_optimizer_and_scheduler(4)
+        for _ in range(4):
+            trainer.optimizer.step()
+            trainer.lr_scheduler.step()
+        assert trainer.lr_scheduler.get_last_lr() == pytest.approx([2e-7, 1e-5])
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,12 @@ from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models import llm2clip
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.trainable import apply_trainable, freeze_unused
-from llm2clip_vlm.models.vision.resolution import resize_positions
+from llm2clip_vlm.models.vision.resolution import (
+    image_processor_class,
+    processed_size_px,
+    resize_positions,
+    resize_processor,
+)
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.training.adapters import add_lora
@@ -191,6 +196,18 @@ def test_a_smaller_grid_averages() -> None:
     assert small.shape == (1, 5, 4)
     assert torch.equal(small[0, 0], table[0])
     torch.testing.assert_close(small[0, 1:].mean(), torch.tensor(7.5))
+
+
+def test_a_cropped_margin_stays_at_another_size() -> None:
+    crop = {"height": 224, "width": 224}
+    for given, want in (
+        ({"shortest_edge": 256}, {"shortest_edge": 512}),
+        ({"height": 256, "width": 256}, {"height": 512, "width": 512}),  # timm's `squash`
+    ):
+        processor = image_processor_class("CLIPImageProcessor")(size=given, crop_size=crop)
+        resize_processor(processor, 448)
+        assert {name: processor.size[name] for name in want} == want
+        assert processed_size_px(processor) == 448
 
 
 def test_a_size_between_patches_is_refused(tiny_clip: Path) -> None:

@@ -275,7 +275,9 @@ class CaptionPairs(Dataset[CaptionPair]):
         self, sources: Sequence[CaptionTable], rules: Sequence[CaptionPairSource], seed: int
     ) -> None:
         self.seed = seed
-        """Seed of order and captions."""
+        """Seed of captions."""
+        self.order_seed = seed
+        """Seed of the order of an epoch."""
         self.epoch = 0
         """Epoch whose order :class:`EpochSampler` takes next."""
         self._records = ConcatDataset[CaptionRecord](sources)  # type: ignore[arg-type]
@@ -311,7 +313,7 @@ class CaptionPairs(Dataset[CaptionPair]):
 
     def order(self, epoch: int) -> npt.NDArray[np.int64]:
         """Positions of the records that an epoch takes, shuffled over all sources."""
-        rng = np.random.default_rng([self.seed, epoch])
+        rng = np.random.default_rng([self.order_seed, epoch])
         ends = self._records.cumulative_sizes
         sources = zip(ends, np.diff([0, *ends]), self._counts, strict=True)
         chosen = [end - size + rng.permutation(size)[:count] for end, size, count in sources]

@@ -63,10 +63,10 @@ def resize_processor(processor: Any, size_px: int) -> None:
         size_px: Side of the images from now on.
     """
     before = processed_size_px(processor) or size_px
-    shortest = (processor.size or {}).get("shortest_edge")
     square = {"height": size_px, "width": size_px}
-    edge = {"shortest_edge": round(shortest * size_px / before)} if shortest else square
-    fresh = type(processor)(size=edge, crop_size=square)
+    sides = {name: (processor.size or {}).get(name) for name in ("shortest_edge", *square)}
+    edge = {name: round(side * size_px / before) for name, side in sides.items() if side}
+    fresh = type(processor)(size=edge or square, crop_size=square)
     processor.size = fresh.size
     if getattr(processor, "do_center_crop", False):
         processor.crop_size = fresh.crop_size

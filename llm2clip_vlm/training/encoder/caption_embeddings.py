@@ -270,6 +270,7 @@ class TextInLoop:
         frozen = (p for n, p in self._tuner.named_parameters() if "lora_" not in n)
         dtype = next(frozen).dtype
         self.encoder.backbone, rounding = merge_adapter(self._tuner, dtype)
+        vars(self.encoder).pop("fingerprint", None)  # `heads_from` has asked before training
         if is_main():
             logger.warning("text encoder: %s", rounding)
             self.encoder.save_pretrained(directory)

@@ -40,6 +40,8 @@ class _ClampLogitScale(TrainerCallback):
 
     @torch.no_grad()
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not self.parameter.requires_grad:
+            return
         self.parameter.clamp_(0.0, MAX_LOGIT_SCALE)
         if hasattr(self.parameter, "_hp_mapping"):  # DeepSpeed's optimizer has its own copy
             from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
@@ -84,6 +86,8 @@ class ContrastiveTrainer(StrictResumeMixin, Trainer):
                 f"an epoch has {len(train_dataset)} pairs, fewer than one global batch of {batch}; "
                 "lower global_batch_size and trainer.per_device_train_batch_size"
             )
+        if args.data_seed is not None:
+            train_dataset.order_seed = args.data_seed
         self.measure = measure
         self.throughput = Throughput(unit)
         self.audit = GradientAudit(model, parts, say)
@@ -169,8 +173,6 @@ class EncoderTrainer(ContrastiveTrainer):
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
         self.flops_per_image = flops_per_image
-        if args.data_seed is not None:
-            train_dataset.order_seed = args.data_seed
         own = [EachEpoch(train_dataset), _ClampLogitScale(model.logit_scale)]
         super().__init__(
             model,
