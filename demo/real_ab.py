@@ -3,7 +3,8 @@
 Purpose: separability of captions by each text encoder, retrieval of each tower and scores of each
     VLM seed by seed, and the comparisons between arms with the seed as the unit (t interval, exact
     sign-flip test). What is not there yet is named under `missing`, and nothing stands for it.
-Needs: a run folder of that pipeline, and what it prepared; of other_llm.yaml another, if any.
+Needs: a run folder of that pipeline, and what it prepared; of other_llm.yaml another, if any. An
+    earlier result can give what takes longest, the VLMs; its commit is named beside them.
 Writes: `<output>` (JSON), and prints a table.
 Launch: python demo/real_ab.py --run runs/real_ab --data runs/real/data --main stage1_causal \
     --seeds 0 1 2 3 4 5 --output docs/results/real.json
@@ -60,7 +61,7 @@ TITLES = {
 """What `eval/report.py` calls the comparisons."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the program."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--run", required=True, type=Path, help="output_dir of the pipeline")
@@ -68,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
     parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
     parser.add_argument("--other", type=Path, help="output_dir of recipes/real/other_llm.yaml")
+    parser.add_argument(
+        "--earlier", type=Path, help="a result whose VLMs stand in for missing ones"
+    )
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
@@ -91,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         both = {kind: {arm: given.other / arm for arm in TEXTS} for kind in caches}
         scores = separability(given.data, both, missing)
         found["separability_other"] = {given.other.name: scores}
+    if given.earlier:  # its towers are others: never compared with what is here
+        old = dict(read_json(given.earlier))
+        found |= {name: old[name] for name in ("vlm", "separability_other") if not found.get(name)}
+        found["earlier"] = old["commit"]
     found["tests"] = tests(found, given.main)
     found["costs"] = optional(given.run / "costs.json")
     found["missing"] = [os.path.relpath(path, given.run) for path in missing]  # of no machine
@@ -98,7 +106,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_atomically(given.output, json.dumps(rounded(found, 3), indent=1) + "\n")
     show(found)
     print(f"{given.output}; missing: {len(missing)} results")
-    return 0
 
 
 def optional(file: Path) -> dict[str, Any]:

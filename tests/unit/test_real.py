@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,7 @@ def test_what_is_measured_on_is_not_trained_on(data: Path, tmp_path: Path) -> No
     prepare(data, out := tmp_path / "out")
     train = [json.loads(line) for line in (out / "flickr8k_train.jsonl").open()]
     assert [row["id"] for row in train] == ["p0", "p1", "p2", "p3"]
-    assert all(len(row["captions"]) == 2 for row in train)
+    assert all(len(row["captions"]) == 5 for row in train)
     val = [json.loads(line) for line in (out / "flickr8k_val/index.jsonl").open()]
     assert [row["id"] for row in val] == ["p4", "p5", "p6"]
     assert all((out / "flickr8k_val" / row["image"]).is_file() for row in val)
@@ -228,6 +229,17 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert captions["questions"]["llm2clip"] == [200, 200]
     assert found["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
     assert found["tests"]["captions_llm2clip_minus_llm2clip_other_pictures"]["delta"] == 15.5
+    assert "earlier" not in found
+    shutil.rmtree(run / "eval")
+    again = tmp_path / "again.json"
+    program.main([
+        "--run", str(run), "--data", str(out), "--main", "stage1_bidirectional",
+        "--seeds", "0", "1", "2", "--output", str(again), "--earlier", str(output),
+    ])  # fmt: skip
+    later = read(again)
+    assert later["vlm"] == found["vlm"] and later["earlier"] == found["commit"]
+    assert later["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
+    assert later["missing"] and later["separability_other"] == found["separability_other"]
     chart = difference_chart(found, ["llm2clip", "control_long"])
     (heading,) = chart.groups
     assert heading == "Retrieval R@1, points, 2 training seeds"
