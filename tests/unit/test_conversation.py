@@ -258,6 +258,10 @@ def test_images_keep_their_place(value: str, parts: list[str]) -> None:
     found = [part.get("text", part["type"]) for part in messages[0]["content"]]
     assert found == parts
     assert count_images(messages) == value.count("<image>")
+    halves = re.split("(<image>)", value)  # the same said as a list, as the hub has it
+    listed = [{"type": "image"} if h == "<image>" else {"type": "text", "text": h} for h in halves]
+    user = {"role": "user", "content": [part for part in listed if part.get("text", "x")]}
+    assert to_messages([user, TURNS[1]])[0] == messages[0]
 
 
 def test_joined_parts_read_as_llava_writes_them() -> None:

@@ -237,18 +237,20 @@ def _to_parts(value: Any, number: int) -> list[Message]:
             if kind == "text":
                 _check_text(part["text"], number)
         keys = {"image": ("type",), "text": ("type", "text")}
-        return [{key: part[key] for key in keys[part["type"]]} for part in value]
-    if not isinstance(value, str):
+        parts = [{key: part[key] for key in keys[part["type"]]} for part in value]
+    elif isinstance(value, str):
+        _check_text(value, number)
+        parts = []
+        for index, text in enumerate(value.split(IMAGE_TOKEN)):
+            parts += [{"type": "image"}] if index else []
+            parts += [{"type": "text", "text": text}] if text else []
+    else:
         raise ConversationError(f"turn {number}: no text (`value` or `content`)")
-    _check_text(value, number)
-    texts = value.split(IMAGE_TOKEN)
-    if len(texts) == 2:
-        texts = ["", (texts[0] + texts[1]).strip()]
-    parts: list[Message] = []
-    for index, text in enumerate(texts):
-        parts += [{"type": "image"}] if index else []
-        parts += [{"type": "text", "text": text}] if text else []
-    return parts
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    if len(parts) != len(texts) + 1:
+        return parts
+    words = "".join(texts).strip()  # a single image goes to the front, however it was written
+    return [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
 
 
 def _check_text(text: str, number: int) -> None:
