@@ -243,6 +243,22 @@ def test_plain_drops_the_question() -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "front"),
+    [
+        (CHATML, []),
+        ("{{ bos_token }}" + CHATML, ["<s>"]),
+        ("<s>" + CHATML, ["<s>"]),  # as Hunyuan's, which the tokenizer then leaves to it
+        (CHATML.replace("<|im_start|>", "<s>"), []),  # as SmolLM2's, where each turn begins so
+    ],
+)
+def test_plain_begins_as_conversations_do(template: str, front: list[str]) -> None:
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = template
+    ids, _ = build_plain_labels(tokenizer, "red", num_visual_tokens=1)
+    assert tokenizer.convert_ids_to_tokens(ids)[: len(front) + 1] == [*front, "<image>"]
+
+
+@pytest.mark.parametrize(
     ("value", "parts"),
     [
         ("<image>\nwhat ?", ["image", "what ?"]),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from llm2clip_vlm.chat.labels import label, texts_of
-from llm2clip_vlm.chat.template import ConversationError, Message, template_of
+from llm2clip_vlm.chat.template import ConversationError, Message, render, template_of
 from llm2clip_vlm.chat.text_tokens import text_ids
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -198,13 +199,24 @@ def build_plain_labels(
         raise ConversationError("the tokenizer has no eos token; stage 3's plain style needs one")
     ids = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * num_images
     bos = tokenizer.bos_token_id
-    template = getattr(processor, "chat_template", None) or tokenizer.chat_template or ""
-    if bos is not None and ("bos_token" in template or tokenizer("a")["input_ids"][0] == bos):
+    own = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    if bos is not None and (
+        (own and _writes_bos(template_of(processor), tokenizer))
+        or tokenizer("a")["input_ids"][0] == bos
+    ):
         ids = [bos, *ids]
     words = text_ids(tokenizer, [caption.strip()])[0]
     labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
     ids = [*ids, *words, tokenizer.eos_token_id]
     return _expand_images(ids, labels, processor, num_images, num_visual_tokens)
+
+
+@lru_cache(maxsize=2)
+def _writes_bos(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template begins with bos, by its name or as a text that no turn begins with."""
+    turn = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    text, bos = render([turn], template, tokenizer, prompt=True), str(tokenizer.bos_token)
+    return "bos_token" in template or (text.startswith(bos) and text.count(bos) == 1)
 
 
 def decoded_preview(
