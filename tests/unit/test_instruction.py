@@ -25,6 +25,7 @@ from llm2clip_vlm.data.conversation.instruction import (
     InstructionCollator,
     InstructionDataset,
     chosen_rows,
+    expand_mixtures,
 )
 from llm2clip_vlm.data.conversation.token_table import read_instructions
 from llm2clip_vlm.data.reading import table as arrow
@@ -179,6 +180,11 @@ def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any
     data = dataset(mixture, processor, image_root=str(tmp_path))
     ids = [data[i]["sample_id"] for i in range(len(data))]
     assert [i.split(":r")[1] for i in ids] == [*"01", *"67", *"01234567"]
+    with pytest.raises(ValueError, match="its entries have their own"):
+        expand_mixtures([InstructionSource(path=str(mixture), sampling_strategy="first:10%")])
+    mixture.write_text("datasets: [{json_path: a.json, sampling_stategy: first:1}]")
+    with pytest.raises(ValueError, match="unknown key 'sampling_stategy'"):
+        dataset(mixture, processor)
     mixture.write_text("datasets: [{json_path: a.json, sampling_strategy: most}]")
     with pytest.raises(ValueError, match="sampling_strategy"):
         dataset(mixture, processor)
