@@ -218,6 +218,15 @@ def test_a_template_that_rewrites_history_is_refused() -> None:
         build_labels(family_tokenizer("qwen", template), TURNS)
 
 
+def test_a_template_that_writes_a_list_as_python_does_is_refused() -> None:
+    tokenizer = llm_tokenizer()
+    parts = "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+    template = CHAT_TEMPLATE.replace(parts, "{{ message['content'] }}", 1)
+    tokenizer.chat_template = template
+    with pytest.raises(ConversationError, match="writes Python's .* parts of a turn of role assi"):
+        check_chat_template(tokenizer)
+
+
 def test_a_template_without_an_end_of_turn_is_refused() -> None:
     template = CHATML.replace("<|im_end|>", " .")
     with pytest.raises(ConversationError, match="no end-of-turn token"):
