@@ -83,8 +83,9 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
         Messages `{"role", "content": [parts]}` (system: text).
 
     Raises:
-        ConversationError: An unknown role or field, an empty answer, roles out of turn, `<image>`
-            in a system turn or an answer, or a text that is damaged or too long.
+        ConversationError: An unknown role or field, an empty answer or one that is marked as not
+            to be trained, roles out of turn, `<image>` in a system turn or an answer, or a text
+            that is damaged or too long.
     """
     messages: list[Message] = []
     for number, turn in enumerate(conversation, start=1):
@@ -108,6 +109,12 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
             raise ConversationError(f"turn {number}: {IMAGE_TOKEN} in a turn of role {role}")
         if role == "assistant" and not any(part["text"].strip() for part in parts):
             raise ConversationError(f"turn {number}: the answer is empty")
+        left_out = any(turn.get(name) == 0 for name in ("weight", "loss", "train"))
+        if role == "assistant" and (left_out or turn.get("tool_calls")):
+            raise ConversationError(
+                f"turn {number}: an answer that is marked as not to be trained, or calls a tool; "
+                "each answer is trained as it is: take the record out, or the mark"
+            )
         if role == "system":
             messages.append({"role": role, "content": "".join(p["text"] for p in parts)})
         else:
