@@ -223,7 +223,7 @@ def test_a_template_that_writes_a_list_as_python_does_is_refused() -> None:
     parts = "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
     template = CHAT_TEMPLATE.replace(parts, "{{ message['content'] }}", 1)
     tokenizer.chat_template = template
-    with pytest.raises(ConversationError, match="writes Python's .* parts of a turn of role assi"):
+    with pytest.raises(ConversationError, match=r"writes Python.s .* parts of a turn of role assi"):
         check_chat_template(tokenizer)
 
 

@@ -207,10 +207,8 @@ def build_plain_labels(
     ids = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * num_images
     bos = tokenizer.bos_token_id
     own = getattr(processor, "chat_template", None) or tokenizer.chat_template
-    if bos is not None and (
-        (own and _writes_bos(template_of(processor), tokenizer))
-        or tokenizer("a")["input_ids"][0] == bos
-    ):
+    written = own and bos is not None and _writes_bos(template_of(processor), tokenizer)
+    if written or (bos is not None and tokenizer("a")["input_ids"][0] == bos):
         ids = [bos, *ids]
     words = text_ids(tokenizer, [caption.strip()])[0]
     labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
