@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation import instruction, token_table
 from llm2clip_vlm.data.conversation.instruction import (
@@ -170,6 +171,25 @@ def test_pictures_in_a_column_of_another_name_are_not_left_out(
     parquet.write_table(table, tmp_path / "a.parquet")
     data = dataset(tmp_path / "a.parquet", processor, allowed=1)
     assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
+
+
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("a.jpg", True),
+        ("Screenshot at 10.00.png", True),
+        ({"bytes": None, "path": "a.jpg"}, True),
+        ([{"path": "a.jpg"}], True),
+        ("about a.jpg and b", False),
+    ],
+)
+def test_names_of_pictures_in_another_column_are_not_left_out(cell: Any, told: bool) -> None:
+    row = {"conversations": [{"from": "human", "value": "what is in a.jpg"}, ANSWER], "photo": cell}
+    if not told:
+        assert token_table.to_record(row, "x").images == ()
+        return
+    with pytest.raises(ConversationError, match="the column 'photo' holds"):
+        token_table.to_record(row, "x")
 
 
 def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any) -> None:
