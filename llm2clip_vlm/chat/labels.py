@@ -133,6 +133,11 @@ def _encoded(
     """Text, answers' spans in it, ids and offsets of a conversation whose contents stay text."""
     text, spans = _answers(messages, template, tokenizer)
     for number, message in enumerate(messages, start=1):
+        if isinstance(content := message["content"], list) and str(content) in text:
+            raise ConversationError(
+                f"turn {number}: the chat template writes Python's {str(content)[:80]!r}, expected "
+                f"its text; let it go through the parts of a turn of role {message['role']}, too"
+            )
         for said in texts_of([message]):  # what a model has thought, a template may leave out
             if (words := said.rpartition("</think>")[2].strip()) not in text:
                 raise ConversationError(

@@ -53,7 +53,7 @@ def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
     path = _FOLDER / f"{name}.jinja" if name in known else Path(name)
     try:
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")  # Windows writes a mark
     except (OSError, ValueError) as error:
         raise ConversationError(f"chat_template {name!r} cannot be read ({error})") from error
     near = difflib.get_close_matches(name, known, n=1)

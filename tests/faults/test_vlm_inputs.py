@@ -70,6 +70,14 @@ BAD_RECORDS: dict[str, tuple[Any, str]] = {
         },
         "2 <image> tokens after tokenisation, expected 1",
     ),
+    "an answer that is not to be trained": (
+        {**GOOD_RECORD, "conversations": [TURNS[0], {**TURNS[1], "weight": 0}]},
+        "turn 2: an answer that is marked",
+    ),
+    "a call of a tool": (
+        {**GOOD_RECORD, "conversations": [TURNS[0], {**TURNS[1], "tool_calls": [{"id": 1}]}]},
+        "calls a tool",
+    ),
     "unknown role": (
         {**GOOD_RECORD, "conversations": [{"from": "robot", "value": "a"}, TURNS[1]]},
         "role 'robot'",

@@ -218,6 +218,15 @@ def test_a_template_that_rewrites_history_is_refused() -> None:
         build_labels(family_tokenizer("qwen", template), TURNS)
 
 
+def test_a_template_that_writes_a_list_as_python_does_is_refused() -> None:
+    tokenizer = llm_tokenizer()
+    parts = "{% for part in message['content'] %}{{ part['text'] }}{% endfor %}"
+    template = CHAT_TEMPLATE.replace(parts, "{{ message['content'] }}", 1)
+    tokenizer.chat_template = template
+    with pytest.raises(ConversationError, match=r"writes Python.s .* parts of a turn of role assi"):
+        check_chat_template(tokenizer)
+
+
 def test_a_template_without_an_end_of_turn_is_refused() -> None:
     template = CHATML.replace("<|im_end|>", " .")
     with pytest.raises(ConversationError, match="no end-of-turn token"):
@@ -243,6 +252,22 @@ def test_plain_drops_the_question() -> None:
 
 
 @pytest.mark.parametrize(
+    ("template", "front"),
+    [
+        (CHATML, []),
+        ("{{ bos_token }}" + CHATML, ["<s>"]),
+        ("<s>" + CHATML, ["<s>"]),  # as Hunyuan's, which the tokenizer then leaves to it
+        (CHATML.replace("<|im_start|>", "<s>"), []),  # as SmolLM2's, where each turn begins so
+    ],
+)
+def test_plain_begins_as_conversations_do(template: str, front: list[str]) -> None:
+    tokenizer = family_tokenizer("qwen")
+    tokenizer.chat_template = template
+    ids, _ = build_plain_labels(tokenizer, "red", num_visual_tokens=1)
+    assert tokenizer.convert_ids_to_tokens(ids)[: len(front) + 1] == [*front, "<image>"]
+
+
+@pytest.mark.parametrize(
     ("value", "parts"),
     [
         ("<image>\nwhat ?", ["image", "what ?"]),
@@ -258,6 +283,10 @@ def test_images_keep_their_place(value: str, parts: list[str]) -> None:
     found = [part.get("text", part["type"]) for part in messages[0]["content"]]
     assert found == parts
     assert count_images(messages) == value.count("<image>")
+    halves = re.split("(<image>)", value)  # the same said as a list, as the hub has it
+    listed = [{"type": "image"} if h == "<image>" else {"type": "text", "text": h} for h in halves]
+    user = {"role": "user", "content": [part for part in listed if part.get("text", "x")]}
+    assert to_messages([user, TURNS[1]])[0] == messages[0]
 
 
 def test_joined_parts_read_as_llava_writes_them() -> None:
@@ -296,6 +325,9 @@ def test_chat_template_lookup(tmp_path: Path) -> None:
     assert "ASSISTANT:" in find_chat_template("vicuna_v1", tokenizer)
     (tmp_path / "a.jinja").write_text("x{{ bos_token }}")
     assert find_chat_template(str(tmp_path / "a.jinja"), tokenizer) == "x{{ bos_token }}"
+    (tmp_path / "a.jinja").write_text("{{ bos_token }}\r\n", encoding="utf-8-sig", newline="")
+    windows = find_chat_template(str(tmp_path / "a.jinja"), tokenizer)
+    assert windows == "{{ bos_token }}\n"  # with the mark in front bos would come twice
     with pytest.raises(ConversationError, match="did you mean 'vicuna_v1'"):
         find_chat_template("vicuna", tokenizer)
     tokenizer.chat_template = None

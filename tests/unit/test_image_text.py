@@ -352,6 +352,8 @@ def test_two_captions_an_image_come_by_their_weights() -> None:
     assert (
         draw_several(["x", "y"], [1, 1], 3, 0, 0)[2] == draw_several(["x", "y"], [1, 1], 1, 0, 0)[0]
     )
+    twice = [draw_several(["x", "x", "y"], [1, 1, 1], 2, seed, 0) for seed in range(20)]
+    assert all(sorted(drawn) == ["x", "y"] for drawn in twice)
 
 
 def test_one_caption_falls_where_chance_says() -> None:

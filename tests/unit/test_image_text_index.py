@@ -163,6 +163,12 @@ def test_dots_in_a_key_do_not_join_samples(tmp_path: Path) -> None:
     assert [(r.key, r.captions["txt"][0]) for r in records] == [(k, t) for k, _, t in samples]
 
 
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path: Path) -> None:
+    """As of the other formats of text."""
+    (record,) = read(write_tar(tmp_path / "a.tar", [("a", jpeg(), "\ufeffa dog")]))
+    assert record.captions == {"txt": ["a dog"]}
+
+
 def test_group_by_in_a_table_of_images(tmp_path: Path) -> None:
     samples = [(f"{i // 2}", jpeg(40 + i // 2), f"caption {i}") for i in range(6)]
     source = write_parquet(tmp_path / "a.parquet", samples, row_group_size=2)

@@ -154,14 +154,15 @@ def test_sixteen_bits_keep_their_high_byte(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_size_upright_is_that_of_the_decoded_picture(tmp_path: Path, orientation: int) -> None:
+@pytest.mark.parametrize("name", ["a.jpg", "a.png", "a.tif"])
+def test_size_upright_is_that_of_the_decoded_picture(
+    tmp_path: Path, name: str, orientation: int
+) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.new("RGB", (16, 8)).save(tmp_path / "a.jpg", exif=exif)
+    Image.new("L", (16, 8)).save(tmp_path / name, exif=exif)
     size = (8, 16) if orientation >= 5 else (16, 8)
-    assert (
-        images.upright_size(tmp_path / "a.jpg", "a") == open_image(tmp_path, "a.jpg").size == size
-    )
+    assert images.upright_size(tmp_path / name, "a") == open_image(tmp_path, name).size == size
 
 
 def test_chunks_of_a_webp_are_padded_to_even_bytes() -> None:

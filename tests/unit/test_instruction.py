@@ -19,12 +19,14 @@ import pytest
 import torch
 import yaml
 
+from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation import instruction, token_table
 from llm2clip_vlm.data.conversation.instruction import (
     InstructionCollator,
     InstructionDataset,
     chosen_rows,
+    expand_mixtures,
 )
 from llm2clip_vlm.data.conversation.token_table import read_instructions
 from llm2clip_vlm.data.reading import table as arrow
@@ -171,6 +173,25 @@ def test_pictures_in_a_column_of_another_name_are_not_left_out(
     assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
 
 
+@pytest.mark.parametrize(
+    ("cell", "told"),
+    [
+        ("a.jpg", True),
+        ("Screenshot at 10.00.png", True),
+        ({"bytes": None, "path": "a.jpg"}, True),
+        ([{"path": "a.jpg"}], True),
+        ("about a.jpg and b", False),
+    ],
+)
+def test_names_of_pictures_in_another_column_are_not_left_out(cell: Any, told: bool) -> None:
+    row = {"conversations": [{"from": "human", "value": "what is in a.jpg"}, ANSWER], "photo": cell}
+    if not told:
+        assert token_table.to_record(row, "x").images == ()
+        return
+    with pytest.raises(ConversationError, match="the column 'photo' holds"):
+        token_table.to_record(row, "x")
+
+
 def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any) -> None:
     path = write_llava(tmp_path, 8)
     mixture = tmp_path / "mix.yaml"
@@ -179,6 +200,11 @@ def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any
     data = dataset(mixture, processor, image_root=str(tmp_path))
     ids = [data[i]["sample_id"] for i in range(len(data))]
     assert [i.split(":r")[1] for i in ids] == [*"01", *"67", *"01234567"]
+    with pytest.raises(ValueError, match="its entries have their own"):
+        expand_mixtures([InstructionSource(path=str(mixture), sampling_strategy="first:10%")])
+    mixture.write_text("datasets: [{json_path: a.json, sampling_stategy: first:1}]")
+    with pytest.raises(ValueError, match="unknown key 'sampling_stategy'"):
+        dataset(mixture, processor)
     mixture.write_text("datasets: [{json_path: a.json, sampling_strategy: most}]")
     with pytest.raises(ValueError, match="sampling_strategy"):
         dataset(mixture, processor)

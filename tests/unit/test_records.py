@@ -163,6 +163,29 @@ def test_group_without_value_is_bad(tmp_path: Path) -> None:
     assert [where for where, _ in refused.rows] == [f"{path}:4"]
 
 
+def test_rows_without_a_group_are_no_group(tmp_path: Path) -> None:
+    """An empty cell, or pandas' NaN, would give all of them the first one's picture."""
+    rows = "7,1\n,2\n nan,3\nNone,4\n7,5\n ,6\n"
+    (tmp_path / "a.csv").write_text(f"image_id,id\n{rows}")
+    path = write(tmp_path / "a.jsonl", [{"image_id": float("nan"), "id": n} for n in (1, 2)])
+    for file, found in ((tmp_path / "a.csv", [[1, 5]]), (path, [])):
+        source = CaptionSource(path=str(file), fields=["id"], group_by="image_id")
+        assert ids(source, Refused()) == found
+
+
+def test_a_group_is_one_whoever_wrote_its_value(tmp_path: Path) -> None:
+    values = [(["7", "8"], pyarrow.binary()), ([7, 8], None), ([7.0, None], None)]
+    for number, (column, kind) in enumerate(values):
+        table = {"image_id": pyarrow.array(column, kind), "id": [number, number + 10]}
+        parquet.write_table(pyarrow.table(table), tmp_path / f"a-{number}.parquet")
+    refused = Refused()
+    source = CaptionSource(path=str(tmp_path / "a-*"), fields=["id"], group_by="image_id")
+    assert ids(source, refused) == [[0, 1, 2], [10, 11]]
+    assert [where for where, _ in refused.rows] == [f"{tmp_path / 'a-2.parquet'}:2"]
+    stored = CaptionSource(path=str(tmp_path / "a-0.parquet"), fields=["id"], where={"image_id": 8})
+    assert ids(stored) == [[10]]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -63,11 +63,14 @@ def expand_mixtures(sources: Sequence[InstructionSource]) -> list[InstructionSou
             continue
         try:
             listed = read_yaml(source.path)["datasets"]
+            if source.sampling_strategy != "all":
+                raise ValueError("a sampling_strategy in the recipe; its entries have their own")
             for entry in listed:
-                strategy = entry.get("sampling_strategy", "all")
-                if is_remote(entry["json_path"]):
+                values = {**entry, "path": entry["json_path"]}
+                if is_remote(values.pop("json_path")):
                     raise ValueError("an address in a data file; name it in the recipe")
-                values = {"path": entry["json_path"], "sampling_strategy": strategy}
+                if unknown := values.keys() - {"path", "sampling_strategy"}:
+                    raise ValueError(f"an unknown key {min(unknown, key=str)!r}")
                 expanded.append(InstructionSource(**{**source.model_dump(), **values}))
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise RecordError(

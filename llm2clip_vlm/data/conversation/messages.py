@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from llm2clip_vlm.chat.labels import label, texts_of
-from llm2clip_vlm.chat.template import ConversationError, Message, template_of
+from llm2clip_vlm.chat.template import ConversationError, Message, render, template_of
 from llm2clip_vlm.chat.text_tokens import text_ids
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -82,8 +83,9 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
         Messages `{"role", "content": [parts]}` (system: text).
 
     Raises:
-        ConversationError: An unknown role or field, an empty answer, roles out of turn, `<image>`
-            in a system turn or an answer, or a text that is damaged or too long.
+        ConversationError: An unknown role or field, an empty answer or one that is marked as not
+            to be trained, roles out of turn, `<image>` in a system turn or an answer, or a text
+            that is damaged or too long.
     """
     messages: list[Message] = []
     for number, turn in enumerate(conversation, start=1):
@@ -107,6 +109,12 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
             raise ConversationError(f"turn {number}: {IMAGE_TOKEN} in a turn of role {role}")
         if role == "assistant" and not any(part["text"].strip() for part in parts):
             raise ConversationError(f"turn {number}: the answer is empty")
+        left_out = any(turn.get(name) == 0 for name in ("weight", "loss", "train"))
+        if role == "assistant" and (left_out or turn.get("tool_calls")):
+            raise ConversationError(
+                f"turn {number}: an answer that is marked as not to be trained, or calls a tool; "
+                "each answer is trained as it is: take the record out, or the mark"
+            )
         if role == "system":
             messages.append({"role": role, "content": "".join(p["text"] for p in parts)})
         else:
@@ -198,13 +206,22 @@ def build_plain_labels(
         raise ConversationError("the tokenizer has no eos token; stage 3's plain style needs one")
     ids = [tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)] * num_images
     bos = tokenizer.bos_token_id
-    template = getattr(processor, "chat_template", None) or tokenizer.chat_template or ""
-    if bos is not None and ("bos_token" in template or tokenizer("a")["input_ids"][0] == bos):
+    own = getattr(processor, "chat_template", None) or tokenizer.chat_template
+    written = own and bos is not None and _writes_bos(template_of(processor), tokenizer)
+    if written or (bos is not None and tokenizer("a")["input_ids"][0] == bos):
         ids = [bos, *ids]
     words = text_ids(tokenizer, [caption.strip()])[0]
     labels = [IGNORE_INDEX] * len(ids) + [*words, tokenizer.eos_token_id]
     ids = [*ids, *words, tokenizer.eos_token_id]
     return _expand_images(ids, labels, processor, num_images, num_visual_tokens)
+
+
+@lru_cache(maxsize=2)
+def _writes_bos(template: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a template begins with bos, by its name or as a text that no turn begins with."""
+    turn = {"role": "user", "content": [{"type": "text", "text": "a"}]}
+    text, bos = render([turn], template, tokenizer, prompt=True), str(tokenizer.bos_token)
+    return "bos_token" in template or (text.startswith(bos) and text.count(bos) == 1)
 
 
 def decoded_preview(
@@ -237,18 +254,20 @@ def _to_parts(value: Any, number: int) -> list[Message]:
             if kind == "text":
                 _check_text(part["text"], number)
         keys = {"image": ("type",), "text": ("type", "text")}
-        return [{key: part[key] for key in keys[part["type"]]} for part in value]
-    if not isinstance(value, str):
+        parts = [{key: part[key] for key in keys[part["type"]]} for part in value]
+    elif isinstance(value, str):
+        _check_text(value, number)
+        parts = []
+        for index, text in enumerate(value.split(IMAGE_TOKEN)):
+            parts += [{"type": "image"}] if index else []
+            parts += [{"type": "text", "text": text}] if text else []
+    else:
         raise ConversationError(f"turn {number}: no text (`value` or `content`)")
-    _check_text(value, number)
-    texts = value.split(IMAGE_TOKEN)
-    if len(texts) == 2:
-        texts = ["", (texts[0] + texts[1]).strip()]
-    parts: list[Message] = []
-    for index, text in enumerate(texts):
-        parts += [{"type": "image"}] if index else []
-        parts += [{"type": "text", "text": text}] if text else []
-    return parts
+    texts = [part["text"] for part in parts if part["type"] == "text"]
+    if len(parts) != len(texts) + 1:
+        return parts
+    words = "".join(texts).strip()  # a single image goes to the front, however it was written
+    return [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
 
 
 def _check_text(text: str, number: int) -> None:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,14 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 8
+VERSION = 9
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
+_NO_MEDIA = ("id", "conversations", "messages", "texts")
 _MEDIA = re.compile(
-    r"\s*\S+\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\s*", re.I
+    r"[^\n]{0,250}\S\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\s*",
+    re.I,
 )
 
 ImageRef = str | PackedImage
@@ -148,7 +151,7 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     if not (placeholders or images):
         for name, cell in row.items():
             bytes_there = isinstance(cell, PackedImage) and cell.count()
-            if bytes_there or (name != "id" and _names_media(cell)):
+            if bytes_there or (name not in _NO_MEDIA and _names_media(cell)):
                 raise ConversationError(
                     f"0 <image> in the conversation, but the column {name!r} holds "
                     f"{'bytes' if bytes_there else printable(repr(cell))}; call it `image` by "
@@ -162,8 +165,9 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
 
 
 def _names_media(cell: Any) -> bool:
-    """Whether a cell is the name of a picture, a film or a sound, or a list of such names."""
-    names = cell if isinstance(cell, list) else [cell]
+    """Whether a cell is the name of a picture, film or sound, `{path: name}`, or a list of such."""
+    cells = cell if isinstance(cell, list) else [cell]
+    names = chain.from_iterable(c.values() if isinstance(c, Mapping) else [c] for c in cells)
     return any(isinstance(name, str) and _MEDIA.fullmatch(name) for name in names)
 
 

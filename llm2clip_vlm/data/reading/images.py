@@ -16,7 +16,7 @@ from functools import cache
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -308,13 +308,15 @@ def upright_size(source: Path | bytes, name: str) -> tuple[int, int]:
     Raises:
         ImageError: See :class:`EncodedImage`.
     """
-    with _as_image_error(name):
-        opened, _, size = _header(BytesIO(source) if isinstance(source, bytes) else source, name)
-        opened.close()
-    return size
+    # a file by its name is mapped by Pillow, which turns an uncompressed TIFF twice then
+    with (
+        _as_image_error(name),
+        BytesIO(source) if isinstance(source, bytes) else source.open("rb") as file,
+    ):
+        return _header(file, name)[2]
 
 
-def _header(source: Path | BytesIO, name: str) -> tuple[Image.Image, Any, tuple[int, int]]:
+def _header(source: IO[bytes], name: str) -> tuple[Image.Image, Any, tuple[int, int]]:
     """An image, opened; what turns it upright; its upright width and height."""
     opened = Image.open(source, formats=_formats())
     width, height = opened.size

@@ -43,7 +43,7 @@ READERS: dict[str, Callable[..., Iterator[tuple[int | str, Any]]]] = {
 """Ending of a file to what reads it: given the file, what takes bad records, columns that are
 wanted, and `alike` of :func:`source_rows`, it yields the place and the mapping of each record."""
 
-_NO_CAPTION = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
+_NO_VALUE = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
 LIST_AS_TEXT = re.compile(r"""\[\s*(["']).*\1\s*,?\s*\]""", re.DOTALL)
 """A list of captions as pandas and CSV files write one: several captions, and none by itself."""
@@ -243,7 +243,7 @@ def _unusable(text: str) -> str:
         return f"a caption of {len(text)} characters, at most {MAX_CAPTION_CHARS} are taken,"
     if "\x00" in text or UNDECODED.search(text):
         return "a caption that is damaged text (NUL, or half a character)"
-    if text.casefold() in _NO_CAPTION:
+    if text.casefold() in _NO_VALUE:
         return f"a caption that only says {text!r}"
     if _URL_OR_FILE.fullmatch(text):
         return f"a caption that is a URL or a file name ({text[:80]})"
@@ -264,6 +264,8 @@ def _text(value: Any, name: str) -> str:
 
 
 def _as_text(value: Any) -> str:
+    if isinstance(value, PackedImage):  # text that was stored as bytes, or null
+        value = value.read().decode(errors="backslashreplace") if value.count() else None
     if isinstance(value, str | date | Decimal):
         return str(value)
     return json.dumps(value, ensure_ascii=False, default=str)
@@ -331,11 +333,10 @@ def _groups(rows: Iterator[RowGroup], group_by: str | None, bad: Refusals) -> It
         return
     groups: dict[str, RowGroup] = {}
     for row in rows:
-        value = get_column(row.rows[0], group_by)
-        if value is None:
+        key = _comparable(get_column(row.rows[0], group_by))
+        if not key or key.casefold() in _NO_VALUE:  # rows without one do not belong together
             bad.add(row.where, f"no value in the group_by column {group_by!r}")
             continue
-        key = _as_text(value)
         groups.setdefault(key, RowGroup(row.file, row.place, [], key)).rows.extend(row.rows)
     yield from groups.values()
 

@@ -17,7 +17,7 @@ from llm2clip_vlm.remote.addresses import look_up
 from llm2clip_vlm.remote.range_cache import RangeCache
 from llm2clip_vlm.remote.ranges import File, RemoteFile
 
-VERSION = 1
+VERSION = 2
 """Version of what is kept of a file, and of the rules by which its rows are read."""
 
 Rows = Iterator[tuple[int | str, dict[str, Any]]]

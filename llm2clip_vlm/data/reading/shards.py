@@ -203,7 +203,7 @@ def _take(
     if member.size > MAX_TEXT_BYTES:
         raise RecordError(f"{member.size} bytes of text, expected at most {MAX_TEXT_BYTES}")
     handle.seek(member.offset_data)
-    text = handle.read(member.size).decode("utf-8")
+    text = handle.read(member.size).decode("utf-8-sig")
     try:
         parts[part] = json.loads(text) if part == "json" else text
         if _HALF.search(json.dumps(parts[part], ensure_ascii=False)):

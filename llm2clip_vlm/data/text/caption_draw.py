@@ -64,4 +64,5 @@ def draw_several(
     chances = (draw(seed, epoch, i) for i in range(len(texts)))
     waits = [-math.log(1 - chance) / share for chance, share in zip(chances, shares, strict=True)]
     order = sorted(range(len(texts)), key=waits.__getitem__)
-    return [texts[order[i % len(order)]] for i in range(count)]
+    different = list(dict.fromkeys(texts[i] for i in order))
+    return [different[i % len(different)] for i in range(count)]
