@@ -1,17 +1,15 @@
-"""Processes of one run: rank, gathering with gradient; machines without a GPU.
+"""Processes of one run: rank, gathering with gradient, DeepSpeed on machines without a GPU.
 
 Everything works unchanged in a single process without a process group.
 """
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -176,23 +174,6 @@ def prepare_cpu_deepspeed() -> None:
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", str(free_port()))
     deepspeed.init_distributed("gloo")
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep what a tower's large activations free for the next step, where no GPU is.
-
-    Otherwise each of them is given back to the system and cleared again: of EfficientNet-Lite0's
-    CPU time at 224 px half, of its training two fifths. The peak grows by up to two fifths.
-    Variables `MALLOC_*` of the user's stand.
-    """
-    if torch.cuda.is_available() or any(name.startswith("MALLOC_") for name in os.environ):
-        return
-    with suppress(OSError, AttributeError):  # another C library
-        for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1)):
-            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
 
 
 def free_port() -> int:

@@ -20,10 +20,9 @@ from llm2clip_vlm.data.conversation.token_table import read_instructions, size_p
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.data.reading.records import source_files
-from llm2clip_vlm.distributed import await_files, is_main, keep_freed_memory, say, shared_out
+from llm2clip_vlm.distributed import await_files, is_main, say, shared_out
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.base import DataSource, RunRecipe
-from llm2clip_vlm.recipe.encoder import EncoderRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.remote.addresses import is_remote
@@ -179,8 +178,6 @@ class StageRun(Generic[R]):
             claim_output_dir(self.recipe)
             self._data = claim_parents(self.out, self.parents, resumes=resumes)
         set_seed(self.recipe.seed)
-        if isinstance(self.recipe, EncoderRecipe):
-            keep_freed_memory()
         return self.args
 
     def hold(self, *, shared: bool = False, known: Collection[str] = ()) -> None:
