@@ -95,7 +95,7 @@ def test_the_control_with_cached_features(control_recipe: control.Recipe, seen: 
     assert seen.count(8) >= 4
     seen.clear()
     close(every, control.run(control_recipe("cached", learning_rates=rates)))
-    assert sorted(n for n in seen if n > 2) == [24]  # beside noise and what is compared
+    assert [n for n in seen if n > 2] == [4] * 6  # 24, beside noise and what is compared
 
 
 def test_what_changed_is_noticed(tiny_clip: Path, tmp_path: Path, seen: list[int]) -> None:

@@ -43,10 +43,8 @@ VERSION = 9
 
 _PAIR = ("user", "assistant")
 _NO_MEDIA = ("id", "conversations", "messages", "texts")
-_MEDIA = re.compile(
-    r"[^\n]{0,250}\S\.(jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\s*",
-    re.I,
-)
+_END = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\b"
+_MEDIA = re.compile(rf"(?:(?!{_END})[^\n]){{0,250}}{_END}\s*", re.I)  # one name, blanks in it
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
