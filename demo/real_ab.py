@@ -47,8 +47,6 @@ OTHER = "other_pictures"
 """What a result says of the same questions with the pictures of others."""
 ELSEWHERE = f"_{OTHER}"
 """Ends the name of such a score in the table."""
-LEAST = 2
-"""Seeds from which two arms are compared."""
 TITLES = {
     "retrieval_i2t": "tower trained on, image → text",
     "retrieval_t2i": "tower trained on, text → image",
@@ -98,6 +96,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if given.earlier:  # its towers are others: never compared with what is here
         old = dict(read_json(given.earlier))
         found |= {name: old[name] for name in ("vlm", "separability_other") if not found.get(name)}
+        now, then = found["separability"], old["separability"]
+        found["separability"] = now | {kind: then[kind] | now[kind] for kind in caches}
         found["earlier"] = old["commit"]
     found["tests"] = tests(found, given.main)
     found["costs"] = optional(given.run / "costs.json")
@@ -180,7 +180,7 @@ def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
 
     def compare(name: str, a: dict[int, float], b: dict[int, float]) -> None:
         shared = sorted(a.keys() & b.keys())
-        if len(shared) >= LEAST:
+        if len(shared) > 1:
             made[name] = seed_summary([a[seed] - b[seed] for seed in shared])
 
     def recalls(arm: str, way: str) -> dict[int, float]:
@@ -211,8 +211,7 @@ def drawn(tests: dict[str, Any]) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name, row in tests.items():
         what, _, other = name.partition("_llm2clip_minus_")
-        way = what.removesuffix("_r1")
-        pairs = rows.setdefault(TASKS[what] if way == what else f"retrieval_{way}", {})
+        pairs = rows.setdefault(TASKS.get(what, f"retrieval_{what.removesuffix('_r1')}"), {})
         pairs[f"llm2clip-{other}"] = {**row, "n_seeds": len(row["deltas_by_seed"])}
     return rows
 

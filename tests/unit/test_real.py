@@ -230,13 +230,15 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert found["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
     assert found["tests"]["captions_llm2clip_minus_llm2clip_other_pictures"]["delta"] == 15.5
     assert "earlier" not in found
-    shutil.rmtree(run / "eval")
+    for folder in ("eval", "cache"):
+        shutil.rmtree(run / folder)
     again = tmp_path / "again.json"
     program.main([
         "--run", str(run), "--data", str(out), "--main", "stage1_bidirectional",
         "--seeds", "0", "1", "2", "--output", str(again), "--earlier", str(output),
     ])  # fmt: skip
     later = read(again)
+    assert later["separability"] == found["separability"]
     assert later["vlm"] == found["vlm"] and later["earlier"] == found["commit"]
     assert later["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
     assert later["missing"] and later["separability_other"] == found["separability_other"]
