@@ -5,7 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from llm2clip_vlm.recipe.reading import did_you_mean, trainer_keys
 from llm2clip_vlm.remote.addresses import is_remote
@@ -270,3 +278,9 @@ class TextEncoderSection(Section):
     trains). What trains without DeepSpeed is held in float32 meanwhile."""
     attn_implementation: str | None = None
     """`sdpa`, `eager` or `flash_attention_2`, as in transformers. None: its default."""
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out what was not given: a trained encoder, or an embedder, brings its own value."""
+        given = self.model_fields_set
+        return {name: value for name, value in handler(self).items() if name in given}

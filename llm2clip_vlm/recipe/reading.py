@@ -132,7 +132,7 @@ def stage_of(path: str | Path) -> str | None:
 
 
 def to_plain(recipe: BaseModel) -> dict[str, Any]:
-    """The recipe as mappings, lists and scalars, every default written out."""
+    """The recipe as mappings, lists and scalars, defaults written out (of a text encoder: none)."""
     return recipe.model_dump()
 
 

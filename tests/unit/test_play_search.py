@@ -17,8 +17,10 @@ from llm2clip_vlm.data.image_text.index import ImageTextRecord
 from llm2clip_vlm.data.reading.images import open_image
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.play.photo_index import cache_folder, find_photos, index_photos, load_dual_encoder
+from llm2clip_vlm.recipe.base import TextEncoderSection
 from llm2clip_vlm.runs.hashes import HandoffError
 from tests.tiny import build_clip, write_image
 from tests.tiny_towers import build_tower
@@ -181,6 +183,22 @@ def test_a_stage_2b_model_finds_its_text_encoder(stage2b: Path, tmp_path: Path) 
     manifest["fingerprints"] = {}
     (stage2b / "manifest.json").write_text(json.dumps(manifest))
     torch.testing.assert_close(load_dual_encoder(str(stage2b)).embed_texts(texts), want)
+
+
+def test_a_trained_text_encoder_keeps_its_settings(
+    stage2b: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """A recipe that gives its dtype alone must not, once it is written out, give defaults too."""
+    trained = tmp_path / "trained"
+    TextEncoder.from_pretrained(tiny_llm, bidirectional=False).save_pretrained(trained)
+    section = TextEncoderSection(language_model=str(trained), dtype="float32")
+    assert section.model_dump() == {"language_model": str(trained), "dtype": "float32"}
+    file = tmp_path / "stage2a/manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["recipe"]["text_encoder"] = section.model_dump()
+    file.write_text(json.dumps(manifest))
+    want = load_encoder(str(stage2b / "model"), str(trained)).embed_texts(["a red dog"])
+    torch.testing.assert_close(load_dual_encoder(str(stage2b)).embed_texts(["a red dog"]), want)
 
 
 def test_paths_of_a_run_are_found_from_any_folder(
