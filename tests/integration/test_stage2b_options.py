@@ -178,14 +178,20 @@ def test_the_llm_trains_in_the_loop(recipe: Recipe, pairs: Path, tiny_llm: Path)
     assert same(final, load_file(out / "text_encoder" / "model.safetensors"))
 
 
+def cached_captions(pairs: Path, tiny_llm: Path, folder: Path) -> TextEncoder:
+    """Cache all captions of the training pairs, embedded by a raw LLM; gives the LLM."""
+    rows = map(json.loads, pairs.read_text().splitlines())
+    texts = [text for row in rows for kind in row["captions"].values() for text in kind]
+    encoder = TextEncoder.from_pretrained(tiny_llm)
+    EmbeddingCache.build(folder, texts, encoder.encode, encoder.fingerprint)
+    return encoder
+
+
 def test_an_llm_in_the_loop_is_named_as_it_was_trained(
     recipe: Recipe, pairs: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
     """`heads_from` compares the encoder before it trains; the manifest has it as it is saved."""
-    rows = map(json.loads, pairs.read_text().splitlines())
-    texts = [text for row in rows for kind in row["captions"].values() for text in kind]
-    encoder = TextEncoder.from_pretrained(tiny_llm)
-    EmbeddingCache.build(tmp_path / "cache", texts, encoder.encode, encoder.fingerprint)
+    encoder = cached_captions(pairs, tiny_llm, tmp_path / "cache")
     few = {"trainer": {"max_steps": 2}}
     first = run(recipe("first", embedding_cache=str(tmp_path / "cache"), **few))
     out = run(recipe("loop", heads_from=str(first / "model"), **loop_of(tiny_llm), **few))
@@ -198,10 +204,7 @@ def test_an_llm_in_the_loop_is_named_as_it_was_trained(
 def test_an_llm_in_the_loop_that_does_not_learn_equals_the_cache(
     recipe: Recipe, pairs: Path, tiny_llm: Path, tmp_path: Path
 ) -> None:
-    rows = map(json.loads, pairs.read_text().splitlines())
-    texts = [text for row in rows for kind in row["captions"].values() for text in kind]
-    encoder = TextEncoder.from_pretrained(tiny_llm)
-    EmbeddingCache.build(tmp_path / "cache", texts, encoder.encode, encoder.fingerprint)
+    cached_captions(pairs, tiny_llm, tmp_path / "cache")
     free = {"trainer": {"max_grad_norm": 0.0}}  # the adapter's gradient would count in the norm
     cached = run(recipe("cached", embedding_cache=str(tmp_path / "cache"), **free))
     loop = loop_of(tiny_llm, dropout=0.0)
