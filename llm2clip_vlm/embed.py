@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.files import find_program, load_program
 
 COST_NAME = "encode_cost.jsonl"
-"""File beside a cache: texts and seconds of each part that stage 2a has encoded."""
+"""File beside a cache: texts, how many of them were cut, and seconds of each part that stage 2a
+has encoded, in any process and any run."""
+
+
+def read_cost(cache: Path) -> Counter[str]:
+    """Sums of what a cache's parts have cost: `texts`, `truncated`, `seconds`; empty without log."""
+    total: Counter[str] = Counter()
+    if (costs := cache / COST_NAME).is_file():
+        for row in costs.read_text().splitlines():
+            with suppress(ValueError):  # a killed process may have left half a line
+                total.update(json.loads(row))
+    return total
 
 
 def main(command: str, words: Sequence[str]) -> int | None:
@@ -97,12 +110,9 @@ def _report(arguments: argparse.Namespace) -> None:
         print(f"dedup ratio    {texts / different:.3f} ({texts} texts, {different} different)")
     else:
         print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
-    costs = arguments.cache / COST_NAME
-    if costs.is_file() and (parts := [json.loads(row) for row in costs.read_text().splitlines()]):
-        texts, seconds = (sum(part[k] for part in parts) for k in ("texts", "seconds"))
-        speed = texts / max(seconds, 1e-9)
-        print(
-            f"cost           {texts} texts in {seconds:.1f} s of the encoder ({speed:.1f} texts/s)"
-        )
+    if cost := read_cost(arguments.cache):
+        texts, seconds = cost["texts"], cost["seconds"]
+        speed = f"{seconds:.1f} s of the encoder ({texts / max(seconds, 1e-9):.1f} texts/s)"
+        print(f"cost           {texts} texts in {speed}, {cost['truncated']} of them cut")
     for field, value in sorted(cache.fingerprint.items()):
         print(f"encoder        {field} = {value}")
