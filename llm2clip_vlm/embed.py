@@ -18,7 +18,7 @@ has encoded, in any process and any run."""
 
 
 def read_cost(cache: Path) -> Counter[str]:
-    """Sums of what a cache's parts have cost: `texts`, `truncated`, `seconds`; empty without log."""
+    """Sums over a cache's log: `texts`, `truncated`, `seconds`; empty where there is none."""
     total: Counter[str] = Counter()
     if (costs := cache / COST_NAME).is_file():
         for row in costs.read_text().splitlines():

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
 from llm2clip_vlm.data.conversation.messages import VisualTokens
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
+from llm2clip_vlm.models.vlm.lineage import settings_of
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision
 from tests.tiny_towers import KINDS, PREFIX_TOKENS, build_tower
 
@@ -67,6 +70,31 @@ def test_several_layers_are_concatenated(kind: str, tmp_path: Path, tiny_llm: Pa
     assert torch.equal(seen[0], torch.cat([states[0], states[-1]], -1))
     save_vlm(model, processor, tmp_path / "vlm")
     assert load_vlm(tmp_path / "vlm")[0].config.vision_feature_layer == [0, -1]
+
+
+@pytest.mark.parametrize("size_px", [None, 48])
+def test_a_crop_that_is_not_made_does_not_count(
+    size_px: int | None, tmp_path: Path, tiny_clip: Path, tiny_llm: Path
+) -> None:
+    """As of towers that see a picture whole: `crop_size` may say anything then."""
+    folder = tmp_path / "whole"
+    shutil.copytree(tiny_clip, folder)
+    processor = AutoImageProcessor.from_pretrained(folder)
+    side = processor.crop_size["height"]
+    processor.size, processor.do_center_crop = {"height": side, "width": side}, False
+    processor.crop_size = {"height": 4 * side, "width": 4 * side}
+    processor.save_pretrained(folder)
+    model, processor = build_vlm(folder, tiny_llm, image_size_px=size_px)
+    inputs = example(processor)
+    tokens = int((inputs["input_ids"] == processor.image_token_id).sum())
+    visual = VisualTokens(processor)
+    assert visual.fixed == tokens
+    assert visual.size_px == inputs["pixel_values"].shape[-2:]
+    assert torch.isfinite(model(**inputs).logits).all()
+    modes = settings_of(model, processor)["image_mode"]
+    assert modes.startswith(f"square [{size_px or side}, {size_px or side}]")
+    if size_px:  # vLLM counts by it
+        assert processor.image_processor.crop_size["height"] == size_px
 
 
 def test_another_resolution(tiny_clip: Path, tiny_llm: Path) -> None:

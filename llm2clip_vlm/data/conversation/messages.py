@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -50,9 +51,9 @@ class VisualTokens:
         self._processor = processor
         if images is None:
             return
-        size: dict[str, Any] = dict(getattr(images, "crop_size", None) or images.size)
-        edge = size.get("shortest_edge", 0)
-        self.size_px = (int(size.get("height", edge)), int(size.get("width", edge)))
+        # By a picture: of `size` and `crop_size` a processor may heed one alone.
+        made = images(images=Image.new("RGB", (64, 48)), return_tensors="np")["pixel_values"]
+        self.size_px = made.shape[-2:]
         patch, more = processor.patch_size, processor.num_additional_image_tokens
         self._dropped = int(processor.vision_feature_select_strategy == "default")
         if self.grids is None:

@@ -68,5 +68,5 @@ def resize_processor(processor: Any, size_px: int) -> None:
     edge = {name: round(side * size_px / before) for name, side in sides.items() if side}
     fresh = type(processor)(size=edge or square, crop_size=square)
     processor.size = fresh.size
-    if getattr(processor, "do_center_crop", False):
+    if getattr(processor, "crop_size", None):  # read by others even where nothing is cropped
         processor.crop_size = fresh.crop_size

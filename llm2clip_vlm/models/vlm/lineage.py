@@ -77,7 +77,8 @@ def settings_of(model: Any, processor: Any) -> dict[str, str]:
         with its grids, size, mean and standard deviation).
     """
     images = processor.image_processor
-    size = getattr(images, "crop_size", None) or images.size
+    cropped = getattr(images, "do_center_crop", False) and getattr(images, "crop_size", None)
+    size = cropped or images.size
     sides = [size[name] for name in ("height", "width", "shortest_edge") if size.get(name)]
     mode = "pad" if getattr(images, "do_pad", False) else "square"
     if grids := getattr(images, "image_grid_pinpoints", None):
