@@ -45,6 +45,7 @@ from llm2clip_vlm.models.text.text_encoder_settings import (
     read_embedder,
     resolve_settings,
     save_settings,
+    with_its_settings,
 )
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.recipe.base import TextEncoderSection
@@ -131,8 +132,7 @@ class TextEncoder(nn.Module):
         """Loads a raw LLM, what :meth:`save_pretrained` wrote, or a sentence-transformers embedder.
 
         Args:
-            path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
-                prompt and attention.
+            path: Directory or hub id; an embedder keeps its own pooling, prompt and attention.
             dtype: Dtype of the weights; `auto` keeps that of the checkpoint.
             device: Where the weights go. None: CPU.
             attn_implementation: See transformers. None: its default.
@@ -145,6 +145,7 @@ class TextEncoder(nn.Module):
                 not what `bidirectional` says; or bitsandbytes is absent.
         """
         chosen = {name: value for name, value in chosen.items() if value is not None}
+        path = with_its_settings(path)
         embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
         source = embedder.model_dir if embedder else path
         # A copy, because transformers may hand out one config object twice.

@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.hub import ModelError, fetched, require_place
+from llm2clip_vlm.models.checkpoint_files import file_of
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
 
 SETTINGS_NAME = "text_encoder.json"
@@ -67,6 +68,21 @@ class TextEncoderSettings:
             pooling=self.pooling,
             joined=self.embedder,
         )
+
+
+def with_its_settings(path: str | Path) -> str | Path:
+    """Fetch a text encoder or an embedder of the hub, whose settings lie beside its weights.
+
+    Args:
+        path: Directory or hub id.
+
+    Returns:
+        The folder that it was fetched to; a directory, and the id of a raw LLM, as they are.
+    """
+    require_place(path)
+    if not Path(path).exists() and any(file_of(path, n) for n in (SETTINGS_NAME, MODULES_NAME)):
+        return fetched(str(path))
+    return path
 
 
 def save_settings(directory: Path, settings: TextEncoderSettings, tokenizer_hash: str) -> None:
