@@ -26,7 +26,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import difference
@@ -49,8 +49,12 @@ from llm2clip_vlm.models.text.text_encoder_settings import (
 )
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.runs.hashes import hash_json
 
 logger = logging.getLogger(__name__)
+
+_NO_FACTS = {"_name_or_path", "architectures", "dtype", "is_causal", "transformers_version"}
+_NO_FACTS |= {"use_cache"}
 
 PROBE_TEXTS = ("a", "A dog runs on the beach.", "Two people, 3 red cats: a photo")
 """Texts of different lengths, by which encoders are compared that should be the same."""
@@ -214,6 +218,9 @@ class TextEncoder(nn.Module):
         """
         return {
             "text_weights": hash_state(self.backbone.state_dict()),
+            "text_config": hash_json(
+                [config_facts(self.backbone.config), self.tokenizer.eos_token_id]
+            ),
             "text_tokenizer": self.tokens.fingerprint(),
             **{name: str(value) for name, value in self.settings.to_dict().items()},
             **({"chat": repr(self.tokens.turn)} if self.settings.chat else {}),
@@ -280,12 +287,8 @@ class TextEncoder(nn.Module):
         before = self.tokens.num_truncated
         tokens = self.tokens(texts)
         if cut := self.tokens.num_truncated - before:
-            logger.warning(
-                "%d of %d texts cut at max_length_tokens=%d",
-                cut,
-                len(texts),
-                self.settings.max_length_tokens,
-            )
+            counts = cut, len(texts), self.settings.max_length_tokens
+            logger.warning("%d of %d texts cut at max_length_tokens=%d", *counts)
         if self.device.type == "cpu":
             batch_tokens = min(batch_tokens, 2048)
         embeds = torch.empty(len(texts), self.hidden_size)
@@ -295,13 +298,8 @@ class TextEncoder(nn.Module):
             given = nullcontext(show_progress) if isinstance(show_progress, tqdm) else None
             with given or tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
                 for rows in length_groups([len(ids) for ids in tokens], batch_tokens):
-                    batch = pad_tokens(
-                        [tokens[row] for row in rows],
-                        self.tokens.pad_token_id,
-                        self.tokens.num_front_tokens,
-                    )
-                    batch = {name: value.to(self.device) for name, value in batch.items()}
-                    embeds[rows] = self(**batch).cpu()
+                    some = [tokens[row] for row in rows]
+                    embeds[rows] = self._vectors(some, self.tokens.num_front_tokens).cpu()
                     bar.update(len(rows))
         finally:
             self.backbone.train(was_training)
@@ -336,8 +334,8 @@ class TextEncoder(nn.Module):
             self.backbone.dtype,
         )
 
-    def _vectors(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        batch = pad_tokens(list(tokens), self.tokens.pad_token_id, 0)
+    def _vectors(self, tokens: Sequence[Sequence[int]], num_front_tokens: int = 0) -> Tensor:
+        batch = pad_tokens(tokens, self.tokens.pad_token_id, num_front_tokens)
         return self(**{name: value.to(self.device) for name, value in batch.items()})
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -370,6 +368,12 @@ def require_equal(
     tolerance = 0.014 if dtype == torch.float32 else 0.2  # cosines of 0.9999 and 0.98
     if wrong := difference(before, after.to(before), tolerance):
         raise ModelError(f"{what}: expected equal vectors, but {wrong}: {remedy}")
+
+
+def config_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says of the computation, and its class does not: no names, no dtype."""
+    said = config.to_diff_dict()
+    return {name: said[name] for name in said.keys() - _NO_FACTS}
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:

@@ -31,6 +31,8 @@ MODULES_NAME = "modules.json"
 
 _SCHEMA = 1
 _POOLING = {"mean": "mean", "lasttoken": "last", "cls": "cls"}
+_POOLING |= {"mean_tokens": "mean", "cls_token": "cls"}  # as flags are called
+_FLAG = "pooling_mode_"
 _LATER = ("chat", "embedder")  # written only where set: files and caches from before stay valid
 
 Pooling = Literal["mean", "last", "eos", "cls"]
@@ -219,14 +221,9 @@ def _read(folder: Path, name: str = MODULES_NAME) -> Any:
 
 def _pooling_mode(config: dict[str, Any], where: Path) -> str:
     """The one mode of either form of `config.json`: a name, or a flag for each."""
-    mode = config.get("pooling_mode")
-    modes = [mode] if isinstance(mode, str) else list(mode or ())
-    if mode is None:
-        flags = [
-            name for name, value in config.items() if name.startswith("pooling_mode_") and value
-        ]
-        short = [name.removeprefix("pooling_mode_").removesuffix("_token") for name in flags]
-        modes = ["mean" if name == "mean_tokens" else name for name in short]
+    flags = [name for name, value in config.items() if name.startswith(_FLAG) and value]
+    mode = config.get("pooling_mode") or [name.removeprefix(_FLAG) for name in flags]
+    modes = [mode] if isinstance(mode, str) else list(mode)
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise ModelError(f"{where}: pooling is {modes}, expected one of {', '.join(_POOLING)}")
     return _POOLING[modes[0]]
