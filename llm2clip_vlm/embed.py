@@ -99,10 +99,11 @@ def _report(arguments: argparse.Namespace) -> None:
         print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
     costs = arguments.cache / COST_NAME
     if costs.is_file() and (parts := [json.loads(row) for row in costs.read_text().splitlines()]):
-        texts, seconds = (sum(part[k] for part in parts) for k in ("texts", "seconds"))
+        texts, seconds, cut = (sum(p.get(k, 0) for p in parts) for k in ("texts", "seconds", "cut"))
         speed = texts / max(seconds, 1e-9)
         print(
             f"cost           {texts} texts in {seconds:.1f} s of the encoder ({speed:.1f} texts/s)"
+            f", {cut} of them cut"
         )
     for field, value in sorted(cache.fingerprint.items()):
         print(f"encoder        {field} = {value}")

@@ -74,9 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = load_caption_encoder(recipe.text_encoder, device)
 
     def encode(with_prompt: TextEncoder, part: list[str]) -> Tensor:
-        began = time.monotonic()
+        began, before = time.monotonic(), with_prompt.tokens.num_truncated
         embeds = with_prompt.encode(part, batch_tokens=recipe.batch_tokens, show_progress=bar)
         cost = {"texts": len(part), "seconds": round(time.monotonic() - began, 3)}
+        cost["cut"] = with_prompt.tokens.num_truncated - before
         with (out / COST_NAME).open("a") as log:
             log.write(json.dumps(cost) + "\n")
         return embeds
@@ -99,7 +100,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(encoder.tokens.told())
     if is_main() and recipe.slice is None:
         cache = EmbeddingCache.open(out)
-        truncated = encoder.tokens.num_truncated
         check_rows(cache, prompted, texts)
         say(f"cache: {len(cache)} rows of {cache.dim}, {texts.total / len(texts):.2f} texts a row")
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
@@ -109,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows=len(cache),
             texts=texts.total,
             different_texts=len(texts),
-            truncated=truncated,
         )
     teardown()
 
