@@ -250,6 +250,8 @@ def test_embedder_files(tmp_path: Path) -> None:
     found = read_embedder(write_embedder(tmp_path, **modern))
     assert found is not None
     assert (found.pooling, found.max_length_tokens, found.lower_case) == ("cls", 9, True)
+    (tmp_path / "sentence_bert_config.json").rename(tmp_path / "sentence_roberta_config.json")
+    assert read_embedder(tmp_path) == found  # as sentence-transformers reads an older one
 
 
 @pytest.mark.parametrize(

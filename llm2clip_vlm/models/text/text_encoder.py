@@ -202,8 +202,7 @@ class TextEncoder(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Width of an embedding."""
-        size: int = self.backbone.config.hidden_size
-        return size
+        return int(self.backbone.config.hidden_size)
 
     @property
     def device(self) -> torch.device:

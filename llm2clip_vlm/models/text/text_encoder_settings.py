@@ -194,7 +194,9 @@ def read_embedder(directory: str | Path) -> Embedder | None:
         )
     if escaped := [path for _, path in found if not path.resolve().is_relative_to(root.resolve())]:
         raise ModelError(f"{root / MODULES_NAME}: {escaped[0]} is outside of the directory")
-    transformer = _read(found[0][1], "sentence_bert_config.json")
+    # called by the architecture when it was written: `sentence_roberta_config.json`, ...
+    files = sorted(found[0][1].glob("sentence_*_config.json"))
+    transformer = read_json(files[0], object) if files else {}
     general = _read(root, "config_sentence_transformers.json")
     pooling = _read(found[1][1], "config.json")
     prompt = general.get("prompts", {}).get(general.get("default_prompt_name"), "")
