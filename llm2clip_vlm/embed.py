@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.files import find_program, load_program
 
 COST_NAME = "encode_cost.jsonl"
-"""File beside a cache: texts, how many of them were cut, and seconds of each part that stage 2a
-has encoded, in any process and any run."""
-
-
-def read_cost(cache: Path) -> Counter[str]:
-    """Sums over a cache's log: `texts`, `truncated`, `seconds`; empty where there is none."""
-    total: Counter[str] = Counter()
-    if (costs := cache / COST_NAME).is_file():
-        for row in costs.read_text().splitlines():
-            with suppress(ValueError):  # a killed process may have left half a line
-                total.update(json.loads(row))
-    return total
+"""File beside a cache: texts and seconds of each part that stage 2a has encoded."""
 
 
 def main(command: str, words: Sequence[str]) -> int | None:
@@ -110,9 +97,13 @@ def _report(arguments: argparse.Namespace) -> None:
         print(f"dedup ratio    {texts / different:.3f} ({texts} texts, {different} different)")
     else:
         print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
-    if cost := read_cost(arguments.cache):
-        texts, seconds = cost["texts"], cost["seconds"]
-        speed = f"{seconds:.1f} s of the encoder ({texts / max(seconds, 1e-9):.1f} texts/s)"
-        print(f"cost           {texts} texts in {speed}, {cost['truncated']} of them cut")
+    costs = arguments.cache / COST_NAME
+    if costs.is_file() and (parts := [json.loads(row) for row in costs.read_text().splitlines()]):
+        texts, seconds, cut = (sum(p.get(k, 0) for p in parts) for k in ("texts", "seconds", "cut"))
+        speed = texts / max(seconds, 1e-9)
+        print(
+            f"cost           {texts} texts in {seconds:.1f} s of the encoder ({speed:.1f} texts/s)"
+            f", {cut} of them cut"
+        )
     for field, value in sorted(cache.fingerprint.items()):
         print(f"encoder        {field} = {value}")

@@ -35,7 +35,7 @@ from llm2clip_vlm.data.cache.shards import cache_names, read_header
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.text.captions import UniqueTexts, read_captions
 from llm2clip_vlm.distributed import barrier, is_main, rank, say, teardown, world_size
-from llm2clip_vlm.embed import COST_NAME, read_cost
+from llm2clip_vlm.embed import COST_NAME
 from llm2clip_vlm.models.text.text_encoder import TextEncoder, require_equal
 from llm2clip_vlm.recipe.reading import save_resolved
 from llm2clip_vlm.recipe.text import Stage2aRecipe
@@ -74,11 +74,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = load_caption_encoder(recipe.text_encoder, device)
 
     def encode(with_prompt: TextEncoder, part: list[str]) -> Tensor:
-        began, cut = time.monotonic(), with_prompt.tokens.num_truncated
+        began, before = time.monotonic(), with_prompt.tokens.num_truncated
         embeds = with_prompt.encode(part, batch_tokens=recipe.batch_tokens, show_progress=bar)
-        cut = with_prompt.tokens.num_truncated - cut
-        seconds = round(time.monotonic() - began, 3)
-        cost = {"texts": len(part), "truncated": cut, "seconds": seconds}
+        cost = {"texts": len(part), "seconds": round(time.monotonic() - began, 3)}
+        cost["cut"] = with_prompt.tokens.num_truncated - before
         with (out / COST_NAME).open("a") as log:
             log.write(json.dumps(cost) + "\n")
         return embeds
@@ -110,7 +109,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             rows=len(cache),
             texts=texts.total,
             different_texts=len(texts),
-            truncated=read_cost(out).get("truncated", 0),
         )
     teardown()
 

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers.modeling_utils import load_state_dict
+from transformers.utils import cached_file
 
 from llm2clip_vlm.files import read_json, require_regular
 from llm2clip_vlm.hub import ModelError
@@ -37,6 +38,17 @@ _LIMITS = (
 """Largest sizes: anything above would fill the memory before it is compared with the weights."""
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _MAY_BE_ZERO = {"head_dim", "projection_dim"}
+
+
+def file_of(path: str | Path, name: str) -> Path | None:
+    """A file of a checkpoint: a directory, or a hub id. None: it has no such file."""
+    found = cached_file(
+        str(path),
+        name,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return Path(found) if found else None
 
 
 def read_config_file(folder: Path) -> dict[str, Any]:

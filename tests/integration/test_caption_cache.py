@@ -78,13 +78,13 @@ def test_slices_make_the_bytes_of_one_build(
         assert main(["embed", *words]) == 0, capsys.readouterr().err
         return capsys.readouterr().out
 
-    short = "text_encoder.max_length_tokens=8"  # of each pair's captions, one is longer
-    embed("build", str(recipe_2a), short)
+    recipe = [str(recipe_2a), "text_encoder.max_length_tokens=8"]  # half of the captions are longer
+    embed("build", *recipe)
     one = files(tmp_path / "one")
     assert len(one) == 1 + -(-2 * PAIRS // 5)
     for i in (1, 0):
         for folder in ("together", f"slice-{i}"):
-            embed("build", str(recipe_2a), short, f"slice={i}/2", f"output_dir={tmp_path / folder}")
+            embed("build", *recipe, f"slice={i}/2", f"output_dir={tmp_path / folder}")
     assert files(tmp_path / "together") == one
     assert read_manifest(tmp_path / "together") is None
     embed("merge", str(tmp_path / "merged"), str(tmp_path / "slice-0"), str(tmp_path / "slice-1"))
@@ -92,13 +92,11 @@ def test_slices_make_the_bytes_of_one_build(
     report = embed("report", str(tmp_path / "merged"))
     assert "dedup ratio    unknown" in report
     assert f"cost           {2 * PAIRS} texts in" in report
-    assert f"texts/s), {PAIRS} of them cut" in report
-    embed("build", str(recipe_2a), short, f"output_dir={tmp_path / 'merged'}")
-    manifest = read_manifest(tmp_path / "merged")
-    assert manifest is not None
-    assert manifest["extra"]["truncated"] == PAIRS, "what other writers have cut is not counted"
+    assert f"texts/s), {PAIRS} of them cut\n" in report
+    embed("build", *recipe, f"output_dir={tmp_path / 'merged'}")
     assert files(tmp_path / "merged") == one
     report = embed("report", str(tmp_path / "merged"))
+    assert f"texts/s), {PAIRS} of them cut\n" in report
     assert f"rows           {2 * PAIRS} of 32 numbers" in report
     assert "files          10 shards, 0 parts of unfinished runs" in report
     assert f"dedup ratio    1.000 ({2 * PAIRS} texts" in report

@@ -182,6 +182,16 @@ def test_prompts_follow_the_direction() -> None:
     wrong = rule.model_copy(update={"prompts": {"long->raww": "x"}})
     with pytest.raises(ValueError, match="'long->raww': no caption is of kind 'raww'"):
         CaptionPairs([found], [wrong], 0)
+    other = table_of([CaptionRecord("o", {"raw": ["a", "b"]})])
+    mixed = rule.model_copy(update={"prompts": {"raw->raw": "x"}})
+    CaptionPairs([found, other], [rule, mixed], 0)
+    with pytest.raises(ValueError, match=r"no caption is of kind 'short'; the kinds of x are"):
+        CaptionPairs([found, other], [rule, rule], 0)  # the first source's kinds
+    rule = CaptionPairSource(
+        path="x", fields=["short", "long"], directed=True, prompts={"long->short": "y"}
+    )
+    with pytest.raises(ValueError, match=r"no pair is so; the kinds .*'long'\] in this order"):
+        CaptionPairs([found], [rule], 0)
 
 
 def test_rules_do_not_change_what_is_drawn() -> None:

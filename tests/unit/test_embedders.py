@@ -202,6 +202,31 @@ def test_no_export_where_the_vectors_would_differ(
     assert "loads from there as another one" in caplog.text
 
 
+@pytest.mark.parametrize("kind", ["text_encoder", "embedder"])
+def test_a_hub_id_brings_its_settings(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the folder that was pushed does; they are files of their own."""
+    from huggingface_hub import constants
+
+    repo = tmp_path / "cache" / "models--org--one"
+    folder = repo / "snapshots" / "c0ffee"
+    encoder = TextEncoder.from_pretrained(
+        build(tmp_path / "llm"), pooling="last", instruction="the", bidirectional=False
+    )
+    encoder.save_pretrained(folder)
+    if kind == "embedder":
+        (folder / "text_encoder.json").unlink()
+        write_embedder(folder, **{"pool/config": {"pooling_mode_lasttoken": True}})
+    (repo / "refs").mkdir()
+    (repo / "refs" / "main").write_text("c0ffee")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found, expected = TextEncoder.from_pretrained("org/one"), TextEncoder.from_pretrained(folder)
+    assert found.settings == expected.settings and found.settings.pooling == "last"
+    torch.testing.assert_close(found.encode(TEXTS), expected.encode(TEXTS), atol=0, rtol=0)
+
+
 def write_embedder(root: Path, **files: Any) -> Path:
     entries = [
         {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
@@ -225,6 +250,8 @@ def test_embedder_files(tmp_path: Path) -> None:
     found = read_embedder(write_embedder(tmp_path, **modern))
     assert found is not None
     assert (found.pooling, found.max_length_tokens, found.lower_case) == ("cls", 9, True)
+    (tmp_path / "sentence_bert_config.json").rename(tmp_path / "sentence_roberta_config.json")
+    assert read_embedder(tmp_path) == found  # as sentence-transformers reads an older one
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
@@ -407,6 +408,20 @@ def test_fingerprint_names_what_differs(llm: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         next(changed.backbone.parameters())[0, 0] += 1
     assert differing(changed) == {"text_weights"}
+    eager = TextEncoder.from_pretrained(llm, attn_implementation="eager")
+    assert differing(eager) == set()
+    folder = shutil.copytree(llm, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    other = TextEncoder.from_pretrained(folder)
+    assert ((base.encode(TEXTS) * other.encode(TEXTS)).sum(1) < 0.99).all()
+    assert differing(other) == {"text_config"}
+    one = TextEncoder.from_pretrained(llm, pooling="eos")
+    before = one.tokens.behind, one.fingerprint["text_config"]
+    one.tokenizer.eos_token = "<pad>"  # another one in tokenizer_config.json, say
+    end = TextEncoder(one.backbone, one.tokenizer, one.settings)
+    assert (before[0], end.tokens.behind) == ([3], [3, 0])
+    assert before[1] != end.fingerprint["text_config"]
     used = TextEncoder.from_pretrained(llm)
     used.tokenizer(["a", "a dog"], padding=True, truncation=True, max_length=3)
     assert differing(used) == set()

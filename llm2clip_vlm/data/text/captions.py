@@ -266,7 +266,7 @@ class CaptionPairs(Dataset[CaptionPair]):
         seed: Seed of order and captions.
 
     Raises:
-        ValueError: A prompt names an unknown kind of caption.
+        ValueError: A prompt is for a pair that its source never gives.
 
     Paper: LLM2CLIP v6 section 3.1; released code `E5_cc3m.py` (prompts before the query, negative).
     """
@@ -294,14 +294,16 @@ class CaptionPairs(Dataset[CaptionPair]):
             }
             for rule in rules
         ]
-        kinds = dict.fromkeys(chain.from_iterable(source.kinds for source in sources))
-        for direction in chain.from_iterable(self._prompts):
-            unknown = [kind for kind in direction if kind not in kinds]
-            if unknown and direction != _ANY:
-                raise ValueError(
-                    f"prompts: {'->'.join(direction)!r}: no caption is of kind {unknown[0]!r}; the "
-                    f"kinds are {list(kinds)}"
-                )
+        for source, rule, prompts in zip(sources, rules, self._prompts, strict=True):
+            kinds = rule.fields[:2] if rule.directed else source.kinds
+            for direction in (each for each in prompts if each != _ANY):
+                unknown = [kind for kind in direction if kind not in kinds]
+                if unknown or (rule.directed and direction != tuple(kinds)):
+                    why = f"no caption is of kind {unknown[0]!r}" if unknown else "no pair is so"
+                    raise ValueError(
+                        f"prompts: {'->'.join(direction)!r}: {why}; the kinds of {rule.title} are "
+                        f"{kinds}{' in this order' * rule.directed}"
+                    )
 
     def __len__(self) -> int:
         """Pairs per epoch."""

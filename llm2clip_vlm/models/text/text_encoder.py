@@ -26,7 +26,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import difference
@@ -45,11 +45,16 @@ from llm2clip_vlm.models.text.text_encoder_settings import (
     read_embedder,
     resolve_settings,
     save_settings,
+    with_its_settings,
 )
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.runs.hashes import hash_json
 
 logger = logging.getLogger(__name__)
+
+_NO_FACTS = {"_name_or_path", "architectures", "dtype", "is_causal", "transformers_version"}
+_NO_FACTS |= {"use_cache"}
 
 PROBE_TEXTS = ("a", "A dog runs on the beach.", "Two people, 3 red cats: a photo")
 """Texts of different lengths, by which encoders are compared that should be the same."""
@@ -131,8 +136,7 @@ class TextEncoder(nn.Module):
         """Loads a raw LLM, what :meth:`save_pretrained` wrote, or a sentence-transformers embedder.
 
         Args:
-            path: Directory or hub id; an embedder must be a directory, and keeps its own pooling,
-                prompt and attention.
+            path: Directory or hub id; an embedder keeps its own pooling, prompt and attention.
             dtype: Dtype of the weights; `auto` keeps that of the checkpoint.
             device: Where the weights go. None: CPU.
             attn_implementation: See transformers. None: its default.
@@ -145,6 +149,7 @@ class TextEncoder(nn.Module):
                 not what `bidirectional` says; or bitsandbytes is absent.
         """
         chosen = {name: value for name, value in chosen.items() if value is not None}
+        path = with_its_settings(path)
         embedder = None if (Path(path) / SETTINGS_NAME).is_file() else read_embedder(path)
         source = embedder.model_dir if embedder else path
         # A copy, because transformers may hand out one config object twice.
@@ -197,8 +202,7 @@ class TextEncoder(nn.Module):
     @property
     def hidden_size(self) -> int:
         """Width of an embedding."""
-        size: int = self.backbone.config.hidden_size
-        return size
+        return int(self.backbone.config.hidden_size)
 
     @property
     def device(self) -> torch.device:
@@ -213,6 +217,9 @@ class TextEncoder(nn.Module):
         """
         return {
             "text_weights": hash_state(self.backbone.state_dict()),
+            "text_config": hash_json(
+                [config_facts(self.backbone.config), self.tokenizer.eos_token_id]
+            ),
             "text_tokenizer": self.tokens.fingerprint(),
             **{name: str(value) for name, value in self.settings.to_dict().items()},
             **({"chat": repr(self.tokens.turn)} if self.settings.chat else {}),
@@ -279,12 +286,8 @@ class TextEncoder(nn.Module):
         before = self.tokens.num_truncated
         tokens = self.tokens(texts)
         if cut := self.tokens.num_truncated - before:
-            logger.warning(
-                "%d of %d texts cut at max_length_tokens=%d",
-                cut,
-                len(texts),
-                self.settings.max_length_tokens,
-            )
+            counts = cut, len(texts), self.settings.max_length_tokens
+            logger.warning("%d of %d texts cut at max_length_tokens=%d", *counts)
         if self.device.type == "cpu":
             batch_tokens = min(batch_tokens, 2048)
         embeds = torch.empty(len(texts), self.hidden_size)
@@ -294,13 +297,8 @@ class TextEncoder(nn.Module):
             given = nullcontext(show_progress) if isinstance(show_progress, tqdm) else None
             with given or tqdm(total=len(texts), unit="text", disable=not show_progress) as bar:
                 for rows in length_groups([len(ids) for ids in tokens], batch_tokens):
-                    batch = pad_tokens(
-                        [tokens[row] for row in rows],
-                        self.tokens.pad_token_id,
-                        self.tokens.num_front_tokens,
-                    )
-                    batch = {name: value.to(self.device) for name, value in batch.items()}
-                    embeds[rows] = self(**batch).cpu()
+                    some = [tokens[row] for row in rows]
+                    embeds[rows] = self._vectors(some, self.tokens.num_front_tokens).cpu()
                     bar.update(len(rows))
         finally:
             self.backbone.train(was_training)
@@ -335,8 +333,8 @@ class TextEncoder(nn.Module):
             self.backbone.dtype,
         )
 
-    def _vectors(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        batch = pad_tokens(list(tokens), self.tokens.pad_token_id, 0)
+    def _vectors(self, tokens: Sequence[Sequence[int]], num_front_tokens: int = 0) -> Tensor:
+        batch = pad_tokens(tokens, self.tokens.pad_token_id, num_front_tokens)
         return self(**{name: value.to(self.device) for name, value in batch.items()})
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -369,6 +367,12 @@ def require_equal(
     tolerance = 0.014 if dtype == torch.float32 else 0.2  # cosines of 0.9999 and 0.98
     if wrong := difference(before, after.to(before), tolerance):
         raise ModelError(f"{what}: expected equal vectors, but {wrong}: {remedy}")
+
+
+def config_facts(config: PreTrainedConfig) -> dict[str, Any]:
+    """What a config says of the computation, and its class does not: no names, no dtype."""
+    said = config.to_diff_dict()
+    return {name: said[name] for name in said.keys() - _NO_FACTS}
 
 
 def hash_state(state: Mapping[str, Tensor]) -> str:

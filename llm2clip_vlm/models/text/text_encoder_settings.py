@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.hub import ModelError, fetched, require_place
+from llm2clip_vlm.models.checkpoint_files import file_of
 from llm2clip_vlm.models.text.caption_tokens import CaptionTokenizer
 
 SETTINGS_NAME = "text_encoder.json"
@@ -30,6 +31,8 @@ MODULES_NAME = "modules.json"
 
 _SCHEMA = 1
 _POOLING = {"mean": "mean", "lasttoken": "last", "cls": "cls"}
+_POOLING |= {"mean_tokens": "mean", "cls_token": "cls"}  # as flags are called
+_FLAG = "pooling_mode_"
 _LATER = ("chat", "embedder")  # written only where set: files and caches from before stay valid
 
 Pooling = Literal["mean", "last", "eos", "cls"]
@@ -67,6 +70,21 @@ class TextEncoderSettings:
             pooling=self.pooling,
             joined=self.embedder,
         )
+
+
+def with_its_settings(path: str | Path) -> str | Path:
+    """Fetch a text encoder or an embedder of the hub, whose settings lie beside its weights.
+
+    Args:
+        path: Directory or hub id.
+
+    Returns:
+        The folder that it was fetched to; a directory, and the id of a raw LLM, as they are.
+    """
+    require_place(path)
+    if not Path(path).exists() and any(file_of(path, n) for n in (SETTINGS_NAME, MODULES_NAME)):
+        return fetched(str(path))
+    return path
 
 
 def save_settings(directory: Path, settings: TextEncoderSettings, tokenizer_hash: str) -> None:
@@ -176,7 +194,9 @@ def read_embedder(directory: str | Path) -> Embedder | None:
         )
     if escaped := [path for _, path in found if not path.resolve().is_relative_to(root.resolve())]:
         raise ModelError(f"{root / MODULES_NAME}: {escaped[0]} is outside of the directory")
-    transformer = _read(found[0][1], "sentence_bert_config.json")
+    # called by the architecture when it was written: `sentence_roberta_config.json`, ...
+    files = sorted(found[0][1].glob("sentence_*_config.json"))
+    transformer = read_json(files[0], object) if files else {}
     general = _read(root, "config_sentence_transformers.json")
     pooling = _read(found[1][1], "config.json")
     prompt = general.get("prompts", {}).get(general.get("default_prompt_name"), "")
@@ -203,14 +223,9 @@ def _read(folder: Path, name: str = MODULES_NAME) -> Any:
 
 def _pooling_mode(config: dict[str, Any], where: Path) -> str:
     """The one mode of either form of `config.json`: a name, or a flag for each."""
-    mode = config.get("pooling_mode")
-    modes = [mode] if isinstance(mode, str) else list(mode or ())
-    if mode is None:
-        flags = [
-            name for name, value in config.items() if name.startswith("pooling_mode_") and value
-        ]
-        short = [name.removeprefix("pooling_mode_").removesuffix("_token") for name in flags]
-        modes = ["mean" if name == "mean_tokens" else name for name in short]
+    flags = [name for name, value in config.items() if name.startswith(_FLAG) and value]
+    mode = config.get("pooling_mode") or [name.removeprefix(_FLAG) for name in flags]
+    modes = [mode] if isinstance(mode, str) else list(mode)
     if len(modes) != 1 or modes[0] not in _POOLING:
         raise ModelError(f"{where}: pooling is {modes}, expected one of {', '.join(_POOLING)}")
     return _POOLING[modes[0]]

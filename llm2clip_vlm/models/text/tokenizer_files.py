@@ -12,9 +12,9 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer
 from transformers import LlamaTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils import cached_file
 
 from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models.checkpoint_files import file_of
 
 SENTENCEPIECE = "tokenizer.model"
 
@@ -48,21 +48,16 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
             f"{path}: its tokenizer ({type(tokenizer).__name__}) makes no token of {_PLAIN!r}; is "
             f"tokenizer.json, or {SENTENCEPIECE}, missing or empty?"
         )
-    found = partial(
-        cached_file,
-        str(path),
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
     others: list[Any]
-    if file := found("tokenizer.json"):
-        whole = Tokenizer.from_file(file)
+    if file := file_of(path, "tokenizer.json"):
+        whole = Tokenizer.from_file(str(file))
         whole.no_padding()
         whole.no_truncation()
         meant = [whole.encode(text, add_special_tokens=False).ids for text in (_PLAIN, _ODD)]
         others = [partial(PreTrainedTokenizerFast.from_pretrained, str(path))]
-    elif (file := found(SENTENCEPIECE)) and Path(file).read_bytes()[:1] == b"\n":  # not tiktoken's
-        meant = [list(SentencePieceProcessor(model_file=file).encode(_PLAIN))]
+    elif (file := file_of(path, SENTENCEPIECE)) and file.read_bytes()[:1] == b"\n":
+        # tiktoken's file of this name begins otherwise
+        meant = [list(SentencePieceProcessor(model_file=str(file)).encode(_PLAIN))]
         bos: dict[str, Any] = (
             {} if "add_bos_token" in tokenizer.init_kwargs else {"add_bos_token": True}
         )
@@ -79,16 +74,15 @@ def as_in_files(tokenizer: Any, path: str | Path) -> Any:
         texts = [_PLAIN, _ODD][: len(meant)]
         if [_ids(made, text)[-last:] for text in texts] == [ids[-last:] for ids in meant]:
             if made is not tokenizer:
-                name = Path(file).name
-                right = "PreTrainedTokenizerFast" if "json" in name else "LlamaTokenizer"
+                right = "PreTrainedTokenizerFast" if "json" in file.name else "LlamaTokenizer"
                 told = (
                     "%s: AutoTokenizer makes a %s, which reads texts otherwise than %s; that file "
                 )
                 told += "is followed here, and elsewhere by %s.from_pretrained"
-                logger.warning(told, path, type(tokenizer).__name__, name, right)
+                logger.warning(told, path, type(tokenizer).__name__, file.name, right)
             return made
     raise ModelError(
-        f"{path}: of {_PLAIN!r} {Path(file).name} makes {meant[0][:9]}..., "
+        f"{path}: of {_PLAIN!r} {file.name} makes {meant[0][:9]}..., "
         f"{type(tokenizer).__name__} of transformers {_ids(tokenizer, _PLAIN)[:9]}...; put a "
         "tokenizer.json that reads texts as it does beside it"
     )

@@ -35,12 +35,7 @@ from llm2clip_vlm.runs.ownership import remove
 
 logger = logging.getLogger(__name__)
 
-_POOLING_FLAGS = {
-    "mean": "pooling_mode_mean_tokens",
-    "last": "pooling_mode_lasttoken",
-    "eos": "pooling_mode_lasttoken",
-    "cls": "pooling_mode_cls_token",
-}
+_FLAGS = {"mean": "mean_tokens", "last": "lasttoken", "eos": "lasttoken", "cls": "cls_token"}
 
 
 def export_sentence_transformers(
@@ -93,8 +88,7 @@ def export_sentence_transformers(
         },
         "1_Pooling/config.json": {
             "word_embedding_dimension": encoder.hidden_size,
-            **dict.fromkeys(_POOLING_FLAGS.values(), False),
-            _POOLING_FLAGS[settings.pooling]: True,
+            **{f"pooling_mode_{f}": f == _FLAGS[settings.pooling] for f in _FLAGS.values()},
         },
         "config_sentence_transformers.json": {
             "prompts": dict.fromkeys(("caption", "query", "document"), prompt),
@@ -162,11 +156,8 @@ def _standalone_tokenizer(
     ]
     single = ["front"] * bool(front) + ["$A"] + ["behind"] * bool(tokens.behind)
     backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=pieces)
-    special = {
-        name: token
-        for name, token in tokenizer.special_tokens_map.items()
-        if isinstance(token, str)
-    }
+    names = tokenizer.special_tokens_map.items()
+    special = {name: token for name, token in names if isinstance(token, str)}
     special.setdefault("pad_token", tokenizer.convert_ids_to_tokens([tokens.pad_token_id])[0])
     exported = PreTrainedTokenizerFast(
         tokenizer_object=backend,
