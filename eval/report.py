@@ -20,22 +20,10 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
+from llm2clip_vlm.evaluation.report import examples, inputs
 from llm2clip_vlm.evaluation.report.charts import Line
-from llm2clip_vlm.evaluation.report.examples import (
-    answered_questions,
-    one_photograph,
-    retrieved_captions,
-)
 from llm2clip_vlm.evaluation.report.facts import Facts, charts, retrieval_verdict
-from llm2clip_vlm.evaluation.report.inputs import (
-    ReportError,
-    read_cra,
-    read_optional,
-    read_retrieval,
-    read_run,
-    read_seconds,
-    read_vlms,
-)
+from llm2clip_vlm.evaluation.report.inputs import ReportError
 from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
@@ -74,36 +62,43 @@ def collect(recipe: ReportRecipe) -> Facts:
         raise ReportError(
             f"headline, tower_models: {sorted(lost)}: expected towers of {list(recipe.towers)}"
         )
-    retrieval = read_retrieval(recipe.towers)
+    retrieval = inputs.read_retrieval(recipe.towers)
     if recipe.captions not in (kinds := retrieval[recipe.headline[0]]):
         raise ReportError(f"captions: {recipe.captions}: expected one of {list(kinds)}")
+    stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
+    stages |= {f"stage2-{name}": folder for name, folder in recipe.towers.items()}
+    stages |= {f"stage3-{name}": folder for name, folder in recipe.stage3.items()}
+    stages |= {f"stage4-{t}-s{s}": f for t, seeds in recipe.vlms.items() for s, f in seeds.items()}
+    made = {n: found for n, folder in stages.items() if folder and (found := read_manifest(folder))}
     vlms = []
     if recipe.evaluation and recipe.vlms:
-        vlms = read_vlms(
+        vlms = inputs.read_vlms(
             recipe.evaluation, {t: [*map(int, found)] for t, found in recipe.vlms.items()}
         )
         if (task := recipe.headline_task) not in vlms[0].scores:
             raise ReportError(f"headline_task: {task}: expected one of {list(vlms[0].scores)}")
         for run in vlms:
             run.scores = {task: run.scores[task], **run.scores}
-    stages = {"stage1": recipe.stage1, "stage2a": recipe.cache}
-    stages |= {f"stage2-{name}": folder for name, folder in recipe.towers.items()}
-    stages |= {f"stage3-{name}": folder for name, folder in recipe.stage3.items()}
-    stages |= {f"stage4-{t}-s{s}": f for t, seeds in recipe.vlms.items() for s, f in seeds.items()}
-    costs = read_optional(recipe.costs) or {}
-    manifests = {name: read_manifest(folder) for name, folder in recipe.towers.items()}
+            for seed, measured in run.scores[task].items():
+                model = made.get(f"stage4-{run.name}-s{seed}", {}).get("outputs", {}).get("model")
+                if model not in (None, measured.result["checkpoint"]["sha256"]):
+                    raise ReportError(
+                        f"{measured.folder}: these scores are of other weights than stage 4's "
+                        "model: it was trained again since; run `llm2clip-vlm eval` again"
+                    )
+    costs = inputs.read_optional(recipe.costs) or {}
     encoders = {n: f for n, f in recipe.encoders.items() if Path(f, "results.json").is_file()}
     return Facts(
         recipe,
         retrieval=retrieval,
         verdict=retrieval_verdict(retrieval, recipe.headline, recipe.captions),
-        cra=read_cra(recipe.stage1) if recipe.stage1 else None,
+        cra=inputs.read_cra(recipe.stage1) if recipe.stage1 else None,
         vlms=vlms,
-        encoders={name: read_run(name, {folder: None}) for name, folder in encoders.items()},
-        seconds={n: float(c["seconds"]) for n, c in costs.items()} or read_seconds(stages),
+        encoders={name: inputs.read_run(name, {folder: None}) for name, folder in encoders.items()},
+        seconds={name: float(found["seconds"]) for name, found in (costs or made).items()},
         costs=costs,
-        manifests={name: manifest for name, manifest in manifests.items() if manifest},
-        ab=read_optional(recipe.ab),
+        manifests={n: made[f"stage2-{n}"] for n in recipe.towers if f"stage2-{n}" in made},
+        ab=inputs.read_optional(recipe.ab),
         curves=curves(recipe),
     )
 
@@ -112,7 +107,7 @@ def add_examples(facts: Facts, pictures: str) -> None:
     """What three towers retrieve for the first test pictures, and what their first VLMs answer."""
     recipe, task, own = facts.recipe, facts.recipe.headline_task, facts.recipe.tower_models
     shown = recipe.order()[:3]
-    facts.retrieved = retrieved_captions(
+    facts.retrieved = examples.retrieved_captions(
         {name: Path(own.get(name, f"{recipe.towers[name]}/model")) for name in shown},
         read_image_text(ImageTextSource(path=pictures), BadRecords(0)),
         recipe.captions,
@@ -124,8 +119,8 @@ def add_examples(facts: Facts, pictures: str) -> None:
         first = {task: {run.name: run.first(task) for run in runs} for task in facts.tasks}
         samples = {task: {name: m.samples for name, m in of.items()} for task, of in first.items()}
         data = next(iter(first[task].values())).result["data"]["path"]
-        facts.answers = answered_questions(samples[task], Path(data), recipe.examples)
-        facts.one_photograph = one_photograph(facts.retrieved, samples.values())
+        facts.answers = examples.answered_questions(samples[task], Path(data), recipe.examples)
+        facts.one_photograph = examples.one_photograph(facts.retrieved, samples.values())
 
 
 def curves(recipe: ReportRecipe) -> dict[str, list[Line]]:

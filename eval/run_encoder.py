@@ -30,16 +30,11 @@ import torch
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.reading.images import picture_suffixes
+from llm2clip_vlm.evaluation.encoder import zero_shot
 from llm2clip_vlm.evaluation.encoder.detection import detection
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.encoder.probes import linear_probe
 from llm2clip_vlm.evaluation.encoder.segmentation import linear_segmentation, zero_shot_segmentation
-from llm2clip_vlm.evaluation.encoder.zero_shot import (
-    caption_accuracy,
-    classification,
-    compositional,
-    retrieval,
-)
 from llm2clip_vlm.evaluation.report.encoder_page import encoder_page
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
@@ -50,10 +45,10 @@ from llm2clip_vlm.runs.inputs import require_benchmarks
 from llm2clip_vlm.runs.ownership import Hold
 
 TASKS: dict[str, Callable[..., dict[str, Any]]] = {
-    "retrieval": retrieval,
-    "cra": caption_accuracy,
-    "compositional": compositional,
-    "zero_shot": classification,
+    "retrieval": zero_shot.retrieval,
+    "cra": zero_shot.caption_accuracy,
+    "compositional": zero_shot.compositional,
+    "zero_shot": zero_shot.classification,
     "linear_probe": linear_probe,
     "zero_shot_segmentation": zero_shot_segmentation,
     "segmentation": linear_segmentation,

@@ -1,9 +1,9 @@
 """Runs the programs of a pipeline recipe in the order of their needs.
 
-What a step leaves behind decides whether it runs: a manifest of the same recipe and the same
-parents, or the files that it names, as they were when it ended, made by the same recipe and
-options. So a second run skips what is finished, and a run after a kill goes on, with the stage that
-was cut off resuming from its own checkpoint. Its steps end when it does (:mod:`supervise`).
+What a step leaves behind decides whether it runs: a manifest of the same recipe and parents, or the
+files that it names, as they were when it ended, made by the same program, recipe and options from
+the same files and stages' outputs. So a second run skips what is finished, and a run after a kill
+goes on, the stage that was cut off from its own checkpoint. Steps end with it (:mod:`supervise`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -31,18 +32,12 @@ from llm2clip_vlm.files import find_program, find_shipped, read_json, write_atom
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import load_recipe, read_layers
 from llm2clip_vlm.recipe.stages import RECIPES
-from llm2clip_vlm.runs import supervise
+from llm2clip_vlm.runs import hashes, supervise
 from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.cores import allowed_threads, usable_cores
-from llm2clip_vlm.runs.hashes import (
-    FileState,
-    changed_files,
-    file_states,
-    fingerprint_file,
-    hash_json,
-)
+from llm2clip_vlm.runs.hashes import FileState
 from llm2clip_vlm.runs.inputs import require_steps
-from llm2clip_vlm.runs.manifest import is_complete
+from llm2clip_vlm.runs.manifest import find_manifest, is_complete
 from llm2clip_vlm.runs.ownership import Hold, OwnershipError
 from llm2clip_vlm.runs.shown import Seen, Shown, seen_in, told
 
@@ -142,10 +137,19 @@ def _filled(texts: Sequence[str], values: dict[str, str]) -> list[str]:
 
 
 def asked_of(job: Job) -> str:
-    """Hash of a job's recipe with all its parents, and of its options."""
+    """Hash of a job's program, recipe with all parents, options, and the files that these name.
+
+    A stage's output is known by its manifest; the job's own outputs are left out.
+    """
     recipe = read_layers(Path(job.recipe[0])) | {"notes": None} if job.step.recipe else None
     options = [*job.recipe[bool(job.step.recipe) :], *job.arguments]
-    return hash_json([job.step.program, recipe, options])
+    named = re.findall(r'"([^"]+)"', json.dumps(recipe, default=str))
+    named += [word.partition("=")[2] or word for word in options]
+    if job.step.program != COMMAND:
+        named.append(str(find_program(job.step.program, Path.cwd())))
+    there = [n for n in dict.fromkeys(named) if os.path.exists(n) and n not in job.outputs]
+    states = hashes.file_states(find_manifest(Path(n)) or Path(n) for n in there)
+    return hashes.hash_json([job.step.program, recipe, options, [s[2] for s in states.values()]])
 
 
 def finished(job: Job, left: dict[str, FileState] | None = None, before: str | None = None) -> bool:
@@ -163,7 +167,7 @@ def finished(job: Job, left: dict[str, FileState] | None = None, before: str | N
     if model is not None and job.step.recipe:
         recipe = load_recipe(job.recipe[0], model, job.recipe[1:])
         return is_complete(recipe.output_dir, recipe)
-    differing = list(changed_files(left or {}))
+    differing = list(hashes.changed_files(left or {}))
     if there := [name for name in differing if Path(name).exists()]:
         raise PipelineError(
             f"{there[0]} was changed after step {job.name!r} wrote it, and would be written over: "
@@ -274,7 +278,7 @@ class Pipeline:
     def _refuse_thawed(self) -> None:
         for path, expected in self.recipe.frozen.items():
             path = find_shipped(path)  # noqa: PLW2901
-            got = fingerprint_file(path) if Path(path).is_file() else "no file"
+            got = hashes.fingerprint_file(path) if Path(path).is_file() else "no file"
             if got != expected:
                 raise PipelineError(
                     f"frozen file {path}: expected SHA-256 {expected}, got {got}; restore it, or "
@@ -371,7 +375,7 @@ class Pipeline:
                 # it was asked again, and may have found within seconds that all is done
                 cost = max(before, cost, key=itemgetter("cpu_seconds"))
             self._note(COSTS_NAME, {job.name: cost})
-            self._note(f"logs/{OUTPUTS_NAME}", {job.name: file_states(output_files(job))})
+            self._note(f"logs/{OUTPUTS_NAME}", {job.name: hashes.file_states(output_files(job))})
             self._note(f"logs/{ASKED_NAME}", {job.name: job.asked})
             yield job
 

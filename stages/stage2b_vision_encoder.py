@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         text_inputs=captions,
         teacher=keeping.teacher,
         flops_per_image=prepare_model(model, dataset, captions, args.device),
-        measure=lambda: logged(held_out(*model.eval().encoders(captions.lookup))),
+        measure=lambda: logged(held_out(*keeping.kept(model).encoders(captions.lookup))),
         callbacks=[*run.callbacks, *captions.callbacks(), *keeping.callbacks],
     )
     say(trainable_table(model, lrs))

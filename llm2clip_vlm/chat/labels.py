@@ -20,16 +20,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from llm2clip_vlm.chat import template as templates
 from llm2clip_vlm.chat.jinja_budget import RENDER_LIMIT_S, has_generation
-from llm2clip_vlm.chat.template import (
-    ConversationError,
-    Message,
-    accept_image_parts,
-    find_chat_template,
-    render,
-    render_with_spans,
-    template_of,
-)
+from llm2clip_vlm.chat.template import ConversationError, Message
 from llm2clip_vlm.chat.text_tokens import Span, TextTokens, text_tokens
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
 
@@ -47,10 +40,11 @@ def user_turn(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -
 
     Paper: LLM2CLIP released code, which knows Llama 3's header by the model's name.
     """
-    template = accept_image_parts(template or find_chat_template(None, tokenizer), tokenizer)
+    template = template or templates.find_chat_template(None, tokenizer)
+    template = templates.accept_image_parts(template, tokenizer)
     turns = _probe("first")
-    end = render(turns, template, tokenizer).rpartition(_ANSWER)[2]
-    more = render([*turns, _probe("third")[0]], template, tokenizer)
+    end = templates.render(turns, template, tokenizer).rpartition(_ANSWER)[2]
+    more = templates.render([*turns, _probe("third")[0]], template, tokenizer)
     rest = more.rpartition(_ANSWER)[2]
     before, found, behind = rest.removeprefix(end).partition("third")
     if not found or not rest.startswith(end) or _ANSWER not in more:
@@ -119,11 +113,11 @@ def prompt_text(
     The first character of a text that would become a control token is replaced by another one;
     `str.translate` with the table, after `TextTokens.named`, gives the text back.
     """
-    text = render(messages, template, tokenizer, prompt=True)
+    text = templates.render(messages, template, tokenizer, prompt=True)
     hide, show = _to_hide(messages, template, tokenizer, tokenize(tokenizer, text)[0], prompt=True)
     if hide:
         messages = _with_texts(messages, lambda content: content.translate(hide))
-        text = render(messages, template, tokenizer, prompt=True)
+        text = templates.render(messages, template, tokenizer, prompt=True)
     return text, show
 
 
@@ -203,7 +197,7 @@ def _written(
 ) -> list[int] | None:
     """The control tokens that the template writes around the texts of messages, given as JSON."""
     try:
-        text = render(json.loads(form), template, tokenizer, prompt=prompt)
+        text = templates.render(json.loads(form), template, tokenizer, prompt=prompt)
     except ConversationError:
         return None
     return text_tokens(tokenizer, template).control(tokenize(tokenizer, text)[0])
@@ -215,21 +209,21 @@ def _answers(
     """The rendered conversation, and `(begin, end)` characters of each answer."""
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if has_generation(template):
-        text, spans = render_with_spans(messages, template, tokenizer)
+        text, spans = templates.render_with_spans(messages, template, tokenizer)
         if len(spans) != len(answers):
             raise ConversationError(
                 f"the chat template marks {len(spans)} generation spans, expected {len(answers)}"
             )
         return text, spans
-    text, spans = render(messages, template, tokenizer), []
+    text, spans = templates.render(messages, template, tokenizer), []
     until = time.thread_time() + 2 * RENDER_LIMIT_S
     for index in answers:
         if time.thread_time() > until:
             raise ConversationError(
                 f"to find {len(answers)} answers without {{% generation %}} takes too long"
             )
-        prompt = render(messages[:index], template, tokenizer, prompt=True)
-        answered = render(messages[: index + 1], template, tokenizer)
+        prompt = templates.render(messages[:index], template, tokenizer, prompt=True)
+        answered = templates.render(messages[: index + 1], template, tokenizer)
         if not text.startswith(answered):  # Phi 3 writes one token more after the last turn
             answered = commonprefix([text, answered])  # noqa: RUF071
         said = [words.strip() for words in texts_of([messages[index]])]
@@ -322,10 +316,10 @@ def check_chat_template(processor_or_tokenizer: Any) -> None:
         ConversationError: See :func:`label`; or the prompt's tokens differ.
     """
     tokenizer = getattr(processor_or_tokenizer, "tokenizer", processor_or_tokenizer)
-    template = template_of(processor_or_tokenizer)
+    template = templates.template_of(processor_or_tokenizer)
     messages = _probe("What is it?")
     ids, labels = label(messages, template, tokenizer)
-    prompt = render(messages[:1], template, tokenizer, prompt=True)
+    prompt = templates.render(messages[:1], template, tokenizer, prompt=True)
     before = ids[: next(i for i, token in enumerate(labels) if token != IGNORE_INDEX)]
     if tokenize(tokenizer, prompt)[0] != before:
         raise ConversationError(

@@ -28,7 +28,7 @@ from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
 from llm2clip_vlm.models.vlm.building import save_vlm
 from llm2clip_vlm.runs.card import CARD_NAME, is_unchanged, write_card
 from llm2clip_vlm.runs.hashes import fingerprint_file
-from llm2clip_vlm.runs.manifest import versions
+from llm2clip_vlm.runs.manifest import read_manifest, versions
 from llm2clip_vlm.training.export import export_vision_tower, vision_tower_of
 
 TOLERANCE = 1e-5
@@ -222,13 +222,16 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
         **evidence.more,
     }
     write_atomically(folder / CERTIFICATE_NAME, json.dumps(certificate, indent=2) + "\n")
+    # what stands beside a model that no stage left there may be of another one
+    stage = read_manifest(source.parent) or {}
+    left = source.is_dir() and source.name in stage.get("outputs", {})
     measured = source.parent / "results.json"
     write_card(
         folder,
         made,
         parents={"checkpoint": str(source)},
         versions=certificate["versions"],
-        results=read_json(measured) if source.is_dir() and measured.is_file() else None,
+        results=read_json(measured) if left and measured.is_file() else None,
         parity=certificate,
     )
     return certificate

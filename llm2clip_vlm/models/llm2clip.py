@@ -259,8 +259,11 @@ class LLM2CLIPModel(PreTrainedModel):
         """Functions of `pixel_values` and of captions, wherever these lie.
 
         Args:
-            lookup: Captions to the text encoder's embeddings (stage 2a's cache, or the encoder).
+            lookup: Captions to the text encoder's embeddings (stage 2a's cache, or the encoder); a
+                text encoder that trains inside this model stands in its place.
         """
+        own: Any = getattr(self, "text_encoder", None)
+        lookup = lookup if own is None else own.encode
         return (
             lambda pixels: self.get_image_features(pixels.to(self.device)),
             lambda texts: self.get_text_features(lookup(texts).to(self.device)),

@@ -14,7 +14,7 @@ _MODEL = "a model directory, a stage's output, or a hub id"
 def parser(command: str) -> argparse.ArgumentParser:
     """Build the parser of a command."""
     made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
-    _OPTIONS[command](made)
+    _COMMANDS[command][0](made)
     made.add_argument("--device", help="default: cuda if there is one, else cpu")
     return made
 
@@ -26,7 +26,7 @@ def main(command: str, words: Sequence[str]) -> int | None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    return _COMMANDS[command](arguments)
+    return _COMMANDS[command][1](arguments)
 
 
 def _chat_options(made: argparse.ArgumentParser) -> None:
@@ -156,9 +156,8 @@ def _app(arguments: argparse.Namespace) -> None:
     serve(shelf, arguments.port, open_browser=arguments.open)
 
 
-_OPTIONS = {"chat": _chat_options, "search": _search_options, "app": _app_options}
-_COMMANDS: dict[str, Callable[[argparse.Namespace], int | None]] = {
-    "chat": _chat,
-    "search": _search,
-    "app": _app,
+_COMMANDS: dict[str, tuple[Callable[..., None], Callable[..., int | None]]] = {
+    "chat": (_chat_options, _chat),
+    "search": (_search_options, _search),
+    "app": (_app_options, _app),
 }

@@ -97,6 +97,18 @@ class _Talk:
         """Whether a question about a picture to models belongs to it."""
         return self.path == path and sorted(self.names) == sorted(names)
 
+    def ask(self, question: str, options: dict[str, Any]) -> Iterator[tuple[int, str]]:
+        """Ask one model after the other; a question that one could not take is none of the others'.
+
+        Yields:
+            Number of the model, and its answer so far.
+        """
+        fewest = min(len(chat.turns) for chat in self.chats)
+        for side, chat in enumerate(self.chats):
+            del chat.turns[fewest:]
+            for answer in chat.ask(question, options):
+                yield side, answer
+
     def shown(self) -> list[list[dict[str, str]]]:
         """Both columns, as Gradio's chatbot has messages."""
         columns = [
@@ -150,14 +162,13 @@ def _chat_tab(gr: Any, shelf: Shelf) -> None:
             if talk is None or not talk.goes_on(path, wanted):
                 talk = _Talk(shelf, path, wanted)
             given = {"temperature": options[0], "max_new_tokens": int(options[1])}
-            for side, chat in enumerate(talk.chats):
-                for answer in chat.ask(question, given):
-                    shown = talk.shown()
-                    shown[side] += [
-                        {"role": "user", "content": question},
-                        {"role": "assistant", "content": answer},
-                    ]
-                    yield [talk, *shown, question, gr.skip(), ""]
+            for side, answer in talk.ask(question, given):
+                shown = talk.shown()
+                shown[side] += [
+                    {"role": "user", "content": question},
+                    {"role": "assistant", "content": answer},
+                ]
+                yield [talk, *shown, question, gr.skip(), ""]
             arena = len(talk.chats) == 2
             yield [talk, *talk.shown(), "", gr.update(visible=arena), _BLIND if arena else ""]
 
@@ -190,15 +201,17 @@ def _search_tab(gr: Any, shelf: Shelf) -> None:
     galleries, progress = _galleries(gr), gr.Progress(track_tqdm=True)
 
     def search(words: str, folder: str, one: str, two: str, shown: Any = progress) -> list[Any]:
+        told: list[str] = []
+
         def best(name: str) -> list[Any]:
             index = shelf.index(name, folder)
+            told.append(index.summary())
             hits = index.best(shelf.encoder(name).embed_texts([words])[0], _BEST)
             return [(_thumbnail(path), f"{score:.3f} {path.name}") for score, path in hits]
 
-        found = _of_each(gr, (one, two), best)
-        return [shelf.index(one, folder).summary(), *found]
+        return [*_of_each(gr, (one, two), best), told[0]]
 
-    words.submit(search, [words, folder, one, two], [told, *galleries])
+    words.submit(search, [words, folder, one, two], [*galleries, told])
 
 
 def _look_tab(gr: Any, shelf: Shelf) -> None:

@@ -26,13 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from llm2clip_vlm.data.reading.images import (
-    EncodedImage,
-    ImageError,
-    picture_suffixes,
-    read_image,
-    shown,
-)
+from llm2clip_vlm.data.reading import images
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.equal import difference
@@ -157,7 +151,7 @@ def find_photos(folder: Path) -> Iterator[str]:
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if not name.startswith(".") and Path(name).suffix.lower() in picture_suffixes():
+            if not name.startswith(".") and Path(name).suffix.lower() in images.picture_suffixes():
                 yield Path(place, name).relative_to(folder).as_posix()
 
 
@@ -268,8 +262,8 @@ def _still_the_same(root: Path, encoder: Encoder, photos: dict[str, _Photo]) -> 
 def _pixels(root: Path, name: str, encoder: Encoder) -> Tensor | str:
     """What the tower sees of a picture, or why nothing."""
     try:
-        encoded = EncodedImage(read_image(root, name), shown(name))
+        encoded = images.EncodedImage(images.read_image(root, name), images.shown(name))
         encoded.require_picture()
         return encoder.pixels(encoded.rgb(strict=True))
-    except ImageError as error:  # the boundary around a picture
+    except images.ImageError as error:  # the boundary around a picture
         return str(error)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.statistics import binomial_interval
 from llm2clip_vlm.play.finished import ENCODER_STAGES, VLM_STAGES, FinishedRun, finished_runs
-from llm2clip_vlm.play.photo_index import index_photos, load_dual_encoder
+from llm2clip_vlm.play.photo_index import PhotoIndex, index_photos, load_dual_encoder
 from llm2clip_vlm.play.vlm_chat import Chat, model_folder
 from llm2clip_vlm.runs.hashes import file_state, hash_json, model_files
 
@@ -55,25 +55,32 @@ class Shelf:
             raise ValueError(
                 f"{run}: no finished stage with a model{made}; or name some by --vlm and --encoder"
             )
-        self.chat = lru_cache(maxsize=4)(lambda name: Chat.load(self.vlms[name], device=device))
+        self._loaded: dict[str, str] = {}
+        self.chat = lru_cache(maxsize=4)(partial(self._load_chat, device))
         self.encoder = lru_cache(maxsize=4)(
             lambda name: load_dual_encoder(self.encoders[name], device=device)
-        )
-        self.index = lru_cache(maxsize=4)(
-            lambda name, folder: index_photos(folder, self.encoder(name))
         )
 
     def _of(self, stages: Sequence[str]) -> dict[str, str]:
         return {run.name: str(run.folder) for run in self.runs if run.stage in stages}
 
+    def index(self, name: str, folder: str) -> PhotoIndex:
+        """Index of a folder by an encoder, with what lies there now."""
+        return index_photos(folder, self.encoder(name))
+
+    def _load_chat(self, device: str | None, name: str) -> Chat:
+        self._loaded.pop(name, None)
+        self._loaded |= self._weights([name])  # what answers, whatever is trained meanwhile
+        return Chat.load(self.vlms[name], device=device)
+
     def _weights(self, names: Sequence[str]) -> dict[str, str]:
         """Hash of each model's files (of large ones, pieces): one trained anew is another model."""
-        folders = {n: Path(model_folder(self.vlms[n])) for n in names if n in self.vlms}
-        return {
-            name: hash_json([file_state(file)[2] for file in sorted(model_files(folder))])
-            for name, folder in folders.items()
-            if folder.is_dir()
-        }
+        found = {name: self._loaded[name] for name in names if name in self._loaded}
+        for name in set(names) & self.vlms.keys() - found.keys():
+            if (folder := Path(model_folder(self.vlms[name]))).is_dir():
+                states = [file_state(file)[2] for file in sorted(model_files(folder))]
+                found[name] = hash_json(states)
+        return found
 
     def vote(self, names: Sequence[str], vote: str, **more: Any) -> None:
         """Keep a vote, `left`, `right` or `tie` of two models, with hashes of their weights."""

@@ -93,14 +93,14 @@ class Chat:
         Raises:
             ValueError: The conversation does not fit the model's window, or an unknown option.
         """
-        answer = ""
+        answer: str | None = None
         prompt = self.generator.render(list(self._messages(question)))
         try:
             for found in self.generator.stream(prompt, options or {}):
                 answer = found.text
                 yield answer
         finally:
-            if answer:
+            if answer is not None:  # it may have said nothing
                 self.turns.append((question, answer))
 
     def _messages(self, question: str) -> Iterator[dict[str, Any]]:

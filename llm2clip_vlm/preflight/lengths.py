@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import cycle, islice
 from typing import Any
 
 from llm2clip_vlm.chat.labels import texts_of
@@ -14,13 +15,8 @@ from llm2clip_vlm.chat.template import ConversationError
 from llm2clip_vlm.data.conversation.instruction import chosen_rows, expand_mixtures
 from llm2clip_vlm.data.conversation.packing import PackedBatches
 from llm2clip_vlm.data.conversation.token_table import to_record
+from llm2clip_vlm.data.reading import records as reading
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refused
-from llm2clip_vlm.data.reading.records import (
-    collect_captions,
-    iter_records,
-    source_files,
-    source_rows,
-)
 from llm2clip_vlm.recipe.base import CaptionSource, RunRecipe
 from llm2clip_vlm.recipe.vlm import VlmRecipe
 
@@ -107,16 +103,24 @@ def measured(
     count = count_tokens or (lambda text: math.ceil(len(text) / _CHARS_A_TOKEN))
     conversations = isinstance(recipe, VlmRecipe)
     given = [source for key in ("train", "data", "sources") for source in getattr(recipe, key, ())]
-    found, trained, images, captions, seen = Lengths(0, []), 0, 0, 0, 0
     largest = max((source.weight for source in given), default=1.0)  # of captions, ratios count
+    counted: list[tuple[float, list[Any]]] = []
     for source in expand_mixtures(given) if conversations else given:
         rows, sample = _read(source, getattr(recipe, "plain", False))
         if conversations:
             rows = len(chosen_rows(source.model_copy(update={"weight": 1.0}), rows, 0))
-        found.samples += round(rows * source.weight / (1 if conversations else largest))
-        for texts, pictures in sample:
-            lengths = [count(text) + round(a_turn) for text, _ in texts]
-            trained += sum(n for n, (_, own) in zip(lengths, texts, strict=True) if own)
+        told = [
+            ([(count(text) + round(a_turn), own) for text, own in texts], pictures)
+            for texts, pictures in sample
+        ]
+        counted.append((rows * source.weight / (1 if conversations else largest), told))
+    total = sum(rows for rows, _ in counted) or 1
+    records = sum(len(told) for _, told in counted)
+    found, trained, images, captions, seen = Lengths(round(total), []), 0, 0, 0, 0
+    for rows, told in counted:  # as often as the source is drawn, however many were measured
+        for texts, pictures in islice(cycle(told), round(records * rows / total)):
+            lengths = [length for length, _ in texts]
+            trained += sum(length for length, own in texts if own)
             seen, images, captions = seen + 1, images + pictures, captions + len(texts)
             found.texts += [sum(lengths)] if conversations else lengths
             found.conversations += [(sum(lengths), pictures)] * conversations
@@ -132,12 +136,11 @@ def measured(
 
 def _read(source: Any, plain: bool) -> tuple[int, list[tuple[list[tuple[str, bool]], int]]]:
     """Records of a source, and of some their texts (and whether each trains) and pictures."""
-    files = source_files(source)
+    files = reading.source_files(source)
     first = source.model_copy(update={"path": str(files[0]), "dataset": ""})
     captions = isinstance(source, CaptionSource)
-    records: Iterator[Any] = (
-        iter_records(first, Refused()) if captions else source_rows(first, Refused())
-    )
+    read: Any = reading.iter_records if captions else reading.source_rows
+    records: Iterator[Any] = read(first, Refused())
     kept: list[Any] = []
     rows, draw = 0, random.Random(0)
     for rows, record in enumerate(records, start=1):
@@ -150,7 +153,7 @@ def _read(source: Any, plain: bool) -> tuple[int, list[tuple[list[tuple[str, boo
     for record in kept:
         with suppress(RecordError, ConversationError):
             if captions:
-                found = collect_captions(record, source.fields).values()
+                found = reading.collect_captions(record, source.fields).values()
                 sample.append(([(text, True) for texts in found for text in texts], 1))
                 continue
             row = to_record(record[2], "")

@@ -152,7 +152,9 @@ def make_plan(
         epochs, count = recipe.trainer.get("num_train_epochs", 3), float(lengths.samples)
         if recipe.stage == "stage0_mntp":  # texts are joined into rows
             count *= lengths.captions * lengths.mean / recipe.max_length_tokens
-        steps = round(max(1, count // recipe.global_batch_size) * epochs)
+        whole, rest = divmod(round(count), recipe.global_batch_size)
+        drops = recipe.contrastive or recipe.trainer.get("dataloader_drop_last", False)
+        steps = math.ceil(max(1, whole + (rest > 0 and not drops)) * epochs)
         steps = max(recipe.trainer.get("max_steps", 0), 0) or steps
     else:  # each caption once, and once with each prompt
         work.passes = 1

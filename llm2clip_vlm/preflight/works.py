@@ -12,36 +12,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import transformers
 from einops import rearrange
 from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoModel,
-    AutoModelForCausalLM,
-    CLIPConfig,
-    CLIPModel,
-    CLIPTextConfig,
-    LlavaConfig,
-    LlavaForConditionalGeneration,
-    SiglipVisionConfig,
-    VisionTextDualEncoderConfig,
-    VisionTextDualEncoderModel,
-)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from llm2clip_vlm.data.cache.shards import read_header
+from llm2clip_vlm.models import trainable
 from llm2clip_vlm.models.llm2clip import LLM2CLIPConfig, LLM2CLIPModel, register
 from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.text.caption_tokens import length_groups
-from llm2clip_vlm.models.trainable import (
-    apply_trainable,
-    frozen_modules,
-    set_evaluation_mode,
-    set_precision,
-    train_last_blocks,
-)
 from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
 from llm2clip_vlm.models.vision.timm_vision import read_timm_layout, timm_config
 from llm2clip_vlm.models.vlm.vlm_gradients import install_text_only_guard
@@ -80,8 +61,8 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
     batch = trainer.get("per_device_train_batch_size", share if recipe.contrastive else 8)
     args = SimpleNamespace(bf16=trainer.get("bf16", False), fp16=trainer.get("fp16", False))
     args.deepspeed_plugin = zero or None
-    AttentionInterface.register(_PLAIN, sdpa_attention_forward)
-    AttentionMaskInterface.register(_PLAIN, lambda *_, **__: None)
+    transformers.AttentionInterface.register(_PLAIN, sdpa_attention_forward)
+    transformers.AttentionMaskInterface.register(_PLAIN, lambda *_, **__: None)
     with torch.device("meta"):
         if isinstance(recipe, VlmRecipe):
             work = _vlm(recipe, source, lengths, batch, share)
@@ -90,7 +71,7 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
         else:
             work = _text(recipe, source, lengths, batch, share)
         if work.trains:
-            set_precision(work.model, args)
+            trainable.set_precision(work.model, args)
         else:
             work.model.requires_grad_(False)
         if zero and (args.bf16 or args.fp16):
@@ -103,7 +84,7 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
             work.model.gradient_checkpointing_enable(saving)
             if getattr(recipe, "lora", None):
                 work.model.enable_input_require_grads()
-        set_evaluation_mode(frozen_modules(work.model))
+        trainable.set_evaluation_mode(trainable.frozen_modules(work.model))
     return work
 
 
@@ -160,10 +141,10 @@ def _tower_config(path: str, source: str | Path, side: int | None) -> Any:
     whole: Any = timm_config(timm, found) if timm else read_config(found)
     config = getattr(whole, "vision_config", None) or whole
     if config.model_type == "siglip2_vision_model":  # at its own square grid it is a SigLIP
-        known = SiglipVisionConfig.__annotations__
+        known = transformers.SiglipVisionConfig.__annotations__
         values = {name: value for name, value in config.to_dict().items() if name in known}
         size = math.isqrt(config.num_patches) * config.patch_size
-        config = SiglipVisionConfig(**{**values, "image_size": size})
+        config = transformers.SiglipVisionConfig(**{**values, "image_size": size})
     if side is not None:
         config.image_size = side
     return config
@@ -180,12 +161,12 @@ def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
         shared = (
             "vision_config text_config vision_feature_layer vision_feature_select_strategy".split()
         )
-        config = LlavaConfig(**{name: getattr(config, name) for name in shared})
+        config = transformers.LlavaConfig(**{name: getattr(config, name) for name in shared})
     else:
         text = read_config(origin(vlm.language_model, near))
         dtype = text.dtype if vlm.dtype == "auto" else getattr(torch, vlm.dtype)
         anyres = vlm.image_aspect_ratio == "anyres"
-        config = LlavaConfig(
+        config = transformers.LlavaConfig(
             vision_config=_tower_config(vlm.vision_tower, near, vlm.image_size_px),
             text_config=text,
             vision_feature_layer=vlm.vision_feature_layer,
@@ -193,7 +174,7 @@ def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
         )
     config.text_config._attn_implementation = _PLAIN
     dtype = torch.float32 if dtype in (torch.float16, None) else dtype
-    model: Any = LlavaForConditionalGeneration(config)
+    model: Any = transformers.LlavaForConditionalGeneration(config)
     return model.to(dtype), 5.0 if anyres else 1.0
 
 
@@ -245,9 +226,10 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
     own = isinstance(recipe, Stage2bRecipe)
     size = min(batch, getattr(recipe, "micro_batch_size", None) or batch)
     model: Any = (_llm2clip if own else _clip)(recipe, source)
-    apply_trainable(model, recipe.rates())
-    eyes = model.vision_tower if own else model.vision_model
-    train_last_blocks(model, "vision_tower" if own else "vision_model", recipe.tower_last_blocks)
+    trainable.apply_trainable(model, recipe.rates())
+    part = "vision_tower" if own else "vision_model"
+    eyes = getattr(model, part)
+    trainable.train_last_blocks(model, part, recipe.tower_last_blocks)
     side, width = eyes.config.image_size, eyes.config.hidden_size
     trains = any(p.requires_grad for p in eyes.parameters())
     kept = not trains and recipe.feature_cache is not False
@@ -255,12 +237,17 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
         eyes.forward = lambda *_, **__: SimpleNamespace(pooler_output=torch.zeros(size, width))
     texts = size * getattr(recipe, "captions_per_image", 1)
     texts *= 1 + len(getattr(recipe, "caption_prompts", ()))
-    window = 1
-    if not own:
-        window = model.config.text_config.max_position_embeddings
-        window = min(window, lengths.quantile(size / (size + 1)))
+    loop, filling = (getattr(recipe, key, None) for key in ("text_in_loop", "write_through"))
+    section = loop.text_encoder if loop else filling
+    llm = section and _language_model(text_model(recipe, source), section, loop and loop.lora)
+    longest = 1
+    if loop:
+        model.text_encoder, longest = llm, getattr(section, "max_length_tokens", 512)
+    elif not own:
+        longest = model.config.text_config.max_position_embeddings
+    window = min(longest, lengths.quantile(size / (size + 1)))
 
-    taught = getattr(recipe, "self_distillation", None) is not None
+    taught = getattr(recipe, "self_distillation", None)
 
     def run() -> Tensor:
         if taught:  # the teacher sees whole pictures
@@ -268,14 +255,20 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
                 eyes.eval()(pixel_values=torch.zeros(size, 3, side, side))
             eyes.train()
         captions = {"input_ids": torch.zeros(texts, window, dtype=torch.long)}
-        if own:
+        if loop:
+            captions["attention_mask"] = torch.ones(texts, window, dtype=torch.long)
+            read = model.text_encoder(**captions, use_cache=False).last_hidden_state
+            captions = {"text_features": read.float().mean(1)}
+        elif own:
             captions = {"text_features": torch.zeros(texts, model.config.text_embed_dim)}
         out = model(pixel_values=torch.zeros(size, 3, side, side), **captions)
         loss: Tensor = out.image_embeds.float().sum() + out.text_embeds.float().sum()
         return loss
 
-    keys = ("self_distillation", "weight_average")  # a teacher, averages
-    copies = sum(getattr(recipe, key, None) is not None for key in keys)
+    copied = [model] * (getattr(recipe, "weight_average", None) is not None)
+    copied += [eyes] * (taught is not None and taught.teacher == "frozen")
+    beside = 4 * sum(p.numel() for each in copied for p in each.parameters())
+    beside += sum(p.nbytes for p in llm.parameters()) if filling else 0  # it only reads
     return Work(
         model,
         run,
@@ -284,7 +277,7 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
         None if kept else eyes,
         passes=share / size,
         cached=size < batch,
-        beside_bytes=4 * copies * sum(p.numel() for p in eyes.parameters()),
+        beside_bytes=beside,
     )
 
 
@@ -303,8 +296,8 @@ def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
 def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
     if recipe.vision_tower is not None:
         tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
-        text = CLIPTextConfig(**(recipe.text_model or {}))
-        config: Any = VisionTextDualEncoderConfig(
+        text = transformers.CLIPTextConfig(**(recipe.text_model or {}))
+        config: Any = transformers.VisionTextDualEncoderConfig(
             vision_config=tower.to_dict(),
             text_config=text.to_dict(),
             projection_dim=recipe.projection_dim,
@@ -312,24 +305,27 @@ def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
     elif isinstance(recipe.clip, str):
         config = read_config(origin(recipe.clip, source))
     else:
-        config = CLIPConfig(**(recipe.clip or {}))
+        config = transformers.CLIPConfig(**(recipe.clip or {}))
     dual = config.model_type == "vision-text-dual-encoder"
-    return (VisionTextDualEncoderModel if dual else CLIPModel)(config)
+    return (transformers.VisionTextDualEncoderModel if dual else transformers.CLIPModel)(config)
+
+
+def _language_model(path: str, section: Any, lora: Any = None, *, words: bool = False) -> Any:
+    """An LLM with its adapter, as a text encoder or with its head for words."""
+    config: Any = read_config(path)
+    chosen = getattr(section, "dtype", "auto")
+    dtype = config.dtype if chosen == "auto" else getattr(torch, chosen)
+    config.is_causal = not getattr(section, "bidirectional", True)
+    kind: Any = transformers.AutoModelForCausalLM if words else transformers.AutoModel
+    model = kind.from_config(config, trust_remote_code=False).to(dtype or torch.float32)
+    return add_adapter(model, lora) if lora else model
 
 
 def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: int) -> Work:
     section = getattr(recipe, "text_encoder", None)
     words = section is None  # stage 0 guesses them
-    config: Any = read_config(text_model(recipe, source))
-    chosen = getattr(recipe if words else section, "dtype", "auto")
-    dtype = config.dtype if chosen == "auto" else getattr(torch, chosen)
-    config.is_causal = not getattr(section, "bidirectional", True)
-    model: Any = (AutoModelForCausalLM if words else AutoModel).from_config(
-        config, trust_remote_code=False
-    )
-    model.to(dtype or torch.float32)
-    if lora := getattr(recipe, "lora", None):
-        model = add_adapter(model, lora)
+    path, lora = text_model(recipe, source), getattr(recipe, "lora", None)
+    model = _language_model(path, recipe if words else section, lora, words=words)
     longest = getattr(recipe if words else section, "max_length_tokens", 512)
     trains = hasattr(recipe, "lora")
     budget = getattr(recipe, "micro_batch_tokens" if trains else "batch_tokens", None)
@@ -359,6 +355,6 @@ def _text(recipe: Any, source: str | Path, lengths: Lengths, batch: int, share: 
     texts = sum(rows for rows, _ in shapes)
     samples = texts / pair if trains and not words else texts
     work = Work(model, run, samples, sum(rows * width for rows, width in shapes), trains=trains)
-    work.vocabulary = config.vocab_size if words else -1
+    work.vocabulary = model.config.vocab_size if words else -1
     work.passes, work.cached = share / samples, trains and budget is not None
     return work

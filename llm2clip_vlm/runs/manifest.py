@@ -23,20 +23,13 @@ from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
 from llm2clip_vlm.files import let_read, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved, to_plain
 from llm2clip_vlm.remote.addresses import is_remote, look_up
+from llm2clip_vlm.runs import hashes
 from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.hashes import (
     FileState,
     HandoffError,
-    changed_files,
-    changed_outputs,
-    data_files,
-    file_states,
     fingerprint_dir,
     fingerprint_file,
-    first_difference,
-    hash_json,
-    meaning,
-    model_files,
     recipe_hash,
 )
 
@@ -101,7 +94,7 @@ def write_manifest(
         "outputs": {
             part.name: fingerprint_dir(part)
             for part in sorted(folder.iterdir())
-            if part.is_dir() and part.name != "checkpoints" and any(model_files(part))
+            if part.is_dir() and part.name != "checkpoints" and any(hashes.model_files(part))
         },
         "files": _output_states(folder),
         "versions": versions(),
@@ -109,7 +102,7 @@ def write_manifest(
         "seconds": round(seconds, 3),
         "extra": dict(extra or {}),
     }
-    manifest["sha256"] = hash_json(manifest)
+    manifest["sha256"] = hashes.hash_json(manifest)
     path = folder / MANIFEST_NAME
     write_atomically(path, json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     return path
@@ -123,10 +116,12 @@ def _output_states(folder: Path) -> dict[str, FileState]:
             left += sorted(part.rglob("*")) if part.is_dir() else [part]
     left = [file for file in left if file.name != CARD_NAME]  # people write into it
     weights = {
-        file for part in {file.parent for file in left} - {folder} for file in model_files(part)
+        file
+        for part in {file.parent for file in left} - {folder}
+        for file in hashes.model_files(part)
     }
-    states = file_states([file for file in left if file not in weights])
-    states |= file_states([file for file in left if file in weights], whole=True)
+    states = hashes.file_states([file for file in left if file not in weights])
+    states |= hashes.file_states([file for file in left if file in weights], whole=True)
     return {Path(name).relative_to(folder).as_posix(): state for name, state in states.items()}
 
 
@@ -148,15 +143,15 @@ def parent_state(path: str | Path) -> dict[str, Any]:
     """
     target = Path(path)
     state: dict[str, Any] = {"path": str(path)}
-    manifest = _find_manifest(target)
+    manifest = find_manifest(target)
     if manifest is not None:
         state["manifest_hash"] = fingerprint_file(manifest)
     elif target.is_dir():
         state["fingerprint"] = fingerprint_dir(target)
     elif is_remote(path):
         state["remote"] = [[*file] for file in look_up(str(path))]
-    elif files := data_files(path):
-        state["files"] = file_states(files)
+    elif files := hashes.data_files(path):
+        state["files"] = hashes.file_states(files)
     return state
 
 
@@ -171,15 +166,17 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
     """
     path = state["path"]
     if "files" in state:
-        now = {str(file) for file in data_files(path)}
-        differing = [*sorted(now ^ state["files"].keys()), *changed_files(state["files"])]
+        now = {str(file) for file in hashes.data_files(path)}
+        differing = [*sorted(now ^ state["files"].keys()), *hashes.changed_files(state["files"])]
         return differing[0] if differing else None
     if parent_state(path) != state:
         return path
-    manifest = _find_manifest(Path(path))
+    manifest = find_manifest(Path(path))
     if manifest is not None:
         below = "" if manifest.parent == Path(path) else Path(path).name
-        for name in changed_outputs(manifest.parent, read_manifest(manifest.parent) or {}, below):
+        for name in hashes.changed_outputs(
+            manifest.parent, read_manifest(manifest.parent) or {}, below
+        ):
             return str(manifest.parent / name)
     return None
 
@@ -203,13 +200,13 @@ def read_manifest(directory: str | Path) -> dict[str, Any] | None:
             f"{path}: schema: expected {_SCHEMA}, got {schema!r}; run that stage again with this "
             "version"
         )
-    own = hash_json({key: value for key, value in manifest.items() if key != "sha256"})
+    own = hashes.hash_json({key: value for key, value in manifest.items() if key != "sha256"})
     if manifest.get("sha256", own) != own:
         raise HandoffError(f"{path} is damaged or was changed by hand; run that stage again")
     return manifest
 
 
-def _find_manifest(path: Path) -> Path | None:
+def find_manifest(path: Path) -> Path | None:
     """The manifest of a stage's output, or of the stage that wrote the model directory `path`."""
     for folder in (path, path.parent):
         if path.is_dir() and (folder / MANIFEST_NAME).is_file():
@@ -231,7 +228,7 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
         HandoffError: Another stage wrote it, or the model's files are not those that it left.
     """
     folder = Path(directory)
-    path = _find_manifest(folder)
+    path = find_manifest(folder)
     if path is None:
         return None
     manifest = read_manifest(path.parent) or {}
@@ -282,7 +279,7 @@ def is_complete(directory: str | Path, recipe: BaseModel) -> bool:
     if manifest is None or recipe_hash(manifest["recipe"]) != recipe_hash(recipe):
         return False
     parents = manifest.get("parents", {}).values()
-    return not changed_outputs(directory, manifest) and not any(map(changed_parent, parents))
+    return not hashes.changed_outputs(directory, manifest) and not any(map(changed_parent, parents))
 
 
 def refuse_changed_outputs(directory: str | Path) -> None:
@@ -295,7 +292,7 @@ def refuse_changed_outputs(directory: str | Path) -> None:
         HandoffError: Names the file.
     """
     folder, manifest = Path(directory), read_manifest(directory) or {}
-    for name in changed_outputs(folder, manifest):
+    for name in hashes.changed_outputs(folder, manifest):
         if (folder / name).exists():
             raise HandoffError(
                 f"{folder / name} was changed after {manifest['stage']} wrote it, and would be "
@@ -331,7 +328,7 @@ def claim_output_dir(recipe: BaseModel) -> Path:
                 f"output_dir, or delete the folder ({error})"
             ) from None
         if recipe_hash(earlier) != recipe_hash(recipe):
-            key, old, new = first_difference(meaning(earlier), meaning(recipe))
+            key, old, new = hashes.first_difference(hashes.meaning(earlier), hashes.meaning(recipe))
             raise HandoffError(
                 f"{folder} holds a run with another recipe: {key}: was {old!r}, is now {new!r}; "
                 "choose another output_dir, or delete the folder"
@@ -380,7 +377,7 @@ def claim_parents(
                     f"been changed, added or removed since; put it back, {other}"
                 )
             content[name] = data[name] = before
-        elif is_remote(parent) or (not Path(parent).is_dir() and data_files(parent)):
+        elif is_remote(parent) or (not Path(parent).is_dir() and hashes.data_files(parent)):
             content[name] = data[name] = parent_state(parent)
         if resumes and name in content and name in earlier and content[name] != before:
             raise HandoffError(

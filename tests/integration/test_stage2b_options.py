@@ -111,6 +111,21 @@ def test_measures_on_a_schedule_and_changes_nothing(
     assert all(0 <= row["data_wait"] <= 1 for row in trained)
 
 
+def test_what_is_logged_is_of_the_weights_that_are_saved(recipe: Recipe, pairs: Path) -> None:
+    """With averages these are not the ones that train; and measuring leaves those as they are."""
+    rates = dict.fromkeys(("vision_tower", "visual_projection", "text_adaptor"), 3e-3)
+    given: dict[str, Any] = {"weight_average": {"decay": 0.9}, "learning_rates": rates}
+    given["trainer"] = {"max_steps": 8}
+    plain = run(recipe("plain", **given))
+    held_out = {"evaluation": [{"path": str(pairs)}], "evaluation_steps": 4}
+    out = run(recipe("measured", **given, **held_out))
+    assert same(weights(plain / "model"), weights(out / "model"))
+    last = [row for row in read_metrics(out / "metrics.jsonl") if "eval" in str(row)][-1]
+    found = json.loads((out / "results.json").read_text())["retrieval"]
+    saved = {f"eval_{k}_{way}_r1": found[k][way]["r1"] for k in found for way in ("i2t", "t2i")}
+    assert {name: last[name] for name in saved} == saved
+
+
 def test_prompts_of_classes_that_the_cache_lacks_are_named(recipe: Recipe, pairs: Path) -> None:
     with pytest.raises(HandoffError, match=r"for example .a photo of a cat\.."):
         run(recipe("lacking", zero_shot=[{"path": str(pairs)}]))

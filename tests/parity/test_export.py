@@ -30,6 +30,7 @@ from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
+from llm2clip_vlm.runs.hashes import fingerprint_dir
 from tests.tiny_towers import build_tower
 
 KINDS = ("clip", "siglip", "eva02")
@@ -55,6 +56,20 @@ def test_a_place_that_is_taken_is_told_before_anything_is_loaded(
     (tmp_path / "taken").mkdir()
     with pytest.raises(ModelError, match="taken exists already"):
         export(run, "transformers", tmp_path / "taken")
+
+
+def test_a_card_has_the_results_of_its_model_alone(tmp_path: Path) -> None:
+    """A `results.json` beside a model is its own where a stage left both."""
+    run = stage_2b("clip", tmp_path)
+    found = {"retrieval": {"long": {"i2t": {"r1": 98.7}}}}
+    (run / "results.json").write_text(json.dumps(found))
+    export(run, "transformers", tmp_path / "foreign")
+    assert "98.7" not in (tmp_path / "foreign/README.md").read_text()
+    values = {"stage": "stage2b_vision_encoder", "schema": 1, "recipe": {}, "parents": {}}
+    values["outputs"] = {"model": fingerprint_dir(run / "model")}
+    (run / "manifest.json").write_text(json.dumps(values))
+    export(run, "transformers", tmp_path / "own")
+    assert "98.7" in (tmp_path / "own/README.md").read_text()
 
 
 def check_certificate(folder: Path, returned: dict[str, Any]) -> None:

@@ -17,7 +17,12 @@ from llm2clip_vlm import cli
 from llm2clip_vlm.evaluation.report import comparison_pages
 from llm2clip_vlm.evaluation.report.comparison import compare
 from llm2clip_vlm.evaluation.report.comparison_pages import flip_examples, flipped
-from llm2clip_vlm.evaluation.report.inputs import guesses, read_run
+from llm2clip_vlm.evaluation.report.inputs import (
+    ReportError,
+    guesses,
+    read_retrieval,
+    read_run,
+)
 from llm2clip_vlm.metrics.segmentation import mean_iou
 from llm2clip_vlm.metrics.statistics import holm, mcnemar_exact
 from tests.report_fixtures import load_program, retrieval, write_json, write_lines, write_run
@@ -135,6 +140,45 @@ def test_copies_of_one_run_are_no_seeds(tmp_path: Path, first: int) -> None:
     row = command(tmp_path / "out", a, f"b={tmp_path}/b-s{{seed}}")["ab"]["t"]["a-b"]
     assert row["p"] is None is row["ci"] and "p_holm" not in row
     assert "the seeds of b gave the same answers" in row["test"]
+
+
+def test_seeds_of_the_same_weights_are_no_seeds(tmp_path: Path) -> None:
+    """One checkpoint that was evaluated as two seeds: the others differ."""
+    rng = np.random.default_rng(0)
+    a = seeds_of(tmp_path, "a", range(6), rng)
+    for seed in range(6):
+        sha256 = str(min(seed, 4)) * 64
+        right = np.random.default_rng(min(seed, 4)).random(60) < 0.2
+        folder = tmp_path / f"b-s{seed}"
+        made(folder, right, checkpoint={"path": str(folder), "sha256": sha256})
+    row = command(tmp_path / "out", a, f"b={tmp_path}/b-s{{seed}}")["ab"]["t"]["a-b"]
+    assert row["p"] is None is row["ci"]
+    assert "the seeds of b are not all of different weights" in row["test"]
+
+
+def test_recall_on_other_pictures_is_refused(tmp_path: Path, capsys: Any) -> None:
+    """As many captions, of other pictures: the stages' manifests tell."""
+    for name, digest, limit in (
+        ("a", "1", None),
+        ("b", "1", None),
+        ("c", "2", None),
+        ("d", "1", 9),
+    ):
+        write_json(tmp_path / name / "results.json", retrieval(60.0))
+        source = {"path": f"{name}.jsonl", "limit": limit, "fields": ["captions"]}
+        parents = {"evaluation.0": {"path": "x", "files": {f"{name}.jsonl": [9, 9, digest]}}}
+        manifest = {"schema": 1, "seconds": 1.0, "parents": parents}
+        write_json(
+            tmp_path / name / "manifest.json", manifest | {"recipe": {"evaluation": [source]}}
+        )
+    places = {name: str(tmp_path / name) for name in "abcd"}
+    assert command(tmp_path / "out", places["a"], places["b"])["ab"]
+    for other in "cd":
+        assert cli.main(["compare", places["a"], places[other]]) == 2
+        assert "expected one gallery" in capsys.readouterr().err
+        with pytest.raises(ReportError, match=f"{other}: captions: expected as for a"):
+            read_retrieval({name: places[name] for name in ("a", other)})
+    assert len(read_retrieval({name: places[name] for name in "ab"})) == 2
 
 
 def test_seeds_that_are_right_everywhere_are_no_copies(tmp_path: Path) -> None:

@@ -316,6 +316,26 @@ def test_what_is_asked_something_else_is_run_again(root: Path) -> None:
     assert Pipeline(recipe).run() == {}
 
 
+def test_what_was_made_by_other_code_or_of_another_file_is_made_again(root: Path) -> None:
+    """A program that was edited, a file that a step names, a stage that somebody ran by hand."""
+    (root / "captions.txt").write_text("one")
+    (root / "stage").mkdir()
+    (root / "stage/manifest.json").write_text("{}")
+    (root / "stage/model").mkdir()
+    recipe = pipeline(
+        step("a", "source=captions.txt", "x" * 5000), step("b", "x=stage/model"), step("c"), jobs=1
+    )
+    Pipeline(recipe).run()
+    assert Pipeline(recipe).run() == {}
+    (root / "captions.txt").write_text("two")
+    assert set(Pipeline(recipe).run()) == {"a"}
+    (root / "stage/manifest.json").write_text('{"seconds": 2}')
+    assert set(Pipeline(recipe).run()) == {"b"}
+    (root / "stages/work.py").write_text(WORK + "# mended")
+    assert set(Pipeline(recipe).run()) == {"a", "b", "c"}
+    assert Pipeline(recipe).run() == {}
+
+
 def test_what_was_made_of_an_earlier_output_is_made_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import AutoModel
 
 from llm2clip_vlm import cli
 from llm2clip_vlm.data.conversation.packing import PackedBatches
 from llm2clip_vlm.preflight import plan as plans
-from llm2clip_vlm.preflight.lengths import Lengths
+from llm2clip_vlm.preflight.lengths import Lengths, measured
 from llm2clip_vlm.preflight.machines import Machine, find_machine
 from llm2clip_vlm.preflight.plan import Plan, make_plan
 from llm2clip_vlm.recipe.reading import load_recipe
@@ -199,9 +200,9 @@ def test_changes_are_overrides_that_the_stage_takes(work: Path) -> None:
 def test_work_follows_the_data_and_the_machine(work: Path) -> None:
     epochs = ["trainer.max_steps=-1", "trainer.num_train_epochs=2"]
     found = planned(work, "stage3_projector", *epochs)
-    assert found.steps == 4 and found.told.startswith("40 samples")  # 2 x 40 // 16
+    assert found.steps == 6 and found.told.startswith("40 samples")  # the last of an epoch has 8
     many = planned(work, "stage3_projector", *epochs, samples=4000)
-    assert many.steps == 500 and many.flops == pytest.approx(125 * found.flops)
+    assert many.steps == 500 and many.flops == pytest.approx(500 / 6 * found.flops)
     assert many.hours(0.35) == pytest.approx(many.flops / 0.35 / 989e12 / 3600)
     cache = planned(work, "stage2a_cache_text", samples=350_000_000)
     assert sum(cache.disk.values()) == pytest.approx(700e6 * (2 * 32 + 32))
@@ -231,6 +232,36 @@ def test_steps_are_those_of_the_training(work: Path, tmp_path: Path) -> None:
     assert planned(work, "stage3_projector", *whole).steps == 10
     found = planned(work, "stage3_projector", *whole, *some)
     assert found.steps == 4 and found.told.startswith("16 samples")
+
+
+def test_a_source_counts_as_often_as_it_is_drawn(work: Path, tmp_path: Path) -> None:
+    """Not as often as its records were measured."""
+    listed = []
+    for name, words, count in (("long", 120, 2000), ("short", 4, 600)):
+        rows = [{"captions": ["w" * 4 * words, "v" * 4 * words]}] * count
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        listed.append(f"{{path: {tmp_path / name}.jsonl}}")
+    source = str(work / "stage1_text_encoder.yaml")
+    words = [f"train=[{listed[0]}, {listed[1]}]"]
+    recipe = load_recipe(source, RECIPES["stage1_text_encoder"], words)
+    found = measured(recipe, None, 0)
+    assert found.samples == 2600
+    assert found.mean == pytest.approx((2000 * 120 + 600 * 4) / 2600, rel=0.01)
+
+
+def test_an_llm_beside_the_tower_is_counted(work: Path, tiny_llm: Path) -> None:
+    """One that trains in the loop, and one that fills the cache."""
+    stage, llm = "stage2b_vision_encoder", f"{{language_model: {tiny_llm}}}"
+    given = ["write_through=null", f"embedding_cache={work / 'stage2a_cache_text'}"]
+    cached = planned(work, stage, *given, tokens=8)
+    filling = planned(work, stage, tokens=8)
+    loop = ["write_through=null", "embedding_cache=null", f"text_in_loop={{text_encoder: {llm}}}"]
+    looped = planned(work, stage, *loop, tokens=8)
+    weights = sum(p.nbytes for p in AutoModel.from_pretrained(tiny_llm).parameters())
+    assert filling.held["weights"] == cached.held["weights"] + weights
+    assert looped.held["weights"] > filling.held["weights"]  # and its adapter
+    assert looped.held["optimizer"] > cached.held["optimizer"]
+    assert looped.flops > 1.3 * cached.flops and "text_encoder" in looped.parts
 
 
 def test_dropped_patches_cost_nothing_and_a_teacher_does(work: Path) -> None:

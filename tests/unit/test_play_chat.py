@@ -12,6 +12,7 @@ import pytest
 from llm2clip_vlm import cli
 from llm2clip_vlm.chat.labels import label
 from llm2clip_vlm.data.reading.images import ImageError
+from llm2clip_vlm.evaluation.vlm.generation import Answer
 from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
 from llm2clip_vlm.play.vlm_chat import Chat, model_folder, open_picture, print_answer, talk
 from tests.tiny import write_image
@@ -73,6 +74,13 @@ def test_an_answer_that_is_stopped_stays_as_far_as_it_was_said(chat: Chat) -> No
     said = next(answers)
     answers.close()
     assert chat.turns == [(QUESTION, said)]
+
+
+def test_a_question_without_an_answer_was_asked_all_the_same(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(chat.generator, "stream", lambda *_: iter([Answer("", 1)]))
+    assert ask(chat, QUESTION) == "" and chat.turns == [(QUESTION, "")]
 
 
 def test_a_pipe_gets_the_answer_alone(

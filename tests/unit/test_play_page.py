@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds
 from llm2clip_vlm.play import page
 from llm2clip_vlm.play.finished import finished_runs
 from llm2clip_vlm.play.photo_index import load_dual_encoder
-from llm2clip_vlm.play.shelf import Shelf
+from llm2clip_vlm.play.shelf import Chat, Shelf
 from llm2clip_vlm.play.similarity import SHOWN_PX, _seen, similarity_maps
 from tests.play_fixtures import write_finished, write_stage
+from tests.tiny import write_image
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,33 @@ def test_a_model_trained_anew_begins_without_votes(shelf: Shelf, tmp_path: Path)
     assert shelf.tally(["a", "b"]) == "no decided vote yet, 0 ties"
 
 
+def test_a_vote_is_for_the_weights_that_answered(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Not for those of a training that has ended since."""
+    monkeypatch.setattr(Chat, "load", lambda *_, **__: object())
+    shelf.vlms = {"a": str(tmp_path / "a"), "b": str(tmp_path / "b")}
+    for name, folder in shelf.vlms.items():
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text("{}")
+        shelf.chat(name)
+    (tmp_path / "b" / "config.json").write_text("{ }")
+    shelf.vote(["a", "b"], "left")
+    again = Shelf(str(shelf.run), votes=str(shelf.votes), device="cpu")
+    again.vlms = shelf.vlms
+    assert again.tally(["a", "b"]) == "no decided vote yet, 0 ties"
+
+
+def test_photographs_of_a_running_page_are_those_that_are_there(run: Path, tmp_path: Path) -> None:
+    photos = Path(shutil.copytree(run.parent / "photos", tmp_path / "photos"))
+    shelf = Shelf(str(run), photos=[str(photos)], device="cpu")
+    before = shelf.index("towers/mine", str(photos))
+    write_image(photos / "new.png", 77, size_px=64)
+    (photos / "0.png").unlink()
+    found = shelf.index("towers/mine", str(photos))
+    assert {*found.names} == {*before.names} - {"0.png"} | {"new.png"} and found.num_new == 1
+
+
 def test_names_are_shuffled_and_told_with_the_vote(shelf: Shelf, run: Path) -> None:
     picture = str(run.parent / "photos" / "0.png")
     names = ["vlm/mine", "vlm/rival"]
@@ -107,6 +136,18 @@ def test_names_are_shuffled_and_told_with_the_vote(shelf: Shelf, run: Path) -> N
     kept = json.loads(shelf.votes.read_text())
     assert kept["vote"] == "right" and kept["turns"][1] == [["what ?", said[1]]]
     assert page._Talk(shelf, None, names[:1]).shown() == [[], []]
+
+
+def test_both_models_of_a_talk_have_the_same_questions(shelf: Shelf) -> None:
+    """Also after one that did not fit the second model's window."""
+    talk = page._Talk(shelf, None, ["vlm/mine", "vlm/rival"])
+    options = {"max_new_tokens": 3}
+    talk.chats[1].generator.window = 20
+    with pytest.raises(ValueError, match="fewer than the model's window of 20"):
+        list(talk.ask("dog " * 30, options))
+    talk.chats[1].generator.window = 1000
+    assert [side for side, _ in talk.ask("a dog", options)][-1] == 1
+    assert [[asked for asked, _ in chat.turns] for chat in talk.chats] == [["a dog"]] * 2
 
 
 def test_maps_are_the_cosines_of_patches(run: Path) -> None:

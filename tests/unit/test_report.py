@@ -27,7 +27,6 @@ from llm2clip_vlm.evaluation.report.inputs import (
     guesses,
     measured_in,
     read_retrieval,
-    read_seconds,
     read_vlms,
 )
 from llm2clip_vlm.evaluation.report.pages import clock, data_uri, markdown, render
@@ -182,6 +181,22 @@ def test_towers_of_other_galleries_are_refused(tmp_path: Path) -> None:
         read_retrieval(places)
 
 
+def test_scores_of_weights_that_are_gone_are_refused(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    """Stage 4 was run again, the evaluation was not."""
+    judged = json.loads((run / "eval/base-s0/l2c_world_vqa.json").read_text())["checkpoint"]
+    manifest = {"schema": 1, "seconds": 1.0, "outputs": {"model": judged["sha256"]}}
+    vlms = report_recipe(run)["vlms"] | {"base": {"0": str(tmp_path / "base")}}
+    write_json(tmp_path / "base/manifest.json", manifest)
+    make(program, run, tmp_path, vlms=vlms)
+    write_json(tmp_path / "base/manifest.json", manifest | {"outputs": {"model": "other"}})
+    with pytest.raises(
+        ReportError, match="other weights than stage 4's model: it was trained again"
+    ):
+        make(program, run, tmp_path, vlms=vlms)
+
+
 def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(
     program: ModuleType, run: Path, tmp_path: Path
 ) -> None:
@@ -287,9 +302,9 @@ def test_each_choice_changes_the_report(program: ModuleType, run: Path, tmp_path
     assert "World captions" in html.split("The answer")[1].split("<section")[0]
 
 
-def test_seconds_come_from_manifests(run: Path) -> None:
-    stages = {"stage2-base": str(run / "base"), "stage1": str(run / "stage1"), "none": None}
-    assert read_seconds(stages) == {"stage2-base": 61.0}
+def test_seconds_come_from_manifests(program: ModuleType, run: Path, tmp_path: Path) -> None:
+    found, _ = make(program, run, tmp_path)
+    assert found["seconds"] == {f"stage2-{tower}": 61.0 for tower in RATES}
 
 
 @pytest.mark.parametrize(

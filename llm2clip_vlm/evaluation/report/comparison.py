@@ -17,19 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run
+from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError, Run, unlike
 from llm2clip_vlm.evaluation.vlm.samples import PairedSamples, pair_samples
+from llm2clip_vlm.metrics import statistics as stats
 from llm2clip_vlm.metrics.segmentation import paired_iou
-from llm2clip_vlm.metrics.statistics import (
-    cluster_sums,
-    holm,
-    is_binary,
-    mcnemar_exact,
-    paired_bootstrap,
-    seed_summary,
-    sign_flip_test,
-    unpaired_summary,
-)
 from llm2clip_vlm.runs.manifest import read_manifest
 
 ALPHA = 0.05
@@ -87,7 +78,7 @@ def compare(
         groups = _same_answers([task for task in rows if ":" not in task], one, two)
         # The largest p of scorers that judge the same answers holds for each of them.
         known = {g[0]: [rows[t]["p"] for t in g if rows[t]["p"] is not None] for g in groups}
-        tested = holm({lead: max(ps) for lead, ps in known.items() if ps})
+        tested = stats.holm({lead: max(ps) for lead, ps in known.items() if ps})
         signs = []
         for lead, *others in groups:
             deltas = [rows[task]["delta"] for task in (lead, *others)]
@@ -194,10 +185,9 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
     row["n_seeds"] = len(deltas) or min(len(first), len(second))
     row |= _over_seeds(task, a, b, deltas)
     everyone = [found.result for found in (*first.values(), *second.values())]
-    sizes = {str(m.size) for m in (*first.values(), *second.values()) if m.size}
-    if len(sizes) > 1:
+    if galleries := unlike([m.size for m in (*first.values(), *second.values())]):
         raise ReportError(
-            f"{task}: {a.name}, {b.name}: expected one gallery, got {sorted(sizes)}; test again"
+            f"{task}: {a.name}, {b.name}: expected one gallery, got {galleries}; test again"
         )
     if ":" not in task and (
         differs := [key for other in everyone for key in _differences(everyone[0], other)]
@@ -222,7 +212,7 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
             row |= {"ci": within["ci"], "test": f"paired bootstrap over {within['images']} images"}
             if answers:
                 differences = answers.correct_a - answers.correct_b
-                row["p"] = sign_flip_test(cluster_sums(differences, answers.image_ids))
+                row["p"] = stats.sign_flip_test(stats.cluster_sums(differences, answers.image_ids))
                 row["test"] = f"paired sign-flip test over {within['images']} images"
     return row
 
@@ -238,18 +228,22 @@ def _over_seeds(task: str, a: Run, b: Run, deltas: list[float]) -> dict[str, Any
     """
     first, second = a.scores[task], b.scores[task]
     lone = next((run for run in (a, b) if len(run.scores[task]) == 1), None)
-    if copied := next((run.name for run in (a, b) if _copies(run.scores[task])), None):
-        return {"test": f"none: the seeds of {copied} gave the same answers; are they one run?"}
+    for run in (a, b):
+        if alike := _copies(run.scores[task]):
+            return {"test": f"none: the seeds of {run.name} {alike}; are they one run?"}
     if not deltas:
         test = f"exact permutation test, {len(first)} seeds against {len(second)} others"
         least = 2.0 / math.comb(len(first) + len(second), len(first))
-        return unpaired_summary(a.values(task), b.values(task)) | {"test": test, "least_p": least}
+        return stats.unpaired_summary(a.values(task), b.values(task)) | {
+            "test": test,
+            "least_p": least,
+        }
     if len(deltas) == 1:
         return {}
     if lone is None or (lone.fixed and None in lone.scores[task]):
         against = f", {lone.name} fixed" if lone else ""
         test = f"exact sign-flip test over {len(deltas)} seeds{against}"
-        return seed_summary(deltas) | {"test": test, "least_p": 2.0 / 2 ** len(deltas)}
+        return stats.seed_summary(deltas) | {"test": test, "least_p": 2.0 / 2 ** len(deltas)}
     return {
         "test": f"none: {lone.name} is one run, and its seed counts, too; a test over seeds needs "
         "several on both sides"
@@ -274,18 +268,26 @@ def _over_images(
         return None
     answers = pair_samples(one.scored, two.scored)
     scores = answers.correct_a, answers.correct_b
-    within = paired_bootstrap(*scores, answers.image_ids, resamples)
-    return within | {"mcnemar_p": mcnemar_exact(*scores) if is_binary(*scores) else None}, answers
+    within = stats.paired_bootstrap(*scores, answers.image_ids, resamples)
+    return within | {
+        "mcnemar_p": stats.mcnemar_exact(*scores) if stats.is_binary(*scores) else None
+    }, answers
 
 
-def _copies(found: Mapping[int | None, Measured]) -> bool:
-    """Whether several seeds are one run, copied: all gave the same answers, some of them wrong."""
+def _copies(found: Mapping[int | None, Measured]) -> str | None:
+    """What tells that seeds are one run, copied. None: nothing does.
+
+    Two have the same weights, or all gave the same answers, some of them wrong.
+    """
+    made_by = [one.result.get("checkpoint", {}).get("sha256") for one in found.values()]
+    if max(map(made_by.count, filter(None, made_by)), default=1) > 1:
+        return "are not all of different weights"
     said = [
         [(s["doc_id"], s.get("answer"), s["correct"], s.get("counts")) for s in one.samples]
         for one in found.values()
     ]
-    alike = said.count(said[0]) == len(said) > 1
-    return alike and any(right != 1 for _, _, right, _ in said[0])
+    alike = said.count(said[0]) == len(said) > 1 and any(s[2] != 1 for s in said[0])
+    return "gave the same answers" if alike else None
 
 
 def _matched(task: str, a: Run, b: Run) -> tuple[list[int | None], bool]:

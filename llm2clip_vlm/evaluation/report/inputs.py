@@ -18,6 +18,7 @@ from llm2clip_vlm import files
 from llm2clip_vlm.evaluation.vlm.samples import load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
 from llm2clip_vlm.metrics.statistics import bootstrap_interval
+from llm2clip_vlm.runs.hashes import hash_json
 from llm2clip_vlm.runs.manifest import read_manifest
 
 SAMPLES = ".samples.jsonl"
@@ -56,10 +57,7 @@ def read_optional(path: str | None) -> dict[str, Any] | None:
 
 
 def read_cra(stage1: str | Path) -> dict[str, Any]:
-    """Caption retrieval accuracy of stage 1.
-
-    Returns:
-        `{before, before_ci, after, after_ci, queries}`, in per cent.
+    """Caption retrieval accuracy of stage 1: `{before, before_ci, after, after_ci, queries}`, in %.
 
     Raises:
         ReportError: The stage is not finished, or had no `evaluation`.
@@ -81,25 +79,47 @@ def read_retrieval(towers: Mapping[str, str]) -> dict[str, dict[str, dict[str, d
         `{tower: {kind: {"i2t" | "t2i": {"r1", "ci", ...}}}}`, in per cent.
 
     Raises:
-        ReportError: A tower has no results, or other kinds or numbers of captions than the first.
+        ReportError: A tower has no results, or was tested on other data than the first, or on other
+            kinds or numbers of captions.
     """
     found: dict[str, dict[str, dict[str, dict[str, Any]]]] = {}
     for tower, folder in towers.items():
         file = Path(folder) / "results.json"
-        retrieval = read_json(file, "stages/stage2b_vision_encoder.py or clip_baseline.py").get(
-            "retrieval"
-        )
-        if not retrieval:
+        whole = read_json(file, "stages/stage2b_vision_encoder.py or clip_baseline.py")
+        if not whole.get("retrieval"):
             raise ReportError(f"{file}: retrieval: none; set `evaluation` in the tower's recipe")
-        found[tower] = retrieval
+        found[tower] = whole["retrieval"]
     first = next(iter(found))
     for tower, kinds in found.items():
-        if (got := _tested(kinds)) != (expected := _tested(found[first])):
+        expected, got = (held_out(towers[n]) | _tested(found[n]) for n in (first, tower))
+        if unlike([expected, got]) or kinds.keys() != found[first].keys():
             raise ReportError(
                 f"{towers[tower]}: captions: expected as for {first}, {expected}, got {got}; test "
                 "all towers on one held-out set"
             )
     return found
+
+
+def unlike(sizes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The sizes in words, if some that say the same thing do not say it alike; else empty."""
+    known = [{(key, str(size[key])) for key in size} for size in sizes]
+    said = set().union(*known)
+    return sorted({str(size) for size in sizes if size}) if len(said) > len(dict(said)) else []
+
+
+def held_out(folder: str | Path) -> dict[str, Any]:
+    """Hash of what a stage was evaluated on, by its manifest; empty where that does not tell."""
+    manifest = read_manifest(folder) or {}
+    files = [
+        state[2]
+        for name, parent in manifest.get("parents", {}).items()
+        for state in parent.get("files", {}).values()
+        if name.startswith("evaluation.")
+    ]
+    keys = ("where", "drop_where", "group_by", "limit", "fields")
+    sources = manifest.get("recipe", {}).get("evaluation", ())
+    rules = [[source.get(key) for key in keys] for source in sources]
+    return {"data": hash_json([files, rules])[:12]} if files else {}
 
 
 def _tested(retrieval: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,19 +165,6 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
                 right[kind].append(target == counts[group].most_common(1)[0][0])
         shares[name] = {kind: 100 * fmean(found) for kind, found in right.items()}
     return shares
-
-
-def read_seconds(stages: Mapping[str, str | None]) -> dict[str, float]:
-    """What each stage cost, by its manifest.
-
-    Args:
-        stages: Name to output directory.
-
-    Returns:
-        Stage to seconds of wall time; without those that left no manifest.
-    """
-    manifests = {name: read_manifest(folder) for name, folder in stages.items() if folder}
-    return {name: float(found["seconds"]) for name, found in manifests.items() if found}
 
 
 _NO_MEANS = {"miou": "mean IoU", "ap": "box AP"}
@@ -360,12 +367,13 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
             value = 100 * float(np.mean([row["correct"] for row in rows]))
             yield name, Measured(title, value, folder, rows, result, _chance(result, task))
     if (folder / "results.json").is_file():
+        data = held_out(folder)
         whole = read_json(folder / "results.json", "the stage or the evaluation")
         retrieval = whole.get("retrieval") or {}
         for kind, way in product(retrieval, DIRECTIONS):
-            title, found = f"{kind.replace('_', ' ')}, {DIRECTIONS[way]}", retrieval[kind][way]
-            rest = {"chance": found.get("chance_r1"), "ci": found.get("ci"), "size": _size(found)}
-            yield f"retrieval_{kind}_{way}", Measured(title, found["r1"], folder, **rest)
+            title, got = f"{kind.replace('_', ' ')}, {DIRECTIONS[way]}", retrieval[kind][way]
+            rest = {"chance": got.get("chance_r1"), "ci": got.get("ci"), "size": data | _size(got)}
+            yield f"retrieval_{kind}_{way}", Measured(title, got["r1"], folder, **rest)
     # Not from `results.json`, which is of the last evaluation that came to its end.
     for file in sorted(folder.glob("*.json")):
         found = files.read_json(file, object, ReportError)

@@ -79,6 +79,10 @@ class Keeping:
     callbacks: list[TrainerCallback]
     """Callbacks for the trainer."""
 
+    def kept(self, model: LLM2CLIPModel) -> Any:
+        """The model with the weights that would be saved now, in evaluation mode."""
+        return (model if self.average is None else self.average.model).eval()
+
     def finish(self, model: LLM2CLIPModel, lora: Any = None) -> Tensor:
         """Prepare the model for saving: averaged weights, no adapter.
 
@@ -91,8 +95,7 @@ class Keeping:
         """
         if self.average is not None:
             self.average.copy_to(model)
-        kept: Any = model if self.average is None else self.average.model
-        expected = probe_embeds(kept.eval())
+        expected = probe_embeds(self.kept(model))
         if lora is not None:
             lora.merge_and_unload()
         return expected
