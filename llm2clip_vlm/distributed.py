@@ -167,18 +167,11 @@ def prepare_cpu_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
+    from torch.distributed.elastic.utils.distributed import get_free_port
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    os.environ.setdefault("MASTER_PORT", str(get_free_port()))
     deepspeed.init_distributed("gloo")
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago, for a process group on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
