@@ -66,8 +66,7 @@ def max_over_ranks(*values: int, device: torch.device | str = "cpu") -> list[int
         return list(values)
     tensor = torch.tensor(values, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    largest: list[int] = tensor.tolist()
-    return largest
+    return tensor.tolist()
 
 
 def shared_out(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:

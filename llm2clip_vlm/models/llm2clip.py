@@ -148,8 +148,7 @@ class LLM2CLIPModel(PreTrainedModel):
         config |= {"vision_config": vision_config, "text_embed_dim": text_embed_dim}
         model: Any = cls(LLM2CLIPConfig(**config))
         model.vision_tower.load_state_dict(tower.state_dict())
-        made: LLM2CLIPModel = to_dtype(model, tower.dtype)
-        return made
+        return to_dtype(model, tower.dtype)
 
     @torch.no_grad()
     def take_heads(self, folder: str | Path) -> None:

@@ -93,8 +93,7 @@ class _TextStays:
             return before + next(i for i, (begin, end) in enumerate(offsets) if begin <= at < end)
 
         padded.char_to_token = token_at
-        encoded: BatchEncoding = padded
-        return encoded
+        return padded
 
 
 @dataclass(frozen=True)
