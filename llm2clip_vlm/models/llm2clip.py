@@ -60,9 +60,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig()
         elif isinstance(self.vision_config, dict):
-            values = dict(self.vision_config)
-            model_type = values.pop("model_type", "clip_vision_model")
-            self.vision_config = AutoConfig.for_model(model_type, **values)
+            values = {"model_type": "clip_vision_model"} | self.vision_config
+            self.vision_config = AutoConfig.for_model(**values)
         super().__post_init__(**kwargs)
 
 
