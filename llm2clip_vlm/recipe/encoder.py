@@ -264,8 +264,7 @@ class ClipBaselineRecipe(EncoderRecipe):
     def rates(self) -> dict[str, float]:
         """Learning rate of each part that trains, by its name in the model."""
         found = {str(part): lr for part, lr in self.learning_rates.items() if lr}
-        projections = found.pop("projections", None)
-        if projections is not None:
+        if projections := found.pop("projections", None):
             names = ("visual_projection", "text_projection", "logit_scale")
             found |= dict.fromkeys(names, projections)
         return found
