@@ -123,9 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def files_of(folder: Path, names: Sequence[str]) -> set[str]:
     """Files of a folder that have the names of these tasks' files."""
-    there = os.listdir(folder) if folder.is_dir() else []
     patterns = [end for name in names for end in (f"{name}.json", f"{name}*.samples.jsonl")]
-    return {file for file in there if any(fnmatch.fnmatch(file, end) for end in patterns)}
+    return {file.name for pattern in patterns for file in folder.glob(pattern)}
 
 
 def read_optional(file: Path) -> dict[str, Any]:

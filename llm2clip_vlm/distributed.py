@@ -66,8 +66,7 @@ def max_over_ranks(*values: int, device: torch.device | str = "cpu") -> list[int
         return list(values)
     tensor = torch.tensor(values, device=device)
     dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    largest: list[int] = tensor.tolist()
-    return largest
+    return tensor.tolist()
 
 
 def shared_out(parts: Sequence[Part], work: Callable[[Part], Result]) -> list[Result]:
@@ -167,18 +166,11 @@ def prepare_cpu_deepspeed() -> None:
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
     import deepspeed.ops
+    from torch.distributed.elastic.utils.distributed import get_free_port
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1")):
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(free_port()))
+    os.environ.setdefault("MASTER_PORT", str(get_free_port()))
     deepspeed.init_distributed("gloo")
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago, for a process group on this machine."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -28,8 +28,7 @@ def main(command: str, words: Sequence[str]) -> int | None:
         ValueError: What the user can mend.
     """
     arguments = _parser().parse_args(words)
-    result: int | None = arguments.command(arguments)
-    return result
+    return arguments.command(arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -57,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _build(arguments: argparse.Namespace) -> int | None:
-    stage = load_program(find_program("stage2a_cache_text"))
-    result: int | None = stage.main(arguments.words)
-    return result
+    return load_program(find_program("stage2a_cache_text")).main(arguments.words)
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from operator import itemgetter
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from llm2clip_vlm.constants import STOPPED
@@ -247,7 +246,7 @@ class Pipeline:
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, _stop)
+                signal.signal(number, signal.default_int_handler)
         try:
             known = {name: cost["seconds"] for name, cost in costs.items()}
             shown = Shown({job.name: job.step for job in self.jobs}, known, self.recipe.jobs)
@@ -394,7 +393,3 @@ class Pipeline:
         for job in self.running:
             assert job.process is not None
             job.process.wait()
-
-
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

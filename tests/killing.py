@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from llm2clip_vlm.distributed import free_port
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 Main = Callable[[Sequence[str]], None]
 
@@ -83,7 +82,7 @@ def run_apart(main: Main, argv: Sequence[str], kill_after_s: float | None = None
 
 def start_ranks(main: Main, argv: Sequence[str], count: int) -> list[Any]:
     """Starts a program in so many processes of one group, which share a step."""
-    port = str(free_port())
+    port = str(get_free_port())
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
     return [
         start_apart(main, argv, env | {"RANK": str(n), "LOCAL_RANK": str(n)}) for n in range(count)

@@ -18,7 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from llm2clip_vlm.distributed import free_port
+from torch.distributed.elastic.utils.distributed import get_free_port
+
 from tests.conftest import REPO_ROOT
 from tests.vlm_fixtures import environment
 
@@ -126,7 +127,7 @@ class Job:
     ) -> None:
         self.machines = machines
         printed = printed_line(stage, config)
-        port = free_port()
+        port = get_free_port()
         self.launchers = []
         for rank, machine in enumerate(machines):
             cpu = machine.folder / config

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
+
+from llm2clip_vlm.recipe.yaml_files import parse_value
 
 FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
 """Same as `interop.export.FORMATS`, which takes seconds to import."""
@@ -95,9 +96,6 @@ def main(command: str, words: Sequence[str]) -> int:
 
 
 def setting(text: str) -> tuple[str, Any]:
-    """`KEY=VALUE`, the value a JSON number or a word."""
+    """`KEY=VALUE`, the value written as YAML."""
     key, value = text.split("=", 1)
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+    return key, parse_value(value, f"--set {key}")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.certificate import Evidence, save_llm
+from llm2clip_vlm.models.loading import boundary
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -50,14 +51,12 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         )
     kinds, values = _read(source)
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
-    try:
+    with boundary(f"{source}: transformers cannot read this GGUF"):
         config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
         model: Any = AutoModelForCausalLM.from_pretrained(
             **where, config=config, dtype=getattr(torch, dtype), trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
-        raise ModelError(f"{source}: transformers cannot read this GGUF ({error})") from error
     own = sum(parameter.numel() for parameter in model.parameters())
     if own != sum(values.values()):
         named = ", ".join(name for name in values if name.startswith("rope")) or "unknown"
@@ -86,9 +85,7 @@ def _read(source: Path) -> tuple[Counter[str], dict[str, int]]:
     except ImportError:
         raise ModelError(f"{source}: reading GGUF needs a package: pip install gguf") from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
-    try:
+    with boundary(f"{source}: damaged or cut short", "; fetch it again"):
         tensors = GGUFReader(source).tensors
-    except (ValueError, IndexError, KeyError, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise ModelError(f"{source}: damaged or cut short ({error}); fetch it again") from error
     kinds = Counter(str(tensor.tensor_type.name) for tensor in tensors)
     return kinds, {tensor.name: int(tensor.n_elements) for tensor in tensors}

@@ -136,19 +136,17 @@ def load_translated(
     Raises:
         ModelError: Weights are missing, unexpected or of another shape.
     """
-    expected = model.state_dict()
-    fits, missing = {}, []
-    for name, tensor in expected.items():
-        if name not in weights:
-            missing.append(name)
-        elif (got := weights[name]).shape != tensor.shape:
-            missing.append(f"{name} (got {list(got.shape)}, expected {list(tensor.shape)})")
-        else:
-            fits[name] = got
-    foreign = sorted({*unexpected, *weights} - set(expected))
+    wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    got = {name: list(tensor.shape) for name, tensor in weights.items()}
+    fits = {name: weights[name] for name in wanted if wanted[name] == got.get(name)}
+    missing = [
+        f"{name} (got {got[name]}, expected {wanted[name]})" if name in got else name
+        for name in sorted(wanted.keys() - fits.keys())
+    ]
+    foreign = sorted({*unexpected, *weights} - wanted.keys())
     left = [name for name in foreign if re.fullmatch(left_out, name)]
     foreign = [name for name in foreign if name not in left]
-    report = KeyReport(len(fits), sorted(missing), foreign, left)
+    report = KeyReport(len(fits), missing, foreign, left)
     if (missing or foreign) and not partial:
         raise ModelError(
             f"{where}: {report.matched} weights fit {type(model).__name__}; missing "

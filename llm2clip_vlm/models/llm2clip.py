@@ -60,9 +60,8 @@ class LLM2CLIPConfig(PreTrainedConfig):
         if self.vision_config is None:
             self.vision_config = CLIPVisionConfig()
         elif isinstance(self.vision_config, dict):
-            values = dict(self.vision_config)
-            model_type = values.pop("model_type", "clip_vision_model")
-            self.vision_config = AutoConfig.for_model(model_type, **values)
+            values = {"model_type": "clip_vision_model"} | self.vision_config
+            self.vision_config = AutoConfig.for_model(**values)
         super().__post_init__(**kwargs)
 
 
@@ -148,8 +147,7 @@ class LLM2CLIPModel(PreTrainedModel):
         config |= {"vision_config": vision_config, "text_embed_dim": text_embed_dim}
         model: Any = cls(LLM2CLIPConfig(**config))
         model.vision_tower.load_state_dict(tower.state_dict())
-        made: LLM2CLIPModel = to_dtype(model, tower.dtype)
-        return made
+        return to_dtype(model, tower.dtype)
 
     @torch.no_grad()
     def take_heads(self, folder: str | Path) -> None:

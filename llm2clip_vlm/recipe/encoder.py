@@ -190,50 +190,30 @@ class Stage2bRecipe(EncoderRecipe):
         }
 
     @model_validator(mode="after")
-    def _text_has_one_source(self) -> Self:
+    def _keys_fit_together(self) -> Self:
         if (self.embedding_cache is None) == (self.text_in_loop is None):
             raise ValueError("expected either embedding_cache or text_in_loop, got both or neither")
         if "" in self.caption_prompts:
             raise ValueError("caption_prompts: an empty one is always there; leave it out")
         if (self.write_through or self.text_in_loop) and self.caption_prompts:
             raise ValueError("caption_prompts need stage 2a's complete cache")
-        return self
-
-    @model_validator(mode="after")
-    def _heads_have_one_start(self) -> Self:
         if self.heads_from is not None and self.inherit_text is not None:
             raise ValueError(
                 "heads_from and inherit_text: expected one start of the heads, got two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _lora_has_its_section(self) -> Self:
         if (self.tower_training == "lora") != (self.tower_lora is not None):
             raise ValueError(
                 f"tower_training is {self.tower_training!r} and tower_lora is "
                 f"{'absent' if self.tower_lora is None else 'present'}; `lora` needs the section, "
                 "`full` and `frozen` take none"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _patches_are_dropped_in_training(self) -> Self:
         if self.tower_training == "frozen" and self.patch_dropout:
             raise ValueError("patch_dropout acts in a tower that trains; tower_training is frozen")
-        return self
-
-    @model_validator(mode="after")
-    def _blocks_train_whole(self) -> Self:
         if self.tower_training != "full" and self.tower_last_blocks is not None:
             raise ValueError(
                 "tower_last_blocks: expected with tower_training: full, got "
                 f"{self.tower_training!r}; remove one of the two"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _average_serves(self) -> Self:
         taught = self.self_distillation is not None and self.self_distillation.teacher == "average"
         if taught and self.weight_average is None:
             raise ValueError("self_distillation.teacher is 'average': add `weight_average`")
@@ -284,14 +264,13 @@ class ClipBaselineRecipe(EncoderRecipe):
     def rates(self) -> dict[str, float]:
         """Learning rate of each part that trains, by its name in the model."""
         found = {str(part): lr for part, lr in self.learning_rates.items() if lr}
-        projections = found.pop("projections", None)
-        if projections is not None:
+        if projections := found.pop("projections", None):
             names = ("visual_projection", "text_projection", "logit_scale")
             found |= dict.fromkeys(names, projections)
         return found
 
     @model_validator(mode="after")
-    def _one_start(self) -> Self:
+    def _keys_fit_together(self) -> Self:
         if (self.clip is None) == (self.vision_tower is None):
             raise ValueError("expected either `clip` or `vision_tower`, got both or neither")
         needed = (self.text_model, self.tokenizer)
@@ -302,10 +281,6 @@ class ClipBaselineRecipe(EncoderRecipe):
             )
         if self.vision_tower is None and (self.text_model or self.image_size_px):
             raise ValueError("`text_model` and `image_size_px` belong to `vision_tower`")
-        return self
-
-    @model_validator(mode="after")
-    def _blocks_of_a_tower_that_trains(self) -> Self:
         if self.tower_last_blocks is not None and not self.learning_rates.get("vision_model"):
             raise ValueError(
                 "tower_last_blocks: expected with a learning rate of `vision_model`, which is "

@@ -189,19 +189,17 @@ def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     wanted_by = f" (named by `base:` in {children[-1]})" if children else ""
     try:
         resolved = path.resolve()
-        if resolved in children:
-            chain = " -> ".join(str(item) for item in (*children, resolved))
-            raise RecipeError(path, f"base: a recipe is its own parent: {chain}")
-        if len(children) > DEEPEST:
-            raise RecipeError(path, f"base: expected at most {DEEPEST} parents, got more")
         text = read_text(path, limit_bytes=LARGEST_BYTES)
-    except RecipeError:
-        raise
     except (OSError, ValueError, RuntimeError) as error:
         why = str(error).removeprefix(f"{path}: ").removeprefix("cannot read this file: ")
         if not os.path.lexists(path):
             why = f"there is no such file{did_you_mean(str(path), recipe_names(path.parent))}"
         raise RecipeError(path, f"cannot read this file{wanted_by}: {why}") from None
+    if resolved in children:
+        chain = " -> ".join(str(item) for item in (*children, resolved))
+        raise RecipeError(path, f"base: a recipe is its own parent: {chain}")
+    if len(children) > DEEPEST:
+        raise RecipeError(path, f"base: expected at most {DEEPEST} parents, got more")
     data = {} if (given := parse_yaml(text, path)) is None else given
     if not isinstance(data, dict):
         raise RecipeError(path, f"expected a mapping of keys, got {shown(data)}")

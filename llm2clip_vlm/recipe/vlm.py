@@ -114,17 +114,13 @@ class VlmRecipe(RunRecipe):
     ones. Needs bitsandbytes, and `language_model_lora` where the LLM trains; not with ZeRO-3."""
 
     @model_validator(mode="after")
-    def _packing_plans_batches(self) -> Self:
+    def _keys_fit_together(self) -> Self:
         strategy = self.trainer.get("train_sampling_strategy", "random")
         if self.packing and strategy != "random":
             raise ValueError(
                 f"trainer.train_sampling_strategy: {strategy!r} has no meaning with packing, which "
                 "plans its own batches; leave it out or set `packing: false`"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _four_bits_have_an_adapter(self) -> Self:
         trains = "language_model" in self.trainable
         if self.load_in_4bit and trains and self.language_model_lora is None:
             raise ValueError("load_in_4bit: expected language_model_lora beside it, got none")

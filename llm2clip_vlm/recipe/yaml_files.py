@@ -154,8 +154,7 @@ def read_yaml(path: str | Path) -> Any:
         RecipeError: It cannot be read, or is no YAML.
     """
     try:
-        return parse_yaml(read_text(path, limit_bytes=LARGEST_BYTES), path)
-    except RecipeError:
-        raise
+        text = read_text(path, limit_bytes=LARGEST_BYTES)
     except ValueError as error:
         raise RecipeError(path, str(error)) from None
+    return parse_yaml(text, path)

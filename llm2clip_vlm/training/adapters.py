@@ -64,8 +64,7 @@ class _Merged(nn.Module):
     def forward(self) -> Tensor:
         base: Tensor = self.layer.get_base_layer().weight
         if variant := self.layer.lora_variant.get("default"):  # DoRA
-            merged: Tensor = variant.merge_safe(self.layer, "default", base)
-            return merged
+            return variant.merge_safe(self.layer, "default", base)
         return base + self.layer.get_delta_weight("default")
 
 
@@ -77,8 +76,7 @@ def _merged_weight(layer: Any, weights: Mapping[str, Tensor]) -> Tensor:
         for name, weight in weights.items()
         if "lora_" in name or name == "base_layer.weight"
     }
-    merged: Tensor = functional_call(_Merged(layer), own, ())
-    return merged
+    return functional_call(_Merged(layer), own, ())
 
 
 def _layers(model: nn.Module) -> dict[str, Any]:

@@ -271,8 +271,7 @@ class StageRun(Generic[R]):
             if is_main():
                 known[name] = {"of": key, "found": kept}
                 write_atomically(path, json.dumps(known, indent=2) + "\n")
-        found: R2 = kept
-        return found
+        return kept
 
     def finish(
         self,

@@ -103,8 +103,7 @@ class StrictResumeMixin:
             # schedules count `min_lr` or `lr_end` by this rate: by a smaller one others would rise
             arguments["lr"] = max(group["lr"] for group in groups)
             self.optimizer = kind(groups, **arguments)
-        made: torch.optim.Optimizer = super().create_optimizer(model)  # type: ignore[misc]
-        return made
+        return super().create_optimizer(model)  # type: ignore[misc]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """One micro-batch.

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.elastic.utils.distributed import get_free_port
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.losses.contrastive import NO_CANDIDATE
@@ -158,7 +159,7 @@ def by_loops(name: str) -> tuple[float, dict[str, Tensor]]:
 
 def run_worker(folder: Path, world_size: int, repo_root: Path) -> dict[str, dict[str, list[float]]]:
     target = folder / f"{world_size}.json"
-    port = str(distributed.free_port())
+    port = str(get_free_port())
     processes = []
     for rank in range(world_size):
         env = os.environ | {"PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}

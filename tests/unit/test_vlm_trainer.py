@@ -15,10 +15,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch.distributed import TCPStore
+from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from llm2clip_vlm import distributed
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator
 from llm2clip_vlm.data.conversation.packing import PackedCollator
@@ -227,7 +227,7 @@ def test_who_stands_still_is_named(
 
 def test_who_is_gone_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """The store of the launcher holds a sign of rank 1 that never changes, and none of rank 2."""
-    port = distributed.free_port()
+    port = get_free_port()
     store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     for name, value in {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)

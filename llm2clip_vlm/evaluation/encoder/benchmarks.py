@@ -141,15 +141,8 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
     data = Path(task.data)
     root = Path(task.images) if task.images else data if data.is_dir() else data.parent
     if task.benchmark == "records":
-        source = ImageTextSource(
-            path=task.data,
-            fields=task.fields,
-            where=task.where,
-            image_root=str(root),
-            follow_links=task.follow_links,
-        )
         protocol = f"{data.name}, {', '.join(task.fields)}, where {task.where}; {_EACH}"
-        return list(read_image_text(source, BadRecords())), protocol, False
+        return _rows(task, task.fields, str(root)), protocol, False
     if task.benchmark not in RETRIEVAL:
         hint = did_you_mean(task.benchmark, RETRIEVAL)
         known = ", ".join(["records", *RETRIEVAL])
@@ -177,6 +170,15 @@ def read_retrieval(task: RetrievalTask) -> tuple[list[ImageTextRecord], str, boo
     ]
     standard = len(records) == benchmark.images and benchmark.captions in (count, None)
     return records, benchmark.protocol, standard
+
+
+def _rows(
+    task: RetrievalTask | ClassSource, fields: list[str], images: str | None
+) -> list[ImageTextRecord]:
+    """Read the file of a task in one of stage 2's formats."""
+    given: dict[str, Any] = {"where": task.where, "follow_links": task.follow_links}
+    source = ImageTextSource(path=task.data, fields=fields, image_root=images, **given)
+    return list(read_image_text(source, BadRecords()))
 
 
 @contextmanager
@@ -220,14 +222,7 @@ def read_classified(source: ClassSource) -> tuple[list[ImageTextRecord], list[st
     """
     data = Path(source.data)
     if not data.is_dir():
-        rows = ImageTextSource(
-            path=source.data,
-            fields=[source.label_field],
-            where=source.where,
-            image_root=source.images,
-            follow_links=source.follow_links,
-        )
-        records = list(read_image_text(rows, BadRecords()))
+        records = _rows(source, [source.label_field], source.images)
         return records, [one_label(record.captions, record.where) for record in records]
     files = [f for f in sorted(data.glob("*/*")) if "." not in (f.name[0], f.parent.name[0])]
     if odd := [file for file in files if file.suffix.lower() not in picture_suffixes()]:

@@ -26,7 +26,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from transformers.backbone_utils import BackboneConfigMixin, BackboneMixin
 from transformers.modeling_outputs import BackboneOutput
 
 from llm2clip_vlm.data.reading.images import EncodedImage, read_image, shown
@@ -43,25 +42,18 @@ MAX_DRAWS = 100
 """Resamples for the interval of AP; each takes seconds on all of COCO."""
 
 
-class TowerBackboneConfig(BackboneConfigMixin, PreTrainedConfig):
-    """Config of :class:`TowerBackbone`: one stage, the tower's last patches."""
+class TowerBackboneConfig(PreTrainedConfig):
+    """Config of :class:`TowerBackbone`."""
 
     model_type = "llm2clip_vision_backbone"
 
     vision_config: dict[str, Any] | None = None
     grid: int = 1
     num_prefix_tokens: int = 0
-    _out_features: list[str] | None = None
-    _out_indices: list[int] | None = None
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        self.stage_names = ["patches"]
-        self.set_output_features_output_indices(out_features=None, out_indices=None)
-        super().__post_init__(**kwargs)
 
 
-class TowerBackbone(BackboneMixin, PreTrainedModel):
-    """A vision tower under transformers' backbone API: one map at the patches' stride.
+class TowerBackbone(PreTrainedModel):
+    """A vision tower as Deformable DETR takes a backbone: one map at the patches' stride.
 
     Paper: ViTDet (2203.16527): a plain ViT needs no hierarchy.
     """
@@ -70,10 +62,9 @@ class TowerBackbone(BackboneMixin, PreTrainedModel):
 
     def __init__(self, config: TowerBackboneConfig) -> None:
         super().__init__(config)
-        values = dict(config.vision_config or {})
-        vision = AutoConfig.for_model(values.pop("model_type"), **values)
+        vision = AutoConfig.for_model(**config.vision_config or {})
         self.vision_tower = AutoModel.from_config(vision)
-        self.num_features = [vision.hidden_size]
+        self.channels = [vision.hidden_size]
         self.post_init()
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BackboneOutput:

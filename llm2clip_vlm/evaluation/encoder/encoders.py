@@ -209,8 +209,10 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
     clip = model.config.model_type in _CLIP
     if clip:
         check_tokenizer(model, tokenizer)
-    padding = "longest" if clip else "max_length"
-    options: dict[str, Any] = {"padding": padding, "max_length": window, "return_tensors": "pt"}
+    names = ("input_ids", "attention_mask") if clip else ("input_ids",)
+    options: dict[str, Any] = {"max_length": window, "return_tensors": "pt"}
+    # on the right as in training, whatever the tokenizer's side
+    options |= {"padding": "longest" if clip else "max_length", "padding_side": "right"}
     cut = 0
 
     @torch.no_grad()
@@ -218,15 +220,11 @@ def _own_side(path: str, model: Any) -> dict[str, Any]:
         nonlocal cut
         parts = []
         for start in range(0, len(items), 256):
-            part = list(items[start : start + 256])
-            if padding == "max_length":
-                part = [text.lower() for text in part]
+            part = [text if clip else text.lower() for text in items[start : start + 256]]
             whole = text_ids(tokenizer, part, add_special_tokens=True)
             cut += sum(len(ids) > window for ids in whole)
             ids = text_ids(tokenizer, part, add_special_tokens=True, max_length=window)
-            # on the right as in training, whatever the tokenizer's side
-            tokens = tokenizer.pad({"input_ids": ids}, padding_side="right", **options)
-            names = ("input_ids", "attention_mask")[: 1 + (padding == "longest")]
+            tokens = tokenizer.pad({"input_ids": ids}, **options)
             features = model.get_text_features(**{n: tokens[n].to(model.device) for n in names})
             parts.append(F.normalize(features.pooler_output.float(), dim=-1).cpu())
         return torch.cat(parts)

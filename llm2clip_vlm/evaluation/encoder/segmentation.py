@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain, product
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,7 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
 
     def scores(windows: Tensor) -> Tensor:
         patches = patch_grid(encoder, windows).float()
-        logits: Tensor = head(rearrange(patches, "b y x d -> b d y x"))
-        return logits
+        return head(rearrange(patches, "b y x d -> b d y x"))
 
     for _ in range(task.steps):
         rows = rng.integers(len(masks.items), size=task.batch_size)
@@ -113,12 +113,11 @@ def patch_grid(
             f"last_attention: `value` needs attention with a v_proj, which {type(model).__name__} "
             "lacks; use `full`"
         )
-    hooks = [layer.register_forward_hook(_own_value, with_kwargs=True) for layer in layers[-1:]]
-    try:
+    hook: Any = nullcontext()
+    if layers:
+        hook = layers[-1].register_forward_hook(_own_value, with_kwargs=True)
+    with hook:
         out = model(pixel_values=windows.to(model.device, model.dtype))
-    finally:
-        for hook in hooks:
-            hook.remove()
     patches = require_finite(out.last_hidden_state[:, tower.num_prefix_tokens :], "patches")
     return rearrange(patches, "b (y x) d -> b y x d", y=tower.grid)
 
@@ -149,8 +148,7 @@ def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
 def _pool_each(model: Any, patches: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Pool each patch alone as CLIP or SigLIP does; other towers' last state is normed already."""
     if model.config.model_type == "siglip_vision_model":
-        pooled: Tensor = model.head(patches[:, None])
-        return pooled
+        return model.head(patches[:, None])
     norm = getattr(model, "post_layernorm", nn.Identity())
     return norm(patches) if model.config.model_type == "clip_vision_model" else patches
 

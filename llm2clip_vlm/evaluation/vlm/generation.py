@@ -10,7 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -93,8 +93,7 @@ class _TextStays:
             return before + next(i for i, (begin, end) in enumerate(offsets) if begin <= at < end)
 
         padded.char_to_token = token_at
-        encoded: BatchEncoding = padded
-        return encoded
+        return padded
 
 
 @dataclass(frozen=True)
@@ -359,12 +358,10 @@ class Generator:
 
         def generate() -> None:
             try:
-                with _evaluating(self.model):
+                with suppress(Closed), _evaluating(self.model):
                     self.model.generate(  # type: ignore[operator]
                         **inputs, generation_config=config, streamer=tokens
                     )
-            except Closed:
-                pass
             finally:
                 tokens.end()
 

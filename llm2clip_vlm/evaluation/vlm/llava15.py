@@ -98,5 +98,4 @@ def vqav2_results(doc: Doc, results: Sequence[str]) -> dict[str, Any]:
     from lmms_eval.tasks._task_utils.vqa_eval_metric import EvalAIAnswerProcessor
     from lmms_eval.tasks.vqav2.utils import vqav2_process_results_val
 
-    found: dict[str, Any] = vqav2_process_results_val(doc, [EvalAIAnswerProcessor()(results[0])])
-    return found
+    return vqav2_process_results_val(doc, [EvalAIAnswerProcessor()(results[0])])

@@ -115,8 +115,7 @@ class Eva02Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         attended = F.scaled_dot_product_attention(q, k, v)
         joined = rearrange(attended, "b heads n d -> b n (heads d)")
-        out: Tensor = self.proj(self.inner_attn_ln(joined))
-        return out
+        return self.proj(self.inner_attn_ln(joined))
 
 
 class Eva02Mlp(nn.Module):
@@ -132,8 +131,7 @@ class Eva02Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Args: x: `[b, n, d]`. Returns: `[b, n, d]`."""
-        out: Tensor = self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
-        return out
+        return self.w3(self.ffn_ln(F.silu(self.w1(x)) * self.w2(x)))
 
 
 class Eva02Block(GradientCheckpointingLayer):
@@ -149,8 +147,7 @@ class Eva02Block(GradientCheckpointingLayer):
     def forward(self, x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """Args: x: `[b, n, d]`; position_embeddings: cosine and sine. Returns: `[b, n, d]`."""
         x = x + self.attn(self.norm1(x), position_embeddings)
-        out: Tensor = x + self.mlp(self.norm2(x))
-        return out
+        return x + self.mlp(self.norm2(x))
 
 
 class Eva02Blocks(nn.ModuleList):
@@ -237,12 +234,10 @@ class Eva02VisionModel(PreTrainedModel):
         maps = self.patch_embed["proj"](pixel_values.to(self.dtype))
         patches = rearrange(maps, "b d y x -> b (y x) d")
         cls_token = repeat(self.cls_token, "1 1 d -> b 1 d", b=len(patches))
-        x = torch.cat([cls_token, patches], dim=1)
-        x = x + self.pos_embed
-        cos, sin = rope_tables(config, x.device)
+        x = torch.cat([cls_token, patches], dim=1) + self.pos_embed
+        cos, sin = (table.to(x.dtype) for table in rope_tables(config, x.device))
         wanted = output_hidden_states is not None and output_hidden_states is not False
-        rope = (cos.to(x.dtype), sin.to(x.dtype))
-        states = self.blocks(x, position_embeddings=rope, every=wanted)
+        states = self.blocks(x, position_embeddings=(cos, sin), every=wanted)
         last = self.norm(states[-1])
         return BaseModelOutputWithPooling(
             last_hidden_state=last,

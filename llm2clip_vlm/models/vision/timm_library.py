@@ -42,9 +42,6 @@ class _Finder(MetaPathFinder, Loader):
         pass
 
 
-_ABSENT: Any = object()
-
-
 @contextmanager
 def torchvision_stub() -> Iterator[None]:
     """Let timm and open_clip be imported without torchvision.
@@ -58,7 +55,7 @@ def torchvision_stub() -> Iterator[None]:
     if importlib.util.find_spec("torchvision") is not None:
         yield
         return
-    before = sys.modules.pop("torchvision", _ABSENT)
+    hidden = {n: sys.modules.pop(n) for n in ("torchvision",) if n in sys.modules}
     finder = _Finder()
     sys.meta_path.insert(0, finder)
     try:
@@ -67,8 +64,7 @@ def torchvision_stub() -> Iterator[None]:
         sys.meta_path.remove(finder)
         for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
             del sys.modules[name]
-        if before is not _ABSENT:
-            sys.modules["torchvision"] = before
+        sys.modules.update(hidden)
 
 
 def import_timm() -> Any:

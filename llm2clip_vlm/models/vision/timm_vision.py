@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,19 +150,15 @@ class TimmVisionModel(PreTrainedModel):
                 hidden_states=(tokens,) if wanted else None,
             )
         states: list[Tensor] = []
-        hooks = []
-        if wanted:
-            blocks = self.timm_model.blocks
-            hooks = [blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))]
-            hooks += [
-                block.register_forward_hook(lambda _, args, out: states.append(out))
-                for block in blocks
-            ]
-        try:
+        with ExitStack() as hooks:
+            if wanted:
+                blocks = self.timm_model.blocks
+                keep = blocks[0].register_forward_pre_hook(lambda _, args: states.append(args[0]))
+                hooks.enter_context(keep)
+                for block in blocks:
+                    keep = block.register_forward_hook(lambda _, args, out: states.append(out))
+                    hooks.enter_context(keep)
             last = self.timm_model.forward_features(pixel_values)
-        finally:
-            for hook in hooks:
-                hook.remove()
         return BaseModelOutputWithPooling(
             last_hidden_state=last,
             pooler_output=self.timm_model.forward_head(last),
@@ -290,11 +287,9 @@ def from_timm_layout(written: Mapping[str, Any], path: str, dtype: Any) -> TimmV
         given = load_file(str(cached_file(path, WEIGHTS)))
     heads = written["pretrained_cfg"].get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
-    weights = {
-        f"timm_model.{name.removeprefix('timm_model.')}": tensor
-        for name, tensor in given.items()
-        if not name.removeprefix("timm_model.").startswith(tuple(f"{head}." for head in heads))
-    }
+    named = {f"timm_model.{n.removeprefix('timm_model.')}": tensor for n, tensor in given.items()}
+    left_out = tuple(f"timm_model.{head}." for head in heads)
+    weights = {name: t for name, t in named.items() if not name.startswith(left_out)}
     return tower_of_weights(config, weights, path, dtype)
 
 
@@ -314,10 +309,9 @@ def tower_of_weights(
     """
     if dtype == "auto":
         dtype = next(tensor.dtype for tensor in weights.values() if tensor.is_floating_point())
-    made: TimmVisionModel = load_complete(
+    return load_complete(
         TimmVisionModel, path, config=config, state_dict=dict(weights), dtype=dtype
     )
-    return made
 
 
 def timm_image_processor(given: Mapping[str, Any]) -> Any:

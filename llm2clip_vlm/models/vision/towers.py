@@ -92,50 +92,40 @@ class VisionTower:
         return self.image_size_px // self.patch_size_px
 
 
-def _complete(model_class: Any, path: str, dtype: Any, **given: Any) -> Any:
-    """Load the weights at `path`, or the `state_dict` of a `config` in `given`; all, or none."""
-    return load_complete(model_class, path, dtype=dtype, **given)
-
-
 def _siglip2(path: str, dtype: Any) -> PreTrainedModel:
     """Load SigLIP2's NaFlex tower as a SigLIP, which computes the same at its square grid."""
-    naflex = _complete(Siglip2VisionModel, path, dtype)
-    given, size = naflex.config, naflex.config.patch_size
+    naflex = load_complete(Siglip2VisionModel, path, dtype=dtype)
+    size = naflex.config.patch_size
     weights = naflex.state_dict()
     name = "embeddings.patch_embedding.weight"
     patches = rearrange(weights[name], "d (y x c) -> d c y x", y=size, x=size)
     weights[name] = patches.contiguous()
     shared = SiglipVisionConfig.__annotations__
-    values = {name: value for name, value in given.to_dict().items() if name in shared}
-    config = SiglipVisionConfig(**values, image_size=math.isqrt(given.num_patches) * size)
-    return _complete(SiglipVisionModel, path, naflex.dtype, config=config, state_dict=weights)
+    values = {name: value for name, value in naflex.config.to_dict().items() if name in shared}
+    config = SiglipVisionConfig(**values, image_size=math.isqrt(naflex.config.num_patches) * size)
+    given = {"config": config, "state_dict": weights, "dtype": naflex.dtype}
+    return load_complete(SiglipVisionModel, path, **given)
 
 
-def _llm2clip(path: str, dtype: Any) -> PreTrainedModel:
-    tower: PreTrainedModel = _complete(LLM2CLIPModel, path, dtype).vision_tower
-    return tower
-
-
-def _dual_encoder(path: str, dtype: Any) -> PreTrainedModel:
-    tower: PreTrainedModel = _complete(VisionTextDualEncoderModel, path, dtype).vision_model
-    return tower
+def _part(model_class: Any, name: str, path: str, dtype: Any) -> PreTrainedModel:
+    return getattr(load_complete(model_class, path, dtype=dtype), name)
 
 
 _ANY_SIZE = ("dinov2", "dinov2_with_registers", "dinov3_vit")
 """Towers that interpolate their positions themselves, to the size of the image they get."""
 
-LOADERS: dict[str, Callable[[str, Any], PreTrainedModel]] = {
-    "clip": partial(_complete, CLIPVisionModel),
-    "clip_vision_model": partial(_complete, CLIPVisionModel),
-    "siglip": partial(_complete, SiglipVisionModel),
-    "siglip_vision_model": partial(_complete, SiglipVisionModel),
+LOADERS: dict[str, Callable[..., PreTrainedModel]] = {
+    "clip": partial(load_complete, CLIPVisionModel),
+    "clip_vision_model": partial(load_complete, CLIPVisionModel),
+    "siglip": partial(load_complete, SiglipVisionModel),
+    "siglip_vision_model": partial(load_complete, SiglipVisionModel),
     "siglip2": _siglip2,
     "siglip2_vision_model": _siglip2,
-    **dict.fromkeys(_ANY_SIZE, partial(_complete, AutoModel)),
-    Eva02VisionConfig.model_type: partial(_complete, Eva02VisionModel),
-    TimmVisionConfig.model_type: partial(_complete, AutoModel),
-    "llm2clip": _llm2clip,
-    "vision-text-dual-encoder": _dual_encoder,
+    **dict.fromkeys(_ANY_SIZE, partial(load_complete, AutoModel)),
+    Eva02VisionConfig.model_type: partial(load_complete, Eva02VisionModel),
+    TimmVisionConfig.model_type: partial(load_complete, AutoModel),
+    "llm2clip": partial(_part, LLM2CLIPModel, "vision_tower"),
+    "vision-text-dual-encoder": partial(_part, VisionTextDualEncoderModel, "vision_model"),
 }
 """`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
 
@@ -182,7 +172,7 @@ def load_vision_tower(
                 f"{path}: model_type {kind!r} is not a known vision tower"
                 f"{did_you_mean(kind, loaders)} (known are {sorted(loaders)})"
             )
-        model = loaders[kind](path, dtype)
+        model = loaders[kind](path, dtype=dtype)
         processor = _load_processor(path, model.config)
     _require_contract(path, model)
     if image_size_px is not None:
@@ -205,7 +195,7 @@ def is_feature_map_checkpoint(path_or_id: str | Path) -> bool:
     return bool(getattr(config, "feature_map", False))
 
 
-def _other(load: Callable[[str, Any], Any]) -> Callable[[str, Any], PreTrainedModel]:
+def _other(load: Callable[[str, Any], Any]) -> Callable[..., PreTrainedModel]:
     """Another package's loader, whose failures are named and which keeps to the dtype."""
 
     def checked(path: str, dtype: Any) -> PreTrainedModel:
@@ -347,7 +337,8 @@ def _resize(path: str, model: Any, size: int) -> PreTrainedModel:
     weights[name] = resize_positions(weights[name], old, new)
     config.image_size = size
     logger.info("%s: positions interpolated from %d x %d to %d x %d", path, old, old, new, new)
-    return _complete(type(model), path, model.dtype, config=config, state_dict=weights)
+    given = {"config": config, "state_dict": weights, "dtype": model.dtype}
+    return load_complete(type(model), path, **given)
 
 
 def _load_processor(path: str, tower_config: Any) -> Any:

@@ -145,7 +145,13 @@ def build_vlm(
     num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
     model_type = "llava"
     processor_class: Any = LlavaProcessor
-    image_processor, grids = tower.image_processor, {}
+    image_processor = tower.image_processor
+    settings: dict[str, Any] = {
+        "image_token_index": image_token_id,
+        "image_seq_length": num_visual,
+        "vision_feature_layer": vision_feature_layer,
+        "vision_feature_select_strategy": vision_feature_select_strategy,
+    }
     if image_aspect_ratio == "anyres":
         if tower.has_cls_token and not dropped:
             raise ModelError(
@@ -154,13 +160,7 @@ def build_vlm(
             )
         model_type, processor_class = "llava_next", LlavaNextProcessor
         image_processor = anyres_image_processor(tower, image_grid_pinpoints)
-        grids["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
-    settings = grids | {
-        "image_token_index": image_token_id,
-        "image_seq_length": num_visual,
-        "vision_feature_layer": vision_feature_layer,
-        "vision_feature_select_strategy": vision_feature_select_strategy,
-    }
+        settings["image_grid_pinpoints"] = image_processor.image_grid_pinpoints
     model = compose(model_type, settings, tower.model, llm, seed=seed, path=language_model)
     model.generation_config = _generation_config(llm, tokenizer, template)
     processor = processor_class(

@@ -13,6 +13,7 @@ from transformers import LlavaForConditionalGeneration, LlavaNextForConditionalG
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import constant_ratio, difference, fixed_ids, logits_of
+from llm2clip_vlm.models.loading import boundary
 
 logger = logging.getLogger(__name__)
 
@@ -51,18 +52,13 @@ def compose(
     Raises:
         ModelError: LLaVA cannot run the language model, or would lose something of its logits.
     """
-    try:
+    remedy = "; take a decoder with `embed_tokens`, `inputs_embeds` and a key-value cache, such as "
+    remedy += "Llama's or Qwen's"
+    with boundary(f"{path}: LLaVA cannot run a {llm.config.model_type}", remedy):
         config_class = VLM_CLASSES[model_type].config_class
         config = config_class(vision_config=tower.config, text_config=llm.config, **settings)
         model = _assemble(config, tower, llm, seed)
         _keep_logits(model, llm, path)
-    except ModelError:
-        raise
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as failure:
-        raise ModelError(
-            f"{path}: LLaVA cannot run a {llm.config.model_type} ({failure}); take a decoder with "
-            "`embed_tokens`, `inputs_embeds` and a key-value cache, such as Llama's or Qwen's"
-        ) from failure
     return model
 
 

@@ -110,10 +110,7 @@ def _attend(
     """
     lengths = _documents(query, key, kwargs.get("position_ids"))
     if len(lengths) < 2 or kwargs.get("position_bias") is not None:
-        whole: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
-        )
-        return whole
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     pieces = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     kwargs["is_causal"] = True  # where there is no mask
     found = [

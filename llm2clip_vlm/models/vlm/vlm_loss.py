@@ -65,8 +65,7 @@ def _head_forward(
     (ZeRO-3 gathers the weight once a call, and all processes must call equally often.)
     """
     if targets is None:
-        logits: Tensor = type(self).forward(self, hidden)
-        return logits
+        return type(self).forward(self, hidden)
 
     def loss(rows: Tensor, wanted: Tensor) -> Tensor:
         return F.cross_entropy(type(self).forward(self, rows).float(), wanted, reduction="sum")

@@ -50,8 +50,7 @@ class TowerTeacher:
     def __call__(self, pixel_values: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         """The teacher's image embeddings, on the device of the pixels."""
         model: Any = self.model
-        embeds: Tensor = model.to(pixel_values.device).get_image_features(pixel_values)
-        return embeds
+        return model.to(pixel_values.device).get_image_features(pixel_values)
 
     def penalty(
         self, image_embeds: Float[Tensor, "b d"], targets: Float[Tensor, "b d"], *, gather: bool

@@ -208,8 +208,7 @@ class EncoderTrainer(ContrastiveTrainer):
         # 8-bit pixels until here: the loader and the device get a quarter of the bytes
         dataset: Any = self.train_dataset
         inputs = {**inputs, "pixel_values": dataset.to_float(inputs["pixel_values"])}
-        prepared: dict[str, Any] = super()._prepare_inputs(inputs)
-        return prepared
+        return super()._prepare_inputs(inputs)
 
     def compute_loss(
         self,

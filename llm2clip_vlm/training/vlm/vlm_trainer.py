@@ -221,8 +221,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset: Any = self.train_dataset if train_dataset is None else train_dataset
         if self.args.train_sampling_strategy != "group_by_length":
-            sampler: Sampler[int] | None = super()._get_train_sampler(dataset)
-            return sampler
+            return super()._get_train_sampler(dataset)
         size = self.args.train_batch_size * self.args.gradient_accumulation_steps
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return LengthGroups(dataset.lengths, size * self.args.world_size, seed)
