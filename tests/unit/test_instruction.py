@@ -192,6 +192,78 @@ def test_names_of_pictures_in_another_column_are_not_left_out(cell: Any, told: b
         token_table.to_record(row, "x")
 
 
+ASKED = {"from": "human", "value": "what colour ?"}
+
+
+@pytest.mark.parametrize("row", [{"system": "be brief ."}, {"system_prompt": "be brief ."}])
+def test_a_system_prompt_beside_the_turns_is_a_system_turn(row: dict[str, Any]) -> None:
+    turn = {"from": "system", "value": "be brief ."}
+    wanted = token_table.to_record({"conversations": [turn, ASKED, ANSWER]}, "x")
+    assert wanted.messages[0] == {"role": "system", "content": "be brief ."}
+    for turns in ([ASKED, ANSWER], [turn, ASKED, ANSWER]):
+        assert token_table.to_record({"conversations": turns, **row}, "x") == wanted
+    pair = {"texts": [{"user": "what colour ?", "assistant": "red"}], "images": ["a.jpg"], **row}
+    first, second, _ = token_table.to_record(pair, "x").messages
+    assert first == wanted.messages[0] and second["content"][0] == {"type": "image"}
+    for empty in ("", None):
+        turns = [ASKED, ANSWER]
+        assert (
+            len(token_table.to_record({"conversations": turns, "system": empty}, "x").messages) == 2
+        )
+
+
+def user(*parts: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [*parts], **more}
+
+
+WORDS = {"type": "text", "text": "which ?"}
+PICTURE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "answer", "row", "why"),
+    [
+        ({"from": "system", "value": "a"}, {}, {"system": "b"}, "different system prompts"),
+        (ASKED, {}, {"system": "a", "system_prompt": "b"}, "different system prompts"),
+        (ASKED, {}, {"tools": "[{}]"}, "'tools' describes tools"),
+        (ASKED, {"reasoning_content": "hm"}, {}, "has its reasoning apart"),
+        (ASKED, {"function_call": {"name": "f"}}, {}, "calls a tool"),
+        ({**ASKED, "image": "a.jpg"}, {}, {}, "'conversations' holds 'a.jpg'"),
+        (user(WORDS, images=["a.jpg"]), {}, {}, "'conversations' holds 'a.jpg'"),
+        (user({**WORDS, "image": "a.jpg"}), {}, {}, "'conversations' holds 'a.jpg'"),
+        ({**ASKED, "value": "Picture 1: <img>a/1</img> ?"}, {}, {}, "holds <img>a/1</img>"),
+        (ASKED, {}, {"meta": {"image": {"path": "a.jpg"}}}, "'meta' holds 'a.jpg'"),
+        (
+            user({**PICTURE, "index": 1}, {**PICTURE, "index": 0}, WORDS),
+            {},
+            {"images": ["a.jpg", "b.jpg"]},
+            r"images of index \[1, 0\]",
+        ),
+        (
+            user({**PICTURE, "image": "b.jpg"}, WORDS),
+            {},
+            {"images": ["a.jpg"]},
+            "different images in one record",
+        ),
+        (user(PICTURE, WORDS), {}, {"image": "a.jpg", "images": ["b.jpg"]}, "different images"),
+    ],
+)
+def test_what_a_record_says_elsewhere_is_not_left_out(
+    turn: dict[str, Any], answer: dict[str, Any], row: dict[str, Any], why: str
+) -> None:
+    asked = [ASKED] if turn.get("from") == "system" else []
+    with pytest.raises(ConversationError, match=why):
+        token_table.to_record({"conversations": [turn, *asked, ANSWER | answer], **row}, "x")
+
+
+def test_what_says_the_same_twice_is_taken() -> None:
+    parts = [{**PICTURE, "index": n, "image": name} for n, name in enumerate("ab")]
+    record = token_table.to_record(
+        {"messages": [user(*parts, WORDS), ANSWER], "images": ["a", "b"]}, "x"
+    )
+    assert record.images == ("a", "b")
+
+
 def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any) -> None:
     path = write_llava(tmp_path, 8)
     mixture = tmp_path / "mix.yaml"

@@ -24,6 +24,7 @@ MAX_CONVERSATION_CHARS = 2**20
 """A longer conversation is refused: megabytes of text are no conversation, and hold up training."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_APART = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 
 
@@ -110,10 +111,11 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
         if role == "assistant" and not any(part["text"].strip() for part in parts):
             raise ConversationError(f"turn {number}: the answer is empty")
         left_out = any(turn.get(name) == 0 for name in ("weight", "loss", "train"))
-        if role == "assistant" and (left_out or turn.get("tool_calls")):
+        if role == "assistant" and (left_out or any(map(turn.get, _APART))):
             raise ConversationError(
-                f"turn {number}: an answer that is marked as not to be trained, or calls a tool; "
-                "each answer is trained as it is: take the record out, or the mark"
+                f"turn {number}: an answer that is marked as not to be trained, calls a tool, or "
+                "has its reasoning apart; each answer is trained as it is: take the record out, "
+                "or the mark"
             )
         if role == "system":
             messages.append({"role": role, "content": "".join(p["text"] for p in parts)})

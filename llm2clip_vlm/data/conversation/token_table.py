@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +37,16 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 9
+VERSION = 10
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
-_NO_MEDIA = ("id", "conversations", "messages", "texts")
+_SYSTEM = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
+_SAID = ("id", "value", "content", "text", *_PAIR)
 _END = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\b"
 _MEDIA = re.compile(rf"(?:(?!{_END})[^\n]){{0,250}}{_END}\s*", re.I)  # one name, blanks in it
+_TAG = re.compile(r"<img>[^<\n]{1,250}</img>")  # of Qwen-VL
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
@@ -132,9 +134,9 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
         raise ConversationError(
             "no `conversations` list of {from, value}, nor `messages`, nor `texts`"
         )
-    messages = to_messages(turns)
+    messages = to_messages(_with_system(row, turns))
     placeholders = count_images(messages)
-    value = row.get("image") or row.get("images") or _inline_images(turns)
+    value = _images(row, turns)
     if isinstance(value, PackedImage) and value.column is not None:
         # How many a table's cell holds is only known when it is read: at once for a conversation
         # without <image>, which would be taken for text alone, else when it is its turn.
@@ -144,17 +146,11 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     if not all(isinstance(image, ImageRef) for image in images):
         raise ConversationError("`image` is neither a name nor a list of names")
     if asked and not placeholders:
-        messages[0]["content"][:0] = [{"type": "image"} for _ in images]
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"} for _ in images]
         placeholders = len(images)
     if not (placeholders or images):
-        for name, cell in row.items():
-            bytes_there = isinstance(cell, PackedImage) and cell.count()
-            if bytes_there or (name not in _NO_MEDIA and _names_media(cell)):
-                raise ConversationError(
-                    f"0 <image> in the conversation, but the column {name!r} holds "
-                    f"{'bytes' if bytes_there else printable(repr(cell))}; call it `image` by "
-                    "`columns` if these are pictures, else name the columns without it"
-                )
+        _require_text_alone(row, messages)
     if placeholders != len(images):
         raise ConversationError(
             f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"
@@ -162,11 +158,66 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     return InstructionRecord(where, tuple(images), tuple(messages))
 
 
-def _names_media(cell: Any) -> bool:
-    """Whether a cell is the name of a picture, film or sound, `{path: name}`, or a list of such."""
-    cells = cell if isinstance(cell, list) else [cell]
-    names = chain.from_iterable(c.values() if isinstance(c, Mapping) else [c] for c in cells)
-    return any(isinstance(name, str) and _MEDIA.fullmatch(name) for name in names)
+def _with_system(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
+    """Turns with the system prompt that stands beside them, as LLaMA-Factory writes it."""
+    if tools := next((name for name in _TOOLS if row.get(name)), None):
+        raise ConversationError(
+            f"the column {tools!r} describes tools, which would be left out; take the record out, "
+            "or name the columns without it"
+        )
+    own = [turn for turn in turns[:1] if turn.get("role", turn.get("from")) == "system"]
+    said = [turn.get("content", turn.get("value")) for turn in own]
+    said += [text for name in _SYSTEM if (text := row.get(name))]
+    if any(text != said[0] for text in said):
+        raise ConversationError(f"different system prompts: {printable(repr(said))}")
+    return turns if own else [*({"role": "system", "content": t} for t in said[:1]), *turns]
+
+
+def _images(row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> Any:
+    """What a row gives for its images: a column's cell, or the names in the parts themselves."""
+    parts = [
+        part
+        for turn in turns
+        if isinstance(content := turn.get("content"), list)
+        for part in content
+        if isinstance(part, dict) and part.get("type") == "image"
+    ]
+    order = [part["index"] for part in parts if part.get("index") is not None]
+    if order != sorted({*order}):
+        raise ConversationError(f"images of index {order}, expected them in order, each once")
+    inline = [name for p in parts if (name := p.get("image") or p.get("path") or p.get("url"))]
+    given = [cell for cell in (row.get("image"), row.get("images"), inline) if cell]
+    lists = [cell if isinstance(cell, list) else [cell] for cell in given]
+    named = [names for names in lists if all(isinstance(name, str) for name in names)]
+    if any(names != named[0] for names in named):
+        raise ConversationError(f"different images in one record: {printable(repr(named))}")
+    return given[0] if given else None
+
+
+def _require_text_alone(row: Mapping[str, Any], messages: Sequence[Message]) -> None:
+    """Refuse a conversation without images beside which, or in which, pictures are named."""
+    tags = filter(None, map(_TAG.search, texts_of(messages)))
+    found = [("conversations", tag[0]) for tag in tags]
+    found += [(column, name) for column, cell in row.items() for name in _media(column, cell)]
+    for column, name in found:
+        raise ConversationError(
+            f"0 <image> in the conversation, but the column {column!r} holds {name}; call it "
+            "`image` by `columns` if these are pictures, else name the columns without it"
+        )
+
+
+def _media(key: str, cell: Any) -> Iterator[str]:
+    """Pictures, films and sounds that a cell holds or names, at any depth; texts name none."""
+    if isinstance(cell, PackedImage):
+        yield from ["bytes"] * cell.count()
+    elif isinstance(cell, Mapping):
+        for name, inner in cell.items():
+            yield from _media(name, inner)
+    elif isinstance(cell, list):
+        for inner in cell:
+            yield from _media(key, inner)
+    elif key not in _SAID and isinstance(cell, str) and _MEDIA.fullmatch(cell):
+        yield printable(repr(cell))
 
 
 def _listed(turns: Any) -> Any:
@@ -174,18 +225,6 @@ def _listed(turns: Any) -> Any:
     if not isinstance(turns, dict):
         return turns
     return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-
-
-def _inline_images(turns: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Images named in the parts themselves, `{"type": "image", "image": name}`."""
-    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
-    parts = [part for content in contents for part in content if isinstance(part, dict)]
-    return [
-        name
-        for part in parts
-        if part.get("type") == "image"
-        if (name := part.get("image") or part.get("path") or part.get("url"))
-    ]
 
 
 class TokenTable:
