@@ -121,6 +121,11 @@ class VlmRecipe(RunRecipe):
                 f"trainer.train_sampling_strategy: {strategy!r} has no meaning with packing, which "
                 "plans its own batches; leave it out or set `packing: false`"
             )
+        if strategy == "batch_rebalance":  # deals by the number of processes; no exact resume
+            raise ValueError(
+                "trainer.train_sampling_strategy: expected random, sequential or group_by_length, "
+                f"got {strategy!r}"
+            )
         return self
 
     @model_validator(mode="after")

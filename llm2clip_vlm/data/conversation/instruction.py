@@ -327,6 +327,13 @@ def _successors(table: TokenTable, seed: int) -> dict[ImageRef, ImageRef]:
     return dict(zip(names, names[1:] + names[:1], strict=True))
 
 
+FILLER = {
+    "input_ids": torch.zeros(2, dtype=torch.int64),
+    "labels": torch.full((2,), IGNORE_INDEX),
+}
+"""What stands where a process has no sample."""
+
+
 class InstructionCollator:
     """Pads samples on the right and joins their images in order.
 
@@ -339,8 +346,9 @@ class InstructionCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Makes a batch of samples."""
-        ids, labels = ([item[name] for item in items] for name in ("input_ids", "labels"))
+        """Makes a batch of samples; without any, a row of two tokens that train nothing."""
+        rows = items or [FILLER]
+        ids, labels = ([item[name] for item in rows] for name in ("input_ids", "labels"))
         pad = partial(pad_sequence, batch_first=True)
         batch = {
             "input_ids": pad(ids, padding_value=self.pad_token_id),

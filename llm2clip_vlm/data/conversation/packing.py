@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.conversation.instruction import joined_images
+from llm2clip_vlm.data.conversation.instruction import FILLER, joined_images
 
 
 def plan_packs(
@@ -314,9 +314,7 @@ class PackedCollator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes one row of all samples."""
-        nothing = torch.zeros(2, dtype=torch.int64)
-        filler = {"input_ids": nothing, "labels": torch.full_like(nothing, IGNORE_INDEX)}
-        rows = items or [filler]
+        rows = items or [FILLER]
         labels: list[Tensor] = []
         for item in rows:
             own = item["labels"].clone()
