@@ -332,7 +332,7 @@ def test_t65_a_large_source_is_tokenised_once(
     dataset(found["json"], processor, sampling_strategy="first:2")
     assert (len(runs), len(list(folder.iterdir()))) == (3, 1)
     dataset(found["json"], processor, max_length_tokens=127)
-    dataset(found["json"], processor, plain=True)
+    dataset(found["json"], processor, allowed=1, plain=True)
     assert (len(runs), len(list(folder.iterdir()))) == (5, 3)
     found["json"].write_text(found["json"].read_text() + " ")
     dataset(found["json"], processor)
@@ -414,6 +414,19 @@ def test_plain_is_image_and_caption(tmp_path: Path, processor: Any) -> None:
     assert plain.preview(processor.tokenizer) == "<s> [<image> x16] «red </s>»"
 
 
+def test_plain_has_the_images_before_its_caption_alone(tmp_path: Path, processor: Any) -> None:
+    path = write_llava(tmp_path, 3, text_only=[2])
+    rows = json.loads(path.read_text())
+    rows[0]["image"] = ["images/0.png", "images/1.png"]
+    rows[0]["conversations"] += [{"from": "human", "value": "<image> and this ?"}, ANSWER]
+    path.write_text(json.dumps(rows))
+    plain = dataset(path, processor, allowed=1, plain=True)
+    assert "expected an image before the first answer" in plain._bad.examples[0]
+    assert plain.image_counts == [1, 1]
+    assert plain.preview(processor.tokenizer) == "<s> [<image> x16] «red </s>»"
+    assert not torch.equal(plain[0]["pixel_values"], plain[1]["pixel_values"])
+
+
 def test_t61_a_long_conversation_ends_after_a_whole_turn(tmp_path: Path, processor: Any) -> None:
     """Images are never cut into; without an answer that fits, the reason is counted."""
     write_image(tmp_path / "a.png")
@@ -452,6 +465,12 @@ def test_shuffled_images_leave_no_record_its_own(tmp_path: Path, processor: Any)
     assert shuffled == images(shuffle_images=True) != images(shuffle_images=True, seed=1)
     with pytest.raises(ValueError, match="two distinct images"):
         images(shuffle_images=True, limit=1)
+
+
+def test_no_sample_makes_a_row_that_trains_nothing() -> None:
+    batch = InstructionCollator(3)([])
+    assert (batch["labels"] == IGNORE_INDEX).all() and batch["attention_mask"].all()
+    assert batch["input_ids"].shape == (1, 2) and batch["sample_ids"] == []
 
 
 def test_collator_pads_right_and_masks(tmp_path: Path, processor: Any) -> None:

@@ -339,7 +339,7 @@ def tokenise(
             own, labels = _label(record, processor, plain)
             shapes = [
                 size_px(root, image, source.follow_links) if visual.grids else visual.size_px
-                for image in record.images
+                for image in record.images[: own.count(image_id)]
             ]
             seen = [visual.of(*shape) for shape in shapes]
             tokens = [count for count, _ in seen]
@@ -379,11 +379,12 @@ def size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:
 def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list[int], list[int]]:
     if not plain:
         return build_labels(processor, record.messages, num_visual_tokens=1)
-    answer = next(m for m in record.messages if m["role"] == "assistant")
-    caption = "".join(part.get("text", "") for part in answer["content"])
-    return build_plain_labels(
-        processor, caption, num_images=len(record.images), num_visual_tokens=1
-    )
+    answer = next(n for n, m in enumerate(record.messages) if m["role"] == "assistant")
+    images = count_images(record.messages[:answer])
+    if not images:
+        raise ConversationError("plain: expected an image before the first answer, got none")
+    caption = "".join(part.get("text", "") for part in record.messages[answer]["content"])
+    return build_plain_labels(processor, caption, num_images=images, num_visual_tokens=1)
 
 
 def _fitting(
