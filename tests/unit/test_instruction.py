@@ -167,10 +167,17 @@ def test_pictures_in_a_column_of_another_name_are_not_left_out(
 
     row = json.loads(write_llava(tmp_path, 2, text_only=[1]).read_text())[1]
     turns, picture = [row["conversations"]] * 2, (tmp_path / "images/0.png").read_bytes()
-    table = pa.table({"conversations": turns, "photo": [picture, None]})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    data = dataset(tmp_path / "a.parquet", processor, allowed=1)
-    assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
+    photos = pa.array([picture, None])
+    kinds = [photos, photos.cast(pa.binary(len(picture))), photos.dictionary_encode()]
+    kinds += [
+        pa.array([[picture], None], pa.list_(pa.binary(), 1)),
+        pa.array([{"data": picture}, None]),
+    ]
+    for column in kinds:
+        table = pa.table({"conversations": turns, "photo": column})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        data = dataset(tmp_path / "a.parquet", processor, allowed=1)
+        assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
 
 
 @pytest.mark.parametrize(

@@ -208,8 +208,8 @@ def _require_text_alone(row: Mapping[str, Any], messages: Sequence[Message]) -> 
 
 def _media(key: str, cell: Any) -> Iterator[str]:
     """Pictures, films and sounds that a cell holds or names, at any depth; texts name none."""
-    if isinstance(cell, PackedImage):
-        yield from ["bytes"] * cell.count()
+    if isinstance(cell, PackedImage | bytes):
+        yield from ["bytes"] * (bool(cell) if isinstance(cell, bytes) else cell.count())
     elif isinstance(cell, Mapping):
         for name, inner in cell.items():
             yield from _media(name, inner)
