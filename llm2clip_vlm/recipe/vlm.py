@@ -116,16 +116,14 @@ class VlmRecipe(RunRecipe):
     @model_validator(mode="after")
     def _packing_plans_batches(self) -> Self:
         strategy = self.trainer.get("train_sampling_strategy", "random")
+        told = f"trainer.train_sampling_strategy: {strategy!r}"
         if self.packing and strategy != "random":
             raise ValueError(
-                f"trainer.train_sampling_strategy: {strategy!r} has no meaning with packing, which "
-                "plans its own batches; leave it out or set `packing: false`"
+                f"{told} has no meaning with packing, which plans its own batches; leave it out or "
+                "set `packing: false`"
             )
         if strategy == "batch_rebalance":  # deals by the number of processes; no exact resume
-            raise ValueError(
-                "trainer.train_sampling_strategy: expected random, sequential or group_by_length, "
-                f"got {strategy!r}"
-            )
+            raise ValueError(f"{told}: expected random, sequential or group_by_length")
         return self
 
     @model_validator(mode="after")

@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
@@ -117,10 +118,9 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
                 "has its reasoning apart; each answer is trained as it is: take the record out, "
                 "or the mark"
             )
-        if role == "system":
-            messages.append({"role": role, "content": "".join(p["text"] for p in parts)})
-        else:
-            messages.append({"role": role, "content": parts})
+        text = role == "system"
+        content = "".join(part["text"] for part in parts) if text else parts
+        messages.append({"role": role, "content": content})
     if (length := sum(map(len, texts_of(messages)))) > MAX_CONVERSATION_CHARS:
         raise ConversationError(
             f"{length} characters, at most {MAX_CONVERSATION_CHARS} are taken; no model here "
@@ -246,6 +246,7 @@ def decoded_preview(
 
 
 def _to_parts(value: Any, number: int) -> list[Message]:
+    parts: list[Message] = []
     if isinstance(value, list):
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
@@ -253,28 +254,21 @@ def _to_parts(value: Any, number: int) -> list[Message]:
                 raise ConversationError(
                     f"turn {number}: a part {str(part)[:200]}, expected text or image"
                 )
-            if kind == "text":
-                _check_text(part["text"], number)
-        keys = {"image": ("type",), "text": ("type", "text")}
-        parts = [{key: part[key] for key in keys[part["type"]]} for part in value]
+            parts.append({"type": kind} | ({"text": part["text"]} if kind == "text" else {}))
     elif isinstance(value, str):
-        _check_text(value, number)
-        parts = []
         for index, text in enumerate(value.split(IMAGE_TOKEN)):
             parts += [{"type": "image"}] if index else []
             parts += [{"type": "text", "text": text}] if text else []
     else:
         raise ConversationError(f"turn {number}: no text (`value` or `content`)")
     texts = [part["text"] for part in parts if part["type"] == "text"]
+    words = "".join(texts).strip()
+    if _HALF_CHARACTER.search(words):
+        raise ConversationError(f"turn {number}: damaged text (half a character)")
     if len(parts) != len(texts) + 1:
         return parts
-    words = "".join(texts).strip()  # a single image goes to the front, however it was written
+    # a single image goes to the front, however it was written
     return [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
-
-
-def _check_text(text: str, number: int) -> None:
-    if _HALF_CHARACTER.search(text):
-        raise ConversationError(f"turn {number}: damaged text (half a character)")
 
 
 def _expand_images(
@@ -297,9 +291,7 @@ def _expand_images(
                 "none"
             )
         count = visual.fixed
-    pairs = [
-        (token, IGNORE_INDEX if token == image_id else target)
-        for token, target in zip(ids, labels, strict=True)
-        for _ in range(count if token == image_id else 1)
-    ]
-    return [token for token, _ in pairs], [target for _, target in pairs]
+    places = np.asarray(ids) == image_id
+    repeats = np.where(places, count, 1)
+    targets = np.where(places, IGNORE_INDEX, labels)
+    return np.repeat(ids, repeats).tolist(), np.repeat(targets, repeats).tolist()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +106,10 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
             for name in {image for image in record.images if isinstance(image, str)} - known:
                 resolve_image(root, name, follow_links=source.follow_links)
                 known.add(name)
-        except (ConversationError, ImageError) as error:
-            bad.add(f"{folder_of(source)}{where}", str(error), getattr(error, "absent", None))
-            continue
         except Exception as error:  # noqa: BLE001  (the boundary around a record)
-            bad.add(
-                f"{folder_of(source)}{where}", f"no conversation: {type(error).__name__}: {error}"
-            )
+            why = f"no conversation: {type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, ConversationError | ImageError) else why
+            bad.add(f"{folder_of(source)}{where}", why, getattr(error, "absent", None))
             continue
         yield record
 
@@ -175,13 +173,9 @@ def _with_system(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
 
 def _images(row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> Any:
     """What a row gives for its images: a column's cell, or the names in the parts themselves."""
-    parts = [
-        part
-        for turn in turns
-        if isinstance(content := turn.get("content"), list)
-        for part in content
-        if isinstance(part, dict) and part.get("type") == "image"
-    ]
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    dicts = [part for part in chain.from_iterable(contents) if isinstance(part, dict)]
+    parts = [part for part in dicts if part.get("type") == "image"]
     order = [part["index"] for part in parts if part.get("index") is not None]
     if order != sorted({*order}):
         raise ConversationError(f"images of index {order}, expected them in order, each once")
@@ -400,17 +394,14 @@ def _fitting(
     total = len(ids) + sum(visual) - len(visual)
     if total <= max_tokens:
         return len(ids)
-    length = kept = 0
     counts = iter(visual)
-    for place, token in enumerate(ids):
-        length += next(counts) if token == image_id else 1
-        if length > max_tokens:
-            break
-        if labels[place] != IGNORE_INDEX and labels[place + 1] == IGNORE_INDEX:
-            kept = place + 1
-    if not kept:
+    lengths = accumulate(next(counts) if token == image_id else 1 for token in ids)
+    fitting = sum(length <= max_tokens for length in lengths)
+    trained = [label != IGNORE_INDEX for label in labels]
+    ends = [n for n in range(1, fitting + 1) if trained[n - 1] and not trained[n]]
+    if not ends:
         raise ConversationError(
             f"the first answer ends beyond max_length_tokens = {max_tokens}; the conversation has "
             f"{total} tokens, {sum(visual)} of them visual"
         )
-    return kept
+    return ends[-1]
