@@ -20,11 +20,14 @@ from llm2clip_vlm.chat.labels import label, texts_of
 from llm2clip_vlm.chat.template import ConversationError, Message, render, template_of
 from llm2clip_vlm.chat.text_tokens import text_ids
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.data.reading.bad_records import printable
 
 MAX_CONVERSATION_CHARS = 2**20
 """A longer conversation is refused: megabytes of text are no conversation, and hold up training."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_SYSTEM = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
 _APART = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 
@@ -69,6 +72,29 @@ class VisualTokens:
         tokens = self._processor._get_number_of_features(height_px, width_px, *self.size_px)
         crops = image_size_to_num_patches((height_px, width_px), self.grids, self.size_px[0])
         return tokens - self._dropped, crops
+
+
+def with_system(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
+    """Turns with the system prompt that stands beside them, as LLaMA-Factory writes it.
+
+    Args:
+        row: Gives `system` or `system_prompt`, if any.
+        turns: Its turns.
+
+    Raises:
+        ConversationError: There are different ones, or descriptions of tools.
+    """
+    if tools := next((name for name in _TOOLS if row.get(name)), None):
+        raise ConversationError(
+            f"the column {tools!r} describes tools, which would be left out; take the record out, "
+            "or name the columns without it"
+        )
+    own = [turn for turn in turns[:1] if turn.get("role", turn.get("from")) == "system"]
+    said = [turn.get("content", turn.get("value")) for turn in own]
+    said += [text for name in _SYSTEM if (text := row.get(name))]
+    if any(text != said[0] for text in said):
+        raise ConversationError(f"different system prompts: {printable(repr(said))}")
+    return turns if own else [*({"role": "system", "content": t} for t in said[:1]), *turns]
 
 
 def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
@@ -118,8 +144,7 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
                 "has its reasoning apart; each answer is trained as it is: take the record out, "
                 "or the mark"
             )
-        text = role == "system"
-        content = "".join(part["text"] for part in parts) if text else parts
+        content = "".join(part["text"] for part in parts) if role == "system" else parts
         messages.append({"role": role, "content": content})
     if (length := sum(map(len, texts_of(messages)))) > MAX_CONVERSATION_CHARS:
         raise ConversationError(

@@ -30,6 +30,7 @@ from llm2clip_vlm.data.conversation.messages import (
     build_plain_labels,
     count_images,
     to_messages,
+    with_system,
 )
 from llm2clip_vlm.data.reading.bad_records import Refusals, Refused, printable
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
@@ -42,8 +43,6 @@ VERSION = 10
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
-_SYSTEM = ("system", "system_prompt")
-_TOOLS = ("tools", "functions")
 _SAID = ("id", "value", "content", "text", *_PAIR)
 _END = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\b"
 _MEDIA = re.compile(rf"(?:(?!{_END})[^\n]){{0,250}}{_END}\s*", re.I)  # one name, blanks in it
@@ -132,7 +131,7 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
         raise ConversationError(
             "no `conversations` list of {from, value}, nor `messages`, nor `texts`"
         )
-    messages = to_messages(_with_system(row, turns))
+    messages = to_messages(with_system(row, turns))
     placeholders = count_images(messages)
     value = _images(row, turns)
     if isinstance(value, PackedImage) and value.column is not None:
@@ -154,21 +153,6 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
             f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"
         )
     return InstructionRecord(where, tuple(images), tuple(messages))
-
-
-def _with_system(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
-    """Turns with the system prompt that stands beside them, as LLaMA-Factory writes it."""
-    if tools := next((name for name in _TOOLS if row.get(name)), None):
-        raise ConversationError(
-            f"the column {tools!r} describes tools, which would be left out; take the record out, "
-            "or name the columns without it"
-        )
-    own = [turn for turn in turns[:1] if turn.get("role", turn.get("from")) == "system"]
-    said = [turn.get("content", turn.get("value")) for turn in own]
-    said += [text for name in _SYSTEM if (text := row.get(name))]
-    if any(text != said[0] for text in said):
-        raise ConversationError(f"different system prompts: {printable(repr(said))}")
-    return turns if own else [*({"role": "system", "content": t} for t in said[:1]), *turns]
 
 
 def _images(row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> Any:
@@ -397,8 +381,7 @@ def _fitting(
     counts = iter(visual)
     lengths = accumulate(next(counts) if token == image_id else 1 for token in ids)
     fitting = sum(length <= max_tokens for length in lengths)
-    trained = [label != IGNORE_INDEX for label in labels]
-    ends = [n for n in range(1, fitting + 1) if trained[n - 1] and not trained[n]]
+    ends = [n for n in range(1, fitting + 1) if labels[n - 1] != IGNORE_INDEX == labels[n]]
     if not ends:
         raise ConversationError(
             f"the first answer ends beyond max_length_tokens = {max_tokens}; the conversation has "
