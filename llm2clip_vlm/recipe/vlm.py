@@ -116,11 +116,14 @@ class VlmRecipe(RunRecipe):
     @model_validator(mode="after")
     def _keys_fit_together(self) -> Self:
         strategy = self.trainer.get("train_sampling_strategy", "random")
+        told = f"trainer.train_sampling_strategy: {strategy!r}"
         if self.packing and strategy != "random":
             raise ValueError(
-                f"trainer.train_sampling_strategy: {strategy!r} has no meaning with packing, which "
-                "plans its own batches; leave it out or set `packing: false`"
+                f"{told} has no meaning with packing, which plans its own batches; leave it out or "
+                "set `packing: false`"
             )
+        if strategy == "batch_rebalance":  # deals by the number of processes; no exact resume
+            raise ValueError(f"{told}: expected random, sequential or group_by_length")
         trains = "language_model" in self.trainable
         if self.load_in_4bit and trains and self.language_model_lora is None:
             raise ValueError("load_in_4bit: expected language_model_lora beside it, got none")

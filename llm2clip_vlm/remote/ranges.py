@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
@@ -43,29 +43,15 @@ class RemoteFile:
     def __str__(self) -> str:
         return self.state.address
 
-    @property
-    def _path(self) -> PurePosixPath:
-        return PurePosixPath(self.state.address)
-
-    @property
-    def name(self) -> str:
-        """Its last part."""
-        return self._path.name
-
-    @property
-    def stem(self) -> str:
-        """Its name without the ending."""
-        return self._path.stem
-
-    @property
-    def suffix(self) -> str:
-        """The ending."""
-        return self._path.suffix
-
-    @property
-    def suffixes(self) -> list[str]:
-        """All endings."""
-        return self._path.suffixes
+    _path = property(lambda self: PurePosixPath(self.state.address))
+    name = property(lambda self: self._path.name)
+    """Its last part."""
+    stem = property(lambda self: self._path.stem)
+    """Its name without the ending."""
+    suffix = property(lambda self: self._path.suffix)
+    """The ending."""
+    suffixes = property(lambda self: self._path.suffixes)
+    """All endings."""
 
     @property
     def parent(self) -> Path:
@@ -171,14 +157,13 @@ def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
 def _opened(_process: int, state: FileState) -> Any:
     """A file as its service reads it; it refuses to read other contents than those of `state`."""
     address, size, tag = state
+    opened = partial(file_system(address).open, address, "rb", cache_type="none")
     if address.startswith("http"):
         # `W/` marks what may stand for several contents: servers compare no such tag
         name = "If-Match" if tag.startswith('"') else "If-Unmodified-Since"
         headers = {name: tag} if tag and not tag.startswith("W/") else {}
-        return file_system(address).open(
-            address, "rb", size=size, cache_type="none", headers=headers
-        )
-    file = file_system(address).open(address, "rb", cache_type="none")
+        return opened(size=size, headers=headers)
+    file = opened()
     if (file.size, tag_of(file.details)) != (size, tag):
         raise RemoteError(f"{address}: {CHANGED}")
     return file

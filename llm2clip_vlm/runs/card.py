@@ -98,11 +98,8 @@ def write_card(
     import torch
     from huggingface_hub import ModelCard, ModelCardData
 
-    card = folder / CARD_NAME
-    kind = kind_of(folder)
-    foreign = made.removeprefix("export --to ")
-    if kind is None and foreign in _FOREIGN:
-        kind = "tower"
+    card, foreign = folder / CARD_NAME, made.removeprefix("export --to ")
+    kind = kind_of(folder) or ("tower" if foreign in _FOREIGN else None)
     if kind is None:
         return None
     if card.exists() and not is_unchanged(card):
@@ -226,11 +223,8 @@ def _bases(card: Any) -> list[str]:
 
 def _shown(path: str) -> str:
     """A path without its place on this machine."""
-    return "/".join(Path(path).parts[-2:]) if _is_local(path) else path
-
-
-def _is_local(text: str) -> bool:
-    return "\n" not in text and text.startswith(("/", "~", "..", "./"))
+    is_local = "\n" not in path and path.startswith(("/", "~", "..", "./"))
+    return "/".join(Path(path).parts[-2:]) if is_local else path
 
 
 def _masked(value: Any) -> Any:

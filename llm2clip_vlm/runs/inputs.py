@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.constants import MANIFEST_NAME
-from llm2clip_vlm.files import find_shipped, parent_of
+from llm2clip_vlm.files import find_shipped
 from llm2clip_vlm.recipe.base import DataSource, ImageSource, LoraSection, RunRecipe, Section
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, read_layers
 from llm2clip_vlm.recipe.stages import RECIPES
-from llm2clip_vlm.recipe.yaml_files import DEEPEST, read_yaml
+from llm2clip_vlm.recipe.yaml_files import read_yaml
 from llm2clip_vlm.remote.addresses import is_remote, missing_remote
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME, is_complete
 
@@ -299,8 +299,7 @@ def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | N
         Stage and recipe. None: no recipe that is known here.
     """
     shipped = Path(find_shipped("recipes/llava15")).parent
-    folders = [Path(source).parent] if str(source) else []
-    files = [file for folder in folders for file in sorted(folder.glob("*.yaml"))]
+    files = sorted(Path(source).parent.glob("*.yaml")) if str(source) else []
     for file in [*files, *sorted(shipped.glob("*/*.yaml"))]:
         stage, output = stage_and_output(file)
         if stage and output and Path(path).is_relative_to(output):
@@ -309,20 +308,13 @@ def writer_of(path: str | Path, source: str | Path = "") -> tuple[str, Path] | N
 
 
 @cache
-def stage_and_output(file: Path, depth: int = 0) -> tuple[str | None, str | None]:
-    """A recipe's `stage` and `output_dir`, or its parents', without reading it whole."""
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        return None, None
-    stage, output, base = (
-        found[1] if (found := re.search(rf"(?m)^{key}: *[\"']?([^\s#\"']+)", text)) else None
-        for key in ("stage", "output_dir", "base")
-    )
-    if base and not (stage and output) and depth < DEEPEST:  # it may be its own parent
-        above = stage_and_output(parent_of(file, base), depth + 1)
-        stage, output = stage or above[0], output or above[1]
-    return stage, output
+def stage_and_output(file: Path) -> tuple[str | None, str | None]:
+    """A recipe's `stage` and `output_dir`, or its parents'; of one that cannot be read None."""
+    keys: dict[str, Any] = {}
+    with suppress(ValueError):
+        keys = read_layers(file)
+    stage, output = keys.get("stage"), keys.get("output_dir")
+    return stage and str(stage), output and str(output)
 
 
 def reader_of(stage: str, source: str | Path) -> str | None:
@@ -343,8 +335,7 @@ def reader_of(stage: str, source: str | Path) -> str | None:
 
 
 def _written_by(path: str, source: str | Path) -> str:
-    writer = writer_of(path, source)
-    if writer is None:
+    if (writer := writer_of(path, source)) is None:
         return ""
     return f"; run that stage first: llm2clip-vlm train {writer[0]} {_shown(writer[1])}"
 

@@ -156,15 +156,14 @@ def parent_state(path: str | Path) -> dict[str, Any]:
 
 
 def changed_parent(state: Mapping[str, Any]) -> str | None:
-    """Find what has changed in a parent.
+    """Find a path that has changed in a parent. None: there is none.
 
     Args:
-        state: Result of :func:`parent_state`, then.
-
-    Returns:
-        A path. None: nothing has changed.
+        state: Result of :func:`parent_state`, then; or `pictures`, states of some files.
     """
     path = state["path"]
+    if "pictures" in state:  # some of many; what was deleted after its use changes no result
+        return next((n for n in changed_files(state["pictures"]) if Path(n).is_file()), None)
     if "files" in state:
         now = {str(file) for file in hashes.data_files(path)}
         differing = [*sorted(now ^ state["files"].keys()), *hashes.changed_files(state["files"])]

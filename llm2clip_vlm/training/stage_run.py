@@ -27,7 +27,7 @@ from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.runs.card import write_card
-from llm2clip_vlm.runs.hashes import hash_json, meaning
+from llm2clip_vlm.runs.hashes import file_states, hash_json, meaning
 from llm2clip_vlm.runs.inputs import reader_of, require_inputs
 from llm2clip_vlm.runs.manifest import (
     PARENTS_NAME,
@@ -113,7 +113,8 @@ class StageRun(Generic[R]):
         ]
         """Callbacks for the trainer, before its others."""
         self._hold: Hold | None = None
-        self._data: dict[str, dict[str, Any]] = {}
+        self.data: dict[str, dict[str, Any]] = {}
+        """States of the data when they were read, some of the pictures too."""
 
     def finished(self, *files: str) -> bool:
         """Whether the output is there already, made from this recipe and these parents.
@@ -176,7 +177,7 @@ class StageRun(Generic[R]):
         resumes = self.checkpoint is not None
         if is_main():
             claim_output_dir(self.recipe)
-            self._data = claim_parents(self.out, self.parents, resumes=resumes)
+            self.data = claim_parents(self.out, self.parents, resumes=resumes)
         set_seed(self.recipe.seed)
         return self.args
 
@@ -308,7 +309,7 @@ class StageRun(Generic[R]):
             self.out,
             stage=self.stage,
             recipe=self.recipe,
-            parents={**self.parents, **self._data},
+            parents={**self.parents, **self.data},
             fingerprints=fingerprints,
             seconds=time.monotonic() - self._started,
             extra={"bad_records": self.bad.count, **extra},
@@ -355,6 +356,9 @@ class _Progress(MetricsJsonl):
         """Say what comes, and take the manifest away: the directory is no longer finished."""
         if state.is_world_process_zero:
             (self.path.parent / MANIFEST_NAME).unlink(missing_ok=True)
+            dataset = getattr(kwargs.get("train_dataloader"), "dataset", None)
+            if pictures := file_states(getattr(dataset, "some_pictures", list)()):
+                self._run.data["pictures"] = {"path": min(pictures), "pictures": pictures}
             batch = self._run.recipe.global_batch_size
             say(
                 f"train: from step {state.global_step} to {state.max_steps}, {batch} samples a step"

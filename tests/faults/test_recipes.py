@@ -83,6 +83,9 @@ RECIPES: dict[str, tuple[str | bytes, str]] = {
     "endless repetition": (GOOD.replace("x.json", "x.json, weight: 1e18"), "less than or equal"),
     "packing beside groups": (GOOD + "trainer: {train_sampling_strategy: group_by_length}",
                               "no meaning with packing"),
+    "order by processes": (
+        GOOD + "packing: false\ntrainer: {train_sampling_strategy: batch_rebalance}",
+        "expected random, sequential or group_by_length"),
     "tab": (GOOD + "\tnotes: x", "not valid YAML"),
     "base itself": ("base: r.yaml", "its own parent"),
     "base a folder": ("base: .", "folder"),

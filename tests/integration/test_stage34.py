@@ -189,7 +189,7 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
     from llm2clip_vlm.recipe.vlm import Stage4Recipe
     from llm2clip_vlm.training.arguments import build_training_arguments
     from llm2clip_vlm.training.vlm.vlm_run import build_vlm_data, prepare_trainable
-    from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups, VlmTrainer
+    from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 
     rates = {
         "vision_tower": {"lr": 1e-5, "weight_decay": 0.3, "last_blocks": 1},
@@ -220,26 +220,6 @@ def test_each_part_has_its_learning_rate(stage3: tuple[Path, Path, str], work: P
     assert {g["weight_decay"] for g in tower.values()} == {0.3, 0.0}
     # layer -2 of three blocks: the third is not used, the second is the last one that is
     assert all(".layers.1." in name for name in tower)
-
-    sampler = trainer._get_train_sampler()
-    assert isinstance(sampler, LengthGroups)
-    assert sorted(sampler) == list(range(16))
-
-
-def test_length_groups_are_alike_and_the_same_everywhere() -> None:
-    from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups
-
-    lengths = torch.randint(1, 1000, (400,), generator=torch.Generator().manual_seed(0)).tolist()
-    sampler, other = (LengthGroups(lengths, 8, seed=3) for _ in range(2))
-    order = list(sampler)
-    assert sorted(order) == list(range(400))
-    torch.manual_seed(1)
-    assert order == list(sampler) == list(other)
-    sampler.set_epoch(1)
-    assert order != list(sampler)
-    groups = [[lengths[i] for i in order[k : k + 8]] for k in range(0, 400, 8)]
-    spread = sum(max(group) - min(group) for group in groups) / len(groups)
-    assert spread < 200
 
 
 def test_t73_packing_is_on_by_default_and_computes_the_same_updates(

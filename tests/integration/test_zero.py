@@ -85,6 +85,17 @@ def test_zero2_in_two_processes_equals_one(work: Path) -> None:
     assert_same_training(one, two)
 
 
+def test_an_incomplete_padded_step_in_two_processes_equals_one(work: Path) -> None:
+    """Of 13 samples the last step has one: the second process has none, and sees none again."""
+    recipe, one = stage4(work, "rest", trainer={"train_sampling_strategy": "group_by_length"})
+    run_here("stage4_instruction", recipe, "data.0.limit=13")
+    two = one.with_name("two")
+    words = ("data.0.limit=13", f"output_dir={two}")
+    run_stage("stage4_instruction", recipe, *words, processes=2)
+    assert manifest(two)["world_size"] == 2
+    assert_same_training(one, two)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_stage3_composes_and_trains_the_same(

@@ -349,6 +349,25 @@ def test_a_broken_metrics_file_is_named(tmp_path: Path) -> None:
         read_metrics(tmp_path / "m.jsonl")
 
 
+def test_a_run_is_not_finished_where_its_pictures_have_changed(tmp_path: Path) -> None:
+    out, file, picture = tmp_path / "out", tmp_path / "recipe.yaml", tmp_path / "a.png"
+    file.write_text(f"output_dir: {out}\ntrainer: {{use_cpu: true}}\n")
+    picture.write_bytes(b"one")
+    run = StageRun([str(file)], RunRecipe, None)
+    run.arguments()
+    state: Any = SimpleNamespace(is_world_process_zero=True, global_step=0, max_steps=1)
+    loader = SimpleNamespace(dataset=SimpleNamespace(some_pictures=lambda: [picture]))
+    for callback in run.callbacks[:1]:
+        callback.on_train_begin(None, state, None, train_dataloader=loader)  # type: ignore[arg-type]
+    run.finish({})
+    for content, same in ((b"one", True), (b"two", False), (b"one", True), (None, True)):
+        if content is None:  # deleted after its use
+            picture.unlink()
+        else:
+            picture.write_bytes(content)
+        assert StageRun([str(file)], RunRecipe, None).finished() is same
+
+
 def test_a_run_is_seeded_and_says_what_it_left(tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "recipe.yaml"
     file.write_text(f"output_dir: {out}\nseed: 7\nmax_bad_records: 1\ntrainer: {{use_cpu: true}}\n")

@@ -100,6 +100,15 @@ def test_image_root_fields_grouping_and_limit(tmp_path: Path) -> None:
     assert found[1].captions == {"text": ["caption 2", "caption 3"]}
 
 
+def test_captions_of_another_image_are_not_joined_to_the_first(tmp_path: Path) -> None:
+    rows = [{"of": f"{i // 2}", "image": f"{i % 3}.png", "captions": [f"c {i}"]} for i in range(2)]
+    rows += [{"of": "2", "image": "2.png", "captions": [f"c {i}"]} for i in range(2)]
+    source, bad = write_rows(tmp_path, rows).model_copy(update={"group_by": "of"}), BadRecords(1)
+    (kept,) = read_image_text(source, bad)
+    assert (kept.image, kept.captions) == ("2.png", {"captions": ["c 0", "c 1"]})
+    assert "rows of one 'of' have different images" in bad.examples[0]
+
+
 @pytest.mark.parametrize(
     ("row", "why"),
     [

@@ -167,10 +167,17 @@ def test_pictures_in_a_column_of_another_name_are_not_left_out(
 
     row = json.loads(write_llava(tmp_path, 2, text_only=[1]).read_text())[1]
     turns, picture = [row["conversations"]] * 2, (tmp_path / "images/0.png").read_bytes()
-    table = pa.table({"conversations": turns, "photo": [picture, None]})
-    parquet.write_table(table, tmp_path / "a.parquet")
-    data = dataset(tmp_path / "a.parquet", processor, allowed=1)
-    assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
+    photos = pa.array([picture, None])
+    kinds = [photos, photos.cast(pa.binary(len(picture))), photos.dictionary_encode()]
+    kinds += [
+        pa.array([[picture], None], pa.list_(pa.binary(), 1)),
+        pa.array([{"data": picture}, None]),
+    ]
+    for column in kinds:
+        table = pa.table({"conversations": turns, "photo": column})
+        parquet.write_table(table, tmp_path / "a.parquet")
+        data = dataset(tmp_path / "a.parquet", processor, allowed=1)
+        assert len(data) == 1 and "column 'photo' holds bytes" in data._bad.examples[0]
 
 
 @pytest.mark.parametrize(
@@ -190,6 +197,78 @@ def test_names_of_pictures_in_another_column_are_not_left_out(cell: Any, told: b
         return
     with pytest.raises(ConversationError, match="the column 'photo' holds"):
         token_table.to_record(row, "x")
+
+
+ASKED = {"from": "human", "value": "what colour ?"}
+
+
+@pytest.mark.parametrize("row", [{"system": "be brief ."}, {"system_prompt": "be brief ."}])
+def test_a_system_prompt_beside_the_turns_is_a_system_turn(row: dict[str, Any]) -> None:
+    turn = {"from": "system", "value": "be brief ."}
+    wanted = token_table.to_record({"conversations": [turn, ASKED, ANSWER]}, "x")
+    assert wanted.messages[0] == {"role": "system", "content": "be brief ."}
+    for turns in ([ASKED, ANSWER], [turn, ASKED, ANSWER]):
+        assert token_table.to_record({"conversations": turns, **row}, "x") == wanted
+    pair = {"texts": [{"user": "what colour ?", "assistant": "red"}], "images": ["a.jpg"], **row}
+    first, second, _ = token_table.to_record(pair, "x").messages
+    assert first == wanted.messages[0] and second["content"][0] == {"type": "image"}
+    for empty in ("", None):
+        turns = [ASKED, ANSWER]
+        assert (
+            len(token_table.to_record({"conversations": turns, "system": empty}, "x").messages) == 2
+        )
+
+
+def user(*parts: Any, **more: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [*parts], **more}
+
+
+WORDS = {"type": "text", "text": "which ?"}
+PICTURE = {"type": "image"}
+
+
+@pytest.mark.parametrize(
+    ("turn", "answer", "row", "why"),
+    [
+        ({"from": "system", "value": "a"}, {}, {"system": "b"}, "different system prompts"),
+        (ASKED, {}, {"system": "a", "system_prompt": "b"}, "different system prompts"),
+        (ASKED, {}, {"tools": "[{}]"}, "'tools' describes tools"),
+        (ASKED, {"reasoning_content": "hm"}, {}, "has its reasoning apart"),
+        (ASKED, {"function_call": {"name": "f"}}, {}, "calls a tool"),
+        ({**ASKED, "image": "a.jpg"}, {}, {}, "'conversations' holds 'a.jpg'"),
+        (user(WORDS, images=["a.jpg"]), {}, {}, "'conversations' holds 'a.jpg'"),
+        (user({**WORDS, "image": "a.jpg"}), {}, {}, "'conversations' holds 'a.jpg'"),
+        ({**ASKED, "value": "Picture 1: <img>a/1</img> ?"}, {}, {}, "holds <img>a/1</img>"),
+        (ASKED, {}, {"meta": {"image": {"path": "a.jpg"}}}, "'meta' holds 'a.jpg'"),
+        (
+            user({**PICTURE, "index": 1}, {**PICTURE, "index": 0}, WORDS),
+            {},
+            {"images": ["a.jpg", "b.jpg"]},
+            r"images of index \[1, 0\]",
+        ),
+        (
+            user({**PICTURE, "image": "b.jpg"}, WORDS),
+            {},
+            {"images": ["a.jpg"]},
+            "different images in one record",
+        ),
+        (user(PICTURE, WORDS), {}, {"image": "a.jpg", "images": ["b.jpg"]}, "different images"),
+    ],
+)
+def test_what_a_record_says_elsewhere_is_not_left_out(
+    turn: dict[str, Any], answer: dict[str, Any], row: dict[str, Any], why: str
+) -> None:
+    asked = [ASKED] if turn.get("from") == "system" else []
+    with pytest.raises(ConversationError, match=why):
+        token_table.to_record({"conversations": [turn, *asked, ANSWER | answer], **row}, "x")
+
+
+def test_what_says_the_same_twice_is_taken() -> None:
+    parts = [{**PICTURE, "index": n, "image": name} for n, name in enumerate("ab")]
+    record = token_table.to_record(
+        {"messages": [user(*parts, WORDS), ANSWER], "images": ["a", "b"]}, "x"
+    )
+    assert record.images == ("a", "b")
 
 
 def test_a_llava_next_mixture_takes_what_it_lists(tmp_path: Path, processor: Any) -> None:
@@ -260,7 +339,7 @@ def test_t65_a_large_source_is_tokenised_once(
     dataset(found["json"], processor, sampling_strategy="first:2")
     assert (len(runs), len(list(folder.iterdir()))) == (3, 1)
     dataset(found["json"], processor, max_length_tokens=127)
-    dataset(found["json"], processor, plain=True)
+    dataset(found["json"], processor, allowed=1, plain=True)
     assert (len(runs), len(list(folder.iterdir()))) == (5, 3)
     found["json"].write_text(found["json"].read_text() + " ")
     dataset(found["json"], processor)
@@ -342,6 +421,19 @@ def test_plain_is_image_and_caption(tmp_path: Path, processor: Any) -> None:
     assert plain.preview(processor.tokenizer) == "<s> [<image> x16] «red </s>»"
 
 
+def test_plain_has_the_images_before_its_caption_alone(tmp_path: Path, processor: Any) -> None:
+    path = write_llava(tmp_path, 3, text_only=[2])
+    rows = json.loads(path.read_text())
+    rows[0]["image"] = ["images/0.png", "images/1.png"]
+    rows[0]["conversations"] += [{"from": "human", "value": "<image> and this ?"}, ANSWER]
+    path.write_text(json.dumps(rows))
+    plain = dataset(path, processor, allowed=1, plain=True)
+    assert "expected an image before the first answer" in plain._bad.examples[0]
+    assert plain.image_counts == [1, 1]
+    assert plain.preview(processor.tokenizer) == "<s> [<image> x16] «red </s>»"
+    assert not torch.equal(plain[0]["pixel_values"], plain[1]["pixel_values"])
+
+
 def test_t61_a_long_conversation_ends_after_a_whole_turn(tmp_path: Path, processor: Any) -> None:
     """Images are never cut into; without an answer that fits, the reason is counted."""
     write_image(tmp_path / "a.png")
@@ -380,6 +472,12 @@ def test_shuffled_images_leave_no_record_its_own(tmp_path: Path, processor: Any)
     assert shuffled == images(shuffle_images=True) != images(shuffle_images=True, seed=1)
     with pytest.raises(ValueError, match="two distinct images"):
         images(shuffle_images=True, limit=1)
+
+
+def test_no_sample_makes_a_row_that_trains_nothing() -> None:
+    batch = InstructionCollator(3)([])
+    assert (batch["labels"] == IGNORE_INDEX).all() and batch["attention_mask"].all()
+    assert batch["input_ids"].shape == (1, 2) and batch["sample_ids"] == []
 
 
 def test_collator_pads_right_and_masks(tmp_path: Path, processor: Any) -> None:

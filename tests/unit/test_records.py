@@ -23,8 +23,9 @@ from llm2clip_vlm.data.reading.records import (
     get_column,
     iter_records,
     iter_rows,
+    source_rows,
 )
-from llm2clip_vlm.recipe.base import CaptionSource
+from llm2clip_vlm.recipe.base import CaptionSource, DataSource
 
 ROWS: list[dict[str, Any]] = [
     {"id": 1, "image_id": 7, "split": "train", "ok": True, "caption": "a red star"},
@@ -147,6 +148,19 @@ def test_a_column_that_no_row_has_is_an_error(tmp_path: Path, wrong: dict[str, A
     path = write(tmp_path / "a.jsonl")
     with pytest.raises(RecordError, match=r"captoin|spilt.*columns are id, image_id"):
         ids(CaptionSource(**{"path": str(path), "fields": ["caption"], **wrong}))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_column_to_read_that_no_row_has_is_an_error(tmp_path: Path, name: str) -> None:
+    rows = tmp_path / name
+    rows.write_text("image_id,caption\n1,a b\n" if name == "a.csv" else '{"image_id": 1}\n')
+    for columns in ({"image": "imageid", "id": "image_id"}, ["image_id", "imageid"]):
+        source = DataSource(path=str(rows), columns=columns)
+        with pytest.raises(RecordError, match=r"no row has a column 'imageid'; the columns are im"):
+            list(source_rows(source, Refused()))
+    assert (
+        len(list(source_rows(source.model_copy(update={"columns": ["image_id"]}), Refused()))) == 1
+    )
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from llm2clip_vlm.training.vlm import vlm_run
 from llm2clip_vlm.training.vlm import vlm_trainer as trainers
 from llm2clip_vlm.training.vlm.picture_signal import PictureShare
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
-from llm2clip_vlm.training.vlm.vlm_trainer import LengthGroups, VlmTrainer
+from llm2clip_vlm.training.vlm.vlm_trainer import PaddedBatches, VlmTrainer
 
 ALL = ("vision_tower", "multi_modal_projector", "language_model")
 
@@ -356,23 +356,102 @@ def test_flops_are_those_that_torch_counts(
     assert float(flops) == pytest.approx(torchs.get_total_flops(), rel=0.25)
 
 
-def test_neighbours_of_similar_length_are_drawn_for_the_global_batch(
-    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def padded(count: int = 13, rank: int = 0, world: int = 1, **values: Any) -> PaddedBatches:
+    """Of `count` samples with 3, 6, ... tokens in steps of eight, two at a time."""
+    args: Any = {
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 4 // world,
+        "world_size": world,
+        "process_index": rank,
+        "dataloader_drop_last": False,
+        "train_sampling_strategy": "random",
+        "seed": 3,
+        "data_seed": None,
+    }
+
+    class Samples(list[int]):
+        lengths = [3 * (1 + n) for n in range(count)]
+
+    return PaddedBatches(Samples(range(count)), SimpleNamespace(**args | values))
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_padded_samples_come_once_on_any_number_of_processes(
+    strategy: str, drop_last: bool
 ) -> None:
-    lengths = torch.randint(1, 99, (64,), generator=torch.Generator().manual_seed(0)).tolist()
-    one, other = LengthGroups(lengths, 8, seed=3), LengthGroups(lengths, 8, seed=4)
-    assert list(one) == list(LengthGroups(lengths, 8, seed=3)) != list(other)
-    first = list(one)
-    one.set_epoch(1)
-    assert list(one) != first and sorted(one) == list(range(64)) and len(one) == 64
-    run = trainer(model, tmp_path, samples(), size=2, accumulation=3, seed=5)
-    data = SimpleNamespace(lengths=lengths)
-    run.args.train_sampling_strategy = "group_by_length"
+    found = []
+    for world in (1, 2, 4):
+        values = {"train_sampling_strategy": strategy, "dataloader_drop_last": drop_last}
+        ranks = [padded(rank=n, world=world, **values) for n in range(world)]
+        for each in ranks:
+            each.set_epoch(1)
+        order = ranks[0].order()
+        rows = [[*each] for each in ranks]
+        assert all(len(own) == len(each) for own, each in zip(rows, ranks, strict=True))
+        few = 4 // world
+        steps = [
+            [n for own in rows for batch in own[k : k + few] for n in batch]
+            for k in range(0, len(rows[0]), few)
+        ]
+        found.append([sorted(step) for step in steps])
+        assert found[-1] == [sorted(order[:8]), sorted(order[8:])][: 1 if drop_last else 2]
+        assert sorted(order) == list(range(13))
+    assert found[0] == found[1] == found[2]
+
+
+def test_the_order_of_padded_samples() -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    for data_seed, seed in ((None, 3), (9, 9)):
+        batches, as_accelerate = (
+            padded(data_seed=data_seed),
+            SeedableRandomSampler(range(13), data_seed=seed),
+        )
+        for epoch in range(2):
+            batches.set_epoch(epoch)
+            as_accelerate.set_epoch(epoch)
+            assert batches.order() == list(as_accelerate)
+    grouped = padded(64, train_sampling_strategy="group_by_length")
+    first, order = [*grouped], grouped.order()
+    groups = [order[k : k + 8] for k in range(0, 64, 8)]
+    assert sum(max(group) - min(group) for group in groups) / 8 < 40 and len({*order}) == 64
+    torch.manual_seed(1)
+    assert [*grouped] == first
+    assert first != [*padded(64, train_sampling_strategy="group_by_length", seed=4)]
+    grouped.set_epoch(1)
+    assert [*grouped] != first
+    with pytest.raises(ValueError, match="7 samples, fewer than one step of 8"):
+        padded(7, dataloader_drop_last=True)
+
+
+@pytest.mark.parametrize("strategy", ["random", "group_by_length"])
+def test_a_resumed_epoch_of_padded_samples_keeps_its_order(
+    strategy: str, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what transformers does to a loader; of a sampler accelerate's shards hid the epoch."""
+    from accelerate import skip_first_batches
+
+    class Samples(list[Any]):
+        lengths = [*range(16)]
+
+    run = trainer(model, tmp_path, Samples(samples(16)), size=2, accumulation=2)
+    run.args.train_sampling_strategy = strategy
     monkeypatch.setattr(TrainingArguments, "world_size", property(lambda _: 2))
-    for data_seed, seed in ((None, 5), (9, 9)):
-        run.args.data_seed = data_seed
-        found = list(run._get_train_sampler(data))
-        assert found == list(LengthGroups(lengths, 2 * 3 * 2, seed))
+    monkeypatch.setattr(TrainingArguments, "process_index", property(lambda _: 1))
+
+    def epoch(skipped: int) -> list[Any]:
+        loader = run.get_train_dataloader()
+        loader = skip_first_batches(loader, skipped) if skipped else loader
+        loader.set_epoch(1)
+        inner = getattr(loader.batch_sampler, "batch_sampler", None)
+        if hasattr(inner, "set_epoch"):
+            inner.set_epoch(1)
+        return [batch["sample_ids"] for batch in loader]
+
+    whole = epoch(0)
+    assert [len(names) for names in whole] == [2] * 4
+    assert epoch(1) == whole[1:]
 
 
 def test_flops_are_those_of_tokens_not_of_padding(model: Any) -> None:

@@ -160,11 +160,10 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         self._image_id = processor.tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self._visual = VisualTokens(processor)
         self._tables: list[TokenTable] = []
-        self._roots: list[tuple[Path, bool]] = []
-        self._folders: list[str] = []
+        self._sources = expand_mixtures(sources)
         self._shuffled: list[dict[ImageRef, ImageRef]] = []
         rows, end = [np.arange(0)], 0
-        for source in expand_mixtures(sources):
+        for source in self._sources:
             refuse_shuffled(source, processor)
             table = read_table(source, processor, max_length_tokens=max_length_tokens, plain=plain)
             bad.take(len(table) + len(table.refused), table.refused)
@@ -173,8 +172,6 @@ class InstructionDataset(Dataset[dict[str, Any]]):
             if notice := control_notice(table.control):
                 logger.warning("%s: %s", source.title, notice)
             self._tables.append(table)
-            self._roots.append((source.folder, source.follow_links))
-            self._folders.append(folder_of(source))
             self._shuffled.append(_successors(table, seed) if source.shuffle_images else {})
             rows.append(end + chosen_rows(source, len(table), seed))
             end += len(table)
@@ -227,11 +224,14 @@ class InstructionDataset(Dataset[dict[str, Any]]):
                 [self._read(place, *sizes[i : i + 1]) for i, place in enumerate(places)]
             )
         except ImageError as error:
-            self._bad.add(f"{self._folders[self._row(index)[0]]}{key}", str(error))
+            self._refuse(index, key, str(error))
             crops = sum(self._visual.of(*size)[1] for size in sizes.tolist()) or len(places)
             item["pixel_values"] = torch.zeros(crops, 3, *self._visual.size_px)
             item["labels"] = torch.full_like(labels, IGNORE_INDEX)
         return item
+
+    def _refuse(self, index: int, key: str, why: str) -> None:
+        self._bad.add(f"{folder_of(self._sources[self._row(index)[0]])}{key}", why)
 
     def _row(self, index: int) -> tuple[int, int]:
         """Table and row of a sample."""
@@ -259,8 +259,8 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         """Key and images of a sample."""
         table, row = self._row(index)
         key, images = self._tables[table].place(row)
-        successors = self._shuffled[table]
-        root, follow = self._roots[table]
+        source, successors = self._sources[table], self._shuffled[table]
+        root, follow = source.folder, source.follow_links
         return key, [(root, successors.get(image, image), follow) for image in images]
 
     def _read(self, place: Place, size: Tensor | None = None) -> Tensor:
@@ -309,7 +309,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         good = np.ones(len(self), dtype=bool)
         for index, (key, places) in enumerate(samples):
             if reasons := [unreadable[place] for place in places if place in unreadable]:
-                self._bad.add(f"{self._folders[self._row(index)[0]]}{key}", reasons[0])
+                self._refuse(index, key, reasons[0])
                 good[index] = False
         self._rows = self._rows[good]
 
@@ -327,6 +327,13 @@ def _successors(table: TokenTable, seed: int) -> dict[ImageRef, ImageRef]:
     return dict(zip(names, names[1:] + names[:1], strict=True))
 
 
+FILLER = {
+    "input_ids": torch.zeros(2, dtype=torch.int64),
+    "labels": torch.full((2,), IGNORE_INDEX),
+}
+"""What stands where a process has no sample."""
+
+
 class InstructionCollator:
     """Pads samples on the right and joins their images in order.
 
@@ -339,8 +346,9 @@ class InstructionCollator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Makes a batch of samples."""
-        ids, labels = ([item[name] for item in items] for name in ("input_ids", "labels"))
+        """Makes a batch of samples; without any, a row of two tokens that train nothing."""
+        rows = items or [FILLER]
+        ids, labels = ([item[name] for item in rows] for name in ("input_ids", "labels"))
         pad = partial(pad_sequence, batch_first=True)
         batch = {
             "input_ids": pad(ids, padding_value=self.pad_token_id),

@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
@@ -20,11 +21,15 @@ from llm2clip_vlm.chat.labels import label, texts_of
 from llm2clip_vlm.chat.template import ConversationError, Message, render, template_of
 from llm2clip_vlm.chat.text_tokens import text_ids
 from llm2clip_vlm.constants import IGNORE_INDEX, IMAGE_TOKEN
+from llm2clip_vlm.data.reading.bad_records import printable
 
 MAX_CONVERSATION_CHARS = 2**20
 """A longer conversation is refused: megabytes of text are no conversation, and hold up training."""
 
 _HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+_SYSTEM = ("system", "system_prompt")
+_TOOLS = ("tools", "functions")
+_APART = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _ROLES = {"human": "user", "gpt": "assistant"} | {r: r for r in ("user", "assistant", "system")}
 
 
@@ -70,6 +75,29 @@ class VisualTokens:
         return tokens - self._dropped, crops
 
 
+def with_system(row: Mapping[str, Any], turns: list[Any]) -> list[Any]:
+    """Turns with the system prompt that stands beside them, as LLaMA-Factory writes it.
+
+    Args:
+        row: Gives `system` or `system_prompt`, if any.
+        turns: Its turns.
+
+    Raises:
+        ConversationError: There are different ones, or descriptions of tools.
+    """
+    if tools := next((name for name in _TOOLS if row.get(name)), None):
+        raise ConversationError(
+            f"the column {tools!r} describes tools, which would be left out; take the record out, "
+            "or name the columns without it"
+        )
+    own = [turn for turn in turns[:1] if turn.get("role", turn.get("from")) == "system"]
+    said = [turn.get("content", turn.get("value")) for turn in own]
+    said += [text for name in _SYSTEM if (text := row.get(name))]
+    if any(text != said[0] for text in said):
+        raise ConversationError(f"different system prompts: {printable(repr(said))}")
+    return turns if own else [*({"role": "system", "content": t} for t in said[:1]), *turns]
+
+
 def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
     """Normalises LLaVA turns (`from`, `value`) or chat messages (`role`, `content`).
 
@@ -111,15 +139,14 @@ def to_messages(conversation: Sequence[Mapping[str, Any]]) -> list[Message]:
         if role == "assistant" and not any(part["text"].strip() for part in parts):
             raise ConversationError(f"turn {number}: the answer is empty")
         left_out = any(turn.get(name) == 0 for name in ("weight", "loss", "train"))
-        if role == "assistant" and (left_out or turn.get("tool_calls")):
+        if role == "assistant" and (left_out or any(map(turn.get, _APART))):
             raise ConversationError(
-                f"turn {number}: an answer that is marked as not to be trained, or calls a tool; "
-                "each answer is trained as it is: take the record out, or the mark"
+                f"turn {number}: an answer that is marked as not to be trained, calls a tool, or "
+                "has its reasoning apart; each answer is trained as it is: take the record out, "
+                "or the mark"
             )
-        if role == "system":
-            messages.append({"role": role, "content": "".join(p["text"] for p in parts)})
-        else:
-            messages.append({"role": role, "content": parts})
+        content = "".join(part["text"] for part in parts) if role == "system" else parts
+        messages.append({"role": role, "content": content})
     if (length := sum(map(len, texts_of(messages)))) > MAX_CONVERSATION_CHARS:
         raise ConversationError(
             f"{length} characters, at most {MAX_CONVERSATION_CHARS} are taken; no model here "
@@ -245,6 +272,7 @@ def decoded_preview(
 
 
 def _to_parts(value: Any, number: int) -> list[Message]:
+    parts: list[Message] = []
     if isinstance(value, list):
         for part in value:
             kind = part.get("type") if isinstance(part, dict) else None
@@ -252,28 +280,21 @@ def _to_parts(value: Any, number: int) -> list[Message]:
                 raise ConversationError(
                     f"turn {number}: a part {str(part)[:200]}, expected text or image"
                 )
-            if kind == "text":
-                _check_text(part["text"], number)
-        keys = {"image": ("type",), "text": ("type", "text")}
-        parts = [{key: part[key] for key in keys[part["type"]]} for part in value]
+            parts.append({"type": kind} | ({"text": part["text"]} if kind == "text" else {}))
     elif isinstance(value, str):
-        _check_text(value, number)
-        parts = []
         for index, text in enumerate(value.split(IMAGE_TOKEN)):
             parts += [{"type": "image"}] if index else []
             parts += [{"type": "text", "text": text}] if text else []
     else:
         raise ConversationError(f"turn {number}: no text (`value` or `content`)")
     texts = [part["text"] for part in parts if part["type"] == "text"]
+    words = "".join(texts).strip()
+    if _HALF_CHARACTER.search(words):
+        raise ConversationError(f"turn {number}: damaged text (half a character)")
     if len(parts) != len(texts) + 1:
         return parts
-    words = "".join(texts).strip()  # a single image goes to the front, however it was written
+    # a single image goes to the front, however it was written
     return [{"type": "image"}, *([{"type": "text", "text": words}] if words else [])]
-
-
-def _check_text(text: str, number: int) -> None:
-    if _HALF_CHARACTER.search(text):
-        raise ConversationError(f"turn {number}: damaged text (half a character)")
 
 
 def _expand_images(
@@ -296,9 +317,7 @@ def _expand_images(
                 "none"
             )
         count = visual.fixed
-    pairs = [
-        (token, IGNORE_INDEX if token == image_id else target)
-        for token, target in zip(ids, labels, strict=True)
-        for _ in range(count if token == image_id else 1)
-    ]
-    return [token for token, _ in pairs], [target for _, target in pairs]
+    places = np.asarray(ids) == image_id
+    repeats = np.where(places, count, 1)
+    targets = np.where(places, IGNORE_INDEX, labels)
+    return np.repeat(ids, repeats).tolist(), np.repeat(targets, repeats).tolist()

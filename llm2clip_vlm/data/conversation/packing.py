@@ -21,11 +21,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch.nn.functional import pad
 from torch.utils.data import Sampler
 
 from llm2clip_vlm.constants import IGNORE_INDEX
-from llm2clip_vlm.data.conversation.instruction import joined_images
+from llm2clip_vlm.data.conversation.instruction import FILLER, joined_images
 
 
 def plan_packs(
@@ -241,12 +241,8 @@ class PackedBatches(Sampler[list[int]]):
         rest = [order[len(part) :] for order, part in zip(orders, whole, strict=True)]
         order = np.concatenate([*whole, *rest])
         deals = draw.permutation(len(order) // size)
-        order = np.concatenate(
-            [
-                order[: len(deals) * size].reshape(-1, size)[deals].ravel(),
-                order[len(deals) * size :],
-            ]
-        )
+        cut = len(deals) * size
+        order = np.concatenate([order[:cut].reshape(-1, size)[deals].ravel(), order[cut:]])
         for step in range(first, self._num_steps):
             yield order[step * size * self._deals : (step + 1) * size * self._deals]
 
@@ -314,14 +310,8 @@ class PackedCollator:
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Makes one row of all samples."""
-        nothing = torch.zeros(2, dtype=torch.int64)
-        filler = {"input_ids": nothing, "labels": torch.full_like(nothing, IGNORE_INDEX)}
-        rows = items or [filler]
-        labels: list[Tensor] = []
-        for item in rows:
-            own = item["labels"].clone()
-            own[0] = IGNORE_INDEX
-            labels.append(own)
+        rows = items or [FILLER]
+        labels = [pad(item["labels"][1:], (1, 0), value=IGNORE_INDEX) for item in rows]
         return {
             "input_ids": torch.cat([item["input_ids"] for item in rows])[None],
             "labels": torch.cat(labels)[None],

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from llm2clip_vlm.data.conversation.messages import (
     build_plain_labels,
     count_images,
     to_messages,
+    with_system,
 )
 from llm2clip_vlm.data.reading.bad_records import Refusals, Refused, printable
 from llm2clip_vlm.data.reading.images import ImageError, resolve_image, upright_size
@@ -38,13 +39,14 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 9
+VERSION = 10
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
-_NO_MEDIA = ("id", "conversations", "messages", "texts")
+_SAID = ("id", "value", "content", "text", *_PAIR)
 _END = r"\.(?:jpe?g|png|gif|webp|bmp|tiff?|avif|heic|mp4|webm|avi|mov|mkv|wav|mp3|flac)\b"
 _MEDIA = re.compile(rf"(?:(?!{_END})[^\n]){{0,250}}{_END}\s*", re.I)  # one name, blanks in it
+_TAG = re.compile(r"<img>[^<\n]{1,250}</img>")  # of Qwen-VL
 
 ImageRef = str | PackedImage
 """A name below the source's `image_root`, or where the bytes lie in a shard or table."""
@@ -103,13 +105,10 @@ def read_instructions(source: InstructionSource, bad: Refusals) -> Iterator[Inst
             for name in {image for image in record.images if isinstance(image, str)} - known:
                 resolve_image(root, name, follow_links=source.follow_links)
                 known.add(name)
-        except (ConversationError, ImageError) as error:
-            bad.add(f"{folder_of(source)}{where}", str(error), getattr(error, "absent", None))
-            continue
         except Exception as error:  # noqa: BLE001  (the boundary around a record)
-            bad.add(
-                f"{folder_of(source)}{where}", f"no conversation: {type(error).__name__}: {error}"
-            )
+            why = f"no conversation: {type(error).__name__}: {error}"
+            why = str(error) if isinstance(error, ConversationError | ImageError) else why
+            bad.add(f"{folder_of(source)}{where}", why, getattr(error, "absent", None))
             continue
         yield record
 
@@ -132,9 +131,9 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
         raise ConversationError(
             "no `conversations` list of {from, value}, nor `messages`, nor `texts`"
         )
-    messages = to_messages(turns)
+    messages = to_messages(with_system(row, turns))
     placeholders = count_images(messages)
-    value = row.get("image") or row.get("images") or _inline_images(turns)
+    value = _images(row, turns)
     if isinstance(value, PackedImage) and value.column is not None:
         # How many a table's cell holds is only known when it is read: at once for a conversation
         # without <image>, which would be taken for text alone, else when it is its turn.
@@ -144,17 +143,11 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     if not all(isinstance(image, ImageRef) for image in images):
         raise ConversationError("`image` is neither a name nor a list of names")
     if asked and not placeholders:
-        messages[0]["content"][:0] = [{"type": "image"} for _ in images]
+        first = next(message for message in messages if message["role"] == "user")
+        first["content"][:0] = [{"type": "image"} for _ in images]
         placeholders = len(images)
     if not (placeholders or images):
-        for name, cell in row.items():
-            bytes_there = isinstance(cell, PackedImage) and cell.count()
-            if bytes_there or (name not in _NO_MEDIA and _names_media(cell)):
-                raise ConversationError(
-                    f"0 <image> in the conversation, but the column {name!r} holds "
-                    f"{'bytes' if bytes_there else printable(repr(cell))}; call it `image` by "
-                    "`columns` if these are pictures, else name the columns without it"
-                )
+        _require_text_alone(row, messages)
     if placeholders != len(images):
         raise ConversationError(
             f"{placeholders} <image> in the conversation, {len(images)} image(s) in `image`"
@@ -162,11 +155,47 @@ def to_record(row: Mapping[str, Any], where: str) -> InstructionRecord:
     return InstructionRecord(where, tuple(images), tuple(messages))
 
 
-def _names_media(cell: Any) -> bool:
-    """Whether a cell is the name of a picture, film or sound, `{path: name}`, or a list of such."""
-    cells = cell if isinstance(cell, list) else [cell]
-    names = chain.from_iterable(c.values() if isinstance(c, Mapping) else [c] for c in cells)
-    return any(isinstance(name, str) and _MEDIA.fullmatch(name) for name in names)
+def _images(row: Mapping[str, Any], turns: Sequence[Mapping[str, Any]]) -> Any:
+    """What a row gives for its images: a column's cell, or the names in the parts themselves."""
+    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
+    dicts = [part for part in chain.from_iterable(contents) if isinstance(part, dict)]
+    parts = [part for part in dicts if part.get("type") == "image"]
+    order = [part["index"] for part in parts if part.get("index") is not None]
+    if order != sorted({*order}):
+        raise ConversationError(f"images of index {order}, expected them in order, each once")
+    inline = [name for p in parts if (name := p.get("image") or p.get("path") or p.get("url"))]
+    given = [cell for cell in (row.get("image"), row.get("images"), inline) if cell]
+    lists = [cell if isinstance(cell, list) else [cell] for cell in given]
+    named = [names for names in lists if all(isinstance(name, str) for name in names)]
+    if any(names != named[0] for names in named):
+        raise ConversationError(f"different images in one record: {printable(repr(named))}")
+    return given[0] if given else None
+
+
+def _require_text_alone(row: Mapping[str, Any], messages: Sequence[Message]) -> None:
+    """Refuse a conversation without images beside which, or in which, pictures are named."""
+    tags = filter(None, map(_TAG.search, texts_of(messages)))
+    found = [("conversations", tag[0]) for tag in tags]
+    found += [(column, name) for column, cell in row.items() for name in _media(column, cell)]
+    for column, name in found:
+        raise ConversationError(
+            f"0 <image> in the conversation, but the column {column!r} holds {name}; call it "
+            "`image` by `columns` if these are pictures, else name the columns without it"
+        )
+
+
+def _media(key: str, cell: Any) -> Iterator[str]:
+    """Pictures, films and sounds that a cell holds or names, at any depth; texts name none."""
+    if isinstance(cell, PackedImage | bytes):
+        yield from ["bytes"] * (bool(cell) if isinstance(cell, bytes) else cell.count())
+    elif isinstance(cell, Mapping):
+        for name, inner in cell.items():
+            yield from _media(name, inner)
+    elif isinstance(cell, list):
+        for inner in cell:
+            yield from _media(key, inner)
+    elif key not in _SAID and isinstance(cell, str) and _MEDIA.fullmatch(cell):
+        yield printable(repr(cell))
 
 
 def _listed(turns: Any) -> Any:
@@ -174,18 +203,6 @@ def _listed(turns: Any) -> Any:
     if not isinstance(turns, dict):
         return turns
     return [dict(zip(turns, turn, strict=True)) for turn in zip(*turns.values(), strict=True)]
-
-
-def _inline_images(turns: Sequence[Mapping[str, Any]]) -> list[Any]:
-    """Images named in the parts themselves, `{"type": "image", "image": name}`."""
-    contents = [turn["content"] for turn in turns if isinstance(turn.get("content"), list)]
-    parts = [part for content in contents for part in content if isinstance(part, dict)]
-    return [
-        name
-        for part in parts
-        if part.get("type") == "image"
-        if (name := part.get("image") or part.get("path") or part.get("url"))
-    ]
 
 
 class TokenTable:
@@ -300,7 +317,7 @@ def tokenise(
             own, labels = _label(record, processor, plain)
             shapes = [
                 size_px(root, image, source.follow_links) if visual.grids else visual.size_px
-                for image in record.images
+                for image in record.images[: own.count(image_id)]
             ]
             seen = [visual.of(*shape) for shape in shapes]
             tokens = [count for count, _ in seen]
@@ -340,11 +357,12 @@ def size_px(root: Path, image: ImageRef, follow_links: bool) -> tuple[int, int]:
 def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list[int], list[int]]:
     if not plain:
         return build_labels(processor, record.messages, num_visual_tokens=1)
-    answer = next(m for m in record.messages if m["role"] == "assistant")
-    caption = "".join(part.get("text", "") for part in answer["content"])
-    return build_plain_labels(
-        processor, caption, num_images=len(record.images), num_visual_tokens=1
-    )
+    answer = next(n for n, m in enumerate(record.messages) if m["role"] == "assistant")
+    images = count_images(record.messages[:answer])
+    if not images:
+        raise ConversationError("plain: expected an image before the first answer, got none")
+    caption = "".join(part.get("text", "") for part in record.messages[answer]["content"])
+    return build_plain_labels(processor, caption, num_images=images, num_visual_tokens=1)
 
 
 def _fitting(
@@ -360,17 +378,13 @@ def _fitting(
     total = len(ids) + sum(visual) - len(visual)
     if total <= max_tokens:
         return len(ids)
-    length = kept = 0
     counts = iter(visual)
-    for place, token in enumerate(ids):
-        length += next(counts) if token == image_id else 1
-        if length > max_tokens:
-            break
-        if labels[place] != IGNORE_INDEX and labels[place + 1] == IGNORE_INDEX:
-            kept = place + 1
-    if not kept:
+    lengths = accumulate(next(counts) if token == image_id else 1 for token in ids)
+    fitting = sum(length <= max_tokens for length in lengths)
+    ends = [n for n in range(1, fitting + 1) if labels[n - 1] != IGNORE_INDEX == labels[n]]
+    if not ends:
         raise ConversationError(
             f"the first answer ends beyond max_length_tokens = {max_tokens}; the conversation has "
             f"{total} tokens, {sum(visual)} of them visual"
         )
-    return kept
+    return ends[-1]

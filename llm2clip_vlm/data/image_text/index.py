@@ -41,7 +41,7 @@ from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
-VERSION = 9
+VERSION = 10
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
@@ -384,6 +384,9 @@ def _records(
                     f"no image in {source.image_field!r}: {type(image).__name__}, expected a path "
                     "or bytes"
                 )
+            others = [get_column(row, source.image_field) for row in group.rows[1:]]
+            if any(isinstance(name, str) and name != image for name in others):
+                raise RecordError(f"rows of one {source.group_by!r} have different images")
             captions = collect_captions(group, source.fields)
         except (RecordError, ImageError) as error:
             refused.add(group.where, str(error))

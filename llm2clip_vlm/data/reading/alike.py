@@ -143,9 +143,7 @@ class AlikeLines:
             )
 
         def joined(columns: dict[str, Any], of: Callable[[str, Any], str]) -> str:
-            pairs = [
-                f"{re.escape(_json(name))}{colon}{of(name, columns[name])}" for name in columns
-            ]
+            pairs = [f"{re.escape(_json(n))}{colon}{of(n, columns[n])}" for n in columns]
             return rf"\{{{comma.join(pairs)}\}}"
 
         found = re.compile(rf"{joined(row, column)}\r?\n")

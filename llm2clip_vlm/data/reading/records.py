@@ -10,7 +10,7 @@ import glob
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import date
 from decimal import Decimal
 from functools import partial
@@ -107,18 +107,27 @@ def source_rows(
         File, line (JSONL), key (tar) or position (others, counted from 1), and the row.
 
     Raises:
-        RecordError: See :func:`iter_rows`.
+        RecordError: See :func:`iter_rows`; or no row has one of the source's `columns`.
     """
     named = source.columns
     names = named if isinstance(named, dict) else {name: name for name in named}
+    unseen, known = {*names.values()}, dict[str, None]()
     read = partial(_located, columns=list(names.values()), alike=alike)
     for file, rows in each_file(source_files(source), read, bad):
         for place, row in rows:
-            yield (
-                file,
-                place,
-                {n: row[of] for n, of in names.items() if of in row} if names else row,
-            )
+            if unseen:
+                unseen -= row.keys()
+                known |= dict.fromkeys(row)
+            yield file, place, {n: row[o] for n, o in names.items() if o in row} if names else row
+    if known and unseen:
+        raise _no_column(source, unseen, known)
+
+
+def _no_column(source: DataSource, unseen: Iterable[str], known: Iterable[str]) -> RecordError:
+    return RecordError(
+        f"{source.title}: no row has a column {', '.join(sorted(unseen))!r}; the columns are "
+        f"{', '.join(known)}. Correct the source's columns, fields or filters"
+    )
 
 
 def get_column(row: Mapping[str, Any], name: str) -> Any:
@@ -178,10 +187,7 @@ def iter_records(
         elif not (unseen or filters.unseen):  # reported even where `limit` ends early
             return
     if known and unseen:
-        raise RecordError(
-            f"{path}: no row has a column {', '.join(sorted(unseen))!r}; the columns are "
-            f"{', '.join(known)}. Correct the source's fields or filters"
-        )
+        raise _no_column(source, unseen, known)
     if known and filters.unseen:
         column, value = min(filters.unseen)
         none = "" if found else "no record left, "

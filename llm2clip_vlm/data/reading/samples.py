@@ -24,18 +24,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGB", image.size)
         rows = max(_STRIP_PIXELS // image.width, 1)  # a strip at a time: an RGBA takes four bytes
         for top in range(0, image.height, rows):
-            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
-            white.paste(_on_white(strip), (0, top))
+            strip = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+            below = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+            white.paste(Image.alpha_composite(below, strip).convert("RGB"), (0, top))
         return white
     if image.mode in {"I", "F"}:
         raise ValueError("32-bit samples, whose range is unknown; save it with 8 or 16 bits")
     return image.convert("RGB")
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    rgba = image.convert("RGBA")
-    white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, rgba).convert("RGB")
 
 
 def scale_transparency(image: Image.Image, bits: int) -> None:

@@ -85,14 +85,13 @@ image."""
         if self.column is None:
             return 1
         try:
-            value = _column(self.path, self.start, self.column, _state(self.path))[
-                self.size
-            ].as_py()
+            cells = _column(self.path, self.start, self.column, _state(self.path))
+            value = cells[self.size].as_py()
         except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
         values = value if isinstance(value, list) else [value]
-        cells = [cell.values() if isinstance(cell, dict) else [cell] for cell in values]
-        return sum(any(part is not None for part in cell) for cell in cells)
+        parts = [cell.values() if isinstance(cell, dict) else [cell] for cell in values]
+        return sum(any(part is not None for part in cell) for cell in parts)
 
     def _cell(self, column: str) -> bytes:
         value = _column(self.path, self.start, column, _state(self.path))[self.size].as_py()

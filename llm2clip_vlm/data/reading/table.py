@@ -100,9 +100,8 @@ class Table:
     def column(self, name: str) -> npt.NDArray[Any]:
         """A column of numbers."""
         parts = self._table.column(name).slice(0, len(self)).chunks
-        return np.concatenate(
-            [part.to_numpy() for part in parts]
-        )  # by numpy: Arrow's pool keeps memory
+        # by numpy: Arrow's pool keeps memory
+        return np.concatenate([part.to_numpy() for part in parts])
 
     def _cell(self, name: str, row: int) -> Any:
         # All batches but the last have as many rows: no search, where `Dataset[i]` takes 75 us.

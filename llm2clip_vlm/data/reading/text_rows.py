@@ -201,9 +201,8 @@ def _objects(
             bad.add(f"{path}:{number}", f"{type(row).__name__}, expected an object")
         elif halves and (column := _damaged(row)) is not None:
             why = f"damaged text (half a character) in {column!r}"
-            name = (
-                row.get("id", "") if ".json" in path.suffixes else f"{number}:{row.get('id', '')}"
-            )
+            own = row.get("id", "")
+            name = own if ".json" in path.suffixes else f"{number}:{own}"
             bad.add(f"{path}:{name or number}", why)
         else:
             yield number, row

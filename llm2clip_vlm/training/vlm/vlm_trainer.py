@@ -181,14 +181,12 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         )
 
     def get_train_dataloader(self) -> Any:
-        """Load batches; packed micro-batches are planned for all processes."""
-        if self.batches is None:
-            return super().get_train_dataloader()
+        """Load micro-batches, which are planned for all processes."""
         workers = self.args.dataloader_num_workers
         dataset: Any = self.train_dataset
         loader = DataLoader(
             dataset,
-            batch_sampler=self.batches,
+            batch_sampler=self.batches or PaddedBatches(dataset, self.args),
             collate_fn=self.data_collator,
             num_workers=workers,
             pin_memory=self.args.dataloader_pin_memory,
@@ -217,14 +215,6 @@ class VlmTrainer(StrictResumeMixin, Trainer):
     def _order(self) -> int | bool:
         """What the order of the samples depends on beside the recipe."""
         return False if self.batches is None else self.batches.dealt
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        dataset: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(dataset)
-        size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        return LengthGroups(dataset.lengths, size * self.args.world_size, seed)
 
     def _save(
         self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None
@@ -308,28 +298,53 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         }
 
 
-class LengthGroups(Sampler[int]):
-    """Order in which neighbours have similar lengths; the same on all processes, anew each epoch.
+class PaddedBatches(Sampler[list[int]]):
+    """Micro-batches of one process, for `InstructionCollator`, of an order that all of them share.
 
-    (transformers' own sampler draws from the global generator, which a resumed run has elsewhere.)
+    Samples are dealt to the processes in turn, each once: where an epoch's last step has too few,
+    some lists are empty. (accelerate fills these with the epoch's first samples, and where several
+    processes resume, its nested samplers hide the epoch from a sampler.)
+
+    Args:
+        dataset: Has `lengths`.
+        args: Training arguments, which set the order by `train_sampling_strategy`;
+            `dataloader_drop_last` leaves an epoch's incomplete step out.
+
+    Raises:
+        ValueError: There is no step.
     """
 
-    def __init__(self, lengths: list[int], group_size: int, seed: int) -> None:
-        """Takes the tokens of each sample, the global batch size and the seed of the order."""
-        self._lengths = lengths
-        self._group_size = group_size
-        self._seed = seed
-        self._epoch = 0
+    def __init__(self, dataset: Any, args: TrainingArguments) -> None:
+        self._dataset, self._args, self._epoch = dataset, args, 0
+        self._together = args.train_batch_size * args.world_size
+        self._step = self._together * args.gradient_accumulation_steps
+        if not len(self):
+            raise ValueError(
+                f"an epoch has {len(dataset)} samples, fewer than one step of {self._step}; lower "
+                "global_batch_size, or set trainer.dataloader_drop_last to false"
+            )
 
     def set_epoch(self, epoch: int) -> None:
         """Chooses the order of an epoch; the Trainer calls it."""
         self._epoch = epoch
 
-    def __len__(self) -> int:
-        return len(self._lengths)
+    def order(self) -> list[int]:
+        """The samples of the epoch."""
+        args, count, draw = self._args, len(self._dataset), torch.Generator()
+        seed = args.seed if args.data_seed is None else args.data_seed
+        if args.train_sampling_strategy == "sequential":
+            return list(range(count))
+        if args.train_sampling_strategy == "random":
+            return torch.randperm(count, generator=draw.manual_seed(seed + self._epoch)).tolist()
+        draw.manual_seed(seed * 1_000_003 + self._epoch)
+        return list(get_length_grouped_indices(self._dataset.lengths, self._step, generator=draw))
 
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._epoch)
-        return iter(
-            get_length_grouped_indices(self._lengths, self._group_size, generator=generator)
-        )
+    def __len__(self) -> int:
+        rest = len(self._dataset) % self._step if self._args.dataloader_drop_last else 0
+        return (len(self._dataset) - rest + self._together - 1) // self._together
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order, size = self.order(), self._args.train_batch_size
+        first = self._args.process_index * size
+        for start in range(first, first + len(self) * self._together, self._together):
+            yield order[start : start + size]
