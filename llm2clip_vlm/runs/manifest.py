@@ -163,7 +163,7 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
     """
     path = state["path"]
     if "pictures" in state:  # some of many; what was deleted after its use changes no result
-        return next((n for n in changed_files(state["pictures"]) if Path(n).is_file()), None)
+        return next((n for n in hashes.changed_files(state["pictures"]) if Path(n).is_file()), None)
     if "files" in state:
         now = {str(file) for file in hashes.data_files(path)}
         differing = [*sorted(now ^ state["files"].keys()), *hashes.changed_files(state["files"])]
