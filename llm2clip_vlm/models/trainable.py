@@ -275,6 +275,7 @@ def freeze_unused(model: nn.Module, loss: Callable[[], torch.Tensor]) -> list[st
         Names of the frozen parameters.
     """
     model.zero_grad(set_to_none=True)
+    set_evaluation_mode(frozen_modules(model))  # or two pictures would shift BatchNorm's statistics
     loss().backward()
     unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
     for name, parameter in model.named_parameters():

@@ -117,8 +117,8 @@ def measured(
     total = sum(rows for rows, _ in counted) or 1
     records = sum(len(told) for _, told in counted)
     found, trained, images, captions, seen = Lengths(round(total), []), 0, 0, 0, 0
-    for rows, told in counted:  # as often as the source is drawn, however many were measured
-        for texts, pictures in islice(cycle(told), round(records * rows / total)):
+    for drawn, told in counted:  # as often as the source is drawn, however many were measured
+        for texts, pictures in islice(cycle(told), round(records * drawn / total)):
             lengths = [length for length, _ in texts]
             trained += sum(length for length, own in texts if own)
             seen, images, captions = seen + 1, images + pictures, captions + len(texts)

@@ -239,7 +239,7 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
     texts *= 1 + len(getattr(recipe, "caption_prompts", ()))
     loop, filling = (getattr(recipe, key, None) for key in ("text_in_loop", "write_through"))
     section = loop.text_encoder if loop else filling
-    llm = section and _language_model(text_model(recipe, source), section, loop and loop.lora)
+    llm: Any = section and _language_model(text_model(recipe, source), section, loop and loop.lora)
     longest = 1
     if loop:
         model.text_encoder, longest = llm, getattr(section, "max_length_tokens", 512)

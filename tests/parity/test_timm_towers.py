@@ -41,7 +41,8 @@ def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path) -> None:
     "kind",
     [
         "timm",
-        *(pytest.param(k, marks=pytest.mark.slow) for k in ("timm_eva", "timm_siglip", "timm_cnn")),
+        "timm_cnn",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("timm_eva", "timm_siglip")),
     ],
 )
 def test_a_tower_goes_through_stage_2b_and_resumes(

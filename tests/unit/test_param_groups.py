@@ -225,6 +225,14 @@ def test_parameters_that_the_loss_does_not_reach_are_frozen() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_finding_what_the_loss_reaches_leaves_batchnorm_as_it_was() -> None:
+    """Two pictures of a pass before training shifted a pretrained tower's statistics by a tenth."""
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    freeze_unused(model, lambda: model(torch.randn(4, 3)).square().sum())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 @KINDS
 def test_no_decay_names_of_every_kind_of_tower(kind: str, tmp_path: Path) -> None:
     """Weight decay is on matrices of layers: on no bias, norm, position, CLS, mask or register."""
