@@ -37,6 +37,7 @@ def undisturbed(
         vlm={"vision_tower": str(tiny_clip), "language_model": str(tiny_llm)},
         trainable={"multi_modal_projector": 1e-2},
         packing=True,
+        plain=False,  # which takes pairs alone
         **shared,
     )
     stage4 = write_recipe(

@@ -240,7 +240,8 @@ def test_stage_2b_fills_a_cold_cache(
     assert not list(cache.directory.glob("part-*"))  # at its end they became shards
     manifest = read_manifest(cold)
     assert manifest is not None
-    assert set(manifest["parents"]) == {"vision_tower", "text_encoder", "train.0", "evaluation.0"}
+    parents = {"vision_tower", "text_encoder", "train.0", "evaluation.0", "pictures"}
+    assert set(manifest["parents"]) == parents
     assert manifest["fingerprints"]["text_encoder.pooling"] == "mean"
 
     # warm: nothing is encoded, workers or not, and nothing else changes

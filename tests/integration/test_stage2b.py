@@ -114,7 +114,8 @@ def test_writes_everything_that_the_next_stage_reads(
     assert manifest is not None and manifest["stage"] == "stage2b_vision_encoder"
     assert set(manifest["outputs"]) == {"model", "vision_tower"}
     assert manifest["fingerprints"]["vision_tower"] == manifest["outputs"]["vision_tower"]
-    assert set(manifest["parents"]) == {"vision_tower", "cache", "train.0", "evaluation.0"}
+    parents = {"vision_tower", "cache", "train.0", "evaluation.0", "pictures"}
+    assert set(manifest["parents"]) == parents
     retrieval = json.loads((out / "results.json").read_text())["retrieval"]
     assert set(retrieval) == {"short", "long"}
     assert all(set(retrieval[k][d]) >= {"r1", "ci"} for k in retrieval for d in ("i2t", "t2i"))

@@ -506,8 +506,12 @@ def test_the_code_that_scores_is_what_prompts_and_scorers_import() -> None:
     for _ in range(3):
         for name in list(needed):
             text = (package / name).read_text()
-            modules = re.findall(r"^from llm2clip_vlm\.([\w.]+) import", text, re.MULTILINE)
-            needed |= {f"{module.replace('.', '/')}.py" for module in modules}
+            for module, names in re.findall(
+                r"^from llm2clip_vlm\.([\w.]+) import (.+)", text, re.M
+            ):
+                path = module.replace(".", "/")
+                below = [f"{path}/{name.split()[0]}.py" for name in names.split(", ")]
+                needed.update(below if (package / path).is_dir() else [f"{path}.py"])
     assert needed - {"constants.py"} <= listed
     assert all((package / name).is_file() for name in listed)
 
