@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ("llm2clip_vlm", "stages", "eval", "demo")
 MODULES, LINES = 12, 400
-CODE = {("llm2clip_vlm", "stages", "eval"): 23_420, ("demo",): 1_500}
+CODE = {("llm2clip_vlm", "stages", "eval"): 23_320, ("demo",): 1_500}
 """Most lines of code in these folders together; raising it needs a reason in the commit."""
 _NAMES = [path.stem for path in (ROOT / "llm2clip_vlm").iterdir() if path.suffix in ("", ".py")]
 # What begins a sentence that does not stand alone, and "None" in another than the fixed form.
