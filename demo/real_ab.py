@@ -67,9 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--main", required=True, choices=TEXTS, help="the arm called llm2clip")
     parser.add_argument("--seeds", required=True, type=int, nargs="+", help="training seeds")
     parser.add_argument("--other", type=Path, help="output_dir of recipes/real/other_llm.yaml")
-    parser.add_argument(
-        "--earlier", type=Path, help="a result whose VLMs stand in for missing ones"
-    )
+    parser.add_argument("--earlier", type=Path, help="a result that gives the VLMs missing here")
     parser.add_argument("--output", required=True, type=Path, help="JSON to write")
     given = parser.parse_args(argv)
     missing: list[str] = []
@@ -154,12 +152,14 @@ def retrieval(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, 
 
 
 def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
-    """Scores of each VLM by task and seed: per cent right; of captions CIDEr, times 100."""
+    """Scores of each VLM by task and seed: per cent right; of captions CIDEr, times 100.
+
+    Raises:
+        ValueError: VLMs were asked different numbers of questions, as with another `--limit`.
+    """
     found: dict[str, Any] = {}
     for task, name in TASKS.items():
-        for tower in VLMS:
-            if task == "captions" and tower == "text_only":
-                continue
+        for tower in VLMS[: -1 if task == "captions" else None]:  # text alone describes nothing
             files = {seed: run / "eval" / f"{tower}-s{seed}" / f"{name}.json" for seed in seeds}
             missing += [str(file) for file in files.values() if not file.is_file()]
             there = {seed: dict(read_json(f)) for seed, f in files.items() if f.is_file()}
@@ -171,6 +171,9 @@ def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
                     rows[tower + ending] = [float(result["score"]) for result in results.values()]
                     rows["seeds"][tower + ending] = list(results)
                     rows["questions"][tower + ending] = [r["n"] for r in results.values()]
+    for task, rows in found.items():
+        if len(set(itertools.chain.from_iterable(rows["questions"].values()))) > 1:
+            raise ValueError(f"{task}: expected one number of questions, got {rows['questions']}")
     return found
 
 

@@ -230,6 +230,9 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert found["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
     assert found["tests"]["captions_llm2clip_minus_llm2clip_other_pictures"]["delta"] == 15.5
     assert "earlier" not in found
+    file.write_text(json.dumps(result | {"n": 40}))  # as of `--limit 40`
+    with pytest.raises(ValueError, match="captions: expected one number of questions"):
+        program.vlm(run, [0, 1], [])
     for folder in ("eval", "cache"):
         shutil.rmtree(run / folder)
     again = tmp_path / "again.json"
