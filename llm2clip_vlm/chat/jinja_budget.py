@@ -92,16 +92,11 @@ def _tick(value: Any = None) -> Any:
         _thread.started = spent if _thread.started is None else _thread.started
         if spent - _thread.started > RENDER_LIMIT_S:
             raise RenderError(f"it takes more than {RENDER_LIMIT_S:g} s of CPU time")
-    if isinstance(value, str | list | tuple | range):
-        _fits(len(value))
-    elif isinstance(value, int) and abs(value) > _LARGEST:
+    if isinstance(value, str | list | tuple | range) and len(value) > RENDER_LIMIT_CHARS:
+        raise RenderError(f"it writes more than {RENDER_LIMIT_CHARS} characters")
+    if isinstance(value, int) and abs(value) > _LARGEST:
         raise RenderError(f"it computes a number above {_LARGEST}")
     return value
-
-
-def _fits(length: int) -> None:
-    if length > RENDER_LIMIT_CHARS:
-        raise RenderError(f"it writes more than {RENDER_LIMIT_CHARS} characters")
 
 
 class _Budgeted(ImmutableSandboxedEnvironment):

@@ -13,7 +13,9 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.chat.text_tokens import TextTokens
-from llm2clip_vlm.evaluation.vlm.generation import Generator, Prompt, strip_control
+from llm2clip_vlm.data.reading.images import open_image
+from llm2clip_vlm.evaluation.vlm.generation import Generator, Prompt
+from llm2clip_vlm.evaluation.vlm.task_helpers import strip_control
 from llm2clip_vlm.models.vlm.building import build_vlm
 from tests.tiny import llm_tokenizer
 

@@ -257,17 +257,13 @@ def decoded_preview(
 ) -> str:
     """One sample as text: trained spans between `«` and `»`, runs of visual tokens as a count."""
     image_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-    kinds = [
-        (token != IGNORE_INDEX, index == image_id)
-        for index, token in zip(input_ids, labels, strict=True)
-    ]
-    pieces, start = [], 0
-    for (trained, image), run in groupby(kinds):
-        end = start + len(list(run))
-        text = str(tokenizer.decode(list(input_ids[start:end]), skip_special_tokens=False))
-        text = f"[{IMAGE_TOKEN} x{end - start}]" if image else text
+    pieces = []
+    pairs = zip(input_ids, labels, strict=True)
+    for (trained, image), run in groupby(pairs, lambda p: (p[1] != IGNORE_INDEX, p[0] == image_id)):
+        ids = [index for index, _ in run]
+        text = str(tokenizer.decode(ids, skip_special_tokens=False))
+        text = f"[{IMAGE_TOKEN} x{len(ids)}]" if image else text
         pieces.append(f"«{text}»" if trained else text)
-        start = end
     return " ".join(pieces)
 
 

@@ -7,7 +7,6 @@ nothing is added to it. Failures raise; an answer is never replaced by an empty 
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -26,12 +25,10 @@ from llm2clip_vlm.chat.text_tokens import TextTokens, text_tokens
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.data.reading.samples import to_rgb
 from llm2clip_vlm.evaluation.vlm.shared_prefix import PrefixSharing, places
-from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
+from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash, strip_control
 from llm2clip_vlm.evaluation.vlm.token_queue import Closed, TokenQueue
 
 logger = logging.getLogger(__name__)
-
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 _SAMPLING = ("temperature", "top_p", "top_k")
 _IGNORED = frozenset({"image_aspect_ratio"})
@@ -106,14 +103,6 @@ class Answer:
     """Tokens generated, the end token included."""
     cut: bool = False
     """Neither the end token nor a stop string came before the limit of tokens."""
-
-
-def strip_control(text: str) -> str:
-    """Remove C0 control characters except tab and newline.
-
-    One of them in an answer makes the spreadsheet export of several lmms-eval tasks fail.
-    """
-    return _CONTROL.sub("", text.replace("\r\n", "\n"))
 
 
 class Generator:
@@ -265,9 +254,8 @@ class Generator:
         until = (until,) if isinstance(until, str) else tuple(until)
         temperature = given.get("temperature")
         sample = bool(given.get("do_sample", bool(temperature))) and temperature != 0
-        extra = {name: given[name] for name in _SAMPLING if sample and given.get(name)}
-        if given.get("repetition_penalty"):
-            extra["repetition_penalty"] = given["repetition_penalty"]
+        names = (*(_SAMPLING if sample else ()), "repetition_penalty")
+        extra = {name: given[name] for name in names if given.get(name)}
         asked = int(given.get("max_new_tokens") or self.max_new_tokens)
         config = GenerationConfig(
             do_sample=sample,

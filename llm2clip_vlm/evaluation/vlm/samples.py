@@ -306,11 +306,10 @@ def load_samples(path: str | Path) -> list[dict[str, Any]]:
     samples = list(iter_rows(path))
     if not samples:
         raise ValueError(f"{path}: expected one sample a line, got an empty file")
-    seen: set[Any] = set()
+    counts = Counter(sample["doc_id"] for sample in samples)
     for sample in samples:
-        if sample["doc_id"] in seen:
+        if counts[sample["doc_id"]] > 1:
             raise ValueError(f"{path}: document {sample['doc_id']} is there twice; evaluate again")
-        seen.add(sample["doc_id"])
         score = sample["correct"]
         if score is None:
             continue  # a metric of all documents together

@@ -7,6 +7,7 @@ the data file's folder there as `image_root`.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from typing import Any
 from PIL import Image
 
 from llm2clip_vlm.data.reading.images import open_image
+
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def doc_to_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.Image]:
@@ -39,6 +42,14 @@ def pixel_hash(images: Iterable[Image.Image]) -> str:
         pixels = image.convert("RGB")
         digest.update(f"{pixels.size}".encode() + pixels.tobytes())
     return digest.hexdigest()[:32]
+
+
+def strip_control(text: str) -> str:
+    """Remove C0 control characters except tab and newline.
+
+    One of them in an answer makes the spreadsheet export of several lmms-eval tasks fail.
+    """
+    return _CONTROL.sub("", text.replace("\r\n", "\n"))
 
 
 def normalise(answer: str) -> str:

@@ -115,13 +115,9 @@ class VlmTrainer(StrictResumeMixin, Trainer):
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Groups with the recipe's learning rates and weight decays."""
-        decays = {name: part.weight_decay for name, part in self.parts.items()}
-        usual = self.args.weight_decay
-        return build_param_groups(
-            model,
-            {name: part.lr for name, part in self.parts.items()},
-            {name: usual if decay is None else decay for name, decay in decays.items()},
-        )
+        usual, parts = self.args.weight_decay, self.parts.items()
+        decays = {n: usual if part.weight_decay is None else part.weight_decay for n, part in parts}
+        return build_param_groups(model, {name: part.lr for name, part in parts}, decays)
 
     def training_step(
         self,
