@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from llm2clip_vlm.chat.text_tokens import TextTokens
 from llm2clip_vlm.data.reading.images import open_image
@@ -275,6 +275,22 @@ def test_pictures_lose_depth_and_transparency_as_in_training(vlm: tuple[Any, Any
         parts = [{"type": "image", "url": image}, {"type": "text", "text": "what ?"}]
         (seen,) = make(vlm).render([{"role": "user", "content": parts}]).images
         assert seen.mode == "RGB" and seen.getpixel((0, 0)) == (level,) * 3
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF"])
+def test_pictures_that_a_task_opened_stand_upright_as_in_training(
+    vlm: tuple[Any, Any], tmp_path: Path, kind: str
+) -> None:
+    lying = Image.new("RGB", (20, 40), "red")
+    lying.paste("blue", (0, 0, 20, 20))
+    exif = lying.getexif()
+    exif[ExifTags.Base.Orientation] = 6
+    lying.save(tmp_path / "a", kind, exif=exif)
+    own = open_image(tmp_path, "a")
+    for given in (Image.open(tmp_path / "a"), Image.open(tmp_path / "a").convert("RGB"), own):
+        parts = [{"type": "image", "url": given}, {"type": "text", "text": "what ?"}]
+        (seen,) = make(vlm).render([{"role": "user", "content": parts}]).images
+        assert seen.size == (40, 20) and np.array_equal(seen, own)
 
 
 def test_each_option_reaches_the_configuration(vlm: tuple[Any, Any]) -> None:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -225,7 +226,7 @@ class EncodedImage:
         with _as_image_error(self.name):
             if strict:
                 self._require_undamaged()
-            return self._upright_rgb(self._opened)
+            return upright_rgb(self._opened)
 
     def pixels(self, least: tuple[float, float] | None = None) -> npt.NDArray[np.uint8]:
         """Decode for training, a JPEG perhaps at a half, a quarter or an eighth of its size.
@@ -260,7 +261,7 @@ class EncodedImage:
                 if part > 1:
                     width, height = self._opened.size
                     self._opened.draft(None, (width // part, height // part))
-                pixels = np.asarray(self._upright_rgb(self._opened))
+                pixels = np.asarray(upright_rgb(self._opened))
             elif self._turn is not None:
                 pixels = np.asarray(Image.fromarray(pixels).transpose(self._turn))
         return pixels
@@ -273,10 +274,6 @@ class EncodedImage:
             jpegs = [*tiff_jpegs(image, self.data)]
         for jpeg in jpegs:
             _decode_jpeg(jpeg, "CMYK" if image.mode == "CMYK" else "GRAY", (1, 1), 8)
-
-    def _upright_rgb(self, image: Image.Image) -> Image.Image:
-        image.load()
-        return to_rgb(image if self._turn is None else image.transpose(self._turn))
 
 
 def _decode_jpeg(
@@ -330,11 +327,24 @@ def _header(source: IO[bytes], name: str) -> tuple[Image.Image, Any, tuple[int, 
         if opened.format == "PNG" and isinstance(source, BytesIO):
             require_all_rows(opened, source.getvalue())
             scale_transparency(opened, source.getvalue()[24])
+    turn, (width, height) = _turn_of(opened), opened.size
+    return opened, turn, (height, width) if turn in _TURNS else (width, height)
+
+
+def _turn_of(image: Image.Image) -> Any:
     turn = None
     with suppress(Exception):  # damaged EXIF costs no picture; of a JPEG's, Pillow keeps silent
-        turn = _UPRIGHT.get(opened.getexif().get(ExifTags.Base.Orientation, 1))
-    width, height = opened.size
-    return opened, turn, (height, width) if turn in _TURNS else (width, height)
+        turn = _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return turn
+
+
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Turn an opened picture upright and convert it to RGB; nothing says any more that it lay."""
+    image.load()  # by which a TIFF turns itself
+    turn = _turn_of(image)
+    found = to_rgb(image if turn is None else image.transpose(turn))
+    found.info = {}
+    return found
 
 
 @cache
@@ -354,11 +364,7 @@ def picture_suffixes() -> frozenset[str]:
 @cache
 def _simplejpeg() -> Any:
     """Import the decoder. None: it is not installed."""
-    if find_spec("simplejpeg") is None:
-        return None
-    import simplejpeg
-
-    return simplejpeg
+    return import_module("simplejpeg") if find_spec("simplejpeg") else None
 
 
 @contextmanager

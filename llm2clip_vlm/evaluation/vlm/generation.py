@@ -23,7 +23,7 @@ from llm2clip_vlm.chat.labels import prompt_text
 from llm2clip_vlm.chat.template import render, template_of
 from llm2clip_vlm.chat.text_tokens import TextTokens, text_tokens
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.data.reading.samples import to_rgb
+from llm2clip_vlm.data.reading.images import upright_rgb
 from llm2clip_vlm.evaluation.vlm.shared_prefix import PrefixSharing, places
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash, strip_control
 from llm2clip_vlm.evaluation.vlm.token_queue import Closed, TokenQueue
@@ -172,7 +172,7 @@ class Generator:
                 if part["type"] == "text":
                     parts.append({"type": "text", "text": strip_control(self._said(part["text"]))})
                 elif part["type"] == "image" and isinstance(part["url"], Image.Image):
-                    images.append(to_rgb(part["url"]))
+                    images.append(upright_rgb(part["url"]))
                     parts.append({"type": "image"})
                 else:
                     raise ValueError(
