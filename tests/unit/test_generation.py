@@ -162,6 +162,24 @@ def test_a_sampling_generation_config_of_the_checkpoint_does_not_make_it_random(
         config.do_sample, config.temperature = None, None
 
 
+@pytest.mark.parametrize("name", ["repetition_penalty", "no_repeat_ngram_size"])
+def test_a_penalty_in_the_checkpoints_generation_config_changes_no_answer(
+    vlm: tuple[Any, Any], name: str
+) -> None:
+    """Qwen2.5-0.5B-Instruct has a `repetition_penalty` of 1.1, and a VLM around it inherits it."""
+    generator = make(vlm, max_new_tokens=12)
+    prompt = generator.render(messages(QUESTIONS[0]))
+    plain = generator.generate([prompt], [{}])
+    config = generator.model.generation_config
+    setattr(config, name, 5)
+    try:
+        assert generator.generate([prompt], [{}]) == plain
+        assert list(generator.stream(prompt, {}))[-1:] == plain
+        assert generator.model.generation_config is config  # it is there again
+    finally:
+        setattr(config, name, None)
+
+
 def test_an_answer_ends_at_the_end_token_whatever_its_batch_does(vlm: tuple[Any, Any]) -> None:
     generator = make(vlm)
     prompts = [generator.render(messages(q, 1, n)) for n, q in enumerate(QUESTIONS)]

@@ -375,11 +375,15 @@ class Generator:
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode without gradients; a live model gets its training mode back."""
-    was_training = model.training
-    model.eval()
+    """Evaluation mode without gradients; a live model gets its training mode back.
+
+    Nor do settings of its own act, such as the repetition penalty of Qwen2.5, with which
+    transformers would fill up the options: greedy would not be the likeliest word.
+    """
+    was_training, own = model.training, model.generation_config
+    model.eval().generation_config = GenerationConfig()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        model.train(was_training).generation_config = own
