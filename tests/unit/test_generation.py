@@ -266,6 +266,20 @@ def test_a_stop_string_counts_after_the_newline_that_a_template_leaves(
     assert generator._answer(ids, ()).text == "red\nand blue"
 
 
+def test_what_a_model_thinks_is_no_part_of_its_answer(vlm: tuple[Any, Any]) -> None:
+    """Qwen3's template writes an empty block before each answer that is trained."""
+    generator = make(vlm)
+
+    def answer(text: str, *until: str) -> Any:
+        generator.tokenizer = SimpleNamespace(decode=lambda ids, **_: text)
+        return generator._answer([5, 6], until)
+
+    for text in ("<think>\n\n</think>\n\nred", "red is </think> red", "\n</think>red\n\nand"):
+        assert answer(text, "\n\n").text == "red"
+    cut = answer("<think>\nit is red", "\n\n")
+    assert (cut.text, cut.cut) == ("", True)  # counted as an empty one
+
+
 def test_an_answer_is_cut_behind_its_first_end_token_and_at_the_first_stop_string(
     vlm: tuple[Any, Any],
 ) -> None:
@@ -277,7 +291,7 @@ def test_an_answer_is_cut_behind_its_first_end_token_and_at_the_first_stop_strin
 
     generator.tokenizer, generator.eos_ids = SimpleNamespace(decode=decode), [7, 9]
     answer = generator._answer([1, 2, 9, 3, 7], (",",))
-    assert decoded == [[1, 2, 9]]
+    assert decoded == [[1, 2]]  # an end token that is no special one would be text
     assert (answer.text, answer.num_tokens) == ("red", 3)  # the end token counts
     assert generator._answer([1, 2, 3], ()).num_tokens == 3
     # Cut by the limit: neither an end token nor a stop string.

@@ -365,12 +365,16 @@ class Generator:
 
     def _answer(self, ids: Sequence[int], until: tuple[str, ...]) -> Answer:
         ends = [place for place, token in enumerate(ids) if token in self.eos_ids]
-        kept = ids[: ends[0] + 1] if ends else ids
-        # Some templates put a newline before the answer: a stop string counts after the first word.
-        text = whole = self.tokenizer.decode(kept, skip_special_tokens=True).lstrip()
+        kept = ids[: ends[0]] if ends else ids  # an end token need be no special one
+        # Some templates put a newline before the answer, or thoughts (Qwen3: none) between marks:
+        # a stop string counts after the first word of what is said.
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).lstrip()
+        _, thought, said = text.rpartition("</think>")
+        text = whole = said.lstrip() if thought or not text.startswith("<think>") else ""
         for stop in filter(None, until):
             text = text.split(stop, 1)[0]
-        return Answer(strip_control(text).strip(), len(kept), not ends and text == whole)
+        length = len(kept) + bool(ends)
+        return Answer(strip_control(text).strip(), length, not ends and text == whole)
 
 
 @contextmanager
