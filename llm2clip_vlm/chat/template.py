@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from datetime import date
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from llm2clip_vlm.constants import IMAGE_TOKEN
 
 Message = dict[str, Any]
 
+_TODAY = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_DAY = date(2024, 7, 26)  # which Llama 3's template has where it cannot ask for today's
 
 _FOLDER = Path(__file__).with_name("templates")
 
@@ -77,8 +81,11 @@ def accept_image_parts(
     r"""Make a template take content as a list of `{"type": "image"}` and `text` parts.
 
     A template that already does is returned as it is; before any other, the parts are joined to
-    text, each image as `<image>` and, unless white space follows, a line break, as in LLaVA.
+    text, each image as `<image>` and, unless white space follows, a line break, as in LLaVA. A
+    template that asks for the date (Llama 3.2, SmolLM3, Granite) gets one that stays: by today's,
+    a run that goes on tomorrow has other tokens, and a model is asked what it was not trained on.
     """
+    template = _TODAY.sub(lambda found: repr(_DAY.strftime(found[2])), template)
     probe = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "probe"}]}]
     try:
         text = render(probe, template, tokenizer)

@@ -335,6 +335,15 @@ def test_chat_template_lookup(tmp_path: Path) -> None:
         find_chat_template(None, tokenizer)
 
 
+def test_a_template_that_asks_for_the_date_says_the_same_tomorrow() -> None:
+    tokenizer = llm_tokenizer()
+    for asks in ("strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'):
+        given = f"{{% if strftime_now is defined %}}{{{{ {asks} }}}}{{% endif %}}{CHAT_TEMPLATE}"
+        template = accept_image_parts(given, tokenizer)
+        text = render(to_messages(TURNS[:2])[:1], template, tokenizer)
+        assert text.startswith("26 Jul 2024<s><|user|>")
+
+
 def test_preview_shows_what_is_trained() -> None:
     tokenizer = llm_tokenizer()
     ids, labels = build_labels(tokenizer, TURNS[:2], num_visual_tokens=16)
