@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.parent("projector", vlm.projector, "stage3_projector", "stage4_instruction")
     if vlm.chat_template is not None and os.path.isfile(vlm.chat_template):
         run.parents["chat_template"] = vlm.chat_template
-    args = run.arguments()
+    args = run.arguments(**vlm_run.EXACT_LOSS)
     if run.checkpoint is None and is_main() and composed.is_dir():
         foreign(composed, unsigned(composed))
         remove(composed)  # left by a run that was killed early, maybe with other parents

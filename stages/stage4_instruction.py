@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     recipe, base = run.recipe, run.recipe.checkpoint
     parent = run.parent("checkpoint", base, "stage3_projector", run.stage)
-    args = run.arguments()
+    args = run.arguments(**vlm_run.EXACT_LOSS)
 
     # model
     say(f"model: loads {base}")

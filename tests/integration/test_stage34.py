@@ -132,6 +132,22 @@ def test_chat_style_and_plain_style_differ(stage3: tuple[Path, Path, str], work:
     assert losses(work / "chat")[0] != pytest.approx(losses(out)[0], abs=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("label_smoothing_factor", 0.1), ("average_tokens_across_devices", False)]
+)
+def test_another_loss_than_the_mean_over_the_next_tokens_is_refused(
+    stage3: tuple[Path, Path, str], work: Path, key: str, value: Any
+) -> None:
+    recipe, _ = stage4_recipe(work, "loss", trainer={key: value})
+    given = (f"trainer.{key}={str(value).lower()}", f"output_dir={work / 'loss3'}")
+    for stage, more in (
+        ("stage4_instruction", (recipe,)),
+        ("stage3_projector", (stage3[0], *given)),
+    ):
+        with pytest.raises(ValueError, match=f"trainer.{key}: this stage needs"):
+            run_here(stage, *more)
+
+
 def test_stage4_trains_what_the_map_names(stage3: tuple[Path, Path, str], work: Path) -> None:
     recipe, out = stage4_recipe(work, "lm", trainable={"language_model": 1e-2})
     run_here("stage4_instruction", recipe)

@@ -502,6 +502,7 @@ def test_a_packed_plan_is_made_of_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     args: Any = SimpleNamespace(
         train_sampling_strategy="random", dataloader_drop_last=False, max_steps=-1,
         num_train_epochs=1.5, per_device_train_batch_size=2, process_index=1, world_size=4,
+        seed=11, data_seed=None,
     )  # fmt: skip
     wanted = {"global_batch_size": 8, "max_tokens": 128, "max_images": 6, "seed": 11}
     wanted |= {"epochs": 2, "rank": 1, "world_size": 4, "drop_last": False}
@@ -518,6 +519,9 @@ def test_a_packed_plan_is_made_of_the_recipe(monkeypatch: pytest.MonkeyPatch) ->
     assert build() == wanted
     args.dataloader_drop_last = True
     assert build() == wanted | {"epochs": 3, "drop_last": True}
+    args.data_seed = 5
+    assert build() == wanted | {"epochs": 3, "drop_last": True, "seed": 5}
+    assert read["seed"] == 11
 
 
 @pytest.mark.parametrize("part", ["language_model.layers.0", "vision_tower", "lm_head"])

@@ -45,6 +45,10 @@ from llm2clip_vlm.training.vlm.vlm_trainer import VlmTrainer
 VlmData = tuple[InstructionDataset, Callable[[Any], dict[str, Any]], PackedBatches | None]
 """Dataset, collator and, with packing, the plan of its micro-batches."""
 
+EXACT_LOSS = {"label_smoothing_factor": 0.0, "average_tokens_across_devices": True}
+"""Trainer arguments by which the loss is the mean over a step's tokens, each predicted from those
+before it. (Transformers smooths a LLaVA's labels without shifting them: each token is its own.)"""
+
 
 def build_trainer(
     run: StageRun[Any],
@@ -246,7 +250,7 @@ def build_vlm_data(
         global_batch_size=recipe.global_batch_size,
         max_tokens=recipe.max_length_tokens * args.per_device_train_batch_size,
         max_images=recipe.packing_max_images,
-        seed=recipe.seed,
+        seed=args.seed if args.data_seed is None else args.data_seed,
         epochs=math.ceil(wanted / steps),
         rank=args.process_index,
         world_size=args.world_size,
