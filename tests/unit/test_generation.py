@@ -266,6 +266,17 @@ def test_a_stop_string_counts_after_the_newline_that_a_template_leaves(
     assert generator._answer(ids, ()).text == "red\nand blue"
 
 
+def test_blanks_of_an_answer_stay_where_a_tokenizer_would_clean_them_up(
+    vlm: tuple[Any, Any],
+) -> None:
+    """Llama 3's has `clean_up_tokenization_spaces`: what was trained came back changed."""
+    generator = make(vlm)
+    generator.tokenizer = copy.deepcopy(generator.tokenizer)
+    generator.tokenizer.clean_up_tokenization_spaces = True
+    ids = generator.tokenizer("red , blue .", add_special_tokens=False)["input_ids"]
+    assert generator._answer(ids, ()).text == "red , blue ."
+
+
 def test_what_a_model_thinks_is_no_part_of_its_answer(vlm: tuple[Any, Any]) -> None:
     """Qwen3's template writes an empty block before each answer that is trained."""
     generator = make(vlm)

@@ -368,7 +368,8 @@ class Generator:
         kept = ids[: ends[0]] if ends else ids  # an end token need be no special one
         # Some templates put a newline before the answer, or thoughts (Qwen3: none) between marks:
         # a stop string counts after the first word of what is said.
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).lstrip()
+        plain = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        text = self.tokenizer.decode(kept, **plain).lstrip()
         _, thought, said = text.rpartition("</think>")
         text = whole = said.lstrip() if thought or not text.startswith("<think>") else ""
         for stop in filter(None, until):

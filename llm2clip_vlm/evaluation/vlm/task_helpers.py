@@ -31,8 +31,7 @@ def no_visual(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> list[Image.I
 
 def doc_to_text(doc: Mapping[str, Any], kwargs: Mapping[str, Any]) -> str:
     """The document's question between the task's `pre_prompt` and `post_prompt`."""
-    question = doc["question"].strip()
-    return f"{kwargs.get('pre_prompt', '')}{question}{kwargs.get('post_prompt', '')}"
+    return f"{kwargs.get('pre_prompt', '')}{doc['question'].strip()}{kwargs.get('post_prompt', '')}"
 
 
 def pixel_hash(images: Iterable[Image.Image]) -> str:
