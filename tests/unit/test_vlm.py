@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +191,22 @@ def test_padding_is_saved_and_changes_what_is_seen(
     torch.testing.assert_close(
         again.image_processor(photo(), return_tensors="pt")["pixel_values"], one
     )
+
+
+def test_a_padded_picture_is_seen_whole_by_a_tower_that_crops_a_margin(
+    tmp_path: Path, tiny_clip: Path, tiny_llm: Path
+) -> None:
+    """DINOv2 scales to 256 px and crops 224: of a wide picture an eighth would be out of sight."""
+    shutil.copytree(tiny_clip, tmp_path / "clip")
+    file = tmp_path / "clip" / "preprocessor_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"size": {"shortest_edge": 40}}))
+    _, processor = build_vlm(tmp_path / "clip", tiny_llm, image_aspect_ratio="pad")
+    wide = Image.new("RGB", (64, 32), "black")
+    wide.paste("white", (0, 0, 4, 32))  # its left border
+    (pixels,) = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (3, 32, 32)
+    assert pixels[:, 16, 0].min() > 1 and pixels[:, 16, 4:].max() < -1
 
 
 def test_only_what_is_used_stays_trainable(tmp_path: Path, tiny_clip: Path, tiny_llm: Path) -> None:

@@ -49,9 +49,10 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
         return
     if aspect_ratio == "square":
         return
-    arguments = _taken_over(old)
-    arguments.setdefault("do_center_crop", False)
+    arguments = {"do_center_crop": False} | _taken_over(old)
     arguments.setdefault("crop_size", arguments["size"])  # LLaVA's own default is 224
+    if arguments["do_center_crop"]:  # what is padded to be whole loses no margin (DINOv2's) again
+        arguments["size"] = {"shortest_edge": arguments["crop_size"]["height"]}
     processor.image_processor = image_processor_class("LlavaImageProcessor")(
         **arguments, do_pad=True
     )
@@ -89,10 +90,8 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
             f"image_grid_pinpoints: expected [height, width] in multiples of the tower's {side} "
             f"px, got {odd[0]}"
         )
-    arguments = _taken_over(tower.image_processor) | {
-        "size": {"shortest_edge": side},
-        "crop_size": {"height": side, "width": side},
-    }
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    arguments = _taken_over(tower.image_processor) | size
     return image_processor_class("LlavaNextImageProcessor")(
         **arguments, image_grid_pinpoints=chosen
     )
