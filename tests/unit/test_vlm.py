@@ -154,6 +154,29 @@ def test_image_token_is_added_with_mean_rows(tmp_path: Path, tiny_clip: Path) ->
     assert model.generation_config.pad_token_id == processor.tokenizer.pad_token_id
 
 
+def test_a_row_in_reserve_that_becomes_a_tokens_is_the_mean(
+    tmp_path: Path, tiny_clip: Path
+) -> None:
+    """Qwen2.5 has 151,936 rows for 151,665 tokens; the others were never trained."""
+    from transformers import AutoModelForCausalLM
+
+    llm = build_other_llm(tmp_path / "llm", "qwen2", tied=False)
+    model = AutoModelForCausalLM.from_pretrained(llm)
+    before = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(before + 8)
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        part.weight.data[before:] = 77
+    model.save_pretrained(llm)
+    composed, processor = build_vlm(tiny_clip, llm, extra_tokens=["<box>"])
+    new = processor.tokenizer.convert_tokens_to_ids(["<box>", IMAGE_TOKEN])
+    assert new == [before, before + 1]
+    for table in (composed.get_input_embeddings(), composed.get_output_embeddings()):
+        torch.testing.assert_close(table.weight[new], table.weight[:before].mean(0).expand(2, -1))
+        assert table.weight.shape[0] == before + 8 and bool(
+            (table.weight[before + 2 :] == 77).all()
+        )
+
+
 def test_dtype_is_one_for_all(tiny_clip: Path, tiny_llm: Path) -> None:
     model, processor = build_vlm(tiny_clip, tiny_llm, dtype="bfloat16")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}

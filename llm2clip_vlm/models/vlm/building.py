@@ -92,8 +92,8 @@ def build_vlm(
     """Composes a LLaVA from a vision tower and a causal language model.
 
     The projector is new (`Linear-GELU-Linear`, torch's default initialisation, as in LLaVA's
-    `mlp2x_gelu`); everything else keeps its weights. `<image>` becomes a special token; new
-    embedding rows are the mean of the old ones.
+    `mlp2x_gelu`); everything else keeps its weights. `<image>` becomes a special token; the
+    embedding rows of new tokens are the mean of the old ones.
 
     Args:
         vision_tower: See :func:`~llm2clip_vlm.models.vision.towers.load_vision_tower`.
@@ -136,19 +136,17 @@ def build_vlm(
     _check_layers(tower.num_hidden_layers + 1, vision_feature_layer, vision_tower)
     if not tower.has_cls_token:
         vision_feature_select_strategy = "full"  # transformers' `default` would drop a patch
-    _keep_whole(tokenizer, extra_tokens)
     template = accept_image_parts(template, tokenizer)
-    image_token_id = _add_image_token(tokenizer, llm)
+    image_token_id = _add_tokens(tokenizer, llm, extra_tokens)
     template = with_system_prompt(template, system_prompt, tokenizer)
     _no_second_bos(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
-    num_visual = tower.num_patches + tower.num_prefix_tokens - dropped
     model_type = "llava"
     processor_class: Any = LlavaProcessor
     image_processor = tower.image_processor
     settings: dict[str, Any] = {
         "image_token_index": image_token_id,
-        "image_seq_length": num_visual,
+        "image_seq_length": tower.num_patches + tower.num_prefix_tokens - dropped,
         "vision_feature_layer": vision_feature_layer,
         "vision_feature_select_strategy": vision_feature_select_strategy,
     }
@@ -353,18 +351,21 @@ def _keep_whole(tokenizer: Any, words: Sequence[str]) -> None:
     tokenizer.add_tokens([AddedToken(word, special=False, normalized=False) for word in words])
 
 
-def _add_image_token(tokenizer: Any, llm: Any) -> int:
-    """Makes `<image>` a token; new rows of the embeddings become the mean of the old."""
+def _add_tokens(tokenizer: Any, llm: Any, words: Sequence[str]) -> int:
+    """Makes words and `<image>` tokens; new rows, in reserve or not, become the mean of the old."""
+    known = {*tokenizer.get_vocab().values()}
+    _keep_whole(tokenizer, words)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
         token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
         tokenizer.add_tokens([token], special_tokens=True)
     rows = llm.get_input_embeddings().weight.shape[0]
+    new = sorted({*tokenizer.get_vocab().values()} - known | {*range(rows, len(tokenizer))})
     if len(tokenizer) > rows:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-        with torch.no_grad():
-            for embedding in (llm.get_input_embeddings(), llm.get_output_embeddings()):
-                weight = embedding.weight
-                weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+    with torch.no_grad():
+        for part in (llm.get_input_embeddings(), llm.get_output_embeddings()) if new else ():
+            weight = part.weight
+            weight[new] = weight[: new[0]].float().mean(0).to(weight.dtype)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
