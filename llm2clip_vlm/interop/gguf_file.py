@@ -19,19 +19,15 @@ from llm2clip_vlm.models.loading import boundary
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")
-_AS_GPT2 = frozenset(
+_AS_GPT2 = (
     "a.x-4.0 exaone4 gigachat gpt-2 granite-docling jais jina-de jina-es jina-v1-en jina-v2-code "
     "jina-v2-de jina-v2-es mellum mpt olmo phi-2 roberta-bpe trillion".split()
 )
-_DIGITS_APART = frozenset("codeshell command-r exaone minerva-7b refact smollm starcoder".split())
+_DIGITS_APART = "codeshell command-r exaone minerva-7b refact smollm starcoder".split()
 """Values of `tokenizer.ggml.pre` whose texts are split as GPT-2's, or so after each digit is one's
 own (llama.cpp's `llama-vocab.cpp`)."""
-_SAID = {
-    "rope.scaling.factor": "factor",
-    "attention.sliding_window": "sliding_window",
-    "attn_logit_softcapping": "attn_logit_softcapping",
-    "final_logit_softcapping": "final_logit_softcapping",
-}
+_SAID = {"rope.scaling.factor": "factor", "attention.sliding_window": "sliding_window"}
+_SAID |= {f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")}
 """What a file says of the computation beside its weights, and what a config calls it."""
 
 
