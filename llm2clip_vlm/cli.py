@@ -39,7 +39,7 @@ from typing import Any
 from llm2clip_vlm import __version__
 from llm2clip_vlm.files import find_program, find_recipe, load_program
 from llm2clip_vlm.preflight.machines import add_options, find_machine
-from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, stage_of
+from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, read_layers
 from llm2clip_vlm.remote.addresses import RemoteError
 
 STAGES = {
@@ -326,7 +326,7 @@ def _plan(given: argparse.Namespace) -> int | None:
     from llm2clip_vlm.recipe.stages import RECIPES
 
     source = find_recipe(given.recipe)
-    if (stage := stage_of(source)) not in RECIPES:
+    if (stage := read_layers(Path(source)).get("stage")) not in RECIPES:
         raise ValueError(
             f"{source}: stage: expected one of {', '.join(RECIPES)}, got {stage or 'none'}; of a "
             "pipeline, plan the recipes of its steps"
@@ -347,7 +347,9 @@ def _eval(command: str, *words: str) -> int | None:
     """A recipe judges an encoder, everything else is a VLM's."""
     if words and not words[0].startswith("-") and "=" not in words[0]:
         recipe = find_recipe(words[0])
-        if (stage := stage_of(recipe)) != "run_encoder":  # before the program imports torch
+        if (
+            stage := read_layers(Path(recipe)).get("stage")
+        ) != "run_encoder":  # before the program imports torch
             raise ValueError(
                 f"{recipe}: expected a recipe with `stage: run_encoder`, which judges an encoder, "
                 f"got {stage or 'none'}; a suite for VLMs is given as `eval --suite {words[0]}`"

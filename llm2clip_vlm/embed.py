@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.files import find_program, load_program
+from llm2clip_vlm.files import find_program, load_program, write_atomically
 
 COST_NAME = "encode_cost.jsonl"
 """File beside a cache: texts and seconds of each part that stage 2a has encoded."""
@@ -61,9 +62,17 @@ def _build(arguments: argparse.Namespace) -> int | None:
 
 def _verify(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
+    from llm2clip_vlm.data.cache.shards import CacheError
+    from llm2clip_vlm.runs.hashes import changed_outputs
+    from llm2clip_vlm.runs.manifest import read_manifest
 
     cache = EmbeddingCache.open(arguments.cache)
     cache.verify()
+    if lost := changed_outputs(arguments.cache, read_manifest(arguments.cache) or {}):
+        raise CacheError(
+            f"{arguments.cache}: {lost[0]} is not what stage 2a left ({len(lost)} such files); "
+            "copy the cache again, or run stage 2a once more (it encodes only what is lacking)"
+        )
     print(f"{arguments.cache}: {len(cache)} rows in {len(cache.shards)} files are as written")
 
 
@@ -71,10 +80,9 @@ def _merge(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 
     cache = EmbeddingCache.join(arguments.cache, arguments.sources)
-    costs = arguments.cache / COST_NAME
-    if not costs.exists():
-        logs = [source / COST_NAME for source in arguments.sources]
-        costs.write_text("".join(log.read_text() for log in logs if log.is_file()))
+    logs = [folder / COST_NAME for folder in (arguments.cache, *arguments.sources)]
+    rows = itertools.chain(*(log.read_text().splitlines() for log in logs if log.is_file()))
+    write_atomically(logs[0], "".join(f"{row}\n" for row in dict.fromkeys(rows)))
     print(f"{arguments.cache}: {len(cache)} rows")
 
 
@@ -94,8 +102,13 @@ def _report(arguments: argparse.Namespace) -> None:
         print(f"dedup ratio    {texts / different:.3f} ({texts} texts, {different} different)")
     else:
         print("dedup ratio    unknown: no manifest (run stage 2a once more to have it written)")
-    costs = arguments.cache / COST_NAME
-    if costs.is_file() and (parts := [json.loads(row) for row in costs.read_text().splitlines()]):
+    costs, parts = arguments.cache / COST_NAME, list[dict[str, Any]]()
+    for number, row in enumerate(costs.read_text().splitlines() if costs.is_file() else (), 1):
+        try:
+            parts.append(dict(json.loads(row)))
+        except (TypeError, ValueError):  # a killed process wrote half of it
+            print(f"not counted    {costs}:{number}: {row[:60]!r}")
+    if parts:
         texts, seconds, cut = (sum(p.get(k, 0) for p in parts) for k in ("texts", "seconds", "cut"))
         speed = texts / max(seconds, 1e-9)
         print(

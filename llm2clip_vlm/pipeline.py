@@ -20,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from operator import itemgetter
@@ -28,8 +29,9 @@ from typing import Any
 
 from llm2clip_vlm.constants import STOPPED
 from llm2clip_vlm.files import find_program, find_shipped, read_json, write_atomically
+from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
-from llm2clip_vlm.recipe.reading import load_recipe, read_layers
+from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, read_layers, resolved
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import hashes, supervise
 from llm2clip_vlm.runs.card import CARD_NAME
@@ -72,7 +74,7 @@ class Job:
     order: tuple[int, ...]
     asked: str = ""
     complete: bool = False
-    process: subprocess.Popen[bytes] | None = None
+    process: subprocess.Popen[bytes] = field(init=False, compare=False)
     started: float = 0.0
     log: Path = field(default=Path())
     log_start: int = 0
@@ -140,9 +142,14 @@ def asked_of(job: Job) -> str:
 
     A stage's output is known by its manifest; the job's own outputs are left out.
     """
-    recipe = read_layers(Path(job.recipe[0])) | {"notes": None} if job.step.recipe else None
-    options = [*job.recipe[bool(job.step.recipe) :], *job.arguments]
-    named = re.findall(r'"([^"]+)"', json.dumps(recipe, default=str))
+    path, *words = job.recipe if job.step.recipe else ["", *job.recipe]
+    recipe, values, options = None, None, [*words, *job.arguments]
+    if path:
+        recipe = read_layers(Path(path)) | {"notes": None}
+        with suppress(RecipeError):  # of a program that has defaults of its own
+            values = resolved(path, RECIPES.get(job.step.program, EncoderEvalRecipe), words)
+    written = json.dumps([recipe, values], default=str, ensure_ascii=False)
+    named = re.findall(r'"([^"]+)"', written)
     named += [word.partition("=")[2] or word for word in options]
     if job.step.program != COMMAND:
         named.append(str(find_program(job.step.program, Path.cwd())))
@@ -351,7 +358,6 @@ class Pipeline:
 
     def _ended(self) -> Iterator[Job]:
         for job in list(self.running):
-            assert job.process is not None
             code = job.process.poll()
             if code is None:
                 continue
@@ -388,8 +394,7 @@ class Pipeline:
 
     def _stop_all(self) -> None:
         for job in self.running:
-            assert job.process is not None and job.process.stdin is not None
+            assert job.process.stdin is not None
             job.process.stdin.close()
         for job in self.running:
-            assert job.process is not None
             job.process.wait()

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         began, before = time.monotonic(), with_prompt.tokens.num_truncated
         embeds = with_prompt.encode(part, batch_tokens=recipe.batch_tokens, show_progress=bar)
         cost = {"texts": len(part), "seconds": round(time.monotonic() - began, 3)}
-        cost["cut"] = with_prompt.tokens.num_truncated - before
+        cost |= {"cut": with_prompt.tokens.num_truncated - before, "at": time.time()}
         with (out / COST_NAME).open("a") as log:
             log.write(json.dumps(cost) + "\n")
         return embeds

@@ -24,17 +24,18 @@ def parser(command: str) -> argparse.ArgumentParser:
         made.add_argument("--to", required=True, choices=FORMATS, help="the tool")
         made.add_argument("--dtype", choices=DTYPES, help="round a VLM's weights to this")
         earlier = "an earlier export in OUT that nobody has changed"
-        made.add_argument("--replace", action="store_true", help=earlier)
+        made.add_argument("--replace", dest="renew", action="store_true", help=earlier)
     else:
         made.description = (
             "Make a checkpoint of this package from LLM2CLIP's, open_clip's, timm's, LLaVA's or "
             "transformers'; what it is is read off its weights."
         )
-        made.add_argument("checkpoint", metavar="IN", help="a file, a folder, or a hub id")
+        made.add_argument("path", metavar="IN", help="a file, a folder, or a hub id")
         made.add_argument("--vision-tower", metavar="DIR", help="of a LLaVA that keeps it apart")
         made.add_argument("--language-model", metavar="DIR", help="of an mm_projector.bin")
         made.add_argument(
             "--set",
+            dest="settings",
             metavar="KEY=VALUE",
             type=setting,
             action="append",
@@ -59,28 +60,17 @@ def parser(command: str) -> argparse.ArgumentParser:
 
 def main(command: str, words: Sequence[str]) -> int:
     """Run `export` or `convert`, and print the certificate's checks."""
-    arguments = parser(command).parse_args(words)
+    given = vars(parser(command).parse_args(words))
     if command == "export":
         from llm2clip_vlm.interop.export import export
 
-        given = arguments.checkpoint, arguments.to, arguments.out, arguments.dtype
-        certificate = export(*given, renew=arguments.replace)
+        certificate = export(**given)
     else:
         from llm2clip_vlm.interop.convert import convert
 
-        settings = dict(arguments.set)
-        if arguments.image_size is not None:
-            settings["image_size"] = arguments.image_size
-        certificate = convert(
-            arguments.checkpoint,
-            arguments.out,
-            vision_tower=arguments.vision_tower,
-            language_model=arguments.language_model,
-            settings=settings,
-            partial=arguments.partial,
-            sha256=arguments.sha256,
-            trust_remote_code=arguments.trust_remote_code,
-        )
+        side = given.pop("image_size")
+        given["settings"] = dict(given["settings"]) | ({} if side is None else {"image_size": side})
+        certificate = convert(**given)
         print(f"format {certificate['format']}: {certificate.get('keys', {})}")
     if rounding := certificate.get("rounding"):
         moved = "{max_difference:.3g} of {largest_value:.3g}".format(**rounding)
@@ -91,7 +81,7 @@ def main(command: str, words: Sequence[str]) -> int:
     for word in ("lost", "guessed"):
         if word in certificate:
             print(f"{word}: {certificate[word]}")
-    print(f"{arguments.out} written, with parity.json")
+    print(f"{given['out']} written, with parity.json")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from llm2clip_vlm.hub import ModelError
@@ -17,6 +19,16 @@ from llm2clip_vlm.models.loading import boundary
 
 MAGIC = b"GGUF"
 _DTYPES = ("float32", "bfloat16", "float16")
+_AS_GPT2 = (
+    "a.x-4.0 exaone4 gigachat gpt-2 granite-docling jais jina-de jina-es jina-v1-en jina-v2-code "
+    "jina-v2-de jina-v2-es mellum mpt olmo phi-2 roberta-bpe trillion".split()
+)
+_DIGITS_APART = "codeshell command-r exaone minerva-7b refact smollm starcoder".split()
+"""Values of `tokenizer.ggml.pre` whose texts are split as GPT-2's, or so after each digit is one's
+own (llama.cpp's `llama-vocab.cpp`)."""
+_SAID = {"rope.scaling.factor": "factor", "attention.sliding_window": "sliding_window"}
+_SAID |= {f"{name}_logit_softcapping": f"{name}_logit_softcapping" for name in ("attn", "final")}
+"""What a file says of the computation beside its weights, and what a config calls it."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -40,8 +52,8 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
 
     Raises:
         ModelError: The package `gguf` is missing, the file is damaged or no decoder that
-            transformers reads, weights in the file have no place in the model or the reverse, or an
-            unknown setting.
+            transformers reads, weights or settings in the file have no place in the model or the
+            reverse, nobody knows how its tokenizer splits texts, or an unknown setting.
     """
     dtype = str(dict(settings).pop("dtype", _DTYPES[0]))
     if dtype not in _DTYPES or set(settings) - {"dtype"}:
@@ -49,7 +61,7 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
             f"{source}: --set: expected dtype={'|'.join(_DTYPES)} alone for a GGUF file, got "
             f"{', '.join(f'{key}={value}' for key, value in settings.items())}"
         )
-    kinds, values = _read(source)
+    kinds, values, said = _read(source)
     where = {"pretrained_model_name_or_path": str(source.parent), "gguf_file": source.name}
     with boundary(f"{source}: transformers cannot read this GGUF"):
         config = AutoConfig.from_pretrained(**where, trust_remote_code=False)
@@ -57,6 +69,14 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
             **where, config=config, dtype=getattr(torch, dtype), trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(**where, trust_remote_code=False)
+    made = json.dumps(config.to_dict(), default=str)
+    for key, value in said.items():
+        name = _SAID.get(key.partition(".")[2])
+        if name and value != 1 and f'"{name}": {value}' not in made:
+            raise ModelError(
+                f"{source}: it says {key} {value}, which the config that transformers makes of it "
+                "leaves out, and it would compute something else. Get the original checkpoint"
+            )
     own = sum(parameter.numel() for parameter in model.parameters())
     if own != sum(values.values()):
         named = ", ".join(name for name in values if name.startswith("rope")) or "unknown"
@@ -72,20 +92,50 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    guess = _split_as_said(tokenizer, said.get("tokenizer.ggml.pre"), source)
     expected, got = save_llm(model, tokenizer, folder)
     more: dict[str, Any] = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
     more["chat_template"] = bool(tokenizer.chat_template)
-    return Evidence("transformers, as it reads the GGUF", expected, got, more)
+    return Evidence("transformers, as it reads the GGUF", expected, got, more | guess)
 
 
-def _read(source: Path) -> tuple[Counter[str], dict[str, int]]:
-    """How many tensors of which type there are, and each one's number of values."""
+def _split_as_said(tokenizer: Any, way: str | None, source: Path) -> dict[str, str]:
+    """Let a byte-level tokenizer split texts as the file says, and return what had to be guessed.
+
+    Transformers splits as GPT-2 does wherever it does not know the way: pieces that no merge was
+    learned from, and so other tokens.
+    """
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel) or way in _AS_GPT2:
+        return {}
+    if way is None:
+        return {"guessed": "texts split as GPT-2's (there is no tokenizer.ggml.pre)"}
+    if way not in _DIGITS_APART:
+        raise ModelError(
+            f"{source}: tokenizer.ggml.pre is {way!r}, a way to split texts that is not known here "
+            "and that transformers takes for GPT-2's. Get the original checkpoint"
+        )
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, backend.pre_tokenizer])
+    return {}
+
+
+def _read(source: Path) -> tuple[Counter[str], dict[str, int], dict[str, Any]]:
+    """How many tensors of which type there are, each one's number of values, and what is said.
+
+    Of what is said only that which a pass or a text's tokens depend on.
+    """
     try:
         from gguf import GGUFReader
     except ImportError:
         raise ModelError(f"{source}: reading GGUF needs a package: pip install gguf") from None
     logging.getLogger("gguf").setLevel(logging.ERROR)
     with boundary(f"{source}: damaged or cut short", "; fetch it again"):
-        tensors = GGUFReader(source).tensors
-    kinds = Counter(str(tensor.tensor_type.name) for tensor in tensors)
-    return kinds, {tensor.name: int(tensor.n_elements) for tensor in tensors}
+        reader = GGUFReader(source)
+        said = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if key.partition(".")[2] in {"ggml.pre", *_SAID}
+        }
+    kinds = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
+    return kinds, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}, said

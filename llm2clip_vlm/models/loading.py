@@ -29,15 +29,7 @@ from transformers.utils import cached_file
 from transformers.utils import logging as transformers_logging
 
 from llm2clip_vlm.hub import ModelError, require_place
-from llm2clip_vlm.models.checkpoint_files import (
-    WEIGHTS,
-    check_sizes,
-    check_values,
-    read_config_file,
-    refuse_gguf,
-    weight_files,
-    weights_of_folder,
-)
+from llm2clip_vlm.models import checkpoint_files
 from llm2clip_vlm.models.text.tokenizer_files import SENTENCEPIECE, as_in_files
 
 SAFE: dict[str, Any] = {"trust_remote_code": False}
@@ -91,12 +83,12 @@ def load_complete(
     _refuse_missing(path, model, found, optional)
     if source is None:
         _refuse_unknown(path, model, _unknown(model, found))
-    check_values(model, path)
+    checkpoint_files.check_values(model, path)
     forget_paths(model.config)
     model.name_or_path = model.config._name_or_path  # which PEFT writes into an adapter
     if source is not None and not local:
         folder = Path(cached_file(path, "config.json") or "").parent
-        if not weight_files(folder, WEIGHTS):
+        if not checkpoint_files.weight_files(folder, checkpoint_files.WEIGHTS):
             return model  # the hub's own conversion of pickled weights lies in another revision
         _check_names(model_class, folder, optional, arguments)
     return model
@@ -119,9 +111,9 @@ def _check_names(
     model_class: Any, folder: Path, optional: str | None, arguments: Mapping[str, Any]
 ) -> None:
     """Compare names and shapes of the weights with what the config describes, on no device."""
-    written = read_config_file(folder)
-    weights = weights_of_folder(folder, written)
-    check_sizes(written, weights, folder)
+    written = checkpoint_files.read_config_file(folder)
+    weights = checkpoint_files.weights_of_folder(folder, written)
+    checkpoint_files.check_sizes(written, weights, folder)
     if written.get("quantization_config") or is_deepspeed_zero3_enabled():
         return  # names are those of the quantised modules; shapes are shards
     config = arguments.get("config") or read_config(folder)
@@ -242,9 +234,9 @@ def read_config(path: str | Path) -> Any:
         ModelError: It is missing, or unknown to transformers and this package, or no
             model can have its numbers.
     """
-    refuse_gguf(Path(path))
+    checkpoint_files.refuse_gguf(Path(path))
     if Path(path).is_dir() and (Path(path) / "config.json").exists():
-        read_config_file(Path(path))
+        checkpoint_files.read_config_file(Path(path))
     remedy = (
         "; expected a model directory or a hub id. A directory that a stage writes is there once "
         "that stage has run"

@@ -75,16 +75,21 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
     Raises:
         RecipeError: Lists all that can be seen at once, in the file, its parents and overrides.
     """
-    data = _overridden(read_layers(Path(find_recipe(str(path)))), overrides)
-    if strange := _of_another_stage(data.get("stage"), model):
-        raise RecipeError(path, strange)
-    data = _interpolated(data, model, path)
+    data = resolved(path, model, overrides)
     if wrong := list(_refused(data)):
         raise RecipeError(path, *wrong)
     try:
         return model.model_validate(data)
     except ValidationError as error:
         raise RecipeError(path, *_explained(error, data, model)) from None
+
+
+def resolved(path: str | Path, model: type[BaseModel], overrides: Sequence[str] = ()) -> Any:
+    """Read, merge and interpolate a recipe as :func:`load_recipe` does, but check no key."""
+    data = _overridden(read_layers(Path(find_recipe(str(path)))), overrides)
+    if strange := _of_another_stage(data.get("stage"), model):
+        raise RecipeError(path, strange)
+    return _interpolated(data, model, path)
 
 
 def overridden(recipe: T, overrides: Sequence[str]) -> T:
@@ -120,15 +125,6 @@ def _of_another_stage(given: Any, model: type[BaseModel]) -> str | None:
         f"stage: expected {wanted}, got {given}; a recipe of that stage is started with "
         f"`llm2clip-vlm {command}`"
     )
-
-
-def stage_of(path: str | Path) -> str | None:
-    """The stage that a recipe or one of its parents names. None: there is none.
-
-    Raises:
-        RecipeError: It cannot be read.
-    """
-    return read_layers(Path(path)).get("stage")
 
 
 def to_plain(recipe: BaseModel) -> dict[str, Any]:

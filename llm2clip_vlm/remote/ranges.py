@@ -13,15 +13,7 @@ from typing import IO, Any
 
 from fsspec.spec import AbstractBufferedFile
 
-from llm2clip_vlm.remote.addresses import (
-    AT_ONCE,
-    CHANGED,
-    FileState,
-    RemoteError,
-    file_system,
-    tag_of,
-    tried,
-)
+from llm2clip_vlm.remote import addresses
 from llm2clip_vlm.remote.range_cache import RangeCache
 
 _STREAM_BYTES = 4 * 2**20  # read at once where a file is read through
@@ -35,7 +27,7 @@ class RemoteFile:
         `RemoteFile(look_up("s3://bucket/00000.tar")[0], RangeCache(folder, 2**30)).read(512, 99)`
     """
 
-    state: FileState
+    state: addresses.FileState
     """Address, size, and what its contents are recognised by."""
     cache: RangeCache
     """Where its ranges are kept."""
@@ -58,7 +50,7 @@ class RemoteFile:
         """Folder on this machine for what is made of this file."""
         return self.cache.folder / "tables" / hashlib.sha256(str(self).encode()).hexdigest()[:16]
 
-    def stat(self) -> FileState:
+    def stat(self) -> addresses.FileState:
         """Its size, and what it is recognised by; nothing is asked."""
         return self.state
 
@@ -112,7 +104,8 @@ class RemoteFile:
                 raise OSError(f"{len(data)} of {size} bytes came")
             return data
 
-        return tried(f"{self}: bytes {start} to {start + size - 1}", once) if size else b""
+        where = f"{self}: bytes {start} to {start + size - 1}"
+        return addresses.tried(where, once) if size else b""
 
     def _key(self, start: int, size: int) -> str:
         return hashlib.sha256(repr((*self.state, start, size)).encode()).hexdigest()
@@ -140,7 +133,7 @@ def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
     Raises:
         RemoteError: See :meth:`RemoteFile.fetch`; what waits is not asked for any more.
     """
-    with ThreadPoolExecutor(AT_ONCE) as pool:
+    with ThreadPoolExecutor(addresses.AT_ONCE) as pool:
         fetched = [
             pool.submit(file.read, start, size)
             for file, start, size in ranges
@@ -154,16 +147,16 @@ def fetch_ahead(ranges: Iterable[tuple[File, int, int]]) -> None:
 
 
 @lru_cache(maxsize=2048)
-def _opened(_process: int, state: FileState) -> Any:
+def _opened(_process: int, state: addresses.FileState) -> Any:
     """A file as its service reads it; it refuses to read other contents than those of `state`."""
     address, size, tag = state
-    opened = partial(file_system(address).open, address, "rb", cache_type="none")
+    opened = partial(addresses.file_system(address).open, address, "rb", cache_type="none")
     if address.startswith("http"):
         # `W/` marks what may stand for several contents: servers compare no such tag
         name = "If-Match" if tag.startswith('"') else "If-Unmodified-Since"
         headers = {name: tag} if tag and not tag.startswith("W/") else {}
         return opened(size=size, headers=headers)
     file = opened()
-    if (file.size, tag_of(file.details)) != (size, tag):
-        raise RemoteError(f"{address}: {CHANGED}")
+    if (file.size, addresses.tag_of(file.details)) != (size, tag):
+        raise addresses.RemoteError(f"{address}: {addresses.CHANGED}")
     return file

@@ -25,13 +25,7 @@ from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved,
 from llm2clip_vlm.remote.addresses import is_remote, look_up
 from llm2clip_vlm.runs import hashes
 from llm2clip_vlm.runs.card import CARD_NAME
-from llm2clip_vlm.runs.hashes import (
-    FileState,
-    HandoffError,
-    fingerprint_dir,
-    fingerprint_file,
-    recipe_hash,
-)
+from llm2clip_vlm.runs.hashes import HandoffError, fingerprint_dir, fingerprint_file, recipe_hash
 
 __all__ = ["HandoffError", "fingerprint_dir", "fingerprint_file", "recipe_hash"]
 
@@ -108,7 +102,7 @@ def write_manifest(
     return path
 
 
-def _output_states(folder: Path) -> dict[str, FileState]:
+def _output_states(folder: Path) -> dict[str, hashes.FileState]:
     """State of every file that a stage left, by its path below the folder."""
     left: list[Path] = []
     for part in sorted(folder.iterdir()):

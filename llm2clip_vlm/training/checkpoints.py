@@ -15,12 +15,7 @@ from typing import Any
 from llm2clip_vlm.constants import SEAL_NAME
 from llm2clip_vlm.distributed import world_size
 from llm2clip_vlm.files import read_json, write_atomically
-from llm2clip_vlm.runs.hashes import (
-    HandoffError,
-    changed_files,
-    file_states,
-    fingerprint_file,
-)
+from llm2clip_vlm.runs import hashes
 from llm2clip_vlm.runs.ownership import MARKER_NAME, remove, sign
 
 logger = logging.getLogger(__name__)
@@ -38,8 +33,9 @@ def seal_checkpoint(
     """
     root = Path(folder)
     (root / MARKER_NAME).unlink(missing_ok=True)
-    seal = {"world_size": world_size(), "samples": samples, "pictures": file_states(pictures)}
-    write_atomically(root / SEAL_NAME, json.dumps(seal | {"files": _hashes(root)}, indent=1))
+    states = {"pictures": hashes.file_states(pictures), "files": _hashes(root)}
+    seal = {"world_size": world_size(), "samples": samples} | states
+    write_atomically(root / SEAL_NAME, json.dumps(seal, indent=1))
 
 
 def refuse_other_samples(folder: str | Path, samples: int) -> None:
@@ -58,13 +54,13 @@ def refuse_other_samples(folder: str | Path, samples: int) -> None:
     seal = _seal(Path(folder)) or {}
     before = seal.get("samples")
     if before not in (None, samples):
-        raise HandoffError(
+        raise hashes.HandoffError(
             f"{folder} was trained on {before} samples, now there are {samples}: pictures have "
             "come, gone or been damaged since, and the samples would come in another order; put "
             "them back as they were, or choose another output_dir"
         )
-    for picture in changed_files(seal.get("pictures") or {}):
-        raise HandoffError(
+    for picture in hashes.changed_files(seal.get("pictures") or {}):
+        raise hashes.HandoffError(
             f"{picture} has been changed or removed since {folder} was trained, and maybe other "
             "pictures, too; put them back as they were, or choose another output_dir"
         )
@@ -102,7 +98,7 @@ def _hashes(root: Path) -> dict[str, str]:
     )
     with ThreadPoolExecutor(8) as pool:
         names = (file.relative_to(root).as_posix() for file in files)
-        return dict(zip(names, pool.map(fingerprint_file, files), strict=True))
+        return dict(zip(names, pool.map(hashes.fingerprint_file, files), strict=True))
 
 
 def make_room(directory: str | Path, step: int) -> None:
@@ -165,7 +161,7 @@ def newest_whole(directory: str | Path) -> str | None:
         if written != world_size():
             note = f"{folder} was written by {written} processes, now there are {world_size()}"
             if (folder / "latest").is_file():  # DeepSpeed's
-                raise HandoffError(
+                raise hashes.HandoffError(
                     f"{note}, and ZeRO has split the optimizer over them; start {written}, or "
                     "delete the checkpoints and begin anew"
                 )

@@ -26,21 +26,10 @@ from llm2clip_vlm.recipe.base import DataSource, RunRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, to_plain, words_of
 from llm2clip_vlm.recipe.vlm import InstructionSource
 from llm2clip_vlm.remote.addresses import is_remote
+from llm2clip_vlm.runs import manifest
 from llm2clip_vlm.runs.card import write_card
 from llm2clip_vlm.runs.hashes import file_states, hash_json, meaning
 from llm2clip_vlm.runs.inputs import reader_of, require_inputs
-from llm2clip_vlm.runs.manifest import (
-    PARENTS_NAME,
-    RESOLVED_NAME,
-    HandoffError,
-    claim_output_dir,
-    claim_parents,
-    is_complete,
-    refuse_changed_outputs,
-    verify_parent,
-    versions,
-    write_manifest,
-)
 from llm2clip_vlm.runs.ownership import MARKER_NAME, Hold, foreign
 from llm2clip_vlm.training.arguments import build_training_arguments
 from llm2clip_vlm.training.callbacks import GracefulStop, MetricsJsonl
@@ -51,7 +40,7 @@ R = TypeVar("R", bound=RunRecipe)
 R2 = TypeVar("R2")
 
 _DURING = frozenset(
-    {RESOLVED_NAME, PARENTS_NAME}
+    {manifest.RESOLVED_NAME, manifest.PARENTS_NAME}
     | set("checkpoints composed dropped.jsonl failures features measured.json".split())
     | {"metrics.jsonl"}
 )
@@ -61,7 +50,7 @@ _AT_THE_END = frozenset(
     | set("text_encoder vision_tower".split())
 )
 
-_BEFORE_ANYTHING = frozenset({MARKER_NAME, RESOLVED_NAME, PARENTS_NAME, "composed"})
+_BEFORE_ANYTHING = {MARKER_NAME, manifest.RESOLVED_NAME, manifest.PARENTS_NAME, "composed"}
 
 _TOWER = "train stage3_projector RECIPE vlm.vision_tower={}/vision_tower"
 NEXT = {
@@ -122,7 +111,8 @@ class StageRun(Generic[R]):
         Args:
             files: Files that must be there, too.
         """
-        done = is_complete(self.out, self.recipe) and all((self.out / n).is_file() for n in files)
+        done = all((self.out / name).is_file() for name in files)
+        done = done and manifest.is_complete(self.out, self.recipe)
         if done:
             say(f"{self.stage}: {self.out} is finished, nothing to do")
         return done
@@ -143,12 +133,12 @@ class StageRun(Generic[R]):
                 over it.
         """
         if Path(path).resolve().is_relative_to(self.out.resolve()):
-            raise HandoffError(
+            raise manifest.HandoffError(
                 f"{name}: {path} lies in output_dir, where the run would write over it; choose "
                 "another output_dir"
             )
         self.parents[name] = path
-        return verify_parent(path, *stages)
+        return manifest.verify_parent(path, *stages)
 
     def arguments(self, **forced: Any) -> TrainingArguments:
         """Claim the output directory, and seed.
@@ -176,8 +166,8 @@ class StageRun(Generic[R]):
         self.note_data()
         resumes = self.checkpoint is not None
         if is_main():
-            claim_output_dir(self.recipe)
-            self.data = claim_parents(self.out, self.parents, resumes=resumes)
+            manifest.claim_output_dir(self.recipe)
+            self.data = manifest.claim_parents(self.out, self.parents, resumes=resumes)
         set_seed(self.recipe.seed)
         return self.args
 
@@ -197,7 +187,7 @@ class StageRun(Generic[R]):
         self._hold = Hold(self.out, self.stage, _DURING, alone=True, shared=shared, known=known)
         there = {path.name for path in self.out.iterdir()} & _AT_THE_END
         foreign(self.out, sorted(there - self._hold.names))
-        refuse_changed_outputs(self.out)
+        manifest.refuse_changed_outputs(self.out)
 
     def claim_outputs(self) -> None:
         """Begin to write what the run leaves: from here on it is not what its manifest says.
@@ -263,7 +253,7 @@ class StageRun(Generic[R]):
         path, known, key = self.out / "measured.json", dict[str, Any](), ""
         if is_main():
             known = read_json(path) if path.is_file() else known
-            key = hash_json([meaning(self.recipe), read_json(self.out / PARENTS_NAME), of])
+            key = hash_json([meaning(self.recipe), read_json(self.out / manifest.PARENTS_NAME), of])
         row = known.get(name, {})
         kept = row["found"] if row.get("of") == key else None
         (kept,) = shared_out([kept], lambda mine: mine)  # that of the main process
@@ -296,7 +286,7 @@ class StageRun(Generic[R]):
                     part,
                     f"train {self.stage}",
                     parents=self.parents,
-                    versions=versions(),
+                    versions=manifest.versions(),
                     recipe=to_plain(self.recipe),
                     results=results,
                 )
@@ -305,7 +295,7 @@ class StageRun(Generic[R]):
             recipe = reader_of(command.split()[1], self._source) or "RECIPE"
             command = command.format(shlex.quote(str(self.out)))
             say(f"next: llm2clip-vlm {command.replace('RECIPE', shlex.quote(recipe), 1)}")
-        write_manifest(
+        manifest.write_manifest(
             self.out,
             stage=self.stage,
             recipe=self.recipe,

@@ -20,12 +20,7 @@ from transformers.trainer_utils import TrainOutput
 
 from llm2clip_vlm.distributed import barrier, max_over_ranks, say
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
-from llm2clip_vlm.training.checkpoints import (
-    make_room,
-    refuse_other_samples,
-    rotate,
-    seal_checkpoint,
-)
+from llm2clip_vlm.training import checkpoints
 from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.step_guard import Watchdog
 
@@ -133,24 +128,25 @@ class StrictResumeMixin:
         args, folder = self.args, Path(self.args.output_dir)
         step, limit = self.state.global_step, args.save_total_limit
         if args.should_save:
-            make_room(folder, step)
+            checkpoints.make_room(folder, step)
         barrier()
         args.save_total_limit = None
         super()._save_checkpoint(model, trial)  # type: ignore[misc]
         args.save_total_limit = limit
         barrier()
         if args.should_save:
-            self._complete_checkpoint(folder / f"checkpoint-{step}")
+            whole = folder / f"checkpoint-{step}"
+            self._complete_checkpoint(whole)
             pictures: list[Path] = getattr(self.train_dataset, "some_pictures", list)()
-            seal_checkpoint(folder / f"checkpoint-{step}", len(self.train_dataset), pictures)
-            rotate(folder, limit, self.state.best_model_checkpoint)
+            checkpoints.seal_checkpoint(whole, len(self.train_dataset), pictures)
+            checkpoints.rotate(folder, limit, self.state.best_model_checkpoint)
 
     def _complete_checkpoint(self, folder: Path) -> None:
         """Write what else belongs to a checkpoint."""
 
     def _init_training_state(self, max_steps: int, *args: Any) -> tuple[int, int]:
         if args[2]:  # what is resumed from
-            refuse_other_samples(args[2], len(self.train_dataset))
+            checkpoints.refuse_other_samples(args[2], len(self.train_dataset))
         found: tuple[int, int] = super()._init_training_state(max_steps, *args)  # type: ignore[misc]
         self.state.compute_steps(self.args, max_steps)  # of the recipe, not of the checkpoint
         return found

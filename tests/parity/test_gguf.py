@@ -60,7 +60,14 @@ def halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
     return weight.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
-def write(path: Path, model: LlamaForCausalLM, kind: str = "F32", extra: bool = False) -> Path:
+def write(
+    path: Path,
+    model: LlamaForCausalLM,
+    kind: str = "F32",
+    extra: bool = False,
+    pre: str | None = None,
+    rope_factor: float | None = None,
+) -> Path:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name("tiny")
@@ -74,6 +81,11 @@ def write(path: Path, model: LlamaForCausalLM, kind: str = "F32", extra: bool = 
     writer.add_rope_freq_base(10000.0)
     writer.add_rope_dimension_count(WIDTH // HEADS)
     writer.add_vocab_size(VOCAB)
+    if rope_factor:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope_factor)
+    if pre:
+        writer.add_tokenizer_pre(pre)
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     letters = list(bytes_to_unicode().values())
@@ -160,6 +172,32 @@ def test_what_would_be_lost_or_is_damaged_is_refused(
     assert main(["convert", str(tmp_path / "cut.gguf"), str(tmp_path / "out")]) != 0
     assert "damaged or cut short" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_file_says_beside_its_weights_is_not_left_out(tmp_path: Path) -> None:
+    """A rope that is scaled (DeepSeek-Coder's by 4) was read as one that is not."""
+    scaled = write(tmp_path / "scaled.gguf", llama(True), rope_factor=4.0)
+    with pytest.raises(ModelError, match=r"says llama\.rope\.scaling\.factor 4\.0, which"):
+        convert(scaled, tmp_path / "out")
+    convert(write(tmp_path / "same.gguf", llama(True), rope_factor=1.0), tmp_path / "same")
+
+
+def test_texts_are_split_as_the_file_says(tmp_path: Path) -> None:
+    """Transformers splits as GPT-2 where it does not know the way, such as SmolLM2's."""
+    strange = write(tmp_path / "strange.gguf", llama(True), pre="deepseek-llm")
+    with pytest.raises(ModelError, match="'deepseek-llm', a way to split texts that is not known"):
+        convert(strange, tmp_path / "out")
+    guessed = convert(write(tmp_path / "old.gguf", llama(True)), tmp_path / "old")
+    assert "no tokenizer.ggml.pre" in guessed["guessed"]
+    pieces = {}
+    for pre in ("gpt-2", "smollm", "qwen2"):
+        made = convert(write(tmp_path / f"{pre}.gguf", llama(True), pre=pre), tmp_path / pre)
+        backend: Any = AutoTokenizer.from_pretrained(tmp_path / pre).backend_tokenizer
+        split = backend.pre_tokenizer.pre_tokenize_str("two  12")
+        pieces[pre] = [piece.replace("\u0120", " ") for piece, _ in split]
+        assert "guessed" not in made
+    assert pieces["gpt-2"] == ["two", " ", " 12"] and pieces["smollm"] == ["two", "  ", "1", "2"]
+    assert pieces["qwen2"][-2:] == ["1", "2"]
 
 
 @pytest.mark.parametrize("whole", [True, False])

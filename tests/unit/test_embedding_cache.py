@@ -25,6 +25,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 from torch import Tensor
 
+from llm2clip_vlm.cli import main
 from llm2clip_vlm.data.cache import shards
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache, MissingTextError
 from llm2clip_vlm.data.cache.shards import (
@@ -34,7 +35,8 @@ from llm2clip_vlm.data.cache.shards import (
 )
 from llm2clip_vlm.data.text import text_keys
 from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, digests_of, text_digests
-from llm2clip_vlm.runs.manifest import HandoffError
+from llm2clip_vlm.recipe.text import Stage2aRecipe
+from llm2clip_vlm.runs.manifest import HandoffError, write_manifest
 from llm2clip_vlm.training.encoder.caption_embeddings import CaptionFeatures
 
 NO_RECORDS: Any = SimpleNamespace(
@@ -283,6 +285,36 @@ def test_two_writers_of_one_shard_leave_it_whole(tmp_path: Path) -> None:
     EmbeddingCache.build(tmp_path / "two", TEXTS, meanwhile, FINGERPRINT, shard_rows=3)
     build(tmp_path / "one")
     assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_costs_of_all_caches_are_joined_and_half_a_line_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, texts in (("a", TEXTS[:6]), ("b", TEXTS[6:])):
+        build(tmp_path / name, texts)
+        row = {"texts": len(texts), "seconds": 1.0, "cut": 0, "at": len(texts)}
+        (tmp_path / name / "encode_cost.jsonl").write_text(json.dumps(row) + "\n")
+    with (tmp_path / "b/encode_cost.jsonl").open("a") as log:
+        log.write('{"texts": 99, "sec')  # killed meanwhile
+    for _ in range(2):  # into one of the sources, and again
+        assert main(["embed", "merge", *(str(tmp_path / name) for name in "aab")]) == 0
+    assert main(["embed", "report", str(tmp_path / "a")]) == 0
+    told = capsys.readouterr().out
+    assert "cost           10 texts in 2.0 s" in told
+    assert f'not counted    {tmp_path}/a/encode_cost.jsonl:3: \'{{"texts": 99' in told
+
+
+def test_verify_misses_what_stage_2a_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(tmp_path)
+    recipe = Stage2aRecipe(output_dir=str(tmp_path), text_encoder="llm", sources=[])
+    facts: dict[str, Any] = {"parents": {}, "fingerprints": {}, "seconds": 0}
+    write_manifest(tmp_path, stage=recipe.stage, recipe=recipe, **facts)
+    assert main(["embed", "verify", str(tmp_path)]) == 0
+    (lost := min(tmp_path.glob("shard-*"))).unlink()  # of a copy that was cut off
+    assert main(["embed", "verify", str(tmp_path)]) == 2
+    assert f"{lost.name} is not what stage 2a left (1 such files)" in capsys.readouterr().err
 
 
 def test_joining_copies_shards_and_may_be_repeated(tmp_path: Path) -> None:

@@ -316,6 +316,21 @@ def test_what_is_asked_something_else_is_run_again(root: Path) -> None:
     assert Pipeline(recipe).run() == {}
 
 
+def test_files_that_a_recipe_names_by_its_values_and_in_any_letters_are_known(root: Path) -> None:
+    for name in ("föto.json", "values.json", "given.json"):
+        (root / name).write_text("1")
+    text = "{variables: {kind: none}, a: föto.json, b: '${variables.kind}.json'}"
+    (root / "rows.yaml").write_text(text)
+    recipe = pipeline(step("a"), common={"variables.kind": "values"})
+    recipe.steps[0].recipe, recipe.steps[0].arguments[:] = "rows.yaml", ["x=given.json"]
+    recipe.steps[0].outputs[:] = ["variables.kind=values"]  # what the program writes to
+    for name in ("föto.json", "values.json", "given.json"):
+        Pipeline(recipe).run()
+        assert Pipeline(recipe).run() == {}
+        (root / name).write_text("2")
+        assert set(Pipeline(recipe).run()) == {"a"}, name
+
+
 def test_what_was_made_by_other_code_or_of_another_file_is_made_again(root: Path) -> None:
     """A program that was edited, a file that a step names, a stage that somebody ran by hand."""
     (root / "captions.txt").write_text("one")

@@ -20,8 +20,8 @@ from llm2clip_vlm.recipe.explain import MODELS, recipe_help, recipe_screen
 from llm2clip_vlm.recipe.reading import (
     RecipeError,
     load_recipe,
+    read_layers,
     save_resolved,
-    stage_of,
     to_plain,
     words_of,
 )
@@ -419,7 +419,7 @@ def test_weights_of_texts_that_are_joined_are_refused() -> None:
     ],
 )
 def test_one_rate_for_all_is_refused_where_each_part_has_its_own(path: str, own: str) -> None:
-    model = MODELS[str(stage_of(find_recipe(path)))]
+    model = MODELS[str(read_layers(Path(find_recipe(path))).get("stage"))]
     with pytest.raises(RecipeError, match=f"learning_rate: each part has its own, set {own}"):
         load_recipe(path, model, ["trainer.learning_rate=1e-4"])
 

@@ -222,7 +222,7 @@ def test_the_one_before_goes_when_the_next_is_sealed(
             raise KeyboardInterrupt
         seal_checkpoint(folder)
 
-    monkeypatch.setattr(strict_resume, "seal_checkpoint", killed)
+    monkeypatch.setattr(strict_resume.checkpoints, "seal_checkpoint", killed)
     with pytest.raises(KeyboardInterrupt):
         train(StrictTrainer, tmp_path, False, save_total_limit=1)
     assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-3")

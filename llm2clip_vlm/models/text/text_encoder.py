@@ -31,13 +31,8 @@ from transformers import AutoModel, PreTrainedConfig, PreTrainedModel, PreTraine
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import difference
 from llm2clip_vlm.models.loading import four_bits, load_complete, read_config, read_tokenizer
+from llm2clip_vlm.models.text import open_layers
 from llm2clip_vlm.models.text.caption_tokens import length_groups, pad_tokens
-from llm2clip_vlm.models.text.open_layers import (
-    attention_kind,
-    layers_see_behind,
-    require_attention,
-    set_causal,
-)
 from llm2clip_vlm.models.text.text_encoder_settings import (
     SETTINGS_NAME,
     Pooling,
@@ -173,14 +168,14 @@ class TextEncoder(nn.Module):
             **(four_bits(device) if load_in_4bit else {}),
         )
         if not settings.embedder:
-            set_causal(backbone, config.is_causal)
+            open_layers.set_causal(backbone, config.is_causal)
         backbone.config.use_cache = False
         if device is not None and not load_in_4bit:
             backbone.to(device)
         encoder = cls(backbone.eval(), tokenizer, settings)
         if embedder and "bidirectional" not in chosen:
             # its config decides on its attention
-            kind = attention_kind(layers_see_behind(backbone))
+            kind = open_layers.attention_kind(open_layers.layers_see_behind(backbone))
             encoder.settings = replace(settings, bidirectional=True if kind is None else kind)
         encoder.check_attention()
         if tokenizer_hash is not None:
@@ -311,7 +306,7 @@ class TextEncoder(nn.Module):
             ModelError: A layer is causal although `bidirectional` is true, or open although
                 it is false; or a text has another vector beside a longer one.
         """
-        require_attention(self.backbone, self.settings.bidirectional)
+        open_layers.require_attention(self.backbone, self.settings.bidirectional)
         self._check_padding()
 
     @torch.no_grad()

@@ -17,12 +17,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer, processors
-from transformers import (
-    AutoModel,
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from llm2clip_vlm.chat.text_tokens import text_tokens
