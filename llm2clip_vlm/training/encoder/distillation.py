@@ -22,7 +22,7 @@ from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from llm2clip_vlm.losses.contrastive import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import Clip, ClipTokens, clip_encoders, load_clip
-from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, warn_of_other_tower
 from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.text.text_encoder import require_equal
 from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
@@ -230,20 +230,9 @@ def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
             f"inherit_text: the CLIP projects {given.shape[1]} to {given.shape[0]} dimensions, "
             f"the model {own.shape[1]} to {own.shape[0]}; set projection_dim and `clip` to fit"
         )
-    tower = vision_tower_of(clip).state_dict()
-    moved = [
-        name
-        for name, tensor in model.vision_tower.state_dict().items()
-        if (theirs := tower.get(name)) is None
-        # Positions that were interpolated have another shape.
-        or (theirs.shape == tensor.shape and not torch.equal(theirs.to(tensor), tensor))
-    ]
-    if moved:
-        logger.warning(
-            "inherit_text: %d tensors of vision_tower are not those of the CLIP, %s among them; "
-            "its projection fits a tower that was trained on from it, and no other one",
-            *(len(moved), moved[0]),
-        )
+    warn_of_other_tower(
+        model.vision_tower, vision_tower_of(clip).state_dict(), "inherit_text: the CLIP"
+    )
     own.copy_(given)
     if model.logit_bias is None:
         model.logit_scale.copy_(clip.logit_scale)
