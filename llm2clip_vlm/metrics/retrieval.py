@@ -97,8 +97,8 @@ def recall_at_k(
     pairs = _as_pairs(positives, len(queries), len(gallery))
     every = np.concatenate([pairs, np.array(left_out, np.int64).reshape(-1, 2).T], axis=1)
     order = np.argsort(every[0], kind="stable")
-    right = order < pairs.shape[1]
-    rivals, _ = _count_rivals(queries, gallery, every[:, order], both=False, right=right)
+    right, every = order < pairs.shape[1], every[:, order]
+    rivals, _ = _count_rivals(queries, gallery, every, both=False, right=right)
     groups = range(len(queries))
     return _result(rivals, pairs[0], len(gallery), cutoffs, groups, bootstrap, seed)
 

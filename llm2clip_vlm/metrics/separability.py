@@ -6,6 +6,7 @@ Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -16,10 +17,7 @@ PROTOCOL = "first caption as query, all other captions but its own text as galle
 every result names its protocol."""
 
 
-Task = tuple[list[str], list[str], list[set[int]], list[tuple[int, int]]]
-
-
-def caption_task(captions: Sequence[Sequence[str]]) -> Task:
+def caption_task(captions: Sequence[Sequence[str]]) -> tuple[list[Any], ...]:
     """Queries, gallery, right answers, and pairs that do not count (:data:`PROTOCOL`).
 
     Args:
@@ -56,6 +54,5 @@ def caption_separability(
         seed: Seed of the resampling.
     """
     queries, gallery, positives, left_out = caption_task(captions)
-    embeds = embed(queries + gallery)
-    one, other = embeds[: len(queries)], embeds[len(queries) :]
+    one, other = embed(queries + gallery).tensor_split([len(queries)])
     return recall_at_k(one, other, positives, 1, left_out, bootstrap=bootstrap, seed=seed)

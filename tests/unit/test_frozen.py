@@ -86,7 +86,7 @@ def test_statistics_that_moved_are_not_exported(tmp_path: Path) -> None:
     trainer.export(tmp_path)
     assert (tmp_path / "saved").exists()
     trainer.model(torch.randn(4, 2))
-    with pytest.raises(ValueError, match=r"0.running_mean: 2 of 2 running statistics are no"):
+    with pytest.raises(ValueError, match=r"0.running_mean: 2 of 2 running statistics are no more"):
         trainer.export(tmp_path)
 
 

@@ -234,9 +234,7 @@ class Masks:
     def random_window(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A window of the tower's size anywhere in a picture, and its mask."""
         pixels, labels = self[row]
-        near = F.interpolate(
-            labels[None, None].float(), size=pixels.shape[1:], mode="nearest-exact"
-        )
+        near = F.interpolate(labels[None, None].float(), pixels.shape[1:], mode="nearest-exact")
         top, left = (int(rng.integers(length - self.side + 1)) for length in pixels.shape[1:])
         window = (..., slice(top, top + self.side), slice(left, left + self.side))
         return pixels[window], near[0, 0][window].long()

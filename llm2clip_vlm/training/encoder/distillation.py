@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -183,16 +184,9 @@ def prepare_keeping(
         clip, tokenizer, _ = load_clip(path)
         inherit_space(model, clip)
         if not resumes:
-            inherit_text_tower(
-                model,
-                clip,
-                ClipTokens(tokenizer),
-                captions(),
-                lookup,
-                recipe.inherit_text,
-                seed=recipe.seed,
-                device=device,
-            )
+            texts = ClipTokens(tokenizer), captions(), lookup
+            settings, seed = recipe.inherit_text, recipe.seed
+            inherit_text_tower(model, clip, *texts, settings, seed=seed, device=device)
     callbacks: list[TrainerCallback] = []
     average = None
     if recipe.weight_average is not None:
@@ -282,7 +276,7 @@ def inherit_text_tower(
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, settings.steps)
     generator = torch.Generator().manual_seed(seed)
     cosines = []
-    for step in range(settings.steps):
+    for _ in range(settings.steps):
         drawn = torch.randint(len(fitting), (settings.batch_size,), generator=generator)
         texts = list(dict.fromkeys(fitting[index] for index in drawn.tolist()))
         with torch.no_grad():
@@ -294,9 +288,8 @@ def inherit_text_tower(
         (distance + angles).backward()
         optimizer.step()
         schedule.step()
-        if step >= settings.steps - max(settings.steps // 10, 1):
-            cosines.append(1 - distance.item())
-    cosine = sum(cosines) / len(cosines)
+        cosines.append(1 - distance.item())
+    cosine = fmean(cosines[-max(settings.steps // 10, 1) :])
     logger.info(
         "inherited at a mean cosine of %.3f; %d of %d captions fit CLIP's window",
         *(cosine, len(fitting), len(captions)),

@@ -206,9 +206,8 @@ class EncoderTrainer(ContrastiveTrainer):
             n for n in after if not torch.equal(self.statistics[n].to(after[n]), after[n])
         ]:
             raise ValueError(
-                f"{moved[0]}: {len(moved)} of {len(after)} running statistics are no longer the "
-                "pretrained tower's: a module of it was in training mode (see `frozen_modules`), "
-                "or the checkpoint is of a version that let them follow the batches; train again"
+                f"{moved[0]}: {len(moved)} of {len(after)} running statistics are no more those of "
+                "the pretrained tower, whose norms were in training mode, then or now; train again"
             )
         self.save_model(str(directory))
         if is_main():
