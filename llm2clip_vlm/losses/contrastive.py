@@ -230,16 +230,13 @@ def relational_distillation(
         raise ValueError(
             f"expected as many rows on both sides, at least two, got {len(student)}, {len(teacher)}"
         )
-    first = rank() * len(student) if gather else 0
     differences = []
     for embeds, sign in ((student, 1.0), (teacher.detach(), -1.0)):
         with torch.autocast(embeds.device.type, enabled=False):
             unit = F.normalize(embeds.float(), dim=-1)
             differences.append(sign * (unit @ (gather_with_grad(unit) if gather else unit).T))
     difference = torch.add(*differences)
-    own = torch.arange(len(difference), device=difference.device)
-    mask = torch.ones_like(difference)
-    mask[own, first + own] = 0.0
+    mask = torch.ones_like(difference).scatter_(1, _own_columns(student, 1, gather), 0.0)
     return (difference.square() * mask).sum() / mask.sum()
 
 

@@ -52,6 +52,7 @@ def recall_at_k(
     gallery_embeds: Tensor | np.ndarray,
     positives: Sequence[Collection[int] | int] | None = None,
     ks: Sequence[int] | int = (1, 5, 10),
+    left_out: Sequence[tuple[int, int]] = (),
     *,
     bootstrap: int = 1000,
     seed: int = 0,
@@ -68,6 +69,7 @@ def recall_at_k(
         positives: Gallery rows (or the one row) that are right for each query. None: row i
             is right for query i.
         ks: Cut-offs.
+        left_out: Query and gallery row of pairs that are neither right nor wrong.
         bootstrap: Resamples for the interval; 0 = no interval.
         seed: Seed of the resampling of queries.
 
@@ -93,7 +95,10 @@ def recall_at_k(
     if not cutoffs or min(cutoffs) < 1:
         raise ValueError(f"ks: expected cut-offs of at least 1, got {ks!r}")
     pairs = _as_pairs(positives, len(queries), len(gallery))
-    rivals, _ = _count_rivals(queries, gallery, pairs, both=False)
+    every = np.concatenate([pairs, np.array(left_out, np.int64).reshape(-1, 2).T], axis=1)
+    order = np.argsort(every[0], kind="stable")
+    right, every = order < pairs.shape[1], every[:, order]
+    rivals, _ = _count_rivals(queries, gallery, every, both=False, right=right)
     groups = range(len(queries))
     return _result(rivals, pairs[0], len(gallery), cutoffs, groups, bootstrap, seed)
 
@@ -247,12 +252,13 @@ def _as_pairs(
 
 
 def _count_rivals(
-    queries: Tensor, gallery: Tensor, pairs: np.ndarray, *, both: bool
+    queries: Tensor, gallery: Tensor, pairs: np.ndarray, *, both: bool, right: Any = True
 ) -> tuple[Rivals, Rivals]:
     """Rivals of each query and, with `both`, of each gallery item as a query.
 
     The scores are computed once, some rows at a time, and compared with two bounds a query: a tie
-    lies between them. `pairs` is in the order of its first row.
+    lies between them. `pairs` is in the order of its first row; those that are not `right` count as
+    no rivals, and not as the best positive either.
 
     A query with the scores `[0.9, 0.7, 0.9, 0.8]` whose positives are items 0 and 3 has the best
     positive 0.9. Above 0.9 + slack is nothing; above 0.9 - slack are items 0 and 2, of which item 0
@@ -266,7 +272,7 @@ def _count_rivals(
             )
         ]
     )
-    sides = [_Side(queries, gallery, own, pairs[0], axis=1)]
+    sides = [_Side(queries, gallery, np.where(right, own, -np.inf), pairs[0], axis=1)]
     if both:
         sides.append(_Side(gallery, queries, own, pairs[1], axis=0))
     step = max(1, _CHUNK_ELEMENTS // len(gallery))

@@ -6,32 +6,36 @@ Paper: LLM2CLIP v6 appendix table A1 (COCO, 5,000 images), whose protocol is not
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from llm2clip_vlm.metrics.retrieval import RecallResult, recall_at_k
 
-PROTOCOL = "first caption as query, all other captions as gallery, hit@1"
+PROTOCOL = "first caption as query, all other captions but its own text as gallery, hit@1"
 """The released material defines caption retrieval accuracy in two ways that differ by 40 points, so
 every result names its protocol."""
 
 
-def caption_task(captions: Sequence[Sequence[str]]) -> tuple[list[str], list[str], list[set[int]]]:
-    """Queries, gallery and right answers (:data:`PROTOCOL`).
+def caption_task(captions: Sequence[Sequence[str]]) -> tuple[list[Any], ...]:
+    """Queries, gallery, right answers, and pairs that do not count (:data:`PROTOCOL`).
 
     Args:
         captions: At least two captions of each image, all different.
 
     Returns:
         Each image's first caption (queries); all other captions (gallery); for each query the
-        gallery rows of its image, and those of equal text in others.
+        gallery rows of its image, and those of equal text in others; query and gallery row of a
+        text that another image has, too, which any encoder finds and which is no answer.
     """
     gallery = [text for texts in captions for text in texts[1:]]
     rows: dict[str, set[int]] = {}
     for row, text in enumerate(gallery):
         rows.setdefault(text, set()).add(row)
-    positives = [set().union(*(rows.get(text, ()) for text in texts)) for texts in captions]
-    return [texts[0] for texts in captions], gallery, positives
+    positives = [set().union(*map(rows.__getitem__, texts[1:])) for texts in captions]
+    queries = [texts[0] for texts in captions]
+    own = [(query, row) for query, text in enumerate(queries) for row in rows.get(text, ())]
+    return queries, gallery, positives, own
 
 
 def caption_separability(
@@ -49,7 +53,6 @@ def caption_separability(
         bootstrap: Resamples for the interval; 0 = no interval.
         seed: Seed of the resampling.
     """
-    queries, gallery, positives = caption_task(captions)
-    embeds = embed(queries + gallery)
-    one, other = embeds[: len(queries)], embeds[len(queries) :]
-    return recall_at_k(one, other, positives, 1, bootstrap=bootstrap, seed=seed)
+    queries, gallery, positives, left_out = caption_task(captions)
+    one, other = embed(queries + gallery).tensor_split([len(queries)])
+    return recall_at_k(one, other, positives, 1, left_out, bootstrap=bootstrap, seed=seed)

@@ -251,6 +251,11 @@ class ClipTokens:
         self.prepare([text])
         return len(self._ids[text]) < self.window_tokens
 
+    def caption_id(self, text: str) -> int:
+        """A number that captions of equal tokens share, such as two that differ behind the cut."""
+        self.prepare([text])
+        return hash(tuple(self._ids[text]))
+
     def prepare(self, texts: Iterable[str]) -> None:
         """Tokenise captions in one go, ahead of the batches that ask for them.
 

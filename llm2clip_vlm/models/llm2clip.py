@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -23,6 +24,8 @@ from llm2clip_vlm.models.loading import load_complete, to_dtype
 from llm2clip_vlm.models.text.text_adaptor import TextAdaptor
 from llm2clip_vlm.models.vision.eva02 import Eva02VisionConfig, Eva02VisionModel
 from llm2clip_vlm.models.vision.timm_vision import TimmVisionConfig, TimmVisionModel
+
+logger = logging.getLogger(__name__)
 
 TOWER_ENTRY_POINTS = "llm2clip_vlm.vision_towers"
 """Entry-point group of other packages' vision towers."""
@@ -160,6 +163,8 @@ class LLM2CLIPModel(PreTrainedModel):
             ValueError: The other model's heads have other shapes.
         """
         given = load_complete(type(self), str(folder), dtype=self.dtype).state_dict()
+        theirs = {name.removeprefix("vision_tower."): tensor for name, tensor in given.items()}
+        warn_of_other_tower(self.vision_tower, theirs, f"heads_from: {folder}")
         own = self.state_dict()
         heads = {name: own[name] for name in own if not name.startswith("vision_tower.")}
         for name, tensor in heads.items():
@@ -277,6 +282,29 @@ class LLM2CLIPModel(PreTrainedModel):
         """
         kwargs.setdefault("save_original_format", False)
         super().save_pretrained(save_directory, *args, **kwargs)
+
+
+def warn_of_other_tower(tower: nn.Module, given: Mapping[str, Tensor], source: str) -> None:
+    """Say that a projection was made for another tower, whose images it puts elsewhere.
+
+    Args:
+        tower: The tower.
+        given: Weights of the one that the projection was trained with.
+        source: What the projection is from.
+    """
+    moved = [
+        name
+        for name, tensor in tower.state_dict().items()
+        if (theirs := given.get(name)) is None
+        # Positions that were interpolated have another shape.
+        or (theirs.shape == tensor.shape and not torch.equal(theirs.to(tensor), tensor))
+    ]
+    if moved:
+        logger.warning(
+            "%s: %d tensors of vision_tower are not those that it was trained with, %s among them; "
+            "its projection fits a tower that was trained on from it, and no other one",
+            *(source, len(moved), moved[0]),
+        )
 
 
 def register() -> dict[str, Any]:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 logger = logging.getLogger(__name__)
@@ -234,17 +233,23 @@ def frozen_modules(model: nn.Module) -> list[nn.Module]:
         model: The model, with `requires_grad` set.
 
     Returns:
-        The largest modules that have parameters, none of which trains, and every BatchNorm: it goes
-        on normalising by its pretrained statistics, and only its scale and shift train. By a
+        The largest modules that have parameters, none of which trains, and every BatchNorm (or
+        other norm with running statistics, such as EvoNorm-B0): it goes on normalising by its
+        pretrained statistics, and only its scale and shift train. By a
         batch's own, each embedding would depend on the other pictures of the batch (in contrastive
         training a short cut, MoCo's section 3.3, arXiv 1911.05722), on the number of processes and
         on micro-batches; and what is saved would not be what was trained, since the running ones
         follow slowly: after 47 steps a tower retrieved 9 % where it began with 16 %.
     """
     trains = [parameter.requires_grad for parameter in model.parameters()]
-    if (trains and not any(trains)) or isinstance(model, _BatchNorm):
+    if (trains and not any(trains)) or hasattr(model, "running_var"):
         return [model]
     return [found for child in model.children() for found in frozen_modules(child)]
+
+
+def running_statistics(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Copy the running statistics of a model's norms, by name; see :func:`frozen_modules`."""
+    return {n: b.cpu().clone() for n, b in model.named_buffers() if ".running_" in f".{n}"}
 
 
 def set_evaluation_mode(frozen: Iterable[nn.Module]) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder
-from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds
+from llm2clip_vlm.evaluation.encoder.segmentation import patch_embeds, value_layers
 
 SHOWN_PX = 448
 """Side of a map."""
@@ -37,9 +37,9 @@ def similarity_maps(
         A picture of :data:`SHOWN_PX` for each text, and the text with its cosines: that of the
         whole picture and that of its best patch.
     """
-    model, pixels = encoder.tower.model, encoder.pixels(picture)
+    pixels = encoder.pixels(picture)
     words = encoder.embed_texts(texts)
-    last_values = any(hasattr(module, "v_proj") for module in model.modules())
+    last_values = bool(value_layers(encoder.tower.model))
     patches = patch_embeds(encoder, pixels, last_values=last_values)[0].cpu() @ words.T
     maps = rearrange(patches, "y x t -> t y x")
     wholes = (encoder.embed_pixels(pixels) @ words.T)[0]

@@ -60,23 +60,12 @@ def build_param_groups(
             )
         lr = float(lrs[prefix]) * factors.get(name, 1.0)
         decay = weight_decay if isinstance(weight_decay, (int, float)) else weight_decay[prefix]
-        decays = _ndim(parameter) > 1 and name.endswith("weight") and name not in embeddings
-        label = f"{prefix}{'' if decays else '.no_decay'}"
-        group = groups.setdefault(
-            (prefix, lr, decays),
-            {
-                "params": [],
-                "param_names": [],
-                "lr": lr,
-                "weight_decay": decay if decays else 0.0,
-                "name": label,
-            },
-        )
+        # ZeRO-3 leaves an empty shell and keeps the shape beside it
+        axes = len(getattr(parameter, "ds_shape", parameter.shape))
+        decays = axes > 1 and name.endswith("weight") and name not in embeddings
+        same: dict[str, Any] = {"lr": lr, "weight_decay": decay if decays else 0.0}
+        same["name"] = f"{prefix}{'' if decays else '.no_decay'}"
+        group = groups.setdefault((prefix, lr, decays), {"params": [], "param_names": [], **same})
         group["params"].append(parameter)
         group["param_names"].append(name)
     return list(groups.values())
-
-
-def _ndim(parameter: nn.Parameter) -> int:
-    # ZeRO-3 leaves an empty shell and keeps the shape beside it
-    return len(getattr(parameter, "ds_shape", parameter.shape))

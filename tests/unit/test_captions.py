@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError
 from llm2clip_vlm.data.reading.table import arrow_table
@@ -24,7 +25,7 @@ from llm2clip_vlm.data.text.captions import (
     caption_rows,
     read_captions,
 )
-from llm2clip_vlm.metrics.separability import caption_task
+from llm2clip_vlm.metrics.separability import caption_separability, caption_task
 from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
 LENGTHS = ("short", "long")
@@ -142,10 +143,21 @@ def test_caption_task_is_first_against_all_others() -> None:
         CaptionRecord("l", {"short": ["d"], "long": ["b"]}),
         CaptionRecord("m", {"short": ["e", "a"]}),
     ]
-    queries, gallery, positives = caption_task([record.texts for record in found])
+    queries, gallery, positives, left_out = caption_task([record.texts for record in found])
     assert (queries, gallery) == (["a", "d", "e"], ["b", "c", "b", "a"])
-    # Equal texts are right wherever they stand, the query's own text too.
-    assert positives == [{0, 1, 2, 3}, {0, 2}, {3}]
+    # Texts equal to a right answer are right wherever they stand; the query's own is no answer.
+    assert positives == [{0, 1, 2}, {0, 2}, {3}] and left_out == [(0, 3)]
+    at = [[1.0, 0.0], [0.0, 1.0], [0.6, 0.8], [0.8, -0.6], [0.8, 0.6]]
+    vectors = dict(zip("abcde", at, strict=True))
+
+    def embed(texts: list[str]) -> torch.Tensor:
+        return torch.tensor([vectors[text] for text in texts])
+
+    # "a" finds "c", being neither helped nor beaten by itself; without "c" it finds "b" last.
+    captions = [["a", "c"], ["d", "b"], ["e", "a"]]
+    assert caption_separability(captions, embed).hits[1].tolist() == [True, False, False]
+    captions = [["a", "b"], ["e", "c"], ["d", "a"]]
+    assert caption_separability(captions, embed).hits[1].tolist() == [False, True, True]
 
 
 def pair_rows() -> list[dict[str, Any]]:

@@ -49,6 +49,13 @@ def test_long_captions_are_cut_with_the_end_token_last(tiny_clip: Path) -> None:
     assert tokens.num_cut == 1
 
 
+def test_captions_of_equal_tokens_are_one(tiny_clip: Path) -> None:
+    """Their embeddings are equal, so that as negatives they would push a right answer away."""
+    tokens = ClipTokens(load_clip(str(tiny_clip))[1])
+    assert tokens.caption_id(LONG) == tokens.caption_id(f"{LONG} behind the cut")
+    assert tokens.caption_id("a star") != tokens.caption_id("a red star")
+
+
 def test_lengthened_window_keeps_pretrained_positions(tiny_clip: Path) -> None:
     before, tokenizer, _ = load_clip(str(tiny_clip))
     short = text_features(before, ClipTokens(tokenizer), ["a red star"])

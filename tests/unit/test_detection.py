@@ -89,7 +89,7 @@ def test_boxes_are_relative_to_the_annotated_size(tiny_clip: Path, boxes: BoxSou
     assert len(data[1]["labels"]["boxes"]) == 1 and data[2]["labels"]["boxes"].shape == (0, 4)
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "eva02", "dinov2"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "eva02", "dinov2", "timm_cnn"])
 @torch.no_grad()
 def test_the_backbone_is_the_tower(kind: str, tmp_path: Path) -> None:
     tower = load_vision_tower(build_tower(kind, tmp_path / "tower"))

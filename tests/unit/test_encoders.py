@@ -21,7 +21,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from llm2clip_vlm.data.image_text.index import ImageTextRecord
 from llm2clip_vlm.data.reading.images import ImageError
-from llm2clip_vlm.evaluation.encoder.encoders import load_encoder, tower_pixels
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder, tower_pixels
 from llm2clip_vlm.models.clip import ClipTokens, clip_encoders
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
@@ -236,3 +236,11 @@ def test_what_overflows_is_no_embedding(tiny_clip: Path, images: list[ImageTextR
     broken = replace(encoder, texts=lambda texts: torch.full((len(texts), 4), float("nan")))
     with pytest.raises(ValueError, match="texts: NaN or inf"):
         broken.embed_texts(TEXTS)
+
+
+def test_equal_texts_have_equal_embeddings() -> None:
+    """In bfloat16 they differ by what stands beside them, and a tie would not be seen as one."""
+    given: dict[str, Any] = dict.fromkeys(("tower", "project", "fingerprints", "batch_size"))
+    noise = Encoder(**given, texts=lambda texts: torch.randn(len(texts), 4))
+    found = noise.embed_texts(["a", "b", "a"])
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])

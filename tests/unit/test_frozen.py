@@ -11,7 +11,12 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, TrainingArguments
 
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
-from llm2clip_vlm.models.trainable import apply_trainable, frozen_modules, set_evaluation_mode
+from llm2clip_vlm.models.trainable import (
+    apply_trainable,
+    frozen_modules,
+    running_statistics,
+    set_evaluation_mode,
+)
 from llm2clip_vlm.training.encoder import encoder_trainer, frozen_tower
 from llm2clip_vlm.training.strict_resume import StrictResumeMixin, StrictTrainer
 from llm2clip_vlm.training.text import text_trainer
@@ -61,6 +66,28 @@ def test_a_frozen_part_stays_as_it_is(parts: list[str], tmp_path: Path) -> None:
     if parts == ["head"]:
         torch.testing.assert_close(model.seen[0], model.seen[2])
     assert model.tower[0].training == (parts != ["head"])
+
+
+def test_any_norm_with_running_statistics_stays_in_evaluation_mode() -> None:
+    """timm's EvoNorm-B0 is no BatchNorm of torch's."""
+    norm = nn.Linear(2, 2)
+    norm.register_buffer("running_var", torch.ones(2))
+    model = nn.Sequential(nn.Linear(2, 2), norm).train()
+    set_evaluation_mode(frozen_modules(model))
+    assert (model[0].training, norm.training) == (True, False)
+
+
+def test_statistics_that_moved_are_not_exported(tmp_path: Path) -> None:
+    """Whatever moved them: training mode, a checkpoint of an older version."""
+    trainer: Any = object.__new__(encoder_trainer.EncoderTrainer)
+    trainer.model = nn.Sequential(nn.BatchNorm1d(2))
+    trainer.statistics = running_statistics(trainer.model)
+    trainer.save_model = lambda folder: (Path(folder) / "saved").touch()
+    trainer.export(tmp_path)
+    assert (tmp_path / "saved").exists()
+    trainer.model(torch.randn(4, 2))
+    with pytest.raises(ValueError, match=r"0.running_mean: 2 of 2 running statistics are no more"):
+        trainer.export(tmp_path)
 
 
 def test_every_trainer_of_the_package_does_it() -> None:

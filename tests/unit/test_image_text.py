@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -403,7 +404,20 @@ def test_ids_of_captions_are_63_bits_of_blake2b() -> None:
     texts = [f"caption {i}" for i in range(64)]
     ids = [caption_id(text) for text in texts]
     assert all(0 <= number < 2**63 for number in ids) and len(set(ids)) == 64
-    assert caption_id("a dog") == caption_id("a" + " dog")
+    assert caption_id("a dog") == caption_id("A  Dog") != caption_id("a dogma")
+
+
+def test_a_text_side_says_which_captions_are_equal(records: ImageTextRecords) -> None:
+    class Tokens:
+        def __call__(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+            return {}
+
+        def caption_id(self, text: str) -> int:
+            return len(text)
+
+    dataset = ImageTextDataset(records, processor(), text_inputs=Tokens())
+    want = [len(dataset.caption(index)) for index in (0, 1)]
+    assert dataset.__getitems__([0, 1])["caption_ids"].tolist() == want
 
 
 def test_choices_of_a_recipe_reach_the_training_images(

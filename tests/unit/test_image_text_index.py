@@ -10,6 +10,7 @@ import random
 import re
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,6 +178,21 @@ def test_group_by_in_a_table_of_images(tmp_path: Path) -> None:
         [f"caption {2 * i}", f"caption {2 * i + 1}"] for i in range(3)
     ]
     assert records[2].encoded().size[0] == 42
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar], ids=["parquet", "tar"])
+def test_captions_of_another_picture_are_not_joined_to_the_first(
+    write: Any, tmp_path: Path
+) -> None:
+    """Bytes are compared where rows have no names of pictures."""
+    path = tmp_path / ("a.tar" if write is write_tar else "a.parquet")
+    pictures = [jpeg(40), jpeg(40), jpeg(40), jpeg(48)]
+    samples = [(f"{i}", picture, f"a dog, {i // 2}") for i, picture in enumerate(pictures)]
+    source = write(path, samples)
+    bad = BadRecords(1)
+    (kept,) = read_image_text(source.model_copy(update={"group_by": source.fields[0]}), bad)
+    assert kept.captions == {source.fields[0]: ["a dog, 0"] * 2}
+    assert "have different images" in bad.examples[0]
 
 
 def test_a_selection_keeps_its_records(tmp_path: Path) -> None:

@@ -99,8 +99,21 @@ def test_inherit_space_starts_as_clip(
         clip.vision_model.post_layernorm.weight.mul_(2)
     inherit_space(model, clip)
     (warning,) = caplog.messages
-    assert "1 tensors of vision_tower are not those of the CLIP" in warning
+    assert "inherit_text: the CLIP: 1 tensors of vision_tower are not those" in warning
     assert "post_layernorm.weight" in warning
+
+
+def test_heads_of_another_tower_are_told(
+    model: LLM2CLIPModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model.save_pretrained(tmp_path)
+    model.take_heads(tmp_path)
+    assert not caplog.messages
+    with torch.no_grad():
+        next(model.vision_tower.parameters()).mul_(2)
+    model.take_heads(tmp_path)
+    (warning,) = caplog.messages
+    assert f"heads_from: {tmp_path}: 1 tensors of vision_tower are not those" in warning
 
 
 def test_the_adaptor_learns_the_text_tower(model: LLM2CLIPModel, tiny_clip: Path) -> None:

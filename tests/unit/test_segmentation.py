@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torch.nn import Linear
+from torch.nn import LayerNorm, Linear
 
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.evaluation.encoder.segmentation import (
@@ -160,12 +160,15 @@ def test_the_difference_of_two_mean_ious_by_hand() -> None:
         paired_iou(a, b[:, :, ::-1])
 
 
-@pytest.mark.parametrize("kind", ["clip", "siglip", "eva02"])
+@pytest.mark.parametrize("kind", ["clip", "siglip", "eva02", "timm_eva"])
 @torch.no_grad()
 def test_a_token_keeps_its_own_value(kind: str, tmp_path: Path) -> None:
     encoder = load_encoder(str(build_tower(kind, tmp_path)))
     model: Any = encoder.tower.model
     pixels = torch.randn(2, 3, 32, 32)
+    if kind == "timm_eva":  # as in timm's EVA02-CLIP
+        own = model.timm_model.blocks[-1].attn.norm = LayerNorm(32)
+        own.weight.uniform_(0.5, 1.5)
     got = patch_grid(encoder, pixels, last_values=True)
     full = patch_grid(encoder, pixels)
     states = model(pixel_values=pixels, output_hidden_states=True).hidden_states
@@ -176,6 +179,11 @@ def test_a_token_keeps_its_own_value(kind: str, tmp_path: Path) -> None:
         )
         x = states[-2] + value
         want = model.norm(x + block.mlp(block.norm2(x)))
+    elif kind == "timm_eva":
+        block = model.timm_model.blocks[-1]
+        value = block.attn.proj(own(block.attn.v_proj(block.norm1(states[-2]))))
+        x = states[-2] + value
+        want = model.timm_model.norm(x + block.mlp(block.norm2(x)))
     else:
         layer = model.encoder.layers[-1]
         value = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(states[-2])))
@@ -197,6 +205,19 @@ def test_pooling_a_patch_alone_is_the_towers_own_pooling(tmp_path: Path) -> None
         torch.testing.assert_close(_pool_each(model, patches), want.reshape(5, 32))
     model = load_encoder(str(build_tower("dinov2", tmp_path / "d"))).tower.model
     assert _pool_each(model, patches) is patches
+
+
+@pytest.mark.parametrize("kind", ["timm", "timm_eva", "timm_siglip", "timm_cnn", "timm_convnext"])
+@torch.no_grad()
+def test_pooling_a_patch_of_timm_is_pooling_a_picture_of_it(kind: str, tmp_path: Path) -> None:
+    """Attention pooling, the norm behind a mean and that behind a map count for a patch, too."""
+    tower = load_encoder(str(build_tower(kind, tmp_path))).tower
+    inner: Any = tower.model.timm_model
+    patches = torch.randn(5, tower.hidden_size)
+    many = patches[:, None].expand(-1, tower.num_prefix_tokens + tower.num_patches, -1)
+    if kind in ("timm_cnn", "timm_convnext"):
+        many = many.unflatten(1, (tower.grid, tower.grid)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(_pool_each(tower.model, patches), inner.forward_head(many))
 
 
 def test_a_tower_without_v_proj_says_so(clip: Encoder) -> None:

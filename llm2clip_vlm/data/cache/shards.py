@@ -30,7 +30,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 from torch import Tensor, float32, from_numpy, isfinite
 
-from llm2clip_vlm.data.text.caption_draw import caption_id
+from llm2clip_vlm.data.text.caption_draw import text_number
 from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, Digests
 from llm2clip_vlm.files import write_atomically, written_whole
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME
@@ -131,7 +131,7 @@ class Shard:
         Raises:
             CacheError: They have changed since they were written, or one is no unit vector.
         """
-        mark = caption_id(f"{self.path} {self.sha256} {self.state} {_state(self.path)}")
+        mark = text_number(f"{self.path} {self.sha256} {self.state} {_state(self.path)}")
         place = mark % len(_READ)
         unread = _READ[place] != mark
         if unread and (got := _checksum(self.embeds)) != self.sha256:

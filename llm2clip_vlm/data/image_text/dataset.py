@@ -198,6 +198,22 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             return process_images(self.image_processor, images, None)
         return self.to_float(self._pixels[torch.as_tensor(indices)])
 
+    def readable(self, rows: Sequence[int], bad: BadRecords) -> tuple[list[int], Tensor | None]:
+        """Find the images that can be read, and make :meth:`pixel_values` of them.
+
+        Args:
+            rows: Positions in `records`.
+            bad: Takes the others.
+
+        Returns:
+            Their positions, and `[n, 3, h, w]` fp32. None: no image can be read.
+        """
+        if self._pixels is not None:
+            return [*rows], self.pixel_values(rows)
+        found = readable_pictures(self.records, rows, bad)
+        images = [*found.values()]
+        return [*found], process_images(self.image_processor, images, None) if found else None
+
     def to_float(self, pixels: Tensor) -> Tensor:
         """Rescale and normalise 8-bit pixels for the model, on their device.
 
@@ -232,9 +248,10 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
                 room = large_empty((len(loaded), *loaded[0].shape), np.uint8)
                 pixels = torch.stack(loaded, out=room)
         texts = [text for index in indices for text in self._draw(index)]
+        number = getattr(self.text_inputs, "caption_id", caption_id)
         batch: dict[str, Any] = {
             "pixel_values": pixels,
-            "caption_ids": torch.tensor([caption_id(text) for text in texts]),
+            "caption_ids": torch.tensor([number(text) for text in texts]),
         }
         return batch | (dict(self.text_inputs(texts)) if self.text_inputs else {"captions": texts})
 
@@ -279,18 +296,11 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         rows = range(len(self.records))
         starts = tqdm(rows[::_CHUNK], "decode images", unit="img", unit_scale=_CHUNK, disable=None)
         for start in starts:
-            images: list[Image.Image] = []
-            self.records.fetch_ahead(rows[start : start + _CHUNK])
-            for index in rows[start : start + _CHUNK]:
-                record = self.records[index]
-                try:
-                    images.append(record.open())
-                except ImageError as error:
-                    self.bad.add(record.where, str(error))
-                else:
-                    kept.append(index)
-            if not images:
+            found = readable_pictures(self.records, rows[start : start + _CHUNK], self.bad)
+            if not found:
                 continue
+            kept += found
+            images = [*found.values()]
             pixels = process_images(self.image_processor, images, table)
             fits = pixels.dtype == torch.uint8 and pixels[0].nbytes * len(rows) < limit_bytes
             if fits and not chunks:
@@ -303,6 +313,26 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         if not kept:
             raise RecordError(f"none of the {len(rows)} images can be read")
         self.records, self._pixels = self.records.take(kept), torch.cat(chunks)
+
+
+def readable_pictures(
+    records: ImageTextRecords, rows: Sequence[int], bad: BadRecords
+) -> dict[int, Image.Image]:
+    """Decode some records' pictures, by position.
+
+    Args:
+        records: The records.
+        rows: Positions of those that are asked for.
+        bad: Takes the ones that cannot be used.
+    """
+    records.fetch_ahead(rows)
+    images = {}
+    for row in rows:
+        try:
+            images[row] = records[row].open()
+        except ImageError as error:
+            bad.add(records[row].where, str(error))
+    return images
 
 
 def collate(batch: dict[str, Any]) -> dict[str, Any]:

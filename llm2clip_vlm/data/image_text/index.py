@@ -35,13 +35,13 @@ from llm2clip_vlm.data.reading.records import (
 )
 from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Columns, Table, arrow_table
-from llm2clip_vlm.data.text.caption_draw import caption_id
+from llm2clip_vlm.data.text.caption_draw import text_number
 from llm2clip_vlm.data.text.text_keys import DIGEST_BYTES, text_digests
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
-VERSION = 10
+VERSION = 11
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63
@@ -75,7 +75,7 @@ class ImageTextRecord:
     def identity(self) -> int:
         """A number for what is drawn at random; the folder has no part in it."""
         name = self.source.rpartition("/")[2]
-        return caption_id(f"{name}:{self.key}" if name else self.key)
+        return text_number(f"{name}:{self.key}" if name else self.key)
 
     def encoded(self) -> EncodedImage:
         """Read the image, and check that its header describes a picture.
@@ -384,9 +384,10 @@ def _records(
                     f"no image in {source.image_field!r}: {type(image).__name__}, expected a path "
                     "or bytes"
                 )
-            others = [get_column(row, source.image_field) for row in group.rows[1:]]
-            if any(isinstance(name, str) and name != image for name in others):
-                raise RecordError(f"rows of one {source.group_by!r} have different images")
+            for other in (get_column(row, source.image_field) for row in group.rows[1:]):
+                packed = isinstance(image, PackedImage) and isinstance(other, PackedImage)
+                if not (image.is_copy(other) if packed else other in (None, image)):
+                    raise RecordError(f"rows of one {source.group_by!r} have different images")
             captions = collect_captions(group, source.fields)
         except (RecordError, ImageError) as error:
             refused.add(group.where, str(error))

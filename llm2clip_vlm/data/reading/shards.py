@@ -76,6 +76,16 @@ image."""
             raise OSError(f"it ends after {len(data)} of {self.size} bytes")
         return data
 
+    def is_copy(self, other: PackedImage) -> bool:
+        """Whether both have the same bytes; at an address, whether members of a tar have as many.
+
+        Raises:
+            ImageError: See :meth:`read`.
+        """
+        if self.column is None and self.size != other.size:
+            return False
+        return isinstance(self.path, RemoteFile) or self.read() == other.read()
+
     def count(self) -> int:
         """Number of images in a table's cell: 0 where it is null or an empty list.
 

@@ -12,7 +12,15 @@ _MASK = 2**64 - 1
 
 
 def caption_id(text: str) -> int:
-    """A 63-bit number that equal captions share, to keep them from being each other's negatives."""
+    """A 63-bit number that captions of the same words share: they are no negatives of each other.
+
+    Case and blanks make no other caption: CLIP's tokens do not have them.
+    """
+    return text_number(" ".join(text.casefold().split()))
+
+
+def text_number(text: str) -> int:
+    """A 63-bit number that equal texts share."""
     digest = hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
 import io
 from collections.abc import Sequence
@@ -12,12 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     AutoBackbone,
     AutoConfig,
-    AutoModel,
     DeformableDetrConfig,
     DeformableDetrForObjectDetection,
     PreTrainedConfig,
@@ -47,7 +47,7 @@ class TowerBackboneConfig(PreTrainedConfig):
 
     model_type = "llm2clip_vision_backbone"
 
-    vision_config: dict[str, Any] | None = None
+    hidden_size: int = 1
     grid: int = 1
     num_prefix_tokens: int = 0
 
@@ -59,12 +59,11 @@ class TowerBackbone(PreTrainedModel):
     """
 
     config_class = TowerBackboneConfig
+    vision_tower: nn.Module
 
     def __init__(self, config: TowerBackboneConfig) -> None:
         super().__init__(config)
-        vision = AutoConfig.for_model(**config.vision_config or {})
-        self.vision_tower = AutoModel.from_config(vision)
-        self.channels = [vision.hidden_size]
+        self.channels = [config.hidden_size]
         self.post_init()
 
     def forward(self, pixel_values: Tensor, *args: Any, **kwargs: Any) -> BackboneOutput:
@@ -78,7 +77,7 @@ class TowerBackbone(PreTrainedModel):
 def build_detector(
     tower: VisionTower, classes: Sequence[str], detector: dict[str, Any]
 ) -> DeformableDetrForObjectDetection:
-    """Build Deformable DETR around a copy of a tower's weights.
+    """Build Deformable DETR around a copy of a tower.
 
     Args:
         tower: The tower, whose patches are the only map; further levels are convolutions of it.
@@ -88,7 +87,7 @@ def build_detector(
     AutoConfig.register(TowerBackboneConfig.model_type, TowerBackboneConfig, exist_ok=True)
     AutoBackbone.register(TowerBackboneConfig, TowerBackbone, exist_ok=True)
     backbone = TowerBackboneConfig(
-        vision_config=tower.model.config.to_dict(),
+        hidden_size=tower.hidden_size,
         grid=tower.grid,
         num_prefix_tokens=tower.num_prefix_tokens,
     )
@@ -101,7 +100,9 @@ def build_detector(
     )
     model = DeformableDetrForObjectDetection(config)
     inner: Any = model.model.backbone.model
-    inner.vision_tower.load_state_dict(tower.model.state_dict())
+    # Afterwards: Deformable DETR puts a BatchNorm of its own, with another epsilon and without the
+    # activation that timm's includes, in the place of every BatchNorm that it is built around.
+    inner.vision_tower = copy.deepcopy(tower.model)
     return model
 
 

@@ -121,7 +121,10 @@ class Encoder:
                 f"the model has no text side ({self.tower.model.config.model_type}), which this "
                 "task needs; set `text_encoder` beside an LLM2CLIPModel, or judge a whole CLIP"
             )
-        return require_finite(self.texts(texts), "embeddings of texts")
+        # each once: beside others, a text's embedding may differ by rounding, and ties would go
+        rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+        embeds = require_finite(self.texts([*rows]), "embeddings of texts")
+        return embeds[[rows[text] for text in texts]]
 
 
 def load_encoder(

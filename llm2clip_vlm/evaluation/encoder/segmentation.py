@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from PIL import Image
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ def patch_grid(
     """
     tower = encoder.tower
     model: Any = tower.model
-    layers = [m for m in model.modules() if hasattr(m, "v_proj")] if last_values else []
+    layers = value_layers(model) if last_values else []
     if last_values and not layers:
         raise ValueError(
             f"last_attention: `value` needs attention with a v_proj, which {type(model).__name__} "
@@ -137,20 +137,32 @@ def patch_embeds(
     return rearrange(embeds, "(b y x) d -> b y x d", y=side, x=side)
 
 
+def value_layers(model: nn.Module) -> list[Any]:
+    """Find the attention layers of a tower that have values apart from queries and keys."""
+    return [m for m in model.modules() if getattr(m, "v_proj", None) is not None]
+
+
 def _own_value(layer: Any, args: Any, kwargs: Any, output: Any) -> Any:
     value = layer.v_proj(args[0] if args else kwargs["hidden_states"])
-    for name in ("inner_attn_ln", "out_proj", "o_proj", "proj"):
+    for name in ("norm", "inner_attn_ln", "out_proj", "o_proj", "proj"):
         value = getattr(layer, name, nn.Identity())(value)
     return (value, *output[1:]) if isinstance(output, tuple) else value
 
 
 @torch.no_grad()
 def _pool_each(model: Any, patches: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
-    """Pool each patch alone as CLIP or SigLIP does; other towers' last state is normed already."""
-    if model.config.model_type == "siglip_vision_model":
-        return model.head(patches[:, None])
-    norm = getattr(model, "post_layernorm", nn.Identity())
-    return norm(patches) if model.config.model_type == "clip_vision_model" else patches
+    """Pool each patch alone as the tower pools; other towers' last state is normed already."""
+    match model.config.model_type:
+        case "siglip_vision_model":
+            return model.head(patches[:, None])
+        case "clip_vision_model":
+            return model.post_layernorm(patches)
+        case "timm_vision_model" if model.config.feature_map:
+            return model.timm_model.forward_head(patches[..., None, None])
+        case "timm_vision_model":  # whichever token its head reads, or their mean, is the patch
+            count = model.timm_model.num_prefix_tokens + 1
+            return model.timm_model.forward_head(repeat(patches, "n d -> n t d", t=count))
+    return patches
 
 
 class Masks:
@@ -222,7 +234,7 @@ class Masks:
     def random_window(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A window of the tower's size anywhere in a picture, and its mask."""
         pixels, labels = self[row]
-        near = F.interpolate(labels[None, None].float(), size=pixels.shape[1:], mode="nearest")
+        near = F.interpolate(labels[None, None].float(), pixels.shape[1:], mode="nearest-exact")
         top, left = (int(rng.integers(length - self.side + 1)) for length in pixels.shape[1:])
         window = (..., slice(top, top + self.side), slice(left, left + self.side))
         return pixels[window], near[0, 0][window].long()

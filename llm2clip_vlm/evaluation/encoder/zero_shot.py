@@ -91,18 +91,18 @@ def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> 
     if not items:
         raise ValueError(f"{task.data}: holds no item of {task.benchmark}")
     names = {name: row for row, name in enumerate(dict.fromkeys(n for i in items for n in i[1]))}
-    texts = {text: row for row, text in enumerate(dict.fromkeys(t for i in items for t in i[2]))}
     pictures = [
         published.plain_image(Path(task.images), name, follow_links=task.follow_links)
         for name in names
     ]
     image_embeds, image_hash = encoder.embed_images(pictures)
-    text_embeds = encoder.embed_texts(list(texts))
+    text_embeds = encoder.embed_texts([text for item in items for text in item[2]])
     right: dict[str, list[bool]] = {}
     tied = []
-    for _, shown, said in items:
+    said = text_embeds.split([len(texts) for _, _, texts in items])
+    for (_, shown, _), captions in zip(items, said, strict=True):
         own = image_embeds[[names[name] for name in shown]]
-        scores = own @ text_embeds[[texts[text] for text in said]].T
+        scores = own @ captions.T
         gaps = {"text": scores.diagonal()[:, None] - scores}
         if len(shown) > 1:
             gaps["image"] = scores.diagonal()[None] - scores

@@ -28,16 +28,7 @@ ALPHA = 0.05
 
 _IDENTITY = ("spec_hash", "protocol", "data_hash", "list_hash")
 
-_SETTINGS = (
-    "limit",
-    "overrides",
-    "data",
-    "settings",
-    "judge",
-    "generation_kwargs",
-    "prompt_example",
-    "versions",
-)
+_SETTINGS = "limit overrides data settings judge generation_kwargs prompt_example versions".split()
 
 
 def compare(

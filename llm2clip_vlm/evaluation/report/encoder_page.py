@@ -19,9 +19,7 @@ def encoder_page(folder: Path, whole: Mapping[str, Any]) -> str:
         whole: `{model, fingerprints, results: {task: result}}`.
     """
     run = Run("score", [str(folder)])
-    for task, measured in measured_in(folder):
-        if (
-            task.partition(".")[0] in whole["results"] and ":" not in task
-        ):  # others are of another recipe
+    for task, measured in measured_in(folder):  # those of another recipe may be there, too
+        if task.partition(".")[0] in whole["results"] and ":" not in task:
             run.scores[task] = {None: measured}
     return render("encoder.html", chart_of_tasks=score_chart("Tasks", [run], {}), **whole)

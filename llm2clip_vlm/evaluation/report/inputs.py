@@ -292,9 +292,6 @@ def read_run(
     return run
 
 
-_NO_RESULT = "no such result; `llm2clip-vlm eval` writes it"
-
-
 def read_vlms(folder: str | Path, vlms: Mapping[str, Sequence[int]]) -> list[Run]:
     """Results of `eval/run_lmms.py` for the VLMs of several towers.
 
@@ -314,7 +311,8 @@ def read_vlms(folder: str | Path, vlms: Mapping[str, Sequence[int]]) -> list[Run
             for seed in vlms[run.name]:
                 place = f"{run.name}-s{seed}"
                 if seed not in run.scores.get(task, {}):
-                    raise ReportError(f"{folder}/{place}/{task}.json: {_NO_RESULT}")
+                    none = "no such result; `llm2clip-vlm eval` writes it"
+                    raise ReportError(f"{folder}/{place}/{task}.json: {none}")
                 asked[place] = run.scores[task][seed].result
         for key in ("spec_hash", "limit"):
             values = {name: result.get(key) for name, result in asked.items()}

@@ -130,10 +130,8 @@ LOADERS: dict[str, Callable[..., PreTrainedModel]] = {
 """`config.model_type` to loader; other packages add to it, see `models.llm2clip.register`."""
 
 _POSITIONS = (
-    "embeddings.position_embedding.weight",
-    "embeddings.position_embeddings",
-    "pos_embed",
-    "timm_model.pos_embed",
+    *("embeddings.position_embedding.weight", "embeddings.position_embeddings"),
+    *("pos_embed", "timm_model.pos_embed"),
 )
 """Names of position tables `[..., prefix + grid**2, width]`."""
 

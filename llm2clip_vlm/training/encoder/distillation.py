@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -22,7 +23,7 @@ from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from llm2clip_vlm.losses.contrastive import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import Clip, ClipTokens, clip_encoders, load_clip
-from llm2clip_vlm.models.llm2clip import LLM2CLIPModel
+from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, warn_of_other_tower
 from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.text.text_encoder import require_equal
 from llm2clip_vlm.models.vision.patch_dropout import PatchDropout
@@ -183,16 +184,9 @@ def prepare_keeping(
         clip, tokenizer, _ = load_clip(path)
         inherit_space(model, clip)
         if not resumes:
-            inherit_text_tower(
-                model,
-                clip,
-                ClipTokens(tokenizer),
-                captions(),
-                lookup,
-                recipe.inherit_text,
-                seed=recipe.seed,
-                device=device,
-            )
+            texts = ClipTokens(tokenizer), captions(), lookup
+            settings, seed = recipe.inherit_text, recipe.seed
+            inherit_text_tower(model, clip, *texts, settings, seed=seed, device=device)
     callbacks: list[TrainerCallback] = []
     average = None
     if recipe.weight_average is not None:
@@ -230,20 +224,9 @@ def inherit_space(model: LLM2CLIPModel, clip: Clip) -> None:
             f"inherit_text: the CLIP projects {given.shape[1]} to {given.shape[0]} dimensions, "
             f"the model {own.shape[1]} to {own.shape[0]}; set projection_dim and `clip` to fit"
         )
-    tower = vision_tower_of(clip).state_dict()
-    moved = [
-        name
-        for name, tensor in model.vision_tower.state_dict().items()
-        if (theirs := tower.get(name)) is None
-        # Positions that were interpolated have another shape.
-        or (theirs.shape == tensor.shape and not torch.equal(theirs.to(tensor), tensor))
-    ]
-    if moved:
-        logger.warning(
-            "inherit_text: %d tensors of vision_tower are not those of the CLIP, %s among them; "
-            "its projection fits a tower that was trained on from it, and no other one",
-            *(len(moved), moved[0]),
-        )
+    warn_of_other_tower(
+        model.vision_tower, vision_tower_of(clip).state_dict(), "inherit_text: the CLIP"
+    )
     own.copy_(given)
     if model.logit_bias is None:
         model.logit_scale.copy_(clip.logit_scale)
@@ -293,7 +276,7 @@ def inherit_text_tower(
     schedule = get_cosine_schedule_with_warmup(optimizer, 0, settings.steps)
     generator = torch.Generator().manual_seed(seed)
     cosines = []
-    for step in range(settings.steps):
+    for _ in range(settings.steps):
         drawn = torch.randint(len(fitting), (settings.batch_size,), generator=generator)
         texts = list(dict.fromkeys(fitting[index] for index in drawn.tolist()))
         with torch.no_grad():
@@ -305,9 +288,8 @@ def inherit_text_tower(
         (distance + angles).backward()
         optimizer.step()
         schedule.step()
-        if step >= settings.steps - max(settings.steps // 10, 1):
-            cosines.append(1 - distance.item())
-    cosine = sum(cosines) / len(cosines)
+        cosines.append(1 - distance.item())
+    cosine = fmean(cosines[-max(settings.steps // 10, 1) :])
     logger.info(
         "inherited at a mean cosine of %.3f; %d of %d captions fit CLIP's window",
         *(cosine, len(fitting), len(captions)),

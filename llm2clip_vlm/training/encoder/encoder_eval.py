@@ -21,7 +21,6 @@ from llm2clip_vlm.data.image_text.dataset import (
 )
 from llm2clip_vlm.data.image_text.index import ImageTextRecord, read_image_text, read_sources
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.distributed import shared_out
 from llm2clip_vlm.metrics.retrieval import recall_at_k, retrieval_report
 from llm2clip_vlm.metrics.zero_shot import class_embeds, class_prompts, one_label
@@ -139,20 +138,8 @@ class HeldOut:
         """Embeddings of the images that can be read, and their records."""
 
         def embed(rows: range) -> tuple[list[int], Tensor | None]:
-            try:
-                good, pixels = list(rows), dataset.pixel_values(rows)
-            except ImageError:
-                good, each = [], []
-                for row in rows:
-                    try:
-                        each.append(dataset.pixel_values([row]))
-                        good.append(row)
-                    except ImageError as error:
-                        self._bad.add(dataset.records[row].where, str(error))
-                if not good:
-                    return [], None
-                pixels = torch.cat(each)
-            return good, encode(pixels).float().cpu()
+            good, pixels = dataset.readable(rows, self._bad)
+            return good, None if pixels is None else encode(pixels).float().cpu()
 
         parts = shared_out(list(_spans(len(dataset))), embed)
         embeds = torch.cat([part for _, part in parts if part is not None])

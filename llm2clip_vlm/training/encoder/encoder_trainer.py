@@ -18,7 +18,7 @@ from llm2clip_vlm.data.text.captions import EpochSampler
 from llm2clip_vlm.distributed import await_files, is_initialized, is_main, say
 from llm2clip_vlm.losses.contrastive import contrastive_loss, sigmoid_loss
 from llm2clip_vlm.models.flops import flop_counter
-from llm2clip_vlm.models.trainable import freeze_unused
+from llm2clip_vlm.models.trainable import freeze_unused, running_statistics
 from llm2clip_vlm.training.callbacks import EachEpoch, Throughput, WeightAverage
 from llm2clip_vlm.training.encoder.distillation import TowerTeacher
 from llm2clip_vlm.training.grad_cache import Embeds, cached_loss
@@ -173,6 +173,8 @@ class EncoderTrainer(ContrastiveTrainer):
         self.learning_rates = dict(learning_rates)
         self.layer_decay = layer_decay
         self.flops_per_image = flops_per_image
+        self.statistics = running_statistics(model)
+        """Those of the tower's norms before training, which stay."""
         own = [EachEpoch(train_dataset), _ClampLogitScale(model.logit_scale)]
         super().__init__(
             model,
@@ -195,7 +197,18 @@ class EncoderTrainer(ContrastiveTrainer):
 
         Args:
             directory: Where to; made if absent. Call on all ranks.
+
+        Raises:
+            ValueError: Running statistics of a norm are not those of the tower before training.
         """
+        after = running_statistics(self.model)
+        if moved := [
+            n for n in after if not torch.equal(self.statistics[n].to(after[n]), after[n])
+        ]:
+            raise ValueError(
+                f"{moved[0]}: {len(moved)} of {len(after)} running statistics are no more those of "
+                "the pretrained tower, whose norms were in training mode, then or now; train again"
+            )
         self.save_model(str(directory))
         if is_main():
             (Path(directory) / TRAINING_ARGS_NAME).unlink(missing_ok=True)

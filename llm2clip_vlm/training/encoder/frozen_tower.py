@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from llm2clip_vlm.data.image_text.dataset import readable_pictures
 from llm2clip_vlm.data.image_text.index import ImageTextRecords
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.reading.images import ImageError
@@ -112,7 +113,7 @@ class FrozenTower:
             def encode(rows: Sequence[int]) -> dict[bytes, Tensor]:
                 encoded: dict[bytes, Tensor] = {}
                 for at in range(0, len(rows), size):
-                    batch = self._images(records, rows[at : at + size], bad)
+                    batch = readable_pictures(records, rows[at : at + size], bad)
                     if batch:
                         features = _pooled(self._tower, self.image_processor, batch.values())
                         encoded |= {digests[r]: f for r, f in zip(batch, features, strict=True)}
@@ -169,17 +170,6 @@ class FrozenTower:
         spans = [range(at, min(at + _SHARD, len(records))) for at in range(0, len(records), _SHARD)]
         values = [value for part in shared_out(spans, digests) for value in part]
         return {row: value for row, value in enumerate(values) if isinstance(value, bytes)}
-
-    def _images(
-        self, records: ImageTextRecords, rows: Sequence[int], bad: BadRecords
-    ) -> dict[int, Any]:
-        images = {}
-        for row in rows:
-            try:
-                images[row] = records[row].open()
-            except ImageError as error:
-                bad.add(records[row].where, str(error))
-        return images
 
     def _read(self) -> dict[bytes, Tensor]:
         """Read the cache: hash of a picture's bytes to its features."""
