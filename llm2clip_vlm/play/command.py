@@ -22,7 +22,7 @@ def parser(command: str) -> argparse.ArgumentParser:
 def main(command: str, words: Sequence[str]) -> int | None:
     """Run a command."""
     made = parser(command)
-    arguments = made.parse_args(words)
+    arguments = made.parse_intermixed_args(words)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
