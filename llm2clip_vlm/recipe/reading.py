@@ -76,7 +76,8 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
         RecipeError: Lists all that can be seen at once, in the file, its parents and overrides.
     """
     data = _overridden(read_layers(Path(find_recipe(str(path)))), overrides)
-    if strange := _of_another_stage(data.get("stage"), model):
+    whole = "steps" in data and "steps" not in model.model_fields
+    if strange := _of_another_stage("pipeline" if whole else data.get("stage"), model):
         raise RecipeError(path, strange)
     data = _interpolated(data, model, path)
     if wrong := list(_refused(data)):
