@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program."""
-    arguments = parser().parse_args(argv)
+    arguments = parser().parse_intermixed_args(argv)
     places: dict[str, dict[str, list[str] | None]] = {}
     for given in arguments.runs:
         name, equals, place = given.partition("=")

@@ -30,6 +30,7 @@ import torch
 
 from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.reading.images import picture_suffixes
+from llm2clip_vlm.distributed import find_device
 from llm2clip_vlm.evaluation.encoder import zero_shot
 from llm2clip_vlm.evaluation.encoder.detection import detection
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
@@ -78,11 +79,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, results = Path(recipe.output_dir), {}
     written = {f"{name}.json" for name in ("results", *names)} | {PAGE, *files_of(out, names)}
     hold = Hold(out, "encoder evaluation", written)
-    device = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
     encoder = load_encoder(
         recipe.model,
         recipe.text_encoder,
-        device=device,
+        device=find_device(recipe.device),
         dtype=getattr(torch, recipe.dtype),
         batch_size=recipe.batch_size,
     )

@@ -207,9 +207,8 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = add(_train, "train", "run a stage with a recipe", f"stages:\n{listing}")
-    train.add_argument(
-        "stage", metavar="STAGE", help="one of those below, or the beginning of its name"
-    )
+    named = "one of those below, or the beginning of its name"
+    train.add_argument("stage", metavar="STAGE", help=named)
     costs = "say what a recipe needs and costs: memory, hours, disk, what is missing"
     planned = add(_plan, "plan", costs)
     overrides: dict[str, Any] = {"nargs": "*", "default": [], "metavar": "KEY=VALUE"}
@@ -229,9 +228,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help=told)
     listing += f"\nothers: {', '.join(_OTHERS)}"
     explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
-    explain.add_argument(
-        "stage", metavar="STAGE", help="one of those below, or the beginning of its name"
-    )
+    explain.add_argument("stage", metavar="STAGE", help=named)
     explain.add_argument("key", metavar="KEY", nargs="?", help="one key, with all below it")
     explain.add_argument("--all", action="store_true", help="every key, in full")
     begin = add(_init, "init", "make a folder to start from: recipes, suite, and what to type next")

@@ -70,12 +70,15 @@ def export(
     source = next((place for place in places if (place / "config.json").is_file()), None)
     if source is None:
         refuse_gguf(path)
-        raise ModelError(f"{path}: no config.json there, in model/ or in text_encoder/")
+        raise ModelError(f"{path}: no config.json there, in its model/ or in its text_encoder/")
     with certificate.new_folder(out, renew) as folder:  # before minutes of loading
         verify_hashes(source)
         kind, model, processor = _load(source)
         if kind not in kinds:
-            raise ModelError(f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}")
+            known = " or ".join(name for name, (_, takes) in FORMATS.items() if kind in takes)
+            raise ModelError(
+                f"{source}: --to {to} takes a {' or '.join(kinds)}, this is a {kind}: --to {known}"
+            )
         more: dict[str, Any] = {}
         if dtype is not None:
             if not hasattr(model, "lm_head"):

@@ -122,7 +122,8 @@ def _check_names(
         if mapping := getattr(kind, "_model_mapping", None):
             if type(config) not in mapping:
                 raise ModelError(
-                    f"{folder}: {kind.__name__} has no class for {config.model_type!r}"
+                    f"{folder}: model_type {config.model_type!r}, expected one that "
+                    f"{kind.__name__} opens"
                 )
             kind = _get_model_class(config, mapping)
         own: Any = kind.config_class

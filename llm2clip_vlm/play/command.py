@@ -22,7 +22,7 @@ def parser(command: str) -> argparse.ArgumentParser:
 def main(command: str, words: Sequence[str]) -> int | None:
     """Run a command."""
     made = parser(command)
-    arguments = made.parse_args(words)
+    arguments = made.parse_intermixed_args(words)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -38,9 +38,7 @@ def _chat_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("image", metavar="IMAGE", nargs="?", help="picture to talk about")
     made.add_argument("-p", "--prompt", metavar="TEXT", help="answer this one question")
     made.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    made.add_argument(
-        "--temperature", type=float, default=0.0, metavar="T", help="0 (default) = greedy"
-    )
+    made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: greedy")
     made.add_argument("--top-p", type=float, metavar="P", help="with a temperature")
     made.add_argument("--repetition-penalty", type=float, metavar="X")
     made.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
@@ -53,12 +51,8 @@ def _chat(arguments: argparse.Namespace) -> int:
     from llm2clip_vlm.play.vlm_chat import HELP, Chat, open_picture, print_answer, talk, typed
 
     picture = open_picture(arguments.image) if arguments.image else None  # before the slow part
-    chat = Chat.load(
-        arguments.model,
-        dtype=arguments.dtype,
-        device=arguments.device,
-        max_new_tokens=arguments.max_new_tokens,
-    )
+    how = {name: getattr(arguments, name) for name in ("dtype", "device", "max_new_tokens")}
+    chat = Chat.load(arguments.model, **how)
     chat.show(picture)
     set_seed(arguments.seed)
     names = ("temperature", "top_p", "repetition_penalty")
@@ -145,14 +139,8 @@ def _app(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.play.page import serve
     from llm2clip_vlm.play.shelf import DEFAULT_RUN, Shelf
 
-    shelf = Shelf(
-        arguments.run or DEFAULT_RUN,
-        arguments.vlm,
-        arguments.encoder,
-        arguments.photos,
-        arguments.votes,
-        arguments.device,
-    )
+    more = (arguments.vlm, arguments.encoder, arguments.photos)
+    shelf = Shelf(arguments.run or DEFAULT_RUN, *more, arguments.votes, arguments.device)
     serve(shelf, arguments.port, open_browser=arguments.open)
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from llm2clip_vlm.data.reading import images
+from llm2clip_vlm.distributed import find_device
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, load_encoder
 from llm2clip_vlm.files import written_whole
 from llm2clip_vlm.models.equal import difference
@@ -71,8 +72,7 @@ def load_dual_encoder(
     """
     folder = model_folder(path)
     found = text_encoder or _text_encoder_of(folder)
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    encoder = load_encoder(folder, found, device=chosen, batch_size=32)
+    encoder = load_encoder(folder, found, device=find_device(device), batch_size=32)
     if encoder.texts is None:
         raise ValueError(
             f"{path}: a vision tower without text side; expected a CLIP, a SigLIP, or a model of "
@@ -206,7 +206,7 @@ def index_photos(folder: str | Path, encoder: Encoder) -> PhotoIndex:
     if not good:
         kinds = "one of .jpg, .png, .webp, ..."
         raise ValueError(
-            f"{folder}: no picture that can be used: expected {kinds}, got {len(bad)} bad ones"
+            f"{folder}: no picture that can be used: expected {kinds}; {len(bad)} are bad"
             + "".join(f"; {why}" for why in list(bad.values())[:1])
         )
     return PhotoIndex(root, [*good], torch.stack([*good.values()]), bad, len(todo))

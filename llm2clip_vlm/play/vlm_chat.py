@@ -32,14 +32,15 @@ def model_folder(path: str) -> str:
     """Find the model directory of a stage's output; anything else (a hub id, too) stays as it is.
 
     Raises:
-        ValueError: A local path, and nothing is there.
+        ValueError: A local path, and no model is there.
     """
-    inner = Path(path, "model")
-    if not Path(path, "config.json").is_file() and Path(inner, "config.json").is_file():
-        return str(inner)
-    if not Path(path).exists() and (path.startswith(("/", ".", "~")) or path.count("/") != 1):
+    for folder in (path, str(Path(path, "model"))):
+        if Path(folder, "config.json").is_file():
+            return folder
+    if Path(path).exists() or path[:1] in "/.~" or path.count("/") != 1:
         raise ValueError(
-            f"{path}: no such folder; expected a model directory, a stage's output or a hub id"
+            f"{path}: no such folder with a model; expected a model directory, a stage's output or "
+            "a hub id"
         )
     return path
 

@@ -87,7 +87,8 @@ def load_recipe(path: str | Path, model: type[T], overrides: Sequence[str] = ())
 def resolved(path: str | Path, model: type[BaseModel], overrides: Sequence[str] = ()) -> Any:
     """Read, merge and interpolate a recipe as :func:`load_recipe` does, but check no key."""
     data = _overridden(read_layers(Path(find_recipe(str(path)))), overrides)
-    if strange := _of_another_stage(data.get("stage"), model):
+    whole = "steps" in data and "steps" not in model.model_fields
+    if strange := _of_another_stage("pipeline" if whole else data.get("stage"), model):
         raise RecipeError(path, strange)
     return _interpolated(data, model, path)
 

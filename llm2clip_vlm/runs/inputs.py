@@ -167,7 +167,8 @@ def _missing_named(key: str, value: str, recipe: RunRecipe, source: Any) -> Iter
             yield value, f"{key}: {problem}"
     elif name == "embedding_cache" and getattr(recipe, "write_through", None) is None:
         if not os.path.isfile(Path(value) / "header.json"):
-            yield value, f"{key}: {value}: no such cache{_written_by(value, source)}"
+            told = "" if os.path.isdir(value) else _written_by(value, source)
+            yield value, f"{key}: {value}: no cache of stage 2a there{told}"
     elif name == "chat_template" and value.endswith(".jinja") and not os.path.isfile(value):
         yield value, f"{key}: {value}: no such file (from {Path.cwd()})"
     elif value == "flash_attention_2":

@@ -347,7 +347,7 @@ def test_each_option_does_something(run: Path, tmp_path: Path, capsys: Any) -> N
     found = command(tmp_path / "c", str(odd), f"x={odd}", "--task", TASK)
     assert [*found["runs"]] == ["base-s0", "x"]
     capsys.readouterr()
-    assert cli.main(["compare", *places[:2], "--task", TASK]) == 0
+    assert cli.main(["compare", places[0], "--task", TASK, places[1]]) == 0
     assert "| World VQA | " in capsys.readouterr().out
 
 

@@ -152,8 +152,12 @@ def test_a_cache_that_fills_itself_may_be_absent(work: Path) -> None:
         "embedding_cache": "cache",
         "train": [{"path": "data.json"}],
     }
-    assert problems(values) == ["embedding_cache: cache: no such cache"]
+    assert problems(values) == ["embedding_cache: cache: no cache of stage 2a there"]
     assert problems(values, "write_through=models/llm") == []
+    Path("text.yaml").write_text("stage: stage1_text_encoder\noutput_dir: runs/text\n")
+    Path("runs/text").mkdir(parents=True)  # finished, and no cache
+    (found,) = problems(values, "embedding_cache=runs/text")
+    assert found == "embedding_cache: runs/text: no cache of stage 2a there"
     assert problems(values, "write_through={language_model: models/none}") != []
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from llm2clip_vlm import cli
 from llm2clip_vlm.chat.labels import label
@@ -111,7 +112,7 @@ def test_lines_of_a_pipe_are_questions(
 ) -> None:
     lines = f"{QUESTION}\n\n/image '{pictures[1]}'\n{QUESTION}\n/reset\n{QUESTION}\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(lines))
-    words = ["chat", str(stage4), pictures[0], "--max-new-tokens", "6"]
+    words = ["chat", str(stage4), "--max-new-tokens", "6", pictures[0]]
     assert cli.main(words) == 0
     out, err = capfd.readouterr()
     first, second, again = out.splitlines()
@@ -131,14 +132,22 @@ def test_a_talk_ends_with_quit_and_explains_its_commands(
 
 
 def test_a_bad_picture_or_model_is_one_error(
-    stage4: Path, tmp_path: Path, tiny_clip: Path, capfd: pytest.CaptureFixture[str]
+    stage4: Path,
+    pictures: list[str],
+    tmp_path: Path,
+    tiny_clip: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "a.png").write_bytes(b"no picture")
     for words, told in (
         ([str(stage4), str(tmp_path / "a.png")], "does not decode"),
         ([str(stage4), str(tmp_path)], "expected a plain file, got a folder"),
         ([str(tmp_path / "none")], "no such folder"),
-        ([str(tiny_clip)], "no class for 'clip'"),
+        ([str(tiny_clip)], "'clip', expected one that AutoModelForImageTextToText opens"),
+        ([str(stage4.parent), pictures[0]], "no such folder with a model"),
+        ([str(stage4), "--device", "cuda"], "torch sees no CUDA GPU here"),
     ):
         assert cli.main(["chat", *words, "-p", "?"]) == 2
         out, err = capfd.readouterr()

@@ -242,7 +242,7 @@ def test_the_command_prints_the_best_and_opens_nothing_unasked(
 ) -> None:
     opened: list[str] = []
     monkeypatch.setattr("webbrowser.open", opened.append)
-    words = ["search", str(tiny_clip), str(photos), "a", "red dog", "-n", "2"]
+    words = ["search", str(tiny_clip), str(photos), "-n", "2", "a", "red dog"]
     assert cli.main(words) == 0
     out, err = capfd.readouterr()
     best = index(photos, encoder).best(encoder.embed_texts(["a red dog"])[0], 2)

@@ -452,6 +452,8 @@ def test_a_recipe_of_another_stage_is_one_error(repo_root: Path) -> None:
             load_recipe(path, MODELS[name])
         assert "got stage3_projector" in str(refused.value)
         assert "`llm2clip-vlm train stage3_projector`" in str(refused.value)
+    with pytest.raises(RecipeError, match=r"1 problem\n.*`llm2clip-vlm train pipeline`"):
+        load_recipe(repo_root / "recipes/demo/pipeline.yaml", MODELS["stage3_projector"])
 
 
 def test_every_program_tells_its_usage(capsys: pytest.CaptureFixture[str]) -> None:

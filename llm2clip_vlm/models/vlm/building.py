@@ -33,6 +33,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from llm2clip_vlm.chat.labels import end_of_turn_ids
 from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template, render
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.distributed import find_device
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.equal import vlm_difference, vlm_outputs
 from llm2clip_vlm.models.llm2clip import register
@@ -236,7 +237,7 @@ def load_checkpoint(
         ValueError: Weights are missing, or a LLaVA's processor or settings are another model's.
     """
     register()  # only this package, or another one, may know the tower's `model_type`
-    chosen = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = find_device(device)
     model = load_complete(AutoModelForImageTextToText, pretrained, dtype=dtype).to(chosen).eval()
     processor = read_processor(pretrained)
     if model.config.model_type in VLM_CLASSES:
