@@ -357,15 +357,14 @@ def _add_tokens(tokenizer: Any, llm: Any, words: Sequence[str]) -> int:
     known = {*tokenizer.get_vocab().values()}
     _keep_whole(tokenizer, words)
     if tokenizer.convert_tokens_to_ids(IMAGE_TOKEN) in (None, tokenizer.unk_token_id):
-        token = AddedToken(IMAGE_TOKEN, special=True, normalized=False)
-        tokenizer.add_tokens([token], special_tokens=True)
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], True)
     rows = llm.get_input_embeddings().weight.shape[0]
     new = sorted({*tokenizer.get_vocab().values()} - known | {*range(rows, len(tokenizer))})
     if len(tokenizer) > rows:
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     with torch.no_grad():
-        for part in (llm.get_input_embeddings(), llm.get_output_embeddings()) if new else ():
-            weight = part.weight
+        parts = (llm.get_input_embeddings(), llm.get_output_embeddings()) if new else ()
+        for weight in (part.weight for part in parts):
             weight[new] = weight[: new[0]].float().mean(0).to(weight.dtype)
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
