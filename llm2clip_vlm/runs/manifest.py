@@ -230,12 +230,15 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
             f"{folder}: stage: expected {' or '.join(stages)}, got {manifest['stage']} (from "
             f"{path}); name the output of the right stage"
         )
-    recorded = manifest["outputs"].get(folder.name) if path.parent != folder else None
-    if recorded is not None and (actual := fingerprint_dir(folder)) != recorded:
-        raise HandoffError(
-            f"{folder}: outputs.{folder.name}: expected {recorded}, got {actual}: files were "
-            f"changed after {manifest['stage']} wrote them; run that stage again"
-        )
+    if path.parent != folder and (recorded := manifest["outputs"].get(folder.name)):
+        changed = hashes.changed_outputs(path.parent, manifest, folder.name)
+        if not changed and fingerprint_dir(folder) != recorded:
+            changed = ["files"]
+        if changed:
+            raise HandoffError(
+                f"{folder}: outputs.{folder.name}: {', '.join(changed)} changed after "
+                f"{manifest['stage']} wrote them; put them back, or run that stage again"
+            )
     return manifest
 
 

@@ -216,6 +216,19 @@ def test_verify_names_the_field(tmp_path: Path) -> None:
         verify_parent(model)
 
 
+def test_verify_knows_settings_that_are_no_part_of_the_weights(tmp_path: Path) -> None:
+    """A text encoder's own settings (pooling, prompt) are in none of the files that make a model."""
+    model = make_model(tmp_path / "text_encoder")
+    settings = model / "text_encoder.json"
+    settings.write_text('{"pooling": "mean"}')
+    finish(tmp_path)
+    (model / "README.md").write_text("a card is the user's")
+    verify_parent(model)
+    settings.write_text('{"pooling": "last"}')
+    with pytest.raises(HandoffError, match=r"text_encoder/text_encoder\.json changed after stage1_"):
+        verify_parent(model)
+
+
 def test_a_bidirectional_model_is_no_decoder() -> None:
     with pytest.raises(HandoffError, match=r"models/x: is_causal"):
         refuse_bidirectional(SimpleNamespace(is_causal=False), "models/x")
