@@ -344,9 +344,8 @@ def _eval(command: str, *words: str) -> int | None:
     """A recipe judges an encoder, everything else is a VLM's."""
     if words and not words[0].startswith("-") and "=" not in words[0]:
         recipe = find_recipe(words[0])
-        if (
-            stage := read_layers(Path(recipe)).get("stage")
-        ) != "run_encoder":  # before the program imports torch
+        stage = read_layers(Path(recipe)).get("stage")
+        if stage != "run_encoder":  # before the program imports torch
             raise ValueError(
                 f"{recipe}: expected a recipe with `stage: run_encoder`, which judges an encoder, "
                 f"got {stage or 'none'}; a suite for VLMs is given as `eval --suite {words[0]}`"

@@ -217,7 +217,7 @@ def test_verify_names_the_field(tmp_path: Path) -> None:
 
 
 def test_verify_knows_settings_that_are_no_part_of_the_weights(tmp_path: Path) -> None:
-    """A text encoder's own settings (pooling, prompt) are in none of the files that make a model."""
+    """A text encoder's own settings (pooling, prompt) are in no file that makes a model."""
     model = make_model(tmp_path / "text_encoder")
     settings = model / "text_encoder.json"
     settings.write_text('{"pooling": "mean"}')
@@ -225,7 +225,9 @@ def test_verify_knows_settings_that_are_no_part_of_the_weights(tmp_path: Path) -
     (model / "README.md").write_text("a card is the user's")
     verify_parent(model)
     settings.write_text('{"pooling": "last"}')
-    with pytest.raises(HandoffError, match=r"text_encoder/text_encoder\.json changed after stage1_"):
+    with pytest.raises(
+        HandoffError, match=r"text_encoder/text_encoder\.json changed after stage1_"
+    ):
         verify_parent(model)
 
 

@@ -13,7 +13,6 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
-from importlib import import_module
 from importlib.util import find_spec
 from io import BytesIO
 from pathlib import Path
@@ -364,7 +363,11 @@ def picture_suffixes() -> frozenset[str]:
 @cache
 def _simplejpeg() -> Any:
     """Import the decoder. None: it is not installed."""
-    return import_module("simplejpeg") if find_spec("simplejpeg") else None
+    if find_spec("simplejpeg") is None:
+        return None
+    import simplejpeg
+
+    return simplejpeg
 
 
 @contextmanager

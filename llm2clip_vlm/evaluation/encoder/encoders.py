@@ -132,7 +132,7 @@ def load_encoder(
     text_encoder: str | TextEncoderSection | None = None,
     *,
     captions: Texts | None = None,
-    device: str | torch.device = "cpu",
+    device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     batch_size: int = 64,
 ) -> Encoder:
@@ -172,9 +172,7 @@ def load_encoder(
     return Encoder(tower=tower, fingerprints=hashes, batch_size=batch_size, **fields)
 
 
-def _caption_encoder(
-    path: str, text_encoder: str | TextEncoderSection, device: str | torch.device
-) -> TextEncoder:
+def _caption_encoder(path: str, text_encoder: str | TextEncoderSection, device: str) -> TextEncoder:
     named = isinstance(text_encoder, str)
     load: Any = TextEncoder.from_pretrained if named else TextEncoder.from_section
     encoder: TextEncoder = load(text_encoder, device=device)
