@@ -28,15 +28,15 @@ def is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def find_device(asked: str | torch.device | None) -> torch.device:
+def find_device(asked: str | torch.device | None) -> str:
     """The device that was asked for. None: `cuda` if there is one, else `cpu`.
 
     Raises:
         ValueError: A GPU, and torch sees none.
     """
     there = torch.cuda.is_available()
-    device = torch.device(asked or ("cuda" if there else "cpu"))
-    if device.type == "cuda" and not there:
+    device = str(asked or ("cuda" if there else "cpu"))
+    if device.startswith("cuda") and not there:
         raise ValueError(f"device {device}: torch sees no CUDA GPU here; expected cpu")
     return device
 
