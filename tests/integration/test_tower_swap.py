@@ -119,7 +119,7 @@ def test_every_tower_goes_through_all_stages(
                 "vision_feature_layer": -1 if kind in CNNS else -2,
             },
             trainable={"multi_modal_projector": 1e-2},
-            **shared,
+            **shared | {"data": [{"path": str(write_llava(tmp_path / "pictures", 8))}]},
         )
         stage4 = write_recipe(
             tmp_path / "stage4.yaml",

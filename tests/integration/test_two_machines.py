@@ -90,6 +90,7 @@ def recipes(
         data=llava,
         trainable=projector,
         packing=True,
+        plain=False,  # which takes pairs alone
         trainer=steps,
     )
     found["stage4_instruction"] = write_recipe(
