@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     encoder = load_encoder(
         recipe.model,
         recipe.text_encoder,
-        device=str(find_device(recipe.device)),
+        device=find_device(recipe.device),
         dtype=getattr(torch, recipe.dtype),
         batch_size=recipe.batch_size,
     )

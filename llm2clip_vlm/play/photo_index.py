@@ -72,7 +72,7 @@ def load_dual_encoder(
     """
     folder = model_folder(path)
     found = text_encoder or _text_encoder_of(folder)
-    encoder = load_encoder(folder, found, device=str(find_device(device)), batch_size=32)
+    encoder = load_encoder(folder, found, device=find_device(device), batch_size=32)
     if encoder.texts is None:
         raise ValueError(
             f"{path}: a vision tower without text side; expected a CLIP, a SigLIP, or a model of "
