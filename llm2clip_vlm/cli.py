@@ -68,12 +68,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in _FORWARDED:
         run, _ = _FORWARDED[words[0]]
         return guard(lambda: run(*words))
-    parser = _parser()
+    parser, known = _parser()
+    if words and words[0] not in known and not words[0].startswith("-"):
+        parser.error(f"no command `{words[0]}`{did_you_mean(words[0], known)}; one of {known}")
     arguments, rest = parser.parse_known_args(words)
-    if any(word.startswith("-") or "overrides" not in arguments for word in rest):
+    more: Any = vars(arguments).get("overrides", vars(arguments).get("keys"))
+    if any(word.startswith("-") or more is None for word in rest):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if rest:  # overrides behind an option, which argparse does not join to those before it
-        arguments.overrides = [*arguments.overrides, *rest]
+    if rest:  # words behind an option, which argparse does not join to those before it
+        more += rest
     return guard(lambda: arguments.command(arguments))
 
 
@@ -189,7 +192,7 @@ def _kept_traceback() -> str:
     return f"its traceback is in {f.name}"
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     parser = argparse.ArgumentParser(
         prog="llm2clip-vlm",
         description="LLM2CLIP vision towers, and LLaVA-style VLMs built on them.",
@@ -229,7 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     listing += f"\nothers: {', '.join(_OTHERS)}"
     explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
     explain.add_argument("stage", metavar="STAGE", help=named)
-    explain.add_argument("key", metavar="KEY", nargs="?", help="one key, with all below it")
+    explain.add_argument("keys", metavar="KEY", nargs="*", default=[], help="with all below it")
     explain.add_argument("--all", action="store_true", help="every key, in full")
     begin = add(_init, "init", "make a folder to start from: recipes, suite, and what to type next")
     begin.add_argument("directory", metavar="DIR", help="a new folder")
@@ -240,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     add(_doctor, "doctor", "show what this machine has")
     for name, (_, purpose) in _FORWARDED.items():
         commands.add_parser(name, help=purpose, add_help=False)
-    return parser
+    return parser, [*commands.choices]
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
@@ -283,8 +286,8 @@ def _explain(arguments: argparse.Namespace) -> None:
     text = find_program(program).read_text(encoding="utf-8")
     told = ast.get_docstring(ast.parse(text)) or STAGES[name]
     model = MODELS[program]
-    if arguments.key:
-        print(recipe_help(model, arguments.key))
+    if arguments.keys:
+        print(*(recipe_help(model, key) for key in arguments.keys), sep="\n")
     elif arguments.all:
         print(f"{told}\n\nRecipe keys ({model.__name__}):\n\n{recipe_help(model)}")
     else:
@@ -305,7 +308,7 @@ def _init(arguments: argparse.Namespace) -> None:
 def _completion(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.preflight.starting import completion
 
-    print(completion(_parser(), arguments.shell, [*STAGES]))
+    print(completion(_parser()[0], arguments.shell, [*STAGES]))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -345,10 +348,11 @@ def _eval(command: str, *words: str) -> int | None:
     if words and not words[0].startswith("-") and "=" not in words[0]:
         recipe = find_recipe(words[0])
         stage = read_layers(Path(recipe)).get("stage")
+        suite = f"got none; a suite for VLMs is given as `eval --suite {words[0]}`"
         if stage != "run_encoder":  # before the program imports torch
             raise ValueError(
                 f"{recipe}: expected a recipe with `stage: run_encoder`, which judges an encoder, "
-                f"got {stage or 'none'}; a suite for VLMs is given as `eval --suite {words[0]}`"
+                + (f"got {stage}: `train {stage} {words[0]}` runs it" if stage else suite)
             )
         return _program("run_encoder", recipe, *words[1:])
     return _program("run_lmms", *words)

@@ -8,6 +8,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -80,7 +81,7 @@ def recipe_names(beside: Path) -> list[str]:
     for folder in ("recipes", "eval"):
         for root in _places(folder):
             names += [f"{folder}/{path.relative_to(root)}" for path in root.rglob("*.yaml")]
-    return names
+    return names + [re.sub(r"^(recipes|eval/suites|eval)/|\.yaml$", "", name) for name in names]
 
 
 def find_program(name: str, root: Path | None = None) -> Path:

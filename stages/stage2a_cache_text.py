@@ -105,10 +105,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.parents["text_encoder"] = encoder_path(recipe.text_encoder)
         save_resolved(recipe, out / "recipe.resolved.yaml")
         run.finish(
-            encoder.fingerprint,
-            rows=len(cache),
-            texts=texts.total,
-            different_texts=len(texts),
+            encoder.fingerprint, rows=len(cache), texts=texts.total, different_texts=len(texts)
         )
     teardown()
 

@@ -50,20 +50,23 @@ class Evidence:
 
 
 @contextmanager
-def new_folder(out: str | Path, replace: bool = False) -> Iterator[Path]:
+def new_folder(out: str | Path, replace: bool | None = None) -> Iterator[Path]:
     """A folder that is there at the end, or nothing if anything was raised.
 
     Args:
         out: Where; must not exist.
         replace: Unless it holds what :func:`certify` left there, unchanged and nothing else.
+            None: the command has no such option.
 
     Yields:
         The folder to write into, which exists.
     """
     earlier = Path(out)
-    if earlier.exists() and not (replace and _as_left(earlier)):
+    ours = earlier.exists() and replace is not None and _as_left(earlier)
+    if earlier.exists() and not (replace and ours):
         found = ", with other files than an export has left there" if replace else ""
-        raise ModelError(f"{out} exists already{found}; name a new folder, or delete it")
+        way = "give `--replace`" if ours else "delete it"
+        raise ModelError(f"{out} exists already{found}; name a new folder, or {way}")
     with written_whole(out) as folder:
         folder.mkdir()
         yield folder

@@ -132,6 +132,8 @@ def _app_options(made: argparse.ArgumentParser) -> None:
 def _app(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.hub import require_place
 
+    if arguments.port is not None and not 0 < arguments.port < 65536:
+        raise ValueError(f"--port: expected a number from 1 to 65535, got {arguments.port}")
     for place in (*arguments.vlm, *arguments.encoder):  # before the slow part
         require_place(place)
     for folder in arguments.photos:

@@ -279,8 +279,10 @@ class ClipBaselineRecipe(EncoderRecipe):
                 "`vision_tower` needs `text_model` and `tokenizer`; the text window is "
                 "text_model.max_position_embeddings, not text_window_tokens"
             )
-        if self.vision_tower is None and (self.text_model or self.image_size_px):
-            raise ValueError("`text_model` and `image_size_px` belong to `vision_tower`")
+        alone = ("text_model", "image_size_px", "projection_dim", "logit_scale_init")
+        for name in alone if self.vision_tower is None else ():
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"`{name}` belongs to `vision_tower`; `clip` has its own")
         if self.tower_last_blocks is not None and not self.learning_rates.get("vision_model"):
             raise ValueError(
                 "tower_last_blocks: expected with a learning rate of `vision_model`, which is "

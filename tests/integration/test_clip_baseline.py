@@ -20,6 +20,7 @@ from eval import run_encoder
 from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
 from llm2clip_vlm.models.clip import load_clip
 from llm2clip_vlm.models.vision.towers import load_vision_tower
+from llm2clip_vlm.recipe.reading import RecipeError
 from llm2clip_vlm.runs.manifest import HandoffError, read_manifest
 from llm2clip_vlm.training.callbacks import read_metrics
 from llm2clip_vlm.training.encoder.distillation import probe_embeds
@@ -172,6 +173,12 @@ def test_measures_without_dropout(recipe: Recipe, tiny_clip: Path, tmp_path: Pat
     found = json.loads((out / "results.json").read_text())["retrieval"]
     for kind in ("short", "long"):
         assert last[f"eval_{kind}_i2t_r1"] == found[kind]["i2t"]["r1"]
+
+
+@pytest.mark.parametrize("key", ["projection_dim", "logit_scale_init"])
+def test_what_the_checkpoint_decides_is_refused_beside_it(recipe: Recipe, key: str) -> None:
+    with pytest.raises(RecipeError, match=rf"`{key}` belongs to `vision_tower`"):
+        run(recipe(**{key: 3}))
 
 
 def test_accumulation_is_refused(recipe: Recipe) -> None:

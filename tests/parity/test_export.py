@@ -302,7 +302,7 @@ def test_an_export_takes_the_place_of_an_earlier_one_that_nobody_has_changed(
     out, before = tmp_path / "out", build_tower("dinov2", tmp_path / "before", seed=0)
     after = build_tower("dinov2", tmp_path / "after", seed=1)
     export(before, "transformers", out)
-    with pytest.raises(ModelError, match="exists already; name a new folder"):
+    with pytest.raises(ModelError, match="exists already; name a new folder, or give `--replace`"):
         export(after, "transformers", out)
     again = export(after, "transformers", out, renew=True)
     check_certificate(out, again)

@@ -177,6 +177,8 @@ def test_a_stage_may_be_cut_where_it_is_the_only_one(
 def test_a_suite_is_no_encoders_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["eval", "llava15"]) == 2
     assert "a suite for VLMs is given as `eval --suite llava15`" in capsys.readouterr().err
+    assert cli.main(["eval", "nano/stage4"]) == 2
+    assert ": `train stage4_instruction nano/stage4` runs it" in capsys.readouterr().err
     assert cli.main(["eval", "recipes/eval/wrld.yaml"]) == 2
     assert "did you mean `recipes/eval/world.yaml`?" in capsys.readouterr().err
 
@@ -461,6 +463,23 @@ def test_a_word_that_no_command_has_is_refused(capsys: pytest.CaptureFixture[str
         assert "unrecognized arguments" in capsys.readouterr().err
 
 
+def test_an_unknown_command_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["trian", "stage3"])
+    assert "no command `trian`; did you mean `train`?" in capsys.readouterr().err
+
+
+def test_help_takes_keys_behind_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help", "stage4", "--all", "checkpoint", "seed"]) == 0
+    told = capsys.readouterr().out
+    assert "checkpoint" in told and "seed" in told and "Recipe keys" not in told
+
+
+def test_a_port_that_there_is_not_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["app", "--port", "99999"]) == 2
+    assert "--port: expected a number from 1 to 65535, got 99999" in capsys.readouterr().err
+
+
 def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["train", "stage3"], ["plan"]):
         with pytest.raises(SystemExit):
@@ -471,7 +490,7 @@ def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["plan", "nano/stage33"], "cannot read this file: there is no such file"),
+        (["plan", "nano/stage33"], "there is no such file; did you mean `nano/stage3`?"),
         (["plan", "demo/pipeline"], "got none; of a pipeline, plan the recipes of its steps"),
         (["plan", "nano/stage3", "--gpus", "0"], "--gpus: expected a whole number from 1 on, got"),
         (["plan", "nano/stage3", "--mfu", "35"], "--mfu: expected a share above 0 and up to 1"),

@@ -46,6 +46,7 @@ from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import file_state
 from tests.tiny import write_image
+from tests.tiny_towers import build_tower
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = ROOT / "demo" / "tasks"
@@ -256,6 +257,7 @@ def test_what_is_missing_is_named_before_the_start(
             r"train stage4_instruction recipes/llava15/stage4",
         ),
         (stage, r"did you mean .*/stage4/model\?"),
+        (build_tower("eva02", tmp_path / "tower"), "expected a vision-language model.*, got Eva"),
     ):
         with pytest.raises(EvaluationError, match=told):
             run_suite(suite(data), {"a": folder}, tmp_path / "out", TASKS)

@@ -327,10 +327,7 @@ def _successors(table: TokenTable, seed: int) -> dict[ImageRef, ImageRef]:
     return dict(zip(names, names[1:] + names[:1], strict=True))
 
 
-FILLER = {
-    "input_ids": torch.zeros(2, dtype=torch.int64),
-    "labels": torch.full((2,), IGNORE_INDEX),
-}
+FILLER = {"input_ids": torch.zeros(2, dtype=torch.int64), "labels": torch.full((2,), IGNORE_INDEX)}
 """What stands where a process has no sample."""
 
 

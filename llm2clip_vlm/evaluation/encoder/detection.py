@@ -87,9 +87,7 @@ def build_detector(
     AutoConfig.register(TowerBackboneConfig.model_type, TowerBackboneConfig, exist_ok=True)
     AutoBackbone.register(TowerBackboneConfig, TowerBackbone, exist_ok=True)
     backbone = TowerBackboneConfig(
-        hidden_size=tower.hidden_size,
-        grid=tower.grid,
-        num_prefix_tokens=tower.num_prefix_tokens,
+        hidden_size=tower.hidden_size, grid=tower.grid, num_prefix_tokens=tower.num_prefix_tokens
     )
     values = {"with_box_refine": True, "auxiliary_loss": True} | detector
     config = DeformableDetrConfig(

@@ -30,11 +30,7 @@ class Verdict:
     """The same for one line of a terminal."""
 
 
-def retrieval_verdict(
-    retrieval: Retrieval,
-    headline: Sequence[str],
-    kind: str = "long",
-) -> Verdict:
+def retrieval_verdict(retrieval: Retrieval, headline: Sequence[str], kind: str = "long") -> Verdict:
     """Whether the first tower retrieves better, with intervals apart.
 
     Args:

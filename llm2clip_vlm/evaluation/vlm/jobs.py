@@ -166,8 +166,7 @@ def plan(suite: SuiteRecipe, checkpoints: Mapping[str, str | Path], tasks_dir: P
     """
     check_checkpoints(checkpoints)
     names = [task.name or task.task for task in suite.tasks]
-    twice = {name for name in names if names.count(name) > 1}
-    if twice:
+    if twice := {name for name in names if names.count(name) > 1}:
         raise EvaluationError(f"tasks: {sorted(twice)} given twice; give each a `name`")
     if suite.judge == "environment" and not os.environ.get("OPENAI_API_KEY"):
         raise EvaluationError(
@@ -209,6 +208,13 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
                     f"`hf download {folder} --local-dir DIR`, then name DIR"
                 )
             raise EvaluationError(f"checkpoint {name}: {why}")
+        config = read_json(Path(folder) / "config.json", error=EvaluationError)
+        kind = " ".join(config.get("architectures") or [])
+        if kind and not re.search(r"For(ConditionalGeneration|CausalLM)\b", kind):
+            raise EvaluationError(
+                f"checkpoint {name}: {folder}: expected a vision-language model, such as stage 4's "
+                f"model/, got {kind}; `llm2clip-vlm eval RECIPE model={folder}` judges an encoder"
+            )
 
 
 def left_out(suite: SuiteRecipe) -> dict[str, str]:
@@ -283,10 +289,7 @@ def _pictures(value: Any) -> list[str]:
 
 
 def _files_hash(files: Sequence[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}\0{fingerprint_file(file)}\n".encode())
-    return digest.hexdigest()
+    return hash_json([[file.name, fingerprint_file(file)] for file in files])
 
 
 GATE_NAME = "score_gate.json"

@@ -17,13 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.evaluation.vlm.jobs import (
-    JUDGE,
-    RESULT_SCHEMA,
-    EvaluationError,
-    Job,
-    data_hash,
-)
+from llm2clip_vlm.evaluation.vlm.jobs import JUDGE, RESULT_SCHEMA, EvaluationError, Job, data_hash
 from llm2clip_vlm.evaluation.vlm.samples import (
     metric_errors,
     metrics_of,
