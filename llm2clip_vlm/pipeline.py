@@ -2,8 +2,8 @@
 
 What a step leaves behind decides whether it runs: a manifest of the same recipe and parents, or the
 files that it names, as they were when it ended, made by the same program, recipe and options from
-the same files and stages' outputs. So a second run skips what is finished, and a run after a kill
-goes on, the stage that was cut off from its own checkpoint. Steps end with it (:mod:`supervise`).
+the same files and stages' outputs. A second run skips what is finished; after a kill a stage goes
+on from its own checkpoint. Steps end with the pipeline (:mod:`supervise`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.constants import STOPPED
-from llm2clip_vlm.files import find_program, find_shipped, read_json, write_atomically
+from llm2clip_vlm.files import find_program, find_recipe, find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.pipeline import PipelineRecipe, PipelineStep
 from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, read_layers, resolved
@@ -36,7 +36,6 @@ from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs import hashes, supervise
 from llm2clip_vlm.runs.card import CARD_NAME
 from llm2clip_vlm.runs.cores import allowed_threads, usable_cores
-from llm2clip_vlm.runs.hashes import FileState
 from llm2clip_vlm.runs.inputs import require_steps
 from llm2clip_vlm.runs.manifest import find_manifest, is_complete
 from llm2clip_vlm.runs.ownership import Hold, OwnershipError
@@ -143,22 +142,24 @@ def asked_of(job: Job) -> str:
     A stage's output is known by its manifest; the job's own outputs are left out.
     """
     path, *words = job.recipe if job.step.recipe else ["", *job.recipe]
-    recipe, values, options = None, None, [*words, *job.arguments]
+    values, options = None, [*words, *job.arguments]
+    files = filter(os.path.isfile, map(find_recipe, options))
+    recipes = [read_layers(Path(file)) for file in files if file.endswith(".yaml")]
     if path:
-        recipe = read_layers(Path(path)) | {"notes": None}
+        recipes.append(read_layers(Path(path)) | {"notes": None})
         with suppress(RecipeError):  # of a program that has defaults of its own
             values = resolved(path, RECIPES.get(job.step.program, EncoderEvalRecipe), words)
-    written = json.dumps([recipe, values], default=str, ensure_ascii=False)
+    written = json.dumps([recipes, values], default=str, ensure_ascii=False)
     named = re.findall(r'"([^"]+)"', written)
     named += [word.partition("=")[2] or word for word in options]
     if job.step.program != COMMAND:
         named.append(str(find_program(job.step.program, Path.cwd())))
     there = [n for n in dict.fromkeys(named) if os.path.exists(n) and n not in job.outputs]
     states = hashes.file_states(find_manifest(Path(n)) or Path(n) for n in there)
-    return hashes.hash_json([job.step.program, recipe, options, [s[2] for s in states.values()]])
+    return hashes.hash_json([job.step.program, recipes, options, [s[2] for s in states.values()]])
 
 
-def finished(job: Job, left: dict[str, FileState] | None = None, before: str | None = None) -> bool:
+def finished(job: Job, left: dict[str, Any] | None = None, before: str | None = None) -> bool:
     """Whether what the job makes is there and was made with this recipe from these parents.
 
     Args:
@@ -179,9 +180,8 @@ def finished(job: Job, left: dict[str, FileState] | None = None, before: str | N
             f"{there[0]} was changed after step {job.name!r} wrote it, and would be written over: "
             "put it back, or delete it to have it made again"
         )
-    if before not in (None, asked_of(job)):
-        return False
-    return bool(job.outputs) and not differing and all(Path(o).exists() for o in job.outputs)
+    same = before in (None, asked_of(job)) and not differing
+    return same and bool(job.outputs) and all(Path(o).exists() for o in job.outputs)
 
 
 def output_files(job: Job) -> list[Path]:
@@ -228,7 +228,7 @@ class Pipeline:
         self.running: list[Job] = []
         self.seconds: dict[str, float] = {}
         self.costs: dict[str, dict[str, float]] = {}
-        self._left: dict[str, dict[str, FileState]] = {}
+        self._left: dict[str, dict[str, hashes.FileState]] = {}
         self._asked: dict[str, str] = {}
 
     def run(self) -> dict[str, float]:

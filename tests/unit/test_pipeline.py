@@ -331,6 +331,21 @@ def test_files_that_a_recipe_names_by_its_values_and_in_any_letters_are_known(ro
         assert set(Pipeline(recipe).run()) == {"a"}, name
 
 
+def test_what_a_recipe_among_the_options_is_made_of_and_names_is_known(root: Path) -> None:
+    """`llm2clip-vlm eval RECIPE` and `--suite FILE`."""
+    (root / "val.jsonl").write_text("1")
+    (root / "parent.yaml").write_text("{tasks: [{data: val.jsonl}]}")
+    (root / "suite.yaml").write_text("{base: parent.yaml}")
+    recipe = pipeline(step("a", "--suite", "suite.yaml", "--to", "not_there.yaml"))
+    Pipeline(recipe).run()
+    assert Pipeline(recipe).run() == {}
+    (root / "val.jsonl").write_text("2")
+    assert set(Pipeline(recipe).run()) == {"a"}
+    (root / "parent.yaml").write_text("{tasks: [{data: val.jsonl, limit: 3}]}")
+    assert set(Pipeline(recipe).run()) == {"a"}
+    assert Pipeline(recipe).run() == {}
+
+
 def test_what_was_made_by_other_code_or_of_another_file_is_made_again(root: Path) -> None:
     """A program that was edited, a file that a step names, a stage that somebody ran by hand."""
     (root / "captions.txt").write_text("one")
