@@ -14,10 +14,11 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import Tensor, nn
 from torch.distributed import TCPStore
 from torch.distributed.elastic.utils.distributed import get_free_port
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerState, TrainingArguments
 
 from llm2clip_vlm.constants import IGNORE_INDEX
 from llm2clip_vlm.data.conversation.instruction import InstructionCollator
@@ -33,9 +34,8 @@ from llm2clip_vlm.recipe.vlm import PartTraining
 from llm2clip_vlm.runs.manifest import HandoffError
 from llm2clip_vlm.training.adapters import merged_state
 from llm2clip_vlm.training.step_guard import Watchdog, replay_batch
-from llm2clip_vlm.training.vlm import vlm_run
+from llm2clip_vlm.training.vlm import picture_gain, vlm_run
 from llm2clip_vlm.training.vlm import vlm_trainer as trainers
-from llm2clip_vlm.training.vlm.picture_signal import PictureShare
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 from llm2clip_vlm.training.vlm.vlm_trainer import PaddedBatches, VlmTrainer
 
@@ -300,41 +300,60 @@ def test_each_log_line_says_how_fast(model: Any, tmp_path: Path) -> None:
     assert rows[0]["fill"] == pytest.approx(sum(lengths[:2]) / (2 * max(lengths[:2])))
 
 
-def test_what_of_the_pictures_passes_the_projector_is_logged(
-    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_what_the_pictures_are_worth_is_logged_and_changes_nothing(
+    model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def shares(size: int, accumulation: int) -> tuple[float, float]:
-        data = samples(text_only=(1, 2))
-        found = trainer(copy.deepcopy(model), tmp_path, data, size=size, accumulation=accumulation)
-        row = logged(found)[-1]
-        return row["picture_share"], row["picture_share_tower"]
+    data = samples(text_only=(1, 2))
 
-    whole = shares(8, 1)
-    assert all(0 < share < 1 for share in whole) and "hardly differ" not in caplog.text
-    assert shares(2, 4) == pytest.approx(whole, rel=1e-3), "over all micro-batches of the step"
-    with torch.no_grad():
-        model.model.multi_modal_projector.linear_2.weight.mul_(1e-3)
-        model.model.multi_modal_projector.linear_2.bias.fill_(1.0)
-    kept, given = shares(8, 1)
-    assert kept < 0.01 and given == pytest.approx(whole[1], rel=1e-3)
-    assert "the image tokens hardly differ between pictures" in caplog.text
+    def run(name: str) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+        found = trainer(copy.deepcopy(model), tmp_path / name, data, size=4, max_steps=6)
+        return logged(found), found.model.state_dict()
+
+    model.model.language_model.layers[0].self_attn.attention_dropout = 0.5
+    without, weights = run("without")
+    monkeypatch.setattr(picture_gain, "APART", 2)
+    measured, same = run("measured")
+    assert [("picture_gain" in row) for row in measured] == [False, True] * 3
+    assert not any("picture_gain" in row for row in without)
+    assert [row["loss"] for row in measured] == [row["loss"] for row in without]
+    assert all(torch.equal(weights[name], same[name]) for name in weights)
+    assert "the language model hardly looks" in caplog.text, "nothing was learnt in six steps"
 
 
-def test_the_share_of_pictures_is_their_variance_by_the_energy() -> None:
-    draw = torch.Generator().manual_seed(0)
-    constant = torch.ones(64, 1, 100) * 3
-    pictures = torch.randn(64, 1, 100, generator=draw).expand(64, 9, 100)
-    for tokens, share in ((constant, 0.0), (pictures, 1.0), (constant + pictures, 0.1)):
-        whole, parts = PictureShare(), PictureShare()
-        whole.add(tokens)
-        for part in tokens.split(10):
-            parts.add(part)
-        assert whole.value() == pytest.approx(share, abs=0.01)
-        assert parts.value() == pytest.approx(whole.value(), abs=1e-5)
-    alone = PictureShare()
-    assert alone.value() is None
-    alone.add(constant[:1])
-    assert alone.value() is None, "one picture cannot differ"
+class Looks(nn.Module):
+    """A model whose loss is how far the pictures are from their own sample's number."""
+
+    def forward(self, pixel_values: Tensor, labels: Tensor, **_: Any) -> Any:
+        noise = torch.rand(())  # the same for both
+        return SimpleNamespace(loss=(pixel_values - torch.arange(4.0)).abs().mean() + noise)
+
+
+@pytest.mark.parametrize("worth", [True, False])
+def test_the_gain_is_the_loss_with_other_pictures_minus_that_with_their_own(
+    caplog: pytest.LogCaptureFixture, worth: bool
+) -> None:
+    said: list[str] = []
+    gain = picture_gain.PictureGain(said.append)
+    state = TrainerState(logging_steps=10, max_steps=80)
+    inputs = {"pixel_values": torch.arange(4.0) if worth else torch.ones(4)}
+    inputs["labels"] = torch.ones(1, 9, dtype=torch.long)
+    for state.global_step in range(80):
+        gain.on_step_begin(None, state, None)
+        before = torch.random.get_rng_state()
+        gain.see(Looks(), inputs)
+        assert torch.equal(torch.random.get_rng_state(), before)
+        state.log_history.append({"loss": 1.0})
+        gain.on_log(None, state, None, logs={"loss": 1.0})
+    rows = [(number + 1, row) for number, row in enumerate(state.log_history)]
+    gains = {number: row["picture_gain"] for number, row in rows if "picture_gain" in row}
+    assert gains == pytest.approx(dict.fromkeys((20, 40, 60, 80), 2.0 if worth else 0.0))
+    gain.on_train_end(None, state, None)
+    assert said == (["pictures: " + told(2.0) + " higher"] if worth else [])
+    assert (told(0.0) + " higher: the language model hardly looks" in caplog.text) != worth
+
+
+def told(gain: float) -> str:
+    return f"with the pictures of other samples the loss is {gain:.3f} +- 0.000 nats a token"
 
 
 @pytest.mark.parametrize("parts", [("multi_modal_projector",), ALL[1:], ALL], ids=len)

@@ -43,7 +43,7 @@ from llm2clip_vlm.training.gradient_audit import GradientAudit
 from llm2clip_vlm.training.param_groups import build_param_groups
 from llm2clip_vlm.training.step_guard import keep_batch
 from llm2clip_vlm.training.strict_resume import LossError, StrictResumeMixin
-from llm2clip_vlm.training.vlm.picture_signal import PictureSignal
+from llm2clip_vlm.training.vlm.picture_gain import PictureGain
 from llm2clip_vlm.training.vlm.vlm_flops import VlmFlops
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.base = fingerprint_dir(checkpoint) if hashed else str(checkpoint)
         self.batches, self.dtype, self.rounding = batches, dtype, Rounding()
         self.throughput = Throughput("tokens")
-        self.flops, self.signal = VlmFlops(model), PictureSignal(model)
+        self.flops, self.gain = VlmFlops(model), PictureGain(report)
         self.audit = GradientAudit(model, list(parts), report, waits_for_pictures=True)
         super().__init__(
             model=model,
@@ -110,7 +110,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             train_dataset=train_dataset,
             data_collator=data_collator,
             processing_class=processor,
-            callbacks=[self.throughput, self.signal, *(callbacks or [])],
+            callbacks=[self.throughput, self.gain, *(callbacks or [])],
         )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
@@ -136,10 +136,11 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         self.watchdog.beat(f"step {step}, samples {ids}")
         packed = None if self.batches is None else self.batches.max_tokens
         self.throughput.add(*self.flops(inputs), room=packed or inputs["input_ids"].numel())
-        self.signal.watching = "pixel_values" in inputs
         if self.audit is not None:
             self.audit.see(inputs)
         try:
+            with self.compute_loss_context_manager():
+                self.gain.see(model, self._prepare_inputs(dict(inputs)))
             return super().training_step(model, dict(inputs), num_items_in_batch)
         except torch.OutOfMemoryError:
             self._keep(inputs, step, ids, "out of memory", num_items_in_batch)
