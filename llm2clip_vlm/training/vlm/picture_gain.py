@@ -31,7 +31,7 @@ class PictureGain(TrainerCallback):
     been. A micro-batch of one picture is left out, and AnyRes where pictures differ in size.
 
     Args:
-        report: Called with one line at the end, where there were two measurements or more.
+        report: Called with one line at the end.
     """
 
     def __init__(self, report: Callable[[str], None]) -> None:
@@ -74,18 +74,16 @@ class PictureGain(TrainerCallback):
         """Say what the second half of the measurements found; warn where it is next to nothing."""
         gains = [row["picture_gain"] for row in state.log_history if "picture_gain" in row]
         late = gains[len(gains) // 2 :]
-        if len(late) < 2 or not state.is_world_process_zero:
+        if len(late) < 4 or not state.is_world_process_zero:  # too few for a mean
             return
         mean, error = statistics.fmean(late), statistics.stdev(late) / math.sqrt(len(late))
-        told = (
-            f"with the pictures of other samples the loss is {mean:.3f} +- {error:.3f} nats a token"
-        )
+        told = f"with other samples' pictures the loss is {mean:.3f} +- {error:.3f} nats a token"
         if mean > max(FAINT, 2 * error):
             self._report(f"pictures: {told} higher")
         else:
             logger.warning(
-                "%s higher: the language model hardly looks. Lower the learning rate of "
-                "multi_modal_projector, or train on more captions; `other_pictures: true` in a "
+                "%s higher: it is not shown that the language model looks. Lower the learning rate "
+                "of multi_modal_projector, or train on more captions; `other_pictures: true` in a "
                 "suite says what that does to scores",
                 told,
             )
