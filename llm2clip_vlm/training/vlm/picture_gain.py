@@ -74,7 +74,7 @@ class PictureGain(TrainerCallback):
         """Say what the second half of the measurements found; warn where it is next to nothing."""
         gains = [row["picture_gain"] for row in state.log_history if "picture_gain" in row]
         late = gains[len(gains) // 2 :]
-        if len(late) < 4 or not state.is_world_process_zero:  # too few for a mean
+        if len(late) < 3 or not state.is_world_process_zero:  # too few for a mean
             return
         mean, error = statistics.fmean(late), statistics.stdev(late) / math.sqrt(len(late))
         told = f"with other samples' pictures the loss is {mean:.3f} +- {error:.3f} nats a token"
