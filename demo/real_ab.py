@@ -43,6 +43,8 @@ VLMS = ("base", "control_long", "llm2clip", "llm2clip_shuffled", "text_only")
 """What a VLM looks through."""
 TASKS = {"daquar": "l2c_daquar", "coco": "l2c_photo_vqa", "captions": "captions"}
 """Name of a task in the table to its result file's."""
+ALIKE = ("n", "limit", "primary_metric", "generation_kwargs")
+"""What the results of a task must have in common, beside their data."""
 OTHER = "other_pictures"
 """What a result says of the same questions with the pictures of others."""
 ELSEWHERE = f"_{OTHER}"
@@ -93,9 +95,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         found["separability_other"] = {given.other.name: scores}
     if given.earlier:  # its towers are others: never compared with what is here
         old = dict(read_json(given.earlier))
-        found |= {name: old[name] for name in ("vlm", "separability_other") if not found.get(name)}
         now, then = found["separability"], old["separability"]
-        found["separability"] = now | {kind: then[kind] | now[kind] for kind in caches}
+        same = then["protocol"] == PROTOCOL  # others differ by tens of points
+        given_on = ("vlm", "separability_other")[: 1 + same]
+        found |= {name: old[name] for name in given_on if not found.get(name)}
+        found["separability"] = now | {k: then[k] | now[k] for k in caches if same}
         found["earlier"] = old["commit"]
     found["tests"] = tests(found, given.main)
     found["costs"] = optional(given.run / "costs.json")
@@ -155,14 +159,18 @@ def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
     """Scores of each VLM by task and seed: per cent right; of captions CIDEr, times 100.
 
     Raises:
-        ValueError: VLMs were asked different numbers of questions, as with another `--limit`.
+        ValueError: VLMs were asked other questions, as with another `--limit`, or otherwise.
     """
     found: dict[str, Any] = {}
     for task, name in TASKS.items():
+        alike: dict[str, list[str]] = {}
         for tower in VLMS[: -1 if task == "captions" else None]:  # text alone describes nothing
             files = {seed: run / "eval" / f"{tower}-s{seed}" / f"{name}.json" for seed in seeds}
             missing += [str(file) for file in files.values() if not file.is_file()]
             there = {seed: dict(read_json(f)) for seed, f in files.items() if f.is_file()}
+            for seed, r in there.items():
+                said = [r.get("data", {}).get("sha256"), *map(r.get, ALIKE)]
+                alike.setdefault(str(said), []).append(f"{tower}-s{seed}")
             asked = {"": there}
             asked[ELSEWHERE] = {s: r[OTHER] | {"n": r["n"]} for s, r in there.items() if OTHER in r}
             for ending, results in asked.items():
@@ -171,9 +179,8 @@ def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
                     rows[tower + ending] = [float(result["score"]) for result in results.values()]
                     rows["seeds"][tower + ending] = list(results)
                     rows["questions"][tower + ending] = [r["n"] for r in results.values()]
-    for task, rows in found.items():
-        if len(set(itertools.chain.from_iterable(rows["questions"].values()))) > 1:
-            raise ValueError(f"{task}: expected one number of questions, got {rows['questions']}")
+        if len(alike) > 1:
+            raise ValueError(f"{task}: expected one number of questions, data, ..., got {alike}")
     return found
 
 
@@ -182,8 +189,7 @@ def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
     made: dict[str, Any] = {}
 
     def compare(name: str, a: dict[int, float], b: dict[int, float]) -> None:
-        shared = sorted(a.keys() & b.keys())
-        if len(shared) > 1:
+        if len(shared := sorted(a.keys() & b.keys())) > 1:
             made[name] = seed_summary([a[seed] - b[seed] for seed in shared])
 
     def recalls(arm: str, way: str) -> dict[int, float]:
@@ -193,19 +199,15 @@ def tests(found: dict[str, Any], llm2clip: str) -> dict[str, Any]:
     for prefix in ("", "frozen_"):
         for way in ("i2t", "t2i"):
             ours = recalls(prefix + llm2clip, way)
-            for other in TOWERS:
-                if other != llm2clip:
-                    name = f"{prefix}{way}_r1_llm2clip_minus_{other}"
-                    compare(name, ours, recalls(prefix + other, way))
+            for other in (tower for tower in TOWERS if tower != llm2clip):
+                name = f"{prefix}{way}_r1_llm2clip_minus_{other}"
+                compare(name, ours, recalls(prefix + other, way))
     for task, scores in found["vlm"].items():
-        by_seed = {
-            tower: dict(zip(seeds, scores[tower], strict=True))
-            for tower, seeds in scores["seeds"].items()
-        }
+        by_seed = {t: dict(zip(s, scores[t], strict=True)) for t, s in scores["seeds"].items()}
+        ours = by_seed.pop("llm2clip", {})
         for other in (*VLMS, f"llm2clip{ELSEWHERE}"):
-            if other != "llm2clip":
-                name = f"{task}_llm2clip_minus_{other}"
-                compare(name, by_seed.get("llm2clip", {}), by_seed.get(other, {}))
+            if other in by_seed:
+                compare(f"{task}_llm2clip_minus_{other}", ours, by_seed[other])
     return made
 
 

@@ -183,9 +183,7 @@ def _told(error: Exception) -> str:
 
 def _kept_traceback() -> str:
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", prefix="llm2clip_vlm-", suffix=".log", delete=False
-        ) as f:
+        with tempfile.NamedTemporaryFile("w", prefix="llm2clip_vlm-", delete=False) as f:
             traceback.print_exc(file=f)
     except OSError:
         return "no place for its traceback"
@@ -220,9 +218,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         made.add_argument("recipe", metavar="RECIPE", help="YAML; or a shipped one: llava15/stage3")
         made.add_argument("overrides", **overrides)
     add_options(planned)
-    train.add_argument(
-        "--gpus", type=int, metavar="N", help="start accelerate on N GPUs of this machine"
-    )
+    train.add_argument("--gpus", type=int, metavar="N", help="start accelerate on N GPUs here")
     train.add_argument(
         "--accelerate", metavar="FILE", help="settings for --gpus; default: zero3 for stage 4, "
         "zero2 for stage 3, else ddp (recipes/accelerate)",

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+Scores = Sequence[float] | np.ndarray
+"""Numbers in a row."""
+
 FEW_IMAGES = 50
 """Below this many images percentiles of a bootstrap are too narrow (five: 85 % instead of 95)."""
 
@@ -30,7 +33,7 @@ def cluster_codes(groups: Sequence[Hashable]) -> np.ndarray:
 
 
 def bootstrap_interval(
-    values: Sequence[float] | np.ndarray, groups: Sequence[Hashable], resamples: int, seed: int
+    values: Scores, groups: Sequence[Hashable], resamples: int, seed: int, least: float = 0.0
 ) -> tuple[float, float]:
     """95 % interval of the mean when whole groups are drawn with replacement.
 
@@ -43,6 +46,7 @@ def bootstrap_interval(
         groups: [n], each value's image: values of one image are not independent.
         resamples: Number of draws.
         seed: Seed of the draws; the same seed and groups give the same draws.
+        least: Least value that there can be: -1 for differences, even where none is negative.
 
     Returns:
         `(low, high)` in per cent.
@@ -54,9 +58,9 @@ def bootstrap_interval(
         return 100.0 * sums[:, 0] / sums[:, 1]
 
     ends = bootstrap_of_sums(counted, mean, resamples, seed)
-    # A mean of shares is one, too.
-    low, high = np.clip(ends, 0.0, 100.0) if values.min() >= 0 and values.max() <= 1 else ends
-    return float(low), float(high)
+    if values.min() >= least and values.max() <= 1:  # so is their mean
+        ends = (max(100.0 * least, ends[0]), min(100.0, ends[1]))
+    return ends
 
 
 def percentile_interval(draws: np.ndarray, found: float, images: int) -> np.ndarray:
@@ -115,8 +119,8 @@ def accuracy(
 
 
 def paired_bootstrap(
-    correct_a: Sequence[float] | np.ndarray,
-    correct_b: Sequence[float] | np.ndarray,
+    correct_a: Scores,
+    correct_b: Scores,
     image_ids: Sequence[Hashable],
     n: int = 10_000,
     seed: int = 0,
@@ -143,15 +147,13 @@ def paired_bootstrap(
         raise ValueError(f"image_ids: expected {len(first)} entries, got {len(image_ids)}")
     return {
         "delta": 100.0 * float((first - second).mean()),
-        "ci": list(bootstrap_interval(first - second, image_ids, n, seed)),
+        "ci": list(bootstrap_interval(first - second, image_ids, n, seed, least=-1.0)),
         "n": len(first),
         "images": len(set(image_ids)),
     }
 
 
-def mcnemar_exact(
-    correct_a: Sequence[float] | np.ndarray, correct_b: Sequence[float] | np.ndarray
-) -> float:
+def mcnemar_exact(correct_a: Scores, correct_b: Scores) -> float:
     """Exact two-sided McNemar test: are the documents that only one got right evenly split?
 
     It treats documents as independent; with several questions an image it is too optimistic, and
@@ -197,7 +199,7 @@ def is_binary(*scores: np.ndarray) -> bool:
     return all(bool(np.isin(values, (0.0, 1.0)).all()) for values in scores)
 
 
-def sign_flip_test(deltas: Sequence[float] | np.ndarray, seed: int = 0) -> float:
+def sign_flip_test(deltas: Scores, seed: int = 0) -> float:
     """Two-sided sign-flip (permutation) test of mean zero, one difference a unit.
 
     Exact up to `EXACT_FLIPS` differences other than zero, and for whole numbers (counts of right
@@ -261,7 +263,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     return adjusted
 
 
-def mean_interval(deltas: Sequence[float] | np.ndarray) -> tuple[float, float]:
+def mean_interval(deltas: Scores) -> tuple[float, float]:
     """95 % Student-t interval of the mean across training seeds.
 
     Args:
@@ -352,9 +354,7 @@ def jackknife_error(
     return float(math.sqrt((len(used) - 1) * means.var())), len(used)
 
 
-def _same_length(
-    correct_a: Sequence[float] | np.ndarray, correct_b: Sequence[float] | np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _same_length(correct_a: Scores, correct_b: Scores) -> tuple[np.ndarray, np.ndarray]:
     first = np.asarray(correct_a, dtype=np.float64)
     second = np.asarray(correct_b, dtype=np.float64)
     if first.shape != second.shape or first.ndim != 1 or not len(first):
@@ -365,7 +365,7 @@ def _same_length(
     return first, second
 
 
-def _finite(deltas: Sequence[float] | np.ndarray, at_least: int) -> np.ndarray:
+def _finite(deltas: Scores, at_least: int) -> np.ndarray:
     values = np.asarray(deltas, dtype=np.float64)
     if values.ndim != 1 or len(values) < at_least or not np.isfinite(values).all():
         raise ValueError(f"deltas: expected at least {at_least} finite differences, got {deltas!r}")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,12 +31,15 @@ UPLOAD_LIMIT = "20mb"
 """Largest file of a picture; its pixels are bounded where every picture is opened."""
 _OFF = ("share", "mcp_server", "enable_monitoring", "run_history", "ssr_mode", "pwa")
 """What Gradio could do besides showing the page."""
+_UPLOADS = "llm2clip_vlm-app-"
 _BEST = 6
 _THUMBNAIL_PX = 384
 _NOBODY = "(none)"
 _CSS = (
     "footer {display: none !important} iframe {width: 100%; height: 75vh; border: 0}"
     ".image-frame img {object-fit: contain !important}"  # as large as its place, if small itself
+    ".grid-wrap {max-height: none !important}"  # all pictures, and their captions to the end
+    ".caption-label {white-space: normal !important; max-width: 100% !important}"
 )
 
 
@@ -53,7 +57,7 @@ def serve(shelf: Shelf, port: int | None = None, *, open_browser: bool = False) 
     """
     if find_spec("gradio") is None:
         raise ValueError("the page needs Gradio: pip install 'llm2clip-vlm[app]'")
-    with tempfile.TemporaryDirectory(prefix="llm2clip_vlm-app-") as uploads:
+    with tempfile.TemporaryDirectory(prefix=_UPLOADS) as uploads:
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         import gradio as gr
 
@@ -150,7 +154,7 @@ def _chat_tab(gr: Any, shelf: Shelf) -> None:
             question = gr.Textbox(label="question", submit_btn=True, max_length=4000)
             with gr.Row(visible=False) as voting:
                 buttons = {vote: gr.Button(text, min_width=80) for vote, text in _VOTES.items()}
-            told = gr.Markdown()
+            told, hidden = gr.Markdown(), gr.update(visible=False)
 
     def ask(
         talk: _Talk | None, path: str | None, one: str, two: str, question: str, *options: float
@@ -174,14 +178,14 @@ def _chat_tab(gr: Any, shelf: Shelf) -> None:
 
     def vote(which: str, talk: _Talk) -> list[Any]:
         with _as_message(gr):
-            return [None, gr.update(visible=False), talk.vote(shelf, which)]
+            return [None, hidden, talk.vote(shelf, which)]
 
     asked = [talk, picture, one, two, question, temperature, tokens]
     question.submit(ask, asked, [talk, *columns, question, voting, told], show_progress="minimal")
     for which, button in buttons.items():
         button.click(partial(vote, which), [talk], [talk, voting, told])
     for column in columns:
-        column.clear(lambda: [None, [], []], None, [talk, *columns])
+        column.clear(lambda: [None, hidden, "", [], []], None, [talk, voting, told, *columns])
     two.change(lambda name: gr.update(visible=name != _NOBODY), [two], [columns[1]])
 
 
@@ -204,10 +208,12 @@ def _search_tab(gr: Any, shelf: Shelf) -> None:
         told: list[str] = []
 
         def best(name: str) -> list[Any]:
+            if not words.strip():
+                raise ValueError("type some words")
+            text = shelf.encoder(name).embed_texts([words])[0]  # before the slow part
             index = shelf.index(name, folder)
             told.append(index.summary())
-            hits = index.best(shelf.encoder(name).embed_texts([words])[0], _BEST)
-            return [(_thumbnail(path), f"{score:.3f} {path.name}") for score, path in hits]
+            return [(_thumbnail(p), f"{cos:.3f} {p.name}") for cos, p in index.best(text, _BEST)]
 
         return [*_of_each(gr, (one, two), best), told[0]]
 
@@ -249,14 +255,11 @@ def _runs_tab(gr: Any, shelf: Shelf) -> None:
     gr.Dataframe(rows, headers=headers, label="finished", interactive=False, wrap=True, buttons=[])
     with gr.Row():
         for stage in dict.fromkeys(run.stage for run in shelf.runs if run.losses):
-            own = [run for run in shelf.runs if run.stage == stage]
-            points = [(run.name, *point) for run in own for point in run.losses]
+            points = [(r.name, *at) for r in shelf.runs if r.stage == stage for at in r.losses]
             table = pd.DataFrame(points, columns=["run", "step", "loss"])
             look = {"label": f"loss of {stage}", "buttons": [], "min_width": 320}
             gr.LinePlot(table, x="step", y="loss", color="run", **look)
-    pages = {
-        file.relative_to(shelf.run).as_posix(): file for file in sorted(shelf.run.rglob("*.html"))
-    }
+    pages = {f.relative_to(shelf.run).as_posix(): f for f in sorted(shelf.run.rglob("*.html"))}
     if pages:
         chosen = gr.Dropdown([_NOBODY, *pages], value=_NOBODY, label="report")
         frame = gr.HTML()
@@ -276,8 +279,8 @@ def _picture(gr: Any) -> Any:
 
 
 def _two(gr: Any, names: list[str], kind: str) -> tuple[Any, Any]:
-    others = sorted(names[1:], key=lambda name: Path(name).parent != Path(names[0]).parent)
-    second = next(iter(others), _NOBODY)  # the same stage of another arm, rather than another stage
+    # the same stage of another arm, rather than another stage
+    second = min(names[1:], key=lambda n: Path(n).parent != Path(names[0]).parent, default=_NOBODY)
     one = gr.Dropdown(names, value=names[0], label=kind)
     return one, gr.Dropdown([_NOBODY, *names], value=second, label=f"second {kind}")
 
@@ -304,8 +307,7 @@ def _thumbnail(path: Path) -> Image.Image:
 
 def _framed(page: Path | None) -> str:
     """A report in a frame that may run nothing."""
-    inside = escape(read_text(page), quote=True) if page else ""
-    return f'<iframe sandbox="" srcdoc="{inside}"></iframe>' if page else ""
+    return f'<iframe sandbox="" srcdoc="{escape(read_text(page))}"></iframe>' if page else ""
 
 
 @contextmanager
@@ -314,4 +316,5 @@ def _as_message(gr: Any) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:  # the boundary around a request
-        raise gr.Error(str(error), print_exception=False) from error
+        told = re.sub(rf" below [^\s:]*{_UPLOADS}[^\s:]*", "", str(error))
+        raise gr.Error(told, print_exception=False) from error

@@ -78,8 +78,7 @@ class Shelf:
         found = {name: self._loaded[name] for name in names if name in self._loaded}
         for name in set(names) & self.vlms.keys() - found.keys():
             if (folder := Path(model_folder(self.vlms[name]))).is_dir():
-                states = [file_state(file)[2] for file in sorted(model_files(folder))]
-                found[name] = hash_json(states)
+                found[name] = hash_json([file_state(f)[2] for f in sorted(model_files(folder))])
         return found
 
     def vote(self, names: Sequence[str], vote: str, **more: Any) -> None:
@@ -99,10 +98,10 @@ class Shelf:
         votes = [row.get(row["vote"]) for row in same if {row["left"], row["right"]} == {*names}]
         won, ties = votes.count(first), votes.count(None)
         if not (decided := len(votes) - ties):
-            return f"no decided vote yet, {ties} ties"
+            return f"no decided vote yet, {ties} tied"
         low, high = binomial_interval(won, decided)
         return (
             f"**{first}** preferred to **{second}** in {won} of {decided} decided votes: "
             f"{100 * won / decided:.0f} % [{low:.0f}, {high:.0f}] (exact 95 % interval), "
-            f"{ties} ties"
+            f"{ties} tied"
         )

@@ -279,10 +279,9 @@ class ClipBaselineRecipe(EncoderRecipe):
                 "`vision_tower` needs `text_model` and `tokenizer`; the text window is "
                 "text_model.max_position_embeddings, not text_window_tokens"
             )
-        alone = ("text_model", "image_size_px", "projection_dim", "logit_scale_init")
-        for name in alone if self.vision_tower is None else ():
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"`{name}` belongs to `vision_tower`; `clip` has its own")
+        for key in ("text_model", "image_size_px", "projection_dim", "logit_scale_init"):
+            if self.clip is not None and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"`{key}` belongs to `vision_tower`; `clip` has its own")
         if self.tower_last_blocks is not None and not self.learning_rates.get("vision_model"):
             raise ValueError(
                 "tower_last_blocks: expected with a learning rate of `vision_model`, which is "

@@ -235,9 +235,8 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
         if not changed and fingerprint_dir(folder) != recorded:
             changed = ["files"]
         if changed:
-            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
             raise HandoffError(
-                f"{folder}: outputs.{folder.name}: {', '.join(changed[:3])}{more} changed after "
+                f"{folder}: outputs.{folder.name}: {', '.join(changed)} changed after "
                 f"{manifest['stage']} wrote them; put them back, or run that stage again"
             )
     return manifest

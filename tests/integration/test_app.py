@@ -146,4 +146,35 @@ def test_a_file_that_is_no_picture_is_a_message(visit: Visit, tmp_path: Path) ->
     page.locator("input[type=file]").first.set_input_files(str(tmp_path / "a.png"))
     page.get_by_label("question").fill("what ?")
     page.get_by_label("question").press("Enter")
-    page.get_by_text("does not decode").first.wait_for()
+    page.get_by_text("image 'a.png' does not decode").first.wait_for()
+
+
+def test_a_conversation_that_was_cleared_has_no_vote(visit: Visit) -> None:
+    page = visit.page
+    page.get_by_label("question").fill("what ?")
+    page.get_by_label("question").press("Enter")
+    vote = page.get_by_role("button", name="left is better")
+    vote.wait_for()
+    page.get_by_label("Clear").first.click()
+    vote.wait_for(state="hidden", timeout=10_000)
+    assert page.get_by_text("Which answers are better").count() == 0
+
+
+def test_a_phone_shows_whole_captions_and_all_pictures(visit: Visit, tmp_path: Path) -> None:
+    page = visit.page
+    page.set_viewport_size({"width": 390, "height": 900})
+    visit.tab("search")
+    page.get_by_label("words", exact=True).press("Enter")
+    page.get_by_text("type some words").first.wait_for()
+    visit.tab("look")
+    picture = write_image(tmp_path / "a.png", 3, size_px=64)
+    page.locator("input[type=file]").last.set_input_files(str(picture))
+    words = page.get_by_label("words, with commas")
+    words.fill(", ".join(["a dog in the snow beside a circle"] * 9))
+    words.press("Enter")
+    page.locator(".grid-wrap img:visible").nth(17).wait_for()
+    cut = "[...document.querySelectorAll('.caption-label, .grid-wrap')].filter(shown => "
+    cut += (
+        "shown.scrollWidth > shown.clientWidth + 1 || shown.scrollHeight > shown.clientHeight + 1)"
+    )
+    assert page.evaluate(cut + ".map(shown => shown.className)") == []

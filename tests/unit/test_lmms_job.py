@@ -42,6 +42,7 @@ from llm2clip_vlm.evaluation.vlm.samples import metric_errors, metrics_of, sampl
 from llm2clip_vlm.evaluation.vlm.task_helpers import pixel_hash
 from llm2clip_vlm.evaluation.vlm.tasks import STATIC_DESPITE_MARKS, build_task, merge, redirect
 from llm2clip_vlm.files import find_program, load_program
+from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.hashes import file_state
@@ -191,11 +192,13 @@ def test_spec_hash_changes_with_all_that_decides_a_score(data: Path, tmp_path: P
     changed += [digest(suite(data, **{name: value})) for name, value in others.items()]
     task = LmmsTask(task="l2c_world_exist", data_files=str(data), overrides={"repeats": 1})
     changed.append(spec_hash(base, task, TASKS))
+    task = LmmsTask(task="l2c_world_exist", data_files=str(data), program="java")
+    changed.append(spec_hash(base, task, TASKS))  # a metric of all documents, no mean of theirs
     write_image(data.parent / "images" / "1.png", seed=99)
     changed.append(digest(base))
     data.write_text(data.read_text().replace("is there", "can you see"))
     changed.append(digest(base))
-    assert len({first, *changed}) == 9
+    assert len({first, *changed}) == 10
 
 
 def test_another_judge_is_another_score(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,10 +260,12 @@ def test_what_is_missing_is_named_before_the_start(
             r"train stage4_instruction recipes/llava15/stage4",
         ),
         (stage, r"did you mean .*/stage4/model\?"),
-        (build_tower("eva02", tmp_path / "tower"), "expected a vision-language model.*, got Eva"),
     ):
         with pytest.raises(EvaluationError, match=told):
             run_suite(suite(data), {"a": folder}, tmp_path / "out", TASKS)
+    tower = build_tower("eva02", tmp_path / "tower")
+    with pytest.raises(ModelError, match=r"expected a vision-language model.*, got Eva02Vision"):
+        run_suite(suite(data), {"a": tower}, tmp_path / "out", TASKS)
     drawn = suite(data)
     drawn.tasks[0].data_files = str(tmp_path / "not_drawn_yet.jsonl")
     with pytest.raises(EvaluationError, match=r"absent: no such folder"):
@@ -495,7 +500,17 @@ def test_a_change_of_versions_code_or_task_file_makes_results_stale(
     for above in ("_base.yaml", "common.py"):  # what `include: ../_base.yaml` names
         (folder / above).write_text("# new\n")
         found.append(digest())
-    assert len(set(found)) == len(found) == 8
+    (folder / "shared").mkdir()
+    for file, text in (
+        ("l2c_world_exist/l2c_world_exist.yaml", "include: [../shared/_a.yaml]\n"),
+        ("shared/_a.yaml", "include: _b.yaml  # of l2c_world_exist.yaml, ../shared/_a.yaml\n"),
+        ("shared/_b.yaml", "repeats: 1\n"),
+        ("shared/_b.yaml", "repeats: 2\n"),
+    ):
+        with (folder / file).open("a") as handle:
+            handle.write(text)
+        found.append(digest())
+    assert len(set(found)) == len(found) == 12
 
 
 def test_the_code_that_scores_is_what_prompts_and_scorers_import() -> None:
@@ -671,6 +686,14 @@ def test_turns_and_single_documents_by_hand() -> None:
     samples = samples_of(items, ["acc"], {"acc": lambda values: 100.0 * values[0]["index"] + 100})
     assert [(s["question_id"], s["turn"]) for s in samples] == [("3", 0), ("3", 2), ("4", 0)]
     assert [s["correct"] for s in samples] == [1.0] * 3  # alone its index is 0; 100 is 1
+
+
+def test_empty_answers_of_turns_are_empty() -> None:
+    """Joined they are ` |  | `, and `max_empty` would not refuse a model that says nothing."""
+    asked = [(0, "", 1), (1_000_000, "", 0), (1, "a", 1), (1_000_001, " ", 0), (2, "a", 1)]
+    items = [logged(n, said, {"index": i, "score": s}) for n, (i, said, s) in enumerate(asked)]
+    found = summarise(samples_of(items, ["acc"]))
+    assert (found["n"], found["n_empty"]) == (3, 2)
 
 
 def test_the_rows_of_one_question_stay_together_in_the_jackknife() -> None:

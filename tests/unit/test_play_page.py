@@ -64,7 +64,7 @@ def test_a_shelf_holds_models_and_photographs_of_a_run_and_named_ones(
 
 
 def test_votes_are_kept_and_told_with_their_exact_interval(shelf: Shelf) -> None:
-    assert shelf.tally(["b", "a"]) == "no decided vote yet, 0 ties"
+    assert shelf.tally(["b", "a"]) == "no decided vote yet, 0 tied"
     for vote in ("left", "left", "left", "right", "tie"):
         shelf.vote(["b", "a"], vote)
     shelf.vote(["a", "b"], "right")
@@ -72,7 +72,7 @@ def test_votes_are_kept_and_told_with_their_exact_interval(shelf: Shelf) -> None
     told = shelf.tally(["a", "b"])  # Clopper-Pearson of 1 in 5
     assert told == (
         "**a** preferred to **b** in 1 of 5 decided votes: 20 % [1, 72] (exact 95 % interval), "
-        "1 ties"
+        "1 tied"
     )
     kept = json.loads(shelf.votes.read_text().splitlines()[0])
     assert (kept["left"], kept["right"], kept["vote"]) == ("b", "a", "left")
@@ -86,7 +86,7 @@ def test_a_model_trained_anew_begins_without_votes(shelf: Shelf, tmp_path: Path)
     shelf.vote(["a", "b"], "left")
     assert "**a** preferred to **b** in 1 of 1" in shelf.tally(["b", "a"])
     (tmp_path / "b" / "config.json").write_text("{ }")
-    assert shelf.tally(["a", "b"]) == "no decided vote yet, 0 ties"
+    assert shelf.tally(["a", "b"]) == "no decided vote yet, 0 tied"
 
 
 def test_a_vote_is_for_the_weights_that_answered(
@@ -103,7 +103,7 @@ def test_a_vote_is_for_the_weights_that_answered(
     shelf.vote(["a", "b"], "left")
     again = Shelf(str(shelf.run), votes=str(shelf.votes), device="cpu")
     again.vlms = shelf.vlms
-    assert again.tally(["a", "b"]) == "no decided vote yet, 0 ties"
+    assert again.tally(["a", "b"]) == "no decided vote yet, 0 tied"
 
 
 def test_photographs_of_a_running_page_are_those_that_are_there(run: Path, tmp_path: Path) -> None:

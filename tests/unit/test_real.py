@@ -233,6 +233,9 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     file.write_text(json.dumps(result | {"n": 40}))  # as of `--limit 40`
     with pytest.raises(ValueError, match="captions: expected one number of questions"):
         program.vlm(run, [0, 1], [])
+    file.write_text(json.dumps(result | {"data": {"sha256": "of other questions"}}))
+    with pytest.raises(ValueError, match="captions: expected one number of questions, data"):
+        program.vlm(run, [0, 1], [])
     for folder in ("eval", "cache"):
         shutil.rmtree(run / folder)
     again = tmp_path / "again.json"
@@ -245,6 +248,16 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     assert later["vlm"] == found["vlm"] and later["earlier"] == found["commit"]
     assert later["tests"]["captions_llm2clip_minus_base"]["delta"] == 5.0
     assert later["missing"] and later["separability_other"] == found["separability_other"]
+    for scores in (found["separability"], *found["separability_other"].values()):
+        scores["protocol"] = "any caption as query"  # 40 points away
+    output.write_text(json.dumps(found))
+    program.main([
+        "--run", str(run), "--data", str(out), "--main", "stage1_bidirectional",
+        "--seeds", "0", "1", "2", "--output", str(again), "--earlier", str(output),
+    ])  # fmt: skip
+    later = read(again)
+    assert later["separability"]["photos"].keys() == {"stage1_causal"}
+    assert later["vlm"] == found["vlm"] and "separability_other" not in later
     chart = difference_chart(found, ["llm2clip", "control_long"])
     (heading,) = chart.groups
     assert heading == "Retrieval R@1, points, 2 training seeds"

@@ -53,6 +53,14 @@ def test_paired_bootstrap_of_equal_models_is_zero() -> None:
     assert paired_bootstrap([1, 0, 1], [1, 0, 1], [0, 1, 2], n=100)["ci"] == [0.0, 0.0]
 
 
+def test_an_interval_of_differences_does_not_end_at_zero() -> None:
+    """A model that is never worse on six pictures is as far from zero as its mirror image."""
+    better, worse = [1, 1, 0, 0, 0, 0], [0] * 6
+    low, high = paired_bootstrap(better, worse, range(6))["ci"]
+    assert (low, high) == pytest.approx((-14.6, 81.2), abs=0.1)
+    assert paired_bootstrap(worse, better, range(6))["ci"] == pytest.approx([-high, -low])
+
+
 def test_mcnemar_by_hand() -> None:
     # Four documents of which one is right: all four for a, so 2 of 16 splits are as uneven.
     assert mcnemar_exact([1, 1, 1, 1, 0], [0, 0, 0, 0, 0]) == pytest.approx(2 / 16)

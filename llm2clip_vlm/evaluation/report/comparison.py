@@ -180,9 +180,8 @@ def _effect(task: str, a: Run, b: Run, resamples: int) -> dict[str, Any]:
         raise ReportError(
             f"{task}: {a.name}, {b.name}: expected one gallery, got {galleries}; test again"
         )
-    if ":" not in task and (
-        differs := [key for other in everyone for key in _differences(everyone[0], other)]
-    ):
+    differs = [key for other in everyone for key in _differences(everyone[0], other)]
+    if differs and ":" not in task:
         row["differs"] = list(dict.fromkeys(differs))
     if ":" in task and len(seeds) > 1:
         return row
@@ -225,10 +224,8 @@ def _over_seeds(task: str, a: Run, b: Run, deltas: list[float]) -> dict[str, Any
     if not deltas:
         test = f"exact permutation test, {len(first)} seeds against {len(second)} others"
         least = 2.0 / math.comb(len(first) + len(second), len(first))
-        return stats.unpaired_summary(a.values(task), b.values(task)) | {
-            "test": test,
-            "least_p": least,
-        }
+        found = stats.unpaired_summary(a.values(task), b.values(task))
+        return found | {"test": test, "least_p": least}
     if len(deltas) == 1:
         return {}
     if lone is None or (lone.fixed and None in lone.scores[task]):

@@ -21,6 +21,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.data.reading.shards import IMAGE_SUFFIXES
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
+from llm2clip_vlm.hub import require_vlm
 from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.card import add_scores
@@ -112,10 +114,9 @@ class Job:
         files, judged = found.get("files", {}), found.get("checkpoint", {})
         if not (isinstance(files, dict) and isinstance(judged, dict)):
             raise EvaluationError(damaged)
-        if any(changed_files(files, file.parent)):
-            return None
-        same = found.get("schema") == RESULT_SCHEMA and found.get("spec_hash") == self.spec_hash
-        return found if same and judged.get("sha256") == self.sha256 else None
+        made_of = found.get("schema"), found.get("spec_hash"), judged.get("sha256")
+        same = made_of == (RESULT_SCHEMA, self.spec_hash, self.sha256)
+        return found if same and not any(changed_files(files, file.parent)) else None
 
 
 def task_yaml(name: str, tasks_dir: Path) -> Path:
@@ -173,18 +174,16 @@ def plan(suite: SuiteRecipe, checkpoints: Mapping[str, str | Path], tasks_dir: P
             "judge: environment: expected OPENAI_API_KEY, got none; without it lmms-eval writes 0 "
             "or 100; set it, or leave `judge: none`"
         )
-    skipped = left_out(suite)
     specs = {
         index: spec_hash(suite, task, tasks_dir)
         for index, task in enumerate(suite.tasks)
-        if names[index] not in skipped
+        if names[index] not in left_out(suite)
     }
-    jobs = []
-    for name, folder in checkpoints.items():
-        digest = fingerprint_dir(folder)
-        for index, spec in specs.items():
-            jobs.append(Job(name, str(folder), digest, index, names[index], spec))
-    return jobs
+    digests = {name: fingerprint_dir(folder) for name, folder in checkpoints.items()}
+    return [
+        Job(name, str(checkpoints[name]), digest, index, names[index], spec)
+        for (name, digest), (index, spec) in product(digests.items(), specs.items())
+    ]
 
 
 def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
@@ -192,7 +191,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
 
     Raises:
         EvaluationError: One is not there, or its name is no file name.
-        ModelError: It is a GGUF file.
+        ModelError: It is a GGUF file, or no VLM.
     """
     for name, folder in checkpoints.items():
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
@@ -208,13 +207,7 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
                     f"`hf download {folder} --local-dir DIR`, then name DIR"
                 )
             raise EvaluationError(f"checkpoint {name}: {why}")
-        config = read_json(Path(folder) / "config.json", error=EvaluationError)
-        kind = " ".join(config.get("architectures") or [])
-        if kind and not re.search(r"For(ConditionalGeneration|CausalLM)\b", kind):
-            raise EvaluationError(
-                f"checkpoint {name}: {folder}: expected a vision-language model, such as stage 4's "
-                f"model/, got {kind}; `llm2clip-vlm eval RECIPE model={folder}` judges an encoder"
-            )
+        require_vlm(folder)
 
 
 def left_out(suite: SuiteRecipe) -> dict[str, str]:
@@ -234,11 +227,18 @@ def spec_hash(suite: SuiteRecipe, task: LmmsTask, tasks_dir: Path) -> str:
     Raises:
         EvaluationError: The task, its data file or one of its images is missing.
     """
-    folder, roots = task_yaml(task.task, tasks_dir).parent, (tasks_dir, own_tasks())
-    above = (part for part in folder.parents if any(part.is_relative_to(root) for root in roots))
-    files = [f for part in (folder, *above) for end in ("*.py", "*yaml") for f in part.glob(end)]
+    roots = (tasks_dir.resolve(), own_tasks().resolve())
+    yamls = [task_yaml(task.task, tasks_dir).resolve()]
+    for file in yamls:  # and those that they include, wherever they lie
+        words = re.findall(r"[\w./-]+yaml\b", file.read_text(encoding="utf-8"))
+        named = {(file.parent / word).resolve() for word in words}
+        yamls += [path for path in named.difference(yamls) if path.is_file()]
+    folders = {yaml.parent for yaml in yamls}
+    folders |= {up for part in folders for up in part.parents if any(map(up.is_relative_to, roots))}
+    files = [f for part in folders for end in ("*.py", "*yaml") for f in part.glob(end)]
     parts = {
         "task": task.model_dump(mode="json", exclude=_SAME_SCORE),
+        "whole": task.program is not None,  # a metric of all documents, not a mean of theirs
         "limit": suite.limit,
         "files": _files_hash(sorted(files)),
         "code": _files_hash([Path(llm2clip_vlm.__file__).parent / name for name in SCORING_CODE]),

@@ -249,9 +249,12 @@ def summarise(samples: Sequence[Mapping[str, Any]], whole: float | None = None) 
 
     Returns:
         `{n, n_images, n_empty, n_unparsable, score, score_ci, by_type: {type: {score, n}}}`; `n`
-        is questions; scores are the mean of `correct` in per cent (all turns of a question right,
-        where it has several), the interval from 1,000 bootstrap draws by image.
+        is questions, `n_empty` those with an empty answer in any turn; scores are the mean of
+        `correct` in per cent (all turns of a question right, where it has several), the interval
+        from 1,000 bootstrap draws by image.
     """
+    # Joined, the answers of turns are not empty: " |  | ".
+    empty = {s.get("question_id") or s["doc_id"] for s in samples if not s["answer"].strip()}
     samples = questions(samples)
     correct = [sample["correct"] for sample in samples]
     images = [sample["image_id"] for sample in samples]
@@ -259,7 +262,7 @@ def summarise(samples: Sequence[Mapping[str, Any]], whole: float | None = None) 
     counts = {
         "n": len(samples),
         "n_images": len(set(images)),
-        "n_empty": sum(not sample["answer"].strip() for sample in samples),
+        "n_empty": sum((s.get("question_id") or s["doc_id"]) in empty for s in samples),
         "n_unparsable": int(sum(known)) if known else None,
     }
     if whole is not None:
@@ -311,9 +314,8 @@ def load_samples(path: str | Path) -> list[dict[str, Any]]:
         if counts[sample["doc_id"]] > 1:
             raise ValueError(f"{path}: document {sample['doc_id']} is there twice; evaluate again")
         score = sample["correct"]
-        if score is None:
-            continue  # a metric of all documents together
-        if not isinstance(score, int | float) or not 0 <= score <= 1:
+        # None: a metric of all documents together
+        if score is not None and not (isinstance(score, int | float) and 0 <= score <= 1):
             raise ValueError(
                 f"{path}: document {sample['doc_id']}: expected a score from 0 to 1, got {score}; "
                 "evaluate again"
