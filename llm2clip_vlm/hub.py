@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import os
-import re
 import socket
 from functools import cache
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
-
-from llm2clip_vlm.files import read_json
 
 _PATIENCE_S = 5.0
 
@@ -49,25 +46,6 @@ def require_place(path: str | Path) -> None:
             f"{name}: no such folder here, and the hub cannot be reached; a directory that a stage "
             "writes is there once that stage has run, and a hub model once it was fetched where "
             f"there is a network: `hf download {name} --local-dir DIR`, then name DIR"
-        )
-
-
-def require_vlm(folder: str | Path) -> None:
-    """Refuse a model directory whose config names no class that answers questions.
-
-    Args:
-        folder: It has a config.json.
-
-    Raises:
-        ModelError: It is an encoder, such as a vision tower; or its config is damaged.
-    """
-    written = read_json(Path(folder) / "config.json", error=ModelError).get("architectures")
-    if (kind := " ".join(written or [])) and not re.search(
-        r"For(ConditionalGeneration|CausalLM)\b", kind
-    ):
-        raise ModelError(
-            f"{folder}: expected a vision-language model, such as stage 4's model/, got {kind}; "
-            f"`llm2clip-vlm eval RECIPE model={folder}` judges an encoder"
         )
 
 

@@ -155,6 +155,25 @@ def refuse_gguf(path: Path) -> None:
         )
 
 
+def require_vlm(folder: str | Path) -> None:
+    """Refuse a model directory whose config names no class that answers questions.
+
+    Args:
+        folder: It has a config.json.
+
+    Raises:
+        ModelError: It is an encoder, such as a vision tower; or its config is damaged.
+    """
+    written = read_json(Path(folder) / "config.json", error=ModelError).get("architectures")
+    if (kind := " ".join(written or [])) and not re.search(
+        r"For(ConditionalGeneration|CausalLM)\b", kind
+    ):
+        raise ModelError(
+            f"{folder}: expected a vision-language model, such as stage 4's model/, got {kind}; "
+            f"`llm2clip-vlm eval RECIPE model={folder}` judges an encoder"
+        )
+
+
 def weights_of_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a local checkpoint's weights, as tensors without content.
 

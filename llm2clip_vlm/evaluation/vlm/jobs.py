@@ -30,7 +30,6 @@ from llm2clip_vlm.data.reading.images import resolve_image
 from llm2clip_vlm.data.reading.records import iter_rows
 from llm2clip_vlm.data.reading.shards import IMAGE_SUFFIXES
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
-from llm2clip_vlm.hub import require_vlm
 from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
 from llm2clip_vlm.runs.card import add_scores
@@ -193,12 +192,12 @@ def check_checkpoints(checkpoints: Mapping[str, str | Path]) -> None:
         EvaluationError: One is not there, or its name is no file name.
         ModelError: It is a GGUF file, or no VLM.
     """
+    from llm2clip_vlm.models.checkpoint_files import refuse_gguf, require_vlm
+
     for name, folder in checkpoints.items():
         if not re.fullmatch(r"[\w.\-]+", name) or name.startswith("."):
             raise EvaluationError(f"checkpoint name {name!r}: expected letters, digits, _ - .")
         if not (Path(folder) / "config.json").is_file():
-            from llm2clip_vlm.models.checkpoint_files import refuse_gguf
-
             refuse_gguf(Path(folder))
             why = missing_model(str(folder))
             if why is None or "hf download" in why:
