@@ -39,7 +39,8 @@ def bootstrap_interval(
 
     Percentiles of the draws; below :data:`FEW_IMAGES` groups they are moved away from the mean by
     what Student's t and the lost degree of freedom ask for. No interval of this kind has a width
-    where all values are equal.
+    where all values are equal; where all are wrong, or all right, it is the exact one of as many
+    trials as there are groups.
 
     Args:
         values: [n], 0..1 or differences of such.
@@ -52,6 +53,9 @@ def bootstrap_interval(
         `(low, high)` in per cent.
     """
     codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
+    trials = int(codes.max()) + 1
+    if least == 0 and (all_of := values[0]) in (0, 1) and (values == all_of).all():
+        return binomial_interval(int(all_of) * trials, trials)
     counted = np.stack([np.bincount(codes, weights=values), np.bincount(codes)], axis=1)
 
     def mean(sums: np.ndarray) -> np.ndarray:

@@ -14,6 +14,7 @@ from llm2clip_vlm.evaluation.vlm.samples import load_samples, pair_samples, ques
 from llm2clip_vlm.metrics.statistics import (
     EXACT_FLIPS,
     binomial_interval,
+    bootstrap_interval,
     cluster_sums,
     holm,
     jackknife_error,
@@ -59,6 +60,14 @@ def test_an_interval_of_differences_does_not_end_at_zero() -> None:
     low, high = paired_bootstrap(better, worse, range(6))["ci"]
     assert (low, high) == pytest.approx((-14.6, 81.2), abs=0.1)
     assert paired_bootstrap(worse, better, range(6))["ci"] == pytest.approx([-high, -low])
+
+
+def test_none_of_a_few_is_no_certainty() -> None:
+    """No right one of ten pictures, two questions each, is not apart from four of ten."""
+    none = bootstrap_interval([0] * 20, [n // 2 for n in range(20)], 1000, 0)
+    assert none == pytest.approx((0.0, 30.85), abs=0.01)
+    assert none[1] > bootstrap_interval([1] * 4 + [0] * 6, range(10), 1000, 0)[0]
+    assert bootstrap_interval([1.0], ["x"], 1000, 0) == pytest.approx((2.5, 100.0))
 
 
 def test_mcnemar_by_hand() -> None:
