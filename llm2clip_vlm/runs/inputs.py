@@ -236,7 +236,7 @@ def missing_model(path: str, source: str | Path = "") -> str | None:
     if writer := _written_by(path, source):
         return f"{path}: no such folder{writer}"
     beside = "/" in path and os.path.isdir(folder.parent)
-    if beside or not _HUB_ID.fullmatch(path) or path.startswith("runs/"):
+    if beside or not _HUB_ID.fullmatch(path) or path.startswith(("runs/", "models/")):
         return f"{path}: no such folder (from {Path.cwd()}); correct the path, or write it first"
     return _missing_on_hub(path)
 

@@ -119,6 +119,13 @@ def test_a_shipped_parent_says_what_its_child_is(work: Path) -> None:
     assert found.endswith("llm2clip-vlm train stage2b_vision_encoder mine.yaml")
 
 
+def test_a_folder_of_models_is_no_hub_id_before_it_is_there(work: Path) -> None:
+    Path("models").rename("kept")
+    words = ("vlm.language_model=kept/llm", "vlm.vision_tower=models/eva02-clip-l14-336")
+    (found,) = problems(STAGE3, *words)
+    assert "write it first" in found and "hf download" not in found
+
+
 def test_a_recipe_beside_it_that_is_its_own_parent_is_no_obstacle(work: Path) -> None:
     Path("round.yaml").write_text(f"base: ../{work.name}/round.yaml\n")
     (found,) = problems(STAGE3, "vlm.vision_tower=runs/no/x")
