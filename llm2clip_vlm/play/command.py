@@ -121,7 +121,7 @@ def _app_options(made: argparse.ArgumentParser) -> None:
     for name, what in (
         ("--vlm", f"one more VLM: {_MODEL}"),
         ("--encoder", f"one more encoder: {_MODEL}"),
-        ("--photos", "folder to search (default: the pictures that encoders were evaluated with)"),
+        ("--photos", "folder to search (default: `image_root` of the encoders' evaluation data)"),
     ):
         made.add_argument(name, metavar="DIR", action="append", default=[], help=what)
     made.add_argument("--votes", metavar="FILE", help="default: RUN/votes.jsonl")

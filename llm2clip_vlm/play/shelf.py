@@ -26,7 +26,7 @@ class Shelf:
         run: Folder with finished stages.
         vlms: More VLMs than it holds.
         encoders: More encoders.
-        photos: Folders to search. None: the pictures that an encoder was evaluated with.
+        photos: Folders to search. None: `image_root` of the data that encoders were evaluated with.
         votes: File of votes. None: `votes.jsonl` in `run`.
         device: Device of all models.
 
