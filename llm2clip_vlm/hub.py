@@ -85,7 +85,7 @@ def fetched(name: str, *, code: bool = False) -> Path:
     """
     org, _, rest = name.partition("/")
     repo, _, file = rest.partition("/")
-    if not rest or name.startswith((".", "/", "~")):
+    if not rest or name.startswith((".", "/", "~")) or Path(org, repo).exists():
         raise ModelError(f"{name}: no such file or folder, and no hub id (ORG/NAME)")
     require_place(f"{org}/{repo}")
     from huggingface_hub import HfApi, snapshot_download

@@ -105,10 +105,16 @@ def test_a_hub_id_is_fetched_without_code_and_pickles(
     assert "*.bin" in served.patterns
 
 
-@pytest.mark.parametrize("name", ["weights.pt", "/nowhere/weights.pt", "./a/b", "~/x/y"])
-def test_what_looks_like_a_path_is_not_fetched(name: str, asked: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "name", ["weights.pt", "/nowhere/weights.pt", "./a/b", "~/x/y", "runs/mine/towers/bass"]
+)
+def test_what_looks_like_a_path_is_not_fetched(
+    name: str, asked: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from llm2clip_vlm.interop.convert import convert
 
+    (tmp_path / "runs" / "mine").mkdir(parents=True)  # so the last is below a folder that is here
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=f"^{name}: no such file or folder"):
         convert(name, tmp_path / "out")
     assert not asked
