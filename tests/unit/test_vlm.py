@@ -12,9 +12,12 @@ import torch
 from PIL import Image
 
 from llm2clip_vlm.constants import IMAGE_TOKEN
+from llm2clip_vlm.models.loading import read_processor
 from llm2clip_vlm.models.vision.image_mode import set_image_aspect_ratio
 from llm2clip_vlm.models.vlm.building import build_vlm, load_vlm, save_vlm
 from llm2clip_vlm.models.vlm.vlm_gradients import freeze_unused_vision, install_text_only_guard
+from llm2clip_vlm.recipe.vlm import Stage4Recipe
+from llm2clip_vlm.training.vlm.vlm_run import prepare_processor
 from tests.tiny import CHAT_TEMPLATE, build_clip, llama_config, word_tokenizer
 from tests.vlm_fixtures import lora_recipe
 
@@ -216,6 +219,18 @@ def test_padding_is_saved_and_changes_what_is_seen(
     )
 
 
+def test_a_foreign_template_that_asks_for_the_date_is_kept_as_it_is_trained(
+    tmp_path: Path, tiny_clip: Path, tiny_llm: Path
+) -> None:
+    _, processor = build_vlm(tiny_clip, tiny_llm)
+    processor.chat_template = "{{ strftime_now('%d %b %Y') }}" + processor.chat_template
+    values = {"output_dir": "x", "checkpoint": "x", "trainable": {"language_model": 1e-3}}
+    prepare_processor(Stage4Recipe(data=[], **values), processor)
+    processor.save_pretrained(tmp_path)
+    text = read_processor(tmp_path).apply_chat_template([{"role": "user", "content": "a"}])
+    assert "26 Jul 2024" in text
+
+
 def test_a_padded_picture_is_seen_whole_by_a_tower_that_crops_a_margin(
     tmp_path: Path, tiny_clip: Path, tiny_llm: Path
 ) -> None:
@@ -230,6 +245,13 @@ def test_a_padded_picture_is_seen_whole_by_a_tower_that_crops_a_margin(
     (pixels,) = processor.image_processor(wide, return_tensors="pt")["pixel_values"]
     assert pixels.shape == (3, 32, 32)
     assert pixels[:, 16, 0].min() > 1 and pixels[:, 16, 4:].max() < -1
+    # and without padding it crops its margin again, as one that never padded
+    processor.save_pretrained(tmp_path / "padded")
+    again = read_processor(tmp_path / "padded")
+    _, square = build_vlm(tmp_path / "clip", tiny_llm)
+    set_image_aspect_ratio(again, "square")
+    one, two = (p.image_processor(photo(), return_tensors="pt") for p in (again, square))
+    torch.testing.assert_close(one["pixel_values"], two["pixel_values"])
 
 
 def test_only_what_is_used_stays_trainable(tmp_path: Path, tiny_clip: Path, tiny_llm: Path) -> None:

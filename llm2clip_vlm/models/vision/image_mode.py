@@ -44,17 +44,16 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
             f"image_aspect_ratio: expected null, as this VLM was composed for anyres, got "
             f"{aspect_ratio!r}; its visual tokens depend on it. Leave it out, or compose anew"
         )
-    if hasattr(old, "pad_to_square"):
-        old.do_pad = aspect_ratio == "pad"
-        return
-    if aspect_ratio == "square":
+    pads = aspect_ratio == "pad"
+    if (hasattr(old, "pad_to_square") and old.do_pad) == pads:
         return
     arguments = {"do_center_crop": False} | _taken_over(old)
     arguments.setdefault("crop_size", arguments["size"])  # LLaVA's own default is 224
-    if arguments["do_center_crop"]:  # what is padded to be whole loses no margin (DINOv2's) again
+    arguments["size"] = square = getattr(old, "square_size", arguments["size"])
+    if pads and arguments["do_center_crop"]:  # padded to be whole: loses no margin (DINOv2)
         arguments["size"] = {"shortest_edge": arguments["crop_size"]["height"]}
     processor.image_processor = image_processor_class("LlavaImageProcessor")(
-        **arguments, do_pad=True
+        **arguments, do_pad=pads, square_size=square
     )
 
 

@@ -18,6 +18,7 @@ from transformers.integrations.deepspeed import (
 
 from llm2clip_vlm import distributed
 from llm2clip_vlm.chat.labels import check_chat_template
+from llm2clip_vlm.chat.template import template_of
 from llm2clip_vlm.data.conversation.instruction import (
     InstructionCollator,
     InstructionDataset,
@@ -162,6 +163,7 @@ def prepare_processor(recipe: VlmRecipe, processor: Any) -> None:
     ratio: AspectRatio | None = getattr(recipe, "image_aspect_ratio", None)
     if ratio is not None:
         set_image_aspect_ratio(processor, ratio)
+    processor.chat_template = template_of(processor)  # a foreign one asks for today's date
     check_chat_template(processor)
     for source in recipe.data:
         refuse_shuffled(source, processor)
