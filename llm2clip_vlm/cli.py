@@ -171,6 +171,8 @@ _MEMORY = re.compile("out of memory|by signal: killed|exited unexpectedly", re.I
 def _told(error: Exception) -> str:
     """The message, with its kind where the code did not foresee it, and what to do."""
     text = str(error) or "no message"
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        text = f"{error.filename}: {error.strerror}"
     remedy = _REMEDIES.get(error.errno or 0) if isinstance(error, OSError) else None
     if _FULL.search(text):
         remedy = _REMEDIES[errno.ENOSPC]

@@ -132,7 +132,6 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         OSError: `path` is a folder with something in it.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     with _hidden_folder(target) as folder:
         partial = folder / target.name
         yield partial
@@ -210,7 +209,12 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         with suppress(OSError), opened(leftover) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
             shutil.rmtree(leftover)
-    unlocked = Path(tempfile.mkdtemp(prefix=".new.", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unlocked = Path(tempfile.mkdtemp(prefix=".new.", dir=target.parent))
+    except OSError as error:
+        told = f"cannot be written ({error.filename}: {error.strerror}); choose another place"
+        raise OSError(error.errno, told, str(target)) from error
     folder = target.with_name(f"{ours}{unlocked.name.removeprefix('.new.')}")
     with opened(unlocked) as handle:
         with suppress(OSError):  # no locks on this file system: nobody removes anything

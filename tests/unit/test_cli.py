@@ -557,6 +557,16 @@ def test_init_makes_a_folder_that_holds_all_it_names(
     assert "expected a new or an empty folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", ["/proc/x/y", "/proc/y", sys.executable + "/y"])
+def test_a_place_that_cannot_be_written_is_named_with_what_to_do(
+    place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["init", place, "--recipe", "nano"]) == 2
+    told = capsys.readouterr().err
+    assert f"{place}: cannot be written (" in told and "choose another place" in told
+    assert "Errno" not in told
+
+
 def test_init_knows_which_families_there_are(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
