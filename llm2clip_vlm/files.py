@@ -209,12 +209,9 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
         with suppress(OSError), opened(leftover) as handle:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while its writer lives
             shutil.rmtree(leftover)
-    try:
+    with told_where(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         unlocked = Path(tempfile.mkdtemp(prefix=".new.", dir=target.parent))
-    except OSError as error:
-        told = f"cannot be written ({error.filename}: {error.strerror}); choose another place"
-        raise OSError(error.errno, told, str(target)) from error
     folder = target.with_name(f"{ours}{unlocked.name.removeprefix('.new.')}")
     with opened(unlocked) as handle:
         with suppress(OSError):  # no locks on this file system: nobody removes anything
@@ -223,6 +220,16 @@ def _hidden_folder(target: Path) -> Iterator[Path]:
             yield unlocked.rename(folder)
         finally:
             shutil.rmtree(folder)
+
+
+@contextmanager
+def told_where(target: Path) -> Iterator[None]:
+    """Tell what was to be written where a folder for it cannot be made, and what to do."""
+    try:
+        yield
+    except OSError as error:
+        told = f"cannot be written ({error.filename}: {error.strerror}); choose another place"
+        raise OSError(error.errno, told, str(target)) from error
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from llm2clip_vlm.files import read_text, write_atomically
+from llm2clip_vlm.files import read_text, told_where, write_atomically
 
 MARKER_NAME = ".llm2clip-vlm.json"
 """File that says which process writes into a folder, and which names runs have written."""
@@ -71,7 +71,8 @@ class Hold:
             earlier.release()
         self.names = {*_content(path).get("names", ()), *known}
         self._refuse_foreign(wanted, alone)
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with told_where(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             self._lock(path, shared)

@@ -26,6 +26,7 @@ from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
+from llm2clip_vlm.runs.ownership import Hold
 from llm2clip_vlm.training.stage_run import NEXT
 
 
@@ -565,6 +566,8 @@ def test_a_place_that_cannot_be_written_is_named_with_what_to_do(
     told = capsys.readouterr().err
     assert f"{place}: cannot be written (" in told and "choose another place" in told
     assert "Errno" not in told
+    with pytest.raises(OSError, match="choose another place"):
+        Hold(place, "test", {"a"})
 
 
 def test_init_knows_which_families_there_are(
