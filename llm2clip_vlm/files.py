@@ -13,7 +13,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import ModuleType
@@ -299,6 +299,12 @@ def read_text(
     if "\0" in text:
         raise error(f"{path}: cannot read this file: it holds NUL bytes; was it cut off?")
     return text
+
+
+def listed(names: Iterable[str]) -> str:
+    """Write names for a message: the first few, and how many more there are."""
+    whole = list(names)
+    return ", ".join(whole[:8]) + (f" and {len(whole) - 8} more" if len(whole) > 8 else "")
 
 
 _JSON_NAMES = {"dict": "an object", "list": "a list", "str": "a text", "NoneType": "null"}

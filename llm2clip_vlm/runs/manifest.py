@@ -20,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from llm2clip_vlm.constants import MANIFEST_NAME, SEAL_NAME
-from llm2clip_vlm.files import let_read, read_json, write_atomically
+from llm2clip_vlm.files import let_read, listed, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved, to_plain
 from llm2clip_vlm.remote.addresses import is_remote, look_up
 from llm2clip_vlm.runs import hashes
@@ -236,7 +236,7 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
             changed = ["files"]
         if changed:
             raise HandoffError(
-                f"{folder}: outputs.{folder.name}: {', '.join(changed)} changed after "
+                f"{folder}: outputs.{folder.name}: {listed(changed)} changed after "
                 f"{manifest['stage']} wrote them; put them back, or run that stage again"
             )
     return manifest

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from llm2clip_vlm.files import read_text, told_where, write_atomically
+from llm2clip_vlm.files import listed, read_text, told_where, write_atomically
 
 MARKER_NAME = ".llm2clip-vlm.json"
 """File that says which process writes into a folder, and which names runs have written."""
@@ -177,9 +177,8 @@ def foreign(folder: Path, names: Collection[str]) -> None:
         OwnershipError: There are such files.
     """
     if names:
-        listed = ", ".join(list(names)[:8]) + (", ..." if len(names) > 8 else "")
         raise OwnershipError(
-            f"{folder} holds what no run of this program has written: {listed}; nothing was "
+            f"{folder} holds what no run of this program has written: {listed(names)}; nothing was "
             "changed. Choose another output folder, or move these files away"
         )
 

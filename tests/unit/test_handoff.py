@@ -231,6 +231,21 @@ def test_verify_knows_settings_that_are_no_part_of_the_weights(tmp_path: Path) -
         verify_parent(model)
 
 
+def test_of_many_changed_files_the_first_are_named_and_all_counted(tmp_path: Path) -> None:
+    """A copy that lost its dates and some bytes listed hundreds of shards on one line."""
+    model = make_model(tmp_path / "model")
+    for number in range(300):
+        (model / f"shard-{number:03}.safetensors").write_bytes(b"as written")
+    finish(tmp_path)
+    for number in range(300):
+        (model / f"shard-{number:03}.safetensors").write_bytes(b"cut")
+    with pytest.raises(
+        HandoffError, match=r"model/shard-007\.safetensors and 292 more"
+    ) as told:
+        verify_parent(model)
+    assert "shard-008" not in str(told.value) and len(str(told.value)) < 800
+
+
 def test_a_bidirectional_model_is_no_decoder() -> None:
     with pytest.raises(HandoffError, match=r"models/x: is_causal"):
         refuse_bidirectional(SimpleNamespace(is_causal=False), "models/x")

@@ -7,7 +7,7 @@ nothing about its other layers: each one is tested apart, in the same forward pa
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from einops import repeat
 from torch import nn
 from transformers import __version__
 
+from llm2clip_vlm.files import listed
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.trainable import block_list
 
@@ -162,19 +163,19 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
     kind = attention_kind(answers)
     if wanted is not None and wanted == kind:
         if kind == "partial":
-            logger.warning("bidirectional: partial: these layers stay causal: %s", _listed(causal))
+            logger.warning("bidirectional: partial: these layers stay causal: %s", listed(causal))
         return
     name = f"{type(model).__name__} ({model.config._attn_implementation})"
     if kind is None:
         raise ModelError(
-            f"{text}in {name} {_listed(odd)} cannot be found to be "
+            f"{text}in {name} {listed(odd)} cannot be found to be "
             "bidirectional or causal (another answer with padding than without); use another "
             "attn_implementation or language model"
         )
     if kind == "partial":
         raise ModelError(
             f"{text}{len(causal)} of {len(answers)} layers of {name} are causal "
-            f"({_listed(causal)}) and the others are not; set bidirectional: partial to take it "
+            f"({listed(causal)}) and the others are not; set bidirectional: partial to take it "
             "as it is, or choose a language model that has attention in every layer"
         )
     raise ModelError(
@@ -182,11 +183,6 @@ def require_attention(model: Any, wanted: bool | Literal["partial"] | None) -> N
         f"{'bidirectional' if kind else 'causal'} whatever config.is_causal says; try "
         "attn_implementation: sdpa or eager, or transformers >= 5.2"
     )
-
-
-def _listed(layers: Iterable[str]) -> str:
-    names = list(layers)
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
 
 
 class _Probe:
