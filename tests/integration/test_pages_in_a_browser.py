@@ -135,6 +135,26 @@ def test_nothing_is_cut_off_at_any_width_light_and_dark(
     assert len(papers) == 2
 
 
+def test_a_name_at_the_head_of_a_column_is_broken_between_its_words(
+    tmp_path: Path, browser: Any
+) -> None:
+    root = write_run(tmp_path, seeds=(0,), pictures=4)
+    runs = [f"{name}={root}/eval/{name.split('-')[0]}-s0" for name in ("llm2clip", "base")]
+    runs[1] = runs[1].replace("base=", "control_long-s0=")
+    assert cli.main(["compare", *runs, "--out", str(root / "compared")]) == 0
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.goto(f"file://{root}/compared/compare.html")
+    broken = """all => all.flatMap((e) => [...e.childNodes]).flatMap((text) =>
+      [...(text.data || "").matchAll(/[^-_]+/g)].filter((word) => {
+        const range = document.createRange();
+        range.setStart(text, word.index);
+        range.setEnd(text, word.index + word[0].length);
+        return range.getClientRects().length > 1;
+      }).map((word) => word[0]))"""
+    assert page.locator("th.name").evaluate_all(broken) == []
+    page.close()
+
+
 def test_what_is_cut_off_is_seen(tmp_path: Path, browser: Any) -> None:
     page = browser.new_page(viewport={"width": 390, "height": 900})
     for style in ("width: 500px", "width: 100px; overflow: hidden; white-space: nowrap"):
