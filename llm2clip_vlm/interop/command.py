@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from llm2clip_vlm.recipe.yaml_files import parse_value
+from llm2clip_vlm.recipe.yaml_files import number, parse_value
 
 FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
 """Same as `interop.export.FORMATS`, which takes seconds to import."""
@@ -43,7 +43,7 @@ def parser(command: str) -> argparse.ArgumentParser:
             help="a field of the tower's config that the file does not say",
         )
         made.add_argument(
-            "--image-size", type=int, metavar="PX", help="the same as --set image_size=PX"
+            "--image-size", type=number(1), metavar="PX", help="the same as --set image_size=PX"
         )
         made.add_argument(
             "--partial", action="store_true", help="let weights be missing or unexpected"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llm2clip_vlm.recipe.yaml_files import number
+
 _MODEL = "a model directory, a stage's output, or a hub id"
 
 
@@ -34,14 +36,16 @@ def _chat_options(made: argparse.ArgumentParser) -> None:
         "Talk with a vision-language model in the terminal. Lines of a pipe are questions, too; "
         "with -p the answer alone is printed."
     )
+    degree, positive = number(0, kind=float), number(0.001, kind=float)
+    share, seed = number(0.001, 1, float), number(0, 2**32 - 1)
     made.add_argument("model", metavar="MODEL", help=_MODEL)
     made.add_argument("image", metavar="IMAGE", nargs="?", help="picture to talk about")
     made.add_argument("-p", "--prompt", metavar="TEXT", help="answer this one question")
-    made.add_argument("--max-new-tokens", type=int, default=512, metavar="N")
-    made.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: greedy")
-    made.add_argument("--top-p", type=float, metavar="P", help="with a temperature")
-    made.add_argument("--repetition-penalty", type=float, metavar="X")
-    made.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    made.add_argument("--max-new-tokens", type=number(1), default=512, metavar="N")
+    made.add_argument("--temperature", type=degree, default=0.0, metavar="T", help="0 = greedy")
+    made.add_argument("--top-p", type=share, metavar="P", help="with a temperature")
+    made.add_argument("--repetition-penalty", type=positive, metavar="X")
+    made.add_argument("--seed", type=seed, default=0, help="of sampling (default: 0)")
     made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
 
 
@@ -74,7 +78,7 @@ def _search_options(made: argparse.ArgumentParser) -> None:
     made.add_argument("model", metavar="MODEL", help=f"an encoder: {_MODEL}")
     made.add_argument("folder", metavar="FOLDER", help="photographs, also in folders below it")
     made.add_argument("words", metavar="WORDS", nargs="*", help='such as "a dog in the snow"')
-    made.add_argument("-n", "--count", type=int, default=5, metavar="N", help="default: 5")
+    made.add_argument("-n", "--count", type=number(1), default=5, metavar="N", help="default: 5")
     made.add_argument("--open", action="store_true", help="show the best one in a viewer")
     made.add_argument(
         "--text-encoder", metavar="DIR", help="of a model of stage 2b, if its manifest names none"
@@ -84,8 +88,6 @@ def _search_options(made: argparse.ArgumentParser) -> None:
 def _search(arguments: argparse.Namespace) -> int:
     import webbrowser
 
-    if arguments.count < 1:
-        raise ValueError(f"--count: expected at least 1, got {arguments.count}")
     _require_photos(arguments.folder)  # before the slow part
     from llm2clip_vlm.play.photo_index import index_photos, load_dual_encoder
     from llm2clip_vlm.play.vlm_chat import typed
@@ -125,7 +127,8 @@ def _app_options(made: argparse.ArgumentParser) -> None:
     ):
         made.add_argument(name, metavar="DIR", action="append", default=[], help=what)
     made.add_argument("--votes", metavar="FILE", help="default: RUN/votes.jsonl")
-    made.add_argument("--port", type=int, help="default: the first free one from 7860 on")
+    port = number(1, 65535)
+    made.add_argument("--port", type=port, help="default: the first free one from 7860 on")
     made.add_argument("--open", action="store_true", help="show it in the browser")
 
 

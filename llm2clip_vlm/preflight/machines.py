@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.recipe.reading import did_you_mean
+from llm2clip_vlm.recipe.yaml_files import number
 
 GPUS = {
     "b200-180gb": (180, 2250),
@@ -77,25 +78,13 @@ def _gpu_here() -> str | None:
 
 def add_options(made: argparse.ArgumentParser) -> None:
     """Give a parser the words of `llm2clip-vlm plan` beside its recipe."""
-    add = made.add_argument
+    add, count, share = made.add_argument, number(1), number(0.001, 1, float)
     add("--gpu", help=f"{', '.join(GPUS)} (default: that of this machine, else h100-80gb)")
-    add("--gpus", type=_count, default=1, help="how many (default: 1)")
+    add("--gpus", type=count, default=1, help="how many (default: 1)")
     add("--zero", type=int, choices=range(4), help="default: as the recipe's launch line says")
     add("--offload", action="store_true", help="ZeRO keeps optimizer states on the CPU")
-    add("--mfu", type=_share, default=0.35, help="share of the GPUs' bf16 rate (default: 0.35)")
-    add("--price", type=float, help="of a GPU hour")
-    add("--samples", type=_count, help="instead of the data's, such as where they are not here yet")
-    add("--tokens", type=_count, help="of a text, instead of the data's")
+    add("--mfu", type=share, default=0.35, help="share of the GPUs' bf16 rate (default: 0.35)")
+    add("--price", type=number(0, kind=float), help="of a GPU hour")
+    add("--samples", type=count, help="instead of the data's, such as where they are not here yet")
+    add("--tokens", type=count, help="of a text, instead of the data's")
     add("--json", action="store_true", help="numbers for a program")
-
-
-def _count(word: str) -> int:
-    if not word.isdecimal() or not int(word):
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {word}")
-    return int(word)
-
-
-def _share(word: str) -> float:
-    if not 0 < float(word) <= 1:
-        raise argparse.ArgumentTypeError(f"expected a share above 0 and up to 1, got {word}")
-    return float(word)

@@ -494,7 +494,7 @@ def test_what_is_required_is_named_and_no_more(capsys: pytest.CaptureFixture[str
         (["plan", "nano/stage33"], "there is no such file; did you mean `nano/stage3`?"),
         (["plan", "demo/pipeline"], "got none; of a pipeline, plan the recipes of its steps"),
         (["plan", "nano/stage3", "--gpus", "0"], "--gpus: expected a whole number from 1 on, got"),
-        (["plan", "nano/stage3", "--mfu", "35"], "--mfu: expected a share above 0 and up to 1"),
+        (["plan", "nano/stage3", "--mfu", "35"], "--mfu: expected a number from 0.001 to 1"),
         (["plan", "nano/stage3", "plane=1"], "plane: unknown key; did you mean `plain`?"),
         (["train", "stage4", "nano/stage3", "--dry-run"], "stage: expected stage4_instruction, go"),
         (["train", "stage4", "nano/stage4", "--accelerate", "zero3"], "expected --gpus beside it"),
@@ -512,6 +512,25 @@ def test_a_plan_of_something_wrong_is_refused_before_torch_is_imported(
     except SystemExit as ended:  # argparse's own
         code = ended.code
     assert code == 2 and told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["app", "--port", "99999"], "--port: expected a whole number from 1 to 65535, got 99999"),
+        (["chat", "m", "--top-p", "3"], "--top-p: expected a number from 0.001 to 1, got 3"),
+        (["chat", "m", "--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295"),
+        (["chat", "m", "--repetition-penalty", "nan"], "expected a number from 0.001 on, got nan"),
+        (["search", "m", "d", "x", "-n", "0"], "-n/--count: expected a whole number from 1 on"),
+        (["convert", "in", "out", "--image-size", "x"], "expected a whole number from 1 on, got x"),
+    ],
+)
+def test_a_number_out_of_bounds_is_refused_by_its_options_name(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    assert ended.value.code == 2 and told in capsys.readouterr().err
 
 
 def test_eval_ends_as_the_other_commands_do(capsys: pytest.CaptureFixture[str]) -> None:

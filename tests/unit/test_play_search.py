@@ -259,7 +259,6 @@ def test_the_command_prints_the_best_and_opens_nothing_unasked(
     [
         (["{clip}", "{photos}/none", "x"], "no such folder"),
         (["{clip}", "{photos}/empty", "x"], "no picture that can be used: expected one of .jpg"),
-        (["{clip}", "{photos}", "x", "-n", "0"], "--count: expected at least 1"),
         (["{photos}/none", "{photos}", "x"], "no such folder"),
     ],
 )
