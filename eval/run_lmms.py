@@ -47,20 +47,15 @@ def main(argv: list[str] | None = None) -> int:
         epilog=_ENCODERS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", help="YAML file of tasks; a shipped one by its name")
-    parser.add_argument("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
-    parser.add_argument("--output", type=Path, help="folder of the results")
-    parser.add_argument(
-        "--expected", metavar="FILE:ROW", help="published row to hold the results against"
-    )
-    parser.add_argument(
-        "--prefetch", action="store_true", help="print what must be downloaded, and stop"
-    )
-    parser.add_argument(
-        "--tasks", metavar="DIR", help="lmms-eval tasks of your own; their code is run"
-    )
-    parser.add_argument("--limit", type=int, help="first documents of each task only")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the suite's values")
+    add = parser.add_argument
+    add("--suite", help="YAML file of tasks; a shipped one by its name")
+    add("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
+    add("--output", type=Path, help="folder of the results")
+    add("--expected", metavar="FILE:ROW", help="published row to hold the results against")
+    add("--prefetch", action="store_true", help="print what must be downloaded, and stop")
+    add("--tasks", metavar="DIR", help="lmms-eval tasks of your own; their code is run")
+    add("--limit", type=int, help="first documents of each task only")
+    add("overrides", nargs="*", metavar="key=value", help="over the suite's values")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoints: dict[str, str] = {}

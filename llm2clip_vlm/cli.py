@@ -256,13 +256,11 @@ def _train(arguments: argparse.Namespace) -> int | None:
         if (gpus := arguments.gpus) is not None:
             words += sharding(stage, words, arguments.accelerate)
         return main(["plan", *words, "--gpus", str(1 if gpus is None else gpus)])
-    program = find_program(stage)
     if arguments.gpus is not None:
         from llm2clip_vlm.preflight.starting import launch
 
-        return launch(program, words, arguments.gpus, arguments.accelerate)
-    result: int | None = load_program(program).main(words)
-    return result
+        return launch(find_program(stage), words, arguments.gpus, arguments.accelerate)
+    return _program(stage, *words)
 
 
 def _require_inputs(stage: str, words: Sequence[str], dry_run: bool) -> None:
@@ -337,8 +335,7 @@ def _plan(given: argparse.Namespace) -> int | None:
 
 
 def _program(command: str, *words: str) -> int | None:
-    result: int | None = load_program(find_program(command)).main(list(words))
-    return result
+    return load_program(find_program(command)).main(list(words))
 
 
 def _eval(command: str, *words: str) -> int | None:
@@ -358,21 +355,21 @@ def _eval(command: str, *words: str) -> int | None:
 
 def _module(name: str, command: str, *words: str) -> int | None:
     """Run a module's `main`, with what it imports only then."""
-    result: int | None = importlib.import_module(f"llm2clip_vlm.{name}").main(command, words)
-    return result
+    return importlib.import_module(f"llm2clip_vlm.{name}").main(command, words)
 
 
-_embed = partial(_module, "embed")
-_push = partial(_module, "interop.push")
 _interop = partial(_module, "interop.command")
 _play = partial(_module, "play.command")
 _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
-    "embed": (_embed, "build, verify, merge or report on a cache of caption embeddings"),
+    "embed": (partial(_module, "embed"), "build, verify, merge or report on cached embeddings"),
     "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
     "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
     "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval by a suite"),
     "compare": (_program, "compare runs benchmark by benchmark"),
-    "push": (_push, "upload a model and its card to the Hugging Face Hub"),
+    "push": (
+        partial(_module, "interop.push"),
+        "upload a model and its card to the Hugging Face Hub",
+    ),
     "chat": (_play, "talk with a VLM in the terminal"),
     "search": (_play, "find photographs by words, in a folder that is indexed once"),
     "app": (_play, "a web page on this machine alone: chat, search, look, finished runs"),

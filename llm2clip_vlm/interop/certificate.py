@@ -133,8 +133,7 @@ def save_encoder(model: Any, processor: Any, folder: Path) -> Any:
         model.save_pretrained(folder)
         processor.save_pretrained(folder)
         export_vision_tower(model, processor, folder / "vision_tower")
-    again: Any = load_complete(AutoModel, folder, dtype=torch.float32)
-    return again.eval()
+    return load_complete(AutoModel, folder, dtype=torch.float32).eval()
 
 
 def needs(model: Any) -> str:

@@ -12,49 +12,38 @@ FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers"
 """Same as `interop.export.FORMATS`, which takes seconds to import."""
 
 
-DTYPES = ("float32", "bfloat16", "float16")
-
-
 def parser(command: str) -> argparse.ArgumentParser:
     """The options of `export` or `convert`."""
     made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
+    add = made.add_argument
     if command == "export":
         made.description = "Write a checkpoint for another tool, open it there, and compare."
-        made.add_argument("checkpoint", metavar="CHECKPOINT", help="a model directory or a stage's")
-        made.add_argument("--to", required=True, choices=FORMATS, help="the tool")
-        made.add_argument("--dtype", choices=DTYPES, help="round a VLM's weights to this")
+        add("checkpoint", metavar="CHECKPOINT", help="a model directory or a stage's")
+        add("--to", required=True, choices=FORMATS, help="the tool")
+        add("--dtype", choices=("float32", "bfloat16", "float16"), help="of a VLM's weights")
         earlier = "an earlier export in OUT that nobody has changed"
-        made.add_argument("--replace", dest="renew", action="store_true", help=earlier)
+        add("--replace", dest="renew", action="store_true", help=earlier)
     else:
         made.description = (
             "Make a checkpoint of this package from LLM2CLIP's, open_clip's, timm's, LLaVA's or "
             "transformers'; what it is is read off its weights."
         )
-        made.add_argument("path", metavar="IN", help="a file, a folder, or a hub id")
-        made.add_argument("--vision-tower", metavar="DIR", help="of a LLaVA that keeps it apart")
-        made.add_argument("--language-model", metavar="DIR", help="of an mm_projector.bin")
-        made.add_argument(
-            "--set",
-            dest="settings",
-            metavar="KEY=VALUE",
-            type=setting,
-            action="append",
-            default=[],
-            help="a field of the tower's config that the file does not say",
-        )
-        made.add_argument(
-            "--image-size", type=number(1), metavar="PX", help="the same as --set image_size=PX"
-        )
-        made.add_argument(
-            "--partial", action="store_true", help="let weights be missing or unexpected"
-        )
-        made.add_argument("--sha256", help="hash that the file must have")
-        made.add_argument(
+        add("path", metavar="IN", help="a file, a folder, or a hub id")
+        add("--vision-tower", metavar="DIR", help="of a LLaVA that keeps it apart")
+        add("--language-model", metavar="DIR", help="of an mm_projector.bin")
+        add(
+            "--set", dest="settings", metavar="KEY=VALUE", type=setting, action="append",
+            default=[], help="a field of the tower's config that the file does not say"
+        )  # fmt: skip
+        add("--image-size", type=number(1), metavar="PX", help="the same as --set image_size=PX")
+        add("--partial", action="store_true", help="let weights be missing or unexpected")
+        add("--sha256", help="hash that the file must have")
+        add(
             "--trust-remote-code",
             action="store_true",
             help="run the Python files beside the weights, to compare with what they compute",
         )
-    made.add_argument("out", metavar="OUT", help="folder to write; must not exist")
+    add("out", metavar="OUT", help="folder to write; must not exist")
     return made
 
 

@@ -32,21 +32,20 @@ def main(command: str, words: Sequence[str]) -> int | None:
 
 
 def _chat_options(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
     made.description = (
         "Talk with a vision-language model in the terminal. Lines of a pipe are questions, too; "
         "with -p the answer alone is printed."
     )
-    degree, positive = number(0, kind=float), number(0.001, kind=float)
-    share, seed = number(0.001, 1, float), number(0, 2**32 - 1)
-    made.add_argument("model", metavar="MODEL", help=_MODEL)
-    made.add_argument("image", metavar="IMAGE", nargs="?", help="picture to talk about")
-    made.add_argument("-p", "--prompt", metavar="TEXT", help="answer this one question")
-    made.add_argument("--max-new-tokens", type=number(1), default=512, metavar="N")
-    made.add_argument("--temperature", type=degree, default=0.0, metavar="T", help="0 = greedy")
-    made.add_argument("--top-p", type=share, metavar="P", help="with a temperature")
-    made.add_argument("--repetition-penalty", type=positive, metavar="X")
-    made.add_argument("--seed", type=seed, default=0, help="of sampling (default: 0)")
-    made.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    add("model", metavar="MODEL", help=_MODEL)
+    add("image", metavar="IMAGE", nargs="?", help="picture to talk about")
+    add("-p", "--prompt", metavar="TEXT", help="answer this one question")
+    add("--max-new-tokens", type=number(1), default=512, metavar="N")
+    add("--temperature", type=number(0, kind=float), default=0.0, metavar="T", help="0 = greedy")
+    add("--top-p", type=number(0.001, 1, float), metavar="P", help="with a temperature")
+    add("--repetition-penalty", type=number(0.001, kind=float), metavar="X")
+    add("--seed", type=number(0, 2**32 - 1), default=0, help="of sampling (default: 0)")
+    add("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
 
 
 def _chat(arguments: argparse.Namespace) -> int:
@@ -71,18 +70,17 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 
 def _search_options(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
     made.description = (
         "Find photographs by words. The folder is indexed once; later calls embed what is new. "
         "Without words, lines are searches."
     )
-    made.add_argument("model", metavar="MODEL", help=f"an encoder: {_MODEL}")
-    made.add_argument("folder", metavar="FOLDER", help="photographs, also in folders below it")
-    made.add_argument("words", metavar="WORDS", nargs="*", help='such as "a dog in the snow"')
-    made.add_argument("-n", "--count", type=number(1), default=5, metavar="N", help="default: 5")
-    made.add_argument("--open", action="store_true", help="show the best one in a viewer")
-    made.add_argument(
-        "--text-encoder", metavar="DIR", help="of a model of stage 2b, if its manifest names none"
-    )
+    add("model", metavar="MODEL", help=f"an encoder: {_MODEL}")
+    add("folder", metavar="FOLDER", help="photographs, also in folders below it")
+    add("words", metavar="WORDS", nargs="*", help='such as "a dog in the snow"')
+    add("-n", "--count", type=number(1), default=5, metavar="N", help="default: 5")
+    add("--open", action="store_true", help="show the best one in a viewer")
+    add("--text-encoder", metavar="DIR", help="of a model of stage 2b, if its manifest names none")
 
 
 def _search(arguments: argparse.Namespace) -> int:
@@ -112,24 +110,22 @@ def _require_photos(folder: str) -> None:
 
 
 def _app_options(made: argparse.ArgumentParser) -> None:
+    add = made.add_argument
     made.description = (
         "One web page, on this machine alone: chat with one or two VLMs, search photographs, see "
         "where words are in a picture, and finished runs. Without arguments it shows the demo's "
         "models."
     )
-    made.add_argument(
-        "run", metavar="RUN", nargs="?", help="folder with finished stages (default: runs/demo)"
-    )
+    add("run", metavar="RUN", nargs="?", help="folder with finished stages (default: runs/demo)")
     for name, what in (
         ("--vlm", f"one more VLM: {_MODEL}"),
         ("--encoder", f"one more encoder: {_MODEL}"),
         ("--photos", "folder to search (default: `image_root` of the encoders' evaluation data)"),
     ):
-        made.add_argument(name, metavar="DIR", action="append", default=[], help=what)
-    made.add_argument("--votes", metavar="FILE", help="default: RUN/votes.jsonl")
-    port = number(1, 65535)
-    made.add_argument("--port", type=port, help="default: the first free one from 7860 on")
-    made.add_argument("--open", action="store_true", help="show it in the browser")
+        add(name, metavar="DIR", action="append", default=[], help=what)
+    add("--votes", metavar="FILE", help="default: RUN/votes.jsonl")
+    add("--port", type=number(1, 65535), help="default: the first free one from 7860 on")
+    add("--open", action="store_true", help="show it in the browser")
 
 
 def _app(arguments: argparse.Namespace) -> None:

@@ -148,5 +148,4 @@ def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str
                 vars(action)["complete"] = dict.fromkeys(known, "_l2c_recipe")
         if not command._actions:  # it has a parser of its own
             vars(command.add_argument("words", nargs="*"))["complete"] = shtab.FILE
-    script: str = shtab.complete(parser, shell, preamble=known[shell])
-    return script
+    return shtab.complete(parser, shell, preamble=known[shell])

@@ -215,8 +215,7 @@ def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, sh
         if text.vocab_size <= SMALL_VOCABULARY:
             return model.lm_head(hidden).float().logsumexp(-1).sum()
         targets = torch.zeros(min(trained, count * round(width)), dtype=torch.long)
-        loss: Tensor = model.lm_head(rearrange(hidden, "b t d -> (b t) d")[: len(targets)], targets)
-        return loss
+        return model.lm_head(rearrange(hidden, "b t d -> (b t) d")[: len(targets)], targets)
 
     tower = llava.vision_tower
     return Work(model, run, rows, rows * mean, tower, text.vocab_size, passes=share / rows)
@@ -262,8 +261,7 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
         elif own:
             captions = {"text_features": torch.zeros(texts, model.config.text_embed_dim)}
         out = model(pixel_values=torch.zeros(size, 3, side, side), **captions)
-        loss: Tensor = out.image_embeds.float().sum() + out.text_embeds.float().sum()
-        return loss
+        return out.image_embeds.float().sum() + out.text_embeds.float().sum()
 
     copied = [model] * (getattr(recipe, "weight_average", None) is not None)
     copied += [eyes] * (taught is not None and taught.teacher == "frozen")

@@ -62,8 +62,7 @@ class RemoteFile:
             keep: Look for what is read in the cache, and leave it there.
         """
         assert mode == "rb", mode
-        stream: IO[bytes] = _Stream(self, keep)
-        return stream
+        return _Stream(self, keep)
 
     def read(self, start: int, size: int) -> bytes:
         """Bytes from the cache, or fetched and left there.

@@ -239,9 +239,7 @@ def test_of_many_changed_files_the_first_are_named_and_all_counted(tmp_path: Pat
     finish(tmp_path)
     for number in range(300):
         (model / f"shard-{number:03}.safetensors").write_bytes(b"cut")
-    with pytest.raises(
-        HandoffError, match=r"model/shard-007\.safetensors and 292 more"
-    ) as told:
+    with pytest.raises(HandoffError, match=r"model/shard-007\.safetensors and 292 more") as told:
         verify_parent(model)
     assert "shard-008" not in str(told.value) and len(str(told.value)) < 800
 

@@ -180,8 +180,7 @@ def unit_rows(embeds: Tensor, names: Sequence[str], dim: int | None) -> Rows:
             f"{len(broken)} of {len(names)} embeddings are not finite or zero, such as that of "
             f"{names[broken[0]][:100]!r}; check the text encoder's weights and dtype"
         )
-    result: Rows = (rows / norms).half().numpy()
-    return result
+    return (rows / norms).half().numpy()
 
 
 def require_unit(rows: Tensor, what: str, names: Sequence[object]) -> Tensor:

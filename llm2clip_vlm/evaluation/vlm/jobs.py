@@ -144,8 +144,7 @@ def _builtin_tasks() -> Iterator[tuple[Path, str]]:
     if spec is None or not spec.submodule_search_locations:
         raise EvaluationError("lmms_eval is not installed; pip install 'llm2clip_vlm[eval]'")
     for path in sorted((Path(spec.submodule_search_locations[0]) / "tasks").rglob("*.yaml")):
-        match = _TASK_LINE.search(path.read_bytes())
-        if match:
+        if match := _TASK_LINE.search(path.read_bytes()):
             yield path, match.group(1).decode()
 
 

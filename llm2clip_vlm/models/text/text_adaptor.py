@@ -74,5 +74,4 @@ class TextAdaptor(nn.Module):
         x = F.normalize(text_features.to(self.head.weight.dtype), p=2.0, dim=-1)
         for block in self.blocks:
             x = block(x)
-        embeds: Tensor = self.head(self.norm(x))
-        return embeds
+        return self.head(self.norm(x))

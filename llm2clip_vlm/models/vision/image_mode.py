@@ -52,9 +52,8 @@ def set_image_aspect_ratio(processor: Any, aspect_ratio: AspectRatio) -> None:
     arguments["size"] = square = getattr(old, "square_size", arguments["size"])
     if pads and arguments["do_center_crop"]:  # padded to be whole: loses no margin (DINOv2)
         arguments["size"] = {"shortest_edge": arguments["crop_size"]["height"]}
-    processor.image_processor = image_processor_class("LlavaImageProcessor")(
-        **arguments, do_pad=pads, square_size=square
-    )
+    arguments |= {"do_pad": pads, "square_size": square}
+    processor.image_processor = image_processor_class("LlavaImageProcessor")(**arguments)
 
 
 def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | None = None) -> Any:
@@ -90,10 +89,8 @@ def anyres_image_processor(tower: VisionTower, grids: Sequence[Sequence[int]] | 
             f"px, got {odd[0]}"
         )
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    arguments = _taken_over(tower.image_processor) | size
-    return image_processor_class("LlavaNextImageProcessor")(
-        **arguments, image_grid_pinpoints=chosen
-    )
+    arguments = _taken_over(tower.image_processor) | size | {"image_grid_pinpoints": chosen}
+    return image_processor_class("LlavaNextImageProcessor")(**arguments)
 
 
 def one_picture(config: Any) -> tuple[int, dict[str, Tensor]]:
