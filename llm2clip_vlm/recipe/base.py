@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -11,9 +12,11 @@ from pydantic import (
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
+    ValidationError,
     model_serializer,
     model_validator,
 )
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from llm2clip_vlm.recipe.reading import did_you_mean, trainer_keys
 from llm2clip_vlm.remote.addresses import is_remote
@@ -187,11 +190,57 @@ OutputDir = Annotated[str, AfterValidator(_folder)]
 """A folder that a run writes to."""
 
 
-def _known(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Refuse misspelt keys here, where all recipes of a pipeline are read before its first step."""
+_OWNED = {
+    "output_dir": "`output_dir` of the recipe",
+    "seed": "`seed` of the recipe",
+    "gradient_accumulation_steps": "`global_batch_size` of the recipe (accumulation follows)",
+    "accelerator_config": "`global_batch_size` of the recipe (it would train on another one)",
+    "resume_from_checkpoint": "nothing (the same command goes on from its last checkpoint)",
+    **dict.fromkeys(
+        ("fsdp", "fsdp_config", "parallelism_config"), "`--accelerate zero3`, or zero2"
+    ),
+}
+_ABOVE_ZERO = frozenset(
+    "max_steps num_train_epochs save_steps logging_steps eval_steps per_device_eval_batch_size "
+    "dataloader_prefetch_factor".split()
+)
+"""Keys that transformers takes at 0, for something else than nothing, or for nothing."""
+_PLAIN: dict[str, tuple[type, ...]] = {
+    **{kind.__name__: (kind,) for kind in (bool, int, str, dict, list)},
+    "float": (float, int),
+    "None": (type(None),),
+}
+
+
+def _checked(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Check keys and values here, where all recipes of a pipeline are read before its first step.
+
+    Raises:
+        ValidationError: A key that `TrainingArguments` lacks (with the nearest one it has), one
+            that the recipe sets elsewhere, or a value of the wrong type or sign.
+    """
     known = trainer_keys()
-    for name in trainer.keys() - known:
-        raise ValueError(f"unknown key `{name}`{did_you_mean(name, known)}")
+    problems: list[InitErrorDetails] = []
+    for name, value in trainer.items():
+        kinds = re.sub(r"\[[^]]*\]", "", known.get(name, "")).split(" | ")
+        if name in _OWNED:
+            told = f"set {_OWNED[name]} instead"
+        elif name not in known:
+            hint = did_you_mean(name, known) or "; see transformers.TrainingArguments"
+            told = f"unknown key{hint}"
+        elif _PLAIN.keys() >= {*kinds} and not any(type(value) in _PLAIN[k] for k in kinds):
+            told = f"expected {' or '.join(kinds).replace('None', 'null')}, got {value!r}"
+        elif not isinstance(value, int | float) or (name, value) == ("max_steps", -1):
+            continue
+        elif value < 0 or (value == 0 and name in _ABOVE_ZERO):
+            least = "more than 0" if name in _ABOVE_ZERO else "0 or more"
+            told = f"expected {least}, got {value!r} (left out: its default)"
+        else:
+            continue
+        error = PydanticCustomError("value_error", "{told}", {"told": told})
+        problems.append({"type": error, "loc": (name,), "input": value})
+    if problems:
+        raise ValidationError.from_exception_data("trainer", problems)
     return trainer
 
 
@@ -229,7 +278,7 @@ class RunRecipe(RecipeFile):
     hang_timeout_s: float | None = Field(default=1800.0, gt=0)
     """Seconds without a new step (stages 3 and 4: micro-step) after which a process names its rank
     and those that are gone, shows where it stands, and ends. None: wait without end."""
-    trainer: Annotated[dict[str, Any], AfterValidator(_known)] = Field(default_factory=dict)
+    trainer: Annotated[dict[str, Any], AfterValidator(_checked)] = Field(default_factory=dict)
     """Passed to `transformers.TrainingArguments`; each key is checked against its fields."""
 
     @model_validator(mode="after")

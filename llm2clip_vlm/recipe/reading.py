@@ -382,12 +382,12 @@ def elsewhere(word: str, model: type[BaseModel]) -> str:
     return "".join(f"; did you mean `{key}`?" for key in itertools.islice(found, 1))
 
 
-def trainer_keys() -> set[str]:
-    """Fields of `TrainingArguments`, read off its source: importing it takes seconds."""
+def trainer_keys() -> dict[str, str]:
+    """Fields of `TrainingArguments` and their types, off its source: importing takes seconds."""
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.origin is not None
     text = Path(package.origin).with_name("training_args.py").read_text(encoding="utf-8")
-    return set(re.findall(r"^    ([a-z]\w*): ", text, re.MULTILINE))
+    return dict(re.findall(r"^    ([a-z]\w*): (.*?) = ", text, re.MULTILINE))
 
 
 def shown(value: Any) -> str:

@@ -22,7 +22,7 @@ from llm2clip_vlm.recipe.pipeline import PipelineRecipe
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.runs.inputs import stage_and_output
-from llm2clip_vlm.training.arguments import check_trainer_keys, shares_of_a_step
+from llm2clip_vlm.training.arguments import check_choices, shares_of_a_step
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
@@ -62,7 +62,7 @@ def check_recipe(program: str, words: list[str], processes: int = 1) -> None:
     """A recipe with its overrides loads with the program's model, and its batch can be shared."""
     recipe = load_recipe(words[0], MODELS[program], words[1:])
     if isinstance(recipe, RunRecipe):
-        check_trainer_keys(recipe.trainer)
+        check_choices(recipe.trainer)
         _, accumulated = shares_of_a_step(recipe, processes)
         assert accumulated == 1 or not recipe.contrastive
 

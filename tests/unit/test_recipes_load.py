@@ -21,7 +21,7 @@ from llm2clip_vlm.recipe.reading import RecipeError, load_recipe, save_resolved
 from llm2clip_vlm.recipe.report import ReportRecipe
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.suite import SuiteRecipe
-from llm2clip_vlm.training.arguments import check_trainer_keys, shares_of_a_step
+from llm2clip_vlm.training.arguments import check_choices, shares_of_a_step
 
 ROOT = Path(__file__).resolve().parents[2]
 ACCELERATE = sorted((ROOT / "recipes" / "accelerate").glob("*.yaml"))
@@ -81,7 +81,7 @@ def program_of(path: Path) -> str:
 def check(path: Path, program: str, overrides: list[str]) -> Any:
     recipe = load_recipe(path, model_of(program), overrides)
     if isinstance(recipe, RunRecipe):
-        check_trainer_keys(recipe.trainer)
+        check_choices(recipe.trainer)
     return recipe
 
 
