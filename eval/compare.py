@@ -18,11 +18,12 @@ from itertools import combinations
 from pathlib import Path
 
 from llm2clip_vlm.cli import guard
+from llm2clip_vlm.options import Parser
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    options = argparse.ArgumentParser(
+    options = Parser(
         prog="llm2clip-vlm compare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -23,6 +23,7 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.evaluation.vlm.jobs import GATE_NAME, left_out, own_tasks, run_suite
 from llm2clip_vlm.evaluation.vlm.score_gate import gate, gate_table
 from llm2clip_vlm.files import find_recipe, find_shipped
+from llm2clip_vlm.options import Parser, number
 from llm2clip_vlm.recipe.reading import load_recipe
 from llm2clip_vlm.recipe.suite import ExpectedScores, SuiteRecipe
 from llm2clip_vlm.runs.ownership import write_pages
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ValueError: A task has none, or something that was named is not there.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="llm2clip-vlm eval",
         description=__doc__,
         epilog=_ENCODERS,
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--expected", metavar="FILE:ROW", help="published row to hold the results against")
     add("--prefetch", action="store_true", help="print what must be downloaded, and stop")
     add("--tasks", metavar="DIR", help="lmms-eval tasks of your own; their code is run")
-    add("--limit", type=int, help="first documents of each task only")
+    add("--limit", type=number(1), help="first documents of each task only")
     add("overrides", nargs="*", metavar="key=value", help="over the suite's values")
     arguments = parser.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -38,6 +38,7 @@ from typing import Any
 
 from llm2clip_vlm import __version__
 from llm2clip_vlm.files import find_program, find_recipe, load_program
+from llm2clip_vlm.options import Parser, number
 from llm2clip_vlm.preflight.machines import add_options, find_machine
 from llm2clip_vlm.recipe.reading import did_you_mean, load_recipe, read_layers
 from llm2clip_vlm.remote.addresses import RemoteError
@@ -68,13 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words and words[0] in _FORWARDED:
         run, _ = _FORWARDED[words[0]]
         return guard(lambda: run(*words))
-    parser, known = _parser()
-    if words and words[0] not in known and not words[0].startswith("-"):
-        parser.error(f"no command `{words[0]}`{did_you_mean(words[0], known)}; one of {known}")
-    arguments, rest = parser.parse_known_args(words)
+    arguments, rest = _parser().parse_known_args(words)
     more: Any = vars(arguments).get("overrides", vars(arguments).get("keys"))
     if any(word.startswith("-") or more is None for word in rest):
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        arguments.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if rest:  # words behind an option, which argparse does not join to those before it
         more += rest
     return guard(lambda: arguments.command(arguments))
@@ -192,8 +190,8 @@ def _kept_traceback() -> str:
     return f"its traceback is in {f.name}"
 
 
-def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
-    parser = argparse.ArgumentParser(
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
         prog="llm2clip-vlm",
         description="LLM2CLIP vision towers, and LLaVA-style VLMs built on them.",
     )
@@ -206,7 +204,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         added = commands.add_parser(
             name, help=purpose, description=f"{purpose}.", epilog=below, formatter_class=form
         )
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, parser=added)
         return added
 
     train = add(_train, "train", "run a stage with a recipe", f"stages:\n{listing}")
@@ -220,7 +218,9 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         made.add_argument("recipe", metavar="RECIPE", help="YAML; or a shipped one: llava15/stage3")
         made.add_argument("overrides", **overrides)
     add_options(planned)
-    train.add_argument("--gpus", type=int, metavar="N", help="start accelerate on N GPUs here")
+    train.add_argument(
+        "--gpus", type=number(1), metavar="N", help="start accelerate on N GPUs here"
+    )
     train.add_argument(
         "--accelerate", metavar="FILE", help="settings for --gpus; default: zero3 for stage 4, "
         "zero2 for stage 3, else ddp (recipes/accelerate)",
@@ -241,7 +241,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     add(_doctor, "doctor", "show what this machine has")
     for name, (_, purpose) in _FORWARDED.items():
         commands.add_parser(name, help=purpose, add_help=False)
-    return parser, [*commands.choices]
+    return parser
 
 
 def _train(arguments: argparse.Namespace) -> int | None:
@@ -304,7 +304,7 @@ def _init(arguments: argparse.Namespace) -> None:
 def _completion(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.preflight.starting import completion
 
-    print(completion(_parser()[0], arguments.shell, [*STAGES]))
+    print(completion(_parser(), arguments.shell, [*STAGES]))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -342,7 +342,13 @@ def _eval(command: str, *words: str) -> int | None:
     """A recipe judges an encoder, everything else is a VLM's."""
     if words and not words[0].startswith("-") and "=" not in words[0]:
         recipe = find_recipe(words[0])
-        stage = read_layers(Path(recipe)).get("stage")
+        if os.path.isdir(recipe):
+            raise ValueError(
+                f"{recipe}: expected a recipe, got a folder; a model is judged by `eval RECIPE "
+                f"model={recipe}`, a VLM by `eval --suite SUITE --checkpoint NAME={recipe}`"
+            )
+        data = read_layers(Path(recipe))
+        stage = "pipeline" if "steps" in data else data.get("stage")
         suite = f"got none; a suite for VLMs is given as `eval --suite {words[0]}`"
         if stage != "run_encoder":  # before the program imports torch
             raise ValueError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llm2clip_vlm.files import find_program, load_program, write_atomically
+from llm2clip_vlm.options import Parser
 
 COST_NAME = "encode_cost.jsonl"
 """File beside a cache: texts and seconds of each part that stage 2a has encoded."""
@@ -33,9 +34,7 @@ def main(command: str, words: Sequence[str]) -> int | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="llm2clip-vlm embed", description="Caches of caption embeddings."
-    )
+    parser = Parser(prog="llm2clip-vlm embed", description="Caches of caption embeddings.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     def command(run: Callable[[argparse.Namespace], int | None], text: str) -> Any:

@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from typing import Any
 
-from llm2clip_vlm.recipe.yaml_files import number, parse_value
+from llm2clip_vlm.options import Parser, number
+from llm2clip_vlm.recipe.yaml_files import parse_value
 
 FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers", "vllm")
 """Same as `interop.export.FORMATS`, which takes seconds to import."""
@@ -14,7 +15,7 @@ FORMATS = ("transformers", "llava", "open_clip", "timm", "sentence-transformers"
 
 def parser(command: str) -> argparse.ArgumentParser:
     """The options of `export` or `convert`."""
-    made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
+    made = Parser(prog=f"llm2clip-vlm {command}")
     add = made.add_argument
     if command == "export":
         made.description = "Write a checkpoint for another tool, open it there, and compare."
@@ -76,5 +77,7 @@ def main(command: str, words: Sequence[str]) -> int:
 
 def setting(text: str) -> tuple[str, Any]:
     """`KEY=VALUE`, the value written as YAML."""
-    key, value = text.split("=", 1)
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {text}")
     return key, parse_value(value, f"--set {key}")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.interop.weights import verify_hashes
+from llm2clip_vlm.options import Parser
 from llm2clip_vlm.runs.card import CARD_NAME, kind_of
 
 _PATTERNS = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.md")
@@ -89,7 +90,7 @@ def _files(folder: Path) -> list[Path]:
 
 def parser() -> argparse.ArgumentParser:
     """The options of `push`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="llm2clip-vlm push",
         description="Upload a model directory with its card to the Hugging Face Hub.",
         epilog="Log in before: hf auth login",

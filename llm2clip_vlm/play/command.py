@@ -8,14 +8,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llm2clip_vlm.recipe.yaml_files import number
+from llm2clip_vlm.options import Parser, number
 
 _MODEL = "a model directory, a stage's output, or a hub id"
 
 
 def parser(command: str) -> argparse.ArgumentParser:
     """Build the parser of a command."""
-    made = argparse.ArgumentParser(prog=f"llm2clip-vlm {command}")
+    made = Parser(prog=f"llm2clip-vlm {command}")
     _COMMANDS[command][0](made)
     made.add_argument("--device", help="default: cuda if there is one, else cpu")
     return made
@@ -131,8 +131,6 @@ def _app_options(made: argparse.ArgumentParser) -> None:
 def _app(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.hub import require_place
 
-    if arguments.port is not None and not 0 < arguments.port < 65536:
-        raise ValueError(f"--port: expected a number from 1 to 65535, got {arguments.port}")
     for place in (*arguments.vlm, *arguments.encoder):  # before the slow part
         require_place(place)
     for folder in arguments.photos:

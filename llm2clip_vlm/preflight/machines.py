@@ -7,8 +7,8 @@ import re
 from dataclasses import dataclass
 
 from llm2clip_vlm.files import read_text
+from llm2clip_vlm.options import number
 from llm2clip_vlm.recipe.reading import did_you_mean
-from llm2clip_vlm.recipe.yaml_files import number
 
 GPUS = {
     "b200-180gb": (180, 2250),

@@ -40,8 +40,8 @@ def launch(program: Path, words: Sequence[str], gpus: int, file: str | None = No
             "--gpus: a pipeline's steps name their launcher themselves (`launch` in its recipe)"
         )
     there = torch.cuda.device_count()
-    if not 1 <= gpus <= there:
-        raise ValueError(f"--gpus {gpus}: expected one or more; torch sees {there} of them here")
+    if gpus > there:
+        raise ValueError(f"--gpus {gpus}: torch sees {there} of them here")
     config = settings_of(program.stem, words, file)
     count = ["--config_file", config, "--num_processes", str(gpus), "--num_machines", "1"]
     # Not the command `accelerate`, which imports a timm that it finds, and that a torchvision.

@@ -109,7 +109,7 @@ def _overridden(data: Any, overrides: Sequence[str]) -> Any:
         secret = _SECRET_KEY.fullmatch(last) or _SECRET_VALUE.search(override)
         source = f"override `{key[:200] if secret or len(override) > 200 else override}`"
         if not equals or not all(key.split(".")) or key.count(".") > DEEPEST:
-            raise RecipeError(source, f"{key:.200}: expected `dotted.key=value`")
+            raise RecipeError(source, f"{key:.200}: expected `dotted.key=value` (no blanks)")
         data = _with(data, key.split("."), parse_value(text, source), source)
     return data
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
-import math
 import re
-from collections.abc import Callable
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -149,25 +145,6 @@ def parse_value(text: str, source: str) -> Any:
     value = parse_yaml(text, source)
     cut = isinstance(value, str) and " #" in text and text.strip()[:1] not in "'\""
     return text.strip() if cut else value
-
-
-def number(least: float, most: float = math.inf, kind: Callable[[str], float] = int) -> Any:
-    """Make what argparse reads a number with: one out of bounds is refused by its option's name.
-
-    Args:
-        least: The smallest.
-        most: The largest.
-        kind: `int` or `float`.
-    """
-
-    def read(word: str) -> float:
-        with suppress(ValueError):
-            if least <= (value := kind(word)) <= most:
-                return value
-        named, end = "whole " * (kind is int), "on" if most == math.inf else f"to {most}"
-        raise argparse.ArgumentTypeError(f"expected a {named}number from {least} {end}, got {word}")
-
-    return read
 
 
 def read_yaml(path: str | Path) -> Any:

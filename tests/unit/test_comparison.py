@@ -417,6 +417,15 @@ def test_markdown_holds_what_data_said_as_text(tmp_path: Path, capsys: Any) -> N
             assert len(re.findall(r"(?<!\\)\|", line)) == 9, line
 
 
+def test_a_task_that_a_run_lacks_is_told_with_the_nearest(run: Path, capsys: Any) -> None:
+    """All its results were listed, with every kind of question of every task."""
+    words = [f"{n}={run}/eval/{n}-s0" for n in ("llm2clip", "base")]
+    assert cli.main(["compare", *words, "--task", f"{TASK}s"]) == 2
+    told = capsys.readouterr().err
+    assert f"no results of {TASK}s; did you mean `{TASK}`?; has " in told
+    assert f"{TASK}:" not in told
+
+
 def test_scores_stand_beside_what_needs_no_picture(run: Path, tmp_path: Path) -> None:
     words = [f"{n}={run}/eval/{n}-s0" for n in ("llm2clip", "base")]
     found = command(tmp_path, *words, *(f"{n}={run}/{n}" for n in ("llm2clip", "base")))

@@ -107,7 +107,7 @@ def check_cli(words: list[str], processes: int = 1) -> None:
         assert len(compare.parser().parse_args(words[1:]).runs) > 1
         return
     if words[0] == "plan":
-        given, more = cli._parser()[0].parse_known_args(words)
+        given, more = cli._parser().parse_known_args(words)
         assert given.gpu in machines.GPUS
         overrides = [*given.overrides, *more]
         stage = str(stage_and_output(Path(given.recipe))[0])
@@ -127,7 +127,7 @@ def check_cli(words: list[str], processes: int = 1) -> None:
         if words[1] == "build":
             check_recipe("stage2a_cache_text", parsed.words)
         return
-    arguments, more = cli._parser()[0].parse_known_args(words)
+    arguments, more = cli._parser().parse_known_args(words)
     assert not more or words[0] == "train"
     if words[0] == "train":
         words = [arguments.recipe, *arguments.overrides, *more]

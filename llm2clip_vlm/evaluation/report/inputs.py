@@ -18,6 +18,7 @@ from llm2clip_vlm import files
 from llm2clip_vlm.evaluation.vlm.samples import load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
 from llm2clip_vlm.metrics.statistics import bootstrap_interval
+from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.runs.hashes import hash_json
 from llm2clip_vlm.runs.manifest import read_manifest
 
@@ -268,7 +269,9 @@ def read_run(
         for seed, folder in _folders(place, seeds):
             found = dict(measured_in(folder))
             if lost := [task for task in wanted or () if task not in found]:
-                raise ReportError(f"{folder}: expected results of {lost}, got {sorted(found)}")
+                whole = [task for task in found if ":" not in task]
+                told = f"{files.listed(lost)}{did_you_mean(lost[0], whole)}"
+                raise ReportError(f"{folder}: no results of {told}; has {files.listed(whole)}")
             if wanted is not None:
                 found = {t: m for t, m in found.items() if t.partition(":")[0] in wanted}
             made_by = [(m.result.get("checkpoint", {}).get("sha256"), t) for t, m in found.items()]

@@ -164,11 +164,10 @@ def load_vision_tower(
         processor = timm_image_processor(timm["pretrained_cfg"])
         check_image_processor(processor, path)
     else:
-        kind = read_config(path).model_type
-        if kind not in loaders:
+        if (kind := read_config(path).model_type) not in loaders:
             raise ModelError(
-                f"{path}: model_type {kind!r} is not a known vision tower"
-                f"{did_you_mean(kind, loaders)} (known are {sorted(loaders)})"
+                f"{path}: model_type {kind!r} is not a known vision tower (of a VLM, name the one "
+                f"inside){did_you_mean(kind, loaders)} (known are {sorted(loaders)})"
             )
         model = loaders[kind](path, dtype=dtype)
         processor = _load_processor(path, model.config)
