@@ -54,8 +54,7 @@ watch()
 
 def __getattr__(name: str) -> Any:
     """Import a public name from its module (PEP 562)."""
-    home = _HOME.get(name)
-    if home is None:
+    if (home := _HOME.get(name)) is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
     globals()[name] = value

@@ -125,8 +125,7 @@ def _transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evi
 
 def _vllm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     """A LLaVA under the names that vLLM and SGLang map; refused where they have no such tower."""
-    kind = model.config.vision_config.model_type
-    if kind not in _SERVED:
+    if (kind := model.config.vision_config.model_type) not in _SERVED:
         raise ModelError(
             f"{source}: vLLM and SGLang build a LLaVA's tower from {', '.join(_SERVED)} alone; "
             f"with {kind} serving is lost, and only transformers after llm2clip_vlm.register() "
@@ -257,8 +256,7 @@ def _checked(
 
     tower = vision_tower_of(model)
     pixels = fixed_pixels(tower.config.image_size)
-    opened = libraries.library_features(library, weights, tower.config, pixels)
-    if opened is None:
+    if (opened := libraries.library_features(library, weights, tower.config, pixels)) is None:
         model = tower
         with tempfile.TemporaryDirectory() as place:
             named = {k: getattr(tower.config, k) for k in FIELDS if hasattr(tower.config, k)}

@@ -73,8 +73,7 @@ def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
         "num_heads": config.num_attention_heads,
         "mlp_ratio": _mlp_ratio(config),
     }
-    activation = getattr(config, "hidden_act", None)
-    if activation == "quick_gelu":
+    if (activation := getattr(config, "hidden_act", None)) == "quick_gelu":
         name = name.replace("_clip_", "_clip_quickgelu_")
     elif activation is not None:  # whatever the name stands for
         values["act_layer"] = "gelu_tanh" if activation == "gelu_pytorch_tanh" else "gelu"

@@ -42,8 +42,7 @@ class LogSumExp(torch.autograd.Function):
         for start in range(0, len(rows), step):
             part = slice(start, min(start + step, len(rows)))
             logits = (rows[part] * scale) @ keys.T
-            mask = excluded(part.start, part.stop)
-            if mask is not None:
+            if (mask := excluded(part.start, part.stop)) is not None:
                 logits.masked_fill_(mask, -torch.inf)
             row_lse[part] = logits.logsumexp(1)
             if columns:
@@ -73,8 +72,7 @@ class LogSumExp(torch.autograd.Function):
             part = slice(start, min(start + ctx.step, len(rows)))
             scaled = rows[part] * scale
             logits = scaled @ keys.T
-            mask = ctx.excluded(part.start, part.stop)
-            if mask is not None:
+            if (mask := ctx.excluded(part.start, part.stop)) is not None:
                 logits.masked_fill_(mask, -torch.inf)
             grad = (logits - row_lse[part, None]).exp_().mul_(by_row[part, None])
             if columns:

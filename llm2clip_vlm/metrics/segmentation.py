@@ -30,8 +30,7 @@ def class_iou(counts: np.ndarray) -> np.ndarray:
     """Intersection over union in per cent of `[..., 3, classes]`; NaN where a class is nowhere."""
     right, found, there = np.moveaxis(counts.astype(np.float64), -2, 0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        share: np.ndarray = 100.0 * right / (found + there - right)
-    return share
+        return 100.0 * right / (found + there - right)
 
 
 def mean_iou(counts: np.ndarray) -> np.ndarray:

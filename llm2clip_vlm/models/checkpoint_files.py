@@ -190,8 +190,7 @@ def weights_of_folder(folder: Path, config: Mapping[str, Any]) -> dict[str, Tens
             f"{folder}: adapter_config.json: this is an adapter (or has one beside its weights), "
             "and its base would be loaded from elsewhere; merge it, or take the file away"
         )
-    files = weight_files(folder, WEIGHTS)
-    if not files:
+    if not (files := weight_files(folder, WEIGHTS)):
         pickled = next((file.name for file in sorted(folder.glob("pytorch_model*.bin"))), None)
         raise ModelError(
             f"{folder}: there is no {WEIGHTS}"

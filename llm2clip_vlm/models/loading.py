@@ -67,8 +67,7 @@ def load_complete(
     """
     if "state_dict" not in arguments:
         require_place(path)
-        local = Path(path).is_dir()
-        if local:
+        if local := Path(path).is_dir():
             _check_names(model_class, Path(path), optional, arguments)
         arguments |= {**SAFE, "use_safetensors": True}
     source = None if "state_dict" in arguments else path

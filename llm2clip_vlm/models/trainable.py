@@ -118,8 +118,7 @@ def require_known_prefixes(model: nn.Module, prefixes: Collection[str]) -> None:
     """
     names = [name for name, _ in model.named_parameters()]
     used = {part for name in names for part in prefixes if matching_prefix(name, [part])}
-    unknown = sorted(set(prefixes) - used)
-    if unknown:
+    if unknown := sorted(set(prefixes) - used):
         parts = sorted({part_name(name).split(".")[0] for name in names})
         raise ValueError(
             f"trainable parts {unknown} name no parameter of {type(model).__name__}; its parts are "

@@ -134,8 +134,7 @@ class _Talk:
 
 
 def _chat_tab(gr: Any, shelf: Shelf) -> None:
-    names = list(shelf.vlms)
-    if not names:
+    if not (names := list(shelf.vlms)):
         gr.Markdown("No VLM here: name one by `--vlm`.")
         return
     talk = gr.State()

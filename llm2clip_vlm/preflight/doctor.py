@@ -94,8 +94,7 @@ def _import_failure(name: str, load: Callable[[str], object]) -> str | None:
 
 def torch_state(load: Callable[[str], object] = importlib.import_module) -> Finding:
     """Whether torch imports, and the devices that it sees."""
-    failure = _import_failure("torch", load)
-    if failure is not None:
+    if (failure := _import_failure("torch", load)) is not None:
         return Finding("devices", "broken", f"torch does not import: {failure}")
     import torch
 
@@ -123,8 +122,7 @@ def torchvision_state(
     """
     if find("torchvision") is None:
         return Finding("torchvision", "ok", "none (images are resized with PIL)")
-    failure = _import_failure("torchvision", load)
-    if failure is not None:
+    if (failure := _import_failure("torchvision", load)) is not None:
         advice = "pip uninstall torchvision, or install the build that matches torch"
         return Finding("torchvision", "broken", f"{failure}; {advice}")
     return Finding("torchvision", "ok", _version("torchvision") or "present")
@@ -133,8 +131,7 @@ def torchvision_state(
 def entry_point_state() -> Finding:
     """Whether lmms-eval will find the adapter."""
     name = "lmms-eval entry point"
-    found = metadata.entry_points(group="lmms_eval.models", name="llm2clip_vlm")
-    if not found:
+    if not (found := metadata.entry_points(group="lmms_eval.models", name="llm2clip_vlm")):
         return Finding(name, "note", "absent; pip install -e . (or the wheel)")
     entry = next(iter(found))
     failure = _import_failure(entry.value, lambda _: entry.load())

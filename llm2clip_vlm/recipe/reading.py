@@ -200,8 +200,7 @@ def read_layers(path: Path, children: tuple[Path, ...] = ()) -> dict[str, Any]:
     data = {} if (given := parse_yaml(text, path)) is None else given
     if not isinstance(data, dict):
         raise RecipeError(path, f"expected a mapping of keys, got {shown(data)}")
-    base = data.pop("base", None)
-    if base is None:
+    if (base := data.pop("base", None)) is None:
         return data
     if not isinstance(base, str):
         raise RecipeError(path, f"base: expected the path of one parent, got {shown(base)}")

@@ -104,8 +104,7 @@ def parse_yaml(text: str, source: str | Path) -> Any:
         raise RecipeError(source, f"not valid YAML: {error}") from None
     loader.name = str(source)
     try:
-        node = loader.get_single_node()
-        if node is None:
+        if (node := loader.get_single_node()) is None:
             return None
         size, depth = _expanded(node, {})
         if size > LARGEST_BYTES:

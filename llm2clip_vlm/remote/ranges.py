@@ -75,8 +75,7 @@ class RemoteFile:
             RemoteError: See :meth:`fetch`.
         """
         key = self._key(start, size)
-        data = self.cache.read(key, size)
-        if data is None:
+        if (data := self.cache.read(key, size)) is None:
             data = self.fetch(start, size)
             self.cache.write(key, data)
         return data

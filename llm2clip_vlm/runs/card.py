@@ -63,8 +63,7 @@ def kind_of(folder: Path) -> str | None:
     if not (folder / "config.json").is_file():
         return None
     found = read_json(folder / "config.json")
-    kind = str(found.get("model_type"))
-    if kind == "vision-text-dual-encoder":
+    if (kind := str(found.get("model_type"))) == "vision-text-dual-encoder":
         return "clip"
     return kind if kind in _KINDS else "tower" if "image_size" in found else None
 

@@ -58,8 +58,7 @@ def fingerprint_file(path: str | Path) -> str:
     """sha256 of a file's content, cached in this process by its size and time."""
     target = Path(path).resolve()
     stat = target.stat()
-    key = (str(target), stat.st_size, stat.st_mtime_ns)
-    if key not in _digests:
+    if (key := (str(target), stat.st_size, stat.st_mtime_ns)) not in _digests:
         with target.open("rb") as handle:
             _digests[key] = hashlib.file_digest(handle, "sha256").hexdigest()
     return _digests[key]
@@ -77,8 +76,7 @@ def fingerprint_dir(path: str | Path) -> str:
     folder = Path(path)
     if not folder.is_dir():
         raise HandoffError(f"expected a directory at {folder}, found none")
-    files = list(model_files(folder))
-    if not files:
+    if not (files := list(model_files(folder))):
         files = [
             file
             for file in folder.rglob("*")

@@ -161,8 +161,7 @@ def require_steps(jobs: Sequence[Any], out: str) -> None:
 
 def _missing_named(key: str, value: str, recipe: RunRecipe, source: Any) -> Iterator[Missing]:
     """What a text in a recipe names, by the key that it stands at."""
-    name = key.rpartition(".")[2]
-    if name in _MODELS:
+    if (name := key.rpartition(".")[2]) in _MODELS:
         if problem := missing_model(value, source):
             yield value, f"{key}: {problem}"
     elif name == "embedding_cache" and getattr(recipe, "write_through", None) is None:
@@ -385,8 +384,7 @@ def _missing_room(recipe: RunRecipe) -> Iterator[Missing]:
         if key.rpartition(".")[2] in _WRITTEN_AGAIN and isinstance(value, str)
         for file in glob.glob(f"{glob.escape(value)}/*.safetensors")
     ) * (2 if hasattr(recipe, "vlm") else 1)  # composed, and exported beside it
-    free = shutil.disk_usage(there).free
-    if free < needed:
+    if (free := shutil.disk_usage(there).free) < needed:
         told = f"output_dir: {out}: {free / 1e9:.1f} GB are free there, and the models that will be"
         told += f" written take {needed / 1e9:.1f} GB; free space, or choose another folder"
         yield "", told

@@ -137,8 +137,7 @@ def parent_state(path: str | Path) -> dict[str, Any]:
     """
     target = Path(path)
     state: dict[str, Any] = {"path": str(path)}
-    manifest = find_manifest(target)
-    if manifest is not None:
+    if (manifest := find_manifest(target)) is not None:
         state["manifest_hash"] = fingerprint_file(manifest)
     elif target.is_dir():
         state["fingerprint"] = fingerprint_dir(target)
@@ -164,8 +163,7 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
         return differing[0] if differing else None
     if parent_state(path) != state:
         return path
-    manifest = find_manifest(Path(path))
-    if manifest is not None:
+    if (manifest := find_manifest(Path(path))) is not None:
         below = "" if manifest.parent == Path(path) else Path(path).name
         for name in hashes.changed_outputs(
             manifest.parent, read_manifest(manifest.parent) or {}, below
@@ -221,8 +219,7 @@ def verify_parent(directory: str | Path, *stages: str) -> dict[str, Any] | None:
         HandoffError: Another stage wrote it, or the model's files are not those that it left.
     """
     folder = Path(directory)
-    path = find_manifest(folder)
-    if path is None:
+    if (path := find_manifest(folder)) is None:
         return None
     manifest = read_manifest(path.parent) or {}
     if stages and manifest["stage"] not in stages:

@@ -52,8 +52,7 @@ def refuse_other_samples(folder: str | Path, samples: int) -> None:
         HandoffError: Gives both numbers, or names a picture.
     """
     seal = _seal(Path(folder)) or {}
-    before = seal.get("samples")
-    if before not in (None, samples):
+    if (before := seal.get("samples")) not in (None, samples):
         raise hashes.HandoffError(
             f"{folder} was trained on {before} samples, now there are {samples}: pictures have "
             "come, gone or been damaged since, and the samples would come in another order; put "

@@ -52,8 +52,7 @@ def build_param_groups(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        prefix = matching_prefix(name, lrs)
-        if prefix is None:
+        if (prefix := matching_prefix(name, lrs)) is None:
             raise ValueError(
                 f"trainable parameter {name!r} lies below none of the learning rates' parts "
                 f"{sorted(lrs)}; give it a learning rate or freeze it"

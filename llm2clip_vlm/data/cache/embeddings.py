@@ -133,8 +133,7 @@ class EmbeddingCache:
             CacheError: There is no cache, it is damaged, or a fingerprint field differs.
         """
         directory = Path(directory)
-        header = shards.read_header(directory)
-        if header is None:
+        if (header := shards.read_header(directory)) is None:
             raise shards.CacheError(
                 f"{directory}: no text embedding cache ({shards.HEADER_NAME} is absent); "
                 "run stage 2a"
@@ -210,8 +209,7 @@ class EmbeddingCache:
         for part in mine or ([] if header else [todo[:1]]):
             keys, rows = [], []
             for number, (prompt, encoder) in enumerate(encoders.items()):
-                asked = [unique[n] for n in (part[part // size == number] % size).tolist()]
-                if asked:
+                if asked := [unique[n] for n in (part[part // size == number] % size).tolist()]:
                     dim = header.dim if header else None
                     rows.append(shards.unit_rows(encoder(asked), asked, dim))
                     keys.append(digests_of(asked, prompt))

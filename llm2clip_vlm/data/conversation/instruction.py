@@ -244,8 +244,7 @@ class InstructionDataset(Dataset[dict[str, Any]]):
         ids, trained = self._tables[table].tokens(row)
         labels = torch.where(trained, ids, IGNORE_INDEX)
         repeats = torch.where(ids == self._image_id, self._visual.fixed, 1)
-        sizes = self._image_sizes(index).tolist()
-        if sizes:
+        if sizes := self._image_sizes(index).tolist():
             counts = [self._visual.of(*size)[0] for size in sizes]
             repeats[ids == self._image_id] = torch.tensor(counts)
         return ids.repeat_interleave(repeats), labels.repeat_interleave(repeats)

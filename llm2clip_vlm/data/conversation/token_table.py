@@ -358,8 +358,7 @@ def _label(record: InstructionRecord, processor: Any, plain: bool) -> tuple[list
     if not plain:
         return build_labels(processor, record.messages, num_visual_tokens=1)
     answer = next(n for n, m in enumerate(record.messages) if m["role"] == "assistant")
-    images = count_images(record.messages[:answer])
-    if not images:
+    if not (images := count_images(record.messages[:answer])):
         raise ConversationError("plain: expected an image before the first answer, got none")
     caption = "".join(part.get("text", "") for part in record.messages[answer]["content"])
     return build_plain_labels(processor, caption, num_images=images, num_visual_tokens=1)

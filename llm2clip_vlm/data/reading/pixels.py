@@ -264,8 +264,7 @@ class TrainingPixels:
         Raises:
             ImageError: It does not decode.
         """
-        least_area = self.augmentation.crop_scale_min
-        if least_area == 1:
+        if (least_area := self.augmentation.crop_scale_min) == 1:
             pixels = self._decoded(image, self.geometry.resized(image.size))
             return self.geometry.apply(pixels, image.size)
         rng = np.random.default_rng([self.seed, epoch, key])

@@ -236,8 +236,7 @@ def missing_end(handle: IO[bytes], offset: int) -> str:
         Empty where nothing is wrong.
     """
     handle.seek(offset)
-    block = handle.read(tarfile.BLOCKSIZE)
-    if block == bytes(tarfile.BLOCKSIZE):
+    if (block := handle.read(tarfile.BLOCKSIZE)) == bytes(tarfile.BLOCKSIZE):
         return f"data behind its end at byte {offset}" if any(handle.read(2**16)) else ""
     return f"{'a damaged header' if block else 'no end marker'} at byte {offset}"
 

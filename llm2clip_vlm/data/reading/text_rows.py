@@ -86,8 +86,7 @@ class _Unpacked(io.RawIOBase):
 def _lines(path: File, handle: IO[str]) -> Iterator[str]:
     """Yield lines, none of which may fill the memory."""
     for number in count(1):
-        line = handle.readline(MAX_LINE_CHARS + 1)
-        if not line:
+        if not (line := handle.readline(MAX_LINE_CHARS + 1)):
             return
         if len(line) > MAX_LINE_CHARS:
             raise RecordError(f"{path}: line {number} has more than {MAX_LINE_CHARS} characters")
@@ -177,8 +176,7 @@ def _items(start: str, handle: IO[str]) -> Iterator[tuple[Any, str]]:
                 return
             value, end = decoder.raw_decode(text, at)
             after = _NO_BLANK.match(text, end).end()  # type: ignore[union-attr]
-            separator = text[after : after + 1]
-            if separator not in (",", "]") or not separator:
+            if (separator := text[after : after + 1]) not in (",", "]") or not separator:
                 raise ValueError(f"{separator!r} after an item, expected a comma")
         except ValueError:
             # an item, or a number's end, may lie in what is not read yet

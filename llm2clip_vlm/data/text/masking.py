@@ -52,8 +52,7 @@ class MaskedRows(Dataset[dict[str, Tensor]]):
         self.mask_id = int(mask[0])
         encoded = text_ids(tokenizer, texts, add_special_tokens=True)
         flat = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32)
-        count = len(flat) // length_tokens
-        if not count:
+        if not (count := len(flat) // length_tokens):
             raise ValueError(f"{len(flat)} tokens do not fill a row of {length_tokens}")
         self.rows = flat[: count * length_tokens].reshape(count, length_tokens)
         self.mask_probability = mask_probability

@@ -176,14 +176,12 @@ def _caption_encoder(path: str, text_encoder: str | TextEncoderSection, device: 
     named = isinstance(text_encoder, str)
     load: Any = TextEncoder.from_pretrained if named else TextEncoder.from_section
     encoder: TextEncoder = load(text_encoder, device=device)
-    manifest = read_manifest(Path(path).parent)
-    if manifest is None:
+    if (manifest := read_manifest(Path(path).parent)) is None:
         told = "no manifest.json beside it says which text encoder it was trained against"
         logger.warning("%s: %s; %s is taken", path, told, text_encoder)
         return encoder
     for name, value in encoder.fingerprint.items():
-        recorded = manifest["fingerprints"].get(f"text_encoder.{name}", value)
-        if recorded != value:
+        if (recorded := manifest["fingerprints"].get(f"text_encoder.{name}", value)) != value:
             raise HandoffError(
                 f"text_encoder: {name}: {path} was trained against {recorded}, this one has "
                 f"{value}; name the text encoder that its captions were cached with"

@@ -87,8 +87,7 @@ def caption_accuracy(task: CraTask, encoder: Encoder, recipe: Recipe) -> Result:
 
 def compositional(task: CompositionalTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Compare the right caption, or the right pairing of two, with hard negatives."""
-    items = published.read_compositional(task)
-    if not items:
+    if not (items := published.read_compositional(task)):
         raise ValueError(f"{task.data}: holds no item of {task.benchmark}")
     names = {name: row for row, name in enumerate(dict.fromkeys(n for i in items for n in i[1]))}
     pictures = [

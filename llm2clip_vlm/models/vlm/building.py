@@ -324,8 +324,7 @@ def _check_layers(total: int, layers: int | list[int], path: str | Path) -> None
 
 def _take_projector(model: Any, processor: Any, path: str | Path) -> None:
     """Take another VLM's projector, if it was trained beside the same parts."""
-    recorded = read_lineage(path)
-    if recorded is None:
+    if (recorded := read_lineage(path)) is None:
         raise ModelError(f"{path}: expected a VLM of stage 3 or 4 with lineage.json, found none")
     here = weights_of(model.state_dict()) | settings_of(model, processor)
     here.pop(PROJECTOR)

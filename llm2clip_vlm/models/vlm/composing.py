@@ -105,8 +105,7 @@ def _keep_logits(model: Any, llm: Any, path: str | Path) -> None:
     stretch = 2.0 ** (10 - torch.frexp(got.abs().max()).exponent.item())
     with head.register_forward_hook(lambda module, args, logits: logits * stretch):
         want = logits_of(llm, ids)
-    factor = constant_ratio(want, got * stretch)
-    if factor is None:
+    if (factor := constant_ratio(want, got * stretch)) is None:
         said = llm.config.to_dict().items()
         named = [f"{key}: {value}" for key, value in said if "logit" in key and value]
         raise ModelError(

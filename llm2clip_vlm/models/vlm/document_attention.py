@@ -34,8 +34,7 @@ def install_packing(model: Any) -> str | None:
         The reason why its samples would see each other all the same. None: they do not.
     """
     install_document_attention(model)
-    leak = _leak(model)
-    if leak is None:
+    if (leak := _leak(model)) is None:
         return None
     hook = model.model.language_model.register_forward_pre_hook(_add_bounds, with_kwargs=True)
     try:

@@ -67,8 +67,7 @@ def install_text_only_guard(model: Any) -> None:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if state["has_images"] or not llava.training or kwargs.get("inputs_embeds") is None:
             return None
-        features = _blank_features(llava)
-        if features is None:
+        if (features := _blank_features(llava)) is None:
             return None
         embeds = kwargs["inputs_embeds"]
         return args, {**kwargs, "inputs_embeds": embeds + 0.0 * features.sum().to(embeds.dtype)}
