@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from datetime import date
@@ -14,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from llm2clip_vlm.chat.jinja_budget import RenderError, render_within_budget
 from llm2clip_vlm.chat.text_tokens import Span
 from llm2clip_vlm.constants import IMAGE_TOKEN
-from llm2clip_vlm.recipe.reading import did_you_mean
 
 Message = dict[str, Any]
 
@@ -60,9 +60,10 @@ def find_chat_template(name: str | None, tokenizer: PreTrainedTokenizerBase) -> 
             return path.read_text(encoding="utf-8-sig")  # Windows writes a mark
     except (OSError, ValueError) as error:
         raise ConversationError(f"chat_template {name!r} cannot be read ({error})") from error
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
     raise ConversationError(
-        f"chat_template {name!r} is neither a file nor one of {', '.join(known)}"
-        f"{did_you_mean(name, known)}"
+        f"chat_template {name!r} is neither a file nor one of {', '.join(known)}{hint}"
     )
 
 

@@ -328,7 +328,7 @@ def test_chat_template_lookup(tmp_path: Path) -> None:
     (tmp_path / "a.jinja").write_text("{{ bos_token }}\r\n", encoding="utf-8-sig", newline="")
     windows = find_chat_template(str(tmp_path / "a.jinja"), tokenizer)
     assert windows == "{{ bos_token }}\n"  # with the mark in front bos would come twice
-    with pytest.raises(ConversationError, match="did you mean `vicuna_v1`"):
+    with pytest.raises(ConversationError, match="did you mean 'vicuna_v1'"):
         find_chat_template("vicuna", tokenizer)
     tokenizer.chat_template = None
     with pytest.raises(ConversationError, match="no chat template"):
