@@ -33,6 +33,26 @@ _ENCODERS = """An encoder (tower, CLIP, LLM2CLIPModel) is judged by a recipe ins
 `llm2clip-vlm help eval` shows the keys of such a recipe, `llm2clip-vlm help suite` a suite's."""
 
 
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    options = Parser(
+        prog="llm2clip-vlm eval",
+        description=__doc__,
+        epilog=_ENCODERS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = options.add_argument
+    add("--suite", help="YAML file of tasks; a shipped one by its name")
+    add("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
+    add("--output", type=Path, help="folder of the results")
+    add("--expected", metavar="FILE:ROW", help="published row to hold the results against")
+    add("--prefetch", action="store_true", help="print what must be downloaded, and stop")
+    add("--tasks", metavar="DIR", help="lmms-eval tasks of your own; their code is run")
+    add("--limit", type=number(1), help="first documents of each task only")
+    add("overrides", nargs="*", metavar="key=value", help="over the suite's values")
+    return options
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program.
 
@@ -42,32 +62,18 @@ def main(argv: list[str] | None = None) -> int:
     Raises:
         ValueError: A task has none, or something that was named is not there.
     """
-    parser = Parser(
-        prog="llm2clip-vlm eval",
-        description=__doc__,
-        epilog=_ENCODERS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--suite", help="YAML file of tasks; a shipped one by its name")
-    add("--checkpoint", action="append", metavar="NAME=PATH", help="repeatable")
-    add("--output", type=Path, help="folder of the results")
-    add("--expected", metavar="FILE:ROW", help="published row to hold the results against")
-    add("--prefetch", action="store_true", help="print what must be downloaded, and stop")
-    add("--tasks", metavar="DIR", help="lmms-eval tasks of your own; their code is run")
-    add("--limit", type=number(1), help="first documents of each task only")
-    add("overrides", nargs="*", metavar="key=value", help="over the suite's values")
-    arguments = parser.parse_intermixed_args(argv)
+    options = parser()
+    arguments = options.parse_intermixed_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     checkpoints: dict[str, str] = {}
     if not arguments.suite:
-        parser.error("expected --suite FILE to score VLMs, or a recipe to judge an encoder")
+        options.error("expected --suite FILE to score VLMs, or a recipe to judge an encoder")
     if not arguments.prefetch and not (arguments.checkpoint and arguments.output):
-        parser.error("expected --checkpoint NAME=PATH and --output FOLDER, or --prefetch")
+        options.error("expected --checkpoint NAME=PATH and --output FOLDER, or --prefetch")
     for given in arguments.checkpoint or []:
         name, equals, path = given.partition("=")
         if not equals or not path or name in checkpoints:
-            parser.error(f"--checkpoint {given}: expected NAME=PATH, each name once")
+            options.error(f"--checkpoint {given}: expected NAME=PATH, each name once")
         checkpoints[name] = path
     overrides = arguments.overrides + [f"limit={arguments.limit}"] * (arguments.limit is not None)
     suite = load_recipe(find_recipe(arguments.suite), SuiteRecipe, overrides)

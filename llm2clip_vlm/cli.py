@@ -304,7 +304,8 @@ def _init(arguments: argparse.Namespace) -> None:
 def _completion(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.preflight.starting import completion
 
-    print(completion(_parser(), arguments.shell, [*STAGES]))
+    own = {name: _own_parser(name) for name in _FORWARDED}
+    print(completion(_parser(), own, arguments.shell, [*STAGES]))
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
@@ -381,6 +382,14 @@ _FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
     "app": (_play, "a web page on this machine alone: chat, search, look, finished runs"),
 }
 """Commands with options of their own, `--help` included."""
+
+
+def _own_parser(name: str) -> argparse.ArgumentParser:
+    """The parser of one of them."""
+    run, _ = _FORWARDED[name]
+    if isinstance(run, partial):
+        return importlib.import_module(f"llm2clip_vlm.{run.args[0]}").parser(name)
+    return load_program(find_program({"eval": "run_lmms"}.get(name, name))).parser()
 
 
 def _known_stage(name: str, others: Iterable[str] = ()) -> str:

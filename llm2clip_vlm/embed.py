@@ -29,30 +29,31 @@ def main(command: str, words: Sequence[str]) -> int | None:
     Raises:
         ValueError: What the user can mend.
     """
-    arguments = _parser().parse_args(words)
+    arguments = parser(command).parse_args(words)
     return arguments.command(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="llm2clip-vlm embed", description="Caches of caption embeddings.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+def parser(command: str) -> argparse.ArgumentParser:
+    """The options of `embed`."""
+    options = Parser(prog=f"llm2clip-vlm {command}", description="Caches of caption embeddings.")
+    commands = options.add_subparsers(metavar="COMMAND", required=True)
 
-    def command(run: Callable[[argparse.Namespace], int | None], text: str) -> Any:
+    def add(run: Callable[[argparse.Namespace], int | None], text: str) -> Any:
         made = commands.add_parser(run.__name__[1:], help=text.partition(":")[0], description=text)
         made.set_defaults(command=run)
         if run is not _build:
             made.add_argument("cache", metavar="DIR", type=Path)
         return made
 
-    build = command(_build, "encode what a cache lacks: stage 2a; `slice=i/n` writes a part of it")
+    build = add(_build, "encode what a cache lacks: stage 2a; `slice=i/n` writes a part of it")
     build.add_argument("words", metavar="RECIPE [KEY=VALUE]", nargs="+", help="as in `train`")
-    command(_verify, "read every byte and compare the checksums")
+    add(_verify, "read every byte and compare the checksums")
     text = "join caches of one encoder: copies the shards of a build's slices or of other data "
     text += "sets; parts that a killed run of stage 2b has left in DIR itself become shards"
-    merge = command(_merge, text)
+    merge = add(_merge, text)
     merge.add_argument("sources", metavar="SOURCE", type=Path, nargs="+")
-    command(_report, "rows, dedup ratio, bytes, cost, encoder")
-    return parser
+    add(_report, "rows, dedup ratio, bytes, cost, encoder")
+    return options
 
 
 def _build(arguments: argparse.Namespace) -> int | None:

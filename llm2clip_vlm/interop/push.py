@@ -88,10 +88,10 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def parser() -> argparse.ArgumentParser:
+def parser(command: str = "push") -> argparse.ArgumentParser:
     """The options of `push`."""
     made = Parser(
-        prog="llm2clip-vlm push",
+        prog=f"llm2clip-vlm {command}",
         description="Upload a model directory with its card to the Hugging Face Hub.",
         epilog="Log in before: hf auth login",
     )

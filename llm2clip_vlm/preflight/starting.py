@@ -9,7 +9,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from llm2clip_vlm.files import find_recipe, find_shipped, read_text, recipe_names, written_whole
@@ -122,11 +122,17 @@ def _named(name: str, text: str) -> Iterator[str]:
         yield posixpath.normpath(posixpath.join(posixpath.dirname(name), beside))
 
 
-def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str]) -> str:
+def completion(
+    parser: argparse.ArgumentParser,
+    own: Mapping[str, argparse.ArgumentParser],
+    shell: str,
+    stages: Sequence[str],
+) -> str:
     """A script that completes the command's words: commands, options, stages, shipped recipes.
 
     Args:
         parser: Parser of the command.
+        own: Those of its commands that have one of their own.
         shell: `bash` or `zsh`.
         stages: Names of stages.
     """
@@ -137,15 +143,16 @@ def completion(parser: argparse.ArgumentParser, shell: str, stages: Sequence[str
         "bash": f"_l2c_recipe() {{ compgen -W '{recipes}' -- $1; compgen -f -- $1; }}",
         "zsh": f"_l2c_recipe() {{ compadd -- {recipes}; _files; }}",
     }
-    (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
-    for command in commands.choices.values():
-        for action in command._actions:
-            if action.dest == "stage":
-                action.choices = list(stages)
-            elif action.dest == "recipe" and action.option_strings:  # of `init`
-                action.choices = _families()[1]
-            elif action.dest in {"recipe", "overrides"}:
-                vars(action)["complete"] = dict.fromkeys(known, "_l2c_recipe")
-        if not command._actions:  # it has a parser of its own
-            vars(command.add_argument("words", nargs="*"))["complete"] = shtab.FILE
+    todo, taught = [parser], dict.fromkeys(known, "_l2c_recipe")
+    for action in (a for made in todo for a in made._actions):
+        if isinstance(action, argparse._SubParsersAction):
+            action.choices.update({name: own[name] for name in action.choices if name in own})
+            todo += action.choices.values()
+        elif action.dest == "stage":
+            action.choices = list(stages)
+        elif action.dest == "recipe" and action.option_strings:  # of `init`
+            action.choices = _families()[1]
+        elif not action.option_strings or action.type is Path or action.metavar in ("DIR", "FILE"):
+            recipe = action.dest in {"recipe", "overrides"} or "RECIPE" in str(action.metavar)
+            vars(action)["complete"] = taught if recipe else shtab.FILE
     return shtab.complete(parser, shell, preamble=known[shell])

@@ -223,9 +223,13 @@ def test_the_shell_completes_words(shell: str, capsys: pytest.CaptureFixture[str
         ask = f"{script}\nCOMP_WORDS=(llm2clip-vlm train st); COMP_CWORD=2; COMP_LINE=x\n"
         ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}\n"
         ask += "COMP_WORDS=(llm2clip-vlm init d --recipe n); COMP_CWORD=4\n"
-        ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}; _l2c_recipe recipes/llava15/stage3_e"
+        ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}; _l2c_recipe recipes/llava15/stage3_e\n"
+        for words in ("chat --top", "export --to op", "eval --su", "embed ver", "compare --fi"):
+            ask += f"COMP_WORDS=(llm2clip-vlm {words}); COMP_CWORD={len(words.split())}\n"
+            ask += "_shtab_llm2clip_vlm; echo ${COMPREPLY[@]}\n"
         done = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=False)
         first, family, *files = done.stdout.splitlines()
+        assert files[-5:] == ["--top-p", "open_clip", "--suite", "verify", "--fixed"], done
         assert family == "nano", done
         assert first.split() == [name for name in cli.STAGES if name.startswith("st")], done
         assert files[0] == "recipes/llava15/stage3_eva02.yaml"

@@ -123,7 +123,7 @@ def check_cli(words: list[str], processes: int = 1) -> None:
         command.parser(words[0]).parse_args(words[1:])
         return
     if words[0] == "embed":
-        parsed = embed._parser().parse_args(words[1:])
+        parsed = embed.parser("embed").parse_args(words[1:])
         if words[1] == "build":
             check_recipe("stage2a_cache_text", parsed.words)
         return
