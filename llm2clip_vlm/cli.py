@@ -5,8 +5,7 @@ llm2clip-vlm train STAGE RECIPE [key=value ...]   run a stage; --gpus 8 on that 
 llm2clip-vlm plan RECIPE [--gpus 8 --gpu NAME]    memory, hours, disk, and what is missing
 llm2clip-vlm help STAGE [KEY]                     the keys of its recipe on a screen, or one of them
 llm2clip-vlm completion bash|zsh                  what the shell needs to complete words
-llm2clip-vlm embed ...                            build, verify, merge or report on a cache of
-                                                  caption embeddings
+llm2clip-vlm embed ...                            build, verify, merge or report on a cache
 llm2clip-vlm export CHECKPOINT --to FORMAT OUT    for another tool
 llm2clip-vlm convert IN OUT                       from another project
 llm2clip-vlm doctor                               what this machine has
@@ -32,7 +31,6 @@ import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in _FORWARDED:
-        run, _ = _FORWARDED[words[0]]
-        return guard(lambda: run(*words))
+        return guard(lambda: _forward(*words))
     arguments, rest = _parser().parse_known_args(words)
     more: Any = vars(arguments).get("overrides", vars(arguments).get("keys"))
     if any(word.startswith("-") or more is None for word in rest):
@@ -218,9 +215,7 @@ def _parser() -> argparse.ArgumentParser:
         made.add_argument("recipe", metavar="RECIPE", help="YAML; or a shipped one: llava15/stage3")
         made.add_argument("overrides", **overrides)
     add_options(planned)
-    train.add_argument(
-        "--gpus", type=number(1), metavar="N", help="start accelerate on N GPUs here"
-    )
+    train.add_argument("--gpus", type=number(1), metavar="N", help="start accelerate on N GPUs")
     train.add_argument(
         "--accelerate", metavar="FILE", help="settings for --gpus; default: zero3 for stage 4, "
         "zero2 for stage 3, else ddp (recipes/accelerate)",
@@ -304,7 +299,8 @@ def _init(arguments: argparse.Namespace) -> None:
 def _completion(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.preflight.starting import completion
 
-    own = {name: _own_parser(name) for name in _FORWARDED}
+    modules = {name: _forwarded(name) for name in _FORWARDED}
+    own = {name: module.parser(*first) for name, (module, first) in modules.items()}
     print(completion(_parser(), own, arguments.shell, [*STAGES]))
 
 
@@ -339,9 +335,9 @@ def _program(command: str, *words: str) -> int | None:
     return load_program(find_program(command)).main(list(words))
 
 
-def _eval(command: str, *words: str) -> int | None:
-    """A recipe judges an encoder, everything else is a VLM's."""
-    if words and not words[0].startswith("-") and "=" not in words[0]:
+def _forward(command: str, *words: str) -> int | None:
+    """Run what has options of its own; a recipe of `eval` judges an encoder."""
+    if command == "eval" and words and not words[0].startswith("-") and "=" not in words[0]:
         recipe = find_recipe(words[0])
         if os.path.isdir(recipe):
             raise ValueError(
@@ -357,39 +353,36 @@ def _eval(command: str, *words: str) -> int | None:
                 + (f"got {stage}: `train {stage} {words[0]}` runs it" if stage else suite)
             )
         return _program("run_encoder", recipe, *words[1:])
-    return _program("run_lmms", *words)
+    module, first = _forwarded(command)
+    return module.main(*first, list(words))
 
 
-def _module(name: str, command: str, *words: str) -> int | None:
-    """Run a module's `main`, with what it imports only then."""
-    return importlib.import_module(f"llm2clip_vlm.{name}").main(command, words)
-
-
-_interop = partial(_module, "interop.command")
-_play = partial(_module, "play.command")
-_FORWARDED: dict[str, tuple[Callable[..., int | None], str]] = {
-    "embed": (partial(_module, "embed"), "build, verify, merge or report on cached embeddings"),
-    "export": (_interop, "write a checkpoint for another tool, with proof that it opens there"),
-    "convert": (_interop, "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's"),
-    "eval": (_eval, "judge an encoder by a recipe, or score VLMs with lmms-eval by a suite"),
-    "compare": (_program, "compare runs benchmark by benchmark"),
-    "push": (
-        partial(_module, "interop.push"),
-        "upload a model and its card to the Hugging Face Hub",
+_FORWARDED = {
+    "embed": ("embed", "build, verify, merge or report on cached embeddings"),
+    "export": (
+        "interop.command",
+        "write a checkpoint for another tool, with proof that it opens there",
     ),
-    "chat": (_play, "talk with a VLM in the terminal"),
-    "search": (_play, "find photographs by words, in a folder that is indexed once"),
-    "app": (_play, "a web page on this machine alone: chat, search, look, finished runs"),
+    "convert": (
+        "interop.command",
+        "make a checkpoint of LLM2CLIP's, open_clip's, timm's or LLaVA's",
+    ),
+    "eval": ("run_lmms", "judge an encoder by a recipe, or score VLMs with lmms-eval by a suite"),
+    "compare": ("compare", "compare runs benchmark by benchmark"),
+    "push": ("interop.push", "upload a model and its card to the Hugging Face Hub"),
+    "chat": ("play.command", "talk with a VLM in the terminal"),
+    "search": ("play.command", "find photographs by words, in a folder that is indexed once"),
+    "app": ("play.command", "a page on this machine alone: chat, search, look, finished runs"),
 }
-"""Commands with options of their own, `--help` included."""
+"""Commands with options of their own, `--help` included: module or program, and purpose."""
 
 
-def _own_parser(name: str) -> argparse.ArgumentParser:
-    """The parser of one of them."""
-    run, _ = _FORWARDED[name]
-    if isinstance(run, partial):
-        return importlib.import_module(f"llm2clip_vlm.{run.args[0]}").parser(name)
-    return load_program(find_program({"eval": "run_lmms"}.get(name, name))).parser()
+def _forwarded(command: str) -> tuple[Any, tuple[str, ...]]:
+    """Import the module or program of one of them; its functions take the other words first."""
+    name, _ = _FORWARDED[command]
+    if name in ("run_lmms", "compare"):
+        return load_program(find_program(name)), ()
+    return importlib.import_module(f"llm2clip_vlm.{name}"), (command,)
 
 
 def _known_stage(name: str, others: Iterable[str] = ()) -> str:
