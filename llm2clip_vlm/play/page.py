@@ -165,15 +165,17 @@ def _chat_tab(gr: Any, shelf: Shelf) -> None:
             if talk is None or not talk.goes_on(path, wanted):
                 talk = _Talk(shelf, path, wanted)
             given = {"temperature": options[0], "max_new_tokens": int(options[1])}
+            box: Any = ""  # once the answer begins; what is typed from then on stays
             for side, answer in talk.ask(question, given):
                 shown = talk.shown()
                 shown[side] += [
                     {"role": "user", "content": question},
                     {"role": "assistant", "content": answer},
                 ]
-                yield [talk, *shown, question, gr.skip(), ""]
+                yield [talk, *shown, box, gr.skip(), ""]
+                box = gr.skip()
             arena = len(talk.chats) == 2
-            yield [talk, *talk.shown(), "", gr.update(visible=arena), _BLIND if arena else ""]
+            yield [talk, *talk.shown(), box, gr.update(visible=arena), _BLIND if arena else ""]
 
     def vote(which: str, talk: _Talk) -> list[Any]:
         with _as_message(gr):

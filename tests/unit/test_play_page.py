@@ -150,6 +150,16 @@ def test_both_models_of_a_talk_have_the_same_questions(shelf: Shelf) -> None:
     assert [[asked for asked, _ in chat.turns] for chat in talk.chats] == [["a dog"]] * 2
 
 
+def test_the_box_is_emptied_once_so_that_what_is_typed_meanwhile_stays(shelf: Shelf) -> None:
+    gradio = pytest.importorskip("gradio", reason="needs gradio (extra `app`)")
+    built = page.build_page(shelf)
+    (ask,) = (f.fn for f in built.fns.values() if getattr(f.fn, "__name__", "") == "ask")
+    steps = list(ask(None, None, "vlm/mine", "vlm/rival", "what ?", 0.0, 4))
+    boxes = [step[3] for step in steps]
+    assert len(boxes) > 2 and boxes[0] == "" and "" not in boxes[1:]
+    assert boxes[1:] == [gradio.skip()] * len(boxes[1:])
+
+
 def test_maps_are_the_cosines_of_patches(run: Path) -> None:
     encoder = load_dual_encoder(str(run / "towers" / "mine"), device="cpu")
     picture = Image.open(run.parent / "photos" / "1.png").convert("RGB").resize((60, 40))
