@@ -205,7 +205,7 @@ def write_stage2a(path: str, text_encoder: str, source: str, **more: Any) -> Non
         (("llm", "none.jsonl"), r"1 thing is missing; .*\n  b: sources\.0\.path: none\.jsonl"),
         (("./nothing", "there.jsonl"), r"b: text_encoder: \./nothing: no such folder"),
         (("llm", "there.jsonl", {"sede": 1}), "sede: unknown key; did you mean `seed`"),
-        (("llm", "there.jsonl", {"trainer": {"bf61": True}}), "trainer: unknown key `bf61`; did"),
+        (("llm", "there.jsonl", {"trainer": {"bf61": True}}), r"trainer\.bf61: unknown key; did"),
         (None, "b.yaml.*no such file"),
     ],
 )
