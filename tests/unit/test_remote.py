@@ -45,6 +45,13 @@ def picture(seed: int) -> bytes:
     return buffer.getvalue()
 
 
+def uncompressed(seed: int) -> bytes:
+    """A picture that has as many bytes as any other."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16), (seed, 0, 0)).save(buffer, "BMP")
+    return buffer.getvalue()
+
+
 def write_shard(path: Path, seed: int) -> None:
     rows = [(f"{seed}-{i}", picture(seed * ROWS + i), f"text {i} of {seed}") for i in range(ROWS)]
     write_tar(path, rows)
@@ -115,6 +122,22 @@ def test_tables_and_index_files_at_an_address(store: Path, tmp_path: Path) -> No
             before = faults.seen["RANGE"]
             assert content(read(f"{url}/{name}", cache, **keys)) == local
             assert faults.seen["RANGE"] == before
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar], ids=["parquet", "tar"])
+def test_captions_of_another_picture_are_not_joined_to_the_first(
+    write: Any, tmp_path: Path
+) -> None:
+    """Nor where both pictures have as many bytes."""
+    pictures = [uncompressed(n) for n in (1, 1, 2, 3)]
+    rows = [(f"{n}", data, f"a dog, {n // 2}") for n, data in enumerate(pictures)]
+    path = tmp_path / ("a.tar" if write is write_tar else "a.parquet")
+    made, bad = write(path, rows), BadRecords(1)
+    with served(tmp_path) as (url, _):
+        at = source(f"{url}/{path.name}", tmp_path / "cache", fields=made.fields)
+        (kept,) = read_image_text(at.model_copy(update={"group_by": made.fields[0]}), bad)
+    assert kept.captions == {made.fields[0]: ["a dog, 0"] * 2}
+    assert "have different images" in bad.examples[0]
 
 
 def test_captions_of_two_stages_read_a_shard_through_once(store: Path, tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import RemoteFile, fetch_ahead
 
-VERSION = 11
+VERSION = 12
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 _MAX_KINDS = 63

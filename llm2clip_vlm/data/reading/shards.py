@@ -77,14 +77,12 @@ image."""
         return data
 
     def is_copy(self, other: PackedImage) -> bool:
-        """Whether both have the same bytes; at an address, whether members of a tar have as many.
+        """Whether both have the same bytes; those at an address are fetched for it, and kept.
 
         Raises:
             ImageError: See :meth:`read`.
         """
-        if self.column is None and self.size != other.size:
-            return False
-        return isinstance(self.path, RemoteFile) or self.read() == other.read()
+        return (self.column is not None or self.size == other.size) and self.read() == other.read()
 
     def count(self) -> int:
         """Number of images in a table's cell: 0 where it is null or an empty list.
