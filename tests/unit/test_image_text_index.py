@@ -20,6 +20,7 @@ from llm2clip_vlm.data.image_text.dataset import ImageTextDataset
 from llm2clip_vlm.data.image_text.index import ImageTextRecords, read_image_text, read_sources
 from llm2clip_vlm.data.reading import shards, table
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
+from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.recipe.base import ImageTextSource
 from tests.image_corpus import jpeg
 from tests.image_text_files import FORMATS, Samples, add, write_folder, write_parquet, write_tar
@@ -292,6 +293,22 @@ def test_a_table_that_was_replaced_is_read_anew(tmp_path: Path, name: str) -> No
                 writer.write_table(data)
         ((_, row),) = shards.table_rows(path, Refused())
         assert (row["text"], row["image"].read()) == (text, text.encode())
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar], ids=["parquet", "tar"])
+def test_pictures_of_a_file_that_is_replaced_meanwhile_are_not_paired(
+    write: Any, tmp_path: Path
+) -> None:
+    """The captions were read from the old one, in whose places others' pictures lie now."""
+    path = tmp_path / ("a.tar" if write is write_tar else "a.parquet")
+    samples = [(f"{i}", jpeg(40, 40), f"a dog, {i}") for i in range(4)]
+    records = read(write(path, samples))
+    assert records[1].encoded().data == samples[1][1]
+    write(path, samples[::-1])
+    for kept in (records, pickle.loads(pickle.dumps(records))):
+        with pytest.raises(ImageError, match="has changed since it was looked up; start again"):
+            kept[1].encoded()
+    assert read(write(path, samples[::-1]))[2].key == "1"
 
 
 def test_a_text_of_exactly_the_limit_is_taken(

@@ -248,7 +248,8 @@ class TokenTable:
         return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
 
     def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
-        return PackedImage(self._files[file], start, size, column, item and tuple(item))
+        place = start, size, column, item and tuple(item)
+        return PackedImage(self._files[file], *place, state=self._table.facts["files"][file])
 
 
 def read_table(

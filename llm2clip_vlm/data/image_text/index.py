@@ -142,7 +142,8 @@ class ImageTextTable:
     def _record(self, row: int) -> ImageTextRecord:
         key, number, place, image, captions = self._table.record(row)
         file, source = self.files[number], self._source
-        found = image if isinstance(image, str) else PackedImage(file, *image)
+        state = self._table.facts["files"][number]
+        found = image if isinstance(image, str) else PackedImage(file, *image, state=state)
         return ImageTextRecord(
             key, found, captions, self._root, str(file), place or key, source.follow_links
         )

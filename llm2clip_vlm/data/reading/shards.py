@@ -10,12 +10,14 @@ import json
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import IO, Any
 
 from llm2clip_vlm.data.reading.bad_records import RecordError, Refusals
 from llm2clip_vlm.data.reading.images import MAX_IMAGE_BYTES, ImageError
+from llm2clip_vlm.data.reading.table import file_states
+from llm2clip_vlm.remote.addresses import CHANGED
 from llm2clip_vlm.remote.ranges import File, RemoteFile
 
 IMAGE_SUFFIXES = frozenset("jpg jpeg png webp gif bmp tif tiff avif heic jp2 jxl ppm".split())
@@ -50,16 +52,20 @@ class PackedImage:
     item: tuple[int, int] | None = None
     """Position in the cell and number of its images, where a cell may hold several. None: its only
 image."""
+    state: Any = field(default=None, compare=False, repr=False)
+    """What `file_states` said of the file when its rows were read. None: they are read now."""
 
     def read(self) -> bytes:
         """The encoded image; workers may call it at the same time.
 
         Raises:
-            ImageError: It is too large, the row holds no bytes, or the file cannot be read or is
-                shorter than it was.
+            ImageError: It is too large, the row holds no bytes, or the file cannot be read or has
+                changed: another record's picture may lie there now.
             RemoteError: An address cannot be read; that makes no record a bad one.
         """
         try:
+            if self.state is not None and file_states([self.path]) != [self.state]:
+                raise OSError(CHANGED)
             return self._member() if self.column is None else self._cell(self.column)
         except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
