@@ -45,7 +45,12 @@ CAPTIONS: dict[str, tuple[object, str]] = {
     "NUL": ("a dog\x00", "damaged text"),
     "half a character": ("a dog \ud83d", "damaged text"),
     "a URL": ("https://host/a.jpg?x=1", "URL or a file name"),
-    "a list of pandas": ("['a dog', 'a cat']", "a list written as text"),
+    "a list of pandas": ("['a dog', 'a cat']", "a list or mapping written as text"),
+    "a list with an apostrophe": ("""["a man's dog", 'a cat']""", "a list or mapping written as"),
+    "a list with nothing in it": ("['a dog', None]", "a list or mapping written as text"),
+    "a tuple": ("('a dog', 'a cat')", "a list or mapping written as text"),
+    "a mapping": ("{'raw': 'a dog', 'more': 'a cat'}", "a list or mapping written as text"),
+    "sentences": ("[{'raw': 'a dog'}]", "a list or mapping written as text"),
     "a file name": ("IMG_1234.JPG", "URL or a file name"),
 }
 FINE_CAPTIONS = [
@@ -55,6 +60,8 @@ FINE_CAPTIONS = [
     "none of them is red",
     "see https://host for more",
     "[a] b",
+    "(a dog) and a 'cat'",
+    "{a dog} b",
 ]
 
 

@@ -31,6 +31,7 @@ ODD: list[Any] = [
     *("back\\slash a", "none", "n/a", "null", "http://a.b/c d", "a.jpg", "a b.jpg", "x" * 17_000),
     *("a " * 9_000, "2014-01-01 00:00:00", "1", "true", "a, b", '", "', "a', 'b", "%s and %d"),
     *("http://a/b c.jpg", "{} {0}", "['a red dog', 'a cat here']", "['a b']", "[a dog] runs"),
+    *("""["a man's dog", 'a cat']""", "{'short': 'a red dog'}", "('a dog', 'a cat')", "(a dog)"),
     *(None, True, 0, -0.0, 1.5, 1e300, 2**70, -(2**63), [], {}, [None], [["a b"]], {"a": None}),
     *(["a red dog", 1], ["a red dog", ""], ["a red dog", "a cat here"], {"short": ["a b"]}),
     *({"b": "a b", "a": ["c d", "e f"]}, {"%s": "a b"}, {'"': "a b"}, {"": "a b"}, float("nan")),

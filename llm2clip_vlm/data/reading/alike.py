@@ -21,10 +21,10 @@ _AT_ONCE = 64  # few enough for Python's garbage collector to overlook
 _BETWEEN = '", "'
 
 # Values in a line without a backslash or anything unprintable, where a quote ends each string. A
-# caption has a blank, but not at its ends, and may be no list written as text; a name is a path
-# without `..`, scheme or drive that begins below its folder; a whole number is written as Python
-# writes it.
-_CAPTION = r'[^ "\[][^ "]*+ [^"]*+(?<! )'
+# caption has a blank, but not at its ends, and may be no list or mapping written as text; a name is
+# a path without `..`, scheme or drive that begins below its folder; a whole number is written as
+# Python writes it.
+_CAPTION = r'[^ "\[{(][^ "]*+ [^"]*+(?<! )'
 _NAME = r'"(?P<image>[^":./ ][^":.]*+(?:\.[^":.]++)*+)"'
 _WHOLE = r"(?:0|-?[1-9][0-9]{0,17}+)"
 _OTHER = rf'(?:"[^"]*+"|{_WHOLE}(?:\.[0-9]{{1,20}}+)?+(?:e-?[0-9]{{1,2}})?+|null|true|false)'

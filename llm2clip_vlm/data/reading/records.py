@@ -45,8 +45,9 @@ wanted, and `alike` of :func:`source_rows`, it yields the place and the mapping 
 
 _NO_VALUE = frozenset(("none", "nan", "null", "n/a", "<na>", "undefined"))
 _URL_OR_FILE = re.compile(r"\w+://\S+|\S+\.(jpe?g|png|gif|webp|bmp|tiff?)", re.IGNORECASE)
-LIST_AS_TEXT = re.compile(r"""\[\s*(["']).*\1\s*,?\s*\]""", re.DOTALL)
-"""A list of captions as pandas and CSV files write one: several captions, and none by itself."""
+LIST_AS_TEXT = re.compile(r"""(?s)\[\s*["'[{(].*\]|\(\s*["'].*["']\s*,?\s*\)|\{\s*["'].*\}""")
+"""A list or mapping of captions as pandas and CSV files write one: several captions, and none by
+itself. Python writes quotes of both kinds into one list where a caption has an apostrophe."""
 _WHOLE_NUMBER = re.compile(r"(-?\d+)\.0+")
 _VALUES_SHOWN = 5
 
@@ -233,7 +234,7 @@ def collect_captions(group: RowGroup, fields: Sequence[str]) -> dict[str, list[s
                     text = given.strip() if isinstance(given, str) else _text(given, name)
                     # nearly every caption: nothing that makes one unusable can be true of it
                     plain = " " in text and len(text) <= MAX_CAPTION_CHARS and text.isprintable()
-                    if not (plain and text[0] != "[") and (reason := _unusable(text)):
+                    if not (plain and text[0] not in "[{(") and (reason := _unusable(text)):
                         raise RecordError(f"{reason} in {name!r}")
                     captions.setdefault(str(kind), []).append(text)
     if not captions:
@@ -254,7 +255,7 @@ def _unusable(text: str) -> str:
     if _URL_OR_FILE.fullmatch(text):
         return f"a caption that is a URL or a file name ({text[:80]})"
     if LIST_AS_TEXT.fullmatch(text):
-        return f"a caption that is a list written as text ({text[:80]})"
+        return f"a caption that is a list or mapping written as text ({text[:80]})"
     return ""
 
 

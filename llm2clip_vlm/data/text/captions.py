@@ -26,7 +26,7 @@ from llm2clip_vlm.recipe.base import CaptionPairSource, CaptionSource
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 """Version of the table's layout and of the rules by which records are taken or refused."""
 
 COLUMNS: dict[str, Any] = {"texts": "int64", "digests": "binary", "ids": ["int32"]}
