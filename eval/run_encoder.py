@@ -13,7 +13,6 @@ Launch: llm2clip-vlm eval recipes/eval/world.yaml model=runs/demo/towers/llm2cli
 from __future__ import annotations
 
 import fnmatch
-import glob
 import json
 import os
 import re
@@ -41,7 +40,7 @@ from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
 from llm2clip_vlm.remote.addresses import is_remote, look_up
-from llm2clip_vlm.runs.hashes import changed_files, file_state, hash_json
+from llm2clip_vlm.runs.hashes import changed_files, data_files, file_state, hash_json
 from llm2clip_vlm.runs.inputs import require_benchmarks
 from llm2clip_vlm.runs.ownership import Hold
 
@@ -163,7 +162,7 @@ def states_of(value: Any) -> list[str]:
     if is_remote(value):
         return [str([*file]) for file in look_up(value)]
     # Path.exists raises where a text is too long for a name.
-    places = [Path(value)] if os.path.exists(value) else map(Path, glob.glob(value))
+    places = [Path(value)] if os.path.exists(value) else data_files(value)
     files = [file for place in places for file in (place, *below(place))]
     states = [(file, file.stat()) for file in files if file.is_file()]
     return [f"{file}:{stat.st_size}:{stat.st_mtime_ns}" for file, stat in states]

@@ -164,8 +164,8 @@ def changed_outputs(
 
 
 def data_files(path: str | Path) -> list[Path]:
-    """The files that a parent's path or pattern names."""
-    files = [path] if Path(path).is_file() else sorted(glob.glob(str(path)))
+    """The files that a path or pattern names; `**` is any number of folders."""
+    files = [path] if os.path.isfile(path) else sorted(glob.glob(str(path), recursive=True))
     return [Path(file) for file in files]
 
 

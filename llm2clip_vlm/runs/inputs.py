@@ -28,6 +28,7 @@ from llm2clip_vlm.recipe.reading import load_recipe, read_layers
 from llm2clip_vlm.recipe.stages import RECIPES
 from llm2clip_vlm.recipe.yaml_files import read_yaml
 from llm2clip_vlm.remote.addresses import is_remote, missing_remote
+from llm2clip_vlm.runs.hashes import data_files
 from llm2clip_vlm.runs.manifest import RESOLVED_NAME, is_complete
 
 _MODELS = frozenset(
@@ -196,7 +197,7 @@ def _missing_data(key: str, source: DataSource) -> Iterator[Missing]:
     elif is_remote(path):
         if problem := missing_remote(path):
             yield "", f"{key}.path: {problem}"
-    elif not (os.path.isfile(path) or (glob.has_magic(path) and any(glob.iglob(path)))):
+    elif not any(map(os.path.isfile, data_files(path))):
         told = f"{key}.path: {path}: no such file (from {Path.cwd()}); correct the path, or fetch"
         yield path, f"{told} the data (docs/data-formats.md)"
     elif path.endswith((".yaml", ".yml")):  # LLaVA-NeXT's mixture; what else is wrong in it its

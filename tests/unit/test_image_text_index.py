@@ -22,6 +22,7 @@ from llm2clip_vlm.data.reading import shards, table
 from llm2clip_vlm.data.reading.bad_records import BadRecords, RecordError, Refused
 from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.recipe.base import ImageTextSource
+from llm2clip_vlm.runs.hashes import data_files
 from tests.image_corpus import jpeg
 from tests.image_text_files import FORMATS, Samples, add, write_folder, write_parquet, write_tar
 from tests.unit.test_image_text import processor
@@ -130,6 +131,17 @@ def test_a_pattern_reads_all_shards_but_not_the_embeddings(tmp_path: Path) -> No
     assert [record.encoded().data for record in records] == [image for _, image, _ in SAMPLES]
     with pytest.raises(RecordError, match="no such file"):
         read(source.model_copy(update={"path": str(tmp_path / "x*.tar")}))
+
+
+def test_two_stars_are_any_number_of_folders(tmp_path: Path) -> None:
+    """As at an address, and in what a manifest hashes."""
+    places = ["a.tar", "x/b.tar", "x/y/c.tar"]
+    for place, sample in zip(places, SAMPLES, strict=False):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / place, [sample])
+    source = ImageTextSource(path=str(tmp_path / "**/*.tar"), fields=["txt"])
+    assert [record.key for record in read(source)] == ["00000", "00001", "00002"]
+    assert data_files(source.path) == [tmp_path / place for place in places]
 
 
 def test_seven_captions_from_the_json_columns(tmp_path: Path) -> None:

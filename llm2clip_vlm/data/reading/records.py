@@ -6,7 +6,6 @@ Captions (:mod:`llm2clip_vlm.data.text.captions`) and image-text pairs share thi
 
 from __future__ import annotations
 
-import glob
 import json
 import re
 import zlib
@@ -26,6 +25,7 @@ from llm2clip_vlm.data.reading.text_rows import UNDECODED, text_rows
 from llm2clip_vlm.recipe.base import CaptionSource, DataSource
 from llm2clip_vlm.remote.addresses import is_remote
 from llm2clip_vlm.remote.ranges import File, RemoteFile
+from llm2clip_vlm.runs.hashes import data_files
 
 Row = dict[str, Any]
 
@@ -365,12 +365,9 @@ def source_files(source: DataSource) -> list[File]:
     """
     if source.dataset:
         return [*dataset_files(source)]
-    path = source.path
-    files: list[File] = [Path(path)]
-    elsewhere = is_remote(path)
-    if elsewhere or (glob.has_magic(path) and not Path(path).is_file()):
-        found = remote_files(source) if elsewhere else map(Path, sorted(glob.glob(path)))
-        files = [file for file in found if not file.name.endswith("_text_embeddings.tar")]
+    path, elsewhere = source.path, is_remote(source.path)
+    found: Sequence[File] = remote_files(source) if elsewhere else data_files(path)
+    files = [f for f in found if str(f) == path or not f.name.endswith("_text_embeddings.tar")]
     for file in files:
         if not file.name.endswith((*READERS,)) or (elsewhere and file.suffix == ".arrow"):
             raise RecordError(
