@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load, save
 from transformers import CLIPVisionModel
 
 from llm2clip_vlm.data.image_text.index import read_image_text
+from llm2clip_vlm.data.reading import images
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from llm2clip_vlm.recipe.base import ImageTextSource
@@ -96,6 +98,36 @@ def test_the_control_with_cached_features(control_recipe: control.Recipe, seen: 
     seen.clear()
     close(every, control.run(control_recipe("cached", learning_rates=rates)))
     assert [n for n in seen if n > 2] == [4] * 6  # 24, beside noise and what is compared
+
+
+def test_features_are_of_pictures_as_they_are_decoded_now(
+    tiny_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ten pictures every third is compared: one that became another one was none of them."""
+    for number in range(10):
+        write_image(tmp_path / f"{number}.png", seed=number)
+    with Image.open(tmp_path / "4.png") as picture:
+        picture.convert("LA").save(tmp_path / "4.png")
+    rows = [{"id": n, "image": f"{n}.png", "captions": ["a dog"]} for n in range(10)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    records = read_image_text(ImageTextSource(path=str(tmp_path / "a.jsonl")), BadRecords())
+
+    def features(folder: str) -> torch.Tensor:
+        tower = load_vision_tower(tiny_clip, torch.float32)
+        frozen = FrozenTower(tower.model, tower.image_processor, tmp_path / folder)
+        return frozen(records, BadRecords())[1]
+
+    to_rgb = images.to_rgb
+    with monkeypatch.context() as before:
+        before.setattr(images, "DECODING", 0, raising=False)
+        black = Image.new("RGB", (8, 8))
+        before.setattr(images, "to_rgb", lambda i: black if i.mode == "LA" else to_rgb(i))
+        features("kept")
+    assert torch.equal(features("kept"), features("new"))
+    with monkeypatch.context() as later:
+        later.setattr("PIL.__version__", "99")
+        features("kept")
+    assert len([*(tmp_path / "kept").iterdir()]) == 3
 
 
 def test_what_changed_is_noticed(tiny_clip: Path, tmp_path: Path, seen: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from io import BytesIO
 from pathlib import Path
 
@@ -181,3 +182,32 @@ def test_chunks_of_a_webp_are_padded_to_even_bytes() -> None:
     cut_images.require_ends(webp(b"EXIF", bytes(200), b"VP8L", b"\x01" * 9))  # no picture's data
     with pytest.raises(ValueError, match="the WebP has no end"):
         cut_images.require_ends(whole[:-1])
+
+
+def test_a_change_of_decoding_has_its_version() -> None:
+    """Features of a frozen tower are kept for each version. PNG and GIF: the same everywhere."""
+    ramp = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    eight = ramp.astype(np.uint8)
+    colours = np.stack([eight, eight[::-1], eight.T], -1)
+    alpha = np.concatenate([colours, eight[..., None]], -1)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    odd: list[tuple[Image.Image, str, dict[str, object]]] = [
+        (Image.fromarray(ramp * 257), "PNG", {}),
+        (Image.fromarray(ramp * 257), "PNG", {"transparency": 7 * 257}),
+        (Image.fromarray(eight), "PNG", {"transparency": 7}),
+        (Image.fromarray(eight > 99), "PNG", {"transparency": 1}),
+        (Image.fromarray(colours), "PNG", {"transparency": (7, 247, 112), "exif": exif}),
+        (Image.fromarray(alpha), "PNG", {}),
+        (Image.fromarray(alpha).convert("LA"), "PNG", {}),
+        (Image.fromarray(eight).convert("P"), "GIF", {"transparency": 7}),
+        (Image.fromarray(colours).convert("CMYK"), "TIFF", {}),
+    ]
+    found = []
+    for picture, kind, options in odd:
+        handle = BytesIO()
+        picture.save(handle, kind, **options)
+        rgb = EncodedImage(handle.getvalue(), kind).rgb(strict=True)
+        found.append(hashlib.sha256(rgb.tobytes()).hexdigest()[:6])
+    known = {1: "724322 0d2eb5 0d2eb5 342a21 5e0317 59825d 7ca4ef 0d2eb5 dd397d"}
+    assert known.get(images.DECODING) == " ".join(found), "raise images.DECODING; new digests"

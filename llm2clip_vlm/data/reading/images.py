@@ -25,6 +25,9 @@ from PIL import ExifTags, Image, ImageFile
 from llm2clip_vlm.data.reading.cut_images import require_all_rows, require_ends, tiff_jpegs
 from llm2clip_vlm.data.reading.samples import scale_transparency, to_rgb
 
+DECODING = 1
+"""Version of how files become RGB: raise it where any picture becomes another one."""
+
 MAX_IMAGE_PIXELS = 89_478_485
 """Pictures with more pixels are refused: up to here every format decodes within a gibibyte, and
 Pillow itself warns from here on."""

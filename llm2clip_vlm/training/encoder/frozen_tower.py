@@ -1,7 +1,7 @@
 """A vision tower that does not train sees every picture once: its pooled output is kept on disk.
 
-Features are found again by the picture's bytes, in a folder for each tower and image processor, so
-that runs (seeds, text encoders, the control) can share them.
+Features are found again by the picture's bytes, in a folder for each tower, image processor and way
+of decoding, so that runs (seeds, text encoders, the control) can share them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
@@ -22,8 +23,8 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from llm2clip_vlm.data.image_text.dataset import readable_pictures
 from llm2clip_vlm.data.image_text.index import ImageTextRecords
+from llm2clip_vlm.data.reading import images
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.reading.images import ImageError
 from llm2clip_vlm.data.reading.pixels import process_images
 from llm2clip_vlm.distributed import is_main, shared_out
 from llm2clip_vlm.files import written_whole
@@ -60,9 +61,10 @@ class FrozenTower:
         config = tower.config.to_dict()
         for name in ("_name_or_path", "transformers_version"):
             config.pop(name, None)
-        made_by = [hash_state(tower.state_dict()), config, image_processor.to_dict()]
+        decoding = [images.DECODING, PIL.__version__]
+        made_by = [hash_state(tower.state_dict()), config, image_processor.to_dict(), decoding]
         self.folder = Path(folder) / hash_json(made_by)[:32]
-        """Folder of the features of this tower."""
+        """Folder of the features of this tower, of pictures that are decoded in this way."""
         self._compared: list[tuple[Any, Tensor]] = []
         self._tower = tower.eval()
         self.attach(tower)
@@ -156,7 +158,7 @@ class FrozenTower:
         def digest(row: int) -> bytes | str:
             try:
                 return hashlib.sha256(records[row].encoded().data).digest()
-            except ImageError as error:
+            except images.ImageError as error:
                 return str(error)
 
         def digests(rows: range) -> list[bytes | str]:
@@ -206,8 +208,8 @@ def _spread(rows: Sequence[int]) -> Sequence[int]:
 
 
 @torch.no_grad()
-def _pooled(tower: Any, image_processor: Any, images: Any) -> Tensor:
-    pixels = process_images(image_processor, list(images), None)
+def _pooled(tower: Any, image_processor: Any, pictures: Any) -> Tensor:
+    pixels = process_images(image_processor, list(pictures), None)
     pooled: Tensor = tower(pixel_values=pixels.to(tower.device, tower.dtype)).pooler_output
     return pooled.float().cpu()
 
