@@ -46,6 +46,7 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     root: Path
     faults: Faults
+    tagged = True
 
     def log_message(self, *_: object) -> None:
         pass
@@ -68,7 +69,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("If-Match", etag) != etag:
             self._head(412, {"Content-Length": "0"})
             return
-        headers = {"ETag": etag, "Accept-Ranges": "bytes"}
+        headers = {"Accept-Ranges": "bytes"} | ({"ETag": etag} if self.tagged else {})
         fault, status = "", 200
         if found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
             fault, status = self.faults.next(), 206
@@ -102,10 +103,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(root: Path) -> Iterator[tuple[str, Faults]]:
+def served(root: Path, *, tagged: bool = True) -> Iterator[tuple[str, Faults]]:
     """Serve a folder with ranges and entity tags; yields its address, and what goes wrong."""
     faults = Faults()
-    handler = type("Handler", (_Handler,), {"root": root, "faults": faults})
+    handler = type("Handler", (_Handler,), {"root": root, "faults": faults, "tagged": tagged})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, daemon=True)

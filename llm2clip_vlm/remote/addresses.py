@@ -95,7 +95,10 @@ def look_up(path: str) -> tuple[FileState, ...]:
         for at, info in sorted(infos.items()):
             if not isinstance(info.get("size"), int):
                 raise RemoteError(f"{at}: the server does not say how long it is")
-            yield FileState(at, info["size"], tag_of(info))
+            if not (tag := tag_of(info)):  # what is kept of it would be used for ever
+                why = "neither entity tag nor date, by which a change would show"
+                raise RemoteError(f"{at}: the server gives {why}; serve it otherwise, or copy it")
+            yield FileState(at, info["size"], tag)
 
     with ThreadPoolExecutor(AT_ONCE) as pool:
         files = [file for files in pool.map(lambda n: [*found(n)], _series(path)) for file in files]

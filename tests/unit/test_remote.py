@@ -154,6 +154,15 @@ def test_captions_of_two_stages_read_a_shard_through_once(store: Path, tmp_path:
         assert faults.seen["RANGE"] == SHARDS
 
 
+def test_a_server_that_does_not_tell_contents_apart_is_refused(store: Path, tmp_path: Path) -> None:
+    """What was kept of the first shard would be taken for the second, which is as long."""
+    with served(store, tagged=False) as (url, _):
+        for seed in (0, 7):
+            write_shard(store / "00.tar", seed)
+            with pytest.raises(RemoteError, match="neither entity tag nor date"):
+                read(f"{url}/00.tar", tmp_path / "cache")
+
+
 def test_bad_records_of_a_shard_are_named_each_time(store: Path, tmp_path: Path) -> None:
     write_tar(store / "00.tar", [("a", picture(1), "a dog"), ("b", picture(2), " ")])
     with (store / "00.tar").open("r+b") as shard:
