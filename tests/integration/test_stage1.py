@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,7 +25,7 @@ from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.cache.shards import CacheError
 from llm2clip_vlm.data.image_text.index import read_image_text
 from llm2clip_vlm.data.reading.bad_records import BadRecords
-from llm2clip_vlm.data.text.captions import CaptionPairs, CaptionRecord, read_captions
+from llm2clip_vlm.data.text.captions import CaptionPair, CaptionPairs, CaptionRecord, read_captions
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.metrics.retrieval import retrieval_report
 from llm2clip_vlm.metrics.separability import PROTOCOL
@@ -499,6 +501,23 @@ def test_collator_keeps_pairs_together(tiny_llm: Path) -> None:
     ):
         expected = encoder.encode(wanted, normalize=False)
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_captions_that_are_equal_up_to_the_cut_are_no_negatives(tiny_llm: Path) -> None:
+    """Their vectors are the same: none is nearer to its own partner than the other."""
+    loaded = TextEncoder.from_pretrained(tiny_llm)
+    settings = replace(loaded.settings, max_length_tokens=8)
+    encoder = TextEncoder(loaded.backbone, loaded.tokenizer, settings)
+    same, other = " ".join(WORDS[:8]), " ".join(WORDS[8:16])
+    pairs = [(f"{same} one", "two"), (other, "three"), (f"{same} four", "five")]
+    drawn = [
+        CaptionPair(n, *texts, ids=[np.array(ids) for ids in encoder.tokens(texts)])
+        for n, texts in enumerate(pairs)
+    ]
+    batch = PairCollator(encoder.tokens)(drawn)
+    assert alike_ids(batch["texts"], batch["records"]).tolist() == [0, 1, 0]
+    query = encoder.encode([text for text, _ in pairs])
+    assert torch.allclose(query[0], query[2], atol=1e-6)
 
 
 def test_micro_batches_keep_their_budget(

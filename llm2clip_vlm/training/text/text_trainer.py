@@ -43,8 +43,8 @@ class PairCollator:
         Returns:
             `groups`: arguments of the encoder for each group; `order`: int64 `[2b + m]`, where each
             row of `[queries; positives; hard negatives]` stands in the concatenated groups;
-            `texts`: int64 `[b, 2]`, their `caption_id`; `negatives`: int64 `[m]`, that of the hard
-            negatives; `records`: int64 `[b]`.
+            `texts`: int64 `[b, 2]`, the `caption_id` of what is read of them; `negatives`: int64
+            `[m]`, that of the hard negatives; `records`: int64 `[b]`.
         """
         hard = [pair for pair in pairs if pair.negative]
         known = {prompt: self.tokens.ids(prompt) for prompt in {pair.prompt for pair in pairs}}
@@ -66,17 +66,24 @@ class PairCollator:
             )
             for part in parts
         ]
+        numbers = [
+            [self._number(pair.query, pair.ids[0]), self._number(pair.positive, pair.ids[1])]
+            for pair in pairs
+        ]
+        negatives = [self._number(pair.negative, pair.ids[2]) for pair in hard]
         return {
             "groups": groups,
             "order": torch.from_numpy(np.argsort(np.concatenate(parts))),
-            "texts": torch.tensor(
-                [[caption_id(pair.query), caption_id(pair.positive)] for pair in pairs]
-            ),
-            "negatives": torch.tensor(
-                [caption_id(pair.negative) for pair in hard], dtype=torch.int64
-            ),
+            "texts": torch.tensor(numbers),
+            "negatives": torch.tensor(negatives, dtype=torch.int64),
             "records": torch.tensor([pair.record for pair in pairs]),
         }
+
+    def _number(self, text: str, ids: Sequence[int]) -> int:
+        """Number that texts share which are equal as far as the encoder reads."""
+        if len(ids) == self.tokens.max_length_tokens:
+            text = self.tokens.tokenizer.decode(ids)
+        return caption_id(text)
 
 
 def split_groups(groups: Sequence[dict[str, Tensor]], count: int) -> list[dict[str, Tensor]]:
