@@ -137,7 +137,7 @@ def make_arms(shard: Path, pictures: list[bytes]) -> dict[str, Callable[[], Batc
 
     def evaluation() -> Batches:
         for at in range(0, len(data), BATCH):
-            yield data.pixel_values(range(len(data))[at : at + BATCH])
+            yield data.readable(range(len(data))[at : at + BATCH], BadRecords())[1]
 
     def reference() -> Batches:
         for data in pictures:

@@ -89,7 +89,11 @@ class RangeCache:
                 used -= self._evict(used + size - self.limit_bytes * _FILLED)
             fits = used + size <= self.limit_bytes
             os.pwrite(handle, (used + size * fits).to_bytes(8), 0)
-            return _file_of(folder, size) if fits else None
+            if not fits:
+                return None
+            with tempfile.NamedTemporaryFile(prefix=".", dir=folder, delete=False) as file:
+                file.truncate(size)
+                return file.name
         finally:
             os.close(handle)
 
@@ -115,16 +119,6 @@ class RangeCache:
                 with suppress(OSError):
                     stat = entry.stat()
                     yield stat.st_mtime_ns, stat.st_size, entry.path
-
-
-def _file_of(folder: Path, size: int) -> str:
-    """Make a file whose length is known before its content."""
-    handle, path = tempfile.mkstemp(prefix=".", dir=folder)
-    try:
-        os.ftruncate(handle, size)
-    finally:
-        os.close(handle)
-    return path
 
 
 def _checksum(data: bytes) -> bytes:

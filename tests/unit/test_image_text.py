@@ -187,7 +187,7 @@ def test_a_processor_that_the_table_cannot_mimic_is_asked_each_time(
     dataset = ImageTextDataset(records, odd)
     assert dataset._pixels is None
     want = odd(images=[records[4].open()], return_tensors="pt")["pixel_values"]
-    assert torch.equal(dataset.pixel_values([4]), want)
+    assert torch.equal(dataset.readable([4], BadRecords())[1], want)
 
 
 def test_a_processor_that_the_table_mimics_for_some_pictures_alone(
@@ -205,7 +205,7 @@ def test_a_processor_that_the_table_mimics_for_some_pictures_alone(
     records = read(tmp_path / "pairs.jsonl", samples)
     odd = Fractions(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     want = odd([record.open() for record in records], return_tensors="pt")["pixel_values"]
-    assert torch.equal(ImageTextDataset(records, odd).pixel_values(range(4)), want)
+    assert torch.equal(ImageTextDataset(records, odd).readable(range(4), BadRecords())[1], want)
 
 
 def test_a_resume_looks_at_pictures_from_all_over(
@@ -482,7 +482,7 @@ def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
     found = held_out(images, texts)
     assert graph == {False}
     hits = 0
-    embeds = images(held_out._zero_shot[""][1].pixel_values(range(9)))
+    embeds = images(held_out._zero_shot[""][1].readable(range(9), BadRecords())[1])
     for i, (_, _, captions) in enumerate(samples):
         scores = {}
         for name in ("ab", "c", "de"):

@@ -180,26 +180,8 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
         weighted = {kind for kind, weight in self.caption_weights.items() if weight > 0}
         return sorted(weighted or self.records.kinds())
 
-    def pixel_values(self, indices: Sequence[int]) -> Tensor:
-        """Images exactly as the image processor makes them; for evaluation.
-
-        Args:
-            indices: Positions in `records`.
-
-        Returns:
-            `[n, 3, h, w]` fp32.
-
-        Raises:
-            ImageError: An image does not decode (only where images are not in memory).
-        """
-        if self._pixels is None:
-            self.records.fetch_ahead(indices)
-            images = [self.records[index].open() for index in indices]
-            return process_images(self.image_processor, images, None)
-        return self.to_float(self._pixels[torch.as_tensor(indices)])
-
     def readable(self, rows: Sequence[int], bad: BadRecords) -> tuple[list[int], Tensor | None]:
-        """Find the images that can be read, and make :meth:`pixel_values` of them.
+        """Find the images that can be read, exactly as the image processor makes them.
 
         Args:
             rows: Positions in `records`.
@@ -209,7 +191,7 @@ class ImageTextDataset(Dataset[dict[str, Any]]):
             Their positions, and `[n, 3, h, w]` fp32. None: no image can be read.
         """
         if self._pixels is not None:
-            return [*rows], self.pixel_values(rows)
+            return [*rows], self.to_float(self._pixels[torch.as_tensor(rows)])
         found = readable_pictures(self.records, rows, bad)
         images = [*found.values()]
         return [*found], process_images(self.image_processor, images, None) if found else None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainingArguments
@@ -49,9 +50,10 @@ class PairCollator:
         hard = [pair for pair in pairs if pair.negative]
         known = {prompt: self.tokens.ids(prompt) for prompt in {pair.prompt for pair in pairs}}
         prompts = [known[pair.prompt] for pair in pairs] + [[]] * (len(pairs) + len(hard))
-        rows: list[Any] = [
-            pair.ids[n] for n, part in enumerate((pairs, pairs, hard)) for pair in part
-        ]
+        given = [(n, pair) for n, part in enumerate((pairs, pairs, hard)) for pair in part]
+        rows: list[Any] = [pair.ids[n] for n, pair in given]
+        texts = [(pair.query, pair.positive, pair.negative)[n] for n, pair in given]
+        numbers = torch.tensor([*map(self._number, texts, rows)])
         rows = [
             self.tokens.add_prompt(ids, prompt) if prompt else ids
             for ids, prompt in zip(rows, prompts, strict=True)
@@ -66,16 +68,11 @@ class PairCollator:
             )
             for part in parts
         ]
-        numbers = [
-            [self._number(pair.query, pair.ids[0]), self._number(pair.positive, pair.ids[1])]
-            for pair in pairs
-        ]
-        negatives = [self._number(pair.negative, pair.ids[2]) for pair in hard]
         return {
             "groups": groups,
             "order": torch.from_numpy(np.argsort(np.concatenate(parts))),
-            "texts": torch.tensor(numbers),
-            "negatives": torch.tensor(negatives, dtype=torch.int64),
+            "texts": rearrange(numbers[: 2 * len(pairs)], "(two b) -> b two", two=2),
+            "negatives": numbers[2 * len(pairs) :],
             "records": torch.tensor([pair.record for pair in pairs]),
         }
 
