@@ -20,8 +20,9 @@ def build_param_groups(
     """Optimizer groups of all trainable parameters.
 
     Weight decay is left out for biases, norms (at most one dimension) and embeddings (tokens,
-    positions, CLS). With `layer_decay` the learning rate of the tower's layer i of n is multiplied
-    by `layer_decay ** (n - i)`, counted from the top: what follows the last block has factor 1,
+    positions, CLS); a mixture's experts, a matrix each in one tensor, are decayed. With
+    `layer_decay` the learning rate of the tower's layer i of n is multiplied by
+    `layer_decay ** (n - i)`, counted from the top: what follows the last block has factor 1,
     the last block `layer_decay`, what comes before the first one (patches, positions, CLS)
     `layer_decay ** (n + 1)`. Blocks are found by structure, so this holds for every tower.
 
@@ -60,8 +61,10 @@ def build_param_groups(
         lr = float(lrs[prefix]) * factors.get(name, 1.0)
         decay = weight_decay if isinstance(weight_decay, (int, float)) else weight_decay[prefix]
         # ZeRO-3 leaves an empty shell and keeps the shape beside it
-        axes = len(getattr(parameter, "ds_shape", parameter.shape))
-        decays = axes > 1 and name.endswith("weight") and name not in embeddings
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        # transformers keeps experts' matrices in `experts.down_proj`; positions are [1, n, d]
+        matrices = name.endswith("weight") or (len(shape) == 3 and shape[0] > 1)
+        decays = len(shape) > 1 and matrices and name not in embeddings
         same: dict[str, Any] = {"lr": lr, "weight_decay": decay if decays else 0.0}
         same["name"] = f"{prefix}{'' if decays else '.no_decay'}"
         group = groups.setdefault((prefix, lr, decays), {"params": [], "param_names": [], **same})

@@ -22,6 +22,7 @@ from llm2clip_vlm.recipe.base import LoraSection
 from llm2clip_vlm.training.adapters import add_lora
 from llm2clip_vlm.training.export import export_vision_tower
 from llm2clip_vlm.training.param_groups import build_param_groups
+from tests.tiny_llms import build_family
 from tests.tiny_towers import KINDS, build_tower
 
 FIRST = ("embed", "pre_layrnorm", "cls_token", "pos_embed", "mask_token", "register_tokens")
@@ -284,3 +285,17 @@ def test_last_blocks_of_a_language_model_keep_its_norm_and_head() -> None:
     assert not any("embed_tokens" in name or ".layers.0." in name for name in trained)
     with pytest.raises(ValueError, match="expected at most 2, the blocks that train, got 3"):
         train_last_blocks(model, "language_model", 3)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_experts_of_a_mixture_are_decayed(family: str, tmp_path: Path) -> None:
+    """Transformers keeps them in one tensor, whose name does not end with `weight`."""
+    from transformers import AutoModelForCausalLM
+
+    llm = AutoModelForCausalLM.from_pretrained(build_family(family, tmp_path))
+    for name, parameter in llm.named_parameters():
+        parameter.requires_grad_("experts" in name)
+    found = by_name(build_param_groups(llm, {"layers": 1e-3}, 0.1))
+    assert len(found) >= 4
+    for name, group in found.items():
+        assert group["weight_decay"] == (0.0 if name.endswith("bias") else 0.1), name
