@@ -18,13 +18,16 @@ from tokenizers import (
     processors,
     trainers,
 )
-from transformers import AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
+from transformers import AutoProcessor, AutoTokenizer, LlamaModel, PreTrainedTokenizerFast
 
+from llm2clip_vlm.chat.labels import label
+from llm2clip_vlm.chat.template import template_of
 from llm2clip_vlm.hub import ModelError
 from llm2clip_vlm.models.loading import read_tokenizer
 from llm2clip_vlm.models.text.text_encoder import TextEncoder
 from llm2clip_vlm.models.text.tokenizer_files import save_tokenizer
-from tests.tiny import llama_config, llm_tokenizer
+from llm2clip_vlm.models.vlm.building import build_vlm, save_vlm
+from tests.tiny import CHAT_TEMPLATE, llama_config, llm_tokenizer
 
 LINES = [
     "Is there a dog (no. 12, at 3:45) in the image? Yes, it's red and small.",
@@ -215,3 +218,23 @@ def test_tokens_without_an_embedding(token: str, tmp_path: Path) -> None:
         return
     with pytest.raises(ModelError, match=r"'<new>'.*embeddings"):
         TextEncoder.from_pretrained(tmp_path, bidirectional=False, pooling="eos")
+
+
+@pytest.mark.parametrize("bos", ["", "{{ bos_token }}"])
+def test_an_exported_vlm_is_asked_as_it_was_trained(
+    bos: str, tiny_clip: Path, tiny_llm: Path, tmp_path: Path
+) -> None:
+    """The tokenizer closes each text with eos; transformers' own prompts ended with it, too."""
+    tokenizer = llm_tokenizer()
+    shutil.copytree(tiny_llm, tmp_path / "llm")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("{{ bos_token }}", bos)
+    tokenizer.save_pretrained(tmp_path / "llm")
+    save_vlm(*build_vlm(tiny_clip, tmp_path / "llm"), tmp_path / "vlm")
+    processor = AutoProcessor.from_pretrained(tmp_path / "vlm")
+    asked = [{"role": "user", "content": [{"type": "text", "text": "what is it ?"}]}]
+    answered = [*asked, {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]}]
+    ids, labels = label(answered, template_of(processor), processor.tokenizer)
+    trained = ids[: next(i for i, token in enumerate(labels) if token >= 0)]
+    assert processor.apply_chat_template(asked, add_generation_prompt=True, tokenize=True) == [
+        trained
+    ]

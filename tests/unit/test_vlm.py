@@ -375,7 +375,7 @@ def test_the_tokenizer_adds_no_bos_that_the_template_has_written(kind: str, tmp_
     from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
     from transformers import AutoTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 
-    from llm2clip_vlm.models.vlm.building import _no_second_bos
+    from llm2clip_vlm.models.vlm.building import _as_trained
     from tests.tiny import CHAT_TEMPLATE, llm_tokenizer
 
     if kind == "words":
@@ -396,9 +396,9 @@ def test_the_tokenizer_adds_no_bos_that_the_template_has_written(kind: str, tmp_
     asked = {"text": "<s>a red dog", "return_offsets_mapping": True}
     want = dict(tokenizer(**asked, add_special_tokens=False))
     assert tokenizer(**asked)["input_ids"] != want["input_ids"]
-    _no_second_bos(tokenizer, CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
+    _as_trained(tokenizer, CHAT_TEMPLATE.replace("{{ bos_token }}", ""))
     assert tokenizer(**asked)["input_ids"] != want["input_ids"]
-    _no_second_bos(tokenizer, CHAT_TEMPLATE)
+    _as_trained(tokenizer, CHAT_TEMPLATE)
     tokenizer.save_pretrained(tmp_path)
     for found in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
         assert dict(found(**asked)) == want

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import torch
 from tokenizers import AddedToken, Tokenizer
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -30,7 +31,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from llm2clip_vlm.chat.labels import end_of_turn_ids
+from llm2clip_vlm.chat.labels import end_of_turn_ids, tokenize
 from llm2clip_vlm.chat.template import accept_image_parts, find_chat_template, render
 from llm2clip_vlm.constants import IMAGE_TOKEN
 from llm2clip_vlm.distributed import find_device
@@ -140,11 +141,10 @@ def build_vlm(
     template = accept_image_parts(template, tokenizer)
     image_token_id = _add_tokens(tokenizer, llm, extra_tokens)
     template = with_system_prompt(template, system_prompt, tokenizer)
-    _no_second_bos(tokenizer, template)
+    _as_trained(tokenizer, template)
     dropped = vision_feature_select_strategy == "default"
-    model_type = "llava"
+    image_processor, model_type = tower.image_processor, "llava"
     processor_class: Any = LlavaProcessor
-    image_processor = tower.image_processor
     settings: dict[str, Any] = {
         "image_token_index": image_token_id,
         "image_seq_length": tower.num_patches + tower.num_prefix_tokens - dropped,
@@ -271,7 +271,7 @@ def save_vlm(
     Raises:
         ModelError: What was written computes something else.
     """
-    _no_second_bos(processor.tokenizer, processor.chat_template)
+    _as_trained(processor.tokenizer, processor.chat_template)
     save_tokenizer(processor, directory)
     model._weight_conversions = get_model_conversion_mapping(model, add_legacy=False)
     state = dict(model.state_dict() if state_dict is None else state_dict)
@@ -294,9 +294,8 @@ def _load_language_model(path: str, dtype: Any, chat_template: str | None) -> tu
         raise ModelError(f"{path}: AutoModelForCausalLM has no class for {config.model_type!r}")
     tokenizer = read_tokenizer(path)
     template = find_chat_template(chat_template, tokenizer)  # before minutes of loading
-    dtype = "auto" if dtype is None else dtype
-    llm = load_complete(AutoModelForCausalLM, path, config=config, dtype=dtype)
-    if dtype == "auto" and llm.dtype == torch.float16:
+    llm = load_complete(AutoModelForCausalLM, path, config=config, dtype=dtype or "auto")
+    if dtype in (None, "auto") and llm.dtype == torch.float16:
         logger.warning("%s: float16, in which nothing trains safely, becomes float32", path)
         llm.float()
     head = llm.get_output_embeddings()
@@ -368,24 +367,26 @@ def _add_tokens(tokenizer: Any, llm: Any, words: Sequence[str]) -> int:
     return int(tokenizer.convert_tokens_to_ids(IMAGE_TOKEN))
 
 
-def _no_second_bos(tokenizer: Any, template: str) -> None:
-    """Makes the tokenizer add nothing by itself if the template writes bos.
+def _as_trained(tokenizer: Any, template: str) -> None:
+    """Makes the tokenizer add no more by itself than training keeps: no second bos, no eos.
 
-    Everything here asks for no special tokens then; other programs, such as lmms-eval's
-    `llava_hf`, do not ask and would give the model a second bos.
+    Everything here asks for that. Other programs, such as lmms-eval's `llava_hf` and transformers'
+    pipeline, do not ask: they would give the model two bos, or an eos before it answers.
     """
     message = {"role": "user", "content": [{"type": "text", "text": "a"}]}
     text = render([message], template, tokenizer)
-    if not (tokenizer.bos_token and text.startswith(tokenizer.bos_token)):
+    if tokenizer(text)["input_ids"] == (ids := tokenize(tokenizer, text)[0]):
         return
-    backend = tokenizer.backend_tokenizer
+    front = ids[: len(ids) - len(tokenizer(text, add_special_tokens=False)["input_ids"])]
+    backend, names = tokenizer.backend_tokenizer, tokenizer.convert_ids_to_tokens(front)
+    before = json.loads(backend.to_str())["post_processor"] or {}
+    kept = [s for s in before.get("processors", [before]) if s.get("type") == "ByteLevel"]
+    special = [*zip(names, front, strict=True)]
+    backend.post_processor = TemplateProcessing([*names, "$A"], special_tokens=special)
     whole = json.loads(backend.to_str())
-    steps = whole["post_processor"] or {"type": "Sequence", "processors": []}
-    steps = steps["processors"] if steps["type"] == "Sequence" else [steps]
-    kept = [step for step in steps if step["type"] == "ByteLevel"]  # trims the offsets
-    whole["post_processor"] = {"type": "Sequence", "processors": kept}
+    whole["post_processor"] = {"type": "Sequence", "processors": [*kept, whole["post_processor"]]}
     backend.post_processor = Tokenizer.from_str(json.dumps(whole)).post_processor
-    tokenizer.init_kwargs |= {"add_bos_token": False, "add_eos_token": False}
+    tokenizer.init_kwargs |= {"add_bos_token": bool(front), "add_eos_token": False}
 
 
 def _generation_config(llm: Any, tokenizer: Any, template: str) -> GenerationConfig:
