@@ -119,28 +119,38 @@ def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]
     Args:
         tower: See :func:`open_clip_weights`.
         head: See :func:`open_clip_weights`.
+
+    Raises:
+        ModelError: It has other heads than timm's tower of that name, which open_clip would build.
     """
     config: Any = tower.config
+    width, heads = config.hidden_size, config.num_attention_heads
     vision: dict[str, Any] = {"image_size": config.image_size}
     if config.model_type == "clip_vision_model":
         vision |= {
             "layers": config.num_hidden_layers,
-            "width": config.hidden_size,
-            "head_width": config.hidden_size // config.num_attention_heads,
+            "width": width,
+            "head_width": width // heads,
             "patch_size": config.patch_size,
             "mlp_ratio": _mlp_ratio(config),
         }
     else:
         siglip = config.model_type == "siglip_vision_model"
         plain = _projecting(head) is None
+        name, rope = timm_arguments(config)[0], getattr(config, "rope_grid", 16)
+        if width in _SIZES and (heads, rope) != (min(width // 64, 16), 16):
+            raise ModelError(
+                f"open_clip builds {name} by its name alone: expected {min(width // 64, 16)} heads "
+                f"and a rope_grid of 16, got {heads} and {rope}; `--to timm` keeps them"
+            )
         vision |= {
-            "timm_model_name": timm_arguments(config)[0],
+            "timm_model_name": name,
             "timm_model_pretrained": False,
             "timm_pool": "map" if siglip else "token",
             "timm_proj": "none" if plain else "linear" if siglip else None,
         }
     return {
-        "embed_dim": config.hidden_size if head is None else head.out_features,
+        "embed_dim": width if head is None else head.out_features,
         "vision_cfg": vision,
         "quick_gelu": getattr(config, "hidden_act", None) == "quick_gelu",
     }
