@@ -71,6 +71,11 @@ def convert_llava(
         raise ModelError(
             f"{path}: give {lacking}: it is no part of this checkpoint (mm_vision_tower {named!r})"
         )
+    if (aspect := str(config.get("image_aspect_ratio"))).startswith("anyres"):
+        raise ModelError(
+            f"{path}: image_aspect_ratio {aspect!r} in config.json: expected LLaVA-1.5, and no "
+            "anyres, whose projector was trained on crops of a picture and a token between rows"
+        )
     if config.get("mm_use_im_start_end"):
         raise ModelError(
             f"{path}: mm_use_im_start_end: expected false, got true; Hugging Face's "
@@ -112,11 +117,9 @@ def _decoder(
     """The language model alone, with its tokenizer, in a folder of its own."""
     named = str(config.get("model_type"))
     kind = "llama" if named == "llava" else named.removeprefix("llava_")
-    aspect = str(config.get("image_aspect_ratio"))
-    if kind not in _DECODERS or aspect.startswith("anyres"):
+    if kind not in _DECODERS:
         raise ModelError(
-            f"{folder}: model_type {named!r}, image_aspect_ratio {aspect!r} in config.json; "
-            "expected LLaVA-1.5: llava_llama or llava_mistral, and no anyres"
+            f"{folder}: model_type {named!r} in config.json; expected llava_llama or llava_mistral"
         )
     known = AutoConfig.for_model(kind)
     plain = {name: value for name, value in config.items() if hasattr(known, name)}

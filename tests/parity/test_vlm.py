@@ -141,6 +141,10 @@ def test_a_projector_alone_beside_its_tower_and_llm(
     assert certificate["keys"]["matched"] == 4
     got = load_vlm(tmp_path / "out")[0].state_dict()
     assert all(torch.equal(got[name], tensor) for name, tensor in model.state_dict().items())
+    (folder / "config.json").write_text('{"image_aspect_ratio": "anyres_max_9"}')
+    with pytest.raises(ModelError, match="'anyres_max_9' in config"):
+        convert(folder / "mm_projector.bin", tmp_path / "bad", **parts)
+    (folder / "config.json").unlink()
     del weights["model.mm_projector.2.bias"]
     torch.save(weights, folder / "mm_projector.bin")
     with pytest.raises(ModelError, match="missing 1"):
