@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import torch
 
+from llm2clip_vlm.hub import ModelError
+from llm2clip_vlm.models.vision.timm_vision import timm_config
 from llm2clip_vlm.models.vision.towers import load_vision_tower
 from tests.integration.test_keeping import ALL
 from tests.integration.test_stage2b import Recipe, data, recipe, run, same, weights
@@ -35,6 +37,17 @@ def test_a_tower_gives_what_timm_gives(kind: str, tmp_path: Path) -> None:
     again = load_vision_tower(tmp_path / "again").model
     assert torch.equal(again(pixel_values=pixels).pooler_output, found.pooler_output)
     assert same(again.state_dict(), tower.model.state_dict())  # statistics of BatchNorm, too
+
+
+@pytest.mark.parametrize("sides", [{"patch_size": [8, 4]}, {"img_size": [32, 64]}])
+def test_patches_or_images_that_are_no_squares_are_refused(
+    sides: dict[str, Any], timm: Any
+) -> None:
+    """Of patches of 8x4 px half were taken for registers (17 before a grid of 4 x 4)."""
+    given = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2} | sides
+    written = {"architecture": "vit_tiny_patch16_224", "model_args": given, "pretrained_cfg": {}}
+    with pytest.raises(ModelError, match="expected squares"):
+        timm_config(written, "tower")
 
 
 @pytest.mark.parametrize(

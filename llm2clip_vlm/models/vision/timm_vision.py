@@ -234,12 +234,18 @@ def timm_config(written: Mapping[str, Any], path: str | Path) -> TimmVisionConfi
     with torch.device("meta"), boundary(f"{path}: timm cannot build it"):
         inner = create_timm(values["architecture"], values["model_args"])
     if hasattr(inner, "blocks") and hasattr(inner, "patch_embed"):
+        sides = (*inner.patch_embed.img_size, *inner.patch_embed.patch_size)
+        if sides[::2] != sides[1::2]:
+            raise ModelError(
+                f"{path}: {values['architecture']} takes images of {sides[0]}x{sides[1]} px in "
+                f"patches of {sides[2]}x{sides[3]} px, expected squares: places are a square grid"
+            )
         return TimmVisionConfig(
             **values,
             hidden_size=inner.embed_dim,
             num_hidden_layers=len(inner.blocks),
-            image_size=inner.patch_embed.img_size[0],
-            patch_size=inner.patch_embed.patch_size[0],
+            image_size=sides[0],
+            patch_size=sides[2],
             has_cls_token=getattr(inner, "cls_token", None) is not None,
         )
     side = written["pretrained_cfg"]["input_size"][-1]
