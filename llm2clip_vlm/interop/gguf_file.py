@@ -92,6 +92,11 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if said.get("tokenizer.ggml.add_space_prefix") is False and tokenizer.tokenize("a") != ["a"]:
+        raise ModelError(
+            f"{source}: tokenizer.ggml.add_space_prefix is false, and transformers puts a blank "
+            "before each text all the same: other tokens. Get the original checkpoint"
+        )
     guess = _split_as_said(tokenizer, said.get("tokenizer.ggml.pre"), source)
     expected, got = save_llm(model, tokenizer, folder)
     more: dict[str, Any] = {"format": "gguf", "tensors": dict(kinds), "dtype": dtype}
@@ -135,7 +140,7 @@ def _read(source: Path) -> tuple[Counter[str], dict[str, int], dict[str, Any]]:
         said = {
             key: field.contents()
             for key, field in reader.fields.items()
-            if key.partition(".")[2] in {"ggml.pre", *_SAID}
+            if key.partition(".")[2] in {"ggml.pre", "ggml.add_space_prefix", *_SAID}
         }
     kinds = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
     return kinds, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}, said

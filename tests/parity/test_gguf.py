@@ -67,6 +67,7 @@ def write(
     extra: bool = False,
     pre: str | None = None,
     rope_factor: float | None = None,
+    space_prefix: bool | None = None,
 ) -> Path:
     config = model.config
     writer = gguf.GGUFWriter(path, "llama")
@@ -90,11 +91,23 @@ def write(
 
     letters = list(bytes_to_unicode().values())
     tokens = ["<unk>", "<s>", "</s>", *letters, "ab", "<|im_start|>", "<|im_end|>"]
-    assert len(tokens) == VOCAB
-    writer.add_tokenizer_model("gpt2")
+    types = [3, 3, 3, *[1] * 257, 3, 3]
+    if space_prefix is not None:  # SentencePiece's
+        tokens = [
+            *tokens[:3],
+            *(f"<0x{byte:02X}>" for byte in range(256)),
+            "\u2581",
+            "a",
+            "\u2581a",
+        ]
+        types = [3, 3, 3, *[6] * 256, 1, 1, 1]
+        writer.add_token_scores([0.0] * VOCAB)
+        writer.add_add_space_prefix(space_prefix)
+    assert len(tokens) == len(types) == VOCAB
+    writer.add_tokenizer_model("gpt2" if space_prefix is None else "llama")
     writer.add_token_list(tokens)
-    writer.add_token_types([3, 3, 3, *[1] * 257, 3, 3])
-    writer.add_token_merges(["a b"])
+    writer.add_token_types(types)
+    writer.add_token_merges(["a b"] if space_prefix is None else ["\u2581 a"])
     for name, number in (("bos", 1), ("eos", 2), ("unk", 0), ("pad", 2)):
         getattr(writer, f"add_{name}_token_id")(number)
     writer.add_chat_template("{% for m in messages %}{{ m['content'] }}{% endfor %}")
@@ -180,6 +193,10 @@ def test_what_a_file_says_beside_its_weights_is_not_left_out(tmp_path: Path) -> 
     with pytest.raises(ModelError, match=r"says llama\.rope\.scaling\.factor 4\.0, which"):
         convert(scaled, tmp_path / "out")
     convert(write(tmp_path / "same.gguf", llama(True), rope_factor=1.0), tmp_path / "same")
+    bare = write(tmp_path / "bare.gguf", llama(True), space_prefix=False)
+    with pytest.raises(ModelError, match="puts a blank before each text all the same"):
+        convert(bare, tmp_path / "bare")
+    convert(write(tmp_path / "usual.gguf", llama(True), space_prefix=True), tmp_path / "usual")
 
 
 def test_texts_are_split_as_the_file_says(tmp_path: Path) -> None:
