@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _FIXED = {
     "save_only_model": False,  # a resumed run would go on with a fresh optimizer, in silence
+    "ignore_data_skip": False,  # it would see the first samples of its epoch twice
+    "dataloader_in_order": True,  # batches in the order of the fastest worker: no exact resume
     "auto_find_batch_size": False,  # would train on another global batch
     "push_to_hub": False,  # `llm2clip-vlm push` does, what is finished and whole
     "remove_unused_columns": False,

@@ -133,10 +133,14 @@ def test_what_a_stage_fixes_is_not_overruled_in_silence(tmp_path: Path) -> None:
     recipe = make_recipe(tmp_path, trainer={"eval_strategy": "steps"})
     with pytest.raises(RecipeError, match=r"trainer\.eval_strategy: this stage needs 'no'"):
         build_training_arguments(recipe, eval_strategy="no")
-    # its checkpoints would be resumed from with a fresh optimizer
-    recipe = make_recipe(tmp_path, trainer={"save_only_model": True})
-    with pytest.raises(RecipeError, match=r"trainer\.save_only_model: this stage needs False"):
-        build_training_arguments(recipe)
+    # what is resumed would have a fresh optimizer, or other samples
+    for key, needed in (
+        ("save_only_model", False),
+        ("ignore_data_skip", False),
+        ("dataloader_in_order", True),
+    ):
+        with pytest.raises(RecipeError, match=rf"trainer\.{key}: this stage needs {needed}"):
+            build_training_arguments(make_recipe(tmp_path, trainer={key: not needed}))
 
 
 def test_the_global_batch_is_kept_over_processes(
