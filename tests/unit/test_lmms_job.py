@@ -406,17 +406,18 @@ def test_answers_without_a_score_or_twice_are_refused() -> None:
     with pytest.raises(EvaluationError, match=r"\[1\] were answered twice"):
         samples_of([*items, items[1]], ["acc"])
     with pytest.raises(EvaluationError, match="document 0: no value"):
-        samples_of([logged(0, "yes", float("nan"))], ["acc"])
+        samples_of([logged(0, "yes", None)], ["acc"])
     assert metrics_of({"a,none": float("nan"), "b,none": 1.0}) == {"b": 1.0}
     assert metrics_of({"a,none": np.int64(3), "a_stderr,none": 1.0}) == {"a": 3.0}
     with pytest.raises(EvaluationError, match="acc: a value for each of several filters"):
         metrics_of({"acc,none": 0.5, "acc,flexible": 0.9})
 
 
-@pytest.mark.parametrize("value", [30.0, -0.5, {"score": 100}, np.float32(2)])
+@pytest.mark.parametrize("value", [30.0, -0.5, {"score": 100}, np.float32(2), np.nan])
 def test_a_score_that_is_not_from_0_to_1_is_refused(value: Any) -> None:
+    """Though the document has a second metric, which would count for this document alone."""
     with pytest.raises(EvaluationError, match="document 0: acc: expected a score from 0 to 1, got"):
-        samples_of([logged(0, "yes", value)], ["acc"])
+        samples_of([logged(0, "yes", value, second=1.0)], ["acc", "second"])
 
 
 @pytest.mark.parametrize(
@@ -553,7 +554,8 @@ def test_a_result_of_another_version_or_with_changed_samples_is_made_again(
 def scored(
     data: Path, model_dir: Path, out: Path, monkeypatch: pytest.MonkeyPatch,
     answers: list[str], *, first: int | None = None, documents: int = 4,
-    pictures: dict[int, str] | None = None, most: int = 512, **values: Any,
+    pictures: dict[int, str] | None = None, most: int = 512,
+    metrics: dict[str, float] | None = None, **values: Any,
 ) -> dict[str, Any]:  # fmt: skip
     """What the worker makes of these answers, without lmms-eval's evaluator."""
     entry = {"task": "l2c_world_exist", "data_files": str(data)}
@@ -568,7 +570,7 @@ def scored(
         name, found = "l2c_world_exist", items
         if arguments["model"].other_pictures:
             found = [logged(n, f"other {n}", 0.0) for n in range(len(answers))]
-        return {"samples": {name: found}, "results": {name: {"acc,none": 0.5}}}
+        return {"samples": {name: found}, "results": {name: metrics or {"acc,none": 0.5}}}
 
     module = SimpleNamespace(simple_evaluate=simple_evaluate)
     monkeypatch.setitem(sys.modules, "lmms_eval.evaluator", module)  # type: ignore[arg-type]
@@ -623,6 +625,9 @@ def test_a_score_says_of_what_it_is(
     assert make(["yes"] * 4, limit=9)["n_errors"] == 0
     with pytest.raises(EvaluationError, match="no document was answered"):
         make([])
+    lost = {"f1,none": 0.25, "acc,none": np.nan}  # the documents have no f1
+    with pytest.raises(EvaluationError, match=r"acc of all documents is no number; got {'f1'"):
+        make(["yes"] * 4, metrics=lost)
 
 
 def test_a_model_is_asked_with_other_pictures_too(

@@ -92,7 +92,7 @@ def samples_of(
 
     Raises:
         EvaluationError: A document has no value of any metric, none that is a number, one that is
-            not from 0 to 1, or is there twice.
+            not from 0 to 1 (NaN is not), or is there twice.
     """
     samples = []
     counts = Counter(entry["doc_id"] for entry in logged)
@@ -145,7 +145,7 @@ def _score(
         if isinstance(value, Mapping):
             found = value.get("score", value.get("is_correct"))
             value = _alone(value, aggregations.get(name)) if found is None else found
-        if isinstance(value, int | float | np.number | np.bool_) and not math.isnan(value):
+        if isinstance(value, int | float | np.number | np.bool_):
             if not 0 <= (score := round(float(value), 12)) <= 1:
                 where = f"document {item['doc_id']}: {name}"
                 raise EvaluationError(f"{where}: expected a score from 0 to 1, got {value}")

@@ -124,9 +124,13 @@ def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -
     if not logged:
         raise EvaluationError(f"{job.checkpoint} / {job.task}: no document was answered")
     metrics = metrics_of(found["results"][spec.task])
-    if not metrics:
-        raise EvaluationError(f"{job.checkpoint} / {job.task}: none of {names} has a value")
-    primary = next((name for name in names if name in metrics), names[0])
+    # The first that documents have a value of: another in its place would be another score.
+    primary = next((n for n in names if any(d.get(n) is not None for d in logged)), names[0])
+    if primary not in metrics:
+        raise EvaluationError(
+            f"{job.checkpoint} / {job.task}: {primary} of all documents is no number; "
+            f"got {metrics or 'none'}"
+        )
     whole = spec.program is not None
     pictures, prompt, num_cut = adapter.pictures, adapter.prompt_example, adapter.num_cut
     samples = samples_of(logged, names, task.aggregation(), pictures, whole=whole)
