@@ -62,5 +62,6 @@ def paired_iou(a: np.ndarray, b: np.ndarray, n: int = 10_000) -> dict[str, Any]:
         return mean_iou(sums[:, 0]) - mean_iou(sums[:, 1])
 
     both = np.stack([a, b], axis=1)
-    delta, ci = differences(both.sum(0)[None])[0], bootstrap_of_sums(both, differences, n, 0)
-    return {"delta": float(delta), "ci": list(ci), "n": len(a), "images": len(a)}
+    delta, ends = differences(both.sum(0)[None])[0], bootstrap_of_sums(both, differences, n, 0)
+    ci = np.clip(ends, -100.0, 100.0).tolist()
+    return {"delta": float(delta), "ci": ci, "n": len(a), "images": len(a)}

@@ -38,9 +38,10 @@ def bootstrap_interval(
     """95 % interval of the mean when whole groups are drawn with replacement.
 
     Percentiles of the draws; below :data:`FEW_IMAGES` groups they are moved away from the mean by
-    what Student's t and the lost degree of freedom ask for. No interval of this kind has a width
-    where all values are equal; where all are wrong, or all right, it is the exact one of as many
-    trials as there are groups.
+    what Student's t and the lost degree of freedom ask for. Where all groups have one mean (all
+    right, or one image), draws are all alike and show no width; then at most a share of images is
+    otherwise that would be missed by as many trials in 2.5 % of cases, and as otherwise as can be:
+    where all are wrong, or right, that is the exact interval of a share.
 
     Args:
         values: [n], 0..1 or differences of such.
@@ -53,10 +54,12 @@ def bootstrap_interval(
         `(low, high)` in per cent.
     """
     codes, values = cluster_codes(groups), np.asarray(values, dtype=np.float64)
-    trials = int(codes.max()) + 1
-    if least == 0 and (all_of := values[0]) in (0, 1) and (values == all_of).all():
-        return binomial_interval(int(all_of) * trials, trials)
     counted = np.stack([np.bincount(codes, weights=values), np.bincount(codes)], axis=1)
+    means = counted[:, 0] / counted[:, 1]
+    if np.ptp(means) < 1e-9:
+        unseen = 1 - 0.025 ** (1 / len(means))
+        ends = means[0] - unseen * (means[0] - least), means[0] + unseen * (1 - means[0])
+        return 100.0 * float(ends[0]), 100.0 * float(ends[1])
 
     def mean(sums: np.ndarray) -> np.ndarray:
         return 100.0 * sums[:, 0] / sums[:, 1]
@@ -68,9 +71,15 @@ def bootstrap_interval(
 
 
 def percentile_interval(draws: np.ndarray, found: float, images: int) -> np.ndarray:
-    """Low and high end of what bootstrap draws over so many images say about a figure."""
+    """Low and high end of what bootstrap draws over so many images say about a figure.
+
+    Returns:
+        `[low, high]`; of one image alone, whose draws are all alike, infinities.
+    """
     ends: np.ndarray = np.percentile(draws, [2.5, 97.5])
-    if 1 < images < FEW_IMAGES:
+    if images == 1:
+        return np.array([-np.inf, np.inf])
+    if images < FEW_IMAGES:
         from scipy.stats import norm, t
 
         wider = t.ppf(0.975, images - 1) / norm.ppf(0.975) * np.sqrt(images / (images - 1))

@@ -206,7 +206,13 @@ def test_without_a_box_there_is_no_figure(
     assert found["ap"] > 0
     low, high = found["ci"]  # some draws have the picture without a box alone
     assert 0 <= low <= found["ap"] <= high <= 100
-    document = json.loads(Path(boxes.annotations).read_text()) | {"annotations": []}
+    whole = json.loads(Path(boxes.annotations).read_text())
+    one = {"images": whole["images"][:1], "annotations": whole["annotations"][:2]}
+    (tmp_path / "one.json").write_text(json.dumps(whole | one))
+    lone = BoxSource(annotations=str(tmp_path / "one.json"), images=boxes.images)
+    found = coco_ap(CocoBoxes(lone, load_vision_tower(tiny_clip)).coco, [right], made)
+    assert found["ap"] == pytest.approx(50) and found["ci"] == [0, 100], "one picture says nothing"
+    document = whole | {"annotations": []}
     (tmp_path / "none.json").write_text(json.dumps(document))
     empty = BoxSource(annotations=str(tmp_path / "none.json"), images=boxes.images)
     data = CocoBoxes(empty, load_vision_tower(tiny_clip))

@@ -357,7 +357,8 @@ def test_samples_carry_what_statistics_need() -> None:
     found = summarise(samples)
     assert found["n"] == 4 and found["n_empty"] == 1 and found["n_unparsable"] == 2
     assert found["score"] == 50.0 and found["by_type"]["t1"] == {"score": 100.0, "n": 2}
-    assert found["score_ci"] == [50.0, 50.0]  # each image has one of both
+    # Each of two images has one of both: see the interval of equal means.
+    assert found["score_ci"] == pytest.approx([50 * 0.025**0.5, 100 - 50 * 0.025**0.5])
     with pytest.raises(EvaluationError, match="no value of nothing"):
         samples_of(items, ["nothing"])
 

@@ -26,6 +26,7 @@ from llm2clip_vlm.evaluation.encoder.segmentation import (
     zero_shot_segmentation,
 )
 from llm2clip_vlm.metrics.segmentation import class_iou, mean_iou, overlaps, paired_iou
+from llm2clip_vlm.metrics.statistics import bootstrap_of_sums
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from tests.tiny_towers import build_tower
 
@@ -154,7 +155,11 @@ def test_the_difference_of_two_mean_ious_by_hand() -> None:
     # pictures they are widened: t of one degree of freedom over the normal's 1.96, times root 2.
     wider = 12.7062 / 1.95996 * 2**0.5
     ends = [both + wider * (second - both), both + wider * (first - both)]
-    assert found["ci"] == pytest.approx(ends, rel=1e-4)
+    difference = lambda sums: mean_iou(sums[:, 0]) - mean_iou(sums[:, 1])  # noqa: E731
+    drawn = bootstrap_of_sums(np.stack([a, b], axis=1), difference, 1000, 0)
+    assert drawn == pytest.approx(ends, rel=1e-4)
+    assert found["ci"] == [-100, 100], "no difference is beyond, and these ends are"
+    assert paired_iou(a[:1], b[:1])["ci"] == [-100, 100], "one picture says nothing"
     assert paired_iou(a, a, 50)["ci"] == [0.0, 0.0]
     with pytest.raises(ValueError, match="different data"):
         paired_iou(a, b[:, :, ::-1])

@@ -50,8 +50,17 @@ def test_paired_bootstrap_delta_and_clusters() -> None:
     assert swapped["delta"] == pytest.approx(-clustered["delta"])
 
 
-def test_paired_bootstrap_of_equal_models_is_zero() -> None:
-    assert paired_bootstrap([1, 0, 1], [1, 0, 1], [0, 1, 2], n=100)["ci"] == [0.0, 0.0]
+def test_images_that_all_say_one_thing_are_no_certainty() -> None:
+    """Two pictures that one model alone gets right (p = 0.5) had +100 [100, 100]."""
+    two = paired_bootstrap([1, 1], [0, 0], [0, 1])
+    assert two["ci"] == pytest.approx([200 * 0.025**0.5 - 100, 100]) and two["ci"][0] < 0
+    equal = paired_bootstrap([1, 0, 1], [1, 0, 1], [0, 1, 2])["ci"]
+    assert equal == pytest.approx([-100 * (1 - 0.025 ** (1 / 3)), 100 * (1 - 0.025 ** (1 / 3))])
+    assert np.ptp(paired_bootstrap([1] * 5000, [1] * 5000, range(5000))["ci"]) < 0.2
+    assert bootstrap_interval([1, 0], ["x", "x"], 1000, 0) == pytest.approx((1.25, 98.75))
+    assert bootstrap_interval([0.5] * 4, range(4), 1000, 0) == pytest.approx(
+        (19.88, 80.12), abs=0.01
+    )
 
 
 def test_an_interval_of_differences_does_not_end_at_zero() -> None:

@@ -31,6 +31,7 @@ from transformers.modeling_outputs import BackboneOutput
 from llm2clip_vlm.data.reading.images import EncodedImage, read_image, shown
 from llm2clip_vlm.evaluation.encoder.encoders import Encoder, require_finite, tower_pixels
 from llm2clip_vlm.files import require_regular
+from llm2clip_vlm.metrics.statistics import percentile_interval
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
 from llm2clip_vlm.models.vision.towers import VisionTower, load_vision_tower
 from llm2clip_vlm.recipe.evaluation import BoxSource, DetectionTask, EncoderEvalRecipe
@@ -274,7 +275,8 @@ def coco_ap(truth: Any, found: list[dict[str, Any]], recipe: EncoderEvalRecipe) 
             for _ in range(min(recipe.bootstrap, MAX_DRAWS))
         ]
         draws = [draw for draw in draws if draw >= 0]  # -100: no true box among the images
+    ci = percentile_interval(np.array(draws), values["ap"], images) if draws else None
     return {
         **{name: None if value < 0 else value for name, value in values.items()},
-        "ci": np.percentile(draws, [2.5, 97.5]).tolist() if draws else None,
+        "ci": None if ci is None else ci.clip(0, 100).tolist(),
     }
