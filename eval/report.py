@@ -23,7 +23,7 @@ from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.evaluation.report import examples, inputs
 from llm2clip_vlm.evaluation.report.charts import Line
 from llm2clip_vlm.evaluation.report.facts import Facts, charts, retrieval_verdict
-from llm2clip_vlm.evaluation.report.inputs import ReportError
+from llm2clip_vlm.evaluation.report.inputs import Measured, ReportError
 from llm2clip_vlm.evaluation.report.pages import render
 from llm2clip_vlm.recipe.base import ImageTextSource
 from llm2clip_vlm.recipe.reading import load_recipe, words_of
@@ -70,7 +70,7 @@ def collect(recipe: ReportRecipe) -> Facts:
     stages |= {f"stage3-{name}": folder for name, folder in recipe.stage3.items()}
     stages |= {f"stage4-{t}-s{s}": f for t, seeds in recipe.vlms.items() for s, f in seeds.items()}
     made = {n: found for n, folder in stages.items() if folder and (found := read_manifest(folder))}
-    vlms = []
+    vlms, judged = [], list[tuple[str, Measured]]()
     if recipe.evaluation and recipe.vlms:
         vlms = inputs.read_vlms(
             recipe.evaluation, {t: [*map(int, found)] for t, found in recipe.vlms.items()}
@@ -79,22 +79,26 @@ def collect(recipe: ReportRecipe) -> Facts:
             raise ReportError(f"headline_task: {task}: expected one of {list(vlms[0].scores)}")
         for run in vlms:
             run.scores = {task: run.scores[task], **run.scores}
-            for seed, measured in run.scores[task].items():
-                model = made.get(f"stage4-{run.name}-s{seed}", {}).get("outputs", {}).get("model")
-                if model not in (None, measured.result["checkpoint"]["sha256"]):
-                    raise ReportError(
-                        f"{measured.folder}: these scores are of other weights than stage 4's "
-                        "model: it was trained again since; run `llm2clip-vlm eval` again"
-                    )
+            judged += [(f"stage4-{run.name}-s{seed}", m) for seed, m in run.scores[task].items()]
     costs = inputs.read_optional(recipe.costs) or {}
-    encoders = {n: f for n, f in recipe.encoders.items() if Path(f, "results.json").is_file()}
+    there = {n: f for n, f in recipe.encoders.items() if Path(f, "results.json").is_file()}
+    encoders = {name: inputs.read_run(name, {folder: None}) for name, folder in there.items()}
+    own = encoders.keys() - recipe.tower_models.keys()
+    judged += [(f"stage2-{n}", of[None]) for n in own for of in encoders[n].scores.values()]
+    for stage, measured in judged:
+        model = made.get(stage, {}).get("outputs", {}).get("model")
+        if model and measured.weights() not in (None, model):
+            raise ReportError(
+                f"{measured.folder}: these scores are of other weights than the model of {stage}: "
+                "it was trained again since; run `llm2clip-vlm eval` again"
+            )
     return Facts(
         recipe,
         retrieval=retrieval,
         verdict=retrieval_verdict(retrieval, recipe.headline, recipe.captions),
         cra=inputs.read_cra(recipe.stage1) if recipe.stage1 else None,
         vlms=vlms,
-        encoders={name: inputs.read_run(name, {folder: None}) for name, folder in encoders.items()},
+        encoders=encoders,
         seconds={name: float(found["seconds"]) for name, found in (costs or made).items()},
         costs=costs,
         manifests={n: made[f"stage2-{n}"] for n in recipe.towers if f"stage2-{n}" in made},

@@ -102,7 +102,7 @@ def write_tower(folder: Path, r1: float, seconds: float = 61.0) -> Path:
         "seconds": seconds,
         "recipe_hash": "a" * 64,
         "versions": {"torch": "2"},
-        "outputs": [],
+        "outputs": {},
     }
     write_json(folder / "manifest.json", manifest)
     return folder

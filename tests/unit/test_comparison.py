@@ -156,6 +156,20 @@ def test_seeds_of_the_same_weights_are_no_seeds(tmp_path: Path) -> None:
     assert "the seeds of b are not all of different weights" in row["test"]
 
 
+def test_seeds_of_one_tower_are_no_seeds(tmp_path: Path) -> None:
+    """Results of stage 2 name no weights: its manifest does."""
+    for name, seed in itertools.product("ab", range(6)):
+        folder = tmp_path / f"{name}-s{seed}"
+        write_json(folder / "results.json", retrieval(60.0 if name == "a" else 50.0 + seed))
+        weights = {"model": name if name == "a" else f"b{seed}"}
+        manifest = {"schema": 1, "stage": "stage2b", "seconds": 1.0, "outputs": weights}
+        write_json(folder / "manifest.json", manifest)
+    rows = command(tmp_path / "out", *(f"{n}={tmp_path}/{n}-s{{seed}}" for n in "ab"))["ab"]
+    for row in (pairs["a-b"] for pairs in rows.values()):
+        assert row["p"] is None is row["ci"]
+        assert "the seeds of a are not all of different weights" in row["test"]
+
+
 def test_recall_on_other_pictures_is_refused(tmp_path: Path, capsys: Any) -> None:
     """As many captions, of other pictures: the stages' manifests tell."""
     for name, digest, limit in (

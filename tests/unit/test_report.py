@@ -43,6 +43,7 @@ from tests.report_fixtures import (
     write_json,
     write_lines,
     write_run,
+    write_tower,
     write_world,
 )
 
@@ -192,9 +193,34 @@ def test_scores_of_weights_that_are_gone_are_refused(
     make(program, run, tmp_path, vlms=vlms)
     write_json(tmp_path / "base/manifest.json", manifest | {"outputs": {"model": "other"}})
     with pytest.raises(
-        ReportError, match="other weights than stage 4's model: it was trained again"
+        ReportError, match="other weights than the model of stage4-base-s0: it was trained again"
     ):
         make(program, run, tmp_path, vlms=vlms)
+
+
+def test_tasks_of_an_encoder_that_was_trained_again_are_refused(
+    program: ModuleType, run: Path, tmp_path: Path
+) -> None:
+    """`make demo` trains the tower anew; the evaluation of its other tasks was made by hand."""
+    folder, tower = tmp_path / "encoder", tmp_path / "tower"
+    judged = {"path": str(tower / "model"), "sha256": "old"}
+    write_json(folder / "parts.json", {"miou": 41.5, "checkpoint": judged})
+    write_json(folder / "results.json", {})
+    write_tower(tower, 60.0)
+    manifest = json.loads((tower / "manifest.json").read_text())
+    places = {"encoders": {"base": str(folder)}}
+    places["towers"] = report_recipe(run)["towers"] | {"base": str(tower)}
+    for sha in ("old", "new"):
+        write_json(tower / "manifest.json", manifest | {"outputs": {"model": sha}})
+        if sha == "old":
+            assert make(program, run, tmp_path, **places)[0]["encoders"] == {
+                "base": {"parts": 41.5}
+            }
+    with pytest.raises(
+        ReportError, match=r"encoder: these scores are of other weights than .* stage2-base"
+    ):
+        make(program, run, tmp_path, **places)
+    make(program, run, tmp_path, **places, tower_models={"base": str(tmp_path)})
 
 
 def test_what_needs_no_picture_is_a_line_in_every_chart_with_a_score(

@@ -267,8 +267,8 @@ def _copies(found: Mapping[int | None, Measured]) -> str | None:
 
     Two have the same weights, or all gave the same answers, some of them wrong.
     """
-    made_by = [one.result.get("checkpoint", {}).get("sha256") for one in found.values()]
-    if max(map(made_by.count, filter(None, made_by)), default=1) > 1:
+    made_by = list(filter(None, (one.weights() for one in found.values())))
+    if len({*made_by}) < len(made_by):
         return "are not all of different weights"
     said = [
         [(s["doc_id"], s.get("answer"), s["correct"], s.get("counts")) for s in one.samples]

@@ -154,9 +154,8 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
             row["question"] if asked[row["question"]] >= OFTEN else row["type"] for row in rows
         ],
     }
-    shares = {}
+    shares, targets = {}, [normalise(str(row["target"])) for row in rows]
     for name, groups in rules.items():
-        targets = [normalise(str(row["target"])) for row in rows]
         counts: dict[str, Counter[str]] = defaultdict(Counter)
         for group, target in zip(groups, targets, strict=True):
             counts[group][target] += 1
@@ -200,12 +199,13 @@ class Measured:
 
     @property
     def counts(self) -> np.ndarray:
-        """What a mean IoU is made of (:func:`~llm2clip_vlm.metrics.segmentation.overlaps`).
-
-        Returns:
-            `int[images, 3, classes]`; empty for other scores.
-        """
+        """Pixels that a mean IoU is made of, `int[images, 3, classes]`; empty for other scores."""
         return np.array([sample["counts"] for sample in self.samples if "counts" in sample])
+
+    def weights(self) -> str | None:
+        """Fingerprint of what was judged. None: neither a result nor a stage's manifest tells."""
+        judged = self.result.get("checkpoint", {}).get("sha256")
+        return judged or (read_manifest(self.folder) or {}).get("outputs", {}).get("model")
 
     def interval(self) -> Sequence[float] | None:
         """The 95 % interval over pictures. None: neither it nor single answers were kept."""
@@ -274,9 +274,9 @@ def read_run(
                 raise ReportError(f"{folder}: no results of {told}; has {files.listed(whole)}")
             if wanted is not None:
                 found = {t: m for t, m in found.items() if t.partition(":")[0] in wanted}
-            made_by = [(m.result.get("checkpoint", {}).get("sha256"), t) for t, m in found.items()]
-            if len({sha for sha, _ in made_by if sha}) > 1:
-                held = ", ".join(f"{t} of {sha[:12]}" for sha, t in made_by if sha and ":" not in t)
+            made_by = {t: sha for t, m in found.items() if ":" not in t and (sha := m.weights())}
+            if len({*made_by.values()}) > 1:
+                held = ", ".join(f"{task} of {sha[:12]}" for task, sha in made_by.items())
                 raise ReportError(
                     f"{folder}: expected results of one model, got several weights: {held}; run "
                     "`llm2clip-vlm eval` again with all of these tasks, or name some with --task"
@@ -333,10 +333,10 @@ def _folders(place: str, seeds: Sequence[int] | None) -> Iterator[tuple[int | No
     elif seeds is not None:
         yield from ((seed, Path(place.replace("{seed}", str(seed)))) for seed in seeds)
     else:
-        first, *rest = map(re.escape, place.split("{seed}"))
-        pattern = re.compile(first + r"(\d+)" + r"\1".join(rest))
+        escaped = re.escape(place).replace(r"\{seed\}", r"(?P<seed>\d+)", 1)
+        pattern = escaped.replace(r"\{seed\}", "(?P=seed)")
         paths = glob.glob(glob.escape(place).replace("{seed}", "*"))
-        matches = [match for path in paths if (match := pattern.fullmatch(path))]
+        matches = [match for path in paths if (match := re.fullmatch(pattern, path))]
         yield from sorted((int(match[1]), Path(match[0])) for match in matches)
 
 
