@@ -7,6 +7,7 @@ folder: `README.md` with the metadata block that the Hugging Face Hub reads.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -160,6 +161,13 @@ def add_scores(folder: Path, scores: Mapping[str, tuple[str, float]]) -> None:
     table = f"## Evaluation\n\n{_table(card.data.eval_results)}\n\n"
     card.text = _EVALUATION.sub(lambda _: table, card.text.partition(f"<!-- {_OURS} ")[0])
     _write(file, str(card))
+
+
+def metric_and_score(result: Mapping[str, Any]) -> tuple[str, float]:
+    """Name and score of an evaluation: of MME the share that is right, not the sum of points."""
+    name, score = result["primary_metric"], result["score"]
+    same = any(math.isclose(score, n * result["metrics"][name], abs_tol=0.05) for n in (1, 100))
+    return (name if same else "accuracy"), score
 
 
 def _row(kind: str, data: str, title: str, score: float, metric: str = "accuracy") -> Any:

@@ -94,6 +94,9 @@ def test_a_task_twice_needs_two_names(data: Path, model_dir: Path) -> None:
     assert [job.task for job in jobs] == ["l2c_world_exist", "again"]
     assert jobs[1].result_path(Path("out")) == Path("out/a/again.json")
     assert jobs[0].spec_hash == jobs[1].spec_hash  # the name says nothing about the score
+    one, two = task | {"title": "World"}, other | {"title": "World"}
+    with pytest.raises(EvaluationError, match=r"\['World'\] given twice; give each a `title`"):
+        plan(suite(data, tasks=[one, two]), {"a": model_dir}, TASKS)
 
 
 def test_a_data_set_that_several_tasks_read_is_fetched_once(
@@ -283,6 +286,33 @@ def test_what_is_missing_is_named_before_the_start(
     with pytest.raises(ImageError, match=r"2\.png"):
         run(suite(data))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [("acc", 0.653, "acc"), ("gpt_eval_score", 65.3, "gpt_eval_score"), ("mme", 812.5, "accuracy")],
+)
+def test_a_card_names_the_metric_that_the_score_is(
+    data: Path, model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    metric: str, value: float, said: str,
+) -> None:  # fmt: skip
+    """MME's metric is a sum of points: 65.3 % right answers are not 65.3 of its 2,000."""
+
+    def spawn(recipe: SuiteRecipe, jobs: list[Job], out: Path, tasks: Path) -> int:
+        (job,) = jobs
+        result = {"schema": 1, "spec_hash": job.spec_hash, "checkpoint": {"sha256": job.sha256}}
+        result |= {"limit": None, "documents": 3, "title": "T", "score": 65.3}
+        result |= {"primary_metric": metric, "metrics": {metric: value}}
+        job.result_path(out).parent.mkdir(parents=True, exist_ok=True)
+        job.samples_path(out).write_text("")
+        job.result_path(out).write_text(json.dumps(result))
+        return 0
+
+    cards: list[Any] = []
+    monkeypatch.setattr(lmms_jobs, "_spawn", spawn)
+    monkeypatch.setattr(lmms_jobs, "add_scores", lambda *given: cards.append(given))
+    run_suite(suite(data), {"a": model_dir}, tmp_path / "out", TASKS)
+    assert cards == [(model_dir, {"T": (said, 65.3)})]
 
 
 def test_the_worker_does_not_inherit_a_distributed_launch() -> None:

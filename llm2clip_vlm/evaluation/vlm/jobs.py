@@ -32,7 +32,7 @@ from llm2clip_vlm.data.reading.shards import IMAGE_SUFFIXES
 from llm2clip_vlm.files import find_shipped, read_json, write_atomically
 from llm2clip_vlm.recipe.reading import did_you_mean
 from llm2clip_vlm.recipe.suite import LmmsTask, SuiteRecipe
-from llm2clip_vlm.runs.card import add_scores
+from llm2clip_vlm.runs.card import add_scores, metric_and_score
 from llm2clip_vlm.runs.hashes import changed_files, fingerprint_dir, fingerprint_file, hash_json
 from llm2clip_vlm.runs.inputs import missing_model
 from llm2clip_vlm.runs.manifest import versions
@@ -161,12 +161,14 @@ def plan(suite: SuiteRecipe, checkpoints: Mapping[str, str | Path], tasks_dir: P
 
     Raises:
         EvaluationError: A checkpoint, task, data file or image that is not there, a name that is no
-            file name, two tasks of one name, or a judge asked for that has no key.
+            file name, two tasks of one name or title, or a judge asked for that has no key.
     """
     check_checkpoints(checkpoints)
     names = [task.name or task.task for task in suite.tasks]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise EvaluationError(f"tasks: {sorted(twice)} given twice; give each a `name`")
+    titles = [task.title or task.name or task.task for task in suite.tasks]
+    for key, given in (("name", names), ("title", titles)):  # charts and cards go by titles
+        if twice := {name for name in given if given.count(name) > 1}:
+            raise EvaluationError(f"tasks: {sorted(twice)} given twice; give each a `{key}`")
     if suite.judge == "environment" and not os.environ.get("OPENAI_API_KEY"):
         raise EvaluationError(
             "judge: environment: expected OPENAI_API_KEY, got none; without it lmms-eval writes 0 "
@@ -362,8 +364,7 @@ def run_suite(
         found.setdefault(job.checkpoint, {})[job.task] = result
     for name, results in found.items():
         whole = (r for r in results.values() if (r["limit"] or r["documents"]) >= r["documents"])
-        scores = {r["title"]: (r["primary_metric"], r["score"]) for r in whole}
-        add_scores(Path(checkpoints[name]), scores)
+        add_scores(Path(checkpoints[name]), {r["title"]: metric_and_score(r) for r in whole})
     return found
 
 
