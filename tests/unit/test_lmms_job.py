@@ -497,6 +497,13 @@ def test_open_answers_are_not_called_unparsable_unless_the_task_says_so() -> Non
     assert summarise(samples_of(items, ["acc"]))["n_unparsable"] == 1
 
 
+def test_an_answer_of_several_right_ones_can_be_parsed() -> None:
+    """A list of references is not one target: no answer would ever be in such a set."""
+    items = [logged(n, "yes", 1.0) | {"target": ["yes", "yeah"]} for n in range(6)]
+    items[0]["filtered_resps"] = ["perhaps"]
+    assert summarise(samples_of(items, ["acc"]))["n_unparsable"] == 1
+
+
 def test_metrics_leave_out_errors_names_and_the_target_rate() -> None:
     given = {
         "alias": "pope",

@@ -178,6 +178,16 @@ def test_daquar_counts_sets_of_answers(said: str, right: float, exact: float) ->
     }  # fmt: skip
 
 
+def test_daquar_takes_one_answer_as_a_text_and_refuses_none() -> None:
+    """The letters of a text are no answers, and who says nothing is not right."""
+    task = load_program(Path("eval/tasks/l2c_daquar/utils.py"))
+    doc = {"question": "what ?", "answer": "red, blue", "answers": "red, blue"}
+    assert task.process_results(doc, ["blue, red"])["accuracy"] == 1
+    for none in ([], "", [" "]):
+        with pytest.raises(ValueError, match=r"question 'what \?': expected answers"):
+            task.process_results(doc | {"answers": none}, [""])
+
+
 # --- the comparison -----------------------------------------------------------------------------
 
 

@@ -32,6 +32,12 @@ def answer_set(text: str) -> set[str]:
 
 def process_results(doc: Mapping[str, Any], results: list[str]) -> dict[str, Any]:
     """1.0 or 0.0 for one question, and its kind."""
-    right = answer_set(results[0]) == answer_set(",".join(doc["answers"]))
-    kind = doc.get("kind") or "question"
-    return {"accuracy": float(right), "exact_match": exact_match(doc, results), "type": kind}
+    listed = doc["answers"] if isinstance(doc["answers"], list) else [doc["answers"]]
+    wanted, kind = answer_set(",".join(listed)), doc.get("kind") or "question"
+    if not wanted:
+        raise ValueError(f"question {doc['question']!r}: expected answers, got {doc['answers']!r}")
+    return {
+        "accuracy": float(answer_set(results[0]) == wanted),
+        "exact_match": exact_match(doc, results),
+        "type": kind,
+    }

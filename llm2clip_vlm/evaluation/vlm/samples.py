@@ -122,7 +122,8 @@ def samples_of(
             }
             | ({"question_id": question, "turn": turn} if in_turns else {})
         )
-    targets = {normalise(str(sample["target"])) for sample in samples}
+    references = (s["target"] if isinstance(s["target"], list) else [s["target"]] for s in samples)
+    targets = {normalise(str(target)) for several in references for target in several}
     closed = not whole and len(targets) <= min(CLOSED_SET, len(samples) // 2)
     for sample in samples:
         if sample["unparsable"] is None and closed:
