@@ -28,6 +28,7 @@ from llm2clip_vlm.cli import guard
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.data.reading.bad_records import BadRecords
 from llm2clip_vlm.data.text.captions import read_captions
+from llm2clip_vlm.evaluation.report.inputs import DIRECTIONS, read_retrieval
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.metrics.separability import PROTOCOL, caption_separability
 from llm2clip_vlm.metrics.statistics import seed_summary
@@ -44,7 +45,7 @@ VLMS = ("base", "control_long", "llm2clip", "llm2clip_shuffled", "text_only")
 TASKS = {"daquar": "l2c_daquar", "coco": "l2c_photo_vqa", "captions": "captions"}
 """Name of a task in the table to its result file's."""
 ALIKE = ("n", "limit", "primary_metric", "generation_kwargs")
-"""What the results of a task must have in common, beside their data."""
+"""What the results of a task must have in common, beside data and wording (not pictures)."""
 OTHER = "other_pictures"
 """What a result says of the same questions with the pictures of others."""
 ELSEWHERE = f"_{OTHER}"
@@ -135,23 +136,23 @@ def separability(
 
 
 def retrieval(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
-    """R@1, 5 and 10 of each tower by seed."""
+    """R@1, 5 and 10 of each tower by seed.
+
+    Raises:
+        ReportError: Towers were tested on other photographs or captions.
+    """
+    arms = [name for tower in TOWERS for name in (tower, f"frozen_{tower}")]
+    places = {(a, seed): run / "towers" / f"{a}-s{seed}" for a in arms for seed in seeds}
+    missing += [str(f) for f in places.values() if not (f / "manifest.json").is_file()]
+    there = {key: f for key, f in places.items() if (f / "manifest.json").is_file()}
+    made = read_retrieval({f.name: str(f) for f in there.values()}) if there else {}
     found: dict[str, Any] = {}
-    for arm in (name for tower in TOWERS for name in (tower, f"frozen_{tower}")):
-        rows = []
-        for seed in seeds:
-            folder = run / "towers" / f"{arm}-s{seed}"
-            if (folder / "manifest.json").is_file():
-                rows.append((seed, dict(read_json(folder / "results.json"))["retrieval"]))
-            else:
-                missing.append(str(folder))
-        if rows:
-            found[arm] = {"seeds": [seed for seed, _ in rows]} | {
-                way: {
-                    f"r{k}": [row["captions"][way][f"r{k}"] for _, row in rows] for k in (1, 5, 10)
-                }
-                for way in ("i2t", "t2i")
-            }
+    for arm in dict.fromkeys(arm for arm, _ in there):
+        rows = {s: made[f.name]["captions"] for (a, s), f in there.items() if a == arm}
+        found[arm] = {"seeds": [*rows]} | {
+            way: {f"r{k}": [row[way][f"r{k}"] for row in rows.values()] for k in (1, 5, 10)}
+            for way in DIRECTIONS
+        }
     return found
 
 
@@ -169,7 +170,8 @@ def vlm(run: Path, seeds: Sequence[int], missing: list[str]) -> dict[str, Any]:
             missing += [str(file) for file in files.values() if not file.is_file()]
             there = {seed: dict(read_json(f)) for seed, f in files.items() if f.is_file()}
             for seed, r in there.items():
-                said = [r.get("data", {}).get("sha256"), *map(r.get, ALIKE)]
+                worded = {k: v for k, v in r.get("overrides", {}).items() if k != "doc_to_visual"}
+                said = [r.get("data", {}).get("sha256"), worded, *map(r.get, ALIKE)]
                 alike.setdefault(str(said), []).append(f"{tower}-s{seed}")
             asked = {"": there}
             asked[ELSEWHERE] = {s: r[OTHER] | {"n": r["n"]} for s, r in there.items() if OTHER in r}

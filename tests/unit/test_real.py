@@ -14,6 +14,7 @@ from PIL import Image
 
 from llm2clip_vlm.data.cache.embeddings import EmbeddingCache
 from llm2clip_vlm.evaluation.report.comparison_pages import difference_chart
+from llm2clip_vlm.evaluation.report.inputs import ReportError
 from llm2clip_vlm.files import find_program, load_program
 from tests.tiny import build_clip
 
@@ -209,8 +210,8 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
         for arm, r1 in (("stage1_bidirectional", 30.0), ("control_long", 10.0)):
             folder = run / "towers" / f"{arm}-s{seed}"
             folder.mkdir(parents=True)
-            (folder / "manifest.json").write_text("{}")
-            way = {"r1": r1 + seed, "r5": 50.0, "r10": 60.0}
+            (folder / "manifest.json").write_text('{"schema": 1}')
+            way = {"r1": r1 + seed, "r5": 50.0, "r10": 60.0, "gallery": 1000}
             found = {"retrieval": {"captions": {"i2t": way, "t2i": way}}}
             (folder / "results.json").write_text(json.dumps(found))
         for tower, cider in (("llm2clip", 20.0), ("base", 15.0)):
@@ -246,6 +247,17 @@ def test_the_comparison_names_what_is_missing(data: Path, tmp_path: Path) -> Non
     file.write_text(json.dumps(result | {"data": {"sha256": "of other questions"}}))
     with pytest.raises(ValueError, match="captions: expected one number of questions, data"):
         program.vlm(run, [0, 1], [])
+    file.write_text(json.dumps(result | {"overrides": {"doc_to_visual": "none"}}))
+    program.vlm(run, [0, 1], [])  # as text alone is asked
+    file.write_text(json.dumps(result | {"overrides": {"lmms_eval_specific_kwargs": "shorter"}}))
+    with pytest.raises(ValueError, match="captions: expected one number of questions, data"):
+        program.vlm(run, [0, 1], [])
+    tower = run / "towers/control_long-s1/results.json"
+    whole = tower.read_text()
+    tower.write_text(whole.replace('"gallery": 1000', '"gallery": 40'))  # as of a `limit`
+    with pytest.raises(ReportError, match="control_long-s1: captions: expected as for"):
+        program.retrieval(run, [0, 1], [])
+    tower.write_text(whole)
     for folder in ("eval", "cache"):
         shutil.rmtree(run / folder)
     again = tmp_path / "again.json"
