@@ -330,19 +330,9 @@ def caption_galleries(records: Sequence[ImageTextRecord]) -> dict[str, tuple[lis
 
     Returns:
         Kind to (captions, positions in `records`).
-
-    Raises:
-        RecordError: Two records have one picture: each one's captions would be the other's errors.
     """
     galleries: dict[str, tuple[list[str], list[int]]] = {}
-    first: dict[Any, int] = {}
     for position, record in enumerate(records):
-        if (other := first.setdefault((record.root, record.image), position)) != position:
-            raise RecordError(
-                f"{record.where} has the picture of {records[other].where}: retrieval would count "
-                "each one's captions as errors of the other; make one record of all captions of a "
-                "picture (`group_by` the column that names it)"
-            )
         for kind, texts in record.captions.items():
             captions, owners = galleries.setdefault(kind, ([], []))
             captions.extend(texts)

@@ -6,6 +6,7 @@ The processes of a run share the encoding; all of them then hold the same result
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,7 @@ class HeldOut:
 
     def texts(self) -> list[str]:
         """All texts that will be encoded, each once."""
-        galleries = [caption_galleries(data.records) for data in self._retrieval.values()]
-        texts = [text for kinds in galleries for own, _ in kinds.values() for text in own]
+        texts = [t for d in self._retrieval.values() for r in d.records for t in _captions(r)]
         for source, dataset in self._zero_shot.values():
             texts += prompts_of(dataset.records, source)
         return list(dict.fromkeys(texts))
@@ -169,6 +169,10 @@ def _labels(records: Iterable[ImageTextRecord]) -> list[str]:
 
 def _classes(records: Iterable[ImageTextRecord]) -> list[str]:
     return sorted(set(_labels(records)))
+
+
+def _captions(record: ImageTextRecord) -> list[str]:
+    return list(chain.from_iterable(record.captions.values()))
 
 
 def prompts_of(records: Iterable[ImageTextRecord], source: ZeroShotSource) -> list[str]:
