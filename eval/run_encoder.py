@@ -55,7 +55,7 @@ TASKS: dict[str, Callable[..., dict[str, Any]]] = {
     "detection": detection,
 }
 
-VERSION = 5
+VERSION = 6
 """Version of the results; raised when a score or a hash is computed in another way, or more of an
 item is kept."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 from llm2clip_vlm.data.reading.images import ImageError
@@ -18,6 +20,7 @@ from llm2clip_vlm.evaluation.encoder.benchmarks import (
     read_compositional,
     read_retrieval,
 )
+from llm2clip_vlm.evaluation.encoder.zero_shot import retrieval
 from llm2clip_vlm.recipe.evaluation import ClassSource, CompositionalTask, RetrievalTask
 from tests.tiny import write_image
 
@@ -159,6 +162,26 @@ def test_records_of_any_kind_with_filters(tmp_path: Path) -> None:
     task = RetrievalTask(task="retrieval", benchmark="records", data=str(data), images="/elsewhere")
     records, protocol, standard = read_retrieval(task)
     assert records[0].root == Path("/elsewhere") and not standard and "index.jsonl" in protocol
+
+
+def test_a_file_with_a_caption_a_row_has_each_picture_once(tmp_path: Path) -> None:
+    """Beside copies of the picture, a perfect encoder had an R@1 of 0."""
+    rows = [{"image": f"{n // 2}.png", "caption": f"{n // 2} {n}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    values = {"task": "retrieval", "benchmark": "records", "fields": ["caption"]}
+    task = RetrievalTask.model_validate(values | {"data": str(tmp_path / "rows.jsonl")})
+    place = torch.eye(3)
+    encoder: Any = SimpleNamespace(
+        embed_images=lambda records: (place[[int(Path(r.image).stem) for r in records]], "bytes"),
+        embed_texts=lambda texts: place[[int(text.split()[0]) for text in texts]],
+    )
+    recipe: Any = SimpleNamespace(bootstrap=9, seed=0)
+    found = retrieval(task, encoder, recipe)
+    both = found["kinds"]["caption"]
+    assert [both[way]["r1"] for way in ("i2t", "t2i")] == [100, 100]
+    assert (both["i2t"]["queries"], both["i2t"]["gallery"], both["t2i"]["gallery"]) == (3, 6, 3)
+    first, second = (found["samples"][f".caption.{way}"][0] for way in ("i2t", "t2i"))
+    assert len(first) == 3 and second == [key for key in first for _ in range(2)]
 
 
 def test_what_is_not_the_standard_set_says_so(

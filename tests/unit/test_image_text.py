@@ -322,7 +322,7 @@ def test_loader_workers_see_the_epoch(records: ImageTextRecords) -> None:
 
 
 def test_galleries_keep_kinds_apart(records: ImageTextRecords) -> None:
-    galleries = caption_galleries(records[:2])
+    _, galleries = caption_galleries(records[:2])
     assert galleries["short"] == (["s0", "s1"], [0, 1])
     assert galleries["long"] == (["l0a", "l0b", "l0c", "l1a", "l1b", "l1c"], [0, 0, 0, 1, 1, 1])
 
@@ -484,6 +484,24 @@ def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
         lambda pixels: torch.ones(len(pixels), 1), lambda some: torch.ones(len(some), 1)
     )
     assert collapsed["zero_shot"][name]["top1"] == 0.0
+
+
+def test_held_out_captions_a_row_each_are_of_one_picture(tmp_path: Path) -> None:
+    rows = [{"image": f"{n // 2}.png", "caption": f"{n // 2} {n}"} for n in range(6)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for n in range(3):
+        Image.new("RGB", (32, 32), (100 * n, 0, 0)).save(tmp_path / f"{n}.png")
+    source = ImageTextSource(path=str(tmp_path / "rows.jsonl"), fields=["caption"])
+    recipe: Any = SimpleNamespace(evaluation=[source], zero_shot=[])
+
+    def images(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.eye(3)[torch.argsort(torch.argsort(pixels[:, 0, 0, 0])) // 2]
+
+    found = HeldOut(recipe, processor(), BadRecords())(
+        images, lambda texts: torch.eye(3)[[int(text.split()[0]) for text in texts]]
+    )["retrieval"]["caption"]
+    assert [found[way]["r1"] for way in ("i2t", "t2i")] == [100, 100]
+    assert (found["i2t"]["queries"], found["t2i"]["gallery"]) == (3, 3)
 
 
 def test_held_out_images_of_two_classes_are_refused_at_once(tmp_path: Path) -> None:

@@ -322,22 +322,32 @@ def collate(batch: dict[str, Any]) -> dict[str, Any]:
     return batch
 
 
-def caption_galleries(records: Sequence[ImageTextRecord]) -> dict[str, tuple[list[str], list[int]]]:
-    """Captions of each kind, and the image that each belongs to, for retrieval.
+def caption_galleries(
+    records: Sequence[ImageTextRecord],
+) -> tuple[list[int], dict[str, tuple[list[str], list[int]]]]:
+    """Pictures, captions of each kind, and the picture that each belongs to, for retrieval.
+
+    Records of one picture (a file with a caption a row) are one: beside its own copy no picture is
+    found first, however good an encoder is.
 
     Args:
         records: Held-out records.
 
     Returns:
-        Kind to (captions, positions in `records`).
+        Positions in `records` of the pictures; kind to (captions, numbers of the pictures).
     """
+    numbers: dict[Any, int] = {}
+    pictures: list[int] = []
     galleries: dict[str, tuple[list[str], list[int]]] = {}
     for position, record in enumerate(records):
+        number = numbers.setdefault((record.root, record.image), len(pictures))
+        if number == len(pictures):
+            pictures.append(position)
         for kind, texts in record.captions.items():
             captions, owners = galleries.setdefault(kind, ([], []))
             captions.extend(texts)
-            owners.extend([position] * len(texts))
-    return galleries
+            owners.extend([number] * len(texts))
+    return pictures, galleries
 
 
 def _with_weight(

@@ -31,9 +31,10 @@ Result = dict[str, Any]
 
 def retrieval(task: RetrievalTask, encoder: Encoder, recipe: Recipe) -> Result:
     """Image to text and text to image, each kind of caption (or language) apart."""
-    records, protocol, standard = published.read_retrieval(task)
+    every, protocol, standard = published.read_retrieval(task)
+    pictures, galleries = caption_galleries(every)
+    records = [every[position] for position in pictures]
     images, image_hash = encoder.embed_images(records)
-    galleries = caption_galleries(records)
     texts = {kind: encoder.embed_texts(items) for kind, (items, _) in galleries.items()}
     owners = {kind: rows for kind, (_, rows) in galleries.items()}
     hits: dict[str, Any] = {}
@@ -41,7 +42,7 @@ def retrieval(task: RetrievalTask, encoder: Encoder, recipe: Recipe) -> Result:
     return {
         "protocol": protocol,
         "standard_set": standard,
-        "data_hash": hash_json([[[r.key, r.captions] for r in records], image_hash]),
+        "data_hash": hash_json([[[r.key, r.captions] for r in every], image_hash]),
         "mean": {
             way: {k: float(np.mean([kind[way][k] for kind in report.values()])) for k in _KS}
             for way in ("i2t", "t2i")

@@ -64,16 +64,17 @@ def retrieved_captions(
         ReportError: A model that needs the cache, and there is none.
     """
     register()
-    texts, owners = caption_galleries(records)[kind]
+    pictures, galleries = caption_galleries(records)
+    shown, (texts, owners) = [records[position] for position in pictures[:count]], galleries[kind]
     best: dict[str, list[int]] = {}
     for name, folder in models.items():
         if read_config(folder).model_type == LLM2CLIPConfig.model_type and cache is None:
             raise ReportError(f"{folder}: captions need stage 2a's directory; set `cache`")
         encoder = load_encoder(str(folder), captions=cache.lookup if cache else None)
-        images, _ = encoder.embed_images(records[:count])
+        images, _ = encoder.embed_images(shown)
         best[name] = (images @ encoder.embed_texts(texts).T).argmax(dim=1).tolist()
     examples = []
-    for number, record in enumerate(records[:count]):
+    for number, record in enumerate(shown):
         right = [text for text, owner in zip(texts, owners, strict=True) if owner == number]
         found = {name: texts[rows[number]] for name, rows in best.items()}
         marked = {name: (text, float(text in right)) for name, text in found.items()}

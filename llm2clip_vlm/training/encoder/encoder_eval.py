@@ -117,10 +117,10 @@ class HeldOut:
         results: dict[str, Any] = {"retrieval": {}}
         for name, dataset in self._retrieval.items():
             images, records = self._images(dataset, encode_images)
-            galleries = caption_galleries(records)
+            pictures, galleries = caption_galleries(records)
             texts = {kind: _texts(texts, encode_texts) for kind, (texts, _) in galleries.items()}
             owners = {kind: own for kind, (_, own) in galleries.items()}
-            found = retrieval_report(images, texts, owners)
+            found = retrieval_report(images[pictures], texts, owners)
             results["retrieval"] |= {f"{name}{kind}": values for kind, values in found.items()}
         for name, (source, dataset) in self._zero_shot.items():
             images, records = self._images(dataset, encode_images)
