@@ -435,6 +435,27 @@ def test_choices_of_a_recipe_reach_the_training_images(
         assert training.augmentation.crop_scale_min == 0.5
 
 
+def test_a_caption_a_row_of_one_picture_is_told_in_training(
+    records: ImageTextRecords, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such captions are each other's negatives where a batch draws both rows."""
+    path = tmp_path / "pairs.jsonl"
+    recipe: Any = SimpleNamespace(
+        train=[ImageTextSource(path=str(path))],
+        caption_weights={},
+        seed=0,
+        image_decoding="exact",
+        augmentation=None,
+    )
+    training_images(recipe, processor(), BadRecords(), None)
+    assert not caplog.records
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    more = [row | {"id": f"{row['id']}-again"} for row in rows[:2]]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, *more]))
+    training_images(recipe, processor(), BadRecords(), None)
+    assert f"2 of the first {len(rows) + 2} records name a picture" in caplog.text
+
+
 def test_held_out_images_are_measured_by_hand(tmp_path: Path) -> None:
     """Zero-shot by loops over classes and templates; no gradient; what the log keeps."""
     samples = [(f"{i}", picture(i, 32), {"label": [("ab", "c", "de")[i % 3]]}) for i in range(9)]

@@ -5,6 +5,7 @@ The processes of a run share the encoding; all of them then hold the same result
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -30,7 +31,9 @@ from llm2clip_vlm.recipe.encoder import EncoderRecipe
 Encode = Callable[[Any], Tensor]
 """`pixel_values`, or a list of captions, to unit-norm embeddings."""
 
-_BATCH = 256
+_BATCH, _LOOKED_AT = 256, 1000
+
+logger = logging.getLogger(__name__)
 
 
 def training_images(
@@ -54,8 +57,17 @@ def training_images(
         features: Patch features of a frozen tower. None: the dataset gives pictures.
         first: Looks at the captions before any picture is opened. None: nothing does.
     """
+    records = read_sources(recipe.train, bad)
+    first_ones = records[:_LOOKED_AT]
+    if again := len(first_ones) - len({(one.root, one.image) for one in first_ones}):
+        logger.warning(
+            "train: %d of the first %d records name a picture that another of them has: beside each "
+            "other in a batch their captions are negatives; make one record of all captions of a "
+            "picture (`group_by`)",
+            *(again, len(first_ones)),
+        )
     return ImageTextDataset(
-        read_sources(recipe.train, bad),
+        records,
         image_processor,
         recipe.caption_weights,
         recipe.seed,
