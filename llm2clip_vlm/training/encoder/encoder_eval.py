@@ -61,9 +61,9 @@ def training_images(
     first_ones = records[:_LOOKED_AT]
     if again := len(first_ones) - len({(one.root, one.image) for one in first_ones}):
         logger.warning(
-            "train: %d of the first %d records name a picture that another of them has: beside each "
-            "other in a batch their captions are negatives; make one record of all captions of a "
-            "picture (`group_by`)",
+            "train: %d of the first %d records name a picture that another of them names: in one "
+            "batch their captions are each other's negatives; make one record of all captions of "
+            "a picture (`group_by`)",
             *(again, len(first_ones)),
         )
     return ImageTextDataset(

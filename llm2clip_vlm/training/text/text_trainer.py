@@ -79,7 +79,7 @@ class PairCollator:
     def _number(self, text: str, ids: Sequence[int]) -> int:
         """Number that texts share which are equal as far as the encoder reads."""
         if len(ids) == self.tokens.max_length_tokens:
-            text = self.tokens.tokenizer.decode(ids)
+            text = str(self.tokens.tokenizer.decode([*ids]))
         return caption_id(text)
 
 
