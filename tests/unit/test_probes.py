@@ -67,15 +67,23 @@ def probe(tmp_path: Path, **more: Any) -> Any:
     def pool(records: Any) -> Any:
         return torch.stack([features[Path(r.image).stem] for r in records]), "images"
 
-    seed = more.pop("seed", 0)
+    seed, places = more.pop("seed", 0), more.pop("places", {})
     task = {"task": "linear_probe"} | more
     task |= {part: {"data": str(tmp_path / f"{part}.jsonl")} for part in ("train", "test")}
+    task |= places
     recipe = EncoderEvalRecipe.model_validate(
         {"stage": "run_encoder", "output_dir": "x", "model": "x", "tasks": [task], "seed": seed}
     )
     tower = SimpleNamespace(model=SimpleNamespace(device="cpu"))
     encoder: Any = SimpleNamespace(pool=pool, tower=tower)
     return linear_probe(recipe.tasks[0], encoder, recipe)  # type: ignore[arg-type]
+
+
+def test_images_that_were_trained_on_are_no_test(tmp_path: Path) -> None:
+    """As where `train` lacks the `where` that chooses a split of the one file."""
+    whole = {"data": str(tmp_path / "test.jsonl")}
+    with pytest.raises(ValueError, match=r"36 of 36 test images are .* train, too, test\.jsonl:1"):
+        probe(tmp_path, places={"train": whole})
 
 
 def test_a_probe_with_all_and_with_few_images(tmp_path: Path) -> None:

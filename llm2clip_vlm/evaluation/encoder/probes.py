@@ -77,10 +77,20 @@ def choose_l2(accuracy: Callable[[float], float]) -> float:
 
 
 def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRecipe) -> Any:
-    """Probe the tower's pooled output, with all images and with few."""
+    """Probe the tower's pooled output, with all images and with few.
+
+    Raises:
+        ValueError: An image of train is one of test.
+    """
     device = encoder.tower.model.device
-    train, names, _, train_hash = _features(encoder, task.train)
-    test, test_names, test_keys, test_hash = _features(encoder, task.test)
+    train, names, learnt, train_hash = _features(encoder, task.train)
+    test, test_names, records, test_hash = _features(encoder, task.test)
+    shown = {(record.root, record.image) for record in learnt}
+    if both := [r.key for r in records if (r.root, r.image) in shown]:
+        raise ValueError(
+            f"linear_probe: {len(both)} of {len(records)} test images are images of train, too, "
+            f"{both[0]} among them; keep them apart, as by `where: {{split: train}}`"
+        )
     classes = {name: name for name in sorted(set(names))}
     y, y_test = (
         torch.tensor(label_rows(labels, classes, "linear_probe: train"), device=device)
@@ -118,19 +128,18 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
         "top1": accuracy(right.numpy(), range(len(test)), recipe.bootstrap, recipe.seed),
         "mean_per_class": mean_per_class(right.numpy(), y_test.cpu().numpy()),
         "l2": l2,
-        "samples": {"": (test_keys, right.numpy())},
+        "samples": {"": ([record.key for record in records], right.numpy())},
         "shots": few,
         "chance_top1": 100.0 / len(classes),
         "images": {"train": len(train), "test": len(test)},
     }
 
 
-def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str], list[str], str]:
+def _features(encoder: Encoder, source: ClassSource) -> tuple[Tensor, list[str], list[Any], str]:
     records, labels = read_classified(source)
-    keys = [record.key for record in records]
     pooled, image_hash = encoder.pool(records)
     pooled = pooled.to(encoder.tower.model.device)
-    return pooled, labels, keys, hash_json([keys, labels, image_hash])
+    return pooled, labels, records, hash_json([[r.key for r in records], labels, image_hash])
 
 
 def _few(
