@@ -39,6 +39,7 @@ from llm2clip_vlm.training.text.embedder_export import export_sentence_transform
 _SERVED = ("clip_vision_model", "siglip_vision_model", "pixtral")
 """Towers that vLLM's and SGLang's LLaVA build (`vllm/model_executor/models/llava.py`)."""
 
+TANH = "gelu_pytorch_tanh"
 _SERVED_NAMES = ("vision_tower.vision_model.", "multi_modal_projector.", "language_model.")
 
 
@@ -180,7 +181,7 @@ def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Eviden
     named = {f"visual.{name}": tensor for name, tensor in weights.items()}
     _write(folder, "open_clip_config.json", config, named, "open_clip_model.safetensors")
     lost = []
-    tanh = getattr(tower.config, "hidden_act", "") == "gelu_pytorch_tanh"
+    tanh = getattr(tower.config, "hidden_act", "") == TANH
     if tanh and not TANH_GELU.match(libraries.timm_arguments(tower.config)[0]):
         lost.append("open_clip builds this tower with exact GELU; it was trained with tanh's")
     if scaled != (side := tower.config.image_size):
@@ -252,14 +253,17 @@ def _checked(
     more: Mapping[str, Any] | None = None,
 ) -> Evidence:
     """Compare with the library; where it is not installed, with what `convert` makes of it."""
-    from llm2clip_vlm.interop.convert import FIELDS, convert
+    from llm2clip_vlm.interop.convert import convert
 
     tower = vision_tower_of(model)
     pixels = fixed_pixels(tower.config.image_size)
     if (opened := libraries.library_features(library, weights, tower.config, pixels)) is None:
         model = tower
         with tempfile.TemporaryDirectory() as place:
-            named = {k: getattr(tower.config, k) for k in FIELDS if hasattr(tower.config, k)}
+            # What a name may stand for, or is told as lost; all else is read from what was written.
+            config, kept = tower.config.to_dict(), {"num_attention_heads", "rope_grid"}
+            kept |= {"hidden_act"} if config.get("hidden_act") == TANH else set()
+            named = {key: config[key] for key in kept & config.keys()}
             convert(folder, Path(place) / "back", settings=named)
             again = load_vision_tower(Path(place) / "back", dtype=torch.float32).model
             got = features_of(again, pixels)["image_features"]

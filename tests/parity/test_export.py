@@ -156,6 +156,20 @@ def test_without_the_library_our_own_reader_is_the_proof(
     check_certificate(tmp_path / "out", certificate)
 
 
+@pytest.mark.parametrize("library", ["open_clip", "timm"])
+@pytest.mark.parametrize("said", [{"hidden_act": "relu"}, {"layer_norm_eps": 0.01}])
+def test_without_the_library_what_its_config_cannot_say_is_noticed(
+    said: dict[str, Any], library: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The proof was given the tower's own config: exact GELU for ReLU passed with 0.0."""
+    for name in ("open_clip", "timm"):
+        monkeypatch.setitem(sys.modules, name, None)
+    file = build_tower("clip", tmp_path / "tower") / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | said))
+    with pytest.raises(ModelError, match="image_features opened with `convert`"):
+        export(tmp_path / "tower", library, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("name", "config"),
     [
