@@ -175,7 +175,7 @@ def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Eviden
     weights = libraries.open_clip_weights(tower, head)
     shown, scaled, squash = _shown(processor)
     config = {
-        "model_cfg": libraries.open_clip_config(tower, head),
+        "model_cfg": libraries.open_clip_config(tower.config, head),
         "preprocess_cfg": shown | {"resize_mode": "squash" if squash else "shortest"},
     }
     named = {f"visual.{name}": tensor for name, tensor in weights.items()}

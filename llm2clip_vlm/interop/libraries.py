@@ -113,17 +113,16 @@ def open_clip_weights(tower: nn.Module, head: nn.Linear | None) -> dict[str, Ten
     return {"trunk.head.bias": torch.zeros(len(weight))} | found
 
 
-def open_clip_config(tower: nn.Module, head: nn.Linear | None) -> dict[str, Any]:
+def open_clip_config(config: Any, head: nn.Linear | None) -> dict[str, Any]:
     """open_clip's `open_clip_config.json`; there is no text tower.
 
     Args:
-        tower: See :func:`open_clip_weights`.
+        config: Config of a CLIP, SigLIP or EVA02 tower.
         head: See :func:`open_clip_weights`.
 
     Raises:
         ModelError: It has other heads than timm's tower of that name, which open_clip would build.
     """
-    config: Any = tower.config
     width, heads = config.hidden_size, config.num_attention_heads
     vision: dict[str, Any] = {"image_size": config.image_size}
     if config.model_type == "clip_vision_model":
@@ -183,17 +182,8 @@ def library_features(
         return None
     projection = None
     if library == "open_clip" and config.model_type == "clip_vision_model":
-        quick = config.hidden_act == "quick_gelu"
-        model: Any = open_clip.transformer.VisionTransformer(
-            image_size=config.image_size,
-            patch_size=config.patch_size,
-            width=config.hidden_size,
-            layers=config.num_hidden_layers,
-            heads=config.num_attention_heads,
-            mlp_ratio=_mlp_ratio(config),
-            output_dim=weights["proj"].shape[1],
-            act_layer=open_clip.transformer.QuickGELU if quick else nn.GELU,
-        )
+        made = open_clip_config(config, None) | {"embed_dim": weights["proj"].shape[1]}
+        model: Any = open_clip.model._build_vision_tower(**made)
     else:
         # open_clip's own wrapper builds only published sizes; its `trunk` is timm's model.
         projection = weights.pop("head.proj.weight", None)

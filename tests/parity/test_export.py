@@ -204,7 +204,7 @@ def test_published_sizes_have_the_names_and_shapes_of_the_libraries(
         published = open_clip.get_model_config(name)
         head = torch.nn.Linear(tower.config.hidden_size, published["embed_dim"], bias=False)
         ours = open_clip_weights(tower, None if config == "siglip" else head)
-        made = open_clip_config(tower, None if config == "siglip" else head)
+        made = open_clip_config(tower.config, None if config == "siglip" else head)
         theirs = open_clip.model._build_vision_tower(
             published["embed_dim"], published["vision_cfg"], published.get("quick_gelu", False)
         )
@@ -252,10 +252,10 @@ def test_open_clip_is_not_given_heads_that_it_would_not_build() -> None:
         published = SiglipVisionModel(SiglipVisionConfig(**sizes, num_attention_heads=12))
         eva = Eva02VisionModel(Eva02VisionConfig(num_hidden_layers=1, rope_grid=24))
     with pytest.raises(ModelError, match="expected 12 heads and a rope_grid of 16, got 8 and 16"):
-        open_clip_config(tower, None)
+        open_clip_config(tower.config, None)
     with pytest.raises(ModelError, match="got 16 and 24"):
-        open_clip_config(eva, None)
-    assert open_clip_config(published, None)["embed_dim"] == 768
+        open_clip_config(eva.config, None)
+    assert open_clip_config(published.config, None)["embed_dim"] == 768
 
 
 @pytest.mark.parametrize("kind", ["clip", "siglip"])
