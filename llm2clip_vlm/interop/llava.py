@@ -81,6 +81,7 @@ def convert_llava(
             f"{path}: mm_use_im_start_end: expected false, got true; Hugging Face's "
             "LLaVA writes no tokens around a picture"
         )
+    tokenizer = read_tokenizer(folder if whole else str(language_model))
     with tempfile.TemporaryDirectory() as place:
         model, processor = build_vlm(
             vision_tower,
@@ -88,9 +89,7 @@ def convert_llava(
             vision_feature_layer=config.get("mm_vision_select_layer", -2),
             vision_feature_select_strategy=_SELECT[config.get("mm_vision_select_feature", "patch")],  # type: ignore[arg-type]
             image_aspect_ratio="pad" if config.get("image_aspect_ratio") == "pad" else "square",
-            chat_template=None
-            if _has_template(folder if whole else language_model)
-            else "vicuna_v1",
+            chat_template="vicuna_v1" if tokenizer.chat_template is None else None,
         )
     found, unexpected = translate(weights, LLAVA)
     state = model.state_dict()
@@ -102,13 +101,6 @@ def convert_llava(
     report = load_translated(model, own, unexpected, left_out=left_out, where=path, partial=partial)
     report.matched = len(set(found) & set(state))
     return model, processor, report
-
-
-def _has_template(folder: Any) -> bool:
-    try:
-        return read_tokenizer(folder).chat_template is not None
-    except (OSError, ValueError):
-        return False
 
 
 def _decoder(

@@ -157,8 +157,7 @@ def _special_of(tokenizer: Any) -> dict[str, int]:
 
 
 def _config_for(arguments: Mapping[str, Any], tokenizer: Any) -> CLIPConfig:
-    text = _special_of(tokenizer)
-    values = dict(arguments)
+    text, values = _special_of(tokenizer), dict(arguments)
     shared = {k: v for k, v in values.items() if k == "projection_dim"}
     values["text_config"] = text | shared | dict(values.get("text_config") or {})
     values["vision_config"] = shared | dict(values.get("vision_config") or {})

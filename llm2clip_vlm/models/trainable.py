@@ -281,14 +281,13 @@ def freeze_unused(model: nn.Module, loss: Callable[[], torch.Tensor]) -> list[st
     model.zero_grad(set_to_none=True)
     set_evaluation_mode(frozen_modules(model))  # or two pictures would shift BatchNorm's statistics
     loss().backward()
-    unused = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    for name, parameter in model.named_parameters():
-        if name in unused:
-            parameter.requires_grad_(False)
+    unused = {n: p for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    for parameter in unused.values():
+        parameter.requires_grad_(False)
     model.zero_grad(set_to_none=True)
     if unused:
-        logger.info("frozen because the loss does not reach them: %s", unused)
-    return unused
+        logger.info("frozen because the loss does not reach them: %s", [*unused])
+    return [*unused]
 
 
 def trainable_table(model: nn.Module, lrs: Mapping[str, float] | None = None) -> str:

@@ -75,8 +75,7 @@ def export_vision_tower(model: nn.Module, image_processor: Any, directory: str |
         target / "model.safetensors",
         metadata={"format": "pt"},
     )
-    config = tower.config.to_dict()
-    config["architectures"] = [type(tower).__name__]
+    config = tower.config.to_dict() | {"architectures": [type(tower).__name__]}
     config.pop("_name_or_path", None)
     (target / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     image_processor.save_pretrained(str(target))

@@ -23,6 +23,7 @@ from transformers import TrainerCallback, get_cosine_schedule_with_warmup
 
 from llm2clip_vlm.losses.contrastive import cosine_loss, relational_distillation
 from llm2clip_vlm.models.clip import Clip, ClipTokens, clip_encoders, load_clip
+from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import LLM2CLIPModel, warn_of_other_tower
 from llm2clip_vlm.models.loading import read_config
 from llm2clip_vlm.models.text.text_encoder import require_equal
@@ -108,9 +109,7 @@ def probe_embeds(model: Any) -> Float[Tensor, "2 d"]:
     Args:
         model: An `LLM2CLIPModel`, a CLIP, or a plain tower (pooled output), in evaluation mode.
     """
-    size = vision_tower_of(model).config.image_size
-    height, width = (size, size) if isinstance(size, int) else size
-    pixels = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    pixels = fixed_pixels(vision_tower_of(model).config.image_size)
     embed = getattr(model, "get_image_features", model)
     found = embed(pixel_values=pixels.to(model.device, model.dtype))
     return found if torch.is_tensor(found) else found.pooler_output
