@@ -44,7 +44,7 @@ def bootstrap_interval(
     where all are wrong, or right, that is the exact interval of a share.
 
     Args:
-        values: [n], 0..1 or differences of such.
+        values: [n], 0..1 or differences of such, with `least=-1`.
         groups: [n], each value's image: values of one image are not independent.
         resamples: Number of draws.
         seed: Seed of the draws; the same seed and groups give the same draws.
@@ -58,16 +58,11 @@ def bootstrap_interval(
     means = counted[:, 0] / counted[:, 1]
     if np.ptp(means) < 1e-9:
         unseen = 1 - 0.025 ** (1 / len(means))
-        ends = means[0] - unseen * (means[0] - least), means[0] + unseen * (1 - means[0])
-        return 100.0 * float(ends[0]), 100.0 * float(ends[1])
-
-    def mean(sums: np.ndarray) -> np.ndarray:
-        return 100.0 * sums[:, 0] / sums[:, 1]
-
-    ends = bootstrap_of_sums(counted, mean, resamples, seed)
-    if values.min() >= least and values.max() <= 1:  # so is their mean
-        ends = (max(100.0 * least, ends[0]), min(100.0, ends[1]))
-    return ends
+        ends = 100.0 * (means[0] + unseen * np.array([least - means[0], 1 - means[0]]))
+    else:
+        figure = lambda sums: 100.0 * sums[:, 0] / sums[:, 1]  # noqa: E731
+        ends = np.clip(bootstrap_of_sums(counted, figure, resamples, seed), 100.0 * least, 100.0)
+    return float(ends[0]), float(ends[1])
 
 
 def percentile_interval(draws: np.ndarray, found: float, images: int) -> np.ndarray:

@@ -192,12 +192,10 @@ class Masks:
             stems = sorted(file.stem for file in (self.root / folders[1]).glob("*.png"))
         if not stems:
             raise ValueError(f"{self.root}: no split {split!r} in the layout `{source.layout}`")
-        self.items = [
-            (self._image(f"{folders[0]}/{stem}"), f"{folders[1]}/{stem}.png") for stem in stems
-        ]
-
-    def _image(self, name: str) -> str:
-        return plain_image(self.root, name, follow_links=self.follow).key
+        names = [f"{folders[0]}/{stem}" for stem in stems]
+        images = [plain_image(self.root, name, follow_links=self.follow) for name in names]
+        masks = [f"{folders[1]}/{stem}.png" for stem in stems]
+        self.items = list(zip((image.key for image in images), masks, strict=True))
 
     def _path(self, name: str) -> Path:
         return resolve_image(self.root, name, follow_links=self.follow)

@@ -306,17 +306,15 @@ def read_vlms(folder: str | Path, vlms: Mapping[str, Sequence[int]]) -> list[Run
         ReportError: A result that another VLM has is missing, or two were made from other data or
             with other settings.
     """
-    places = {tower: {f"{folder}/{tower}-s{{seed}}": None} for tower in vlms}
-    runs = [read_run(tower, places[tower], seeds) for tower, seeds in vlms.items()]
+    runs = [read_run(t, {f"{folder}/{t}-s{{seed}}": None}, seeds) for t, seeds in vlms.items()]
     for task in sorted({task for run in runs for task in run.scores if ":" not in task}):
         asked = {}
         for run in runs:
             for seed in vlms[run.name]:
-                place = f"{run.name}-s{seed}"
+                file = f"{folder}/{run.name}-s{seed}/{task}.json"
                 if seed not in run.scores.get(task, {}):
-                    none = "no such result; `llm2clip-vlm eval` writes it"
-                    raise ReportError(f"{folder}/{place}/{task}.json: {none}")
-                asked[place] = run.scores[task][seed].result
+                    raise ReportError(f"{file}: no such result; `llm2clip-vlm eval` writes it")
+                asked[f"{run.name}-s{seed}"] = run.scores[task][seed].result
         for key in ("spec_hash", "limit"):
             values = {name: result.get(key) for name, result in asked.items()}
             if len(set(values.values())) > 1:

@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +109,7 @@ def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -
         EvaluationError: Documents are missing from the samples, or too many answers are empty.
     """
     spec, folder = suite.tasks[job.task_index], output / job.checkpoint
+    where = f"{job.checkpoint} / {job.task}"
     limit = suite.limit or spec.limit
     job.result_path(output).unlink(missing_ok=True)
     asked = (task.config.generation_kwargs or {}).get("max_new_tokens") or 0
@@ -122,27 +122,32 @@ def score(job: Job, suite: SuiteRecipe, task: Any, adapter: Any, output: Path) -
     names = [m["metric"] for m in task.config.metric_list if m.get("higher_is_better", True)]
     documents, logged = len(task.eval_docs), found["samples"].get(spec.task) or []
     if not logged:
-        raise EvaluationError(f"{job.checkpoint} / {job.task}: no document was answered")
+        raise EvaluationError(f"{where}: no document was answered")
     metrics = metrics_of(found["results"][spec.task])
     # The first that documents have a value of: another in its place would be another score.
     primary = next((n for n in names if any(d.get(n) is not None for d in logged)), names[0])
     if primary not in metrics:
-        raise EvaluationError(
-            f"{job.checkpoint} / {job.task}: {primary} of all documents is no number; "
-            f"got {metrics or 'none'}"
-        )
+        raise EvaluationError(f"{where}: {primary} of all documents is no number; got {metrics}")
     whole = spec.program is not None
     pictures, prompt, num_cut = adapter.pictures, adapter.prompt_example, adapter.num_cut
     samples = samples_of(logged, names, task.aggregation(), pictures, whole=whole)
     counts = summarise(samples, metrics[primary] if whole else None) | {"n_cut": num_cut}
     counts["n_errors"] = min(limit or documents, documents) - len(samples)
-    _refuse(job, counts, suite.max_empty if spec.max_empty is None else spec.max_empty)
+    if counts["n_errors"]:
+        raise EvaluationError(f"{where}: {counts['n_errors']} documents have no answer")
+    max_empty = suite.max_empty if spec.max_empty is None else spec.max_empty
+    if counts["n_empty"] > max_empty * counts["n"]:
+        raise EvaluationError(
+            f"{where}: {counts['n_empty']} of {counts['n']} answers are empty, more than "
+            f"max_empty={max_empty}; look at the chat template and end token of {job.path} before "
+            "believing a score"
+        )
     seen = {}
     if spec.other_pictures:
         if not pictures:
             raise EvaluationError(
-                f"{job.checkpoint} / {job.task}: other_pictures: expected documents with pictures, "
-                "got none; leave the key out for this task"
+                f"{where}: other_pictures: expected documents with pictures, got none; leave the "
+                "key out for this task"
             )
         found = _answered(adapter, suite, task, folder, limit, other_pictures=True)
         others = samples_of(
@@ -230,19 +235,6 @@ def _answered(
     return found
 
 
-def _refuse(job: Job, counts: Mapping[str, Any], max_empty: float) -> None:
-    if counts["n_errors"]:
-        raise EvaluationError(
-            f"{job.checkpoint} / {job.task}: {counts['n_errors']} documents have no answer"
-        )
-    if counts["n_empty"] > max_empty * counts["n"]:
-        raise EvaluationError(
-            f"{job.checkpoint} / {job.task}: {counts['n_empty']} of {counts['n']} answers are "
-            f"empty, more than max_empty={max_empty}; look at the chat template and end token "
-            f"of {job.path} before believing a score"
-        )
-
-
 def against_others(
     samples: list[dict[str, Any]], others: list[dict[str, Any]], score: float | None
 ) -> dict[str, Any]:
@@ -269,8 +261,7 @@ def against_others(
 
 
 def _settings(adapter: Any) -> dict[str, Any]:
-    generator = adapter.generator
-    processor = generator.processor
+    generator, processor = adapter.generator, adapter.generator.processor
     return {
         "batch_size": generator.batch_size,
         "max_new_tokens": generator.max_new_tokens,
