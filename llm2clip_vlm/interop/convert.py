@@ -136,9 +136,8 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _is_text_encoder(config: Mapping[str, Any]) -> bool:
-    named = _architecture(config)
-    other = named.endswith((LLM, "ForConditionalGeneration")) or "mm_vision_tower" in config
-    return "vocab_size" in config and not other
+    other = _architecture(config).endswith((LLM, "ForConditionalGeneration"))
+    return "vocab_size" in config and not (other or "mm_vision_tower" in config)
 
 
 def _architecture(config: Mapping[str, Any]) -> str:

@@ -87,11 +87,8 @@ def convert_gguf(source: Path, folder: Path, settings: Mapping[str, Any]) -> Evi
         )
     model.hf_quantizer = None  # an ordinary model from here on
     del model.config.quantization_config
-    model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {f"{n}_token_id": getattr(tokenizer, f"{n}_token_id") for n in ("bos", "eos", "pad")}
+    model.generation_config = GenerationConfig(**ids)
     if said.get("tokenizer.ggml.add_space_prefix") is False and tokenizer.tokenize("a") != ["a"]:
         raise ModelError(
             f"{source}: tokenizer.ggml.add_space_prefix is false, and transformers puts a blank "

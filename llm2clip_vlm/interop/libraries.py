@@ -134,8 +134,7 @@ def open_clip_config(config: Any, head: nn.Linear | None) -> dict[str, Any]:
             "mlp_ratio": _mlp_ratio(config),
         }
     else:
-        siglip = config.model_type == "siglip_vision_model"
-        plain = _projecting(head) is None
+        siglip, plain = config.model_type == "siglip_vision_model", _projecting(head) is None
         name, rope = timm_arguments(config)[0], getattr(config, "rope_grid", 16)
         if width in _SIZES and (heads, rope) != (min(width // 64, 16), 16):
             raise ModelError(

@@ -73,8 +73,7 @@ def convert_llava(
         )
     if (aspect := str(config.get("image_aspect_ratio"))).startswith("anyres"):
         raise ModelError(
-            f"{path}: image_aspect_ratio {aspect!r} in config.json: expected LLaVA-1.5, and no "
-            "anyres, whose projector was trained on crops of a picture and a token between rows"
+            f"{path}: image_aspect_ratio {aspect!r} in config.json; expected LLaVA-1.5, no anyres"
         )
     if config.get("mm_use_im_start_end"):
         raise ModelError(

@@ -188,9 +188,8 @@ def set_precision(model: nn.Module, args: Any, *, named_fp16: bool = False) -> t
         if parameter.requires_grad and "lora_" not in name
     }
     for name, parameter in floats.items():
-        part = part_name(name).split(".")[0]
-        fp16 = half and parameter.dtype == torch.float16
-        wanted = deepspeed or fp16 or "lora_" in name or part in trained
+        wanted = deepspeed or "lora_" in name or part_name(name).split(".")[0] in trained
+        wanted |= half and parameter.dtype == torch.float16
         if wanted and not hasattr(parameter, "ds_id"):  # ZeRO-3 has split it, in fp32
             parameter.data = parameter.data.float()
     return torch.float32 if half else max(dtypes, key=dtypes.count)
