@@ -323,6 +323,19 @@ def test_pictures_of_a_file_that_is_replaced_meanwhile_are_not_paired(
     assert read(write(path, samples[::-1]))[2].key == "1"
 
 
+def test_a_list_of_one_picture_is_that_picture(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    lists = [[{"bytes": jpeg(40 + n), "path": None} for n in range(count)] for count in (1, 2)]
+    table = pa.table({"image": lists, "captions": ["a dog", "two dogs"]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    one, two = read(ImageTextSource(path=str(tmp_path / "a.parquet")))
+    assert one.encoded().data == jpeg(40)
+    with pytest.raises(ImageError, match=r"2 image\(s\) in 'image', 1 expected"):
+        two.encoded()
+
+
 def test_a_text_of_exactly_the_limit_is_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

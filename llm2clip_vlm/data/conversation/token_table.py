@@ -39,7 +39,7 @@ from llm2clip_vlm.data.reading.shards import PackedImage
 from llm2clip_vlm.data.reading.table import Table, arrow_table
 from llm2clip_vlm.recipe.vlm import InstructionSource
 
-VERSION = 10
+VERSION = 11
 """Version of the columns and of the rules by which conversations are taken, cut or refused."""
 
 _PAIR = ("user", "assistant")
@@ -248,8 +248,8 @@ class TokenTable:
         return key, [image if isinstance(image, str) else self._packed(*image) for image in images]
 
     def _packed(self, file: int, start: int, size: int, column: Any, item: Any) -> PackedImage:
-        place = start, size, column, item and tuple(item)
-        return PackedImage(self._files[file], *place, state=self._table.facts["files"][file])
+        state = self._table.facts["files"][file]
+        return PackedImage(self._files[file], start, size, column, tuple(item), state)
 
 
 def read_table(

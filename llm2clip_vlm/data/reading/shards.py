@@ -49,9 +49,8 @@ class PackedImage:
     """Number of bytes in a tar; row within the row group or batch."""
     column: str | None = None
     """Column of a table. None: a tar."""
-    item: tuple[int, int] | None = None
-    """Position in the cell and number of its images, where a cell may hold several. None: its only
-image."""
+    item: tuple[int, int] = (0, 1)
+    """Position in the cell and number of its images, where a cell may hold several."""
     state: Any = field(default=None, compare=False, repr=False)
     """What `file_states` said of the file when its rows were read. None: they are read now."""
 
@@ -99,21 +98,21 @@ image."""
         if self.column is None:
             return 1
         try:
-            cells = _column(self.path, self.start, self.column, _state(self.path))
-            value = cells[self.size].as_py()
+            values = self._values(self.column)
         except (OSError, UnicodeDecodeError) as error:
             raise ImageError(f"image in {self.path.name} cannot be read: {error}") from error
-        values = value if isinstance(value, list) else [value]
         parts = [cell.values() if isinstance(cell, dict) else [cell] for cell in values]
         return sum(any(part is not None for part in cell) for cell in parts)
 
-    def _cell(self, column: str) -> bytes:
+    def _values(self, column: str) -> list[Any]:
         value = _column(self.path, self.start, column, _state(self.path))[self.size].as_py()
-        if self.item is not None:
-            values = value if isinstance(value, list) else [value]
-            if len(values) != self.item[1]:
-                raise OSError(f"{len(values)} image(s) in {column!r}, {self.item[1]} expected")
-            value = values[self.item[0]]
+        return value if isinstance(value, list) else [value]
+
+    def _cell(self, column: str) -> bytes:
+        values, (number, expected) = self._values(column), self.item
+        if len(values) != expected:
+            raise OSError(f"{len(values)} image(s) in {column!r}, {expected} expected")
+        value = values[number]
         cell = value.get("bytes") if isinstance(value, dict) else value
         if isinstance(cell, bytes) and len(cell) > MAX_IMAGE_BYTES:
             raise OSError(f"{len(cell)} bytes, expected at most {MAX_IMAGE_BYTES}")
