@@ -61,7 +61,9 @@ def bootstrap_interval(
         ends = 100.0 * (means[0] + unseen * np.array([least - means[0], 1 - means[0]]))
     else:
         figure = lambda sums: 100.0 * sums[:, 0] / sums[:, 1]  # noqa: E731
-        ends = np.clip(bootstrap_of_sums(counted, figure, resamples, seed), 100.0 * least, 100.0)
+        ends = np.array(bootstrap_of_sums(counted, figure, resamples, seed))
+        if values.min() >= least and values.max() <= 1:  # so is their mean
+            ends = ends.clip(100.0 * least, 100.0)
     return float(ends[0]), float(ends[1])
 
 
