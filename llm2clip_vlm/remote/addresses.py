@@ -220,12 +220,11 @@ def _told(error: Exception, status: int | None, attempts: int) -> str:
     if isinstance(error, ImportError):
         return f"{error}; pip install 'llm2clip-vlm[remote]'"
     refused = isinstance(error, PermissionError) or type(error).__name__ == "NoCredentialsError"
+    hint = ""
     if refused or status in (401, 403):
         hint = "; set the credentials in the environment (docs/data-formats.md)"
     elif isinstance(error, FileNotFoundError) and status in (None, 404, 410):
         hint = "; no such file: correct the path"
-    else:
-        hint = ""
     answer = f" (status {status})" if status else ""
     tries = f" after {attempts} tries" if attempts > 1 else ""
     return f"{type(error).__name__}{answer}: {error}{tries}{hint}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from hashlib import sha256
 from itertools import accumulate, chain, pairwise
@@ -142,8 +142,8 @@ class ImageTextTable:
     def _record(self, row: int) -> ImageTextRecord:
         key, number, place, image, captions = self._table.record(row)
         file, source = self.files[number], self._source
-        state = self._table.facts["files"][number]
-        found = image if isinstance(image, str) else replace(PackedImage(file, *image), state=state)
+        packed = partial(PackedImage, file, state=self._table.facts["files"][number])
+        found = image if isinstance(image, str) else packed(*image)
         return ImageTextRecord(
             key, found, captions, self._root, str(file), place or key, source.follow_links
         )

@@ -39,8 +39,7 @@ def _files(dataset: str, name: str | None, split: str, revision: str | None) -> 
             if name is not None or revision is not None:
                 raise ValueError("a folder of `save_to_disk` has no name and no revision")
             if isinstance(found, datasets.DatasetDict):
-                parts = [found[part] for part in split.split("+")]
-                found = datasets.concatenate_datasets(parts)
+                found = datasets.concatenate_datasets([found[part] for part in split.split("+")])
             elif split not in ("train", str(found.split)):
                 raise ValueError("it was saved as one data set, without splits")
         else:

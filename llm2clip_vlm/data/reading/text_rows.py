@@ -208,10 +208,8 @@ def _objects(
 
 def _damaged(row: Row) -> str | None:
     """The first column with half a character in its name or value."""
-    for name, value in row.items():
-        if UNDECODED.search(f"{name}{json.dumps(value, ensure_ascii=False, default=str)}"):
-            return name
-    return None
+    texts = {name: json.dumps(row[name], ensure_ascii=False, default=str) for name in row}
+    return next((name for name in texts if UNDECODED.search(f"{name}{texts[name]}")), None)
 
 
 def _annotated(path: File, document: Row, bad: Refusals) -> list[Any]:

@@ -159,11 +159,10 @@ def read_captions(
         RecordError: The file cannot be used, more records are bad than allowed, or all are; or the
             table cannot be written.
     """
-    made_of = [VERSION, source.selection, min_captions]
     table = arrow_table(
         source_files(source),
         source.index_dir,
-        lambda: [*made_of, tokens and tokens().identity()],
+        lambda: [VERSION, source.selection, min_captions, tokens and tokens().identity()],
         COLUMNS,
         partial(caption_rows, partial(_usable, source, min_captions), tokens),
         keep=keep,

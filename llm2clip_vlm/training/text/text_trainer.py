@@ -76,10 +76,10 @@ class PairCollator:
             "records": torch.tensor([pair.record for pair in pairs]),
         }
 
-    def _number(self, text: str, ids: Sequence[int]) -> int:
+    def _number(self, text: str, ids: Any) -> int:
         """Number that texts share which are equal as far as the encoder reads."""
         if len(ids) == self.tokens.max_length_tokens:
-            text = str(self.tokens.tokenizer.decode([*ids]))
+            text = str(self.tokens.tokenizer.decode(ids))
         return caption_id(text)
 
 
