@@ -12,7 +12,7 @@ import os
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from html import escape
@@ -61,7 +61,10 @@ def serve(shelf: Shelf, port: int | None = None, *, open_browser: bool = False) 
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         import gradio as gr
 
-        page = build_page(shelf)
+        with gr.Blocks(title="llm2clip-vlm", analytics_enabled=False) as page:
+            for name, fill in _TABS.items():
+                with gr.Tab(name):
+                    fill(gr, shelf)
         _, url, _ = page.launch(
             server_name="127.0.0.1",
             server_port=port,
@@ -76,17 +79,6 @@ def serve(shelf: Shelf, port: int | None = None, *, open_browser: bool = False) 
         )
         print(f"{url} shows {shelf.run} on this machine alone; Ctrl-C ends it", flush=True)
         page.block_thread()
-
-
-def build_page(shelf: Shelf) -> Any:
-    """Build the `gradio.Blocks` with its four tabs."""
-    import gradio as gr
-
-    with gr.Blocks(title="llm2clip-vlm", analytics_enabled=False) as page:
-        for name, fill in _TABS.items():
-            with gr.Tab(name):
-                fill(gr, shelf)
-    return page
 
 
 class _Talk:
@@ -115,15 +107,7 @@ class _Talk:
 
     def shown(self) -> list[list[dict[str, str]]]:
         """Both columns, as Gradio's chatbot has messages."""
-        columns = [
-            [
-                {"role": role, "content": text}
-                for turn in chat.turns
-                for role, text in zip(("user", "assistant"), turn, strict=True)
-            ]
-            for chat in self.chats
-        ]
-        return [*columns, []][:2]
+        return [*([*_messages(chat.turns)] for chat in self.chats), []][:2]
 
     def vote(self, shelf: Shelf, vote: str) -> str:
         """Keep a vote; then the names are told."""
@@ -131,6 +115,12 @@ class _Talk:
         shelf.vote(self.names, vote, picture=seen, turns=[chat.turns for chat in self.chats])
         left, right = self.names
         return f"left: **{left}**, right: **{right}**. {shelf.tally(self.names)}"
+
+
+def _messages(turns: Iterable[tuple[str, str]]) -> Iterator[dict[str, str]]:
+    for question, answer in turns:
+        yield {"role": "user", "content": question}
+        yield {"role": "assistant", "content": answer}
 
 
 def _chat_tab(gr: Any, shelf: Shelf) -> None:
@@ -168,10 +158,7 @@ def _chat_tab(gr: Any, shelf: Shelf) -> None:
             box: Any = ""  # once the answer begins; what is typed from then on stays
             for side, answer in talk.ask(question, given):
                 shown = talk.shown()
-                shown[side] += [
-                    {"role": "user", "content": question},
-                    {"role": "assistant", "content": answer},
-                ]
+                shown[side] += _messages([(question, answer)])
                 yield [talk, *shown, box, gr.skip(), ""]
                 box = gr.skip()
             arena = len(talk.chats) == 2

@@ -152,7 +152,8 @@ def test_both_models_of_a_talk_have_the_same_questions(shelf: Shelf) -> None:
 
 def test_the_box_is_emptied_once_so_that_what_is_typed_meanwhile_stays(shelf: Shelf) -> None:
     gradio = pytest.importorskip("gradio", reason="needs gradio (extra `app`)")
-    built = page.build_page(shelf)
+    with gradio.Blocks() as built:
+        page._chat_tab(gradio, shelf)
     (ask,) = (f.fn for f in built.fns.values() if getattr(f.fn, "__name__", "") == "ask")
     steps = list(ask(None, None, "vlm/mine", "vlm/rival", "what ?", 0.0, 4))
     boxes = [step[3] for step in steps]
