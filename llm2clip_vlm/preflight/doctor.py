@@ -60,16 +60,12 @@ def examine() -> Iterator[Finding]:
         absent += f"pip install {name.replace('_', '-')}"
         state: State = "ok" if version else "note" if purpose else "broken"
         yield Finding(name, state, version or absent)
-    yield torch_state()
-    yield torchvision_state()
-    yield entry_point_state()
     missing = " and ".join(tool for tool in ("g++", "ninja") if shutil.which(tool) is None)
     detail = f"{missing} not on PATH; needed only by DeepSpeed's own optimizers and offload"
     yield Finding("compiler", "note", detail) if missing else Finding("compiler", "ok", "on PATH")
-    yield hub_folder_state()
-    yield hub_access_state()
-    yield disk_state()
-    yield threads_state()
+    models = (torch_state, torchvision_state, entry_point_state)
+    for state_of in (*models, hub_folder_state, hub_access_state, disk_state, threads_state):
+        yield state_of()
 
 
 def _version(name: str) -> str | None:
@@ -99,10 +95,10 @@ def torch_state(load: Callable[[str], object] = importlib.import_module) -> Find
     import torch
 
     if not torch.cuda.is_available():
-        built = (
-            f"a driver for CUDA {torch.version.cuda}" if torch.version.cuda else "torch for CUDA"
-        )
-        detail = f"no CUDA GPU; {usable_cores()} CPU cores, gloo; if there is one, install {built}"
+        cuda = torch.version.cuda
+        lacking = f"a driver for CUDA {cuda}" if cuda else "torch for CUDA"
+        detail = f"no CUDA GPU; {usable_cores()} CPU cores, gloo; if there is one, install "
+        detail += lacking
         return Finding("devices", "note", detail)
     found = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
     names = [f"{gpu.name} with {gpu.total_memory / 1e9:.0f} GB" for gpu in found]
