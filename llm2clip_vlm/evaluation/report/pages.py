@@ -8,7 +8,6 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import cache
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -96,6 +95,4 @@ def _environment() -> Environment:
         "short": short,
         "share": share,
     }
-    colours = Path(__file__).parent / "templates/colours.css"
-    environment.globals["colours"] = colours.read_text(encoding="utf-8")
     return environment
