@@ -35,7 +35,7 @@ from llm2clip_vlm.evaluation.encoder.detection import detection
 from llm2clip_vlm.evaluation.encoder.encoders import load_encoder
 from llm2clip_vlm.evaluation.encoder.probes import linear_probe
 from llm2clip_vlm.evaluation.encoder.segmentation import linear_segmentation, zero_shot_segmentation
-from llm2clip_vlm.evaluation.report.encoder_page import encoder_page
+from llm2clip_vlm.evaluation.report.comparison_pages import encoder_page
 from llm2clip_vlm.files import read_json, write_atomically
 from llm2clip_vlm.recipe.evaluation import EncoderEvalRecipe
 from llm2clip_vlm.recipe.reading import load_recipe, words_of

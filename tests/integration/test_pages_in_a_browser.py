@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llm2clip_vlm import cli
-from llm2clip_vlm.evaluation.report.encoder_page import encoder_page
+from llm2clip_vlm.evaluation.report.comparison_pages import encoder_page
 from llm2clip_vlm.evaluation.report.examples import Example
 from llm2clip_vlm.evaluation.report.pages import render
 from tests.report_fixtures import (

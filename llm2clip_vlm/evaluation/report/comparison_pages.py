@@ -1,4 +1,7 @@
-"""What people and papers read of a comparison: charts, tables, and the samples that flipped."""
+"""What people and papers read of a comparison: charts, tables, and the samples that flipped.
+
+Also the page of one encoder's evaluation, which has the same chart of scores.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import numpy as np
 from llm2clip_vlm.evaluation.report.charts import Chart, Mark
 from llm2clip_vlm.evaluation.report.comparison import ALPHA
 from llm2clip_vlm.evaluation.report.examples import Example, sample_pictures
-from llm2clip_vlm.evaluation.report.inputs import Run
+from llm2clip_vlm.evaluation.report.inputs import Run, measured_in
 from llm2clip_vlm.evaluation.report.pages import render
 
 FLIPS_SHOWN = 6
@@ -187,3 +190,17 @@ def comparison_pages(runs: Sequence[Run], found: Mapping[str, Any]) -> dict[str,
     whole = json.dumps({**found, "flips": flips}, indent=1, ensure_ascii=False)
     pages = {name: render(name, **facts) for name in ("compare.html", "compare.md")}
     return {**pages, "compare.json": whole + "\n"}
+
+
+def encoder_page(folder: Path, whole: Mapping[str, Any]) -> str:
+    """What `eval/run_encoder.py` found, as HTML: every task with its interval and chance.
+
+    Args:
+        folder: Where the results and samples of the tasks lie.
+        whole: `{model, fingerprints, results: {task: result}}`.
+    """
+    run = Run("score", [str(folder)])
+    for task, measured in measured_in(folder):  # those of another recipe may be there, too
+        if task.partition(".")[0] in whole["results"] and ":" not in task:
+            run.scores[task] = {None: measured}
+    return render("encoder.html", chart_of_tasks=score_chart("Tasks", [run], {}), **whole)
