@@ -83,10 +83,8 @@ def guessed(recipe: RunRecipe) -> Lengths:
     """What is taken where there are no data: web captions, LLaVA-1.5's conversations."""
     told = f"guessed, as the data are not here: {GUESSED_SAMPLES:,} samples"
     if isinstance(recipe, VlmRecipe):
-        plain = getattr(recipe, "plain", False)
-        return Lengths(
-            GUESSED_SAMPLES, [30 if plain else 300], trained=0.9 if plain else 0.45, told=told
-        )
+        tokens, trained = (30, 0.9) if getattr(recipe, "plain", False) else (300, 0.45)
+        return Lengths(GUESSED_SAMPLES, [tokens], trained=trained, told=told)
     return Lengths(GUESSED_SAMPLES, [12] * 50 + [120] * 50, captions=2, told=told)
 
 

@@ -76,10 +76,6 @@ def _is_nf4(name: str, parameter: Any) -> bool:
     return parameter.ndim == 2 and ".layers." in name and not other
 
 
-def _total(held: Counter[str]) -> float:
-    return held.total() + CONTEXT_BYTES
-
-
 @dataclass
 class Plan:
     """What a run needs and costs."""
@@ -104,7 +100,7 @@ class Plan:
     @property
     def total(self) -> float:
         """Bytes on each GPU."""
-        return _total(self.held)
+        return self.held.total() + CONTEXT_BYTES
 
     @property
     def fits(self) -> bool:
@@ -179,7 +175,9 @@ def make_plan(
     )
     if not plan.fits:
         fits = (
-            next((told for told, *other in kind if _total(measure(*other)[2]) <= plan.room), None)
+            next(
+                (told for told, *other in kind if replace(plan, held=measure(*other)[2]).fits), None
+            )
             for kind in _changes(recipe, machine)
         )
         plan.changes = list(islice(filter(None, fits), 2))

@@ -56,7 +56,8 @@ def settings_of(stage: str, words: Sequence[str], file: str | None = None) -> st
     name = file or ("ddp" if whole else _SHARDED.get(stage, "ddp"))
     config = find_recipe(name if file and os.path.isfile(file) else f"accelerate/{name}")
     if not os.path.isfile(config):
-        raise ValueError(f"--accelerate {name}: no such file{did_you_mean(name, _settings())}")
+        known = [path.stem for path in Path(find_shipped("recipes/accelerate")).glob("*.yaml")]
+        raise ValueError(f"--accelerate {name}: no such file{did_you_mean(name, known)}")
     return config
 
 
@@ -65,10 +66,6 @@ def sharding(stage: str, words: Sequence[str], file: str | None) -> list[str]:
     text = read_text(settings_of(stage, words, file)) if stage in RECIPES else ""
     offload = ["--offload"] * ("offload_optimizer_device: cpu" in text)
     return ["--zero", *(re.findall(r"zero_stage: *(\d)", text)[:1] or "0"), *offload]
-
-
-def _settings() -> list[str]:
-    return sorted(path.stem for path in Path(find_shipped("recipes/accelerate")).glob("*.yaml"))
 
 
 def begin(directory: Path, name: str) -> None:

@@ -191,16 +191,15 @@ def _vlm(recipe: VlmRecipe, source: str | Path, lengths: Lengths, batch: int, sh
         config.vision_feature_select_strategy = "full"
     visual = places - (config.vision_feature_select_strategy == "default")
     seen = lengths.images * crops * visual
-    mean = min(recipe.max_length_tokens, lengths.mean + seen)
-    rows, width = float(min(batch, share)), mean
     if recipe.packing:
         most = recipe.packing_max_images and max(1, int(recipe.packing_max_images / crops))
         longest, picture = recipe.max_length_tokens, round(crops * visual)
         passes, mean = lengths.packed(share, picture, longest, longest * batch, most)
         rows, width = share / passes, mean
     else:
+        mean = min(recipe.max_length_tokens, lengths.mean + seen)
         longest = lengths.quantile(batch / (batch + 1)) + seen
-        width = min(recipe.max_length_tokens, longest)
+        rows, width = float(min(batch, share)), min(recipe.max_length_tokens, longest)
     count, trained = max(1, round(rows)), max(1, round(rows * lengths.mean * lengths.trained))
     images = max(1, round(rows * lengths.images * crops))
     images = min(images, recipe.packing_max_images or images)
@@ -267,16 +266,9 @@ def _encoder(recipe: Any, source: str | Path, lengths: Lengths, batch: int, shar
     copied += [eyes] * (taught is not None and taught.teacher == "frozen")
     beside = 4 * sum(p.numel() for each in copied for p in each.parameters())
     beside += sum(p.nbytes for p in llm.parameters()) if filling else 0  # it only reads
-    return Work(
-        model,
-        run,
-        size,
-        texts * lengths.mean,
-        None if kept else eyes,
-        passes=share / size,
-        cached=size < batch,
-        beside_bytes=beside,
-    )
+    work = Work(model, run, size, texts * lengths.mean, None if kept else eyes)
+    work.passes, work.cached, work.beside_bytes = share / size, size < batch, beside
+    return work
 
 
 def _llm2clip(recipe: Stage2bRecipe, source: str | Path) -> Any:
