@@ -14,16 +14,12 @@ from llm2clip_vlm.interop.keys import Row, translate
 from llm2clip_vlm.interop.layouts.vits import CLIP_TIMM, EVA02_TIMM, OPENAI_CLIP, SIGLIP_TIMM
 from llm2clip_vlm.models.vision.timm_library import import_timm, torchvision_stub
 
-_TIMM: dict[str, tuple[tuple[Row, ...], str, str]] = {
-    "clip_vision_model": (CLIP_TIMM, "vit_{}_patch{}_clip_{}", "vit_large_patch14_clip_336"),
-    "siglip_vision_model": (
-        *(SIGLIP_TIMM, "vit_{}_patch{}_siglip_{}", "vit_so400m_patch14_siglip_224"),
-    ),
-    "eva02_clip_vision_model": (
-        *(EVA02_TIMM, "eva02_{}_patch{}_clip_{}", "eva02_large_patch14_clip_336"),
-    ),
+_TIMM: dict[str, tuple[tuple[Row, ...], str, tuple[str, int, int]]] = {
+    "clip_vision_model": (CLIP_TIMM, "vit_{}_patch{}_clip_{}", ("large", 14, 336)),
+    "siglip_vision_model": (SIGLIP_TIMM, "vit_{}_patch{}_siglip_{}", ("so400m", 14, 224)),
+    "eva02_clip_vision_model": (EVA02_TIMM, "eva02_{}_patch{}_clip_{}", ("large", 14, 336)),
 }
-"""Tower to its table, timm's name of a published size, and the one that stands for any other."""
+"""Tower to its table, timm's name of a published size, and the size that stands for any other."""
 
 _SIZES = {768: "base", 1024: "large", 1152: "so400m"}
 """What timm calls a width."""
@@ -64,7 +60,7 @@ def timm_arguments(config: Any) -> tuple[str, dict[str, Any]]:
     _, form, default = _TIMM[config.model_type]
     width, patch, side = config.hidden_size, config.patch_size, config.image_size
     name = form.format(_SIZES.get(width), patch, side)
-    name = name if _PUBLISHED.fullmatch(name) else default
+    name = name if _PUBLISHED.fullmatch(name) else form.format(*default)
     values = {
         "img_size": side,
         "patch_size": patch,
