@@ -228,8 +228,6 @@ class Pipeline:
         self.running: list[Job] = []
         self.seconds: dict[str, float] = {}
         self.costs: dict[str, dict[str, float]] = {}
-        self._left: dict[str, dict[str, hashes.FileState]] = {}
-        self._asked: dict[str, str] = {}
 
     def run(self) -> dict[str, float]:
         """Run all jobs.
@@ -248,8 +246,7 @@ class Pipeline:
         costs = self._read(COSTS_NAME, "seconds", "cpu_seconds")
         own = [f"{job.name}{end}" for job in self.jobs for end in (".log", ".cost.json")]
         hold = Hold(self.logs, "a pipeline", [*own, OUTPUTS_NAME, ASKED_NAME])
-        self._left = self._read(f"logs/{OUTPUTS_NAME}")
-        self._asked = self._read(f"logs/{ASKED_NAME}")
+        left, asked = (self._read(f"logs/{name}") for name in (OUTPUTS_NAME, ASKED_NAME))
         previous = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
         for number, handler in previous.items():
             if handler is not signal.SIG_IGN:  # as nohup has it
@@ -260,8 +257,7 @@ class Pipeline:
             with shown.bars:
                 while len(self.done) < len(self.jobs):
                     for job in self._ready():
-                        then = self._left.get(job.name), self._asked.get(job.name)
-                        job.complete = finished(job, *then)
+                        job.complete = finished(job, left.get(job.name), asked.get(job.name))
                         if job.complete and not set(job.needs) & self.seconds.keys():
                             self.done.add(job.name)
                             shown.end(job.name, "finished before, skipped")
