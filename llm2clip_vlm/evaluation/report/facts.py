@@ -241,7 +241,11 @@ def charts(facts: Facts) -> dict[str, Any]:
     first, groups, chances = facts.retrieval[recipe.headline[0]], {}, {}
     for kind, way in product(first, DIRECTIONS):
         name = f"{worded(kind)}, {DIRECTIONS[way]}"
-        groups[name] = [_recall(facts, tower, kind, way) for tower in facts.retrieval]
+        rows = {tower: found[kind][way] for tower, found in facts.retrieval.items()}
+        groups[name] = [
+            Mark(tower, row["r1"], row.get("ci"), recipe.colour(tower))
+            for tower, row in rows.items()
+        ]
         if "chance_r1" in first[kind][way]:
             chances[name] = {"chance": first[kind][way]["chance_r1"]}
     drawn["retrieval"] = Chart("Retrieval R@1 of each tower", groups, guesses=chances)
@@ -269,8 +273,3 @@ def charts(facts: Facts) -> dict[str, Any]:
         name: Curves(f"{name}, training loss", lines) for name, lines in facts.curves.items()
     }
     return drawn
-
-
-def _recall(facts: Facts, tower: str, kind: str, way: str) -> Mark:
-    found = facts.retrieval[tower][kind][way]
-    return Mark(tower, found["r1"], found.get("ci"), facts.recipe.colour(tower))
