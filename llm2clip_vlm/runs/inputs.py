@@ -179,11 +179,9 @@ def _leaves(section: Section, above: str = "") -> Iterator[tuple[str, object]]:
     """Dotted keys with their values; sources and adapters stay whole."""
     for name, value in section:
         key = f"{above}{name}"
-        for part, item in (
-            [(f"{key}.{n}", item) for n, item in enumerate(value)]
-            if isinstance(value, list)
-            else [(key, value)]
-        ):
+        several = isinstance(value, list)
+        items = {f"{key}.{n}": item for n, item in enumerate(value)} if several else {key: value}
+        for part, item in items.items():
             if isinstance(item, Section) and not isinstance(item, DataSource | LoraSection):
                 yield from _leaves(item, f"{part}.")
             else:
@@ -246,10 +244,9 @@ def _missing_on_hub(name: str) -> str | None:
     from huggingface_hub import constants, try_to_load_from_cache
 
     found = try_to_load_from_cache(name, "config.json")
-    if isinstance(found, str):
-        weights = ("*.safetensors", "*.bin")
-        if any(any(Path(found).parent.glob(kind)) for kind in weights):
-            return None
+    beside = Path(found).parent.iterdir() if isinstance(found, str) else ()
+    if any(file.suffix in (".safetensors", ".bin") for file in beside):
+        return None
     told = f"{name}: no such folder (from {Path.cwd()}), "
     status = None if constants.HF_HUB_OFFLINE else ask_hub(f"api/models/{name}/auth-check")
     if status is None:
