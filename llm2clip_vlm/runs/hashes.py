@@ -158,8 +158,8 @@ def changed_outputs(
     Returns:
         Paths below the directory.
     """
-    states: dict[str, FileState] = manifest.get("files", {})
-    inside = {name: s for name, s in states.items() if not below or name.startswith(f"{below}/")}
+    files, start = manifest.get("files", {}), f"{below}/" if below else ""
+    inside = {name: state for name, state in files.items() if name.startswith(start)}
     return list(changed_files(inside, Path(directory)))
 
 
