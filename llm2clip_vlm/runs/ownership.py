@@ -226,10 +226,9 @@ def remove(folder: Path, names: Iterable[str] | None = None) -> bool:
             continue  # a list that came with foreign files reaches no others
         with suppress(FileNotFoundError):
             (folder / name).unlink()
-    below = (Path(place) for place, _, _ in os.walk(folder, topdown=False))
-    for place in below:
+    for place, _, _ in os.walk(folder, topdown=False):
         with suppress(OSError):  # foreign files keep their folders
-            place.rmdir()
+            os.rmdir(place)
     return not folder.exists()
 
 
