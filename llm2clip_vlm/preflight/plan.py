@@ -12,9 +12,11 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import Template
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2clip_vlm.chat.template import find_chat_template, render
@@ -271,34 +273,11 @@ def _disk(recipe: Any, work: Work, lengths: Lengths) -> dict[str, float]:
 
 def shown(plan: Plan, mfu: float, price: float | None) -> str:
     """A plan as text of at most 100 columns."""
-    gpus = plan.machine.gpus
-    head = f"{plan.stage} on {gpus} x {plan.machine.gpu}"
-    head += f" ({plan.machine.told})" if plan.machine.told else ""
-    head += f", ZeRO-{plan.machine.zero}" if plan.machine.zero else ""
-    lines = [head, "", plan.parts, "", "memory of each GPU, GB"]
-    rows = [*plan.held.most_common(), ("context and fragments", CONTEXT_BYTES)]
-    lines += [f"  {cause:<24}{size / 1e9:>9.2f}" for cause, size in rows if size]
-    verdict = "fits" if plan.fits else "does not fit"
-    lines.append(
-        f"  {'at the peak':<24}{plan.total / 1e9:>9.2f}  of {plan.room / 1e9:.1f} usable: {verdict}"
-    )
-    if not plan.fits:
-        lines += [f"  fits with: {change}" for change in plan.changes]
-        lines += [] if plan.changes else ["  no single change fits: take more or larger GPUs"]
-    hours = plan.hours(mfu)
-    lines += ["", "work"]
-    lines.append(f"  data: {plan.told}")
-    lines.append(
-        f"  {plan.steps:,} steps, {plan.samples:,.0f} samples, {plan.tokens / 1e9:,.3f} G tokens, "
-        f"{plan.flops:.3g} FLOPs"
-    )
-    cost = "" if price is None else f", {hours * gpus * price:,.0f} at {price:g} a GPU hour"
-    lines.append(f"  {hours:,.2f} h at an MFU of {mfu:.0%} ({hours * gpus:,.1f} GPU hours{cost})")
-    lines += ["", "disk, GB"]
-    lines += [f"  {name:<40}{size / 1e9:>10.1f}" for name, size in plan.disk.items()]
-    lines += ["", "missing before it can start" if plan.missing else "nothing is missing"]
-    lines += [f"  {problem}" for problem in plan.missing]
-    return "\n".join(lines)
+    file = Path(__file__).parent / "templates" / "plan.txt.jinja"
+    page = Template(file.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
+    facts = {"plan": plan, "hours": plan.hours(mfu), "mfu": mfu, "price": price}
+    causes = [*plan.held.most_common(), ("context and fragments", CONTEXT_BYTES)]
+    return page.render(facts, causes=causes).rstrip()
 
 
 def main(given: argparse.Namespace, recipe: Any, source: str, machine: Machine) -> int:
