@@ -121,7 +121,7 @@ class Work:
 def footprint(
     work: Work, autocast: Callable[[], AbstractContextManager[Any]], kept: float
 ) -> Footprint:
-    """Run a pass of fake tensors and see what it takes.
+    """Run a pass of fake tensors, once, and see what it takes.
 
     Args:
         work: Pass with `requires_grad` set, of fake tensors, on the CPU, in its fake mode.
@@ -130,18 +130,16 @@ def footprint(
     """
     model = work.model
     seen = _Storages(model, work.vocabulary, kept)
-    handles: list[Any] = []
 
     def within(part: str) -> Callable[..., None]:
         return lambda *_: setattr(seen, "part", part)
 
     if work.tower is not None:
-        handles.append(work.tower.register_forward_pre_hook(within("pictures")))
-        handles.append(work.tower.register_forward_hook(within("activations")))
+        work.tower.register_forward_pre_hook(within("pictures"))
+        work.tower.register_forward_hook(within("activations"))
     for parameter in model.parameters():
         if parameter.requires_grad:
-            hook = parameter.register_post_accumulate_grad_hook
-            handles.append(hook(seen.is_gradient))
+            parameter.register_post_accumulate_grad_hook(seen.is_gradient)
     forward = 0
     with seen, torch.set_grad_enabled(work.trains):
         for _ in range(2 if work.passes > 1 else 1):  # the gradients of an earlier one are held
@@ -153,7 +151,4 @@ def footprint(
                 loss.backward()
             del loss
             gc.collect()  # fake tensors in cycles live longer than real ones
-    for handle in handles:
-        handle.remove()
-    model.zero_grad(set_to_none=True)
     return Footprint(seen.flops, forward, seen.peak)
