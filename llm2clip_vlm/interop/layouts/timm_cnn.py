@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def convert_cnn(
     named = settings.get("architecture", vision.get("timm_model_name"))
     mark = next((mark for mark in _MARKS if mark in found), None)
     candidates = (named,) if named else _MARKS[str(mark)]
-    left = [n for n in found if _HEADS.fullmatch(n) or re.fullmatch(official.LEFT_OUT, n)]
-    left += [name for name in found if name in ("logit_scale", "logit_bias")]
+    other = official.LEFT_OUT_OF_A_TOWER
+    left = [name for name in found if _HEADS.fullmatch(name) or re.fullmatch(other, name)]
     kept = {name: tensor for name, tensor in found.items() if name not in left}
     for architecture in candidates:
         with torch.device("meta"):
@@ -143,11 +144,9 @@ def _reference(
 ) -> tuple[str, Tensor]:
     """Pooled features of the package that the weights are for, where it is installed; else timm."""
     if architecture in _LITE:
-        try:
+        with suppress(ImportError):
             import efficientnet_lite_pytorch as package
-        except ImportError:
-            pass
-        else:
+
             name = architecture.removeprefix("tf_").replace("_", "-")
             theirs: Any = package.EfficientNet.from_name(name)
             theirs.load_state_dict(weights)
