@@ -51,9 +51,7 @@ def weight_files(path: Path) -> list[Path]:
     for name in _NAMES:
         if files := checkpoint_files.weight_files(path, name):
             return files
-    others = sorted(
-        file for kind in ("safetensors", "pt", "bin") for file in path.glob(f"*.{kind}")
-    )
+    others = sorted(f for f in path.glob("*.*") if f.suffix in (".safetensors", ".pt", ".bin"))
     if len(others) != 1:
         raise ModelError(
             f"{path}: expected a file of weights, or a folder with one of {', '.join(_NAMES)}, "
@@ -116,11 +114,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     parts = [_open(file) for file in weight_files(path)]
     for file, part in parts:
-        tensors = (
-            part
-            if isinstance(part, Mapping)
-            else {key: part.get_tensor(key) for key in part.keys()}  # noqa: SIM118
-        )
+        names = part.keys()
+        tensors = part if isinstance(part, Mapping) else {n: part.get_tensor(n) for n in names}
         if twice := weights.keys() & tensors.keys():
             raise ModelError(f"{file}: {sorted(twice)[0]!r} is in two shards")
         weights |= tensors
