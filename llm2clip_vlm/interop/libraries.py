@@ -188,10 +188,9 @@ def library_features(
         model = timm.create_model(name, num_classes=0 if head is None else len(head), **values)
     model.load_state_dict(weights, strict=True)
     features = model.eval()(pixels)
+    features = features if projection is None else features @ projection.T
     used = open_clip if library == "open_clip" else timm
-    return f"{library} {used.__version__}", (
-        features if projection is None else features @ projection.T
-    )
+    return f"{library} {used.__version__}", features
 
 
 def _mlp_ratio(config: Any) -> float:
