@@ -103,9 +103,8 @@ def expand(recipe: PipelineRecipe) -> list[Job]:
         if math.prod(map(len, step.for_each.values())) > _MOST_JOBS:
             raise PipelineError(f"step {step.name!r}: for_each makes more than {_MOST_JOBS} jobs")
         for values in itertools.product(*map(enumerate, step.for_each.values())):
-            fill = {
-                f"{{{name}}}": str(v) for name, (_, v) in zip(step.for_each, values, strict=True)
-            }
+            given = zip(step.for_each, values, strict=True)
+            fill = {f"{{{name}}}": str(value) for name, (_, value) in given}
             ranks = [rank for rank, _ in values] or [-1]
             name, path, *needs = _filled([step.name, step.recipe or "", *step.needs], fill)
             overrides = _filled([f"{key}={value}" for key, value in step.overrides.items()], fill)
