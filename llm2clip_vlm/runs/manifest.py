@@ -109,13 +109,9 @@ def _output_states(folder: Path) -> dict[str, hashes.FileState]:
         if part.name not in _NO_OUTPUTS and not part.name.startswith((".", "part-")):
             left += sorted(part.rglob("*")) if part.is_dir() else [part]
     left = [file for file in left if file.name != CARD_NAME]  # people write into it
-    weights = {
-        file
-        for part in {file.parent for file in left} - {folder}
-        for file in hashes.model_files(part)
-    }
-    states = hashes.file_states([file for file in left if file not in weights])
-    states |= hashes.file_states([file for file in left if file in weights], whole=True)
+    models = {file.parent for file in left} - {folder}
+    weights = [file for part in models for file in hashes.model_files(part)]
+    states = hashes.file_states(left) | hashes.file_states(weights, whole=True)
     return {Path(name).relative_to(folder).as_posix(): state for name, state in states.items()}
 
 
