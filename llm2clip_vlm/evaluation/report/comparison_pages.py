@@ -60,16 +60,15 @@ def flip_examples(a: Run, b: Run, task: str, count: int) -> list[Example]:
     """Pictures and answers of the clearest documents that flipped, `count` for each of the runs."""
     found = flipped(a, b, task)
     chosen = [f for run in (a, b) for f in [f for f in found if f["better"] == run.name][:count]]
-    docs = {flip["doc_id"]: flip for flip in chosen}
     measured = {run.name: list(run.scores[task].values()) for run in (a, b)}
-    rows = [s for s in measured[a.name][0].samples if s["doc_id"] in docs]
-    rows.sort(key=lambda sample: list(docs).index(sample["doc_id"]))
+    by_doc = {sample["doc_id"]: sample for sample in measured[a.name][0].samples}
+    rows = [by_doc[flip["doc_id"]] for flip in chosen]
     data = measured[a.name][0].result.get("data", {}).get("path")
     pictures = sample_pictures(Path(data) if data else None, rows)
     examples = []
-    for row in rows:
+    for row, flip in zip(rows, chosen, strict=True):
         said = {}
-        for name, rate in zip(measured, docs[row["doc_id"]]["rates"], strict=True):
+        for name, rate in zip(measured, flip["rates"], strict=True):
             answers = [s for m in measured[name] for s in m.samples if s["doc_id"] == row["doc_id"]]
             # An answer that stands for the majority of the seeds.
             shown = (max if rate >= 0.5 else min)(answers, key=lambda s: s["correct"])
