@@ -175,14 +175,9 @@ def make_plan(
         [],
         missing,
     )
-    if not plan.fits:
-        fits = (
-            next(
-                (told for told, *other in kind if replace(plan, held=measure(*other)[2]).fits), None
-            )
-            for kind in _changes(recipe, machine)
-        )
-        plan.changes = list(islice(filter(None, fits), 2))
+    for kind in [] if plan.fits else _changes(recipe, machine):
+        tried = ((told, measure(*other)[2]) for told, *other in kind if len(plan.changes) < 2)
+        plan.changes += islice((told for told, held in tried if replace(plan, held=held).fits), 1)
     return plan
 
 
