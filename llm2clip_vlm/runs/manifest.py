@@ -159,13 +159,12 @@ def changed_parent(state: Mapping[str, Any]) -> str | None:
         return differing[0] if differing else None
     if parent_state(path) != state:
         return path
-    if (manifest := find_manifest(Path(path))) is not None:
-        below = "" if manifest.parent == Path(path) else Path(path).name
-        for name in hashes.changed_outputs(
-            manifest.parent, read_manifest(manifest.parent) or {}, below
-        ):
-            return str(manifest.parent / name)
-    return None
+    if (manifest := find_manifest(Path(path))) is None:
+        return None
+    folder = manifest.parent
+    below = "" if folder == Path(path) else Path(path).name
+    changed = hashes.changed_outputs(folder, read_manifest(folder) or {}, below)
+    return str(folder / changed[0]) if changed else None
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any] | None:
