@@ -208,9 +208,8 @@ def _encoder(
     pixels = fixed_pixels(vision_config.image_size)
     expected = features_of(model.eval(), pixels)
     opened = "llm2clip_vlm itself: the library it comes from cannot be imported"
-    visual = libraries.open_clip_weights(
-        holder.vision_tower, getattr(model, "visual_projection", None)
-    )
+    head = getattr(model, "visual_projection", None)
+    visual = libraries.open_clip_weights(holder.vision_tower, head)
     if reference := libraries.library_features("open_clip", visual, vision_config, pixels):
         opened, expected["image_features"] = reference
     if trust_remote_code:

@@ -57,9 +57,8 @@ class Shelf:
             )
         self._loaded: dict[str, str] = {}
         self.chat = lru_cache(maxsize=4)(partial(self._load_chat, device))
-        self.encoder = lru_cache(maxsize=4)(
-            lambda name: load_dual_encoder(self.encoders[name], device=device)
-        )
+        load = partial(load_dual_encoder, device=device)
+        self.encoder = lru_cache(maxsize=4)(lambda name: load(self.encoders[name]))
 
     def _of(self, stages: Sequence[str]) -> dict[str, str]:
         return {run.name: str(run.folder) for run in self.runs if run.stage in stages}

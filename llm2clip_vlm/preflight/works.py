@@ -77,9 +77,8 @@ def build(recipe: Any, source: str | Path, lengths: Lengths, world: int, zero: i
         if zero and (args.bf16 or args.fp16):
             work.model.to(torch.bfloat16)
         work.model.train(work.trains)
-        if work.trains and (
-            trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing")
-        ):
+        saves = trainer.get("gradient_checkpointing") or trainer.get("activation_checkpointing")
+        if work.trains and saves:
             saving = {"use_reentrant": False, "preserve_rng_state": False}
             work.model.gradient_checkpointing_enable(saving)
             if getattr(recipe, "lora", None):
@@ -94,9 +93,8 @@ def origin(path: str, source: str | Path) -> str:
     Raises:
         ValueError: Its config.json is nowhere here.
     """
-    if (Path(path) / "config.json").is_file() or isinstance(
-        try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None, str
-    ):
+    cached = try_to_load_from_cache(path, "config.json") if path.count("/") == 1 else None
+    if isinstance(cached, str) or (Path(path) / "config.json").is_file():
         return path
     if (writer := writer_of(path, source)) is None:
         if problem := missing_model(path):
@@ -115,9 +113,8 @@ def vlm_section(recipe: VlmRecipe, source: str | Path) -> Any:
     if isinstance(recipe, Stage3Recipe):
         return recipe.vlm, source
     checkpoint: str = recipe.checkpoint  # type: ignore[attr-defined]
-    if not (Path(checkpoint) / "config.json").is_file() and (
-        writer := writer_of(checkpoint, source)
-    ):
+    there = (Path(checkpoint) / "config.json").is_file()
+    if not there and (writer := writer_of(checkpoint, source)):
         return vlm_section(load_recipe(writer[1], RECIPES[writer[0]]), writer[1])  # type: ignore[arg-type]
     return None, origin(checkpoint, source)
 
@@ -158,10 +155,9 @@ def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
         register()  # only this package may know the tower of a checkpoint
         config = read_config(near)
         dtype, anyres = config.dtype, config.model_type == "llava_next"
-        shared = (
-            "vision_config text_config vision_feature_layer vision_feature_select_strategy".split()
-        )
-        config = transformers.LlavaConfig(**{name: getattr(config, name) for name in shared})
+        shared = "vision_config text_config vision_feature_layer vision_feature_select_strategy"
+        values = {name: getattr(config, name) for name in shared.split()}
+        config = transformers.LlavaConfig(**values)
     else:
         text = read_config(origin(vlm.language_model, near))
         dtype = text.dtype if vlm.dtype == "auto" else getattr(torch, vlm.dtype)

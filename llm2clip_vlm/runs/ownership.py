@@ -138,14 +138,12 @@ class Hold:
 
     def _refuse_holder(self, path: Path) -> None:
         holder = _content(path).get("holder") or {}
-        where = (
-            f"process {holder.get('process', 'unknown')} on {holder.get('host', 'unknown host')}"
-        )
+        process, host = holder.get("process", "unknown"), holder.get("host", "unknown host")
         mend = f" (if that process is long gone, delete {path})" if self._unlocked else ""
         raise OwnershipError(
-            f"{self.folder} is in use by another run: {holder.get('doing', 'a run')}, {where}, "
-            f"started {holder.get('since', 'a moment ago')}; let it end, or choose another output "
-            f"folder{mend}"
+            f"{self.folder} is in use by another run: {holder.get('doing', 'a run')}, process "
+            f"{process} on {host}, started {holder.get('since', 'a moment ago')}; let it end, or "
+            f"choose another output folder{mend}"
         )
 
     def _write(self, holder: Any) -> None:

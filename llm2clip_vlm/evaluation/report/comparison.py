@@ -257,9 +257,8 @@ def _over_images(
     answers = pair_samples(one.scored, two.scored)
     scores = answers.correct_a, answers.correct_b
     within = stats.paired_bootstrap(*scores, answers.image_ids, resamples)
-    return within | {
-        "mcnemar_p": stats.mcnemar_exact(*scores) if stats.is_binary(*scores) else None
-    }, answers
+    mcnemar_p = stats.mcnemar_exact(*scores) if stats.is_binary(*scores) else None
+    return within | {"mcnemar_p": mcnemar_p}, answers
 
 
 def _copies(found: Mapping[int | None, Measured]) -> str | None:

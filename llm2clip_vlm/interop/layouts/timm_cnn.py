@@ -105,9 +105,8 @@ def convert_cnn(
     side = settings.get("image_size", vision.get("image_size", cfg["input_size"][-1]))
     written = {"architecture": architecture, "pretrained_cfg": {"input_size": [3, side, side]}}
     config = timm_config(written, source)
-    model = tower_of_weights(
-        config, {f"timm_model.{name}": t for name, t in tensors.items()}, source
-    )
+    inside = {f"timm_model.{name}": tensor for name, tensor in tensors.items()}
+    model = tower_of_weights(config, inside, source)
     if architecture in _LITE:
         beside = {"pretrained_cfg": _LITE_IMAGES | {"interpolation": "bicubic"}}
     place = source if source.is_dir() else source.parent
