@@ -1,4 +1,7 @@
-"""`llm2clip-vlm chat`, `search` and `app`: their options; heavy imports wait until these fit."""
+"""`llm2clip-vlm chat`, `search` and `app`: their options; heavy imports wait until these fit.
+
+The docstring of what runs a command is its help.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,9 @@ _MODEL = "a model directory, a stage's output, or a hub id"
 
 def parser(command: str) -> argparse.ArgumentParser:
     """Build the parser of a command."""
-    made = Parser(prog=f"llm2clip-vlm {command}")
-    _COMMANDS[command][0](made)
+    options, run = _COMMANDS[command]
+    made = Parser(prog=f"llm2clip-vlm {command}", description=run.__doc__)
+    options(made)
     made.add_argument("--device", help="default: cuda if there is one, else cpu")
     return made
 
@@ -33,10 +37,6 @@ def main(command: str, words: Sequence[str]) -> int | None:
 
 def _chat_options(made: argparse.ArgumentParser) -> None:
     add = made.add_argument
-    made.description = (
-        "Talk with a vision-language model in the terminal. Lines of a pipe are questions, too; "
-        "with -p the answer alone is printed."
-    )
     add("model", metavar="MODEL", help=_MODEL)
     add("image", metavar="IMAGE", nargs="?", help="picture to talk about")
     add("-p", "--prompt", metavar="TEXT", help="answer this one question")
@@ -49,6 +49,10 @@ def _chat_options(made: argparse.ArgumentParser) -> None:
 
 
 def _chat(arguments: argparse.Namespace) -> int:
+    """Talk with a vision-language model in the terminal.
+
+    Lines of a pipe are questions, too; with -p the answer alone is printed.
+    """
     from transformers import set_seed
 
     from llm2clip_vlm.play.vlm_chat import HELP, Chat, open_picture, print_answer, talk, typed
@@ -71,10 +75,6 @@ def _chat(arguments: argparse.Namespace) -> int:
 
 def _search_options(made: argparse.ArgumentParser) -> None:
     add = made.add_argument
-    made.description = (
-        "Find photographs by words. The folder is indexed once; later calls embed what is new. "
-        "Without words, lines are searches."
-    )
     add("model", metavar="MODEL", help=f"an encoder: {_MODEL}")
     add("folder", metavar="FOLDER", help="photographs, also in folders below it")
     add("words", metavar="WORDS", nargs="*", help='such as "a dog in the snow"')
@@ -84,6 +84,10 @@ def _search_options(made: argparse.ArgumentParser) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> int:
+    """Find photographs by words.
+
+    The folder is indexed once; later calls embed what is new. Without words, lines are searches.
+    """
     import webbrowser
 
     _require_photos(arguments.folder)  # before the slow part
@@ -111,11 +115,6 @@ def _require_photos(folder: str) -> None:
 
 def _app_options(made: argparse.ArgumentParser) -> None:
     add = made.add_argument
-    made.description = (
-        "One web page, on this machine alone: chat with one or two VLMs, search photographs, see "
-        "where words are in a picture, and finished runs. Without arguments it shows the demo's "
-        "models."
-    )
     add("run", metavar="RUN", nargs="?", help="folder with finished stages (default: runs/demo)")
     for name, what in (
         ("--vlm", f"one more VLM: {_MODEL}"),
@@ -129,6 +128,11 @@ def _app_options(made: argparse.ArgumentParser) -> None:
 
 
 def _app(arguments: argparse.Namespace) -> None:
+    """Serve one web page, on this machine alone.
+
+    Chat with one or two VLMs, search photographs, see where words are in a picture, and finished
+    runs. Without arguments it shows the demo's models.
+    """
     from llm2clip_vlm.hub import require_place
 
     for place in (*arguments.vlm, *arguments.encoder):  # before the slow part
