@@ -39,11 +39,8 @@ def parser(command: str) -> argparse.ArgumentParser:
         add("--image-size", type=number(1), metavar="PX", help="the same as --set image_size=PX")
         add("--partial", action="store_true", help="let weights be missing or unexpected")
         add("--sha256", help="hash that the file must have")
-        add(
-            "--trust-remote-code",
-            action="store_true",
-            help="run the Python files beside the weights, to compare with what they compute",
-        )
+        runs = "run the Python files beside the weights, to compare with what they compute"
+        add("--trust-remote-code", action="store_true", help=runs)
     add("out", metavar="OUT", help="folder to write; must not exist")
     return made
 

@@ -20,23 +20,21 @@ def parser(command: str) -> argparse.ArgumentParser:
     """Build the parser of a command."""
     options, run = _COMMANDS[command]
     made = Parser(prog=f"llm2clip-vlm {command}", description=run.__doc__)
-    options(made)
+    options(made.add_argument)
     made.add_argument("--device", help="default: cuda if there is one, else cpu")
     return made
 
 
 def main(command: str, words: Sequence[str]) -> int | None:
     """Run a command."""
-    made = parser(command)
-    arguments = made.parse_intermixed_args(words)
+    arguments = parser(command).parse_intermixed_args(words)
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     return _COMMANDS[command][1](arguments)
 
 
-def _chat_options(made: argparse.ArgumentParser) -> None:
-    add = made.add_argument
+def _chat_options(add: Callable[..., object]) -> None:
     add("model", metavar="MODEL", help=_MODEL)
     add("image", metavar="IMAGE", nargs="?", help="picture to talk about")
     add("-p", "--prompt", metavar="TEXT", help="answer this one question")
@@ -73,8 +71,7 @@ def _chat(arguments: argparse.Namespace) -> int:
     return 2 if failed and not sys.stdin.isatty() else 0
 
 
-def _search_options(made: argparse.ArgumentParser) -> None:
-    add = made.add_argument
+def _search_options(add: Callable[..., object]) -> None:
     add("model", metavar="MODEL", help=f"an encoder: {_MODEL}")
     add("folder", metavar="FOLDER", help="photographs, also in folders below it")
     add("words", metavar="WORDS", nargs="*", help='such as "a dog in the snow"')
@@ -113,8 +110,7 @@ def _require_photos(folder: str) -> None:
         raise ValueError(f"{folder}: no such folder; expected one with photographs")
 
 
-def _app_options(made: argparse.ArgumentParser) -> None:
-    add = made.add_argument
+def _app_options(add: Callable[..., object]) -> None:
     add("run", metavar="RUN", nargs="?", help="folder with finished stages (default: runs/demo)")
     for name, what in (
         ("--vlm", f"one more VLM: {_MODEL}"),
