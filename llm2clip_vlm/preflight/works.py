@@ -283,11 +283,8 @@ def _clip(recipe: ClipBaselineRecipe, source: str | Path) -> Any:
     if recipe.vision_tower is not None:
         tower = _tower_config(recipe.vision_tower, source, recipe.image_size_px)
         text = transformers.CLIPTextConfig(**(recipe.text_model or {}))
-        config: Any = transformers.VisionTextDualEncoderConfig(
-            vision_config=tower.to_dict(),
-            text_config=text.to_dict(),
-            projection_dim=recipe.projection_dim,
-        )
+        both: Any = transformers.VisionTextDualEncoderConfig
+        config = both.from_vision_text_configs(tower, text, projection_dim=recipe.projection_dim)
     elif isinstance(recipe.clip, str):
         config = read_config(origin(recipe.clip, source))
     else:
