@@ -193,14 +193,10 @@ def _encoder(
         if layout.config is SiglipVisionConfig:  # trained without a projection
             identity = torch.eye(sizes["projection_dim"]).to(found["vision_tower.head.probe"])
             found.setdefault("visual_projection.weight", identity)
-        holder = model = LLM2CLIPModel(
-            LLM2CLIPConfig(
-                vision_config=vision_config.to_dict(),
-                projection_bias="visual_projection.bias" in found,
-                logit_bias_init_value=0.0 if "logit_bias" in found else None,
-                **sizes,
-            )
-        )
+        sizes["projection_bias"] = "visual_projection.bias" in found
+        sizes["logit_bias_init_value"] = 0.0 if "logit_bias" in found else None
+        own = LLM2CLIPConfig(vision_config=vision_config.to_dict(), **sizes)
+        holder = model = LLM2CLIPModel(own)
     left_out = official.LEFT_OUT_OF_A_TOWER if prefix is None else official.LEFT_OUT
     report = load_translated(
         holder, found, unexpected, left_out=left_out, where=source, partial=partial

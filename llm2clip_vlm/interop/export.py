@@ -277,9 +277,8 @@ def _sentence_transformers(source: Path, model: Any, processor: Any, folder: Pat
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ModelError(
-            "pip install sentence-transformers: the export is opened with it"
-        ) from error
+        told = "pip install sentence-transformers: the export is opened with it"
+        raise ModelError(told) from error
     if export_sentence_transformers(model, source, folder) is None:
         raise ModelError(f"{source}: sentence-transformers cannot make its vectors (see above)")
     texts = ["A photo of two dogs.", "Rain on a window, seen from inside."]

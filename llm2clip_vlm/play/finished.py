@@ -53,9 +53,8 @@ def finished_runs(root: str | Path) -> list[FinishedRun]:
         losses: list[tuple[int, float]] = []
         with suppress(ValueError):  # a damaged log is no reason to hide a model
             losses = read_losses(folder / "metrics.jsonl")
-        found.append(
-            FinishedRun(name, folder, manifest["stage"], manifest["seconds"], losses, photos)
-        )
+        stage, seconds = manifest["stage"], manifest["seconds"]
+        found.append(FinishedRun(name, folder, stage, seconds, losses, photos))
     return found
 
 

@@ -83,9 +83,8 @@ def begin(directory: Path, name: str) -> None:
     root, families = _families()
     found = [family for family in families if family.startswith(name)]
     if len(found) != 1:
-        raise ValueError(
-            f"--recipe {name}: expected one of {families}{did_you_mean(name, families)}"
-        )
+        near = did_you_mean(name, families)
+        raise ValueError(f"--recipe {name}: expected one of {families}{near}")
     if directory.is_dir() and not any(directory.iterdir()):
         directory.rmdir()
     if os.path.lexists(directory):
