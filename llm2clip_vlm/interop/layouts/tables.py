@@ -26,8 +26,8 @@ from llm2clip_vlm.models.vision.timm_vision import timm_image_processor
 class Layout:
     """One way to name a tower's weights."""
 
-    marks: tuple[str, ...]
-    """Names, without `visual.`, that this layout alone has all of."""
+    marks: str
+    """Names, without `visual.`, that this layout alone has all of; blank-separated."""
     table: tuple[Row, ...]
     """Rows that lead to our names."""
     config: type[PreTrainedConfig]
@@ -38,21 +38,17 @@ class Layout:
 
 LAYOUTS = {
     "openai_clip": Layout(
-        ("class_embedding", "transformer.resblocks.0.attn.in_proj_weight"),
-        OPENAI_CLIP,
-        CLIPVisionConfig,
+        "class_embedding transformer.resblocks.0.attn.in_proj_weight", OPENAI_CLIP, CLIPVisionConfig
     ),
-    "eva02": Layout(("cls_token", "blocks.0.attn.inner_attn_ln.weight"), EVA02, Eva02VisionConfig),
-    "eva02_timm": Layout(("cls_token", "blocks.0.mlp.fc1_g.weight"), EVA02, Eva02VisionConfig),
+    "eva02": Layout("cls_token blocks.0.attn.inner_attn_ln.weight", EVA02, Eva02VisionConfig),
+    "eva02_timm": Layout("cls_token blocks.0.mlp.fc1_g.weight", EVA02, Eva02VisionConfig),
     "clip_timm": Layout(
-        ("cls_token", "norm_pre.weight", "blocks.0.attn.qkv.weight"), CLIP_TIMM, CLIPVisionConfig
+        "cls_token norm_pre.weight blocks.0.attn.qkv.weight", CLIP_TIMM, CLIPVisionConfig
     ),
     # timm computes GELU exactly where Google's SigLIP approximates it, and LLM2CLIP trained so.
-    "siglip_timm": Layout(("attn_pool.latent",), SIGLIP_TIMM, SiglipVisionConfig, "gelu"),
-    "clip_hf": Layout(
-        ("embeddings.class_embedding", "pre_layrnorm.weight"), SAME, CLIPVisionConfig
-    ),
-    "siglip_hf": Layout(("head.probe",), SAME, SiglipVisionConfig, "gelu_pytorch_tanh"),
+    "siglip_timm": Layout("attn_pool.latent", SIGLIP_TIMM, SiglipVisionConfig, "gelu"),
+    "clip_hf": Layout("embeddings.class_embedding pre_layrnorm.weight", SAME, CLIPVisionConfig),
+    "siglip_hf": Layout("head.probe", SAME, SiglipVisionConfig, "gelu_pytorch_tanh"),
 }
 """Layouts by name; the first that has all its marks is taken."""
 
@@ -80,7 +76,7 @@ def recognise(names: set[str], where: str) -> tuple[str, Layout]:
         ModelError: None of the layouts.
     """
     for name, layout in LAYOUTS.items():
-        if all("visual." + mark in names for mark in layout.marks):
+        if all("visual." + mark in names for mark in layout.marks.split()):
             return name, layout
     raise ModelError(
         f"{where}: no layout of a vision tower or a VLM that is known here; expected the weights "
