@@ -10,6 +10,7 @@ unit: paired sign-flip test and bootstrap tell these checkpoints apart, and noth
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,8 +119,9 @@ def run_seconds(run: Run) -> dict[str, float]:
     Stages are known by their manifests; those of other machines cost nothing here.
     """
     found = [m for task, seeds in run.scores.items() if ":" not in task for m in seeds.values()]
+    judged = [m for m in found if m.result]
     places = {m.folder for m in found if not m.result}
-    places |= {Path(m.result["checkpoint"]["path"]) for m in found if m.result}
+    places |= {Path(m.result["checkpoint"]["path"]) for m in judged}
     manifests: dict[Path, dict[str, Any]] = {}
     while places:
         place = places.pop().resolve()
@@ -128,16 +130,11 @@ def run_seconds(run: Run) -> dict[str, float]:
             if manifest is not None:
                 manifests[folder] = manifest
                 places |= {Path(p["path"]) for p in manifest.get("parents", {}).values()}
-    seconds: dict[str, float] = {}
+    seconds: dict[str, float] = defaultdict(float)
     for manifest in manifests.values():
-        stage = str(manifest.get("stage"))
-        seconds[stage] = seconds.get(stage, 0.0) + float(manifest["seconds"])
+        seconds[str(manifest.get("stage"))] += float(manifest["seconds"])
     # Several benchmarks may come from one result, and several results from one kind of task.
-    spent = {
-        (m.folder, m.result.get("key", m.result["task"])): m.result["seconds"]
-        for m in found
-        if m.result
-    }
+    spent = {(m.folder, m.result.get("key", m.result["task"])): m.result["seconds"] for m in judged}
     evaluation = float(sum(spent.values()))
     return dict(sorted(seconds.items())) | ({"evaluation": evaluation} if evaluation else {})
 
