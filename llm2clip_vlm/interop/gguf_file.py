@@ -134,10 +134,7 @@ def _read(source: Path) -> tuple[Counter[str], dict[str, int], dict[str, Any]]:
     logging.getLogger("gguf").setLevel(logging.ERROR)
     with boundary(f"{source}: damaged or cut short", "; fetch it again"):
         reader = GGUFReader(source)
-        said = {
-            key: field.contents()
-            for key, field in reader.fields.items()
-            if key.partition(".")[2] in {"ggml.pre", "ggml.add_space_prefix", *_SAID}
-        }
+        wanted, fields = {"ggml.pre", "ggml.add_space_prefix", *_SAID}, reader.fields.items()
+        said = {key: field.contents() for key, field in fields if key.partition(".")[2] in wanted}
     kinds = Counter(str(tensor.tensor_type.name) for tensor in reader.tensors)
     return kinds, {tensor.name: int(tensor.n_elements) for tensor in reader.tensors}, said

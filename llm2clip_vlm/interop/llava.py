@@ -120,13 +120,9 @@ def _decoder(
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(text_config)]
     with torch.device("meta"):
         own = model_class(text_config).state_dict().keys()
-    llm = load_complete(
-        model_class,
-        folder,
-        config=text_config,
-        state_dict={name: tensor for name, tensor in weights.items() if name in own},
-        dtype=weights["model.embed_tokens.weight"].dtype,
-    )
+    state = {name: tensor for name, tensor in weights.items() if name in own}
+    dtype = weights["model.embed_tokens.weight"].dtype
+    llm = load_complete(model_class, folder, config=text_config, state_dict=state, dtype=dtype)
     llm.save_pretrained(place)
     save_tokenizer(read_tokenizer(folder), place)
     return place
@@ -180,11 +176,8 @@ def llava_weights(model: Any) -> dict[str, Tensor]:
     Args:
         model: A `LlavaForConditionalGeneration`.
     """
-    ours = {
-        name: tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if not name.startswith("model.vision_tower.")
-    }
+    state = model.state_dict().items()
+    ours = {name: t.detach() for name, t in state if not name.startswith("model.vision_tower.")}
     if model.config.text_config.tie_word_embeddings:
         del ours["lm_head.weight"]  # it is the embeddings', as the config says
     found, unknown = translate(ours, LLAVA, back=True)

@@ -77,11 +77,8 @@ def fingerprint_dir(path: str | Path) -> str:
     if not folder.is_dir():
         raise HandoffError(f"expected a directory at {folder}, found none")
     if not (files := list(model_files(folder))):
-        files = [
-            file
-            for file in folder.rglob("*")
-            if file.is_file() and "/." not in f"/{file.relative_to(folder).as_posix()}"
-        ]
+        below = ((file, f"/{file.relative_to(folder).as_posix()}") for file in folder.rglob("*"))
+        files = [file for file, name in below if file.is_file() and "/." not in name]
     if not files:
         raise HandoffError(f"expected files in {folder}, found none to take a fingerprint of")
     digest = hashlib.sha256()
