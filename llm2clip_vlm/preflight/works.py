@@ -150,24 +150,19 @@ def _tower_config(path: str, source: str | Path, side: int | None) -> Any:
 def _vlm_model(recipe: VlmRecipe, source: str | Path) -> tuple[Any, float]:
     """A LLaVA on the meta device, and the crops of a picture (of AnyRes LLaVA-NeXT's most)."""
     vlm, near = vlm_section(recipe, source)
-    config: Any
     if vlm is None:
         register()  # only this package may know the tower of a checkpoint
-        config = read_config(near)
-        dtype, anyres = config.dtype, config.model_type == "llava_next"
-        shared = "vision_config text_config vision_feature_layer vision_feature_select_strategy"
-        values = {name: getattr(config, name) for name in shared.split()}
-        config = transformers.LlavaConfig(**values)
+        chosen: Any = read_config(near)
+        tower, text = chosen.vision_config, chosen.text_config
+        dtype, anyres = chosen.dtype, chosen.model_type == "llava_next"
     else:
+        chosen, tower = vlm, _tower_config(vlm.vision_tower, near, vlm.image_size_px)
         text = read_config(origin(vlm.language_model, near))
         dtype = text.dtype if vlm.dtype == "auto" else getattr(torch, vlm.dtype)
         anyres = vlm.image_aspect_ratio == "anyres"
-        config = transformers.LlavaConfig(
-            vision_config=_tower_config(vlm.vision_tower, near, vlm.image_size_px),
-            text_config=text,
-            vision_feature_layer=vlm.vision_feature_layer,
-            vision_feature_select_strategy=vlm.vision_feature_select_strategy,
-        )
+    features = ("vision_feature_layer", "vision_feature_select_strategy")
+    values = {name: getattr(chosen, name) for name in features}
+    config: Any = transformers.LlavaConfig(vision_config=tower, text_config=text, **values)
     config.text_config._attn_implementation = _PLAIN
     dtype = torch.float32 if dtype in (torch.float16, None) else dtype
     model: Any = transformers.LlavaForConditionalGeneration(config)
