@@ -111,12 +111,9 @@ def unlike(sizes: Sequence[Mapping[str, Any]]) -> list[str]:
 def held_out(folder: str | Path) -> dict[str, Any]:
     """Hash of what a stage was evaluated on, by its manifest; empty where that does not tell."""
     manifest = read_manifest(folder) or {}
-    files = [
-        state[2]
-        for name, parent in manifest.get("parents", {}).items()
-        for state in parent.get("files", {}).values()
-        if name.startswith("evaluation.")
-    ]
+    parents = manifest.get("parents", {}).items()
+    states = [parent.get("files", {}) for name, parent in parents if name.startswith("evaluation.")]
+    files = [state[2] for of_parent in states for state in of_parent.values()]
     keys = ("where", "drop_where", "group_by", "limit", "fields")
     sources = manifest.get("recipe", {}).get("evaluation", ())
     rules = [[source.get(key) for key in keys] for source in sources]
@@ -148,12 +145,8 @@ def guesses(samples: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]
     if any(row["correct"] not in (0, 1) for row in rows) or not any(r["target"] for r in rows):
         return {}
     asked = Counter(row["question"] for row in rows)
-    rules = {
-        "one answer always": [""] * len(rows),
-        "best rule without the picture": [
-            row["question"] if asked[row["question"]] >= OFTEN else row["type"] for row in rows
-        ],
-    }
+    wordings = [row["question"] if asked[row["question"]] >= OFTEN else row["type"] for row in rows]
+    rules = {"one answer always": [""] * len(rows), "best rule without the picture": wordings}
     shares, targets = {}, [normalise(str(row["target"])) for row in rows]
     for name, groups in rules.items():
         counts: dict[str, Counter[str]] = defaultdict(Counter)
