@@ -228,12 +228,7 @@ def certify(folder: Path, made: str, source: Path, evidence: Evidence) -> dict[s
     stage = read_manifest(source.parent) or {}
     left = source.is_dir() and source.name in stage.get("outputs", {})
     measured = source.parent / "results.json"
-    write_card(
-        folder,
-        made,
-        parents={"checkpoint": str(source)},
-        versions=certificate["versions"],
-        results=read_json(measured) if left and measured.is_file() else None,
-        parity=certificate,
-    )
+    results = read_json(measured) if left and measured.is_file() else None
+    parents, used = {"checkpoint": str(source)}, certificate["versions"]
+    write_card(folder, made, parents=parents, versions=used, results=results, parity=certificate)
     return certificate

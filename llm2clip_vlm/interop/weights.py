@@ -140,11 +140,8 @@ def _open(file: Path) -> tuple[Path, Any]:
         if isinstance(found, Mapping):
             inner = (found[key] for key in _WRAPPERS if isinstance(found.get(key), Mapping))
             found = next(inner, found)
-    tensors = {
-        str(name).removeprefix("module."): tensor
-        for name, tensor in (found.items() if isinstance(found, Mapping) else ())
-        if isinstance(tensor, Tensor)
-    }
+    named = found.items() if isinstance(found, Mapping) else ()
+    tensors = {str(n).removeprefix("module."): t for n, t in named if isinstance(t, Tensor)}
     if not tensors:
         raise ModelError(f"{file}: expected names and tensors, got {type(found).__name__}")
     return file, tensors
