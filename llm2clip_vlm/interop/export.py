@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from llm2clip_vlm.interop import certificate, libraries, llava
 from llm2clip_vlm.interop.certificate import Evidence, features_of, logits_of
 from llm2clip_vlm.interop.layouts.vits import TANH_GELU
 from llm2clip_vlm.interop.weights import verify_hashes, weight_files
-from llm2clip_vlm.models.checkpoint_files import refuse_gguf
+from llm2clip_vlm.models.checkpoint_files import WEIGHTS, refuse_gguf
 from llm2clip_vlm.models.equal import fixed_pixels
 from llm2clip_vlm.models.llm2clip import register
 from llm2clip_vlm.models.loading import load_complete, to_dtype
@@ -187,7 +187,7 @@ def _open_clip(source: Path, model: Any, processor: Any, folder: Path) -> Eviden
     if scaled != (side := tower.config.image_size):
         lost.append(f"open_clip resizes to {side} px; its pictures were cropped from {scaled} px")
     more = {"lost": "; ".join(lost)} if lost else {}
-    return _checked("open_clip", model, weights, folder, more)
+    return replace(_checked("open_clip", model, weights, folder), more=more)
 
 
 def _timm(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
@@ -234,24 +234,14 @@ def _shown(processor: Any) -> tuple[dict[str, Any], int, bool]:
 
 
 def _write(
-    folder: Path,
-    name: str,
-    config: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    file: str = "model.safetensors",
+    folder: Path, name: str, config: dict[str, Any], weights: dict[str, Tensor], file: str = WEIGHTS
 ) -> None:
     (folder / name).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     whole = {name: tensor.contiguous() for name, tensor in weights.items()}
     save_file(whole, folder / file, metadata={"format": "pt"})
 
 
-def _checked(
-    library: str,
-    model: nn.Module,
-    weights: dict[str, Tensor],
-    folder: Path,
-    more: Mapping[str, Any] | None = None,
-) -> Evidence:
+def _checked(library: str, model: nn.Module, weights: dict[str, Tensor], folder: Path) -> Evidence:
     """Compare with the library; where it is not installed, with what `convert` makes of it."""
     from llm2clip_vlm.interop.convert import convert
 
@@ -269,7 +259,7 @@ def _checked(
             got = features_of(again, pixels)["image_features"]
         opened = f"`convert`: {library} cannot be imported", got
     expected = {"image_features": features_of(model, pixels)["image_features"]}
-    return Evidence(opened[0], expected, {"image_features": opened[1]}, more or {})
+    return Evidence(opened[0], expected, {"image_features": opened[1]})
 
 
 def _sentence_transformers(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
