@@ -112,11 +112,9 @@ def _require_photos(folder: str) -> None:
 
 def _app_options(add: Callable[..., object]) -> None:
     add("run", metavar="RUN", nargs="?", help="folder with finished stages (default: runs/demo)")
-    for name, what in (
-        ("--vlm", f"one more VLM: {_MODEL}"),
-        ("--encoder", f"one more encoder: {_MODEL}"),
-        ("--photos", "folder to search (default: `image_root` of the encoders' evaluation data)"),
-    ):
+    photos = "folder to search (default: `image_root` of the encoders' evaluation data)"
+    models = {"--vlm": f"one more VLM: {_MODEL}", "--encoder": f"one more encoder: {_MODEL}"}
+    for name, what in {**models, "--photos": photos}.items():
         add(name, metavar="DIR", action="append", default=[], help=what)
     add("--votes", metavar="FILE", help="default: RUN/votes.jsonl")
     add("--port", type=number(1, 65535), help="default: the first free one from 7860 on")
