@@ -269,7 +269,6 @@ def charts(facts: Facts) -> dict[str, Any]:
             drawn["types"] = Chart("By type of question", groups, 100, known)
     if facts.ab is not None:
         drawn["ab"] = difference_chart(facts.ab, recipe.headline)
-    drawn["curves"] = {
-        name: Curves(f"{name}, training loss", lines) for name, lines in facts.curves.items()
-    }
+    curves = facts.curves.items()
+    drawn["curves"] = {name: Curves(f"{name}, training loss", lines) for name, lines in curves}
     return drawn
