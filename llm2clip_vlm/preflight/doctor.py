@@ -157,10 +157,8 @@ def hub_access_state() -> Finding:
         return Finding("hub", "note", detail)
     status = ask_hub("api/whoami-v2" if get_token() else "api/models?limit=1")
     if status is None:
-        detail = (
-            f"{constants.ENDPOINT} does not answer; `hf download` what a recipe names elsewhere"
-        )
-        return Finding("hub", "note", f"{detail}, copy HF_HOME, and set HF_HUB_OFFLINE=1")
+        advice = "`hf download` what a recipe names elsewhere, copy HF_HOME, set HF_HUB_OFFLINE=1"
+        return Finding("hub", "note", f"{constants.ENDPOINT} does not answer; {advice}")
     if not get_token():
         return Finding("hub", "note", "answers; no token, for gated models (Llama): hf auth login")
     if status != 200:

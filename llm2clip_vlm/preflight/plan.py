@@ -57,9 +57,8 @@ def memory(work: Work, seen: Footprint, machine: Machine, recipe: Any) -> Counte
     found = Counter(dict(seen.held))
     if work.trains and gradients > sum(found.values()):  # the peak is the optimizer's step
         found = Counter(gradients=gradients)
-    weights = sum(
-        p.numel() * (_NF4 if four and _is_nf4(n, p) else p.element_size()) for n, p in named
-    )
+    nf4 = {name for name, p in named if four and _is_nf4(name, p)}
+    weights = sum(p.numel() * (_NF4 if name in nf4 else p.element_size()) for name, p in named)
     found["weights"] = work.beside_bytes + int(weights / (world if zero == 3 else 1))
     masters = 4 * trained if zero and half else 0
     kept = 0 if machine.offload and zero else (states + masters) / (world if zero else 1)

@@ -75,9 +75,8 @@ class Shown:
             TimeElapsedColumn(),
             TextColumn("{task.fields[state]}", markup=False),
         )
-        self.bars = Progress(
-            *columns, console=console, transient=True, disable=not console.is_interactive
-        )
+        hidden = not console.is_interactive
+        self.bars = Progress(*columns, console=console, transient=True, disable=hidden)
         """A context: on a terminal the bars are drawn in it."""
         self._ids = {"": self.bars.add_task("all steps", total=len(self._steps), state="")}
         self._written = time.monotonic()
