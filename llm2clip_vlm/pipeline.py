@@ -23,7 +23,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -373,7 +372,7 @@ class Pipeline:
             before = self._read(COSTS_NAME).get(job.name, cost)
             if job.complete or (not job.outputs and job.step.program not in RECIPES):
                 # it was asked again, and may have found within seconds that all is done
-                cost = max(before, cost, key=itemgetter("cpu_seconds"))
+                cost = max(before, cost, key=lambda took: took["cpu_seconds"])
             self._note(COSTS_NAME, {job.name: cost})
             self._note(f"logs/{OUTPUTS_NAME}", {job.name: hashes.file_states(output_files(job))})
             self._note(f"logs/{ASKED_NAME}", {job.name: job.asked})

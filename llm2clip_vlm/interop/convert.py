@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, SiglipVisionConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
@@ -256,4 +255,4 @@ def _remote_embeds(folder: Path, config: Mapping[str, Any], pixels: Tensor) -> t
         print(f"runs remote code: {file} (sha256 {fingerprint_file(file)})", flush=True)
     model = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     opened = f"{', '.join(file.name for file in files)} beside the weights"
-    return opened, F.normalize(model.get_image_features(pixels), dim=-1)
+    return opened, nn.functional.normalize(model.get_image_features(pixels), dim=-1)

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModel
+from transformers import AutoModel, CLIPVisionModel
 
 from llm2clip_vlm.files import read_json
 from llm2clip_vlm.hub import ModelError
@@ -151,7 +150,7 @@ def _llava(source: Path, model: Any, processor: Any, folder: Path) -> Evidence:
     if not hasattr(model, "lm_head"):
         pixels = fixed_pixels(tower.config.image_size)
         export_vision_tower(tower, processor, folder)
-        again: Any = load_complete(transformers.CLIPVisionModel, folder, dtype=torch.float32)
+        again: Any = load_complete(CLIPVisionModel, folder, dtype=torch.float32)
         opened = "CLIPVisionModel of transformers, as LLaVA does"
         return Evidence(opened, features_of(tower, pixels), features_of(again.eval(), pixels))
     export_vision_tower(tower, processor.image_processor, folder / "vision_tower")

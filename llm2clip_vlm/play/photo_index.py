@@ -6,7 +6,6 @@ of the same name, size and date is believed.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import logging
@@ -34,6 +33,7 @@ from llm2clip_vlm.models.equal import difference
 from llm2clip_vlm.play.finished import from_run
 from llm2clip_vlm.play.vlm_chat import model_folder
 from llm2clip_vlm.recipe.base import TextEncoderSection
+from llm2clip_vlm.runs.hashes import hash_json
 from llm2clip_vlm.runs.manifest import read_manifest
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,8 @@ def index_photos(folder: str | Path, encoder: Encoder) -> PhotoIndex:
     """
     root = Path(folder).expanduser().resolve()
     states = {name: _state(root / name) for name in find_photos(root)}
-    key = json.dumps([_VERSION, encoder.fingerprints["model"], str(root)])
-    file = cache_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
+    key = hash_json([_VERSION, encoder.fingerprints["model"], str(root)])[:32]
+    file = cache_folder() / f"{key}.safetensors"
     photos = {name: p for name, p in _load(file).items() if states.get(name) == p[:2]}
     if not _still_the_same(root, encoder, photos):
         logger.warning("%s: the encoder makes other vectors now; indexed again", folder)

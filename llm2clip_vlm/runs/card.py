@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from hashlib import sha256
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +117,7 @@ def write_card(
         pipeline_tag=pipeline_tag,
         tags=[_OURS],
         license=licences[0] if len(licences) == 1 else None,
-        base_model=sorted({*hub, *chain.from_iterable(map(_bases, known))}) or None,
+        base_model=sorted({*hub, *(base for data in known for base in _bases(data))}) or None,
         eval_results=found or None,
     )
     text = ModelCard.from_template(

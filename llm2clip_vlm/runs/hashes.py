@@ -134,7 +134,7 @@ def changed_files(states: Mapping[str, FileState], folder: Path | None = None) -
     """
     for name, (size, date, digest) in states.items():
         file = Path(name) if folder is None else folder / name
-        if not file.is_file() or (stat := os.stat(file)).st_size != size:
+        if not file.is_file() or (stat := file.stat()).st_size != size:
             yield name
         elif stat.st_mtime_ns != date:
             whole = not str(digest).startswith("pieces:")
