@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from llm2clip_vlm.data.conversation.packing import PackedCollator
 from llm2clip_vlm.hub import ModelError
@@ -18,6 +20,8 @@ from llm2clip_vlm.models.vlm.document_attention import (
     install_document_attention,
     install_packing,
 )
+from llm2clip_vlm.training.vlm.vlm_run import padded_instead
+from tests.tiny import llama_config
 from tests.tiny_llms import NAMES, build_family, is_tiny
 from tests.unit.test_vlm_trainer import samples
 
@@ -181,3 +185,31 @@ def test_bounds_and_masks_by_hand() -> None:
     allowed[8, 5] = False  # a window in the last sample
     masks = document_attention._masks(allowed[None, None], [3, 2, 4])
     assert masks[:2] == [None, None] and torch.equal(masks[2][0, 0], allowed[5:, 5:])
+
+
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_a_rope_that_the_longest_sample_stretches_is_refused(kind: str) -> None:
+    """Alone a short sample has other factors than beside a long one."""
+    config = llama_config(99)
+    config.max_position_embeddings = 64
+    rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+        rope["original_max_position_embeddings"] = 64
+    config.rope_parameters = rope
+    torch.manual_seed(0)
+    ids = torch.randint(4, 99, (2, 100))
+    short = LlamaForCausalLM(config).eval()(ids[:1, :50]).logits
+    torch.manual_seed(0)
+    ids = torch.randint(4, 99, (2, 100))
+    beside = LlamaForCausalLM(config).eval()(ids).logits[:1, :50]
+    assert (short - beside).abs().max() > 1e-5
+    args: Any = SimpleNamespace(per_device_train_batch_size=1)
+    recipe: Any = SimpleNamespace(packing=True, max_length_tokens=65)
+    model: Any = SimpleNamespace(config=SimpleNamespace(text_config=config))
+    with pytest.raises(ValueError, match=rf"expected at most 64, got 65.*\({kind}\)"):
+        padded_instead(model, recipe, args)
+    recipe.packing = False
+    assert padded_instead(model, recipe, args) == (recipe, None)
+    args.per_device_train_batch_size, recipe.max_length_tokens = 2, 64
+    assert padded_instead(model, recipe, args) == (recipe, None)

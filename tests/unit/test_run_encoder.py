@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -239,7 +240,11 @@ def test_the_recipe_decides_which_program_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ran: list[tuple[str, ...]] = []
-    monkeypatch.setattr(cli, "_program", lambda *words: ran.append(words))
+
+    def load(path: Path) -> Any:
+        return SimpleNamespace(main=lambda words: ran.append((path.stem, *words)))
+
+    monkeypatch.setattr(cli, "load_program", load)
     (tmp_path / "a.yaml").write_text("notes: x\nstage: run_encoder\n")
     (tmp_path / "b.yaml").write_text("tasks: []\n")
     cli.main(["eval", str(tmp_path / "a.yaml"), "seed=1"])

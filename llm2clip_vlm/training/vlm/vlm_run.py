@@ -132,7 +132,11 @@ def padded_instead(
     Returns:
         The recipe to go on with, and why the run cannot be packed though it says so. None: it can,
         or should not.
+
+    Raises:
+        ValueError: A long sample would change how short ones beside it are read.
     """
+    _refuse_stretched_rope(model.config.text_config, recipe, args)
     if not recipe.packing:
         return recipe, None
     if not (is_deepspeed_zero3_enabled() or getattr(model, "is_quantized", False)):
@@ -147,6 +151,23 @@ def padded_instead(
     leak = leak or "another process found that it would not keep samples apart"
     distributed.say(f"packing: padded instead, in groups of similar length: {leak}")
     return recipe.model_copy(update={"packing": False}), leak
+
+
+def _refuse_stretched_rope(config: Any, recipe: VlmRecipe, args: TrainingArguments) -> None:
+    rope = getattr(config, "rope_parameters", None) or {}
+    limits = {
+        "dynamic": getattr(config, "max_position_embeddings", None),
+        "longrope": rope.get("original_max_position_embeddings"),
+    }
+    limit = limits.get(rope.get("rope_type", "")) or math.inf
+    together = recipe.packing or args.per_device_train_batch_size > 1
+    if together and recipe.max_length_tokens > limit:
+        raise ValueError(
+            f"max_length_tokens: expected at most {limit}, got {recipe.max_length_tokens}: beyond "
+            f"it the language model's rope ({rope['rope_type']}) turns all samples of a "
+            "micro-batch as its longest one asks for; or set packing: false and a "
+            "per_device_train_batch_size of 1"
+        )
 
 
 def prepare_processor(recipe: VlmRecipe, processor: Any) -> None:
