@@ -25,6 +25,7 @@ from llm2clip_vlm.evaluation.report.inputs import (
 )
 from llm2clip_vlm.metrics.segmentation import mean_iou
 from llm2clip_vlm.metrics.statistics import holm, mcnemar_exact
+from llm2clip_vlm.runs.hashes import file_state
 from tests.report_fixtures import load_program, retrieval, write_json, write_lines, write_run
 from tests.tiny import build_clip
 
@@ -283,12 +284,15 @@ def test_damaged_and_mixed_results_are_refused(tmp_path: Path, capsys: Any) -> N
     nan = made(tmp_path / "nan", [1, float("nan"), 1])
     cent = made(tmp_path / "cent", [1, 30, 1])
     less = made(tmp_path / "less", [1, 0])
+    states = {"t.samples.jsonl": [(good / "t.samples.jsonl").stat().st_size, 0, "of others"]}
+    others = made(tmp_path / "others", [1, 0, 1], files=states)
     made(tmp_path / "s1", [1, 0, 1])
     cases = [
         ([f"a={good}", f"b={twice}"], "document 0 is there twice"),
         ([f"a={good}", f"b={nan}"], "document 1: expected a score from 0 to 1, got nan"),
         ([f"a={good}", f"b={cent}"], "document 1: expected a score from 0 to 1, got 30"),
         ([f"a={good}", f"b={less}"], "got 3 and 2"),
+        ([f"a={good}", f"b={others}"], "t.samples.jsonl: changed since"),
         ([f"a={good}", f"b={good}", f"b={tmp_path}/s{{seed}}"], "and in another place"),
     ]
     for words, message in cases:
@@ -533,6 +537,11 @@ def test_two_encoders_are_compared_item_by_item(
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     lines[0]["counts"][2][0] += 1
     write_lines(file, lines)
+    assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
+    assert f"{file}: changed since" in capsys.readouterr().err
+    result = tmp_path / "b/zero_shot_segmentation.json"
+    told = json.loads(result.read_text())
+    write_json(result, {**told, "files": {file.name: file_state(file)}})
     assert cli.main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
     assert "made on different data" in capsys.readouterr().err
 

@@ -19,7 +19,7 @@ from llm2clip_vlm.evaluation.vlm.samples import load_samples
 from llm2clip_vlm.evaluation.vlm.task_helpers import normalise
 from llm2clip_vlm.metrics.statistics import bootstrap_interval
 from llm2clip_vlm.recipe.reading import did_you_mean
-from llm2clip_vlm.runs.hashes import hash_json
+from llm2clip_vlm.runs.hashes import changed_files, hash_json
 from llm2clip_vlm.runs.manifest import read_manifest
 
 SAMPLES = ".samples.jsonl"
@@ -338,7 +338,11 @@ def measured_in(folder: Path) -> Iterator[tuple[str, Measured]]:
         # An encoder's task may have several of these: `<task>.<kind>.i2t`.
         names = [task.rsplit(".", cut)[0] for cut in range(task.count(".") + 1)]
         beside = [folder / f"{name}.json" for name in names]
-        result = read_json(next(filter(Path.is_file, beside), beside[0]), "the evaluation")
+        told = next(filter(Path.is_file, beside), beside[0])
+        result = read_json(told, "the evaluation")
+        states = {k: v for k, v in result.get("files", {}).items() if k == file.name}
+        if any(changed_files(states, folder)):
+            raise ReportError(f"{file}: changed since {told} was written; evaluate again")
         samples = load_samples(file)
         if "counts" in samples[0]:  # a mean IoU, see below
             continue
