@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,9 @@ def boxes(tmp_path_factory: pytest.TempPathFactory) -> BoxSource:
 
 def recipe(model: Path, out: Path, boxes: BoxSource, **more: Any) -> EncoderEvalRecipe:
     seed, bootstrap = more.pop("seed", 0), more.pop("bootstrap", 3)
-    task = {"task": "detection", "train": boxes.model_dump(), "test": boxes.model_dump()}
+    copied = shutil.copytree(boxes.images, out / "held_out", dirs_exist_ok=True)
+    test = boxes.model_dump() | {"images": str(copied)}
+    task = {"task": "detection", "train": boxes.model_dump(), "test": test}
     task |= {"detector": SMALL, "trainer": TRAINER}
     values = {"stage": "run_encoder", "output_dir": str(out), "model": str(model)}
     return EncoderEvalRecipe.model_validate(
@@ -180,6 +183,8 @@ def test_training_and_its_flags(
     assert found["data_hash"] == frozen["data_hash"] != larger["data_hash"]
     assert "48 px" in larger["protocol"] and "1 steps" in larger["protocol"]
     assert larger["ci"] is None
+    with pytest.raises(ValueError, match=r"3 of 3 test images .* 0\.png among them"):
+        run(test=boxes.model_dump())
 
 
 def test_other_categories_in_test_are_refused(

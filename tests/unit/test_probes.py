@@ -82,7 +82,7 @@ def probe(tmp_path: Path, **more: Any) -> Any:
 def test_images_that_were_trained_on_are_no_test(tmp_path: Path) -> None:
     """As where `train` lacks the `where` that chooses a split of the one file."""
     whole = {"data": str(tmp_path / "test.jsonl")}
-    with pytest.raises(ValueError, match=r"36 of 36 test images are .* train, too, test\.jsonl:1"):
+    with pytest.raises(ValueError, match=r"36 of 36 test images are .* train, too, test-0\.png"):
         probe(tmp_path, places={"train": whole})
 
 

@@ -44,10 +44,11 @@ def voc(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("voc"), np.random.default_rng(0)
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / folder).mkdir(parents=True)
-    names: dict[str, list[str]] = {"train": [], "val": []}
+    names: dict[str, list[str]] = {"train": [], "val": [], "few": []}
     for number in range(16):
         split, name = ("train" if number < 10 else "val"), f"2007_{number:06d}"
         names[split].append(name)
+        names["few"] += [name] * (number < 4)
         classes = np.zeros((32, 48), np.uint8)
         left, right = rng.permutation(3)[:2]
         classes[:, :24], classes[:, 24:] = left + 1, right + 1
@@ -268,10 +269,12 @@ def test_a_linear_head_learns_and_its_flags_do_something(clip: Encoder, voc: Pat
     assert found["miou"] > 60 and found["pixel_accuracy"] > 70
     assert run(linear_segmentation, clip, voc, "segmentation", **options) == found
     for change in ({"steps": 1}, {"learning_rate": 1e-6}, {"batch_size": 1}, {"seed": 1},
-                   {"train_split": "val"}):  # fmt: skip
+                   {"train_split": "few"}):  # fmt: skip
         other = run(linear_segmentation, clip, voc, "segmentation", **options | change)
         assert other["miou"] != found["miou"], change
         assert (other["data_hash"] == found["data_hash"]) == ("train_split" not in change)
+    with pytest.raises(ValueError, match="segmentation: 6 of 6 test images are images of train"):
+        run(linear_segmentation, clip, voc, "segmentation", **options | {"train_split": "val"})
 
 
 def test_a_class_that_is_nowhere_does_not_count(clip: Encoder, voc: Path, tmp_path: Path) -> None:

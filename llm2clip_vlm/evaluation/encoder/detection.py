@@ -29,7 +29,12 @@ from transformers import (
 from transformers.modeling_outputs import BackboneOutput
 
 from llm2clip_vlm.data.reading.images import EncodedImage, read_image, shown
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, require_finite, tower_pixels
+from llm2clip_vlm.evaluation.encoder.encoders import (
+    Encoder,
+    keep_apart,
+    require_finite,
+    tower_pixels,
+)
 from llm2clip_vlm.files import require_regular
 from llm2clip_vlm.metrics.statistics import percentile_interval
 from llm2clip_vlm.models.trainable import frozen_modules, set_evaluation_mode
@@ -193,6 +198,7 @@ def detection(task: DetectionTask, encoder: Encoder, recipe: EncoderEvalRecipe) 
     train, test = CocoBoxes(task.train, tower), CocoBoxes(task.test, tower)
     if (train.categories, train.names) != (test.categories, test.names):
         raise ValueError("detection: train and test annotations have different categories")
+    keep_apart("detection", *([(d.root, i["file_name"]) for i in d.images] for d in (train, test)))
     digest = hashlib.sha256()
     for data, source in ((train, task.train), (test, task.test)):
         digest.update(Path(source.annotations).read_bytes())

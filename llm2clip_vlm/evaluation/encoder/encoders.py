@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,3 +266,22 @@ def tower_pixels(
         raise ValueError(f"{kind}: expected one that rescales and normalises each pixel by itself")
     pixels = torch.from_numpy(np.array(image.resize(size, Image.Resampling.BICUBIC)))
     return table(rearrange(pixels, "h w c -> 1 c h w"))[0]
+
+
+def keep_apart(task: str, train: Iterable[Any], test: Sequence[Any]) -> None:
+    """Refuse a test on images that were trained on.
+
+    Args:
+        task: Its name, for the message.
+        train: Folder and name of each image.
+        test: The same.
+
+    Raises:
+        ValueError: An image of train is one of test.
+    """
+    learnt = {*train}
+    if both := [image for image in test if image in learnt]:
+        raise ValueError(
+            f"{task}: {len(both)} of {len(test)} test images are images of train, too, "
+            f"{both[0][-1]} among them; keep them apart"
+        )

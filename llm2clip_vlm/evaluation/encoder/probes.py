@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm2clip_vlm.evaluation.encoder.benchmarks import read_classified
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder
+from llm2clip_vlm.evaluation.encoder.encoders import Encoder, keep_apart
 from llm2clip_vlm.metrics.statistics import accuracy
 from llm2clip_vlm.metrics.zero_shot import label_rows, mean_per_class
 from llm2clip_vlm.recipe.evaluation import ClassSource, EncoderEvalRecipe, LinearProbeTask
@@ -85,12 +85,8 @@ def linear_probe(task: LinearProbeTask, encoder: Encoder, recipe: EncoderEvalRec
     device = encoder.tower.model.device
     train, names, learnt, train_hash = _features(encoder, task.train)
     test, test_names, records, test_hash = _features(encoder, task.test)
-    shown = {(record.root, record.image) for record in learnt}
-    if both := [r.key for r in records if (r.root, r.image) in shown]:
-        raise ValueError(
-            f"linear_probe: {len(both)} of {len(records)} test images are images of train, too, "
-            f"{both[0]} among them; keep them apart, as by `where: {{split: train}}`"
-        )
+    images = ([(r.root, r.image) for r in rows] for rows in (learnt, records))
+    keep_apart("linear_probe", *images)
     classes = {name: name for name in sorted(set(names))}
     y, y_test = (
         torch.tensor(label_rows(labels, classes, "linear_probe: train"), device=device)

@@ -19,7 +19,12 @@ from torch import Tensor, nn
 
 from llm2clip_vlm.data.reading.images import open_image, resolve_image
 from llm2clip_vlm.evaluation.encoder.benchmarks import plain_image, read_classes
-from llm2clip_vlm.evaluation.encoder.encoders import Encoder, require_finite, tower_pixels
+from llm2clip_vlm.evaluation.encoder.encoders import (
+    Encoder,
+    keep_apart,
+    require_finite,
+    tower_pixels,
+)
 from llm2clip_vlm.files import read_text
 from llm2clip_vlm.metrics.segmentation import UNJUDGED, class_iou, mean_iou, overlaps
 from llm2clip_vlm.metrics.statistics import bootstrap_of_sums
@@ -61,9 +66,13 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
     """Train a batch norm and a linear head on frozen patches of random windows.
 
     Paper: DINOv2 (2304.07193) section 7.4 (linear head).
+
+    Raises:
+        ValueError: A picture of `train_split` is one of `split`.
     """
     device, width = encoder.tower.model.device, encoder.tower.hidden_size
-    masks = Masks(task, task.train_split, encoder)
+    masks, test = (Masks(task, split, encoder) for split in (task.train_split, task.split))
+    keep_apart("segmentation", masks.items, test.items)
     torch.manual_seed(recipe.seed)
     rng = np.random.default_rng(recipe.seed)
     head = nn.Sequential(nn.BatchNorm2d(width), nn.Conv2d(width, len(masks.names), 1)).to(device)
@@ -85,7 +94,7 @@ def linear_segmentation(task: SegmentationTask, encoder: Encoder, recipe: Encode
         optimizer.step()
         schedule.step()
     head.eval()
-    judged = _judge(Masks(task, task.split, encoder), scores, recipe)
+    judged = _judge(test, scores, recipe)
     kind = f"batch norm and linear head on frozen patches, {task.steps} steps of {task.batch_size} "
     return judged | {
         "protocol": f"{kind}windows of {task.train_split}; {judged['protocol']}",
