@@ -104,4 +104,5 @@ $(VENV)/bench/.installed: $(STAMP) constraints/peers.txt
 	@touch $@
 
 build: $(STAMP) ## the wheel, into dist/
+	rm -rf build/lib  # setuptools takes along what earlier commits left there
 	$(BIN)/python -m build --wheel
