@@ -268,6 +268,29 @@ def test_t73_packing_is_on_by_default_and_computes_the_same_updates(
             torch.testing.assert_close(tensor, curves["padded"][1][key], atol=1e-4, rtol=0, msg=key)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_compiled_model_is_exported_by_its_own_names(
+    stage3: tuple[Path, Path, str], work: Path, packing: bool
+) -> None:
+    from torch._dynamo.utils import counters
+
+    found = {}
+    for name, compiled in (
+        ("plain", {}),
+        ("compiled", {"torch_compile": True, "torch_compile_backend": "aot_eager"}),
+    ):
+        counters.clear()
+        trainer = {"max_steps": 2, **compiled}
+        recipe, out = stage4_recipe(work, f"{name}-{packing}", packing=packing, trainer=trainer)
+        run_here("stage4_instruction", recipe)
+        found[name] = weights(out)
+    assert counters["stats"]["unique_graphs"] > 0
+    assert found["compiled"].keys() == found["plain"].keys()
+    for key, tensor in found["plain"].items():
+        torch.testing.assert_close(found["compiled"][key], tensor, atol=1e-4, rtol=0, msg=key)
+
+
 def test_packing_refuses_another_sampling(stage3: tuple[Path, Path, str], work: Path) -> None:
     recipe, _ = stage4_recipe(
         work, "sampled", packing=True, trainer={"train_sampling_strategy": "group_by_length"}

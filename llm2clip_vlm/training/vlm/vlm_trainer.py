@@ -259,7 +259,9 @@ class VlmTrainer(StrictResumeMixin, Trainer):
         Raises:
             ModelError: Loaded again it computes something else than the model that was trained.
         """
-        state: dict[str, Tensor] = self.accelerator.get_state_dict(self.model_wrapped)
+        # Not of the wrapper that `torch_compile` makes, which would name all weights otherwise.
+        whole = self.model_wrapped if self.is_deepspeed_enabled else self.model
+        state: dict[str, Tensor] = self.accelerator.get_state_dict(whole)
         if distributed.is_main():
             self._save_merged(directory, state, self._outputs())
             if is_adapted(self.model):
