@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.parent("clip", clip, run.stage)
     if recipe.tokenizer not in (None, *run.parents.values()):
         run.parents["tokenizer"] = str(recipe.tokenizer)
-    args = run.arguments(dataloader_drop_last=True)
+    args = run.arguments(dataloader_drop_last=True, neftune_noise_alpha=None)
 
     # model
     say(f"model: starts from {next(iter(run.parents.values()))}, with its own text tower")

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run.parents["text_encoder"] = encoder_path(encoder)
     else:
         run.parents["cache"] = str(recipe.embedding_cache)
-    args = run.arguments(dataloader_drop_last=True)
+    args = run.arguments(dataloader_drop_last=True, neftune_noise_alpha=None)
 
     # model
     loop = TextInLoop(in_loop, args.device) if in_loop else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import is_deepspeed_zero3_enabled
 
@@ -133,6 +134,8 @@ def build_training_arguments(recipe: RunRecipe, **forced: Any) -> TrainingArgume
         raise ValueError(f"trainer: {error}") from error
     if recipe.contrastive:
         _check_contrastive(recipe, arguments)
+    if arguments.fp16 and not cuda:
+        logger.warning("trainer.fp16: a CPU computes in float32 instead")
     if arguments.n_gpu > 1:
         # One process on several GPUs would be torch's DataParallel: another global batch.
         logger.warning("using 1 of %d GPUs; start with `accelerate launch`", arguments.n_gpu)
@@ -148,6 +151,9 @@ def _try_out(args: TrainingArguments) -> None:
         kind(layer.parameters(), **options)
     more: Any = args.lr_scheduler_kwargs
     get_scheduler(args.lr_scheduler_type, torch.optim.SGD(layer.parameters()), 1, 1000, more)
+    workers, ahead = args.dataloader_num_workers, args.dataloader_prefetch_factor
+    more = {"num_workers": workers, "persistent_workers": args.dataloader_persistent_workers}
+    DataLoader(layer, prefetch_factor=ahead, **more)
     if args.torch_compile and args.torch_compile_backend:
         torch.compile(layer, backend=args.torch_compile_backend, mode=args.torch_compile_mode)
     if args.gradient_checkpointing:

@@ -122,6 +122,8 @@ class StrictResumeMixin:
         """Put what is frozen into evaluation mode; transformers calls it after `model.train()`."""
         if self.model.training:
             set_evaluation_mode(self._frozen)
+            if self.args.neftune_noise_alpha:  # adds its noise where the embedding is in training
+                self.model.get_input_embeddings().train()
         return super().compute_loss_context_manager()  # type: ignore[misc]
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:

@@ -369,6 +369,20 @@ def test_a_checkpoint_with_adapters_opens_as_it_lies(
             assert all("lora_" in n or "projector" in n for n in file.keys())  # noqa: SIM118
 
 
+def test_neftunes_noise_reaches_a_frozen_embedding(
+    stage3: tuple[Path, Path, str], work: Path
+) -> None:
+    """Its hook adds it in training mode alone, and what is frozen is in evaluation mode."""
+    curves = []
+    for alpha in (None, 5.0, 5.0):
+        trainer = {"max_steps": 2, "neftune_noise_alpha": alpha}
+        options = {"trainable": BOTH, "language_model_lora": LORA, "trainer": trainer}
+        recipe, out = stage4_recipe(work, f"noise-{len(curves)}", **options)
+        run_here("stage4_instruction", recipe)
+        curves.append(losses(out))
+    assert curves[0] != curves[1] == curves[2]
+
+
 def test_four_bits_need_an_adapter(stage3: tuple[Path, Path, str], work: Path) -> None:
     recipe, _ = stage4_recipe(work, "four-bits-alone", load_in_4bit=True, trainable=BOTH)
     with pytest.raises(ValueError, match="expected language_model_lora beside it"):

@@ -180,7 +180,7 @@ def test_deepspeed_is_prepared_before_the_arguments_are_built(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
     calls: list[str] = []
-    fake = SimpleNamespace(n_gpu=1)
+    fake = SimpleNamespace(n_gpu=1, fp16=False)
     monkeypatch.setattr(distributed, "prepare_cpu_deepspeed", lambda: calls.append("prepare"))
 
     def build(**values: Any) -> SimpleNamespace:
@@ -210,6 +210,7 @@ def test_deepspeed_is_prepared_before_the_arguments_are_built(
         ({"torch_compile": True, "torch_compile_mode": "nope"}, "nope"),
         ({"torch_compile_backend": "nope"}, "nope"),
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"no": 1}}, "'no'"),
+        ({"dataloader_persistent_workers": True}, "persistent_workers"),
         ({"save_strategy": "best"}, "save_strategy: best"),
         ({"save_strategy": "best", "metric_for_best_model": "loss"}, "save_strategy: best"),
     ],
@@ -219,6 +220,12 @@ def test_what_would_fail_once_the_models_are_there(
 ) -> None:
     with pytest.raises(ValueError, match=rf"trainer.*{told}"):
         build_training_arguments(make_recipe(tmp_path, trainer=trainer))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU computes in fp16")
+def test_a_cpu_says_that_it_knows_no_fp16(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_training_arguments(make_recipe(tmp_path, trainer={"fp16": True}))
+    assert "trainer.fp16: a CPU computes in float32" in caplog.text
 
 
 ZERO2 = {"zero_optimization": {"stage": 2}}
