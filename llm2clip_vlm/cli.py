@@ -23,6 +23,7 @@ import argparse
 import ast
 import errno
 import importlib
+import io
 import logging
 import os
 import re
@@ -90,7 +91,10 @@ def guard(program: Callable[[], int | None]) -> int:
         Its exit code; 2 after such a message, 1 after a mistake in the code, 130 after Ctrl-C, 141
         where nobody reads the output any more. With `LLM2CLIP_DEBUG=1` the error goes through.
     """
-    logging.getLogger("DeepSpeed").addFilter(_worth_telling)
+    noise = "Setting accelerator to CPU"
+    logging.getLogger("DeepSpeed").addFilter(lambda record: noise not in record.getMessage())
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal may not know a caption's characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             if not sys.warnoptions:
@@ -124,10 +128,6 @@ _FOREIGN = r"(accelerate|deepspeed|peft|torch|transformers)\b"
 """Packages whose `FutureWarning` is for us, not for the user."""
 
 
-def _worth_telling(record: logging.LogRecord) -> bool:
-    return "Setting accelerator to CPU" not in record.getMessage()
-
-
 _OURS = (
     *(AssertionError, TypeError, AttributeError, NameError, LookupError, ZeroDivisionError),
     SyntaxError,
@@ -142,8 +142,7 @@ _ISSUES = "with the lines above and the command, in the project's issue tracker"
 _REMEDIES = {
     errno.ENOSPC: "the disk is full: free space, or choose another folder",
     errno.EDQUOT: "the quota is used up: free space, or choose another folder",
-    errno.EACCES: "no permission: change it, or choose another place",
-    errno.EPERM: "no permission: change it, or choose another place",
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "no permission: change it, or choose elsewhere"),
     errno.EROFS: "the file system is read-only: choose another folder",
     errno.EMFILE: "too many open files: raise `ulimit -n`, or use fewer workers",
     errno.ENFILE: "too many open files on this machine: end other programs, or use fewer workers",
@@ -207,8 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     train = add(_train, "train", "run a stage with a recipe", f"stages:\n{listing}")
     named = "one of those below, or the beginning of its name"
     train.add_argument("stage", metavar="STAGE", help=named)
-    costs = "say what a recipe needs and costs: memory, hours, disk, what is missing"
-    planned = add(_plan, "plan", costs)
+    planned = add(_plan, "plan", "say what a recipe needs, costs (memory, hours, disk) and lacks")
     overrides: dict[str, Any] = {"nargs": "*", "default": [], "metavar": "KEY=VALUE"}
     overrides["help"] = "dotted key, value as YAML"
     for made in (train, planned):
@@ -224,7 +222,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--dry-run", action="store_true", help=told)
     listing += f"\nothers: {', '.join(_OTHERS)}"
     explain = add(_explain, "help", "show the keys of a recipe", f"stages:\n{listing}")
-    explain.add_argument("stage", metavar="STAGE", help=named)
+    explain.add_argument("stage", metavar="STAGE", nargs="?", help=named)
     explain.add_argument("keys", metavar="KEY", nargs="*", default=[], help="with all below it")
     explain.add_argument("--all", action="store_true", help="every key, in full")
     begin = add(_init, "init", "make a folder to start from: recipes, suite, and what to type next")
@@ -272,6 +270,9 @@ def _require_inputs(stage: str, words: Sequence[str], dry_run: bool) -> None:
 def _explain(arguments: argparse.Namespace) -> None:
     from llm2clip_vlm.recipe.explain import MODELS, recipe_help, recipe_screen
 
+    if arguments.stage is None:
+        _parser().print_help()
+        return
     name = _known_stage(arguments.stage, _OTHERS)
     program = _OTHERS.get(name, name)
     text = find_program(program).read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -148,6 +149,20 @@ def test_the_next_command_is_one_that_reads_what_a_stage_wrote() -> None:
         if verb == "train":
             keys, fields = words[-1].partition("=")[0].split("."), RECIPES[words[0]].model_fields
             assert words[:2] == [words[0], "RECIPE"] and keys[0] in fields, command
+
+
+def test_a_terminal_that_does_not_know_a_character_ends_no_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    assert cli.guard(lambda: print("a caption: \u732b")) == 0
+    assert written.getvalue() == b"a caption: \\u732b\n"
+
+
+def test_help_alone_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["help"]) == 0
+    assert "doctor" in capsys.readouterr().out
 
 
 def test_help_shows_the_stages_docstring_and_keys(
