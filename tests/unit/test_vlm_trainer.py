@@ -270,6 +270,12 @@ def test_samples_that_would_be_dealt_otherwise_are_refused(
         run._init_training_state(4, 1, 1, str(tmp_path))
 
 
+def test_workers_start_as_the_recipe_says(model: Any, tmp_path: Path) -> None:
+    way = {"dataloader_num_workers": 1, "dataloader_multiprocessing_context": "spawn"}
+    loader = trainer(model, tmp_path, samples(), **way).get_train_dataloader()
+    assert loader.multiprocessing_context.get_start_method() == "spawn"
+
+
 def test_the_watchdog_hears_every_micro_step(model: Any, tmp_path: Path) -> None:
     run = trainer(model, tmp_path, samples(), accumulation=2)
     beats: list[str] = []

@@ -189,6 +189,7 @@ class VlmTrainer(StrictResumeMixin, Trainer):
             pin_memory=self.args.dataloader_pin_memory,
             prefetch_factor=self.args.dataloader_prefetch_factor if workers else None,
             persistent_workers=self.args.dataloader_persistent_workers,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
         return prepare_data_loader(
             loader, self.args.device, num_processes=1, process_index=0, put_on_device=True
